@@ -1,0 +1,1769 @@
+#!/usr/bin/env bun
+// btrfs-backup: incremental backups of btrfs subvolumes. The README says what it does for
+// whom; this file is all of the program, in eight sections, each using only those above it.
+
+import { mkdtempSync, readFileSync, rmSync } from "node:fs";
+import { tmpdir } from "node:os";
+import { dirname, join, normalize, resolve } from "node:path";
+import { parseArgs } from "node:util";
+import { defineCommand, renderUsage, type ArgDef, type ArgsDef, type CommandDef } from "citty";
+import { createConsola } from "consola/basic";
+import { $, which, type ProcessPromise } from "zx/core";
+
+/** The same as in package.json; here, so that this file runs alone. */
+export const VERSION = "1.0.0";
+
+// ── 1. Vocabulary ────────────────────────────────────────────────────────────────────────
+
+/** A subvolume as `btrfs subvolume list` shows it; `path` counts from the filesystem's top level. */
+export type Subvolume = {
+  /** Grows with time on its filesystem, whatever the clock does. */
+  readonly id: number;
+  readonly path: string;
+  readonly uuid: string;
+  readonly parentUuid: string | null;
+  readonly receivedUuid: string | null;
+  readonly readonly: boolean;
+};
+
+/** A subvolume standing directly in a folder, under `name`. */
+export type Entry = Subvolume & { readonly name: string };
+
+/** An entry that is ours by its name; `time` is the name's wall clock, in ms, as if it were UTC. */
+export type Snapshot = Entry & { readonly time: number };
+
+/** What a destination holds of a snapshot. The same facts, seen from the other side. */
+export type Backup = Snapshot;
+
+/** What a record says of a chain's owner. `uuid` is the filesystem's where the subvolume has none. */
+export type Identity = { readonly uuid: string; readonly host: string; readonly path: string };
+
+/** One stream to send: `snapshot` in full, or as the difference to `parent`. */
+export type Transfer = { readonly snapshot: Snapshot; readonly parent: Snapshot | null; readonly leftover: boolean };
+
+/** The snapshot of the last stream that a command took; it may be gone. */
+export type Memory = { readonly name: string; readonly uuid: string };
+
+/** A name at a destination that is taken by something that is not this snapshot's data. */
+export type Conflict = { readonly name: string; readonly why: string };
+
+/** What to keep: nothing is dropped without one. Counts are Infinity for `*`. */
+export type Policy = {
+  readonly text: string;
+  readonly newest: number;
+  readonly firstOf: readonly { readonly unit: Unit; readonly count: number }[];
+  readonly within: readonly { readonly unit: Unit; readonly count: number }[];
+};
+export type Unit = "h" | "d" | "w" | "m" | "y";
+
+/** Something went wrong that the user can read about in `message`: exit status 1. */
+export class Failure extends Error {}
+/** The command line makes no sense: exit status 2, and nothing was done. */
+export class UsageError extends Error {}
+/** Another run holds the lock: exit status 3 for a source, a failure for a destination. */
+export class Busy extends Error {}
+/** A place is not there just now, which is normal for an `--optional` destination. */
+export class Absent extends Failure {}
+/** The name is taken. */
+class Taken extends Failure {}
+/** The transfer's receiving side has no space left. */
+export class NoSpace extends Failure {}
+/** A signal ended the run. */
+export class Interrupted extends Error {
+  constructor(readonly signal: NodeJS.Signals) {
+    super(`interrupted by ${signal}`);
+  }
+}
+
+const two = (n: number) => String(n).padStart(2, "0");
+
+/** `YYYYMMDD-HHMMSS` of a date in local time. */
+export function stamp(date: Date): string {
+  const day = `${String(date.getFullYear()).padStart(4, "0")}${two(date.getMonth() + 1)}${two(date.getDate())}`;
+  return `${day}-${two(date.getHours())}${two(date.getMinutes())}${two(date.getSeconds())}`;
+}
+
+/** The wall clock of a local date, counted like a snapshot's `time`. */
+export const wallClock = (date: Date) => parseName(stamp(date), "") as number;
+
+/** The time in a snapshot's name, or null if the name is not exactly PREFIX and a real date. */
+export function parseName(name: string, prefix: string): number | null {
+  const match = name.startsWith(prefix) && /^(\d{4})(\d\d)(\d\d)-(\d\d)(\d\d)(\d\d)$/.exec(name.slice(prefix.length));
+  if (!match) return null;
+  const [year, month, day, hour, minute, second] = match.slice(1).map(Number) as [number, number, number, number, number, number];
+  const date = new Date(0);
+  date.setUTCFullYear(year, month - 1, day);
+  date.setUTCHours(hour, minute, second);
+  // A field out of range rolls over into the next one: only real dates survive the way back.
+  const back = date.toISOString().replace(/[-:]|\..*/g, "").replace("T", "-");
+  return back === name.slice(prefix.length) ? date.getTime() : null;
+}
+
+/**
+ * Finds, among subvolumes of one place, the one that holds a snapshot's data. UUIDs decide, never
+ * names: it was received from the snapshot, or from where the snapshot was, or the snapshot from it.
+ */
+export function dataFinder<T extends Subvolume>(held: readonly T[]): (snapshot: Subvolume) => T | undefined {
+  const received = new Map(held.filter((h) => h.receivedUuid !== null).map((h) => [h.receivedUuid, h]));
+  const own = new Map(held.map((h) => [h.uuid, h]));
+  return ({ uuid, receivedUuid }) => received.get(uuid) ?? (receivedUuid === null ? undefined : (received.get(receivedUuid) ?? own.get(receivedUuid)));
+}
+
+/** `btrfs receive` sets both, as its last act. */
+export const isComplete = (backup: Subvolume) => backup.readonly && backup.receivedUuid !== null;
+
+const DURATION = { h: 3600e3, d: 86400e3, w: 7 * 86400e3 } as const;
+
+/** The moment `count` units before `time`; months and years go by the calendar. */
+export function before(time: number, count: number, unit: Unit): number {
+  if (count === Infinity) return -Infinity;
+  if (unit !== "m" && unit !== "y") return time - count * DURATION[unit];
+  const date = new Date(time);
+  date.setUTCMonth(date.getUTCMonth() - count * (unit === "y" ? 12 : 1));
+  return date.getTime();
+}
+
+const UNITS = { h: "hour", d: "day", w: "week", m: "month", y: "year" } as const;
+
+/** Reads a POLICY; null is "keep everything" (`0`). */
+export function parsePolicy(text: string): Policy | null {
+  if (text.trim() === "0") return null;
+  const seen = new Set<string>();
+  const policy = { text, newest: 0, firstOf: [] as Policy["firstOf"][number][], within: [] as Policy["within"][number][] };
+  for (const word of text.trim().split(/\s+/)) {
+    const match = /^(\d+|\*)([hdwmy]?)(\+?)$/.exec(word);
+    const count = match?.[1] === "*" ? Infinity : Number(match?.[1]);
+    const [, , unit = "", plus = ""] = match ?? [];
+    if (!match || count === 0 || !Number.isSafeInteger(count === Infinity ? 0 : count) || (unit === "" && (plus !== "" || count === Infinity)))
+      throw new UsageError(`"${word}" is not a retention policy: a number, or words like 24h 7d 4w 12m 10y 14d+`);
+    if (seen.has(unit + plus)) throw new UsageError(`retention policy "${text}" says "${unit === "" ? "a number" : unit + plus}" twice`);
+    seen.add(unit + plus);
+    if (unit === "") policy.newest = count;
+    else (plus ? policy.within : policy.firstOf).push({ unit: unit as Unit, count });
+  }
+  return policy;
+}
+
+/** Reads a DURATION like `3d`. */
+export function parseDuration(text: string): { count: number; unit: Unit } {
+  const match = /^(\d+)([hdwmy])$/.exec(text);
+  if (!match) throw new UsageError(`"${text}" is not a duration: a number with h, d, w, m or y`);
+  return { count: Number(match[1]), unit: match[2] as Unit };
+}
+
+/** A place a user can name. `id` tells it from others and is what records call it. */
+export type Location =
+  | { readonly kind: "folder"; readonly id: string; readonly host: HostName | null; readonly path: string }
+  | { readonly kind: "shell"; readonly id: string; readonly command: string };
+export type HostName = { readonly user: string | null; readonly name: string; readonly port: string | null };
+
+/** Reads a SOURCE or LOCATION; relative paths count from the current directory. */
+export function parseLocation(text: string): Location {
+  if (text.startsWith("shell://")) {
+    const command = text.slice("shell://".length);
+    if (command.trim() === "") throw new UsageError("shell:// needs a command");
+    return { kind: "shell", id: text, command };
+  }
+  if (text.startsWith("ssh://")) {
+    const match = /^ssh:\/\/(?:([^/]*)@)?(\[[^\]/]+\]|[^:/@]+)(?::(\d+))?(\/.*)$/s.exec(text);
+    if (!match) throw new UsageError(`"${text}" is not of the form ssh://[user@]host[:port]/path`);
+    const [, user = null, name = "", port = null, path = "/"] = match;
+    const clean = withoutSlash(normalize(path));
+    // csh cannot quote a newline, and one host's files are read by many shells.
+    if (/[\n\r\0]/.test(text)) throw new UsageError("a path on another host cannot contain a line break");
+    const id = `ssh://${user === null ? "" : `${user}@`}${name}${port === null ? "" : `:${port}`}${clean}`;
+    return { kind: "folder", id, host: { user, name: name.replace(/^\[|\]$/g, ""), port }, path: clean };
+  }
+  const scheme = /^([a-z][a-z0-9+]*):\/\//.exec(text)?.[1];
+  if (scheme) throw new UsageError(`"${scheme}://" is no kind of location; there are /path, ssh://[user@]host[:port]/path and shell://COMMAND`);
+  if (text === "" || text.includes("\0")) throw new UsageError("a path cannot be empty");
+  const path = resolve(text);
+  return { kind: "folder", id: path, host: null, path };
+}
+
+const withoutSlash = (path: string) => (path.length > 1 ? path.replace(/\/+$/, "") || "/" : path);
+
+/** Whether `path` is `folder` or below it. */
+const isWithin = (path: string, folder: string) => path === folder || path.startsWith(folder === "/" ? "/" : `${folder}/`);
+
+const count = (n: number, noun: string) => `${n} ${noun}${n === 1 ? "" : "s"}`;
+
+// ── 2. Hosts ─────────────────────────────────────────────────────────────────────────────
+
+/** Where verbs run: here (`ssh` is null) or through the ssh command given. */
+export type Host = { readonly label: string; readonly ssh: readonly string[] | null; readonly sudo: boolean };
+
+/** A constant POSIX script; what it works on comes as positional parameters. */
+export type Verb = { readonly name: string; readonly script: string };
+
+/**
+ * A word for any login shell. `'`, `\` and `!` stand outside the quotes behind a backslash:
+ * fish reads `\'` inside quotes, csh expands `!` there.
+ */
+export const quote = (word: string) => `'${word.replace(/['\\!]/g, (c) => `'\\${c}'`)}'`;
+
+const LEVELS = { error: 0, warning: 1, info: 3, debug: 4 } as const;
+/** The log: lines for people, on stderr. */
+export const log = createConsola({ level: LEVELS.info, stdout: process.stderr, stderr: process.stderr });
+
+/** zx as this program uses it: a POSIX shell, words quoted by us, exit statuses looked at by us. */
+const shell = $({ shell: "/bin/sh", prefix: "", postfix: "", quote: (word) => word, nothrow: true, quiet: true });
+
+let privateDirectory: string | null = null;
+/** A directory for control sockets and the like, gone at exit; short, since a socket's path must be. */
+function runtimeDirectory(): string {
+  const candidates = [process.env["XDG_RUNTIME_DIR"], "/run", tmpdir(), "/tmp"];
+  for (const parent of privateDirectory === null ? candidates : []) {
+    try {
+      if (parent && parent.length < 40) privateDirectory = mkdtempSync(join(parent, "btrfs-backup-"));
+    } catch {
+      continue; // not ours to write to: the next one
+    }
+    if (privateDirectory !== null) break;
+  }
+  if (privateDirectory === null) throw new Failure("cannot create a private directory in /run or /tmp");
+  return privateDirectory;
+}
+process.on("exit", () => privateDirectory !== null && rmSync(privateDirectory, { recursive: true, force: true }));
+
+/** The host of a location; its first command's connection serves all later ones (ControlMaster). */
+export function hostOf(name: HostName | null, options: { sshOptions: readonly string[]; sudo: boolean; sshSudo: boolean }): Host {
+  if (name === null) return { label: "", ssh: null, sudo: options.sudo };
+  // The first value of an ssh option wins: the user's stand before ours.
+  const ours = ["ControlMaster=auto", `ControlPath=${runtimeDirectory()}/%C`, "ControlPersist=no"];
+  const words = ["ssh", ...[...options.sshOptions, ...ours].flatMap((option) => ["-o", option])];
+  if (name.port !== null) words.push("-p", name.port);
+  if (name.user !== null) words.push("-l", name.user);
+  return { label: `${name.user === null ? "" : `${name.user}@`}${name.name}`, ssh: [...words, "--", name.name], sudo: options.sshSudo };
+}
+
+/** The shell text that runs a verb on a host. Local and ssh differ nowhere else. */
+export function commandFor(host: Host, verb: Verb, args: readonly string[]): string {
+  const words = ["sh", "-c", verb.script, `btrfs-backup:${verb.name}`, host.sudo ? "sudo" : "", ...args];
+  const text = words.map((word, i) => (i < 2 ? word : quote(word))).join(" ");
+  if (host.ssh === null) return text;
+  if (/[\n\r]/.test(text)) throw new Failure(`${host.label}: a name with a line break cannot be used on another host`);
+  return [...host.ssh, text].map(quote).join(" ");
+}
+
+/** Children that end when a signal ends the run; cleaning up must be able to outlive it. */
+const running = new Set<() => void>();
+let interruption: Interrupted | null = null;
+let cleaning = false;
+
+/** Ends everything at the first signal, and gives up cleaning at the second. */
+export function stopOnSignals(): void {
+  for (const signal of ["SIGINT", "SIGTERM", "SIGHUP"] as const)
+    process.on(signal, () => {
+      if (interruption !== null) process.exit(SIGNAL_STATUS[signal]);
+      interruption = new Interrupted(signal);
+      for (const stop of running) stop();
+    });
+}
+const SIGNAL_STATUS: Partial<Record<NodeJS.Signals, number>> = { SIGHUP: 129, SIGINT: 130, SIGTERM: 143 };
+
+function checkInterruption(): void {
+  if (interruption !== null && !cleaning) throw interruption;
+}
+
+/** Runs what must still happen after a signal. */
+async function whileCleaning<T>(work: () => Promise<T>): Promise<T> {
+  const outer = cleaning;
+  cleaning = true;
+  try {
+    return await work();
+  } finally {
+    cleaning = outer;
+  }
+}
+
+/** A verb that was started: its output as it comes, its end, and the way to end it. */
+type Started = { readonly process: ProcessPromise; readonly stop: () => void };
+
+function start(host: Host, verb: Verb, args: readonly string[]): Started {
+  checkInterruption();
+  log.debug(`${host.label === "" ? "" : `${host.label}: `}${verb.name} ${args.map((arg) => (/^[\w./:-]+$/.test(arg) ? arg : quote(arg))).join(" ")}`);
+  // Ctrl-C at a terminal reaches every child there: these are ended by us, after cleaning up.
+  const child = shell({ stdio: ["pipe", "pipe", "pipe"] })`${`trap "" INT HUP; exec ${commandFor(host, verb, args)}`}`;
+  child.stdin.on("error", () => {}); // gone before we were: its exit status tells
+  return { process: child, stop: () => sendSignal(child.pid as number, "SIGTERM") };
+}
+
+/** A verb's exit status other than 0 as an error that says where, what, and what it printed. */
+function failureOf(host: Host, what: string, result: { exitCode: number | null; signal: string | null; stderr: string }): Error {
+  const said = result.stderr.trim();
+  const message = `${host.label === "" ? "" : `${host.label}: `}${what}: ${said || `ended by ${result.signal ?? `exit status ${result.exitCode}`}`}`;
+  if (result.exitCode === 64) return new UsageError(said);
+  if (result.exitCode === 75) return new Busy(message);
+  if (result.exitCode === 76) return new Taken(message);
+  if (result.exitCode === 66) return new Absent(message);
+  const unreachable = /No route|timed out|refused|not resolve|unreachable|Host is down|Connection (closed|reset)/i;
+  return host.ssh !== null && result.exitCode === 255 && unreachable.test(said) ? new Absent(message) : new Failure(message);
+}
+
+/** Runs a verb for its output. Errors: Failure, Busy (exit 75), Absent (exit 66, host not reached). */
+async function ask(host: Host, verb: Verb, args: readonly string[], what: string): Promise<string> {
+  const { process: child, stop } = start(host, verb, args);
+  child.stdin.end();
+  if (!cleaning) running.add(stop);
+  const result = await child;
+  running.delete(stop);
+  checkInterruption();
+  if (result.exitCode !== 0) throw failureOf(host, what, result);
+  return result.stdout;
+}
+
+/** A verb that holds something (a lock) until it is told to let go. */
+type Held = { readonly output: string; readonly release: () => Promise<void> };
+
+/** Starts a verb that prints until a line that is `end`, and then waits for its input to close. */
+async function hold(host: Host, verb: Verb, args: readonly string[], end: string, what: string): Promise<Held> {
+  const { process: child, stop } = start(host, verb, args);
+  running.add(stop);
+  const printed: string[] = [];
+  const complete = await new Promise<boolean>((done) => {
+    let tail = "";
+    child.stdout.setEncoding("utf8").on("data", (chunk: string) => {
+      printed.push(chunk);
+      tail = (tail + chunk).slice(-end.length - 2);
+      if (tail === `\n${end}\n`) done(true);
+    });
+    void child.then(() => done(false));
+  });
+  running.delete(stop);
+  const release = async () => {
+    child.stdin.end();
+    // Over ssh this may be the connection that other commands share, which ends with the last
+    // of them: its output ends with the lock, the process when it likes.
+    if (host.ssh === null) await child;
+    else if (!child.stdout.readableEnded) await new Promise((done) => child.stdout.once("end", done));
+  };
+  if (!complete) {
+    checkInterruption();
+    throw failureOf(host, what, await child);
+  }
+  if (interruption !== null) await release();
+  checkInterruption();
+  return { output: printed.join(""), release };
+}
+
+/** One process of a pipeline. `shown`: its stderr goes to the terminal, not into the error. */
+export type Stage = { readonly label: string; readonly command: string; readonly shown?: boolean };
+
+/**
+ * Runs stages as one pipeline in a process group of its own; returns the bytes that the first
+ * one wrote (null where the kernel does not count them). If a stage fails, the stages after it
+ * are killed before their input closes: the failing one's shell holds the pipe until the group
+ * is dead. Errors: Failure naming the stage that failed first, NoSpace, Interrupted.
+ */
+export async function pipeline(stages: readonly Stage[], environment: Record<string, string> = {}): Promise<number | null> {
+  checkInterruption();
+  const directory = mkdtempSync(join(runtimeDirectory(), "p"));
+  const file = (name: string | number) => quote(`${directory}/${name}`);
+  const texts = stages.map(({ command, shown }, i) => {
+    // A child's I/O is added to its parent's when it is waited for: proc(5), /proc/pid/io.
+    const measure = i === 0 ? `while read -r k v; do case $k in wchar:) echo "$v" >${file("bytes")};; esac; done </proc/self/io;` : "";
+    const last = i === stages.length - 1 ? " >&2" : "";
+    return `{ trap : TERM; { ${command}${last}; } 2>${shown ? "&3" : file(i)}; r=$?; ${measure} echo "${i} $r" >>${file("ended")}; [ $r = 0 ] || stop; }`;
+  });
+  const stop = `stop() { kill -TERM 0; n=0; until [ $(wc -l <${file("ended")}) -ge ${stages.length} ] || [ $n = 50 ]; do sleep 0.1; n=$((n+1)); done; kill -KILL 0; }`;
+  log.debug(`pipeline: ${stages.map(({ command }) => command).join(" | ")}`);
+  const child = shell({ detached: true, stdio: ["ignore", "ignore", "inherit"], env: { ...process.env, ...environment } })`${`exec 3>&2; trap : TERM; ${stop}; ${texts.join(" | ")}; exit 0`}`;
+  const group = -(child.pid as number);
+  const kill = () => {
+    sendSignal(group, "SIGTERM");
+    setTimeout(() => sendSignal(group, "SIGKILL"), 5000).unref();
+  };
+  running.add(kill);
+  await child;
+  running.delete(kill);
+  const read = (name: string | number) => {
+    try {
+      return readFileSync(`${directory}/${name}`, "utf8").trim();
+    } catch {
+      return "";
+    }
+  };
+  const ended = read("ended").split("\n").map((line) => line.split(" ").map(Number));
+  const errors = stages.map((_, i) => read(i));
+  const bytes = read("bytes");
+  rmSync(directory, { recursive: true, force: true });
+  checkInterruption();
+  const [culprit, status] = ended.find(([, status]) => status !== 0) ?? (ended.length < stages.length ? [-1, 0] : []);
+  if (culprit === undefined) {
+    errors.forEach((text, i) => text && log.debug(`${stages[i]?.label}: ${text}`));
+    return bytes === "" ? null : Number(bytes);
+  }
+  const name = stages[culprit]?.label ?? "the pipeline";
+  const how = (status ?? 0) > 128 ? `was killed by signal ${(status ?? 0) - 128}` : `failed with exit status ${status}`;
+  // What the others say is mostly that a pipe broke, but "mostly" is not enough to hide it.
+  const said = [culprit, ...errors.keys()].filter((i, at, all) => all.indexOf(i) === at && errors[i]).map((i) => (i === culprit ? errors[i] : `(${stages[i]?.label}: ${errors[i]})`));
+  const message = `${name} ${how}${said.length > 0 ? `: ${said.join(" ")}` : ""}`;
+  throw /No space left on device|quota exceeded/i.test(errors.join("\n")) ? new NoSpace(message) : new Failure(message);
+}
+
+/** Signals a process, or a group by its negative number. */
+function sendSignal(pid: number, signal: NodeJS.Signals): void {
+  try {
+    process.kill(pid, signal);
+  } catch {
+    // it has ended already
+  }
+}
+
+// ── 3. Btrfs ─────────────────────────────────────────────────────────────────────────────
+// The verbs. Their scripts are one line each for the login shell's sake, and hold no `'`, `\`
+// or `!`. The first parameter is "sudo" or empty: btrfs alone runs under sudo, never flock,
+// which would run anything. Exit statuses: 64 usage, 65 refused, 66 absent, 69 a program is
+// missing, 75 a lock is busy, 76 the name is taken.
+
+const verb = (name: string, ...lines: readonly string[]): Verb => ({ name, script: lines.join(" ") });
+
+const PRELUDE = `set -e; umask 077; unset CDPATH; PATH=$PATH:/usr/sbin:/sbin; LC_ALL=C; export PATH LC_ALL;
+ if [ "$1" = sudo ]; then b() { sudo -n btrfs "$@"; }; else b() { btrfs "$@"; }; fi; shift;`.replace(/\n/g, "");
+
+/** record HEADER KEY VALUE: replaces one line of the record in the current directory, whole or not at all. */
+const RECORD =
+  `record() { ( flock -w 60 7; f=.btrfs-backup.json; t=$f.new; o=; if [ -e $f ]; then o=$(cat $f); fi; rm -f $t; set -C;` +
+  ` { printf %s "$1"; echo; { printf %s "$o"; echo; } | grep "^," | grep -vF -- "$2" || :; printf %s "$2$3"; echo; echo "}"; } >$t; sync $t; mv -f $t $f ) 7<.; };`;
+
+/** receiving PREFIX SECONDS: this process alone writes to the chain from here on. */
+const RECEIVING =
+  `receiving() { exec 8>>".btrfs-backup.$1.receiving"; flock -w "$2" 8 || { echo "an earlier transfer is still being received in $PWD" >&2; exit 75; }; };` +
+  ` leftover() { [ "$(b property get -ts "$1" ro)" = ro=false ] && b subvolume show "$1" | grep -q "Received UUID:[[:space:]]*-$"; };`;
+
+/**
+ * open NONCE WAIT FOLDER PREFIX SOURCE: prints all that there is to know of a folder (and of the
+ * SOURCE whose snapshot folder it is), in sections that begin with a NONCE no listing can contain.
+ * WAIT is `look`, or the seconds to wait for the lock, which is then held until the input closes.
+ * A folder without a lock file is not locked: nothing is written before it is known to be ours.
+ */
+const OPEN = verb(
+  "open",
+  PRELUDE,
+  `n=$1 w=$2 d=$3 p=$4 s=$5; say() { echo; echo "$n $1"; }; is_btrfs() { [ "$(stat -f -c %t .)" = 9123683e ]; };`,
+  `command -v btrfs >/dev/null || { echo "btrfs not found: install btrfs-progs" >&2; exit 69; };`,
+  `flock -V 2>/dev/null | grep -q util-linux || { echo "flock not found: install util-linux" >&2; exit 69; };`,
+  `place() { cd -P -- "$1"; pwd -P; stat -c %i .; stat -f -c %i .; if is_btrfs; then b inspect-internal rootid .; fi; };`,
+  `if [ -n "$s" ]; then [ -d "$s" ] || { echo "no such directory: $s" >&2; exit 64; };`,
+  `say source; place "$s"; if is_btrfs && [ "$(stat -c %i .)" = 256 ]; then say show; b subvolume show .; fi; fi;`,
+  `say host; uname -n; say mounts; cat /proc/self/mountinfo; say filesystems; ls /sys/fs/btrfs 2>/dev/null || :;`,
+  `if [ -d "$d" ]; then say folder; place "$d"; if [ "$w" = look ] || [ -f ".btrfs-backup.$p.lock" ]; then`,
+  `for f in lock receiving; do if [ -L ".btrfs-backup.$p.$f" ]; then echo "$PWD/.btrfs-backup.$p.$f is a symbolic link" >&2; exit 65; fi; done;`,
+  `if [ "$w" = look ]; then :; else exec 9>>".btrfs-backup.$p.lock"; flock -w "$w" 9 || { echo "another run holds $PWD/.btrfs-backup.$p.lock" >&2; exit 75; };`,
+  `${RECEIVING} receiving "$p" "$w"; exec 8>&-; say locked; fi; fi;`,
+  `say entries; ls -a; say record; if [ -e .btrfs-backup.json ]; then cat .btrfs-backup.json; fi;`,
+  `say old; if [ -f .outstanding_transfers ]; then cat .outstanding_transfers; fi;`,
+  `if is_btrfs; then say subvolumes; b subvolume list -a -u -q -R .; say readonly; b subvolume list -a -r .; fi;`,
+  `elif [ -e "$d" ] || [ -L "$d" ]; then echo "not a directory: $d" >&2; exit 65;`,
+  `elif [ -d "\${d%/*}/" ]; then say missing; place "\${d%/*}/"; else echo "no such directory: \${d%/*} (is the disk mounted?)" >&2; exit 66; fi;`,
+  `echo; echo "$n end"; [ "$w" = look ] || exec cat >/dev/null`,
+);
+
+/** create FOLDER PREFIX: the folder (its last component only) and the chain's lock file. */
+const CREATE = verb("create", PRELUDE, `[ -d "$1" ] || mkdir "$1"; cd -P -- "$1"; [ -f ".btrfs-backup.$2.lock" ] || { set -C; : >".btrfs-backup.$2.lock"; }`);
+
+/** snapshot SOURCE FOLDER NAME: prints `subvolume show` of what it made. The kernel commits the transaction. */
+const SNAPSHOT = verb(
+  "snapshot",
+  PRELUDE,
+  `if [ -e "$2/$3" ] || [ -L "$2/$3" ]; then exit 76; fi; b subvolume snapshot -r "$1" "$2/$3" >/dev/null; b subvolume show -b "$2/$3"`,
+);
+
+/** send FLAG FOLDER NAME PARENT: the stream, on standard output; in full if PARENT is empty. */
+const SEND = verb("send", PRELUDE, `cd -P -- "$2"; if [ -n "$4" ]; then b send "$1" -p "$PWD/$4" "$PWD/$3"; else b send "$1" "$PWD/$3"; fi`);
+
+/** receive FLAG FOLDER PREFIX NAME LEFTOVER HEADER KEY BEFORE AFTER: takes the stream, announced in the record. */
+const RECEIVE = verb(
+  "receive",
+  PRELUDE,
+  RECORD,
+  RECEIVING,
+  `cd -P -- "$2"; receiving "$3" 0; if [ "$5" = leftover ]; then if leftover "$PWD/$4"; then b subvolume delete "$PWD/$4" >&2; else echo "$PWD/$4 is no leftover of a broken transfer" >&2; exit 76; fi; fi;`,
+  `if [ -n "$8" ]; then record "$6" "$7" "$8"; fi; b receive "$1" "$PWD" >&2; if [ -n "$9" ]; then record "$6" "$7" "$9"; fi`,
+);
+
+/** discard FOLDER PREFIX NAME HEADER KEY VALUE: removes what a broken transfer left, and its announcement. */
+const DISCARD = verb(
+  "discard",
+  PRELUDE,
+  RECORD,
+  RECEIVING,
+  `cd -P -- "$1"; receiving "$2" 10; if [ -e "$3" ] && leftover "$PWD/$3"; then b subvolume delete "$PWD/$3" >&2; fi; if [ -n "$6" ]; then record "$4" "$5" "$6"; fi`,
+);
+
+/** delete RW SYNC FOLDER PATH…: many at once. */
+const DELETE = verb(
+  "delete",
+  PRELUDE,
+  `rw=$1 sync=$2 folder=$3; shift 3; if [ "$rw" = rw ]; then for x; do b property set -f -ts "$x" ro false; done; fi;`,
+  `b subvolume delete "$@" >/dev/null; if [ "$sync" = sync ]; then b subvolume sync "$folder" >/dev/null; fi`,
+);
+
+/** record FOLDER HEADER KEY VALUE: see RECORD. */
+const WRITE_RECORD = verb("record", PRELUDE, RECORD, `cd -P -- "$1"; record "$2" "$3" "$4"`);
+
+/** aside FOLDER SUFFIX: moves a record out of the way. */
+const ASIDE = verb("aside", PRELUDE, `cd -P -- "$1"; mv -f .btrfs-backup.json ".btrfs-backup.json.$2"`);
+
+/** hook COMMAND: the user's own command, before or after a snapshot. */
+const HOOK = verb("hook", `exec sh -c "$2"`);
+
+/** Every verb there is, for whoever must check that they hold nothing a login shell could trip over. */
+export const VERBS: readonly Verb[] = [OPEN, CREATE, SNAPSHOT, SEND, RECEIVE, DISCARD, DELETE, WRITE_RECORD, ASIDE, HOOK];
+
+const uuidOrNull = (text: string) => (text === "-" ? null : text);
+const UUID = "-|[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}";
+const LISTED = new RegExp(`^ID (\\d+) gen \\d+ top level \\d+ parent_uuid (${UUID})\\s+received_uuid (${UUID})\\s+uuid (${UUID})\\s+path (?:<FS_TREE>/)?(.*)$`, "s");
+const LISTED_READONLY = /^ID (\d+) gen \d+ top level \d+ path /;
+
+/** The entries of `btrfs subvolume list`. A line of no known shape continues a path with a line break. */
+function listedLines(text: string): string[] {
+  const lines: string[] = [];
+  for (const line of text === "" ? [] : text.split("\n")) {
+    if (/^ID \d+ gen \d+ /.test(line)) lines.push(line);
+    else if (lines.length === 0) throw new Failure(`"btrfs subvolume list" printed something unknown: ${line}`);
+    else lines[lines.length - 1] += `\n${line}`;
+  }
+  return lines;
+}
+
+/**
+ * Reads `btrfs subvolume list -a -u -q -R` and `-a -r` of one filesystem (btrfs-subvolume(8)). With
+ * -a all paths count from the top level, some with a mark; without, some count from where one asks.
+ */
+export function parseSubvolumes(all: string, readonlyOnes: string): Subvolume[] {
+  const readonly = new Set(listedLines(readonlyOnes).map((line) => LISTED_READONLY.exec(line)?.[1]));
+  return listedLines(all).map((line) => {
+    const match = LISTED.exec(line);
+    if (!match) throw new Failure(`"btrfs subvolume list" printed something unknown: ${line}`);
+    const [, id, parent, received, uuid, path] = match as unknown as [string, string, string, string, string, string];
+    return { id: Number(id), path, uuid, parentUuid: uuidOrNull(parent), receivedUuid: uuidOrNull(received), readonly: readonly.has(id) };
+  });
+}
+
+/** A field of `btrfs subvolume show`. */
+function shownField(text: string, field: string): string {
+  const value = new RegExp(`^\\s+${field}:\\s+(\\S+)`, "m").exec(text)?.[1];
+  if (value === undefined) throw new Failure(`"btrfs subvolume show" printed no "${field}":\n${text}`);
+  return value;
+}
+
+export type Mount = { readonly root: string; readonly path: string };
+
+/** Reads /proc/self/mountinfo (proc(5)): `root` is the path on the filesystem that is mounted at `path`. */
+export function parseMounts(text: string): Mount[] {
+  const unescape = (word = "") => word.replace(/\\([0-7]{3})/g, (_, octal: string) => String.fromCharCode(parseInt(octal, 8)));
+  return text.split("\n").map((line) => {
+    const words = line.split(" ");
+    return { root: unescape(words[3]), path: unescape(words[4]) };
+  });
+}
+
+/** The path from the filesystem's top level ("/…") of a resolved path, and the mount it is seen through. */
+export function placeOn(mounts: readonly Mount[], path: string): { mount: Mount; top: string } {
+  const mount = mounts.filter((m) => isWithin(path, m.path)).reduce<Mount | null>((best, m) => (best === null || m.path.length >= best.path.length ? m : best), null);
+  if (mount === null) throw new Failure(`${path}: not found among the mounts`);
+  const rest = mount.path === "/" ? path : path.slice(mount.path.length);
+  return { mount, top: withoutSlash(normalize(`${mount.root}/${rest}`)) };
+}
+
+/**
+ * The filesystem whose files show `fsid` (hexadecimal, from `stat -f -c %i`): btrfs_statfs() in the
+ * kernel folds the UUID into it and adds the ID of the subvolume. Needs no root, unlike blkid.
+ */
+export function filesystemOf(fsid: string, root: number, uuids: readonly string[]): string | null {
+  const shown = BigInt(`0x${fsid}`);
+  return (
+    uuids.find((uuid) => {
+      if (!new RegExp(`^(${UUID})$`).test(uuid)) return false;
+      const hex = uuid.replaceAll("-", "");
+      const [a, b, c, d] = [0, 8, 16, 24].map((at) => BigInt(`0x${hex.slice(at, at + 8)}`)) as [bigint, bigint, bigint, bigint];
+      return (((a ^ c) << 32n) | (b ^ d)) === (shown ^ BigInt(root));
+    }) ?? null
+  );
+}
+
+/** A directory that was looked at. `filesystem` is null where it is not btrfs. */
+export type Place = { readonly path: string; readonly inode: number; readonly filesystem: string | null; readonly root: number };
+
+/** All that `open` tells. `exists` is false for a folder that would have to be made; then `place` is its parent. */
+export type Inspection = {
+  readonly host: string;
+  readonly exists: boolean;
+  readonly locked: boolean;
+  readonly place: Place;
+  /** The folder's path from the filesystem's top level. */
+  readonly top: string;
+  readonly source: (Place & { readonly uuid: string; readonly top: string }) | null;
+  readonly subvolumes: readonly Subvolume[];
+  readonly entries: ReadonlySet<string>;
+  readonly record: RecordFile;
+  readonly old: OldRecord;
+};
+
+/** Reads what `open` printed. Errors: Failure for any shape that is not known. */
+export function parseInspection(output: string, nonce: string, folder: string): Inspection {
+  const sections = new Map<string, string>();
+  for (const part of output.split(`\n${nonce} `).slice(1)) {
+    const at = part.indexOf("\n");
+    sections.set(part.slice(0, at), part.slice(at + 1).replace(/\n$/, ""));
+  }
+  const section = (name: string) => sections.get(name) ?? "";
+  const uuids = section("filesystems").split("\n");
+  const mounts = parseMounts(section("mounts"));
+  const place = (text: string): Place => {
+    // A path may contain line breaks: the numbers are at the end.
+    const match = /^(.*)\n(\d+)\n([0-9a-f]+)(?:\n(\d+))?$/s.exec(text);
+    if (!match) throw new Failure(`cannot read what "stat" printed: ${text}`);
+    const [, path = "", inode, fsid = "", root] = match;
+    const filesystem = root === undefined ? null : filesystemOf(fsid, Number(root), uuids);
+    if (root !== undefined && filesystem === null) throw new Failure(`${path}: its filesystem is not in /sys/fs/btrfs`);
+    return { path, inode: Number(inode), filesystem, root: Number(root ?? 0) };
+  };
+  const exists = sections.has("folder");
+  const here = place(section(exists ? "folder" : "missing"));
+  const { mount, top } = placeOn(mounts, here.path);
+  const subvolumes = parseSubvolumes(section("subvolumes"), section("readonly"));
+  // Below a bind mount of a plain folder, btrfs receive cannot find the parent.
+  if (exists && here.filesystem !== null && mount.root !== "/" && !subvolumes.some(({ path }) => `/${path}` === mount.root))
+    throw new Failure(`${here.path} is below ${mount.path}, a bind mount of the plain folder ${mount.root} of its filesystem: use the path below that filesystem's own mount point`);
+  const source = sections.has("source") ? place(section("source")) : null;
+  const show = section("show");
+  return {
+    host: section("host"),
+    exists,
+    locked: sections.has("locked"),
+    place: here,
+    top: exists ? top : `${top === "/" ? "" : top}${folder.slice(folder.lastIndexOf("/"))}`,
+    source: source && {
+      ...source,
+      // Top levels made by old versions of mkfs have no UUID: the filesystem's stands in.
+      uuid: show === "" ? "" : (uuidOrNull(shownField(show, "UUID")) ?? source.filesystem ?? ""),
+      top: placeOn(mounts, source.path).top,
+    },
+    subvolumes,
+    entries: new Set(section("entries").split("\n")),
+    record: parseRecord(section("record")),
+    old: parseOldRecord(section("old")),
+  };
+}
+
+/** A destination that a source knows. `pin` is what both share; `receiving`: announced by 0.3.1. */
+export type KnownDestination = {
+  readonly location: string;
+  readonly filesystem: string | null;
+  readonly pin: { readonly name: string; readonly uuid: string } | null;
+  /** When a run last served it, as ISO 8601. */
+  readonly last: string | null;
+  readonly receiving?: readonly string[];
+};
+
+/** What a record says of one prefix; every part optional, since a folder can be both ends of a chain. */
+export type ChainRecord = {
+  readonly owner?: Identity;
+  readonly receiving?: string;
+  /** UUIDs of backups that are another source's: never pruned. */
+  readonly strangers?: readonly string[];
+  readonly destinations?: readonly KnownDestination[];
+};
+
+/** `.btrfs-backup.json`. Unreadable: nothing may be deleted there, and it is not written. */
+export type RecordFile = { readonly chains: ReadonlyMap<string, ChainRecord>; readonly unreadable: string | null };
+
+// One line a prefix, so that a shell can replace one; no prefix contains a slash, so "/" is free.
+const RECORD_HEADER = `{"/": 1`;
+const recordKey = (prefix: string) => `,${JSON.stringify(prefix)}: `;
+
+const recordLine = (prefix: string, chain: ChainRecord) => recordKey(prefix) + JSON.stringify(chain);
+
+/** Reads a record; what was not written by this program is unreadable. */
+export function parseRecord(text: string): RecordFile {
+  const chains = new Map<string, ChainRecord>();
+  if (text === "") return { chains, unreadable: null };
+  try {
+    const lines = text.trimEnd().split("\n");
+    if (lines.shift() !== RECORD_HEADER || lines.pop() !== "}") throw new Error("it was not written by this version of btrfs-backup");
+    for (const line of lines) {
+      const [[prefix, chain] = ["", {}]] = Object.entries(JSON.parse(`{${line.slice(1)}}`) as Record<string, ChainRecord>);
+      if (line !== recordLine(prefix, chain)) throw new Error("a line was not written by btrfs-backup");
+      checkChain(chain);
+      chains.set(prefix, chain);
+    }
+    return { chains, unreadable: null };
+  } catch (error) {
+    return { chains: new Map(), unreadable: (error as Error).message };
+  }
+}
+
+function checkChain({ owner, receiving, strangers, destinations }: ChainRecord): void {
+  const isText = (value: unknown) => typeof value === "string";
+  const fine =
+    (owner === undefined || [owner.uuid, owner.host, owner.path].every(isText)) &&
+    (receiving === undefined || isText(receiving)) &&
+    (strangers === undefined || (Array.isArray(strangers) && strangers.every(isText))) &&
+    (destinations === undefined || (Array.isArray(destinations) && destinations.every((d) => isText(d.location) && (d.pin === null || (isText(d.pin.name) && isText(d.pin.uuid))))));
+  if (!fine) throw new Error("a field is not what it should be");
+}
+
+/** What 0.2 to 0.3.1 left in `.outstanding_transfers`: for each destination's ID the names it concerns. */
+export type OldRecord = { readonly receiving: ReadonlyMap<string, readonly string[]>; readonly parents: ReadonlyMap<string, readonly string[]> };
+
+/** Reads `{NAME: {"locks": [ID…], "parent_locks": [ID…]}}`, or 0.2's `{NAME: [ID…]}`; nonsense is nothing. */
+export function parseOldRecord(text: string): OldRecord {
+  const receiving = new Map<string, string[]>();
+  const parents = new Map<string, string[]>();
+  const add = (map: Map<string, string[]>, ids: unknown, name: string) => {
+    for (const id of Array.isArray(ids) ? ids : []) if (typeof id === "string") map.set(id, [...(map.get(id) ?? []), name]);
+  };
+  try {
+    for (const [name, locks] of Object.entries(JSON.parse(text === "" ? "{}" : text) as Record<string, { locks?: unknown; parent_locks?: unknown }>)) {
+      add(receiving, Array.isArray(locks) ? locks : locks.locks, name);
+      add(parents, locks.parent_locks, name);
+    }
+  } catch {
+    log.debug(".outstanding_transfers of btrfs-backup 0.3.1 cannot be read");
+  }
+  return { receiving, parents };
+}
+
+// ── 4. Locations ─────────────────────────────────────────────────────────────────────────
+
+/** A btrfs folder that was opened for one prefix: a snapshot folder, or where backups stand. */
+export type Folder = Omit<Inspection, "host"> & {
+  readonly id: string;
+  readonly host: Host;
+  readonly hostName: string;
+  readonly path: string;
+  readonly prefix: string;
+  /** Subvolumes directly in it, ours or not. */
+  readonly standing: readonly Entry[];
+  /** Those that are ours by name, by subvolume ID. */
+  readonly snapshots: readonly Snapshot[];
+  readonly chain: ChainRecord;
+  readonly close: () => Promise<void>;
+};
+
+type Hosts = { readonly sshOptions: readonly string[]; readonly sudo: boolean; readonly sshSudo: boolean };
+
+/** How to open a folder: `look` locks nothing; else the seconds to wait for its lock. */
+type Opening = { readonly prefix: string; readonly wait: "look" | number; readonly hosts: Hosts; readonly source?: string };
+
+/** Opens a folder: one command that locks it, and tells all there is to know. Errors: those of `ask`. */
+async function openFolder(location: Location & { kind: "folder" }, path: string, { prefix, wait, hosts, source = "" }: Opening): Promise<Folder> {
+  const host = hostOf(location.host, hosts);
+  const nonce = crypto.randomUUID();
+  const { output, release } = await hold(host, OPEN, [nonce, String(wait), path, prefix, source], `${nonce} end`, location.id);
+  try {
+    const inspection = parseInspection(output, nonce, path);
+    const above = inspection.top === "/" ? "/" : `${inspection.top}/`;
+    const standing = inspection.subvolumes
+      .filter((s) => `/${s.path}`.startsWith(above) && inspection.entries.has(`/${s.path}`.slice(above.length)))
+      .map((s) => ({ ...s, name: `/${s.path}`.slice(above.length) }));
+    const snapshots = standing
+      .map((entry) => ({ ...entry, time: parseName(entry.name, prefix) }))
+      .filter((entry): entry is Snapshot => entry.time !== null)
+      .sort((a, b) => a.id - b.id);
+    const real = inspection.exists ? inspection.place.path : path;
+    const chain = inspection.record.chains.get(prefix) ?? {};
+    return { ...inspection, id: location.id, host, hostName: inspection.host, path: real, prefix, standing, snapshots, chain, close: release };
+  } catch (error) {
+    await release();
+    throw error;
+  }
+}
+
+/** Opens a folder; if it was never locked before, only after `check` has accepted what is there. */
+async function openChecked(location: Location & { kind: "folder" }, path: string, opening: Opening, check: (folder: Folder) => void): Promise<Folder> {
+  const folder = await openFolder(location, path, opening);
+  try {
+    check(folder);
+    if (folder.locked || opening.wait === "look") return folder;
+    await folder.close();
+    await ask(folder.host, CREATE, [folder.path, opening.prefix], `cannot create ${path}`);
+    const created = await openFolder(location, path, opening);
+    try {
+      check(created);
+      return created;
+    } catch (error) {
+      await created.close();
+      throw error;
+    }
+  } catch (error) {
+    await folder.close();
+    throw error;
+  }
+}
+
+const RECORD_BYTES = 100 * 1024; // with its quotes it must fit into one argument of 128 KiB: execve(2)
+
+/** What the record verbs need to make a chain's line say `chain`: nothing if the file is not ours to write. */
+function recordArguments(folder: Folder, chain: ChainRecord): [header: string, key: string, value: string] {
+  const value = JSON.stringify(chain);
+  if (Buffer.byteLength(value) > RECORD_BYTES) throw new Failure(`${folder.id}: its record would be larger than ${RECORD_BYTES} bytes`);
+  return folder.record.unreadable === null ? [RECORD_HEADER, recordKey(folder.prefix), value] : ["", "", ""];
+}
+
+async function writeRecord(folder: Folder, chain: ChainRecord): Promise<void> {
+  const args = recordArguments(folder, chain);
+  if (args[0] !== "") await ask(folder.host, WRITE_RECORD, [folder.path, ...args], `${folder.id}: cannot write .btrfs-backup.json`);
+}
+
+type Deletion = { readonly convertRw: boolean; readonly sync: boolean };
+
+/** Deletes subvolumes of a folder, as many with one command as its arguments can hold. */
+async function deleteFrom(folder: Folder, names: readonly string[], { convertRw, sync }: Deletion): Promise<void> {
+  const paths = names.map((name) => `${folder.path === "/" ? "" : folder.path}/${name}`);
+  while (paths.length > 0) {
+    let bytes = 0;
+    const fitting = paths.findIndex((path) => (bytes += Buffer.byteLength(path) + 8) > RECORD_BYTES);
+    const batch = paths.splice(0, fitting === -1 ? paths.length : Math.max(fitting, 1));
+    const last = sync && paths.length === 0;
+    await ask(folder.host, DELETE, [convertRw ? "rw" : "", last ? "sync" : "", folder.path, ...batch], `${folder.id}: cannot delete ${count(batch.length, "subvolume")}`);
+  }
+}
+
+/** What stands at a destination, as planning sees it. */
+export type Standing = {
+  /** All that is complete, by any name: what a transfer can build on, and need not send again. */
+  readonly held: readonly Subvolume[];
+  /** The complete ones that are this source's and ours by name: what retention is about. */
+  readonly backups: readonly Backup[];
+  /** Names that a snapshot cannot get: "leftover", or why. */
+  readonly taken: ReadonlyMap<string, string>;
+};
+
+/** A place that backups go to, whatever its kind. */
+export interface Destination {
+  readonly id: string;
+  readonly standing: Standing;
+  /** A command cannot be asked what it has: the last stream it took is remembered. Null for the others. */
+  readonly stream: { readonly last: Memory | null } | null;
+  readonly filesystem: string | null;
+  /** Why nothing may be deleted there in this run. */
+  readonly frozen: string | null;
+  /** The last stage of a transfer's pipeline, and what its environment says. */
+  readonly receive: (transfer: Transfer) => { stage: Stage; environment: Record<string, string> };
+  /** Clears away what a failed transfer left. */
+  readonly discard: (transfer: Transfer) => Promise<void>;
+  /** Deletes backups; `free`: waits until their space is free. */
+  readonly remove: (names: readonly string[], free: boolean) => Promise<void>;
+  readonly close: () => Promise<void>;
+}
+
+/** What stands in a destination folder. `announced` names may be leftovers of broken transfers. */
+export function standingIn(folder: Pick<Folder, "standing" | "snapshots" | "entries" | "prefix">, strangers: readonly string[], announced: readonly string[]): Standing {
+  const held = folder.standing.filter(isComplete);
+  const foreign = new Set(strangers);
+  const taken = new Map<string, string>();
+  for (const name of folder.entries) if (parseName(name, folder.prefix) !== null) taken.set(name, "something that is not a subvolume has that name");
+  for (const backup of folder.snapshots) {
+    const unfinished = !backup.readonly && backup.receivedUuid === null;
+    if (unfinished && announced.includes(backup.name)) taken.set(backup.name, "leftover");
+    else if (unfinished) taken.set(backup.name, "a writable subvolume has that name, which no transfer of this program began");
+    else if (!backup.readonly) taken.set(backup.name, "the backup by that name was made writable");
+    else if (backup.receivedUuid === null) taken.set(backup.name, "a snapshot that was not received has that name");
+    else taken.set(backup.name, "a backup of other data has that name");
+  }
+  const backups = folder.snapshots.filter((backup) => isComplete(backup) && !foreign.has(backup.uuid));
+  return { held, backups, taken };
+}
+
+type FolderOptions = Deletion & { readonly btrfsDebug: boolean };
+
+/** A btrfs folder as a destination: `owned` is its record from now on, `announced` what 0.3.1 began. */
+function folderDestination(folder: Folder, owned: ChainRecord, announced: readonly string[], options: FolderOptions): Destination {
+  const { host, path, prefix, id } = folder;
+  const { receiving, ...settled } = owned;
+  const place = host.label === "" ? "" : ` on ${host.label}`;
+  return {
+    id,
+    stream: null,
+    filesystem: folder.place.filesystem,
+    standing: standingIn(folder, settled.strangers ?? [], receiving === undefined ? announced : [...announced, receiving]),
+    frozen: folder.record.unreadable === null ? null : `its .btrfs-backup.json cannot be read (${folder.record.unreadable}); "btrfs-backup unpin --all ${id}" moves it aside`,
+    receive({ snapshot, leftover }) {
+      const [header, key, value] = recordArguments(folder, settled);
+      const [, , announcing] = recordArguments(folder, { ...settled, receiving: snapshot.name });
+      const args = [options.btrfsDebug ? "-vv" : "-q", path, prefix, snapshot.name, leftover ? "leftover" : "", header, key, announcing, value];
+      return { stage: { label: `btrfs receive${place}`, command: commandFor(host, RECEIVE, args), shown: options.btrfsDebug }, environment: {} };
+    },
+    async discard({ snapshot }) {
+      await ask(host, DISCARD, [path, prefix, snapshot.name, ...recordArguments(folder, settled)], `${id}: cannot remove what the broken transfer of ${snapshot.name} left`);
+    },
+    remove: (names, free) => deleteFrom(folder, names, { ...options, sync: options.sync || free }),
+    close: folder.close,
+  };
+}
+
+/** A command as a destination: a store that can only take. */
+function shellDestination(location: Location & { kind: "shell" }, last: Memory | null, chain: { prefix: string; source: string }): Destination {
+  return {
+    id: location.id,
+    stream: { last },
+    filesystem: null,
+    standing: { held: [], backups: [], taken: new Map() },
+    frozen: null,
+    receive({ snapshot, parent }) {
+      const bash = which.sync("bash", { nothrow: true }) !== null;
+      return {
+        stage: { label: location.id, command: `${bash ? "bash -o pipefail" : "sh"} -c ${quote(location.command)}` },
+        environment: {
+          BTRFS_BACKUP_NAME: snapshot.name,
+          BTRFS_BACKUP_KIND: parent === null ? "full" : "incremental",
+          BTRFS_BACKUP_PARENT: parent?.name ?? "",
+          BTRFS_BACKUP_UUID: snapshot.uuid,
+          BTRFS_BACKUP_PARENT_UUID: parent?.uuid ?? "",
+          BTRFS_BACKUP_PREFIX: chain.prefix,
+          BTRFS_BACKUP_SOURCE: chain.source,
+        },
+      };
+    },
+    discard: async () => {},
+    remove: async () => {},
+    close: async () => {},
+  };
+}
+
+// ── 5. Plan ──────────────────────────────────────────────────────────────────────────────
+// Pure functions: whatever is sent or deleted was decided here.
+
+type Dated = { readonly name: string; readonly time: number };
+
+/** A snapshot with the reasons to keep it; without any, it goes. */
+export type Decision<T extends Dated> = { readonly entry: T; readonly reasons: readonly string[] };
+
+/**
+ * Orders entries by name, but those that have a rank (a place in the source's own order, by
+ * subvolume ID) stand in that order among themselves: names repeat when clocks go back.
+ */
+export function arrange<T extends Dated>(entries: readonly T[], rank: (entry: T) => number | undefined): T[] {
+  const byName = [...entries].sort((a, b) => a.time - b.time || (a.name < b.name ? -1 : 1));
+  const ranked = byName.filter((entry) => rank(entry) !== undefined).sort((a, b) => (rank(a) as number) - (rank(b) as number));
+  return byName.map((entry) => (rank(entry) === undefined ? entry : (ranked.shift() as T)));
+}
+
+/** The number of a wall-clock time's period, ISO weeks beginning on Monday. */
+function period(time: number, unit: Unit): number {
+  const date = new Date(time);
+  const day = Math.floor(time / DURATION.d);
+  if (unit === "h") return Math.floor(time / DURATION.h);
+  if (unit === "d") return day;
+  if (unit === "w") return Math.floor((day + 3) / 7); // 1970-01-01 was a Thursday
+  return unit === "m" ? date.getUTCFullYear() * 12 + date.getUTCMonth() : date.getUTCFullYear();
+}
+
+/**
+ * Why a policy keeps each of `entries` (oldest first). Calendar words keep the first of a period,
+ * so that what is kept stays the same for its whole life. `now` is wall-clock ms: windows like
+ * `14d+` end at the newest entry, or now if that is dated in the future.
+ */
+export function retain<T extends Dated>(entries: readonly T[], policy: Policy | null, now: number): Decision<T>[] {
+  const reasons = entries.map(() => [] as string[]);
+  const newest = entries.at(-1);
+  reasons.at(-1)?.push("newest");
+  if (policy === null) reasons.forEach((r) => r.push("everything is kept"));
+  else if (newest !== undefined) {
+    if (policy.newest > 0) for (const r of reasons.slice(-policy.newest)) r.push(`one of the newest ${policy.newest}`);
+    for (const { unit, count } of policy.firstOf) {
+      const firsts = new Map<number, number>();
+      entries.forEach(({ time }, i) => firsts.has(period(time, unit)) || firsts.set(period(time, unit), i));
+      const kept = [...firsts.values()];
+      for (const i of count === Infinity ? kept : kept.slice(-count)) reasons[i]?.push(`first of its ${UNITS[unit]} (${count === Infinity ? "*" : count}${unit})`);
+    }
+    for (const { unit, count } of policy.within) {
+      const from = before(Math.min(now, newest.time), count, unit);
+      entries.forEach(({ time }, i) => time >= from && reasons[i]?.push(`within ${count === Infinity ? "*" : count}${unit}`));
+    }
+  }
+  return entries.map((entry, i) => ({ entry, reasons: reasons[i] ?? [] }));
+}
+
+/** The newest snapshot, in the source's order, whose data is held by one of `held`. */
+export function newestShared(snapshots: readonly Snapshot[], held: readonly Subvolume[]): Snapshot | null {
+  const find = dataFinder(held);
+  return snapshots.findLast((snapshot) => find(snapshot) !== undefined) ?? null;
+}
+
+export type TransferOptions = { readonly policy: Policy | null; readonly incremental: boolean; readonly newestOnly: boolean; readonly now: number };
+
+/**
+ * What a destination lacks of what its policy would keep, oldest first, each against the closest
+ * earlier snapshot that both sides hold by then. `snapshots` are in the source's order.
+ */
+export function planTransfers(snapshots: readonly Snapshot[], { held, backups, taken }: Standing, options: TransferOptions): { transfers: Transfer[]; conflicts: Conflict[] } {
+  const find = dataFinder(held);
+  const rank = new Map(snapshots.map((snapshot, i) => [snapshot.uuid, i]));
+  const here = dataFinder(snapshots); // the relation is the same from both sides
+  const gone = backups.filter((backup) => here(backup) === undefined);
+  const kept = retain(arrange<Snapshot>([...gone, ...snapshots], ({ uuid }) => rank.get(uuid)), options.policy, options.now);
+  const wanted = new Set(kept.filter(({ reasons }) => reasons.length > 0).map(({ entry }) => entry.uuid));
+  const newest = snapshots.at(-1);
+  const transfers: Transfer[] = [];
+  const conflicts: Conflict[] = [];
+  let parent: Snapshot | null = null;
+  for (const snapshot of snapshots) {
+    const missing = find(snapshot) === undefined;
+    const asked = options.newestOnly ? snapshot === newest : wanted.has(snapshot.uuid);
+    const obstacle = taken.get(snapshot.name);
+    if (missing && !asked) continue;
+    if (missing && obstacle !== undefined && obstacle !== "leftover") {
+      conflicts.push({ name: snapshot.name, why: obstacle });
+      continue;
+    }
+    if (missing) transfers.push({ snapshot, parent: options.incremental ? parent : null, leftover: obstacle === "leftover" });
+    parent = snapshot;
+  }
+  return { transfers, conflicts };
+}
+
+/**
+ * What a command gets, that cannot be asked what it has: what is newer than the last stream it
+ * took, or only the newest if there was none.
+ */
+export function planStreams(snapshots: readonly Snapshot[], memory: Memory | null, options: { readonly incremental: boolean; readonly newestOnly: boolean; readonly prefix: string }): Transfer[] {
+  const last = memory === null ? -1 : snapshots.findIndex(({ uuid }) => uuid === memory.uuid);
+  // The remembered snapshot is gone: its name still tells what came after it.
+  const time = memory === null ? null : parseName(memory.name, options.prefix);
+  const newer = last !== -1 ? snapshots.slice(last + 1) : snapshots.filter((snapshot) => snapshot.time > (time ?? -Infinity));
+  const sent = memory === null || options.newestOnly ? newer.slice(-1) : newer;
+  return sent.map((snapshot, i) => ({ snapshot, parent: options.incremental ? (sent[i - 1] ?? snapshots[last] ?? null) : null, leftover: false }));
+}
+
+/**
+ * What retention does at a destination after its transfers. Strangers are not among `backups`.
+ * The newest backup and the newest that the source still has (the pin) stay, whatever the policy.
+ */
+export function planDestination(snapshots: readonly Snapshot[], backups: readonly Backup[], policy: Policy | null, now: number): Decision<Backup>[] {
+  const find = dataFinder(backups);
+  const rank = new Map<string, number>();
+  snapshots.forEach((snapshot, i) => {
+    const backup = find(snapshot);
+    if (backup !== undefined) rank.set(backup.uuid, i);
+  });
+  const pin = newestShared(snapshots, backups);
+  const pinned = pin === null ? undefined : find(pin);
+  return retain(
+    arrange(backups, ({ uuid }) => rank.get(uuid)),
+    policy,
+    now,
+  ).map(({ entry, reasons }) => ({ entry, reasons: entry === pinned ? [...reasons, "shared with the source"] : reasons }));
+}
+
+/** A destination as retention at the source sees it. */
+export type Claimant = {
+  readonly id: string;
+  readonly pin: { readonly uuid: string } | null;
+  /** It was given in this run, and could not be read. */
+  readonly unread: boolean;
+  /** Null unless what it could not get is to be kept for it. */
+  readonly unsentPolicy: { readonly policy: Policy | null } | null;
+};
+
+/**
+ * What retention does at the source. Every known destination's pin stays; while one that has no
+ * pin could not be read, everything does.
+ */
+export function planSource(snapshots: readonly Snapshot[], policy: Policy | null, claimants: readonly Claimant[], now: number): Decision<Snapshot>[] {
+  const extra = new Map<string, string[]>(snapshots.map(({ uuid }) => [uuid, []]));
+  for (const { id, pin, unread, unsentPolicy } of claimants) {
+    const pinned = snapshots.findIndex(({ uuid }) => uuid === pin?.uuid);
+    if (pinned !== -1) extra.get(snapshots[pinned]?.uuid ?? "")?.push(`shared with ${id}`);
+    if (unread && pin === null) for (const reasons of extra.values()) reasons.push(`nothing is known of ${id} yet`);
+    if (unsentPolicy === null) continue;
+    retain(snapshots, unsentPolicy.policy, now).forEach(({ entry, reasons }, i) => i > pinned && reasons.length > 0 && extra.get(entry.uuid)?.push(`not yet sent to ${id}`));
+  }
+  return retain(snapshots, policy, now).map(({ entry, reasons }) => ({ entry, reasons: [...reasons, ...(extra.get(entry.uuid) ?? [])] }));
+}
+
+/** What may go now to make room for a transfer: what the policy will drop once it is there, never its parent. */
+export function planRoom(snapshots: readonly Snapshot[], standing: Standing, transfer: Transfer, policy: Policy | null, now: number): Backup[] {
+  const arrived: Backup = { ...transfer.snapshot, receivedUuid: transfer.snapshot.receivedUuid ?? transfer.snapshot.uuid };
+  const parent = transfer.parent && dataFinder(standing.backups)(transfer.parent);
+  const newest = planDestination(snapshots, standing.backups, policy, now).at(-1)?.entry;
+  const pin = newestShared(snapshots, standing.backups);
+  const pinned = pin === null ? undefined : dataFinder(standing.backups)(pin);
+  return planDestination(snapshots, [...standing.backups, arrived], policy, now)
+    .filter(({ entry, reasons }) => reasons.length === 0 && entry !== arrived && entry !== parent && entry !== newest && entry !== pinned)
+    .map(({ entry }) => entry);
+}
+
+/** Whether a source may use a folder for a chain; `strangers` are the backups there that are not its own. */
+export type Claim = { readonly accepted: true; readonly strangers: readonly string[] } | { readonly accepted: false; readonly why: string };
+
+/**
+ * One chain, one owner. `shared` tells the folder's snapshots that hold the claiming source's data;
+ * of the others, the ancestors of those are its own as well (each was received on top of its parent).
+ */
+export function claim(identity: Identity, chain: ChainRecord, standing: readonly Snapshot[], shared: readonly Snapshot[], adopt: boolean): Claim {
+  const { owner, strangers = [] } = chain;
+  if (owner?.uuid === identity.uuid) return { accepted: true, strangers };
+  const samePlace = owner?.host === identity.host && owner.path === identity.path;
+  if (standing.length === 0 || (samePlace && shared.length > 0)) return { accepted: true, strangers };
+  if (!adopt && (owner !== undefined || shared.length === 0)) {
+    const theirs = owner === undefined ? "an unknown source: nothing there has been received from this one" : `${owner.host}:${owner.path} (subvolume ${owner.uuid})`;
+    return { accepted: false, why: `the backups there belong to ${theirs}; this source is ${identity.host}:${identity.path} (subvolume ${identity.uuid}). Use a prefix (-p) or another folder; --adopt takes it over` };
+  }
+  const byUuid = new Map(standing.map((backup) => [backup.uuid, backup]));
+  const own = new Set<string>();
+  for (const start of shared) for (let b: Snapshot | undefined = start; b !== undefined && !own.has(b.uuid); b = byUuid.get(b.parentUuid ?? "")) own.add(b.uuid);
+  return { accepted: true, strangers: [...new Set([...strangers, ...standing.filter(({ uuid }) => !own.has(uuid)).map(({ uuid }) => uuid)])] };
+}
+
+// ── 6. Transfer ──────────────────────────────────────────────────────────────────────────
+
+/** What a command tells: log lines to people, events to programs; and whether anything failed. */
+export type Report = {
+  failed: boolean;
+  readonly event: (event: string, fields: Record<string, unknown>) => void;
+  readonly warning: (message: string) => void;
+  readonly error: (destination: string | null, error: unknown) => void;
+};
+
+function newReport(json: boolean, dryRun: boolean): Report {
+  const event: Report["event"] = (name, fields) => json && void process.stdout.write(`${JSON.stringify({ event: name, ...fields, ...(dryRun ? { dry_run: true } : {}) })}\n`);
+  const report: Report = {
+    failed: false,
+    event,
+    warning(message) {
+      log.warn(message);
+      event("warning", { message });
+    },
+    error(destination, error) {
+      if (error instanceof Interrupted) throw error;
+      // Anything but our own errors is a mistake in this program, and its stack tells where.
+      const message = error instanceof Failure || error instanceof Busy ? error.message : String((error as Error)?.stack ?? error);
+      report.failed = true;
+      log.error(destination === null || message.startsWith(destination) ? message : `${destination}: ${message}`);
+      event("error", { destination, message });
+    },
+  };
+  return report;
+}
+
+/** How to send. `sizes`: bytes of a full stream, by snapshot UUID, where quotas tell them. */
+type Sending = { readonly progress: boolean; readonly btrfsDebug: boolean; readonly sizes: ReadonlyMap<string, number> };
+
+/** The stage that draws a bar on the terminal, if there is one to draw on and pv to draw it. */
+function progressStage(transfer: Transfer, { progress, sizes }: Sending): Stage[] {
+  if (!progress || !process.stderr.isTTY) return [];
+  if (which.sync("pv", { nothrow: true }) === null) {
+    log.debug("no progress is shown: pv is not installed");
+    return [];
+  }
+  const size = transfer.parent === null ? sizes.get(transfer.snapshot.uuid) : undefined;
+  return [{ label: "pv", command: `pv ${size === undefined ? "-trb" : `-ptreb -s ${size}`}`, shown: true }];
+}
+
+/** Sends one snapshot to one destination, which is as before if it fails. Errors: those of `pipeline`. */
+async function transferTo(destination: Destination, source: Folder, transfer: Transfer, sending: Sending): Promise<{ bytes: number | null; seconds: number }> {
+  const { snapshot, parent } = transfer;
+  const send = commandFor(source.host, SEND, [sending.btrfsDebug ? "-vv" : "-q", source.path, snapshot.name, parent?.name ?? ""]);
+  const { stage, environment } = destination.receive(transfer);
+  const label = `btrfs send${source.host.label === "" ? "" : ` on ${source.host.label}`}`;
+  const began = Date.now();
+  try {
+    const bytes = await pipeline([{ label, command: send, shown: sending.btrfsDebug }, ...progressStage(transfer, sending), stage], environment);
+    return { bytes, seconds: (Date.now() - began) / 1000 };
+  } catch (error) {
+    // What stood in the way of the name is not what this transfer left.
+    if (!/File exists|is no leftover/.test((error as Error).message))
+      await whileCleaning(() => destination.discard(transfer)).catch((problem: Error) => log.warn(`${problem.message} (the next run will)`));
+    throw error;
+  }
+}
+
+// ── 7. Commands ──────────────────────────────────────────────────────────────────────────
+
+/** A destination as it was asked for. */
+export type Wanted = { readonly location: Location; readonly optional: boolean; readonly policy: Policy | null };
+
+export type RunOptions = {
+  readonly source: Location & { kind: "folder" };
+  readonly destinations: readonly Wanted[];
+  readonly snapshotFolder: string;
+  readonly prefix: string;
+  readonly sourcePolicy: Policy | null;
+  readonly backupPolicy: Policy | null;
+  readonly snapshot: boolean;
+  readonly transfer: boolean;
+  readonly incremental: boolean;
+  readonly newestOnly: boolean;
+  readonly hosts: Hosts;
+  readonly deletion: Deletion;
+  readonly lockedDestinations: boolean;
+  readonly removeLocks: boolean;
+  readonly fsChecks: boolean;
+  readonly adopt: boolean;
+  readonly keepUnsent: boolean;
+  readonly makeRoom: boolean;
+  readonly maxAge: { count: number; unit: Unit; text: string } | null;
+  readonly beforeSnapshot: string | null;
+  readonly afterSnapshot: string | null;
+  readonly dryRun: boolean;
+  readonly wait: number;
+  readonly progress: boolean;
+  readonly btrfsDebug: boolean;
+};
+
+/** A subvolume with its snapshot folder. */
+type Source = Folder & { readonly identity: Identity; readonly subvolume: string };
+
+/** Opens SOURCE and locks its snapshot folder. Errors: UsageError for a SOURCE that cannot be one, Busy. */
+async function openSource(o: Pick<RunOptions, "source" | "snapshotFolder" | "prefix" | "hosts" | "wait" | "dryRun" | "adopt" | "fsChecks">): Promise<Source> {
+  const path = withoutSlash(o.snapshotFolder.startsWith("/") ? normalize(o.snapshotFolder) : normalize(join(o.source.path, o.snapshotFolder)));
+  const opening = { prefix: o.prefix, wait: o.dryRun ? ("look" as const) : o.wait, hosts: o.hosts, source: o.source.path };
+  const identityOf = ({ source, hostName }: Folder): Identity => ({ uuid: source?.uuid ?? "", host: hostName, path: source?.path ?? "" });
+  const folder = await openChecked(o.source, path, opening, (folder) => {
+    const { source, place, chain, snapshots } = folder;
+    if (source?.filesystem === null && o.fsChecks) throw new UsageError(`not on btrfs: ${o.source.id}`);
+    if (source?.inode !== 256) throw new UsageError(`not a subvolume: ${o.source.id}`);
+    if (place.filesystem !== source.filesystem) throw new UsageError(`the snapshot folder ${path} is not on the filesystem of ${o.source.id}`);
+    // A folder inside SOURCE is SOURCE's own; one outside could be another's as well.
+    const children = snapshots.filter(({ parentUuid }) => parentUuid === source.uuid);
+    const claimed = isWithin(folder.top, source.top) ? null : claim(identityOf(folder), chain, snapshots, children, o.adopt);
+    if (claimed?.accepted === false) throw new Failure(`${path}: ${claimed.why}`);
+  });
+  return { ...folder, identity: identityOf(folder), subvolume: folder.source?.path ?? "" };
+}
+
+/** The destinations that a source's record knows, or else those that 0.3.1 knew. */
+function knownDestinations({ chain, old, snapshots, prefix }: Folder): KnownDestination[] {
+  if (chain.destinations !== undefined) return [...chain.destinations];
+  const ours = (names: readonly string[] = []) => names.filter((name) => parseName(name, prefix) !== null);
+  return [...new Set([...old.receiving.keys(), ...old.parents.keys()])]
+    .map((location) => {
+      const pin = snapshots.findLast(({ name }) => ours(old.parents.get(location)).includes(name));
+      const receiving = ours(old.receiving.get(location));
+      return { location, filesystem: null, pin: pin ? { name: pin.name, uuid: pin.uuid } : null, last: null, receiving };
+    })
+    .filter(({ pin, receiving }) => pin !== null || receiving.length > 0);
+}
+
+/** Opens a destination after making sure that it is the right place. Errors: UsageError, Absent, Busy, Failure. */
+async function openDestination({ location }: Wanted, source: Source, known: KnownDestination | undefined, o: RunOptions): Promise<Destination> {
+  if (location.kind === "shell") {
+    return shellDestination(location, known?.pin ?? null, { prefix: o.prefix, source: o.source.id });
+  }
+  const mounted = "(is the disk mounted?)";
+  let claimed: Claim = { accepted: true, strangers: [] };
+  const opening = { prefix: o.prefix, wait: o.dryRun ? ("look" as const) : o.wait, hosts: o.hosts };
+  const folder = await openChecked(location, location.path, opening, (folder) => {
+    const { place, exists, chain, record, snapshots, top } = folder;
+    const sameFilesystem = place.filesystem !== null && place.filesystem === source.place.filesystem;
+    if (sameFilesystem && nested(top, source.top)) throw nestedError(location.id);
+    if (place.filesystem === null && o.fsChecks) throw new Absent(`not on btrfs ${mounted}`);
+    if (known?.filesystem && !o.adopt) {
+      if (place.filesystem !== known.filesystem) throw new Absent(`it lies on another filesystem (${place.filesystem}) than before (${known.filesystem}) ${mounted}; --adopt accepts a replaced disk`);
+      if (!exists || (chain.owner === undefined && record.unreadable === null)) throw new Absent(`what was backed up there is gone ${mounted}; --adopt begins anew`);
+    }
+    if (sameFilesystem && o.fsChecks) throw new Absent(`it lies on the filesystem of ${source.id} itself ${mounted}; --skip-fs-checks allows it`);
+    // 0.3.1 remembered no filesystem: an empty place is not where its backups were.
+    const complete = snapshots.filter(isComplete);
+    if (known?.pin && known.filesystem === null && complete.length === 0 && !o.adopt) throw new Absent(`the backups that 0.3.1 made are not there ${mounted}; --adopt begins anew`);
+    const here = dataFinder(source.snapshots);
+    claimed = claim(source.identity, chain, complete, complete.filter((backup) => here(backup) !== undefined), o.adopt);
+    if (!claimed.accepted) throw new Failure(claimed.why);
+  });
+  const strangers = claimed.accepted ? claimed.strangers : [];
+  const owned = { ...folder.chain, owner: source.identity, ...(strangers.length > 0 ? { strangers } : {}) };
+  // Taken over, or moved: the record says so even if nothing is sent.
+  if (!o.dryRun && folder.chain.owner && JSON.stringify(folder.chain) !== JSON.stringify(owned)) await writeRecord(folder, owned);
+  return folderDestination(folder, owned, known?.receiving ?? [], { ...o.deletion, btrfsDebug: o.btrfsDebug });
+}
+
+const NO_SUBVOLUME: Subvolume = { id: 0, path: "", uuid: "", parentUuid: null, receivedUuid: null, readonly: true };
+
+const nested = (a: string, b: string) => isWithin(a, b) || isWithin(b, a);
+const nestedError = (id: string) => new UsageError(`${id} is the snapshot folder, or inside or above it`);
+
+/** Refuses a destination in or above the snapshot folder by name alone, before anything is opened. */
+function checkPlaces(o: RunOptions): void {
+  const folder = resolve(o.source.path, o.snapshotFolder);
+  const host = JSON.stringify(o.source.host);
+  for (const { location } of o.destinations)
+    if (location.kind === "folder" && JSON.stringify(location.host) === host && nested(location.path, folder)) throw nestedError(location.id);
+}
+
+/** Warns of subvolumes below SOURCE: a snapshot has empty directories in their place. */
+function warnOfNested({ source, subvolumes, top, subvolume }: Source, report: Report): void {
+  const above = source === null || source.top === "/" ? "/" : `${source.top}/`;
+  const paths = subvolumes.map(({ path }) => `/${path}`).filter((path) => path.startsWith(above) && !isWithin(path, top));
+  if (paths.length === 0) return;
+  const some = paths.slice(0, 3).map((path) => path.slice(above.length));
+  report.warning(`${count(paths.length, "subvolume")} below ${subvolume} ${paths.length === 1 ? "is" : "are"} not part of its snapshots: ${some.join(", ")}${paths.length > 3 ? ", …" : ""}`);
+}
+
+/** Takes the snapshot, between the user's own commands. Errors: Failure. */
+async function takeSnapshot(source: Source, o: RunOptions, report: Report, sizes: Map<string, number>): Promise<Snapshot> {
+  const hook = async (command: string | null, option: string) => {
+    if (command !== null && !o.dryRun) log.debug((await ask(source.host, HOOK, [command], `${option} failed`)).trim());
+  };
+  try {
+    await hook(o.beforeSnapshot, "--before-snapshot");
+    for (let at = new Date(); ; at = new Date()) {
+      checkInterruption();
+      while (o.dryRun && source.entries.has(`${o.prefix}${stamp(at)}`)) at = new Date(at.getTime() + 1000);
+      const name = `${o.prefix}${stamp(at)}`;
+      const made = { ...NO_SUBVOLUME, name, time: wallClock(at), path: name, parentUuid: source.identity.uuid };
+      if (o.dryRun) return { ...made, id: Number.MAX_SAFE_INTEGER, uuid: crypto.randomUUID() };
+      try {
+        const shown = await ask(source.host, SNAPSHOT, [source.subvolume, source.path, name], `cannot take a snapshot of ${source.subvolume}`);
+        const uuid = shownField(shown, "UUID");
+        const size = /^\s+Usage referenced:\s+(\d+)/m.exec(shown)?.[1];
+        if (size !== undefined) sizes.set(uuid, Number(size));
+        return { ...made, id: Number(shownField(shown, "Subvolume ID")), uuid };
+      } catch (error) {
+        if (!(error instanceof Taken)) throw error;
+        await new Promise((nextSecond) => setTimeout(nextSecond, 1000 - at.getMilliseconds()));
+      }
+    }
+  } finally {
+    await whileCleaning(() => hook(o.afterSnapshot, "--after-snapshot")).catch((error) => report.error(null, error));
+  }
+}
+
+/** Tells what retention decided, and returns the names that go. */
+function explained<T extends Dated>(decisions: readonly Decision<T>[], id: string, dryRun: boolean): string[] {
+  const tell = dryRun ? log.info : log.debug;
+  for (const { entry, reasons } of decisions) tell(`${id}: ${entry.name} ${reasons.length > 0 ? `stays: ${reasons.join(", ")}` : "goes"}`);
+  return decisions.filter(({ reasons }) => reasons.length === 0).map(({ entry }) => entry.name);
+}
+
+/** One run's view of a destination that could be opened. */
+type Served = { readonly wanted: Wanted; readonly destination: Destination; standing: Standing; done: boolean };
+
+/** Sends what a destination lacks, then prunes it. Errors: those of a transfer. */
+async function serve(served: Served, source: Source, snapshots: readonly Snapshot[], o: RunOptions, report: Report, sizes: ReadonlyMap<string, number>, remember: (sent: Snapshot) => Promise<void>): Promise<void> {
+  const { destination, wanted } = served;
+  const { id } = destination;
+  const now = wallClock(new Date());
+  const options = { policy: wanted.policy, incremental: o.incremental, newestOnly: o.newestOnly, now };
+  const { transfers, conflicts } = !o.transfer
+    ? { transfers: [], conflicts: [] }
+    : destination.stream !== null
+      ? { transfers: planStreams(snapshots, destination.stream.last, o), conflicts: [] }
+      : planTransfers(snapshots, served.standing, options);
+  for (const { name, why } of conflicts) report.error(id, new Failure(`${name} is not sent: ${why}; rename or remove it`));
+  if (transfers.length > 1 && served.standing.held.length === 0) log.info(`${id} is new: ${transfers.length} snapshots will be sent; --newest-only sends only the newest`);
+  for (const transfer of transfers) {
+    const { snapshot, parent } = transfer;
+    const how = parent !== null ? `difference to ${parent.name}` : !o.incremental ? "in full, as asked" : "in full: no earlier snapshot is on both sides";
+    log.info(`${o.dryRun ? "Would send" : "Sending"} ${snapshot.name} to ${id} (${how})`);
+    const attempt = () => transferTo(destination, source, transfer, { progress: o.progress, btrfsDebug: o.btrfsDebug, sizes });
+    const result = o.dryRun ? { bytes: null, seconds: 0 } : await attempt().catch(async (error) => {
+      if (!(error instanceof NoSpace) || !o.makeRoom || destination.frozen !== null) throw error;
+      const names = planRoom(snapshots, served.standing, transfer, wanted.policy, now).map(({ name }) => name);
+      if (names.length === 0) throw error;
+      await removeFrom(served, names, "to make room", o, report, true);
+      return attempt();
+    });
+    const arrived: Backup = { ...snapshot, receivedUuid: snapshot.receivedUuid ?? snapshot.uuid };
+    served.standing = { ...served.standing, held: [...served.standing.held, arrived], backups: [...served.standing.backups, arrived] };
+    report.event("transfer", { destination: id, name: snapshot.name, parent: parent?.name ?? null, ...result });
+    await remember(snapshot);
+  }
+  if (conflicts.length > 0) return;
+  if (destination.frozen !== null) throw new Failure(`nothing is deleted there: ${destination.frozen}`);
+  if (destination.stream === null) await removeFrom(served, explained(planDestination(snapshots, served.standing.backups, wanted.policy, now), id, o.dryRun), `not kept by "${wanted.policy?.text}"`, o, report, false);
+  served.done = true;
+}
+
+/** Deletes backups of a destination; `free`: waits until their space is free. */
+async function removeFrom(served: Served, names: readonly string[], reason: string, o: RunOptions, report: Report, free: boolean): Promise<void> {
+  await removing(served.destination.id, names, reason, o.dryRun, report, () => served.destination.remove(names, free));
+  const gone = new Set(names);
+  served.standing = { ...served.standing, backups: served.standing.backups.filter(({ name }) => !gone.has(name)) };
+}
+
+async function removing(id: string, names: readonly string[], reason: string, dryRun: boolean, report: Report, remove: () => Promise<void>): Promise<void> {
+  if (names.length === 0) return;
+  log.info(`${dryRun ? "Would delete" : "Deleting"} ${names.length} at ${id}: ${names.slice(0, 5).join(" ")}${names.length > 5 ? " …" : ""} (${reason})`);
+  if (!dryRun) await remove();
+  for (const name of names) report.event("delete", { location: id, name, reason });
+}
+
+/** Takes a snapshot, sends every destination what it lacks, and keeps what should be kept. */
+export async function run(o: RunOptions, report: Report): Promise<void> {
+  checkPlaces(o);
+  const source = await openSource(o);
+  const known = new Map(knownDestinations(source).map((destination) => [destination.location, destination]));
+  const wanted = new Map(o.destinations.map((destination) => [destination.location.id, destination]));
+  if (o.lockedDestinations) for (const id of known.keys()) if (!wanted.has(id)) wanted.set(id, { location: parseLocation(id), optional: false, policy: o.backupPolicy });
+  if (o.removeLocks) for (const id of wanted.keys()) known.delete(id);
+  const all: Served[] = [];
+  const tally = { sent: 0, deleted: 0 };
+  const counting: Report = {
+    ...report,
+    event(event, fields) {
+      if (event === "transfer") tally.sent++;
+      if (event === "delete") tally.deleted++;
+      report.event(event, fields);
+    },
+  };
+  const saveKnown = async () => {
+    const chain = { ...source.chain, owner: source.identity, destinations: [...known.values()] };
+    if (!o.dryRun && JSON.stringify(chain) !== JSON.stringify(source.chain)) await writeRecord(source, chain);
+  };
+  let taken: Snapshot | null = null;
+  try {
+    warnOfNested(source, report);
+    const { unreadable } = source.record;
+    if (unreadable !== null) report.error(null, new Failure(`${source.path}/.btrfs-backup.json cannot be read (${unreadable}): nothing is deleted at the source; "btrfs-backup unpin --all ${o.source.id}" moves it aside`));
+    // In sorted order, so that two runs cannot wait for each other.
+    const opening = [...wanted.values()].sort((a, b) => (a.location.id < b.location.id ? -1 : 1));
+    for (const destination of o.removeLocks && !o.transfer ? [] : opening) {
+      const { id } = destination.location;
+      try {
+        const opened = await openDestination(destination, source, known.get(id), o);
+        all.push({ wanted: destination, destination: opened, standing: opened.standing, done: false });
+      } catch (error) {
+        if (error instanceof UsageError || error instanceof Interrupted) throw error;
+        if (error instanceof Absent && destination.optional) skip(id, error, known.get(id), o, report);
+        else report.error(id, error);
+      }
+    }
+    const snapshots = source.snapshots.filter(({ readonly }) => readonly);
+    for (const { name, readonly } of source.snapshots) if (!readonly) report.warning(`${source.path}/${name} is writable: it is not sent, not counted and not deleted`);
+    const sizes = new Map<string, number>();
+    if (o.snapshot)
+      try {
+        taken = await takeSnapshot(source, o, report, sizes);
+        snapshots.push(taken);
+        log.info(`${o.dryRun ? "Would take" : "Took"} snapshot ${taken.name} of ${o.source.id}`);
+        report.event("snapshot", { name: taken.name, path: join(source.path, taken.name) });
+      } catch (error) {
+        report.error(null, error);
+      }
+    for (const served of all) {
+      const { id, stream, filesystem } = served.destination;
+      const before = known.get(id);
+      const remember = (pin: Memory | null, last: string | null) => {
+        if (pin !== null || before !== undefined) known.set(id, { location: id, filesystem, pin: pin && { name: pin.name, uuid: pin.uuid }, last });
+      };
+      try {
+        await serve(served, source, snapshots, o, counting, sizes, async (sent) => {
+          if (stream === null) return;
+          remember(sent, new Date().toISOString()); // all the memory there is of it
+          await saveKnown();
+        });
+      } catch (error) {
+        report.error(id, error);
+      }
+      const pin = stream === null ? newestShared(snapshots, served.standing.held) : (known.get(id)?.pin ?? null);
+      remember(pin, served.done ? new Date().toISOString() : (known.get(id)?.last ?? null));
+    }
+    await saveKnown();
+    if (unreadable === null) await pruneSource(source, snapshots, wanted, known, all, o, counting);
+  } finally {
+    await whileCleaning(async () => {
+      for (const { destination } of all) await destination.close();
+      await source.close();
+    });
+  }
+  const failures = report.failed ? ", with errors" : "";
+  log.info(`${o.dryRun ? "Nothing was changed" : "Done"}: ${count(taken === null ? 0 : 1, "snapshot")}, ${count(tally.sent, "transfer")}, ${count(tally.deleted, "deletion")}${failures}`);
+  report.event("summary", { ok: !report.failed, snapshot: taken?.name ?? null, transfers: tally.sent, deletions: tally.deleted });
+}
+
+/** An optional destination that is not there is no failure, until it has been away for too long. */
+function skip(id: string, reason: Absent, known: KnownDestination | undefined, { maxAge }: RunOptions, report: Report): void {
+  const last = known?.last ?? null;
+  if (maxAge !== null && (last === null || Date.parse(last) < before(Date.now(), maxAge.count, maxAge.unit)))
+    return report.error(id, new Failure(`not there, and last served ${last === null ? "never" : `at ${last}`}, longer ago than ${maxAge.text}: ${reason.message}`));
+  log.info(`Skipping ${id}: ${reason.message}`);
+  report.event("skipped", { destination: id, message: reason.message });
+}
+
+/** Keeps at the source what its policy, and every destination's next transfer, needs. */
+async function pruneSource(source: Source, snapshots: readonly Snapshot[], wanted: ReadonlyMap<string, Wanted>, known: ReadonlyMap<string, KnownDestination>, all: readonly Served[], o: RunOptions, report: Report): Promise<void> {
+  const claimants = [...new Set([...wanted.keys(), ...known.keys()])].map((id): Claimant => {
+    const served = all.find(({ destination }) => destination.id === id);
+    const given = wanted.get(id);
+    const unread = given !== undefined && (served === undefined || (served.destination.stream !== null && !served.done));
+    return { id, pin: known.get(id)?.pin ?? null, unread, unsentPolicy: o.keepUnsent && given !== undefined && !served?.done ? { policy: given.policy } : null };
+  });
+  const names = explained(planSource(snapshots, o.sourcePolicy, o.removeLocks ? claimants.filter(({ pin }) => pin) : claimants, wallClock(new Date())), o.source.id, o.dryRun);
+  await removing(o.source.id, names, `not kept by "${o.sourcePolicy?.text}"`, o.dryRun, report, () => deleteFrom(source, names, o.deletion));
+}
+
+export type UnpinOptions = Pick<RunOptions, "source" | "snapshotFolder" | "prefix" | "hosts" | "wait"> & { readonly locations: readonly string[]; readonly all: boolean };
+
+/** Makes a source forget destinations, so that nothing is kept for them. */
+export async function unpin(o: UnpinOptions, report: Report): Promise<void> {
+  const source = await openSource({ ...o, dryRun: false, adopt: false, fsChecks: true });
+  try {
+    if (source.record.unreadable !== null) {
+      if (!o.all) throw new Failure(`${source.path}/.btrfs-backup.json cannot be read (${source.record.unreadable}); --all moves it aside`);
+      const suffix = stamp(new Date());
+      await ask(source.host, ASIDE, [source.path, suffix], `cannot move ${source.path}/.btrfs-backup.json aside`);
+      log.info(`Moved ${source.path}/.btrfs-backup.json to .btrfs-backup.json.${suffix}`);
+      return;
+    }
+    const known = knownDestinations(source);
+    const ids = known.map(({ location }) => location);
+    for (const id of o.locations) if (!ids.includes(id)) report.error(id, new Failure(`not known at ${o.source.id}; known are: ${ids.join(", ") || "none"}`));
+    const destinations = known.filter(({ location }) => !o.all && !o.locations.includes(location));
+    await writeRecord(source, { ...source.chain, destinations });
+    log.info(`Unpinned ${count(known.length - destinations.length, "destination")}`);
+  } finally {
+    await whileCleaning(source.close);
+  }
+}
+
+// ── 8. Command line ──────────────────────────────────────────────────────────────────────
+
+const HOST_ARGUMENTS = {
+  "ssh-opt": { type: "string", valueHint: "OPTION", description: "Passed to ssh as -o OPTION (repeatable)" },
+  "ssh-sudo": { type: "boolean", description: "Run btrfs under sudo -n on other hosts" },
+  sudo: { type: "boolean", description: "Run btrfs under sudo -n here" },
+  wait: { type: "string", valueHint: "SECONDS", description: "Wait for a lock that another run holds (default: do not wait)" },
+  "snapshot-folder": { type: "string", alias: "f", valueHint: "DIR", description: "Snapshot folder, relative to SOURCE or absolute (default: snapshot)" },
+  "snapshot-prefix": { type: "string", alias: "p", valueHint: "PREFIX", description: "What snapshot names begin with (default: nothing)" },
+  verbosity: { type: "string", alias: "v", valueHint: "LEVEL", description: "debug, info, warning or error (default: info)" },
+  quiet: { type: "boolean", alias: "q", description: "Same as --no-progress --verbosity warning" },
+  json: { type: "boolean", description: "Tell what happens on standard output, one JSON object a line" },
+  help: { type: "boolean", alias: "h", description: "Show this text" },
+} as const satisfies ArgsDef;
+
+const RUN_ARGUMENTS = {
+  "num-snapshots": { type: "string", alias: "N", valueHint: "POLICY", description: "What to keep at the source: a number, or words like '24h 7d 4w 12m 14d+' (default: 0, everything)" },
+  "num-backups": { type: "string", alias: "n", valueHint: "POLICY", description: "What to keep at each destination (default: 0, everything)" },
+  "latest-only": { type: "boolean", description: "Deprecated: same as --num-snapshots 1" },
+  "no-snapshot": { type: "boolean", alias: "S", description: "Take no snapshot, transfer existing ones" },
+  "no-transfer": { type: "boolean", alias: "T", description: "Transfer nothing" },
+  "no-incremental": { type: "boolean", alias: "I", description: "Always send in full" },
+  "newest-only": { type: "boolean", description: "Send only the newest snapshot, not what was missed before" },
+  optional: { type: "string", valueHint: "DEST", description: "A destination that may be absent (repeatable)" },
+  "max-age": { type: "string", valueHint: "DURATION", description: "Fail when an absent --optional destination was last served longer ago, e.g. 3d" },
+  "keep-unsent": { type: "boolean", description: "Keep at the source what a destination could not get yet" },
+  "make-room": { type: "boolean", description: "When a destination is full, delete first what -n would delete afterwards" },
+  "before-snapshot": { type: "string", valueHint: "CMD", description: "Run on SOURCE's host before the snapshot, which is not taken if it fails" },
+  "after-snapshot": { type: "string", valueHint: "CMD", description: "Run on SOURCE's host after the snapshot, always" },
+  adopt: { type: "boolean", description: "Take over a destination that belonged to another source, or a replaced disk" },
+  "dry-run": { type: "boolean", description: "Say what would happen and why; change nothing" },
+  sync: { type: "boolean", alias: "s", description: "Wait until deleted subvolumes are gone (btrfs subvolume sync)" },
+  "convert-rw": { type: "boolean", alias: "w", description: "Make snapshots writable before deleting them (for user_subvol_rm_allowed)" },
+  "locked-dests": { type: "boolean", description: "Add every known destination of SOURCE" },
+  "remove-locks": { type: "boolean", description: "Forget the given destinations first (see unpin)" },
+  "skip-fs-checks": { type: "boolean", description: "Do not check that SOURCE and DEST are on btrfs, and not on the same one" },
+  "btrfs-debug": { type: "boolean", alias: "d", description: "Let btrfs send and receive tell everything (-vv)" },
+  "no-progress": { type: "boolean", alias: "P", description: "Show no progress" },
+  ...HOST_ARGUMENTS,
+  version: { type: "boolean", description: "Show the version" },
+} as const satisfies ArgsDef;
+
+const UNPIN_ARGUMENTS = {
+  all: { type: "boolean", description: "Forget every destination; a record that cannot be read is moved aside" },
+  ...HOST_ARGUMENTS,
+} as const satisfies ArgsDef;
+
+const POSITIONALS = {
+  run: {
+    source: { type: "positional", description: "Subvolume to back up: /path or ssh://[user@]host[:port]/path" },
+    dest: { type: "positional", required: false, description: "Where to: /path, ssh://[user@]host[:port]/path or shell://COMMAND; any number" },
+  },
+  unpin: {
+    source: { type: "positional", description: "The subvolume that was backed up" },
+    location: { type: "positional", required: false, description: "Destinations to forget" },
+  },
+} as const satisfies Record<string, ArgsDef>;
+
+const REPEATABLE = new Set(["ssh-opt", "optional"]);
+
+/** What was given: the last of each option, all of a repeatable one. */
+type Given = { readonly flag: (name: string) => boolean; readonly value: (name: string) => string | null; readonly all: (name: string) => string[]; readonly positionals: readonly string[] };
+
+/** Reads arguments strictly. Errors: UsageError naming the nearest option. */
+export function readArguments(args: readonly string[], definitions: ArgsDef): Given {
+  const named = Object.entries(definitions as Record<string, ArgDef & { alias?: string | string[] }>).filter(([, { type }]) => type !== "positional");
+  const options = Object.fromEntries(
+    named.map(([name, { type, alias }]) => [name, { type: type === "boolean" ? ("boolean" as const) : ("string" as const), multiple: REPEATABLE.has(name), ...(typeof alias === "string" ? { short: alias } : {}) }]),
+  );
+  try {
+    const { values, positionals } = parseArgs({ args: [...args], options, strict: true, allowPositionals: true });
+    return {
+      flag: (name) => values[name] === true,
+      value: (name) => (values[name] as string | undefined) ?? null,
+      all: (name) => (values[name] as string[] | undefined) ?? [],
+      positionals,
+    };
+  } catch (error) {
+    const { code, message } = error as Error & { code?: string };
+    if (code !== "ERR_PARSE_ARGS_UNKNOWN_OPTION") throw new UsageError(message.split(/\.\s|\n/)[0]);
+    const unknown = /'(-[^']*)'/.exec(message)?.[1] ?? "";
+    const names = named.map(([name]) => `--${name}`);
+    const best = names.map((name) => ({ name, far: distance(unknown, name) })).sort((a, b) => a.far - b.far)[0];
+    throw new UsageError(`unknown option ${unknown}${unknown.startsWith("--") && best && best.far <= 3 ? `; did you mean ${best.name}?` : ""}`);
+  }
+}
+
+/** How many letters to add, drop or change to make one word of the other (Levenshtein). */
+export function distance(a: string, b: string): number {
+  let row = Array.from({ length: b.length + 1 }, (_, i) => i);
+  for (let i = 1; i <= a.length; i++) {
+    const next = [i];
+    for (let j = 1; j <= b.length; j++) next.push(Math.min((row[j] as number) + 1, (next[j - 1] as number) + 1, (row[j - 1] as number) + (a[i - 1] === b[j - 1] ? 0 : 1)));
+    row = next;
+  }
+  return row[b.length] as number;
+}
+
+/**
+ * Replaces each @FILE by the arguments in it: one flag, `--option value` or positional a line, as
+ * 0.3.1 read them. Errors: UsageError for a file that cannot be read, or includes itself.
+ */
+export function expandFiles(args: readonly string[], read: (path: string) => string, including: readonly string[] = []): string[] {
+  return args.flatMap((arg) => {
+    if (!arg.startsWith("@")) return [arg];
+    const named = arg.slice(1);
+    const path = normalize(named.startsWith("/") ? named : join(dirname(including.at(-1) ?? "."), named));
+    if (including.includes(path)) throw new UsageError(`argument files include each other: ${[...including, path].join(" -> ")}`);
+    let text: string;
+    try {
+      text = read(path);
+    } catch (error) {
+      throw new UsageError(`cannot read the argument file ${path}: ${(error as Error).message}`);
+    }
+    const lines = text.split(/\r\n|\r|\n/).map((line) => line.trim());
+    const words = lines.filter((line) => line !== "" && !line.startsWith("#")).flatMap((line) => /^(-\S*)\s+(.*)$/.exec(line)?.slice(1) ?? [line]);
+    return expandFiles(words, read, [...including, path]);
+  });
+}
+
+/** The value of an option that must be a whole number. */
+function wholeNumber(text: string | null, option: string, otherwise: number): number {
+  if (text === null) return otherwise;
+  if (!/^\d{1,9}$/.test(text)) throw new UsageError(`${option} takes a whole number, not "${text}"`);
+  return Number(text);
+}
+
+/** A location that has to be a folder. */
+function folderLocation(text: string | undefined, what: string): Location & { kind: "folder" } {
+  if (text === undefined) throw new UsageError(`${what} is missing`);
+  const location = parseLocation(text);
+  if (location.kind !== "folder") throw new UsageError(`${what} cannot be a command: ${text}`);
+  return location;
+}
+
+/** What every command understands. */
+function commonOptions(given: Given) {
+  const verbosity = given.flag("quiet") ? "warning" : (given.value("verbosity") ?? "info");
+  if (!Object.hasOwn(LEVELS, verbosity)) throw new UsageError(`--verbosity is one of ${Object.keys(LEVELS).join(", ")}, not "${verbosity}"`);
+  log.level = LEVELS[verbosity as keyof typeof LEVELS];
+  const prefix = given.value("snapshot-prefix") ?? "";
+  if (/[/\n\r\0]/.test(prefix) || Buffer.byteLength(prefix) > 200) throw new UsageError("a prefix is at most 200 bytes, without slashes and line breaks");
+  const snapshotFolder = given.value("snapshot-folder") ?? "snapshot";
+  if (snapshotFolder.trim() === "" || snapshotFolder.includes("\0")) throw new UsageError("--snapshot-folder cannot be empty");
+  const hosts: Hosts = { sshOptions: given.all("ssh-opt"), sudo: given.flag("sudo"), sshSudo: given.flag("ssh-sudo") };
+  return { prefix, snapshotFolder, hosts, wait: wholeNumber(given.value("wait"), "--wait", 0) };
+}
+
+/** Reads the command line of `run`. */
+export function runOptions(given: Given): RunOptions {
+  const [first, ...rest] = given.positionals;
+  const policy = (option: string) => {
+    const text = given.value(option);
+    return text === null ? null : parsePolicy(text);
+  };
+  const source = folderLocation(first, "SOURCE");
+  const backupPolicy = policy("num-backups");
+  const sourcePolicy = given.flag("latest-only") ? parsePolicy("1") : policy("num-snapshots");
+  const wantedOf = (text: string, optional: boolean): Wanted => ({ location: parseLocation(text), optional, policy: backupPolicy });
+  const destinations = [...rest.map((text) => wantedOf(text, false)), ...given.all("optional").map((text) => wantedOf(text, true))];
+  if (backupPolicy !== null && destinations.length > 0 && destinations.every(({ location }) => location.kind === "shell"))
+    throw new UsageError("--num-backups needs a destination that can be asked what it has and told to delete, which a shell:// command cannot");
+  const maxAge = given.value("max-age");
+  return {
+    ...commonOptions(given),
+    source,
+    destinations,
+    sourcePolicy,
+    backupPolicy,
+    snapshot: !given.flag("no-snapshot"),
+    transfer: !given.flag("no-transfer"),
+    incremental: !given.flag("no-incremental"),
+    newestOnly: given.flag("newest-only"),
+    deletion: { convertRw: given.flag("convert-rw"), sync: given.flag("sync") },
+    lockedDestinations: given.flag("locked-dests"),
+    removeLocks: given.flag("remove-locks"),
+    fsChecks: !given.flag("skip-fs-checks"),
+    adopt: given.flag("adopt"),
+    keepUnsent: given.flag("keep-unsent"),
+    makeRoom: given.flag("make-room"),
+    maxAge: maxAge === null ? null : { ...parseDuration(maxAge), text: maxAge },
+    beforeSnapshot: given.value("before-snapshot"),
+    afterSnapshot: given.value("after-snapshot"),
+    dryRun: given.flag("dry-run"),
+    progress: !given.flag("no-progress") && !given.flag("quiet"),
+    btrfsDebug: given.flag("btrfs-debug"),
+  };
+}
+
+const unpinCommand = defineCommand({
+  meta: { name: "unpin", description: "Forget destinations, so that no snapshot is kept for them" },
+  args: { ...POSITIONALS.unpin, ...UNPIN_ARGUMENTS },
+  async run({ data }: { data?: Given }) {
+    const given = data as Given;
+    const [first, ...rest] = given.positionals;
+    const all = given.flag("all");
+    if (all === rest.length > 0) throw new UsageError("name the destinations to forget, or say --all");
+    const options = { ...commonOptions(given), source: folderLocation(first, "SOURCE"), locations: rest.map((text) => parseLocation(text).id), all };
+    return concluded(given, false, (report) => unpin(options, report));
+  },
+});
+
+const runCommand = defineCommand({
+  meta: { name: "btrfs-backup", version: VERSION, description: "Incremental backups of btrfs subvolumes. The command can be left out: it is run." },
+  args: { ...POSITIONALS.run, ...RUN_ARGUMENTS },
+  async run({ data }: { data?: Given }) {
+    const given = data as Given;
+    const options = runOptions(given);
+    return concluded(given, options.dryRun, (report) => run(options, report));
+  },
+});
+
+const COMMANDS: Record<string, CommandDef<any>> = { run: runCommand, unpin: unpinCommand };
+
+/** Runs a command with its report, and returns the exit status. */
+async function concluded(given: Given, dryRun: boolean, work: (report: Report) => Promise<void>): Promise<number> {
+  const report = newReport(given.flag("json"), dryRun);
+  try {
+    await work(report);
+  } catch (error) {
+    if (error instanceof UsageError || error instanceof Interrupted) throw error;
+    report.error(null, error);
+    report.event("summary", { ok: false });
+    return error instanceof Busy ? 3 : 1;
+  }
+  return report.failed ? 1 : 0;
+}
+
+/** The program, from its arguments to its exit status. */
+export async function main(args: readonly string[]): Promise<number> {
+  try {
+    const words = expandFiles(args, (path) => readFileSync(path, "utf8"));
+    const named = Object.hasOwn(COMMANDS, words[0] ?? "");
+    const command = COMMANDS[named ? (words[0] as string) : "run"] as CommandDef<any>;
+    const given = readArguments(named ? words.slice(1) : words, command.args as ArgsDef);
+    if (given.flag("version")) console.log(`btrfs-backup ${VERSION}`);
+    else if (given.flag("help") || words.length === 0) console.log(await renderUsage(command === runCommand ? { ...command, subCommands: { unpin: unpinCommand } } : command));
+    else return (await command.run?.({ rawArgs: [...words], args: { _: [] } as never, cmd: command, data: given })) as number;
+    return words.length === 0 ? 2 : 0;
+  } catch (error) {
+    if (error instanceof Interrupted) {
+      log.error(error.message);
+      return SIGNAL_STATUS[error.signal] ?? 1;
+    }
+    if (!(error instanceof UsageError)) throw error;
+    process.stderr.write(`btrfs-backup: ${error.message}\n`);
+    return 2;
+  }
+}
+
+if (import.meta.main) {
+  stopOnSignals();
+  const status = await main(process.argv.slice(2));
+  await new Promise((done) => process.stdout.write("", done)); // a pipe may still be full
+  process.exit(status);
+}
