@@ -1,0 +1,298 @@
+// Real parts for the tests: loop-mounted btrfs filesystems, an sshd, an S3 server, a gpg key, and
+// the program itself. Everything lives in TMPDIR and in the mount and process namespaces that
+// scripts/test makes, so that nothing outlives a test run, however it ends.
+
+import { afterAll, expect } from "bun:test";
+import { spawn, spawnSync, type ChildProcess } from "node:child_process";
+import { mkdirSync, mkdtempSync, readFileSync, writeFileSync } from "node:fs";
+import { createServer } from "node:net";
+import { tmpdir } from "node:os";
+import { join, resolve } from "node:path";
+
+if (process.env["BTRFS_BACKUP_RIG"] !== "1") throw new Error("run the tests with scripts/test: they need namespaces of their own");
+
+export const ROOT = resolve(import.meta.dir, "../..");
+
+const cleanups: (() => void)[] = [];
+afterAll(() => {
+  for (const cleanup of cleanups.splice(0).reverse())
+    try {
+      cleanup();
+    } catch (error) {
+      console.error(String(error)); // the namespaces end what is left
+    }
+});
+
+/** Runs a bash script with positional parameters; its standard output. Throws what it wrote to stderr. */
+export function sh(script: string, ...args: string[]): string {
+  const { status, stdout, stderr } = spawnSync("bash", ["-c", `set -euo pipefail; ${script}`, "sh", ...args], { encoding: "utf8", maxBuffer: 1 << 28 });
+  if (status !== 0) throw new Error(`${script}\n${args.join("\n")}\nexit ${status}: ${stderr}`);
+  return stdout.trim();
+}
+
+/** A new directory on the disk. */
+export const temporaryDirectory = () => mkdtempSync(join(tmpdir(), "t-"));
+
+/** A number for random choices: SEED, or a new one; printed, so that a failure can be repeated. */
+export function seeded(): () => number {
+  const seed = Number(process.env["SEED"] ?? Math.floor(Math.random() * 2 ** 31));
+  console.log(`SEED=${seed}`);
+  return generator(seed);
+}
+
+/** Mulberry32: small, and the same everywhere. */
+export function generator(seed: number): () => number {
+  let state = seed >>> 0;
+  return () => {
+    state = (state + 0x6d2b79f5) >>> 0;
+    let t = Math.imul(state ^ (state >>> 15), 1 | state);
+    t = (t + Math.imul(t ^ (t >>> 7), 61 | t)) ^ t;
+    return ((t ^ (t >>> 14)) >>> 0) / 2 ** 32;
+  };
+}
+
+/** How often a random loop runs. */
+export const soak = (otherwise: number) => Number(process.env["SOAK"] ?? otherwise);
+
+/** Waits until something is so. */
+export async function waitFor(what: string, condition: () => boolean | Promise<boolean>, seconds = 120): Promise<void> {
+  const until = Date.now() + seconds * 1000;
+  while (!(await condition())) {
+    if (Date.now() > until) throw new Error(`waited ${seconds} s in vain for ${what}`);
+    await Bun.sleep(10);
+  }
+}
+
+export type Filesystem = { readonly path: string; readonly image: string; readonly uuid: string };
+
+/** A btrfs filesystem in a sparse file, mounted. */
+export function filesystem({ size = "1G", mkfs = [] as string[], mount = "noatime" } = {}): Filesystem {
+  const directory = temporaryDirectory();
+  const image = join(directory, "image");
+  const path = join(directory, "mnt");
+  mkdirSync(path);
+  sh(`truncate -s "$1" "$2"; shift; mkfs.btrfs -q "$@" >/dev/null 2>&1`, size, image, ...mkfs);
+  mountImage({ path, image }, mount);
+  cleanups.push(() => sh(`while mountpoint -q "$1"; do umount -l "$1"; done; rm -rf "$2"`, path, directory));
+  return { path, image, uuid: sh(`btrfs filesystem show "$1" | sed -n 's/.*uuid: //p'`, path) };
+}
+
+export const mountImage = ({ path, image }: Pick<Filesystem, "path" | "image">, options = "noatime") => sh(`mount -o "loop,$3" "$1" "$2"`, image, path, options);
+export const unmount = ({ path }: Pick<Filesystem, "path">) => sh(`umount "$1"`, path);
+
+/** A new subvolume on a filesystem. */
+export function subvolume(path: string): string {
+  sh(`btrfs -q subvolume create "$1" >/dev/null`, path);
+  return path;
+}
+
+export type Standing = { readonly id: number; readonly uuid: string; readonly parentUuid: string | null; readonly receivedUuid: string | null; readonly readonly: boolean };
+
+/** The subvolumes directly in a folder, asked of btrfs one by one, not in the program's way. */
+export function subvolumes(folder: string): Map<string, Standing> {
+  const names = sh(`cd "$1"; find . -mindepth 1 -maxdepth 1 -inum 256 -printf '%P\\0' | tr '\\0' '\\n' | sort`, folder);
+  return new Map(
+    (names === "" ? [] : names.split("\n")).map((name) => {
+      const shown = sh(`btrfs subvolume show "$1"; btrfs property get -ts "$1" ro`, join(folder, name));
+      const field = (label: string) => new RegExp(`^\\s+${label}:\\s+(\\S+)`, "m").exec(shown)?.[1] ?? "-";
+      const uuid = (label: string) => (field(label) === "-" ? null : field(label));
+      return [name, { id: Number(field("Subvolume ID")), uuid: field("UUID"), parentUuid: uuid("Parent UUID"), receivedUuid: uuid("Received UUID"), readonly: shown.includes("ro=true") }];
+    }),
+  );
+}
+
+/** The names in a folder that are snapshots of a prefix. */
+export const snapshotNames = (folder: string, prefix = "") => [...subvolumes(folder).keys()].filter((name) => name.startsWith(prefix) && /^\d{8}-\d{6}$/.test(name.slice(prefix.length)));
+
+export type How = "bun" | "binary" | "deno";
+const BIN = join(ROOT, "node_modules/.bin");
+const PROGRAM: Record<How, string[]> = {
+  bun: [join(BIN, "bun"), join(ROOT, "btrfs-backup.ts")],
+  binary: [join(ROOT, "dist/btrfs-backup")],
+  deno: [join(BIN, "deno"), "run", "-A", join(ROOT, "btrfs-backup.ts")],
+};
+
+export type Options = { how?: How; env?: Record<string, string>; cwd?: string; wrapper?: string[]; group?: boolean };
+export type Result = { readonly status: number | null; readonly signal: string | null; readonly stdout: string; readonly stderr: string };
+export type Running = { readonly child: ChildProcess; readonly pid: number; readonly finished: Promise<Result>; readonly stderr: () => string };
+
+/** Starts the program; `group`: in a process group of its own. */
+export function start(args: readonly string[], { how = "bun", env = {}, cwd = ROOT, wrapper = [], group = false }: Options = {}): Running {
+  const [program, ...words] = [...wrapper, ...PROGRAM[how], ...args] as [string, ...string[]];
+  const child = spawn(program, words, { cwd, env: { ...process.env, NO_COLOR: "1", ...env }, stdio: ["ignore", "pipe", "pipe"], detached: group });
+  let stdout = "";
+  let stderr = "";
+  child.stdout?.on("data", (data) => (stdout += data));
+  child.stderr?.on("data", (data) => (stderr += data));
+  const finished = new Promise<Result>((done, fail) => {
+    child.on("error", fail);
+    child.on("close", (status, signal) => done({ status, signal, stdout, stderr }));
+  });
+  return { child, pid: child.pid as number, finished, stderr: () => stderr };
+}
+
+/** Runs the program to its end. */
+export const run = (args: readonly string[], options?: Options) => start(args, options).finished;
+
+/** Runs the program and expects an exit status; its output. */
+export async function expectRun(status: number, args: readonly string[], options?: Options): Promise<Result> {
+  const result = await run(args, options);
+  if (result.status !== status) throw new Error(`btrfs-backup ${args.join(" ")}\nexit ${result.status ?? result.signal}, not ${status}:\n${result.stderr}\n${result.stdout}`);
+  return result;
+}
+
+/** The events that `--json` printed. */
+export const events = ({ stdout }: Result) => stdout.split("\n").filter(Boolean).map((line) => JSON.parse(line) as Record<string, any>);
+
+/** Waits until the clock shows another second than the last snapshot's name. */
+export const nextSecond = () => Bun.sleep(1001 - (Date.now() % 1000));
+
+async function freePort(): Promise<number> {
+  const server = createServer();
+  await new Promise<void>((done) => server.listen(0, "127.0.0.1", done));
+  const { port } = server.address() as { port: number };
+  await new Promise((done) => server.close(done));
+  return port;
+}
+
+const answers = (port: number) => spawnSync("bash", ["-c", `exec 3<>/dev/tcp/127.0.0.1/${port}`]).status === 0;
+
+/** Starts a daemon of the tests; it ends with them. */
+function daemon(command: string, args: string[], env: Record<string, string> = {}): void {
+  const child = spawn(command, args, { env: { ...process.env, ...env }, stdio: "ignore" });
+  child.unref();
+  cleanups.push(() => void child.kill());
+}
+
+export type SshServer = { readonly options: string[]; readonly url: (path: string, user?: string) => string; readonly user: (name: string, shell: string, uid?: number) => void };
+
+let server: Promise<SshServer> | null = null;
+/** One real sshd for all tests of a process, and a key of its own to log in with. */
+export const sshServer = () => (server ??= startSshServer());
+
+async function startSshServer(): Promise<SshServer> {
+  const directory = temporaryDirectory();
+  const port = await freePort();
+  sh(`cd "$1"; ssh-keygen -q -t ed25519 -N "" -f host; ssh-keygen -q -t ed25519 -N "" -f key; mkdir -p /run/sshd`, directory);
+  writeFileSync(
+    join(directory, "config"),
+    [`Port ${port}`, "ListenAddress 127.0.0.1", `HostKey ${directory}/host`, `AuthorizedKeysFile ${directory}/key.pub`, "StrictModes no", "PermitRootLogin yes", "UsePAM no", "MaxStartups 1000", "MaxSessions 100", "PidFile none"].join("\n"),
+  );
+  daemon("/usr/sbin/sshd", ["-D", "-f", join(directory, "config")]);
+  await waitFor("sshd", () => answers(port));
+  writeFileSync(join(directory, "known"), `[127.0.0.1]:${port} ${readFileSync(join(directory, "host.pub"), "utf8")}`);
+  // More root logins, with other shells: private copies of the user database stand over the real ones.
+  for (const file of ["passwd", "shadow"]) {
+    sh(`cp "/etc/$2" "$1/$2"; mount --bind "$1/$2" "/etc/$2"`, directory, file);
+    cleanups.push(() => sh(`umount "/etc/$1"`, file));
+  }
+  const options = [`IdentityFile=${directory}/key`, "IdentitiesOnly=yes", `UserKnownHostsFile=${directory}/known`].flatMap((option) => ["--ssh-opt", option]);
+  return {
+    options,
+    url: (path, user) => `ssh://${user === undefined ? "" : `${user}@`}127.0.0.1:${port}${path}`,
+    user(name, shell, uid = 0) {
+      const home = join(directory, `home-${uid}`);
+      sh(`mkdir -p "$1"; chown "$2" "$1"; printf '%s:x:%s:%s::%s:%s\\n' "$3" "$2" "$2" "$1" "$4" >>/etc/passwd; printf '%s:*:19000::::::\\n' "$3" >>/etc/shadow`, home, String(uid), name, shell);
+    },
+  };
+}
+
+/** The login shells that a backup server may have, by name. */
+export function loginShells(): Record<string, string> {
+  const ash = join(temporaryDirectory(), "ash"); // busybox goes by the name that it is called
+  sh(`ln -s "$(command -v busybox)" "$1"`, ash);
+  return { bash: "/bin/bash", dash: "/bin/dash", ash, fish: "/usr/bin/fish", tcsh: "/bin/tcsh" };
+}
+
+/** An S3 server, and the environment in which `aws` and others find it. */
+export async function s3Server(bucket: string): Promise<{ endpoint: string; env: Record<string, string> }> {
+  const directory = temporaryDirectory();
+  const port = await freePort();
+  daemon(join(BIN, "s3rver"), ["--directory", directory, "--address", "127.0.0.1", "--port", String(port), "--silent", "--configure-bucket", bucket]);
+  await waitFor("the S3 server", () => answers(port));
+  const env = { AWS_ACCESS_KEY_ID: "S3RVER", AWS_SECRET_ACCESS_KEY: "S3RVER", AWS_DEFAULT_REGION: "us-east-1", AWS_ENDPOINT_URL: `http://127.0.0.1:${port}`, PATH: `/usr/bin:${process.env["PATH"]}` };
+  return { endpoint: `http://127.0.0.1:${port}`, env };
+}
+
+/** A throw-away gpg key without a passphrase. */
+export function gpgKey(): { env: Record<string, string>; recipient: string } {
+  const home = mkdtempSync("/tmp/gpg-"); // its agent's socket needs a short path
+  cleanups.push(() => sh(`GNUPGHOME="$1" gpgconf --kill all; rm -rf "$1"`, home));
+  const recipient = "backup@example.org";
+  sh(`GNUPGHOME="$1" gpg --batch --quiet --passphrase "" --quick-generate-key "$2" rsa2048 sign,encrypt never 2>/dev/null || GNUPGHOME="$1" gpg --batch --passphrase "" --quick-generate-key "$2" default default never`, home, recipient);
+  return { env: { GNUPGHOME: home }, recipient };
+}
+
+/** A tree with all that a send stream carries. */
+export function fill(directory: string, seed = 1): void {
+  const random = generator(seed);
+  sh(
+    `cd "$1"; mkdir -p plain/deep/er empty 'odd names'; chmod 1777 empty
+    for i in $(seq 20); do head -c $((i * 500)) /dev/urandom >"plain/$i"; done; head -c 300000 /dev/urandom >plain/deep/er/large
+    echo a >'odd names/ space '; echo b >'odd names/quote'\\''"$(x);\`'; echo c >$'odd names/line\\nbreak'; echo d >'odd names/-dash'; echo e >'odd names/ü ☃'; echo f >'odd names/back\\slash!'
+    chmod 4755 plain/1; chmod 0 plain/2; chown 1234:4321 plain/3; touch -d '2001-02-03 04:05:06.123456789' plain/4
+    ln plain/5 'plain/deep/hard link'; ln -s ../nowhere plain/symlink; setfattr -n user.note -v "value $2" plain/6; setfacl -m u:1234:rw plain/7; setfacl -d -m g:4321:r plain/deep
+    truncate -s 10M plain/sparse; echo end >>plain/sparse; mkfifo plain/fifo; mknod plain/null c 1 3; mknod plain/block b 7 99; setcap cap_net_raw+ep plain/8 2>/dev/null || :`,
+    directory,
+    String(random()),
+  );
+}
+
+/** Changes a filled tree in random ways. */
+export function change(directory: string, random: () => number): void {
+  const files = sh(`cd "$1"; find plain -type f -print`, directory).split("\n");
+  const pick = () => files[Math.floor(random() * files.length)] ?? "plain/1";
+  const tag = Math.floor(random() * 1e9).toString(36);
+  const changes: [string, ...string[]][] = [
+    [`head -c 5000 /dev/urandom >>"$2"`, pick()],
+    [`truncate -s 100 "$2"`, pick()],
+    [`mv -T "$2" "plain/renamed-$3"`, pick(), tag],
+    [`ln "$2" "plain/linked-$3"`, pick(), tag],
+    [`rm -f "$2"`, pick()],
+    [`setfattr -n user.tag -v "$3" "$2"`, pick(), tag],
+    [`cp --reflink=always "$2" "plain/copy-$3"`, pick(), tag],
+    [`printf x | dd of="$2" bs=1 seek=10 conv=notrunc 2>/dev/null`, pick()],
+    [`mkdir "plain/dir-$3"; head -c 9000 /dev/urandom >"plain/dir-$3/new"`, pick(), tag],
+    [`chmod 640 "$2"; touch -d @$((RANDOM * 1000)).5 "$2"`, pick()],
+  ];
+  for (let i = 0; i < 4; i++) {
+    const [script, ...args] = changes[Math.floor(random() * changes.length)] as [string, ...string[]];
+    sh(`cd "$1"; [ ! -e "$2" ] || { ${script}; }`, directory, ...args);
+  }
+}
+
+// Nested subvolumes are empty directories with inode 2 in a snapshot, and are not received at all.
+// The top directory's own mtime is not compared: files are born there under another name while they
+// are received, and an incremental stream does not say what its mtime was (seen with kernel 6.18).
+const TAR = `cd "$1"; stat -c '%a %u:%g' .; getfacl -npE . 2>/dev/null; getfattr -d -m - . 2>/dev/null; find . -mindepth 1 \\( -inum 2 -prune -o -print0 \\) | LC_ALL=C sort -z | tar --format=posix --pax-option=delete=atime,delete=ctime --numeric-owner --xattrs --xattrs-include='*' --acls --no-recursion --null -T - -cf - 2>/dev/null`;
+
+/** One digest of everything in a tree. */
+export const treeDigest = (path: string) => sh(`{ ${TAR}; } | sha256sum`, path);
+
+/** Fails with what differs, unless two trees are the same in everything. */
+export function expectSameTree(a: string, b: string): void {
+  if (treeDigest(a) === treeDigest(b)) return;
+  const listing = (path: string) => sh(`cd "$1"; find . -mindepth 1 \\( -inum 2 -prune -o -type d -printf '%p %y %m %U:%G %T@\\n' -o -printf '%p %y %m %U:%G %n %s %T@ %l\\n' \\) | LC_ALL=C sort`, path).split("\n");
+  const [left, right] = [listing(a), listing(b)];
+  expect({ in: a, lines: left.filter((line) => !right.includes(line)) }).toEqual({ in: b, lines: right.filter((line) => !left.includes(line)) } as never);
+  throw new Error(`${a} and ${b} differ in contents or attributes`);
+}
+
+/** Every backup in a folder is complete, and the same as the snapshot it was received from where that still is. */
+export function expectSound(backups: string, snapshots: string, prefix = ""): void {
+  const sources = [...subvolumes(snapshots)];
+  for (const [name, backup] of subvolumes(backups)) {
+    if (!snapshotNames(backups, prefix).includes(name)) continue;
+    expect({ name, readonly: backup.readonly, received: backup.receivedUuid !== null }).toEqual({ name, readonly: true, received: true });
+    const source = sources.find(([, { uuid }]) => uuid === backup.receivedUuid);
+    if (source) expectSameTree(join(snapshots, source[0]), join(backups, name));
+  }
+}
+
+/** A source with a filled subvolume, and a destination, each on a filesystem of its own. */
+export function pair({ size = "1G" } = {}): { source: string; snapshots: string; destination: string; a: Filesystem; b: Filesystem } {
+  const [a, b] = [filesystem({ size }), filesystem({ size })];
+  const source = subvolume(join(a.path, "home"));
+  fill(source);
+  return { source, snapshots: join(source, "snapshot"), destination: join(b.path, "backup"), a, b };
+}
