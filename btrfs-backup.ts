@@ -368,7 +368,9 @@ export async function pipeline(stages: readonly Stage[], environment: Record<str
   });
   const stop = `stop() { kill -TERM 0; n=0; until [ $(wc -l <${file("ended")}) -ge ${stages.length} ] || [ $n = 50 ]; do sleep 0.1; n=$((n+1)); done; kill -KILL 0; }`;
   log.debug(`pipeline: ${stages.map(({ command }) => command).join(" | ")}`);
-  const child = shell({ detached: true, stdio: ["ignore", "ignore", "inherit"], env: { ...process.env, ...environment } })`${`exec 3>&2; trap : TERM; ${stop}; ${texts.join(" | ")}; exit 0`}`;
+  const child = shell({ detached: true, stdio: ["ignore", "ignore", "pipe"], env: { ...process.env, ...environment } })`${`exec 3>&2; trap : TERM; ${stop}; ${texts.join(" | ")}; exit 0`}`;
+  // Passed on by us: pv is silent on a terminal whose foreground it is not in.
+  child.stderr.on("data", (chunk) => process.stderr.write(chunk));
   const group = -(child.pid as number);
   const kill = () => {
     sendSignal(group, "SIGTERM");
@@ -492,12 +494,12 @@ const DISCARD = verb(
   `cd -P -- "$1"; receiving "$2" 10; if [ -e "$3" ] && leftover "$PWD/$3"; then b subvolume delete "$PWD/$3" >&2; fi; if [ -n "$6" ]; then record "$4" "$5" "$6"; fi`,
 );
 
-/** delete RW SYNC FOLDER PATH…: many at once. */
+/** delete RW SYNC FOLDER PATH…: many at once. The cleaner sleeps for up to 30 s unless a sync wakes it. */
 const DELETE = verb(
   "delete",
   PRELUDE,
   `rw=$1 sync=$2 folder=$3; shift 3; if [ "$rw" = rw ]; then for x; do b property set -f -ts "$x" ro false; done; fi;`,
-  `b subvolume delete "$@" >/dev/null; if [ "$sync" = sync ]; then b subvolume sync "$folder" >/dev/null; fi`,
+  `b subvolume delete "$@" >/dev/null; if [ "$sync" = sync ]; then b filesystem sync "$folder"; b subvolume sync "$folder" >/dev/null; fi`,
 );
 
 /** record FOLDER HEADER KEY VALUE: see RECORD. */
@@ -1152,7 +1154,7 @@ function progressStage(transfer: Transfer, { progress, sizes }: Sending): Stage[
     return [];
   }
   const size = transfer.parent === null ? sizes.get(transfer.snapshot.uuid) : undefined;
-  return [{ label: "pv", command: `pv ${size === undefined ? "-trb" : `-ptreb -s ${size}`}`, shown: true }];
+  return [{ label: "pv", command: `pv -f -w ${process.stderr.columns || 80} ${size === undefined ? "-trb" : `-ptreb -s ${size}`}`, shown: true }];
 }
 
 /** Sends one snapshot to one destination, which is as before if it fails. Errors: those of `pipeline`. */
