@@ -2,9 +2,9 @@
 // btrfs-backup: incremental backups of btrfs subvolumes. The README says what it does for
 // whom; this file is all of the program, in eight sections, each using only those above it.
 
-import { mkdtempSync, readFileSync, rmSync } from "node:fs";
+import { mkdtempSync, readFileSync, realpathSync, rmSync } from "node:fs";
 import { tmpdir } from "node:os";
-import { dirname, join, normalize, resolve } from "node:path";
+import { basename, dirname, join, normalize, resolve } from "node:path";
 import { parseArgs } from "node:util";
 import { defineCommand, renderUsage, type ArgDef, type ArgsDef, type CommandDef } from "citty";
 import { createConsola } from "consola/basic";
@@ -424,10 +424,13 @@ const verb = (name: string, ...lines: readonly string[]): Verb => ({ name, scrip
 const PRELUDE = `set -e; umask 077; unset CDPATH; PATH=$PATH:/usr/sbin:/sbin; LC_ALL=C; export PATH LC_ALL;
  if [ "$1" = sudo ]; then b() { sudo -n btrfs "$@"; }; else b() { btrfs "$@"; }; fi; shift;`.replace(/\n/g, "");
 
-/** record HEADER KEY VALUE: replaces one line of the record in the current directory, whole or not at all. */
+/**
+ * record HEADER KEY VALUE: replaces one line of the record in the current directory, whole or not
+ * at all. Written by cat, which says what went wrong; dash knows only "I/O error".
+ */
 const RECORD =
   `record() { ( flock -w 60 7; f=.btrfs-backup.json; t=$f.new; o=; if [ -e $f ]; then o=$(cat $f); fi; rm -f $t; set -C;` +
-  ` { printf %s "$1"; echo; { printf %s "$o"; echo; } | grep "^," | grep -vF -- "$2" || :; printf %s "$2$3"; echo; echo "}"; } >$t; sync $t; mv -f $t $f ) 7<.; };`;
+  ` { printf %s "$1"; echo; { printf %s "$o"; echo; } | grep "^," | grep -vF -- "$2" || :; printf %s "$2$3"; echo; echo "}"; } | cat >$t; sync $t; mv -f $t $f ) 7<.; };`;
 
 /** receiving PREFIX SECONDS: this process alone writes to the chain from here on. */
 const RECEIVING =
@@ -491,7 +494,7 @@ const DISCARD = verb(
   PRELUDE,
   RECORD,
   RECEIVING,
-  `cd -P -- "$1"; receiving "$2" 10; if [ -e "$3" ] && leftover "$PWD/$3"; then b subvolume delete "$PWD/$3" >&2; fi; if [ -n "$6" ]; then record "$4" "$5" "$6"; fi`,
+  `cd -P -- "$1"; receiving "$2" 10; if [ -e "$3" ] && leftover "$PWD/$3"; then b subvolume delete "$PWD/$3" >&2; b filesystem sync .; fi; if [ -n "$6" ]; then record "$4" "$5" "$6"; fi`,
 );
 
 /** delete RW SYNC FOLDER PATH…: many at once. The cleaner sleeps for up to 30 s unless a sync wakes it. */
@@ -1281,10 +1284,20 @@ const nestedError = (id: string) => new UsageError(`${id} is the snapshot folder
 
 /** Refuses a destination in or above the snapshot folder by name alone, before anything is opened. */
 function checkPlaces(o: RunOptions): void {
-  const folder = resolve(o.source.path, o.snapshotFolder);
+  const real = (path: string) => (o.source.host === null ? resolvedPath(path) : path);
+  const folder = real(resolve(o.source.path, o.snapshotFolder));
   const host = JSON.stringify(o.source.host);
   for (const { location } of o.destinations)
-    if (location.kind === "folder" && JSON.stringify(location.host) === host && nested(location.path, folder)) throw nestedError(location.id);
+    if (location.kind === "folder" && JSON.stringify(location.host) === host && nested(real(location.path), folder)) throw nestedError(location.id);
+}
+
+/** A path without symbolic links, as far as it exists. */
+function resolvedPath(path: string): string {
+  try {
+    return realpathSync(path);
+  } catch {
+    return path === "/" ? path : join(resolvedPath(dirname(path)), basename(path));
+  }
 }
 
 /** Warns of subvolumes below SOURCE: a snapshot has empty directories in their place. */
