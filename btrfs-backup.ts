@@ -75,6 +75,14 @@ export class Interrupted extends Error {
   }
 }
 
+/** What a command tells: log lines to people, events to programs; and whether anything failed. */
+export type Report = {
+  failed: boolean;
+  readonly event: (event: string, fields: Record<string, unknown>) => void;
+  readonly warning: (message: string) => void;
+  readonly error: (destination: string | null, error: unknown) => void;
+};
+
 const two = (n: number) => String(n).padStart(2, "0");
 
 /** `YYYYMMDD-HHMMSS` of a date in local time. */
@@ -353,8 +361,9 @@ export type Stage = { readonly label: string; readonly command: string; readonly
 /**
  * Runs stages as one pipeline in a process group of its own; returns the bytes that the first
  * one wrote (null where the kernel does not count them). If a stage fails, the stages after it
- * are killed before their input closes: the failing one's shell holds the pipe until the group
- * is dead. Errors: Failure naming the stage that failed first, NoSpace, Interrupted.
+ * are killed before their input closes: the failing one's shell holds the pipe until the group is
+ * dead. By SIGKILL: what catches another signal could still take the end of a dying neighbour's
+ * output for the end of the stream. Errors: Failure naming the stage that failed first, NoSpace, Interrupted.
  */
 export async function pipeline(stages: readonly Stage[], environment: Record<string, string> = {}): Promise<number | null> {
   checkInterruption();
@@ -364,18 +373,14 @@ export async function pipeline(stages: readonly Stage[], environment: Record<str
     // A child's I/O is added to its parent's when it is waited for: proc(5), /proc/pid/io.
     const measure = i === 0 ? `while read -r k v; do case $k in wchar:) echo "$v" >${file("bytes")};; esac; done </proc/self/io;` : "";
     const last = i === stages.length - 1 ? " >&2" : "";
-    return `{ trap : TERM; { ${command}${last}; } 2>${shown ? "&3" : file(i)}; r=$?; ${measure} echo "${i} $r" >>${file("ended")}; [ $r = 0 ] || stop; }`;
+    return `{ { ${command}${last}; } 2>${shown ? "&3" : file(i)}; r=$?; ${measure} echo "${i} $r" >>${file("ended")}; [ $r = 0 ] || kill -KILL 0; }`;
   });
-  const stop = `stop() { kill -TERM 0; n=0; until [ $(wc -l <${file("ended")}) -ge ${stages.length} ] || [ $n = 50 ]; do sleep 0.1; n=$((n+1)); done; kill -KILL 0; }`;
   log.debug(`pipeline: ${stages.map(({ command }) => command).join(" | ")}`);
-  const child = shell({ detached: true, stdio: ["ignore", "ignore", "pipe"], env: { ...process.env, ...environment } })`${`exec 3>&2; trap : TERM; ${stop}; ${texts.join(" | ")}; exit 0`}`;
+  const child = shell({ detached: true, stdio: ["ignore", "ignore", "pipe"], env: { ...process.env, ...environment } })`${`exec 3>&2; ${texts.join(" | ")}`}`;
   // Passed on by us: pv is silent on a terminal whose foreground it is not in.
   child.stderr.on("data", (chunk) => process.stderr.write(chunk));
   const group = -(child.pid as number);
-  const kill = () => {
-    sendSignal(group, "SIGTERM");
-    setTimeout(() => sendSignal(group, "SIGKILL"), 5000).unref();
-  };
+  const kill = () => sendSignal(group, "SIGKILL");
   running.add(kill);
   await child;
   running.delete(kill);
@@ -391,6 +396,7 @@ export async function pipeline(stages: readonly Stage[], environment: Record<str
   const bytes = read("bytes");
   rmSync(directory, { recursive: true, force: true });
   checkInterruption();
+  if (ended.length < stages.length) kill(); // the shell was killed, and not by a stage
   const [culprit, status] = ended.find(([, status]) => status !== 0) ?? (ended.length < stages.length ? [-1, 0] : []);
   if (culprit === undefined) {
     errors.forEach((text, i) => text && log.debug(`${stages[i]?.label}: ${text}`));
@@ -901,8 +907,16 @@ function folderDestination(folder: Folder, owned: ChainRecord, announced: readon
   };
 }
 
-/** A command as a destination: a store that can only take. */
-function shellDestination(location: Location & { kind: "shell" }, last: Memory | null, chain: { prefix: string; source: string }): Destination {
+/** The shell that runs the user's commands, if it can with pipefail: without, half a pipeline can fail unseen. */
+async function commandShell(report: Report): Promise<string> {
+  if (which.sync("bash", { nothrow: true }) !== null) return "bash -o pipefail";
+  if ((await shell`${"sh -o pipefail -c :"}`).exitCode === 0) return "sh -o pipefail";
+  report.warning("there is no bash, and this sh has no pipefail: a failure inside of a shell:// command's pipeline may not be noticed");
+  return "sh";
+}
+
+/** A command as a destination: a store that can only take. `run` is the shell for it. */
+function shellDestination(location: Location & { kind: "shell" }, last: Memory | null, run: string, chain: { prefix: string; source: string }): Destination {
   return {
     id: location.id,
     stream: { last },
@@ -910,9 +924,8 @@ function shellDestination(location: Location & { kind: "shell" }, last: Memory |
     standing: { held: [], backups: [], taken: new Map() },
     frozen: null,
     receive({ snapshot, parent }) {
-      const bash = which.sync("bash", { nothrow: true }) !== null;
       return {
-        stage: { label: location.id, command: `${bash ? "bash -o pipefail" : "sh"} -c ${quote(location.command)}` },
+        stage: { label: location.id, command: `${run} -c ${quote(location.command)}` },
         environment: {
           BTRFS_BACKUP_NAME: snapshot.name,
           BTRFS_BACKUP_KIND: parent === null ? "full" : "incremental",
@@ -1117,14 +1130,6 @@ export function claim(identity: Identity, chain: ChainRecord, standing: readonly
 
 // ── 6. Transfer ──────────────────────────────────────────────────────────────────────────
 
-/** What a command tells: log lines to people, events to programs; and whether anything failed. */
-export type Report = {
-  failed: boolean;
-  readonly event: (event: string, fields: Record<string, unknown>) => void;
-  readonly warning: (message: string) => void;
-  readonly error: (destination: string | null, error: unknown) => void;
-};
-
 function newReport(json: boolean, dryRun: boolean): Report {
   const event: Report["event"] = (name, fields) => json && void process.stdout.write(`${JSON.stringify({ event: name, ...fields, ...(dryRun ? { dry_run: true } : {}) })}\n`);
   const report: Report = {
@@ -1246,9 +1251,9 @@ function knownDestinations({ chain, old, snapshots, prefix }: Folder): KnownDest
 }
 
 /** Opens a destination after making sure that it is the right place. Errors: UsageError, Absent, Busy, Failure. */
-async function openDestination({ location }: Wanted, source: Source, known: KnownDestination | undefined, o: RunOptions): Promise<Destination> {
+async function openDestination({ location }: Wanted, source: Source, known: KnownDestination | undefined, o: RunOptions, report: Report): Promise<Destination> {
   if (location.kind === "shell") {
-    return shellDestination(location, known?.pin ?? null, { prefix: o.prefix, source: o.source.id });
+    return shellDestination(location, known?.pin ?? null, await commandShell(report), { prefix: o.prefix, source: o.source.id });
   }
   const mounted = "(is the disk mounted?)";
   let claimed: Claim = { accepted: true, strangers: [] };
@@ -1430,7 +1435,7 @@ export async function run(o: RunOptions, report: Report): Promise<void> {
     for (const destination of o.removeLocks && !o.transfer ? [] : opening) {
       const { id } = destination.location;
       try {
-        const opened = await openDestination(destination, source, known.get(id), o);
+        const opened = await openDestination(destination, source, known.get(id), o, report);
         all.push({ wanted: destination, destination: opened, standing: opened.standing, done: false });
       } catch (error) {
         if (error instanceof UsageError || error instanceof Interrupted) throw error;

@@ -4,7 +4,7 @@
 
 import { afterAll, expect } from "bun:test";
 import { spawn, spawnSync, type ChildProcess } from "node:child_process";
-import { mkdirSync, mkdtempSync, readFileSync, writeFileSync } from "node:fs";
+import { chmodSync, mkdirSync, mkdtempSync, readFileSync, writeFileSync } from "node:fs";
 import { createServer } from "node:net";
 import { tmpdir } from "node:os";
 import { join, resolve } from "node:path";
@@ -30,8 +30,12 @@ export function sh(script: string, ...args: string[]): string {
   return stdout.trim();
 }
 
-/** A new directory on the disk. */
-export const temporaryDirectory = () => mkdtempSync(join(tmpdir(), "t-"));
+/** A new directory on the disk, which other users can enter. */
+export function temporaryDirectory(): string {
+  const path = mkdtempSync(join(tmpdir(), "t-"));
+  chmodSync(path, 0o755);
+  return path;
+}
 
 /** A number for random choices: SEED, or a new one; printed, so that a failure can be repeated. */
 export function seeded(): () => number {
@@ -119,7 +123,7 @@ export type Running = { readonly child: ChildProcess; readonly pid: number; read
 /** Starts the program; `group`: in a process group of its own. */
 export function start(args: readonly string[], { how = "bun", env = {}, cwd = ROOT, wrapper = [], group = false }: Options = {}): Running {
   const [program, ...words] = [...wrapper, ...PROGRAM[how], ...args] as [string, ...string[]];
-  const child = spawn(program, words, { cwd, env: { ...process.env, NO_COLOR: "1", ...env }, stdio: ["ignore", "pipe", "pipe"], detached: group });
+  const child = spawn(program, words, { cwd, env: { ...process.env, NODE_ENV: undefined, NO_COLOR: "1", ...env }, stdio: ["ignore", "pipe", "pipe"], detached: group });
   let stdout = "";
   let stderr = "";
   child.stdout?.on("data", (data) => (stdout += data));
