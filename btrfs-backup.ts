@@ -291,10 +291,12 @@ type Started = { readonly process: ProcessPromise; readonly stop: () => void };
 function start(host: Host, verb: Verb, args: readonly string[]): Started {
   checkInterruption();
   log.debug(`${host.label === "" ? "" : `${host.label}: `}${verb.name} ${args.map((arg) => (/^[\w./:-]+$/.test(arg) ? arg : quote(arg))).join(" ")}`);
-  // Ctrl-C at a terminal reaches every child there: these are ended by us, after cleaning up.
-  const child = shell({ stdio: ["pipe", "pipe", "pipe"] })`${`trap "" INT HUP; exec ${commandFor(host, verb, args)}`}`;
+  // Ctrl-C at a terminal reaches every child there: these are ended by us, after cleaning up. A
+  // verb has a process group of its own; ssh stays where it can ask for a passphrase.
+  const local = host.ssh === null;
+  const child = shell({ stdio: ["pipe", "pipe", "pipe"], detached: local })`${`trap "" INT HUP; exec ${commandFor(host, verb, args)}`}`;
   child.stdin.on("error", () => {}); // gone before we were: its exit status tells
-  return { process: child, stop: () => sendSignal(child.pid as number, "SIGTERM") };
+  return { process: child, stop: () => sendSignal(local ? -(child.pid as number) : (child.pid as number), "SIGTERM") };
 }
 
 /** A verb's exit status other than 0 as an error that says where, what, and what it printed. */

@@ -59,7 +59,7 @@ export function generator(seed: number): () => number {
 export const soak = (otherwise: number) => Number(process.env["SOAK"] ?? otherwise);
 
 /** Waits until something is so. */
-export async function waitFor(what: string, condition: () => boolean | Promise<boolean>, seconds = 120): Promise<void> {
+export async function waitFor(what: string, condition: () => boolean | Promise<boolean>, seconds = 60): Promise<void> {
   const until = Date.now() + seconds * 1000;
   while (!(await condition())) {
     if (Date.now() > until) throw new Error(`waited ${seconds} s in vain for ${what}`);

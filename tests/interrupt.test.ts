@@ -1,0 +1,190 @@
+// Whatever ends a run, and whenever: nothing is lost, nothing half is taken for whole, the next
+// run repairs by itself; and two runs never work on the same chain.
+
+import { expect, test } from "bun:test";
+import { existsSync, readFileSync, writeFileSync } from "node:fs";
+import { join } from "node:path";
+import { change, events, expectRun, expectSound, filesystem, generator, nextSecond, pair, run, seeded, sh, snapshotNames, soak, sshServer, start, subvolumes, temporaryDirectory, waitFor } from "./support/rig.ts";
+
+/** A `pv` in front of every `btrfs receive`, so that a transfer takes its time. */
+function slowReceive(rate = "5m"): { env: Record<string, string> } {
+  const directory = temporaryDirectory();
+  const real = sh("command -v btrfs");
+  writeFileSync(join(directory, "btrfs"), `#!/bin/bash\nif [ "$1" = receive ]; then exec ${real} "$@" < <(exec pv -q -L ${rate}); fi\nexec ${real} "$@"\n`, { mode: 0o755 });
+  return { env: { PATH: `${directory}:${process.env["PATH"]}` } };
+}
+
+const receiving = (folder: string) => existsSync(folder) && [...subvolumesSafely(folder).values()].some(({ readonly, receivedUuid }) => !readonly && receivedUuid === null);
+function subvolumesSafely(folder: string) {
+  try {
+    return subvolumes(folder);
+  } catch {
+    return new Map<string, never>(); // it changed while we looked
+  }
+}
+const processesOf = (path: string) => sh(`pgrep -f "$1" || :`, `btrfs (send|receive) .*${path}`);
+const announced = (folder: string) => readFileSync(join(folder, ".btrfs-backup.json"), "utf8").includes('"receiving"');
+
+for (const [signal, status] of [["SIGINT", 130], ["SIGTERM", 143]] as const)
+  test(`${signal} in a transfer stops every child, removes what was half received, and exits ${status}`, async () => {
+    const { source, snapshots, destination } = pair();
+    await expectRun(0, [source, destination]);
+    sh(`head -c 30M /dev/urandom >"$1/large"`, source);
+    await nextSecond();
+    const running = start([source, destination], slowReceive());
+    await waitFor("the transfer", () => receiving(destination));
+    running.child.kill(signal);
+    const result = await running.finished;
+    expect([result.status, result.stderr]).toEqual([status, expect.stringContaining(`interrupted by ${signal}`)]);
+    expect(processesOf(destination)).toBe("");
+    expect(snapshotNames(destination).length).toBe(1);
+    expect(announced(destination)).toBe(false);
+    await expectRun(0, ["-S", source, destination]);
+    expectSound(destination, snapshots);
+    expect(snapshotNames(destination).length).toBe(2);
+  });
+
+test("Ctrl-C over ssh cleans up on the other side", async () => {
+  const { source, destination } = pair();
+  const { options, url } = await sshServer();
+  await expectRun(0, [...options, source, url(destination)]);
+  sh(`head -c 200M /dev/urandom >"$1/large"`, source);
+  await nextSecond();
+  const running = start([...options, source, url(destination)], { group: true });
+  await waitFor("the transfer", () => receiving(destination));
+  process.kill(-running.pid, "SIGINT"); // as a terminal does: to the whole foreground group
+  expect((await running.finished).status).toBe(130);
+  expect(snapshotNames(destination).length).toBe(1);
+  expect(announced(destination)).toBe(false);
+  await expectRun(0, [...options, "-S", source, url(destination)]);
+  expect(snapshotNames(destination).length).toBe(2);
+});
+
+test("a signal while waiting for a lock ends the run at once", async () => {
+  const { source, snapshots, destination } = pair();
+  await expectRun(0, [source, destination]);
+  const holder = holdLock(snapshots, ".btrfs-backup..lock");
+  const running = start(["--wait", "600", source, destination]);
+  await waitFor("the run to wait", () => sh(`pgrep -f "^flock -w 600 9$" || :`) !== "");
+  running.child.kill("SIGTERM");
+  expect((await running.finished).status).toBe(143);
+  holder.kill();
+});
+
+/** Holds a lock as another run would. */
+function holdLock(folder: string, file: string) {
+  const child = Bun.spawn(["flock", join(folder, file), "sleep", "600"]);
+  return { kill: () => sh(`pkill -P "$1"; kill "$1" 2>/dev/null || :`, String(child.pid)) };
+}
+
+test("a busy source is exit 3, a busy destination is its own failure, and --wait waits", async () => {
+  const { source, snapshots, destination } = pair();
+  const other = join(filesystem().path, "other");
+  await expectRun(0, [source, destination, other]);
+  const atSource = holdLock(snapshots, ".btrfs-backup..lock");
+  await waitFor("the lock", () => sh(`flock -n "$1" true && echo free || echo held`, join(snapshots, ".btrfs-backup..lock")) === "held");
+  expect((await expectRun(3, [source, destination])).stderr).toContain("another run holds");
+  await nextSecond();
+  await expectRun(0, ["-p", "another-chain-", source]);
+  const waiting = start(["--wait", "100", source, other]);
+  await waitFor("the run to wait", () => sh(`pgrep -f "^flock -w 100 9$" || :`) !== "");
+  atSource.kill();
+  expect((await waiting.finished).status).toBe(0);
+  const atDestination = holdLock(destination, ".btrfs-backup..lock");
+  await waitFor("the lock", () => sh(`flock -n "$1" true && echo free || echo held`, join(destination, ".btrfs-backup..lock")) === "held");
+  await nextSecond();
+  expect((await expectRun(1, [source, destination, other])).stderr).toContain("another run holds");
+  expect(snapshotNames(other).length).toBe(3);
+  atDestination.kill();
+});
+
+test("after kill -9 of the program alone, the next run does not race its pipeline", async () => {
+  const { source, snapshots, destination } = pair();
+  await expectRun(0, [source, destination]);
+  sh(`head -c 20M /dev/urandom >"$1/large"`, source);
+  await nextSecond();
+  const running = start([source, destination], slowReceive());
+  await waitFor("the transfer", () => receiving(destination));
+  running.child.kill("SIGKILL");
+  expect(receiving(destination)).toBe(true);
+  const early = await run(["-S", source, destination]);
+  expect([early.status, early.stderr]).toEqual([1, expect.stringContaining("still being received")]);
+  // Left alone it comes to its end, and what it leaves is whole.
+  const late = await expectRun(0, ["-S", "--wait", "300", "--json", source, destination]);
+  expect(events(late).filter(({ event }) => event === "transfer")).toEqual([]);
+  expectSound(destination, snapshots);
+  expect(snapshotNames(destination).length).toBe(2);
+});
+
+test("after kill -9 of everything, the leftover is removed and sent again", async () => {
+  const { source, snapshots, destination } = pair();
+  await expectRun(0, [source, destination]);
+  sh(`head -c 20M /dev/urandom >"$1/large"`, source);
+  await nextSecond();
+  const running = start([source, destination], slowReceive());
+  await waitFor("the transfer", () => receiving(destination));
+  running.child.kill("SIGKILL");
+  sh(`pkill -KILL -f "$1" || :`, `[b]trfs.*${destination}`);
+  await waitFor("the receiver's end", () => processesOf(destination) === "");
+  expect(receiving(destination)).toBe(true);
+  await expectRun(0, ["-S", source, destination]);
+  expectSound(destination, snapshots);
+  expect(snapshotNames(destination).length).toBe(2);
+});
+
+test("a half-received subvolume that was not announced is no leftover", async () => {
+  const { source, destination } = pair();
+  await expectRun(0, [source, destination]);
+  await nextSecond();
+  await expectRun(0, [source]);
+  const [, young] = snapshotNames(join(source, "snapshot")) as [string, string];
+  sh(`btrfs -q subvolume create "$1" >/dev/null; echo mine >"$1/mine"`, join(destination, young));
+  await expectRun(1, ["-S", source, destination]);
+  expect(readFileSync(join(destination, young, "mine"), "utf8")).toBe("mine\n");
+});
+
+test("kill -9 at random moments: one ordinary run afterwards, and everything is whole", async () => {
+  const random = seeded();
+  const { source, snapshots, destination, a, b } = pair({ size: "2G" });
+  const second = join(b.path, "second");
+  sh(`mkdir "$1" "$2"; for d in "$1" "$2"; do btrfs -q subvolume create "$d/20200101-000000-mine" >/dev/null; mkdir "$d/20200102-000000"; echo mine >"$d/20200102-000000/file"; done`, join(a.path, "x"), destination);
+  const foreign = () => sh(`cd "$1"; find 20200101-000000-mine 20200102-000000 -printf '%p %i %T@\\n'; cat 20200102-000000/file`, destination);
+  const before = foreign();
+  await expectRun(0, [source, destination, second]);
+  const rounds = soak(30);
+  let killed = 0;
+  for (let round = 0; round < rounds; round++) {
+    change(source, random);
+    sh(`head -c "$2" /dev/urandom >"$1/large"`, source, String(Math.floor(random() * 3e7)));
+    await nextSecond();
+    const began = start(["-N", "3", "-n", "3", source, destination, second], { group: true });
+    await Bun.sleep(random() * 500);
+    // Half of the time the whole of it, as a power failure would; its pipeline has a group of its own.
+    if (round % 2 === 0) sh(`kill -KILL -- "-$1" 2>/dev/null || :; pkill -KILL -f "$2" || :`, String(began.pid), `[b]trfs.*${b.path}`);
+    else began.child.kill("SIGKILL");
+    const { signal } = await began.finished;
+    if (signal === "SIGKILL") killed++;
+    await nextSecond();
+    await expectRun(0, ["-N", "3", "-n", "3", "--wait", "60", source, destination, second]);
+    for (const folder of [destination, second]) expectSound(folder, snapshots);
+    expect(snapshotNames(destination).at(-1)).toBe(snapshotNames(snapshots).at(-1) as string);
+  }
+  expect(foreign()).toBe(before);
+  console.log(`${rounds} rounds, ${killed} killed before they had ended; ${snapshotNames(destination).length} backups are left`);
+});
+
+test("two runs of one chain at a time, in loops: each waits or leaves, nothing breaks", async () => {
+  const random = generator(3);
+  const { source, snapshots, destination } = pair();
+  await Promise.all(
+    [0, 1, 2].map(async (n) => {
+      for (let i = 0; i < 4; i++) {
+        if (n === 0) change(source, random);
+        const { status } = await run([...(n === 2 ? [] : ["--wait", "60"]), "-N", "2", "-n", "2", source, destination]);
+        expect(n === 2 ? [0, 3] : [0]).toContain(status as number);
+      }
+    }),
+  );
+  expectSound(destination, snapshots);
+  expect(snapshotNames(destination).length).toBe(2);
+});
