@@ -127,8 +127,12 @@ export function before(time: number, count: number, unit: Unit): number {
   if (count === Infinity) return -Infinity;
   if (unit !== "m" && unit !== "y") return time - count * DURATION[unit];
   const date = new Date(time);
+  const day = date.getUTCDate();
+  date.setUTCDate(1);
   date.setUTCMonth(date.getUTCMonth() - count * (unit === "y" ? 12 : 1));
-  return date.getTime();
+  // A month before the 31st is the last day of a shorter month, not the first days of the next.
+  date.setUTCDate(Math.min(day, new Date(Date.UTC(date.getUTCFullYear(), date.getUTCMonth() + 1, 0)).getUTCDate()));
+  return Number.isNaN(date.getTime()) ? -Infinity : date.getTime();
 }
 
 const UNITS = { h: "hour", d: "day", w: "week", m: "month", y: "year" } as const;
@@ -443,7 +447,7 @@ const RECORD =
 /** receiving PREFIX SECONDS: this process alone writes to the chain from here on. */
 const RECEIVING =
   `receiving() { exec 8>>".btrfs-backup.$1.receiving"; flock -w "$2" 8 || { echo "an earlier transfer is still being received in $PWD" >&2; exit 75; }; };` +
-  ` leftover() { [ "$(b property get -ts "$1" ro)" = ro=false ] && b subvolume show "$1" | grep -q "Received UUID:[[:space:]]*-$"; };`;
+  ` leftover() { [ "$(b property get -ts "$1" ro)" = ro=false ]; };`;
 
 /**
  * open NONCE WAIT FOLDER PREFIX SOURCE: prints all that there is to know of a folder (and of the
@@ -871,9 +875,9 @@ export function standingIn(folder: Pick<Folder, "standing" | "snapshots" | "entr
   const taken = new Map<string, string>();
   for (const name of folder.entries) if (parseName(name, folder.prefix) !== null) taken.set(name, "something that is not a subvolume has that name");
   for (const backup of folder.snapshots) {
-    const unfinished = !backup.readonly && backup.receivedUuid === null;
-    if (unfinished && announced.includes(backup.name)) taken.set(backup.name, "leftover");
-    else if (unfinished) taken.set(backup.name, "a writable subvolume has that name, which no transfer of this program began");
+    // btrfs receive gives a received UUID first and makes read-only then: killed between, it leaves both unlike.
+    if (!backup.readonly && announced.includes(backup.name)) taken.set(backup.name, "leftover");
+    else if (!backup.readonly && backup.receivedUuid === null) taken.set(backup.name, "a writable subvolume has that name, which no transfer of this program began");
     else if (!backup.readonly) taken.set(backup.name, "the backup by that name was made writable");
     else if (backup.receivedUuid === null) taken.set(backup.name, "a snapshot that was not received has that name");
     else taken.set(backup.name, "a backup of other data has that name");
@@ -1024,7 +1028,8 @@ export function planTransfers(snapshots: readonly Snapshot[], { held, backups, t
   let parent: Snapshot | null = null;
   for (const snapshot of snapshots) {
     const missing = find(snapshot) === undefined;
-    const asked = options.newestOnly ? snapshot === newest : wanted.has(snapshot.uuid);
+    // The newest always: a backup that is dated in the future must not stand in its place.
+    const asked = snapshot === newest || (!options.newestOnly && wanted.has(snapshot.uuid));
     const obstacle = taken.get(snapshot.name);
     if (missing && !asked) continue;
     if (missing && obstacle !== undefined && obstacle !== "leftover") {
@@ -1096,16 +1101,20 @@ export function planSource(snapshots: readonly Snapshot[], policy: Policy | null
   return retain(snapshots, policy, now).map(({ entry, reasons }) => ({ entry, reasons: [...reasons, ...(extra.get(entry.uuid) ?? [])] }));
 }
 
-/** What may go now to make room for a transfer: what the policy will drop once it is there, never its parent. */
-export function planRoom(snapshots: readonly Snapshot[], standing: Standing, transfer: Transfer, policy: Policy | null, now: number): Backup[] {
-  const arrived: Backup = { ...transfer.snapshot, receivedUuid: transfer.snapshot.receivedUuid ?? transfer.snapshot.uuid };
-  const parent = transfer.parent && dataFinder(standing.backups)(transfer.parent);
-  const newest = planDestination(snapshots, standing.backups, policy, now).at(-1)?.entry;
-  const pin = newestShared(snapshots, standing.backups);
-  const pinned = pin === null ? undefined : dataFinder(standing.backups)(pin);
-  return planDestination(snapshots, [...standing.backups, arrived], policy, now)
-    .filter(({ entry, reasons }) => reasons.length === 0 && entry !== arrived && entry !== parent && entry !== newest && entry !== pinned)
-    .map(({ entry }) => entry);
+/** A snapshot as a backup that was received from it. */
+const arrived = (snapshot: Snapshot): Backup => ({ ...snapshot, receivedUuid: snapshot.receivedUuid ?? snapshot.uuid });
+
+/**
+ * What may go now to make room for the transfers to come: what the policy drops once
+ * they are there, but never the newest backup of now, the pin, or a parent of one of them.
+ */
+export function planRoom(snapshots: readonly Snapshot[], { backups }: Standing, coming: readonly Transfer[], policy: Policy | null, now: number): Backup[] {
+  const find = dataFinder(backups);
+  const goes = (all: readonly Backup[]) => planDestination(snapshots, all, policy, now).filter(({ reasons }) => reasons.length === 0).map(({ entry }) => entry);
+  const later = new Set(goes([...backups, ...coming.map(({ snapshot }) => arrived(snapshot))]));
+  const parents = new Set(coming.map(({ parent }) => parent && find(parent)));
+  const [newest, pin] = [planDestination(snapshots, backups, policy, now).at(-1)?.entry, newestShared(snapshots, backups)];
+  return backups.filter((backup) => later.has(backup) && !parents.has(backup) && backup !== newest && backup !== (pin && find(pin)));
 }
 
 /** Whether a source may use a folder for a chain; `strangers` are the backups there that are not its own. */
@@ -1278,8 +1287,11 @@ async function openDestination({ location }: Wanted, source: Source, known: Know
     if (!claimed.accepted) throw new Failure(claimed.why);
   });
   const strangers = claimed.accepted ? claimed.strangers : [];
-  const owned = { ...folder.chain, owner: source.identity, ...(strangers.length > 0 ? { strangers } : {}) };
-  // Taken over, or moved: the record says so even if nothing is sent.
+  const { receiving, ...chain } = folder.chain;
+  // An announcement outlives its transfer only as long as there is a leftover to be recognised by it.
+  const broken = folder.snapshots.some(({ name, readonly }) => name === receiving && !readonly);
+  const owned = { ...chain, owner: source.identity, ...(strangers.length > 0 ? { strangers } : {}), ...(broken ? { receiving } : {}) };
+  // Taken over, moved, or completed after all: the record says so even if nothing is sent.
   if (!o.dryRun && folder.chain.owner && JSON.stringify(folder.chain) !== JSON.stringify(owned)) await writeRecord(folder, owned);
   return folderDestination(folder, owned, known?.receiving ?? [], { ...o.deletion, btrfsDebug: o.btrfsDebug });
 }
@@ -1368,20 +1380,20 @@ async function serve(served: Served, source: Source, snapshots: readonly Snapsho
       : planTransfers(snapshots, served.standing, options);
   for (const { name, why } of conflicts) report.error(id, new Failure(`${name} is not sent: ${why}; rename or remove it`));
   if (transfers.length > 1 && served.standing.held.length === 0) log.info(`${id} is new: ${transfers.length} snapshots will be sent; --newest-only sends only the newest`);
-  for (const transfer of transfers) {
+  for (const [i, transfer] of transfers.entries()) {
     const { snapshot, parent } = transfer;
     const how = parent !== null ? `difference to ${parent.name}` : !o.incremental ? "in full, as asked" : "in full: no earlier snapshot is on both sides";
     log.info(`${o.dryRun ? "Would send" : "Sending"} ${snapshot.name} to ${id} (${how})`);
     const attempt = () => transferTo(destination, source, transfer, { progress: o.progress, btrfsDebug: o.btrfsDebug, sizes });
     const result = o.dryRun ? { bytes: null, seconds: 0 } : await attempt().catch(async (error) => {
       if (!(error instanceof NoSpace) || !o.makeRoom || destination.frozen !== null) throw error;
-      const names = planRoom(snapshots, served.standing, transfer, wanted.policy, now).map(({ name }) => name);
+      const names = planRoom(snapshots, served.standing, transfers.slice(i), wanted.policy, now).map(({ name }) => name);
       if (names.length === 0) throw error;
       await removeFrom(served, names, "to make room", o, report, true);
       return attempt();
     });
-    const arrived: Backup = { ...snapshot, receivedUuid: snapshot.receivedUuid ?? snapshot.uuid };
-    served.standing = { ...served.standing, held: [...served.standing.held, arrived], backups: [...served.standing.backups, arrived] };
+    const backup = arrived(snapshot);
+    served.standing = { ...served.standing, held: [...served.standing.held, backup], backups: [...served.standing.backups, backup] };
     report.event("transfer", { destination: id, name: snapshot.name, parent: parent?.name ?? null, ...result });
     await remember(snapshot);
   }
@@ -1598,9 +1610,9 @@ type Given = { readonly flag: (name: string) => boolean; readonly value: (name: 
 
 /** Reads arguments strictly. Errors: UsageError naming the nearest option. */
 export function readArguments(args: readonly string[], definitions: ArgsDef): Given {
-  const named = Object.entries(definitions as Record<string, ArgDef & { alias?: string | string[] }>).filter(([, { type }]) => type !== "positional");
+  const defined = Object.entries(definitions as Record<string, ArgDef & { alias?: string | string[] }>).filter(([, { type }]) => type !== "positional");
   const options = Object.fromEntries(
-    named.map(([name, { type, alias }]) => [name, { type: type === "boolean" ? ("boolean" as const) : ("string" as const), multiple: REPEATABLE.has(name), ...(typeof alias === "string" ? { short: alias } : {}) }]),
+    defined.map(([name, { type, alias }]) => [name, { type: type === "boolean" ? ("boolean" as const) : ("string" as const), multiple: REPEATABLE.has(name), ...(typeof alias === "string" ? { short: alias } : {}) }]),
   );
   try {
     const { values, positionals } = parseArgs({ args: [...args], options, strict: true, allowPositionals: true });
@@ -1613,8 +1625,9 @@ export function readArguments(args: readonly string[], definitions: ArgsDef): Gi
   } catch (error) {
     const { code, message } = error as Error & { code?: string };
     if (code !== "ERR_PARSE_ARGS_UNKNOWN_OPTION") throw new UsageError(message.split(/\.\s|\n/)[0]);
-    const unknown = /'(-[^']*)'/.exec(message)?.[1] ?? "";
-    const names = named.map(([name]) => `--${name}`);
+    const named = /'(-*)([^']*)'/.exec(message); // Bun leaves the dash of a short one out
+    const unknown = `${named?.[1] || "-"}${named?.[2] ?? ""}`;
+    const names = defined.map(([name]) => `--${name}`);
     const best = names.map((name) => ({ name, far: distance(unknown, name) })).sort((a, b) => a.far - b.far)[0];
     throw new UsageError(`unknown option ${unknown}${unknown.startsWith("--") && best && best.far <= 3 ? `; did you mean ${best.name}?` : ""}`);
   }

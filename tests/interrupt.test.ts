@@ -125,11 +125,35 @@ test("after kill -9 of everything, the leftover is removed and sent again", asyn
   await waitFor("the transfer", () => receiving(destination));
   running.child.kill("SIGKILL");
   sh(`pkill -KILL -f "$1" || :`, `[b]trfs.*${destination}`);
+  sh(`pkill -KILL -f "^pv -q -L 5m$"`); // what slows it down holds its lock as well
   await waitFor("the receiver's end", () => processesOf(destination) === "");
   expect(receiving(destination)).toBe(true);
   await expectRun(0, ["-S", source, destination]);
   expectSound(destination, snapshots);
   expect(snapshotNames(destination).length).toBe(2);
+});
+
+test("a receive that was killed between its last two steps is a leftover, too", async () => {
+  const { source, snapshots, destination } = pair();
+  await expectRun(0, [source, destination]);
+  // Writable, with a received UUID, and announced: the state between the two ioctls.
+  const [name] = snapshotNames(destination) as [string];
+  sh(`cp "$1/.btrfs-backup.json" "$1/saved"; btrfs property set -f -ts "$1/$2" ro false`, destination, name);
+  const record = readFileSync(join(destination, "saved"), "utf8").replace("{\"owner\"", `{"receiving":"${name}","owner"`);
+  writeFileSync(join(destination, ".btrfs-backup.json"), record);
+  await expectRun(0, ["-S", source, destination]);
+  expectSound(destination, snapshots);
+  expect(announced(destination)).toBe(false);
+});
+
+test("an announcement ends when its backup is found complete", async () => {
+  const { source, destination } = pair();
+  await expectRun(0, [source, destination]);
+  const [name] = snapshotNames(destination) as [string];
+  const file = join(destination, ".btrfs-backup.json");
+  writeFileSync(file, readFileSync(file, "utf8").replace("{\"owner\"", `{"receiving":"${name}","owner"`));
+  await expectRun(0, ["-S", source, destination]);
+  expect(announced(destination)).toBe(false);
 });
 
 test("a half-received subvolume that was not announced is no leftover", async () => {

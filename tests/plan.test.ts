@@ -1,0 +1,518 @@
+// Tables for the pure functions: what a name means, what a policy keeps, what is sent, what goes.
+
+import { describe, expect, test } from "bun:test";
+import fc from "fast-check";
+import {
+  arrange,
+  before,
+  claim,
+  dataFinder,
+  isComplete,
+  newestShared,
+  parseDuration,
+  parseName,
+  parsePolicy,
+  planDestination,
+  planRoom,
+  planSource,
+  planStreams,
+  planTransfers,
+  retain,
+  stamp,
+  standingIn,
+  UsageError,
+  wallClock,
+  type Backup,
+  type ChainRecord,
+  type Claimant,
+  type Decision,
+  type Identity,
+  type Snapshot,
+  type Standing,
+} from "../btrfs-backup.ts";
+
+// A day or a moment is written as in names, shortened: "0301" is 2024-03-01, 00:00:00.
+const full = (short: string) => {
+  const [day = "", time = ""] = short.split("-");
+  return `${day.length === 4 ? `2024${day}` : day}-${time.padEnd(6, "0")}`;
+};
+const at = (short: string) => parseName(full(short), "") as number;
+const FAR = at("20300101");
+
+let lastId = 256;
+/** A snapshot at the source: its UUID is "s" and its short name; the ID grows with every call. */
+const snap = (short: string, fields: Partial<Snapshot> = {}): Snapshot => {
+  const name = full(short);
+  return { id: lastId++, name, time: at(short), path: `snapshot/${name}`, uuid: `s${short}`, parentUuid: "source", receivedUuid: null, readonly: true, ...fields };
+};
+/** What a destination has of it after a transfer. */
+const backupOf = (snapshot: Snapshot, fields: Partial<Backup> = {}): Backup => ({
+  ...snapshot,
+  id: lastId++,
+  path: `backup/${snapshot.name}`,
+  uuid: `b${snapshot.uuid.slice(1)}`,
+  parentUuid: null,
+  receivedUuid: snapshot.receivedUuid ?? snapshot.uuid,
+  ...fields,
+});
+const snaps = (shorts: string) => shorts.split(" ").filter(Boolean).map((short) => snap(short));
+const shortOf = (uuid: string) => uuid.slice(1);
+const kept = <T extends Snapshot>(decisions: readonly Decision<T>[]) =>
+  decisions.filter(({ reasons }) => reasons.length > 0).map(({ entry }) => shortOf(entry.uuid)).join(" ");
+const reasonsOf = (decisions: readonly Decision<Snapshot>[], short: string) => decisions.find(({ entry }) => shortOf(entry.uuid) === short)?.reasons;
+const standing = (backups: readonly Backup[], rest: Partial<Standing> = {}): Standing => ({ held: backups, backups, taken: new Map(), ...rest });
+
+describe("names", () => {
+  test.each<[string, string, boolean]>([
+    ["20240229-235959", "", true],
+    ["00010101-000000", "", true],
+    ["99991231-235959", "", true],
+    ["20230229-000000", "", false], // no leap year
+    ["20240431-000000", "", false],
+    ["20240100-000000", "", false],
+    ["20240001-000000", "", false],
+    ["20241301-000000", "", false],
+    ["20240101-240000", "", false],
+    ["20240101-006000", "", false],
+    ["20240101-000060", "", false], // no leap second ever has a name
+    ["20240101-00000", "", false],
+    ["20240101-0000000", "", false],
+    ["20240101 000000", "", false],
+    ["20240101-000000\n", "", false],
+    ["x20240101-000000", "", false],
+    ["20240101-000000.new", "", false],
+    ["٢٠٢٤0101-000000", "", false], // digits, but not those
+    ["20240101-000000", "home-", false],
+    ["home-20240101-000000", "home-", true],
+    ["home-old-20240101-000000", "home-", false],
+    ["home-old-20240101-000000", "home-old-", true],
+    ["home-20240101-000000", "home-old-", false],
+    ["homeX20240101-000000", "home.", false],
+    ["home.20240101-000000", "home.", true],
+    ["(a|b)*[c]$20240101-000000", "(a|b)*[c]$", true],
+    ["2024010120240101-000000", "20240101", true], // a prefix of digits
+    ["2024010120240101-000000", "", false],
+    ["Home-20240101-000000", "home-", false],
+  ])("%j with the prefix %j: ours is %p", (name, prefix, ours) => {
+    expect(parseName(name, prefix) !== null).toBe(ours);
+  });
+
+  test("the time in a name is the wall clock, counted as if it were UTC", () => {
+    expect(parseName("p20240229-010203", "p")).toBe(Date.UTC(2024, 1, 29, 1, 2, 3));
+    expect(parseName("00500101-000000", "")).toBeLessThan(parseName("19000101-000000", "") as number);
+  });
+
+  test("a stamp is local time in fifteen characters, and is read back as the wall clock", () => {
+    expect(stamp(new Date(2024, 1, 3, 4, 5, 6))).toBe("20240203-040506");
+    expect(wallClock(new Date(2024, 1, 3, 4, 5, 6))).toBe(Date.UTC(2024, 1, 3, 4, 5, 6));
+    fc.assert(fc.property(fc.date({ min: new Date("0002-01-01"), max: new Date("9999-12-30"), noInvalidDate: true }), (date) => expect(parseName(stamp(date), "")).not.toBeNull()));
+  });
+});
+
+describe("same data", () => {
+  const held = { ...snap("0101"), uuid: "H", receivedUuid: "R", parentUuid: "P" };
+  const orphan = { ...snap("0102"), uuid: "O", receivedUuid: null };
+  const find = dataFinder([orphan, held]);
+  test.each<[string, Partial<Snapshot>, string | undefined]>([
+    ["received from the snapshot", { uuid: "R", receivedUuid: null }, "H"],
+    ["received from the snapshot, itself restored from elsewhere", { uuid: "R", receivedUuid: "elsewhere" }, "H"],
+    ["both received from the same third", { uuid: "S", receivedUuid: "R" }, "H"],
+    ["the snapshot was received from it (a restore)", { uuid: "S", receivedUuid: "H" }, "H"],
+    ["the snapshot was received from one that was not received itself", { uuid: "S", receivedUuid: "O" }, "O"],
+    ["nothing in common", { uuid: "S", receivedUuid: null }, undefined],
+    ["neither was received: no UUID is not the same UUID", { uuid: "S", receivedUuid: null, name: orphan.name }, undefined],
+    ["the same parent is not the same data", { uuid: "S", parentUuid: "P" }, undefined],
+    ["its parent is not the snapshot", { uuid: "P" }, undefined],
+    ["the same name is not the same data", { uuid: "S", name: held.name, time: held.time }, undefined],
+  ])("%s", (_, fields, found) => {
+    expect(find({ ...snap("0101"), ...fields })?.uuid).toBe(found);
+  });
+
+  test("complete is read-only and received", () => {
+    const table = [true, false].flatMap((readonly) => ["R", null].map((receivedUuid) => isComplete({ ...held, readonly, receivedUuid })));
+    expect(table).toEqual([true, false, false, false]);
+  });
+
+  test("the newest shared snapshot is the last in the source's order, not by name", () => {
+    const [a, b, c] = [snap("1027-0230"), snap("1027-0200"), snap("1027-0300")] as const; // clocks went back after a
+    expect(newestShared([a, b, c], [backupOf(b), backupOf(a)])).toBe(b);
+    expect(newestShared([a, b, c], [])).toBeNull();
+  });
+});
+
+describe("what stands at a destination", () => {
+  const name = full("0301");
+  const found = (fields: Partial<Backup> | null, announced: string[] = [], strangers: string[] = []) => {
+    const entry = fields && backupOf(snap("0301"), fields);
+    const list = entry ? [entry] : [];
+    return standingIn({ standing: list, snapshots: list, entries: new Set([".", "..", "photos", name]), prefix: "" }, strangers, announced);
+  };
+  test.each<[string, Standing, RegExp | "leftover", number]>([
+    ["a plain directory or file", found(null), /not a subvolume/, 0],
+    ["a complete backup", found({}), /other data/, 1],
+    ["a complete backup of another source", found({}, [], ["b0301"]), /other data/, 0],
+    ["half a transfer that was announced", found({ readonly: false, receivedUuid: null }, [name]), "leftover", 0],
+    ["something writable that nobody announced", found({ readonly: false, receivedUuid: null }), /no transfer/, 0],
+    ["a backup that was made writable, even if it was announced", found({ readonly: false }, [name]), /made writable/, 0],
+    ["a snapshot that was never received, even if it was announced", found({ receivedUuid: null }, [name]), /not received/, 0],
+  ])("%s", (_, { taken, backups }, why, count) => {
+    expect([...taken.keys()]).toEqual([name]);
+    expect(taken.get(name)).toMatch(why);
+    expect(backups).toHaveLength(count);
+  });
+});
+
+describe("policies", () => {
+  test.each<[string, object]>([
+    ["7", { newest: 7, firstOf: [], within: [] }],
+    [" 7 ", { newest: 7, firstOf: [], within: [] }],
+    ["24h 7d 4w 12m 10y", { newest: 0, firstOf: [["h", 24], ["d", 7], ["w", 4], ["m", 12], ["y", 10]], within: [] }],
+    ["*m", { newest: 0, firstOf: [["m", Infinity]], within: [] }],
+    ["14d+", { newest: 0, firstOf: [], within: [["d", 14]] }],
+    ["*y+", { newest: 0, firstOf: [], within: [["y", Infinity]] }],
+    ["3 7d\t2w+  7d+", { newest: 3, firstOf: [["d", 7]], within: [["w", 2], ["d", 7]] }],
+  ])("%j is understood", (text, expected) => {
+    const policy = parsePolicy(text);
+    const pairs = (words: readonly { unit: string; count: number }[] = []) => words.map(({ unit, count }) => [unit, count]);
+    expect({ newest: policy?.newest, firstOf: pairs(policy?.firstOf), within: pairs(policy?.within) }).toEqual(expected as never);
+    expect(policy?.text).toBe(text);
+  });
+
+  test.each(["0", " 0 "])("%j keeps everything", (text) => expect(parsePolicy(text)).toBeNull());
+
+  const wrong = ["", " ", "x", "-1", "1.5", "0d", "0h+", "0 7d", "7d 0", "00", "*", "*+", "7+", "d", "7D", "7days", "7 d", "7d,4w", "7d7d", "+7d", "7d++", "3 5", "7d 7d", "7d 14d", "2w+ 4w+", "99999999999999999999", "٧"];
+  test.each(wrong)("%j is a usage error", (text) => expect(() => parsePolicy(text)).toThrow(UsageError));
+
+  test.each<[string, object]>([["3d", { count: 3, unit: "d" }], ["12m", { count: 12, unit: "m" }], ["0h", { count: 0, unit: "h" }]])("the duration %j is understood", (text, expected) =>
+    expect(parseDuration(text)).toEqual(expected as never),
+  );
+  test.each(["", "3", "d", "3 d", "-3d", "3d+", "1.5d", "*d", "3x"])("the duration %j is a usage error", (text) => expect(() => parseDuration(text)).toThrow(UsageError));
+
+  test("a window goes back by the calendar", () => {
+    const back = (from: string, count: number, unit: "h" | "d" | "w" | "m" | "y") => new Date(before(at(from), count, unit)).toISOString().slice(0, 16);
+    expect(back("0301-12", 1, "h")).toBe("2024-03-01T11:00");
+    expect(back("0301-12", 1, "d")).toBe("2024-02-29T12:00");
+    expect(back("0301-12", 2, "w")).toBe("2024-02-16T12:00");
+    expect(back("0301-12", 2, "m")).toBe("2024-01-01T12:00");
+    expect(back("0301-12", 14, "m")).toBe("2023-01-01T12:00");
+    expect(back("0301-12", 4, "y")).toBe("2020-03-01T12:00");
+    expect(before(at("0301"), Infinity, "m")).toBe(-Infinity);
+  });
+
+  test.each(["m", "y"] as const)("a window of %s never moves backwards as time goes on: nothing is dropped that is wanted again a day later", (unit) => {
+    for (let day = at("20230101"); day < at("20250101"); day += 86400e3)
+      for (const count of [1, 2, 6]) expect(before(day + 86400e3, count, unit), new Date(day).toISOString()).toBeGreaterThanOrEqual(before(day, count, unit));
+  });
+
+  test.each(["h", "d", "w", "m", "y"] as const)("a window longer than time itself (%s) keeps everything", (unit) => {
+    expect(kept(retain(snaps("0101 0102 0103"), parsePolicy(`9999999${unit}+`), FAR))).toBe("0101 0102 0103");
+  });
+});
+
+describe("retention", () => {
+  test.each<[policy: string, entries: string, kept: string]>([
+    ["0", "0101 0102 0103", "0101 0102 0103"],
+    ["1", "0101 0102 0103", "0103"],
+    ["2", "0101 0102 0103", "0102 0103"],
+    ["9", "0101 0102 0103", "0101 0102 0103"],
+    // the first of a period; the newest always
+    ["*h", "0101-1000 0101-1030 0101-1059 0101-1100 0101-1101", "0101-1000 0101-1100 0101-1101"],
+    ["*d", "0101-08 0101-23 0102-00 0102-01 0103-05", "0101-08 0102-00 0103-05"],
+    ["*m", "0105 0131 0201 0229 0301 0331", "0105 0201 0301 0331"],
+    ["*y", "20221231 20230101 20230601 20231231 20240101 20240102", "20221231 20230101 20240101 20240102"],
+    // the last N periods that have one, however far back they are
+    ["2d", "20200101 20200102 0101 0101-12", "20200102 0101 0101-12"],
+    ["2h", "0101-01 0301-01 0301-0130 0401-01", "0301-01 0401-01"],
+    ["1y", "20230101 20240301 20240302", "20240301 20240302"],
+    // ISO weeks: Monday to Sunday, across the new year
+    ["*w", "20201227 20201228 20201231 20210101 20210103 20210104 20210105", "20201227 20201228 20210104 20210105"],
+    ["2w", "20201227 20201228 20201231 20210101 20210103 20210104 20210105", "20201228 20210104 20210105"],
+    ["*w", "20241229 20241230 20250101 20250105 20250106", "20241229 20241230 20250106"],
+    ["*w", "19691231 19700101 19700104 19700105", "19691231 19700105"], // before and after the epoch
+    // windows end at the newest, and include their beginning
+    ["1d+", "0101-12 0102-1159 0102-12 0103-12", "0102-12 0103-12"],
+    ["3h+", "0101-00 0101-01 0101-02 0101-04", "0101-01 0101-02 0101-04"],
+    ["2w+", "0101 0117 0118 0131", "0117 0118 0131"],
+    ["1m+", "0114 0115 0116 0215", "0115 0116 0215"],
+    ["1y+", "20230228 20230301 20240301", "20230301 20240301"],
+    ["*h+", "19990101 0101", "19990101 0101"],
+    // what any word keeps is kept
+    ["1 *m 2d+", "0101 0115 0201 0210 0211 0212", "0101 0201 0210 0211 0212"],
+    ["*d", "", ""],
+    ["1", "", ""],
+    ["0", "", ""],
+  ])("%s of [%s] keeps [%s]", (policy, entries, expected) => {
+    expect(kept(retain(snaps(entries), parsePolicy(policy), FAR))).toBe(expected);
+  });
+
+  test("every reason is told, and the newest is always one", () => {
+    const decisions = retain(snaps("0101 0102 0103"), parsePolicy("1 *m 1d+"), FAR);
+    expect(decisions.map(({ reasons }) => reasons)).toEqual([["first of its month (*m)"], ["within 1d"], ["newest", "one of the newest 1", "within 1d"]]);
+    expect(reasonsOf(retain(snaps("0101"), null, FAR), "0101")).toContain("newest");
+  });
+
+  test("a newest snapshot that is dated in the future does not empty the window", () => {
+    expect(kept(retain(snaps("0101 0110 0111 20350101"), parsePolicy("2d+"), at("0112")))).toBe("0110 0111 20350101");
+  });
+
+  test("a run of days keeps one and the same snapshot of each for as long as it is kept", () => {
+    const policy = parsePolicy("3d");
+    let here: Snapshot[] = [];
+    const first = new Map<string, string>();
+    for (let hour = 0; hour < 24 * 10; hour += 5) {
+      const time = at("0101") + hour * 3600e3;
+      const name = new Date(time).toISOString().replace(/[-:]|\..*/g, "").replace("T", "-");
+      here = retain([...here, snap(name)], policy, FAR).filter(({ reasons }) => reasons.length > 0).map(({ entry }) => entry);
+      const day = name.slice(0, 8);
+      if (!first.has(day)) first.set(day, name);
+      const days = [...first.values()].slice(-3);
+      expect(here.map((entry) => entry.name)).toEqual([...new Set([...days, name])].sort());
+    }
+  });
+});
+
+describe("order", () => {
+  const rankBy = (order: string) => (entry: Snapshot) => (order.split(" ").indexOf(shortOf(entry.uuid)) + 1 || undefined);
+  const arranged = (entries: string, order: string) => arrange(snaps(entries), rankBy(order)).map(({ uuid }) => shortOf(uuid)).join(" ");
+  test.each<[string, entries: string, ranks: string, expected: string]>([
+    ["by name, when the source knows none", "0103 0101 0102", "", "0101 0102 0103"],
+    ["by the source's order, when it knows all", "0103 0101 0102", "0102 0103 0101", "0102 0103 0101"],
+    ["names went back when summer time ended", "1027-0100 1027-0200 1027-0230 1027-0215 1027-0300", "1027-0100 1027-0200 1027-0230 1027-0215 1027-0300", "1027-0100 1027-0200 1027-0230 1027-0215 1027-0300"],
+    ["what is gone at the source stands by its name", "1027-0230 1027-0215 1026 1028", "1027-0230 1027-0215", "1026 1027-0230 1027-0215 1028"],
+    ["what is gone stands between, too", "0101 0102 0103 0104 0105", "0101 0105 0103", "0101 0102 0105 0104 0103"],
+    ["nothing", "", "", ""],
+  ])("%s", (_, entries, ranks, expected) => expect(arranged(entries, ranks)).toBe(expected));
+});
+
+describe("transfers", () => {
+  const options = { policy: null, incremental: true, newestOnly: false, now: FAR };
+  const planned = (snapshots: readonly Snapshot[], place: Standing, more: Partial<typeof options> | { policy: ReturnType<typeof parsePolicy> } = {}) => {
+    const { transfers, conflicts } = planTransfers(snapshots, place, { ...options, ...more });
+    const sent = transfers.map(({ snapshot, parent, leftover }) => `${shortOf(snapshot.uuid)}<${parent === null ? "" : shortOf(parent.uuid)}${leftover ? "!" : ""}`);
+    return [...sent, ...conflicts.map(({ name }) => `conflict ${name}`)].join(" ");
+  };
+  const s = snaps("0101 0102 0103 0104 0105");
+  const backups = (...numbers: number[]) => numbers.map((n) => backupOf(s[n - 1] as Snapshot));
+
+  test.each<[string, number[], string, string]>([
+    ["an empty destination gets all, the first in full", [], "0", "0101< 0102<0101 0103<0102 0104<0103 0105<0104"],
+    ["only what is missing", [1, 2, 3, 4], "0", "0105<0104"],
+    ["nothing, when nothing is missing", [1, 2, 3, 4, 5], "0", ""],
+    ["a gap is filled, each against the closest earlier one on both sides", [1, 3], "0", "0102<0101 0104<0103 0105<0104"],
+    ["no earlier one on both sides: in full, though later ones are there", [3, 4], "0", "0101< 0102<0101 0105<0104"],
+    ["only what the policy would keep", [1], "2", "0104<0101 0105<0104"],
+    ["nothing but the newest of an empty destination", [], "1", "0105<"],
+    ["the backups that are there count", [1, 4], "2", "0105<0104"],
+  ])("%s", (_, held, policy, expected) => expect(planned(s, standing(backups(...held)), { policy: parsePolicy(policy) })).toBe(expected));
+
+  test("nothing is sent when there is nothing", () => expect(planned([], standing([]))).toBe(""));
+
+  test("a backup whose snapshot is gone at the source still is the first of its period", () => {
+    const gone = backupOf(snap("0301-00"));
+    const here = snaps("0301-01 0301-02 0302-00 0302-01");
+    expect(planned(here, standing([gone]), { policy: parsePolicy("*d") })).toBe("0302-00< 0302-01<0302-00");
+  });
+
+  test("the newest snapshot is sent even if a backup there is dated in the future", () => {
+    const gone = backupOf(snap("20290101")); // made while the clock was wrong, deleted at the source since
+    const here = snaps("0301-00 0301-01");
+    const place = standing([gone, backupOf(here[0] as Snapshot)]);
+    expect(planned(here, place, { policy: parsePolicy("1") })).toBe("0301-01<0301-00");
+    expect(planned(here, place, { policy: parsePolicy("*d") })).toBe("0301-01<0301-00");
+  });
+
+  test("the parent is the closest by the source's order when clocks went back", () => {
+    const here = snaps("1027-0200 1027-0230 1027-0215");
+    expect(planned(here, standing([backupOf(here[0] as Snapshot), backupOf(here[1] as Snapshot)]))).toBe("1027-0215<1027-0230");
+  });
+
+  test("--newest-only sends the newest, against the closest one there", () => {
+    expect(planned(s, standing([]), { newestOnly: true })).toBe("0105<");
+    expect(planned(s, standing(backups(2)), { newestOnly: true })).toBe("0105<0102");
+    expect(planned(s, standing(backups(5)), { newestOnly: true })).toBe("");
+  });
+
+  test("--no-incremental sends the same, each in full", () => {
+    expect(planned(s, standing(backups(1, 3)), { incremental: false })).toBe("0102< 0104< 0105<");
+  });
+
+  test("a complete backup by any name is held: not sent again, and good as a parent", () => {
+    const renamed = backupOf(s[3] as Snapshot, { name: "before the upgrade" });
+    expect(planned(s, standing([], { held: [renamed] }), { policy: parsePolicy("2") })).toBe("0105<0104");
+  });
+
+  test("a leftover is replaced, and is no parent before", () => {
+    const place = standing(backups(1), { taken: new Map([[full("0102"), "leftover"]]) });
+    expect(planned(s.slice(0, 3), place)).toBe("0102<0101! 0103<0102");
+  });
+
+  test("a name taken by something else is a conflict: left alone, no parent, and the others are sent", () => {
+    const place = standing(backups(1), { taken: new Map([[full("0102"), "a backup of other data has that name"]]) });
+    expect(planned(s.slice(0, 3), place)).toBe(`0103<0101 conflict ${full("0102")}`);
+  });
+
+  test("a taken name that is not wanted, or holds the data itself, is no conflict", () => {
+    const taken = new Map(s.map(({ name }) => [name, "a backup of other data has that name"]));
+    expect(planned(s, standing(backups(5), { taken }), { policy: parsePolicy("1") })).toBe("");
+  });
+
+  test("a restored snapshot is not sent back to where it came from", () => {
+    const backup = backupOf(snap("0101"));
+    const restored = snap("0101", { uuid: "s-restored", receivedUuid: "b0101" });
+    expect(planned([restored, snap("0102")], standing([backup]))).toBe("0102<-restored");
+  });
+
+  test.each<[string, string | null, object, string]>([
+    ["nothing remembered: only the newest, in full", null, {}, "0105<"],
+    ["what came after the last one", "0103", {}, "0104<0103 0105<0104"],
+    ["nothing new", "0105", {}, ""],
+    ["the last one is gone: in full what is later by name", "0103-12", {}, "0104< 0105<0104"],
+    ["in full with -I", "0103", { incremental: false }, "0104< 0105<"],
+    ["only the newest", "0102", { newestOnly: true }, "0105<0102"],
+    ["only the newest, and it is there", "0105", { newestOnly: true }, ""],
+  ])("to a command: %s", (_, last, more, expected) => {
+    const memory = last === null ? null : { name: full(last), uuid: `s${last}` };
+    const transfers = planStreams(s, memory, { incremental: true, newestOnly: false, prefix: "", ...more });
+    expect(transfers.map(({ snapshot, parent }) => `${shortOf(snapshot.uuid)}<${parent === null ? "" : shortOf(parent.uuid)}`).join(" ")).toBe(expected);
+  });
+
+  test("to a command: the last stream is known by its UUID, whatever stands under its name now", () => {
+    const transfers = planStreams(s, { name: full("0105"), uuid: "s0102" }, { incremental: true, newestOnly: false, prefix: "" });
+    expect(transfers.map(({ snapshot }) => snapshot.uuid)).toEqual(["s0103", "s0104", "s0105"]);
+  });
+});
+
+describe("retention at a destination", () => {
+  const s = snaps("0101 0102 0103 0104 0105");
+  const all = s.map((snapshot) => backupOf(snapshot));
+
+  test.each<[string, policy: string, kept: string]>([
+    ["the policy alone decides when the newest is shared", "2", "0104 0105"],
+    ["everything", "0", "0101 0102 0103 0104 0105"],
+    ["calendar words", "*m", "0101 0105"],
+  ])("%s", (_, policy, expected) => expect(kept(planDestination(s, all, parsePolicy(policy), FAR))).toBe(expected));
+
+  test("what is shared with the source stays, whatever the policy", () => {
+    const decisions = planDestination(s.slice(0, 2), all, parsePolicy("1"), FAR); // 0103 and later are gone at the source
+    expect(kept(decisions)).toBe("0102 0105");
+    expect(reasonsOf(decisions, "0102")).toEqual(["shared with the source"]);
+  });
+
+  test("the newest is the source's newest, not the one that arrived last, nor the last by name", () => {
+    const here = snaps("1027-0230 1027-0215");
+    expect(kept(planDestination(here, here.toReversed().map((x) => backupOf(x)), parsePolicy("1"), FAR))).toBe("1027-0215");
+  });
+
+  test("a source without snapshots takes nothing away from the policy", () => {
+    expect(kept(planDestination([], all, parsePolicy("2"), FAR))).toBe("0104 0105");
+    expect(planDestination(s, [], parsePolicy("2"), FAR)).toEqual([]);
+  });
+});
+
+describe("retention at the source", () => {
+  const s = snaps("0101 0102 0103 0104 0105");
+  const claimant = (id: string, pin: string | null, rest: Partial<Claimant> = {}): Claimant => ({ id, pin: pin === null ? null : { uuid: `s${pin}` }, unread: false, unsentPolicy: null, ...rest });
+  test.each<[string, policy: string, claimants: Claimant[], kept: string]>([
+    ["no destination", "1", [], "0105"],
+    ["everything", "0", [], "0101 0102 0103 0104 0105"],
+    ["every pin stays", "1", [claimant("a", "0102"), claimant("b", "0104")], "0102 0104 0105"],
+    ["a pin stays while its destination cannot be read", "1", [claimant("a", "0102", { unread: true })], "0102 0105"],
+    ["a pin that is gone holds nothing", "1", [claimant("a", "0099"), claimant("b", null)], "0105"],
+    ["nothing is known of a destination that could not be read: all stay", "1", [claimant("a", null, { unread: true }), claimant("b", "0105")], "0101 0102 0103 0104 0105"],
+    ["a destination that was read and shares nothing holds nothing", "1", [claimant("a", null)], "0105"],
+    ["--keep-unsent: what its policy would still want after its pin", "1", [claimant("a", "0102", { unsentPolicy: { policy: null } })], "0102 0103 0104 0105"],
+    ["--keep-unsent: limited by its policy", "1", [claimant("a", "0102", { unsentPolicy: { policy: parsePolicy("2") } })], "0102 0104 0105"],
+    ["--keep-unsent: for a destination that has nothing yet", "1", [claimant("a", null, { unsentPolicy: { policy: parsePolicy("3") } })], "0103 0104 0105"],
+  ])("%s", (_, policy, claimants, expected) => expect(kept(planSource(s, parsePolicy(policy), claimants, FAR))).toBe(expected));
+
+  test("the reasons name the destination", () => {
+    const decisions = planSource(s, parsePolicy("1"), [claimant("/disk", "0102", { unsentPolicy: { policy: null } }), claimant("/new", null, { unread: true })], FAR);
+    expect(reasonsOf(decisions, "0102")).toEqual(["shared with /disk", "nothing is known of /new yet"]);
+    expect(reasonsOf(decisions, "0103")).toEqual(["not yet sent to /disk", "nothing is known of /new yet"]);
+  });
+
+  test("the newest is the one with the highest ID when clocks went back", () => {
+    expect(kept(planSource(snaps("1027-0230 1027-0215"), parsePolicy("1"), [], FAR))).toBe("1027-0215");
+  });
+});
+
+describe("making room", () => {
+  const s = snaps("0101 0102 0103 0104 0105");
+  const backups = (...numbers: number[]) => numbers.map((n) => backupOf(s[n - 1] as Snapshot));
+  const room = (held: readonly Backup[], policy: string, here = s) => {
+    const place = standing(held);
+    const { transfers } = planTransfers(here, place, { policy: parsePolicy(policy), incremental: true, newestOnly: false, now: FAR });
+    const goes = planRoom(here, place, transfers, parsePolicy(policy), FAR);
+    return { transfers, goes, names: goes.map(({ uuid }) => shortOf(uuid)).join(" ") };
+  };
+
+  test.each<[string, held: number[], policy: string, goes: string]>([
+    ["what the policy drops once the new one is there", [1, 2, 3, 4], "2", "0101 0102 0103"],
+    ["never the parent and newest, though the policy will drop it", [1, 2, 3, 4], "1", "0101 0102 0103"],
+    ["nothing, when everything is kept", [1, 2, 3, 4], "0", ""],
+    ["nothing, when nothing is there", [], "1", ""],
+  ])("%s", (_, held, policy, goes) => expect(room(backups(...held), policy).names).toBe(goes));
+
+  test("never the newest complete backup, though its snapshot is gone at the source and it is no parent", () => {
+    const here = s.filter((_, i) => i !== 3); // 0104 is gone
+    expect(room(backups(1, 2, 3, 4), "1", here).names).toBe("0101 0102"); // 0103 is the parent, 0104 the newest
+  });
+
+  test("never what is shared with the source, though it is neither the parent nor the newest", () => {
+    const here = [snap("0201"), snap("0202"), snap("0203"), snap("0204")] as const;
+    const gone = backupOf(snap("0301"));
+    const [first, , third, last] = here;
+    // In full, as with -I: there is no parent. 0203 is shared, "0301" is the newest there by name.
+    const place = standing([backupOf(first), backupOf(third), gone]);
+    expect(planRoom(here, place, [{ snapshot: last, parent: null, leftover: false }], parsePolicy("1"), FAR).map(({ uuid }) => uuid)).toEqual(["b0201"]);
+  });
+
+  test("never the parent of a transfer that is still to come", () => {
+    const here = snaps("0301-00 0302-00 0302-01 0303-00 0303-01 0304-00");
+    const held = [0, 2, 4].map((i) => backupOf(here[i] as Snapshot));
+    const { transfers, goes } = room(held, "*d", here);
+    const find = dataFinder(goes);
+    expect(transfers.map(({ parent }) => parent && find(parent)?.name).filter(Boolean)).toEqual([]);
+  });
+});
+
+describe("one chain, one owner", () => {
+  const me: Identity = { uuid: "source", host: "here", path: "/home" };
+  const other: Identity = { uuid: "other", host: "there", path: "/srv" };
+  // Two chains in one folder: a1 <- a2 <- a3 and x1 <- x2, each received on top of its parent.
+  const a1 = backupOf(snap("0101"), { uuid: "a1", parentUuid: null });
+  const a2 = backupOf(snap("0102"), { uuid: "a2", parentUuid: "a1" });
+  const a3 = backupOf(snap("0103"), { uuid: "a3", parentUuid: "a2" });
+  const x1 = backupOf(snap("0104"), { uuid: "x1", parentUuid: null });
+  const x2 = backupOf(snap("0105"), { uuid: "x2", parentUuid: "x1" });
+  type Case = [string, { chain: ChainRecord; there: Backup[]; shared: Backup[]; identity?: Identity; adopt?: boolean }, strangers: string[] | null];
+  test.each<Case>([
+    ["the owner comes back", { chain: { owner: me }, there: [a1, a2], shared: [a2] }, []],
+    ["the owner comes back after its snapshots are gone", { chain: { owner: me }, there: [a1, a2], shared: [] }, []],
+    ["the owner comes back, moved", { chain: { owner: { ...me, path: "/old", host: "old" } }, there: [a1], shared: [] }, []],
+    ["the owner's recorded strangers stay so", { chain: { owner: me, strangers: ["x1"] }, there: [a1, x1], shared: [a1] }, ["x1"]],
+    ["a restored source: other UUID, same place, shared data", { chain: { owner: { ...me, uuid: "before" } }, there: [a1, a2], shared: [a1] }, []],
+    ["another source made at the same place: nothing shared", { chain: { owner: { ...me, uuid: "before" } }, there: [a1], shared: [] }, null],
+    ["the same host is not enough", { chain: { owner: { ...other, host: "here" } }, there: [a1], shared: [a1] }, null],
+    ["the same path is not enough", { chain: { owner: { ...other, path: "/home" } }, there: [a1], shared: [a1] }, null],
+    ["an empty folder", { chain: {}, there: [], shared: [] }, []],
+    ["no record, as 0.3.1 left it, all linked to this source", { chain: {}, there: [a1, a2, a3], shared: [a3] }, []],
+    ["no record, what came after the shared one is not linked", { chain: {}, there: [a1, a2, a3], shared: [a2] }, ["a3"]],
+    ["no record, mixed by 0.3.1", { chain: {}, there: [a1, a2, a3, x1, x2], shared: [a2, a3] }, ["x1", "x2"]],
+    ["no record, nothing shared", { chain: {}, there: [x1, x2], shared: [] }, null],
+    ["another's", { chain: { owner: other }, there: [x1, x2], shared: [] }, null],
+    ["another's, though data is shared", { chain: { owner: other }, there: [a1, x1], shared: [a1] }, null],
+    ["another's, adopted: what was there is never pruned", { chain: { owner: other }, there: [x1, x2], shared: [], adopt: true }, ["x1", "x2"]],
+    ["no record, adopted", { chain: {}, there: [x1, a1], shared: [a1], adopt: true }, ["x1"]],
+    ["adopted again and again, each stranger is recorded once", { chain: { owner: other, strangers: ["x1"] }, there: [x1, x2, a1], shared: [a1], adopt: true }, ["x1", "x2"]],
+    ["--adopt changes nothing for the owner", { chain: { owner: me }, there: [a1, x1], shared: [a1], adopt: true }, []],
+  ])("%s", (_, { chain, there, shared, identity = me, adopt = false }, strangers) => {
+    const claimed = claim(identity, chain, there, shared, adopt);
+    expect(claimed.accepted ? claimed.strangers : null).toEqual(strangers);
+  });
+
+  test("a refusal names both sources and what to do", () => {
+    const claimed = claim(me, { owner: other }, [x1], [], false);
+    for (const text of ["there:/srv", "subvolume other", "here:/home", "subvolume source", "-p", "another folder", "--adopt"]) expect(claimed.accepted ? "" : claimed.why).toContain(text);
+  });
+});

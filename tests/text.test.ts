@@ -1,0 +1,417 @@
+// Reading what others print and write, and writing what shells read.
+
+import { afterAll, describe, expect, spyOn, test } from "bun:test";
+import { spawnSync } from "node:child_process";
+import fc from "fast-check";
+import type { ArgsDef } from "citty";
+import {
+  commandFor,
+  distance,
+  expandFiles,
+  Failure,
+  filesystemOf,
+  log,
+  parseLocation,
+  parseMounts,
+  parseOldRecord,
+  parseRecord,
+  parseSubvolumes,
+  placeOn,
+  quote,
+  readArguments,
+  runOptions,
+  UsageError,
+  VERBS,
+  type Verb,
+} from "../btrfs-backup.ts";
+
+const U = (n: number) => `${String(n).padStart(8, "0")}-aaaa-bbbb-cccc-0123456789ab`;
+
+describe("btrfs subvolume list", () => {
+  const line = (id: number, path: string, { parent = "-", received = "-", uuid = U(id) } = {}) =>
+    `ID ${id} gen 12 top level 5 parent_uuid ${parent.padEnd(36)} received_uuid ${received.padEnd(36)} uuid ${uuid} path ${path}`;
+  const readonly = (id: number, path: string) => `ID ${id} gen 12 top level 5 path ${path}`;
+
+  test("every field is read, and a dash is no UUID", () => {
+    const all = [line(256, "home"), line(300, "<FS_TREE>/home/snapshot/20240101-000000", { parent: U(256), received: U(7) })].join("\n");
+    expect(parseSubvolumes(all, readonly(300, "<FS_TREE>/home/snapshot/20240101-000000"))).toEqual([
+      { id: 256, path: "home", uuid: U(256), parentUuid: null, receivedUuid: null, readonly: false },
+      { id: 300, path: "home/snapshot/20240101-000000", uuid: U(300), parentUuid: U(256), receivedUuid: U(7), readonly: true },
+    ]);
+  });
+
+  test("no subvolumes", () => expect(parseSubvolumes("", "")).toEqual([]));
+
+  test.each(["with blanks  in it", " and at both ends ", "uuid - path x", "line\nbreak", "\nat the ends\n", "a\n\nb", "ID of mine\nID 5", "ünïcode 'quoted'", "not/<FS_TREE>/at the start"])("the path %j is kept as it is", (path) => {
+    const parsed = parseSubvolumes([line(256, path), line(257, "next")].join("\n"), [readonly(256, path), readonly(257, "next")].join("\n"));
+    expect(parsed.map((s) => [s.id, s.path, s.readonly])).toEqual([[256, path, true], [257, "next", true]]);
+  });
+
+  test.each<[string, string, string]>([
+    ["an error message", "ERROR: not a btrfs filesystem", ""],
+    ["a line without UUIDs", readonly(256, "home"), ""],
+    ["no UUID where one should be", line(256, "home", { uuid: "unknown" }), ""],
+    ["an upper-case UUID, which btrfs never prints", line(256, "home", { uuid: U(256).toUpperCase() }), ""],
+    ["fields in another order", `ID 256 gen 12 cgen 3 top level 5 uuid ${U(256)} path home`, ""],
+    ["an error message where the read-only ones should be", line(256, "home"), "ERROR: cannot"],
+  ])("%s is an error, not a guess", (_, all, readonlyOnes) => expect(() => parseSubvolumes(all, readonlyOnes)).toThrow(Failure));
+});
+
+describe("mounts", () => {
+  const mounts = parseMounts(
+    [
+      "22 1 0:20 / / rw,relatime shared:1 - ext4 /dev/sda1 rw",
+      "30 22 0:30 / /mnt rw - btrfs /dev/sdb rw",
+      "31 30 0:30 /@home /mnt/home rw - btrfs /dev/sdb rw,subvol=/@home",
+      "32 22 0:30 /a\\040b\\134c /with\\040blank\\011tab\\012line rw - btrfs /dev/sdb rw",
+      "33 22 0:31 / /over rw - tmpfs tmpfs rw",
+      "34 22 0:32 /on/top /over rw - btrfs /dev/sdc rw",
+    ].join("\n"),
+  );
+  test.each<[string, string]>([
+    ["/", "/"],
+    ["/etc", "/etc"],
+    ["/mnt", "/"],
+    ["/mnt/backup", "/backup"],
+    ["/mnt/home", "/@home"],
+    ["/mnt/home/x/y", "/@home/x/y"],
+    ["/mnt/homes", "/homes"], // a beginning, but not a folder above
+    ["/with blank\ttab\nline/d", "/a b\\c/d"],
+    ["/over/d", "/on/top/d"], // the last one mounted there
+  ])("%j is %j on its filesystem", (path, top) => expect(placeOn(mounts, path).top).toBe(top));
+
+  test("a path under no mount is an error", () => expect(() => placeOn(parseMounts("30 22 0:30 / /mnt rw - btrfs /dev/sdb rw"), "/home")).toThrow(Failure));
+});
+
+describe("filesystems", () => {
+  const uuid = "85d7a547-9cd7-4425-8fb7-cd4d35349376"; // seen on a real one
+  const others = [U(1), "features", "85d7a547-9cd7-4425-8fb7-cd4d35349377", ""];
+  test.each<[string, number, string | null]>([
+    ["a60680aa9e3d653", 256, uuid],
+    ["a60680aa9e3d756", 5, uuid],
+    ["a60680aa9e3d653", 5, null],
+    ["0", 5, null],
+  ])("fsid %s below subvolume %d", (fsid, root, found) => expect(filesystemOf(fsid, root, [...others, uuid])).toBe(found));
+  test("unknown where nothing is known", () => expect(filesystemOf("a60680aa9e3d653", 256, ["features", ""])).toBeNull());
+});
+
+describe("the record", () => {
+  const owner = { uuid: U(1), host: "here", path: "/home" };
+  const pin = { name: "20240101-000000", uuid: U(2) };
+  const destinations = [{ location: "/backup", filesystem: U(3), pin, last: "2024-01-01T00:00:00.000Z" }, { location: "shell://cat", filesystem: null, pin: null, last: null }];
+  const written = (...lines: string[]) => `{"/": 1\n${lines.map((line) => `${line}\n`).join("")}}\n`;
+
+  test("what was written is read, each prefix on its line", () => {
+    const chain = { owner, receiving: "20240102-000000", strangers: [U(4)], destinations };
+    const { chains, unreadable } = parseRecord(written(`,"": ${JSON.stringify(chain)}`, `,"home-": {}`));
+    expect(unreadable).toBeNull();
+    expect([...chains]).toEqual([["", chain], ["home-", {}]]);
+  });
+
+  test("it is valid JSON as a whole", () => {
+    expect(JSON.parse(written(`,"": ${JSON.stringify({ owner })}`, `,"2": {}`))).toEqual({ "/": 1, "": { owner }, "2": {} });
+  });
+
+  test.each(["2024", "0", "-1", "1e3", "__proto__", "constructor", 'a"b', "back\\slash", "é", ",\": ", "{}"])("the prefix %j is one like any other", (prefix) => {
+    const { chains, unreadable } = parseRecord(written(`,"first": {}`, `,${JSON.stringify(prefix)}: ${JSON.stringify({ owner })}`));
+    expect(unreadable).toBeNull();
+    expect([...chains]).toEqual([["first", {}], [prefix, { owner }]]);
+  });
+
+  test("none, and an empty one", () => {
+    expect(parseRecord("")).toEqual({ chains: new Map(), unreadable: null });
+    expect(parseRecord(written())).toEqual({ chains: new Map(), unreadable: null });
+  });
+
+  test.each<[string, string]>([
+    ["nonsense", "hello"],
+    ["only white space", "\n"],
+    ["JSON by somebody else", `{"": {}}`],
+    ["another version", `{"/": 2\n}\n`],
+    ["cut short after a line", `{"/": 1\n,"": {}\n`],
+    ["cut short in a line", `{"/": 1\n,"": {"owner`],
+    ["zeros after a power cut", "\0".repeat(64)],
+    ["a line edited by hand", written(`,"":  {}`)],
+    ["two prefixes on a line", written(`,"a": {}, "b": {}`)],
+    ["an empty line", written("")],
+    ["a line break in the middle", written(`,"": {"owner":`, `{}}`)],
+    ["no object", written(`,"": null`)],
+    ["an owner that is none", written(`,"": {"owner":{"uuid":5}}`)],
+    ["an owner that is null", written(`,"": {"owner":null}`)],
+    ["a pin that is none", written(`,"": {"destinations":[{"location":"/b","pin":{"name":5}}]}`)],
+    ["a destination without a name", written(`,"": {"destinations":[{"pin":null}]}`)],
+    ["strangers that are none", written(`,"": {"strangers":[5]}`)],
+    ["a name that is a number", written(`,"": {"receiving":5}`)],
+  ])("%s: unreadable, and nothing of it is believed", (_, text) => {
+    const { chains, unreadable } = parseRecord(text);
+    expect(unreadable).toBeString();
+    expect(chains.size).toBe(0);
+  });
+});
+
+describe("what 0.3.1 left", () => {
+  const [a, b] = ["20240101-000000", "20240102-000000"];
+  test.each<[string, string, object]>([
+    ["0.3.1's form", JSON.stringify({ [a]: { parent_locks: ["/x", "ssh://h/y"] }, [b]: { locks: ["/x"], parent_locks: ["/z"] } }), { receiving: { "/x": [b] }, parents: { "/x": [a], "ssh://h/y": [a], "/z": [b] } }],
+    ["0.2's form", JSON.stringify({ [a]: ["/x"], [b]: ["/x", "/y"] }), { receiving: { "/x": [a, b], "/y": [b] }, parents: {} }],
+    ["empty", "{}", { receiving: {}, parents: {} }],
+    ["no file", "", { receiving: {}, parents: {} }],
+    ["nonsense", "hello", { receiving: {}, parents: {} }],
+    ["null", "null", { receiving: {}, parents: {} }],
+    ["wrong types", JSON.stringify({ [a]: { locks: 5, parent_locks: [5, null, "/x"] }, [b]: "locks" }), { receiving: {}, parents: { "/x": [a] } }],
+  ])("%s", (_, text, expected) => {
+    const { receiving, parents } = parseOldRecord(text);
+    expect({ receiving: Object.fromEntries(receiving), parents: Object.fromEntries(parents) }).toEqual(expected as never);
+  });
+});
+
+describe("locations", () => {
+  const ssh = (user: string | null, name: string, port: string | null) => ({ user, name, port });
+  test.each<[string, object]>([
+    ["/backup", { kind: "folder", id: "/backup", host: null, path: "/backup" }],
+    ["/a/../b//c/", { kind: "folder", id: "/b/c", host: null, path: "/b/c" }],
+    ["/", { kind: "folder", id: "/", host: null, path: "/" }],
+    ["/with\nline break", { kind: "folder", id: "/with\nline break", host: null, path: "/with\nline break" }],
+    ["relative", { kind: "folder", id: `${process.cwd()}/relative`, host: null, path: `${process.cwd()}/relative` }],
+    ["-dash", { kind: "folder", id: `${process.cwd()}/-dash`, host: null, path: `${process.cwd()}/-dash` }],
+    ["ssh://host/p", { kind: "folder", id: "ssh://host/p", host: ssh(null, "host", null), path: "/p" }],
+    ["ssh://me@host:2222/p/../q/", { kind: "folder", id: "ssh://me@host:2222/q", host: ssh("me", "host", "2222"), path: "/q" }],
+    ["ssh://host/", { kind: "folder", id: "ssh://host/", host: ssh(null, "host", null), path: "/" }],
+    ["ssh://me@realm@host/p", { kind: "folder", id: "ssh://me@realm@host/p", host: ssh("me@realm", "host", null), path: "/p" }],
+    ["ssh://[::1]:22/p", { kind: "folder", id: "ssh://[::1]:22/p", host: ssh(null, "::1", "22"), path: "/p" }],
+    ["ssh://host/a:b@c", { kind: "folder", id: "ssh://host/a:b@c", host: ssh(null, "host", null), path: "/a:b@c" }],
+    ["ssh://-oProxyCommand=x/p", { kind: "folder", id: "ssh://-oProxyCommand=x/p", host: ssh(null, "-oProxyCommand=x", null), path: "/p" }], // stands behind -- later
+    ["shell://cat > '/x'", { kind: "shell", id: "shell://cat > '/x'", command: "cat > '/x'" }],
+  ])("%j", (text, expected) => expect(parseLocation(text)).toEqual(expected as never));
+
+  test.each(["", "a\0b", "ssh://", "ssh://host", "ssh://host:x/p", "ssh://host:/p", "ssh:///p", "ssh://host/a\nb", "ssh://host/a\rb", "shell://", "shell://  ", "http://host/p", "ftp+tls://h/p"])("%j is a usage error", (text) =>
+    expect(() => parseLocation(text)).toThrow(UsageError),
+  );
+});
+
+const TABLE: ArgsDef = {
+  "num-snapshots": { type: "string", alias: "N" },
+  "snapshot-folder": { type: "string", alias: "f" },
+  "ssh-opt": { type: "string" },
+  quiet: { type: "boolean", alias: "q" },
+  "no-snapshot": { type: "boolean", alias: "S" },
+  sync: { type: "boolean", alias: "s" },
+  source: { type: "positional" },
+};
+
+describe("arguments", () => {
+  const read = (...args: string[]) => {
+    const given = readArguments(args, TABLE);
+    const options = ["num-snapshots", "snapshot-folder"].map((name) => [name, given.value(name)] as const).filter(([, value]) => value !== null);
+    const flags = ["quiet", "no-snapshot", "sync"].filter((name) => given.flag(name)).map((name) => [name, true] as const);
+    const all = given.all("ssh-opt");
+    return { ...Object.fromEntries([...options, ...flags, ...(all.length > 0 ? [["ssh-opt", all]] : [])]), _: given.positionals };
+  };
+  test.each<[string[], object]>([
+    [[], { _: [] }],
+    [["-qS", "/a", "/b"], { quiet: true, "no-snapshot": true, _: ["/a", "/b"] }],
+    [["-qsS"], { quiet: true, sync: true, "no-snapshot": true, _: [] }],
+    [["-N5"], { "num-snapshots": "5", _: [] }],
+    [["-N", "5"], { "num-snapshots": "5", _: [] }],
+    [["-qN5"], { quiet: true, "num-snapshots": "5", _: [] }],
+    [["-qN", "5"], { quiet: true, "num-snapshots": "5", _: [] }],
+    [["--num-snapshots", "24h 7d"], { "num-snapshots": "24h 7d", _: [] }],
+    [["--num-snapshots=24h 7d"], { "num-snapshots": "24h 7d", _: [] }],
+    [["--snapshot-folder="], { "snapshot-folder": "", _: [] }],
+    [["--snapshot-folder=a=b"], { "snapshot-folder": "a=b", _: [] }],
+    [["-N", "5", "-N", "6"], { "num-snapshots": "6", _: [] }],
+    [["--ssh-opt", "Port=22", "--ssh-opt=User=x"], { "ssh-opt": ["Port=22", "User=x"], _: [] }],
+    [["/a", "-q", "/b"], { quiet: true, _: ["/a", "/b"] }],
+    [["-q", "--", "-x", "--sync"], { quiet: true, _: ["-x", "--sync"] }],
+  ])("%j", (args, expected) => expect(read(...args)).toEqual(expected as never));
+
+  const problem = (...args: string[]) => {
+    try {
+      read(...args);
+    } catch (error) {
+      expect(error).toBeInstanceOf(UsageError);
+      return (error as Error).message;
+    }
+    return "none";
+  };
+  test.each<[string[], string]>([
+    [["--quite"], "unknown option --quite; did you mean --quiet?"],
+    [["--num-snapshot=5"], "unknown option --num-snapshot; did you mean --num-snapshots?"],
+    [["--nosnapshot", "/a"], "unknown option --nosnapshot; did you mean --no-snapshot?"],
+    [["--frobnicate"], "unknown option --frobnicate"],
+    [["-x"], "unknown option -x"],
+    [["-qx"], "unknown option -x"],
+    [["/a", "--source", "/b"], "unknown option --source"], // a positional is no option
+  ])("%j: %s", (args, message) => expect(problem(...args)).toBe(message));
+
+  test.each<[string[], RegExp]>([
+    [["-N"], /num-snapshots/],
+    [["--num-snapshots"], /num-snapshots/],
+    [["-N", "--quiet"], /-N/],
+    [["--quiet=yes"], /quiet/],
+  ])("%j is an error of one line that names the option", (args, message) => {
+    expect(problem(...args)).toMatch(message);
+    expect(problem(...args)).not.toContain("\n");
+  });
+
+  test("how far one word is from another", () => {
+    const table = [["", ""], ["a", ""], ["", "ab"], ["abc", "abc"], ["abc", "abd"], ["kitten", "sitting"]] as const;
+    expect(table.map(([a, b]) => distance(a, b))).toEqual([0, 1, 2, 0, 1, 3]);
+  });
+
+  describe("of run", () => {
+    const args: ArgsDef = { ...TABLE, "num-backups": { type: "string", alias: "n" }, optional: { type: "string" }, wait: { type: "string" }, verbosity: { type: "string" }, "snapshot-prefix": { type: "string", alias: "p" }, "latest-only": { type: "boolean" }, "max-age": { type: "string" } };
+    const options = (...words: string[]) => runOptions(readArguments(words, args));
+    const level = log.level;
+    afterAll(() => void (log.level = level));
+
+    test("each destination has its policy; --latest-only is -N 1", () => {
+      const { destinations, sourcePolicy } = options("/a", "/b", "--optional", "/c", "-n", "7d", "--latest-only");
+      expect(destinations.map(({ location, optional, policy }) => [location.id, optional, policy?.text])).toEqual([["/b", false, "7d"], ["/c", true, "7d"]]);
+      expect(sourcePolicy?.newest).toBe(1);
+    });
+
+    test.each<[string[], RegExp]>([
+      [[], /SOURCE is missing/],
+      [["shell://cat"], /cannot be a command/],
+      [["/a", "-N", "x"], /retention policy/],
+      [["/a", "-n", "7d 7d", "/b"], /twice/],
+      [["/a", "shell://cat", "-n", "5"], /num-backups.*shell/],
+      [["/a", "--wait", "-1"], /wait/],
+      [["/a", "--wait=1.5"], /whole number/],
+      [["/a", "--verbosity", "loud"], /loud/],
+      [["/a", "-p", "a/b"], /prefix/],
+      [["/a", "-p", "a\nb"], /prefix/],
+      [["/a", "-f", ""], /snapshot-folder/],
+      [["/a", "--max-age", "soon"], /duration/],
+    ])("%j is a usage error", (words, message) => {
+      expect(() => options(...words)).toThrow(UsageError);
+      expect(() => options(...words)).toThrow(message);
+    });
+  });
+});
+
+describe("argument files", () => {
+  const files: Record<string, string> = {
+    "plain": "-q\n--num-snapshots 5\n/a\n",
+    "layout": "\n  # a comment\n\t-q  \n   --snapshot-prefix \t with  blanks inside \n#-S\n  /path with blanks  \n",
+    "crlf": "-q\r\n-N 5\r\n\r\n# comment\r\n/a\r\n",
+    "no-end": "-q",
+    "empty": "",
+    "equals": "--num-snapshots=24h 7d\n",
+    "policy": "-N 24h 7d 4w\n",
+    "hash": "--snapshot-prefix # is mine\n/a#b\n",
+    "etc/outer": "@inner\n/outer\n",
+    "etc/inner": "@deeper/innermost\n",
+    "etc/deeper/innermost": "@../up\n",
+    "etc/up": "/up\n",
+    "etc/absolute": "@/abs/file\n",
+    "/abs/file": "@next\n",
+    "/abs/next": "/next\n",
+    "twice": "@plain\n@plain\n",
+    "loop/a": "@b\n",
+    "loop/b": "  @./c\n",
+    "loop/c": "@../loop/a\n",
+    "self": "@self\n",
+    "missing-inside": "@nowhere\n",
+  };
+  const expand = (...args: string[]) =>
+    expandFiles(args, (path) => {
+      const text = files[path];
+      if (text === undefined) throw new Error("ENOENT");
+      return text;
+    });
+  test.each<[string, string[], string[]]>([
+    ["one flag, option or positional a line", ["@plain"], ["-q", "--num-snapshots", "5", "/a"]],
+    ["in its place among the others", ["-S", "@plain", "/b"], ["-S", "-q", "--num-snapshots", "5", "/a", "/b"]],
+    ["comments, blank lines and indentation; an option's value begins at the first blank", ["@layout"], ["-q", "--snapshot-prefix", "with  blanks inside", "/path with blanks"]],
+    ["a file from Windows", ["@crlf"], ["-q", "-N", "5", "/a"]],
+    ["no line end at the end", ["@no-end"], ["-q"]],
+    ["an empty file", ["@empty"], []],
+    ["the rest of a line is one value", ["@policy"], ["-N", "24h 7d 4w"]],
+    ["a # inside a line is no comment", ["@hash"], ["--snapshot-prefix", "# is mine", "/a#b"]],
+    ["nested files stand relative to the one that names them", ["@etc/outer"], ["/up", "/outer"]],
+    ["an absolute one as it is", ["@etc/absolute"], ["/next"]],
+    ["the same file twice is no loop", ["@twice"], ["-q", "--num-snapshots", "5", "/a", "-q", "--num-snapshots", "5", "/a"]],
+    ["no file", ["-q", "user@host", "/a@b"], ["-q", "user@host", "/a@b"]],
+  ])("%s", (_, args, expected) => expect(expand(...args)).toEqual(expected));
+
+  test.each<[string, RegExp]>([
+    ["@self", /self -> self/],
+    ["@loop/a", /loop\/a -> loop\/b -> loop\/c -> loop\/a/],
+    ["@nowhere", /nowhere.*ENOENT/],
+    ["@missing-inside", /nowhere.*ENOENT/],
+    ["@", /cannot read/],
+  ])("%s is a usage error that names the files", (arg, message) => {
+    expect(() => expand(arg)).toThrow(UsageError);
+    expect(() => expand(arg)).toThrow(message);
+  });
+});
+
+// The login shells that a word may meet on the other side.
+const SHELLS: readonly (readonly string[])[] = [["bash"], ["dash"], ["busybox", "ash"], ["fish", "--no-config"], ["tcsh", "-f"]];
+
+/** The words as a shell understood them. */
+function understood(shell: readonly string[], command: string): string[] {
+  const [program = "", ...options] = shell;
+  const { stdout, stderr, status } = spawnSync(program, [...options, "-c", command], { env: { ...process.env, LC_ALL: "C.UTF-8" } });
+  expect({ status, stderr: stderr.toString() }).toEqual({ status: 0, stderr: "" });
+  return stdout.toString().split("\0").slice(0, -1);
+}
+
+describe.each(SHELLS.map((shell) => [shell.join(" "), shell] as const))("quoting for %s", (name, shell) => {
+  const forAll = name.startsWith("tcsh") ? (word: string) => !/[\n\r\0]/.test(word) : (word: string) => !word.includes("\0"); // csh cannot quote a line break
+
+  test("any text is one word, and stays what it was", () => {
+    const hostile = fc.string({ unit: fc.constantFrom(..."'\"\\!`$(){}[]<>|&;*?~#^=%,:@+- \t\nabné😀"), maxLength: 30 });
+    const word = fc.oneof(hostile, fc.string({ unit: "binary-ascii" }), fc.string({ unit: "grapheme" })).filter(forAll);
+    fc.assert(
+      fc.property(fc.array(word, { minLength: 40, maxLength: 80 }), (words) => {
+        expect(understood(shell, `/usr/bin/printf %s${quote("\\0")} ${words.map(quote).join(" ")}`)).toEqual(words);
+      }),
+      { numRuns: 25 },
+    );
+  });
+
+  test.each(["", "'", "\\", "!", "!!", "\\'", "'\\''", "a\\", "$(touch /tmp/x)", "`id`", "; id", "-n", "--", "~", "*", "%s", "^a^b", "{a,b}", "\t", " ", "a\nb", "\\n", "é", "日本", "\u{1f600}"].filter(forAll))("%j", (word) => {
+    expect(understood(shell, `/usr/bin/printf %s${quote("\\0")} ${quote(word)}`)).toEqual([word]);
+  });
+
+  test("a verb gets its arguments, and runs", () => {
+    const verb: Verb = { name: "echo", script: `shift; for x; do printf %s "$x"; head -c 1 /dev/zero; done` };
+    const words = ["a b", "'", "\\", "!x", "$(id)", "-n", "", "é", "sudo"];
+    expect(understood(shell, commandFor({ label: "", ssh: null, sudo: false }, verb, words))).toEqual(words);
+  });
+});
+
+describe("commands for other hosts", () => {
+  const host = { label: "me@host", ssh: ["ssh", "-o", "Port=22", "--", "host"], sudo: true };
+  const verb: Verb = { name: "try", script: "exit 0" };
+
+  test("ssh gets one word, which the login shell over there takes apart", () => {
+    expect(commandFor(host, verb, ["it's"])).toBe(["ssh", "-o", "Port=22", "--", "host", `sh -c 'exit 0' 'btrfs-backup:try' 'sudo' 'it'\\''s'`].map(quote).join(" "));
+  });
+
+  test.each(["a\nb", "a\rb"])("%j is refused: not every login shell can quote a line break", (word) => {
+    expect(() => commandFor(host, verb, [word])).toThrow(Failure);
+    expect(commandFor({ ...host, ssh: null }, verb, [word])).toContain(word);
+  });
+});
+
+describe.each(VERBS.map((verb) => [verb.name, verb.script] as const))("the verb %s", (_, script) => {
+  test("holds nothing that a login shell could trip over, and fits into one argument", () => {
+    expect(script).not.toMatch(/['\\!\n\r\0]/);
+    expect(Buffer.byteLength(script)).toBeLessThan(28 * 1024); // of 128 KiB, 100 are for values
+  });
+  test.each(["bash --posix", "dash", "busybox ash"])("is a script that %s can read", (shell) => {
+    const [program = "", ...options] = shell.split(" ");
+    expect(spawnSync(program, [...options, "-n", "-c", script]).stderr.toString()).toBe("");
+  });
+});
+
+test("nonsense from 0.3.1 is told at debug level only", () => {
+  const debug = spyOn(log, "debug");
+  parseOldRecord("hello");
+  expect(debug).toHaveBeenCalledTimes(1);
+  debug.mockRestore();
+});
