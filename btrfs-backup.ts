@@ -1624,7 +1624,7 @@ export function readArguments(args: readonly string[], definitions: ArgsDef): Gi
     };
   } catch (error) {
     const { code, message } = error as Error & { code?: string };
-    if (code !== "ERR_PARSE_ARGS_UNKNOWN_OPTION") throw new UsageError(message.split(/\.\s|\n/)[0]);
+    if (code !== "ERR_PARSE_ARGS_UNKNOWN_OPTION") throw new UsageError(message.replaceAll("\n", " "));
     const named = /'(-*)([^']*)'/.exec(message); // Bun leaves the dash of a short one out
     const unknown = `${named?.[1] || "-"}${named?.[2] ?? ""}`;
     const names = defined.map(([name]) => `--${name}`);

@@ -27,7 +27,7 @@ afterAll(() => {
 export function sh(script: string, ...args: string[]): string {
   const { status, stdout, stderr } = spawnSync("bash", ["-c", `set -euo pipefail; ${script}`, "sh", ...args], { encoding: "utf8", maxBuffer: 1 << 28 });
   if (status !== 0) throw new Error(`${script}\n${args.join("\n")}\nexit ${status}: ${stderr}`);
-  return stdout.trim();
+  return stdout.replace(/\n+$/, "");
 }
 
 /** A new directory on the disk, which other users can enter. */
@@ -246,8 +246,8 @@ export function fill(directory: string, seed = 1): void {
 export function change(directory: string, random: () => number): void {
   const files = sh(`cd "$1"; find plain -type f -print`, directory).split("\n");
   const pick = () => files[Math.floor(random() * files.length)] ?? "plain/1";
-  const tag = Math.floor(random() * 1e9).toString(36);
-  const changes: [string, ...string[]][] = [
+  const made = Math.floor(random() * 1e9).toString(36);
+  const changes = (tag: string): [string, ...string[]][] => [
     [`head -c 5000 /dev/urandom >>"$2"`, pick()],
     [`truncate -s 100 "$2"`, pick()],
     [`mv -T "$2" "plain/renamed-$3"`, pick(), tag],
@@ -260,7 +260,8 @@ export function change(directory: string, random: () => number): void {
     [`chmod 640 "$2"; touch -d @$((RANDOM * 1000)).5 "$2"`, pick()],
   ];
   for (let i = 0; i < 4; i++) {
-    const [script, ...args] = changes[Math.floor(random() * changes.length)] as [string, ...string[]];
+    const all = changes(`${made}-${i}`);
+    const [script, ...args] = all[Math.floor(random() * all.length)] as [string, ...string[]];
     sh(`cd "$1"; [ ! -e "$2" ] || { ${script}; }`, directory, ...args);
   }
 }

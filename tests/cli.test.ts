@@ -1,0 +1,97 @@
+// The command line: what is wrong is told in one line, with exit status 2, and nothing is done.
+
+import { expect, test } from "bun:test";
+import { existsSync, mkdirSync, readFileSync, writeFileSync } from "node:fs";
+import { join } from "node:path";
+import { expectRun, filesystem, pair, ROOT, run, sh, snapshotNames, subvolume, temporaryDirectory } from "./support/rig.ts";
+
+test("usage errors are one line, exit 2, and nothing is done", async () => {
+  const { source, snapshots, destination, a } = pair();
+  mkdirSync(join(a.path, "plain"));
+  const off = temporaryDirectory();
+  const wrong: [string[], string][] = [
+    [["--num-snapshot", "3", source], "unknown option --num-snapshot; did you mean --num-snapshots?"],
+    [["--verbos", "info", source], "--verbosity"],
+    [["-x", source], "unknown option -x"],
+    [["-N"], "-N"],
+    [["-N", "many", source], '"many" is not a retention policy'],
+    [["-n", "3 3", source, destination], "twice"],
+    [["--max-age", "3 days", source], "is not a duration"],
+    [["-v", "loud", source], "--verbosity is one of"],
+    [["--wait", "soon", source], "--wait takes a whole number"],
+    [["-p", "a/b", source], "prefix"],
+    [[], "USAGE"],
+    [["-S"], "SOURCE is missing"],
+    [[join(a.path, "plain"), destination], `not a subvolume: ${join(a.path, "plain")}`],
+    [[join(a.path, "none"), destination], "no such directory"],
+    [[off, destination], `not on btrfs: ${off}`],
+    [[source, "s3://bucket/x"], '"s3://" is no kind of location'],
+    [[source, "ssh://host"], "is not of the form ssh://"],
+    [["shell://cat", destination], "SOURCE cannot be a command"],
+    [[source, "shell://"], "shell:// needs a command"],
+    [["unpin", source], "say --all"],
+    [["-f", off, source], "is not on the filesystem"],
+  ];
+  for (const [args, message] of wrong) {
+    const { status, stderr, stdout } = await run(args);
+    expect([args, status, stderr + stdout]).toEqual([args, 2, expect.stringContaining(message)]);
+    if (args.length > 0) expect(stderr.trimEnd().split("\n").length).toBe(1);
+  }
+  expect([existsSync(snapshots), existsSync(destination)]).toEqual([false, false]);
+});
+
+test("--help and --version answer on stdout", async () => {
+  const { version } = JSON.parse(readFileSync(join(ROOT, "package.json"), "utf8")) as { version: string };
+  expect((await expectRun(0, ["--version"])).stdout).toBe(`btrfs-backup ${version}\n`);
+  expect((await expectRun(0, ["--help"])).stdout).toContain("--num-backups");
+  expect((await expectRun(0, ["unpin", "--help"])).stdout).toContain("--all");
+});
+
+test("deno.json imports what package.json pins", () => {
+  const { dependencies } = JSON.parse(readFileSync(join(ROOT, "package.json"), "utf8")) as { dependencies: Record<string, string> };
+  const { imports } = JSON.parse(readFileSync(join(ROOT, "deno.json"), "utf8")) as { imports: Record<string, string> };
+  for (const target of Object.values(imports)) expect(Object.entries(dependencies).some(([name, version]) => target.startsWith(`npm:${name}@${version}`))).toBe(true);
+});
+
+test("argument files are read as 0.3.1 read them", async () => {
+  const { source, snapshots, destination } = pair();
+  const directory = temporaryDirectory();
+  mkdirSync(join(directory, "more"));
+  writeFileSync(join(directory, "main"), `# a comment\n\n   -q\n  --num-snapshots 1\n-p   two words-\n@more/rest\n`);
+  writeFileSync(join(directory, "more/rest"), `@../dests\n--json\n`);
+  writeFileSync(join(directory, "dests"), `${destination}\n`);
+  const result = await expectRun(0, [source, `@${join(directory, "main")}`]);
+  expect(result.stdout).toContain('"event":"summary"');
+  expect(snapshotNames(snapshots, "two words-").length).toBe(1);
+  expect(snapshotNames(destination, "two words-").length).toBe(1);
+  writeFileSync(join(directory, "more/rest"), `@../main\n`);
+  const loop = await expectRun(2, [`@${join(directory, "main")}`]);
+  expect(loop.stderr).toContain(`${join(directory, "main")} -> ${join(directory, "more/rest")} -> ${join(directory, "main")}`);
+  expect((await expectRun(2, ["@/no/such/file"])).stderr).toContain("/no/such/file");
+});
+
+test("a top-level subvolume, and one mounted by itself, can be SOURCE", async () => {
+  const [a, b] = [filesystem(), filesystem()];
+  sh(`echo text >"$1/file"`, a.path);
+  await expectRun(0, [a.path, join(b.path, "top")]);
+  expect(readFileSync(join(b.path, "top", snapshotNames(join(b.path, "top"))[0] as string, "file"), "utf8")).toBe("text\n");
+  const home = subvolume(join(a.path, "@home"));
+  sh(`echo home >"$1/file"`, home);
+  const mounted = temporaryDirectory();
+  sh(`mount -o subvol=@home "$(findmnt -no SOURCE "$1")" "$2"`, a.path, mounted);
+  await expectRun(0, [mounted, join(b.path, "home")]);
+  expect(snapshotNames(join(home, "snapshot")).length).toBe(1);
+  expect(snapshotNames(join(b.path, "home")).length).toBe(1);
+  // Its snapshots can stand outside of it, too.
+  await expectRun(0, ["-S", "-T", "-f", join(mounted, "other"), mounted]);
+  sh(`umount "$1"`, mounted);
+});
+
+test("a verb's script holds nothing that a login shell could trip over, and 0600 is what is written", async () => {
+  const { source, snapshots, destination } = pair();
+  await expectRun(0, [source, destination]);
+  for (const folder of [snapshots, destination]) {
+    expect(sh(`stat -c %a "$1"`, folder)).toBe("700");
+    expect(sh(`cd "$1"; stat -c %a .btrfs-backup* | sort -u`, folder)).toBe("600");
+  }
+});

@@ -1,0 +1,39 @@
+// The whole job once, by each way of running the program.
+
+import { expect, test } from "bun:test";
+import { join } from "node:path";
+import { change, events, expectRun, expectSound, generator, nextSecond, pair, ROOT, sh, snapshotNames, sshServer, start, temporaryDirectory, type How, type Options } from "./support/rig.ts";
+
+async function wholeJob(options: Options): Promise<void> {
+  const { source, snapshots, destination, b } = pair();
+  const { options: ssh, url } = await sshServer();
+  const random = generator(11);
+  const out = temporaryDirectory();
+  const args = ["--json", "-N", "2", "-n", "2", ...ssh, source, destination, url(join(b.path, "pushed")), `shell://cat >${out}/$BTRFS_BACKUP_NAME`];
+  for (let i = 0; i < 3; i++) {
+    const result = await expectRun(0, args, options);
+    expect(events(result).at(-1)).toMatchObject({ event: "summary", ok: true, transfers: 3 });
+    change(source, random);
+    await nextSecond();
+  }
+  for (const folder of [destination, join(b.path, "pushed")]) {
+    expect(snapshotNames(folder).length).toBe(2);
+    expectSound(folder, snapshots);
+  }
+  expect(sh(`ls "$1" | wc -l`, out)).toBe("3");
+  await expectRun(2, ["--nonsense", source], options);
+  const failing = await expectRun(1, ["-S", source, "shell://false"], options);
+  expect(failing.stderr).toContain("shell://false failed with exit status 1");
+  const running = start([source, "shell://sleep 100"], options);
+  while (!running.stderr().includes("Sending")) await Bun.sleep(10);
+  running.child.kill("SIGTERM");
+  expect((await running.finished).status).toBe(143);
+}
+
+for (const how of ["bun", "binary", "deno"] as How[]) test(`by ${how}`, () => wholeJob({ how }));
+
+test("by Deno, in a clone without node_modules", async () => {
+  const clone = join(temporaryDirectory(), "clone");
+  sh(`mkdir "$2"; cd "$1"; cp btrfs-backup.ts package.json package-lock.json deno.json tsconfig.json "$2"`, ROOT, clone);
+  expect(sh(`cd "$2"; "$1/node_modules/.bin/deno" run -A btrfs-backup.ts --version 2>/dev/null; "$1/node_modules/.bin/deno" check --quiet btrfs-backup.ts; ls -d node_modules 2>/dev/null || :`, ROOT, clone)).toMatch(/^btrfs-backup \d+\.\d+\.\d+$/);
+});
