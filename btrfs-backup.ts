@@ -304,8 +304,8 @@ function start(host: Host, verb: Verb, args: readonly string[]): Started {
 }
 
 /** A verb's exit status other than 0 as an error that says where, what, and what it printed. */
-function failureOf(host: Host, what: string, result: { exitCode: number | null; signal: string | null; stderr: string }): Error {
-  const said = result.stderr.trim();
+function failureOf(host: Host, what: string, result: { exitCode: number | null; signal: string | null; stdout: string; stderr: string }): Error {
+  const said = result.stderr.trim() || result.stdout.trim().slice(0, 500); // nologin(8) speaks on stdout
   const message = `${host.label === "" ? "" : `${host.label}: `}${what}: ${said || `ended by ${result.signal ?? `exit status ${result.exitCode}`}`}`;
   if (result.exitCode === 64) return new UsageError(said);
   if (result.exitCode === 75) return new Busy(message);

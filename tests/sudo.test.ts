@@ -1,0 +1,31 @@
+// Running without root: btrfs alone goes through sudo.
+
+import { expect, test } from "bun:test";
+import { writeFileSync } from "node:fs";
+import { join } from "node:path";
+import { events, expectRun, expectSound, nextSecond, pair, sh, snapshotNames, sshServer, temporaryDirectory } from "./support/rig.ts";
+
+test("an ordinary user with the README's sudoers line backs up, here and over ssh", async () => {
+  const { source, snapshots, destination, b } = pair();
+  const { options, url, user } = await sshServer();
+  user("saver", "/bin/bash", 4711);
+  const directory = temporaryDirectory();
+  // Private copies over the real ones, as for the user database.
+  sh(`echo 'saver ALL=(root) NOPASSWD: /usr/bin/btrfs' >"$1/sudoers"; chmod 440 "$1/sudoers"; mount --bind "$1/sudoers" /etc/sudoers; chmod 755 "$1"`, directory);
+  sh(`mkdir "$1" "$2" "$3"; chown 4711 "$1" "$2" "$3"; cp "$4" "$4.backup"; chown 4711 "$4.backup"; chmod 600 "$4.backup"; chmod 755 "$(dirname "$4")"; chmod 644 "$(dirname "$4")/known"`, snapshots, destination, join(b.path, "pushed"), options[1]?.slice("IdentityFile=".length) ?? "");
+  const own = options.map((option) => (option.startsWith("IdentityFile=") ? `${option}.backup` : option));
+  const wrapper = ["setpriv", "--reuid", "4711", "--regid", "4711", "--clear-groups", "env", "HOME=/tmp"];
+  writeFileSync(join(source, "secret"), "root's", { mode: 0o600 });
+  for (let i = 0; i < 3; i++) {
+    const result = await expectRun(0, ["--json", "--sudo", "--ssh-sudo", "-N", "2", "-n", "2", ...own, source, destination, url(join(b.path, "pushed"), "saver")], { wrapper });
+    if (i > 0) expect(events(result).filter(({ event }) => event === "transfer").every(({ parent }) => parent !== null)).toBe(true);
+    await nextSecond();
+  }
+  for (const folder of [destination, join(b.path, "pushed")]) {
+    expectSound(folder, snapshots);
+    expect(snapshotNames(folder).length).toBe(2);
+  }
+  const refused = await expectRun(1, ["-S", source, destination], { wrapper });
+  expect(refused.stderr).toContain("Operation not permitted");
+  sh(`umount /etc/sudoers`);
+});
