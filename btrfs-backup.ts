@@ -550,11 +550,15 @@ function listedLines(text: string): string[] {
  * -a all paths count from the top level, some with a mark; without, some count from where one asks.
  */
 export function parseSubvolumes(all: string, readonlyOnes: string): Subvolume[] {
+  const seen = new Set<string>();
   const readonly = new Set(listedLines(readonlyOnes).map((line) => LISTED_READONLY.exec(line)?.[1]));
   return listedLines(all).map((line) => {
     const match = LISTED.exec(line);
     if (!match) throw new Failure(`"btrfs subvolume list" printed something unknown: ${line}`);
     const [, id, parent, received, uuid, path] = match as unknown as [string, string, string, string, string, string];
+    // A name with a line break could be made to look like a subvolume of its own.
+    if (seen.has(id)) throw new Failure(`"btrfs subvolume list" printed subvolume ${id} twice, the second time as ${path}`);
+    seen.add(id);
     return { id: Number(id), path, uuid, parentUuid: uuidOrNull(parent), receivedUuid: uuidOrNull(received), readonly: readonly.has(id) };
   });
 }
@@ -719,7 +723,7 @@ function checkChain({ owner, receiving, strangers, destinations }: ChainRecord):
     (owner === undefined || [owner.uuid, owner.host, owner.path].every(isText)) &&
     (receiving === undefined || isText(receiving)) &&
     (strangers === undefined || (Array.isArray(strangers) && strangers.every(isText))) &&
-    (destinations === undefined || (Array.isArray(destinations) && destinations.every((d) => isText(d.location) && (d.pin === null || (isText(d.pin.name) && isText(d.pin.uuid))))));
+    (destinations === undefined || (Array.isArray(destinations) && destinations.every((d) => isText(d.location) && [d.filesystem, d.last].every((v) => v === null || isText(v)) && (d.receiving === undefined || Array.isArray(d.receiving)) && (d.pin === null || (isText(d.pin.name) && isText(d.pin.uuid))))));
   if (!fine) throw new Error("a field is not what it should be");
 }
 
@@ -861,8 +865,8 @@ export interface Destination {
   readonly frozen: string | null;
   /** The last stage of a transfer's pipeline, and what its environment says. */
   readonly receive: (transfer: Transfer) => { stage: Stage; environment: Record<string, string> };
-  /** Clears away what a failed transfer left. */
-  readonly discard: (transfer: Transfer) => Promise<void>;
+  /** Clears away what a failed transfer of that name left. */
+  readonly discard: (name: string) => Promise<void>;
   /** Deletes backups; `free`: waits until their space is free. */
   readonly remove: (names: readonly string[], free: boolean) => Promise<void>;
   readonly close: () => Promise<void>;
@@ -905,8 +909,8 @@ function folderDestination(folder: Folder, owned: ChainRecord, announced: readon
       const args = [options.btrfsDebug ? "-vv" : "-q", path, prefix, snapshot.name, leftover ? "leftover" : "", header, key, announcing, value];
       return { stage: { label: `btrfs receive${place}`, command: commandFor(host, RECEIVE, args), shown: options.btrfsDebug }, environment: {} };
     },
-    async discard({ snapshot }) {
-      await ask(host, DISCARD, [path, prefix, snapshot.name, ...recordArguments(folder, settled)], `${id}: cannot remove what the broken transfer of ${snapshot.name} left`);
+    async discard(name) {
+      await ask(host, DISCARD, [path, prefix, name, ...recordArguments(folder, settled)], `${id}: cannot remove what the broken transfer of ${name} left`);
     },
     remove: (names, free) => deleteFrom(folder, names, { ...options, sync: options.sync || free }),
     close: folder.close,
@@ -962,7 +966,7 @@ export type Decision<T extends Dated> = { readonly entry: T; readonly reasons: r
  * subvolume ID) stand in that order among themselves: names repeat when clocks go back.
  */
 export function arrange<T extends Dated>(entries: readonly T[], rank: (entry: T) => number | undefined): T[] {
-  const byName = [...entries].sort((a, b) => a.time - b.time || (a.name < b.name ? -1 : 1));
+  const byName = [...entries].sort((a, b) => a.time - b.time);
   const ranked = byName.filter((entry) => rank(entry) !== undefined).sort((a, b) => (rank(a) as number) - (rank(b) as number));
   return byName.map((entry) => (rank(entry) === undefined ? entry : (ranked.shift() as T)));
 }
@@ -1105,13 +1109,13 @@ export function planSource(snapshots: readonly Snapshot[], policy: Policy | null
 const arrived = (snapshot: Snapshot): Backup => ({ ...snapshot, receivedUuid: snapshot.receivedUuid ?? snapshot.uuid });
 
 /**
- * What may go now to make room for the transfers to come: what the policy drops once
- * they are there, but never the newest backup of now, the pin, or a parent of one of them.
+ * What may go now to make room for the first of the transfers to come: what the policy drops once
+ * it is there, but never the newest backup of now, the pin, or a parent of one to come.
  */
 export function planRoom(snapshots: readonly Snapshot[], { backups }: Standing, coming: readonly Transfer[], policy: Policy | null, now: number): Backup[] {
   const find = dataFinder(backups);
   const goes = (all: readonly Backup[]) => planDestination(snapshots, all, policy, now).filter(({ reasons }) => reasons.length === 0).map(({ entry }) => entry);
-  const later = new Set(goes([...backups, ...coming.map(({ snapshot }) => arrived(snapshot))]));
+  const later = new Set(goes([...backups, ...coming.slice(0, 1).map(({ snapshot }) => arrived(snapshot))]));
   const parents = new Set(coming.map(({ parent }) => parent && find(parent)));
   const [newest, pin] = [planDestination(snapshots, backups, policy, now).at(-1)?.entry, newestShared(snapshots, backups)];
   return backups.filter((backup) => later.has(backup) && !parents.has(backup) && backup !== newest && backup !== (pin && find(pin)));
@@ -1189,7 +1193,7 @@ async function transferTo(destination: Destination, source: Folder, transfer: Tr
   } catch (error) {
     // What stood in the way of the name is not what this transfer left.
     if (!/File exists|is no leftover/.test((error as Error).message))
-      await whileCleaning(() => destination.discard(transfer)).catch((problem: Error) => log.warn(`${problem.message} (the next run will)`));
+      await whileCleaning(() => destination.discard(snapshot.name)).catch((problem: Error) => log.warn(`${problem.message} (the next run will)`));
     throw error;
   }
 }
@@ -1329,7 +1333,7 @@ function warnOfNested({ source, subvolumes, top, subvolume }: Source, report: Re
 }
 
 /** Takes the snapshot, between the user's own commands. Errors: Failure. */
-async function takeSnapshot(source: Source, o: RunOptions, report: Report, sizes: Map<string, number>): Promise<Snapshot> {
+async function takeSnapshot(source: Source, all: readonly Served[], o: RunOptions, report: Report, sizes: Map<string, number>): Promise<Snapshot> {
   const hook = async (command: string | null, option: string) => {
     if (command !== null && !o.dryRun) log.debug((await ask(source.host, HOOK, [command], `${option} failed`)).trim());
   };
@@ -1337,11 +1341,12 @@ async function takeSnapshot(source: Source, o: RunOptions, report: Report, sizes
     await hook(o.beforeSnapshot, "--before-snapshot");
     for (let at = new Date(); ; at = new Date()) {
       checkInterruption();
-      while (o.dryRun && source.entries.has(`${o.prefix}${stamp(at)}`)) at = new Date(at.getTime() + 1000);
       const name = `${o.prefix}${stamp(at)}`;
       const made = { ...NO_SUBVOLUME, name, time: wallClock(at), path: name, parentUuid: source.identity.uuid };
-      if (o.dryRun) return { ...made, id: Number.MAX_SAFE_INTEGER, uuid: crypto.randomUUID() };
       try {
+        // When clocks go back, a destination can still have the name.
+        if (source.entries.has(name) || all.some(({ standing }) => standing.taken.has(name))) throw new Taken(name);
+        if (o.dryRun) return { ...made, id: Number.MAX_SAFE_INTEGER, uuid: crypto.randomUUID() };
         const shown = await ask(source.host, SNAPSHOT, [source.subvolume, source.path, name], `cannot take a snapshot of ${source.subvolume}`);
         const uuid = shownField(shown, "UUID");
         const size = /^\s+Usage referenced:\s+(\d+)/m.exec(shown)?.[1];
@@ -1367,18 +1372,19 @@ function explained<T extends Dated>(decisions: readonly Decision<T>[], id: strin
 /** One run's view of a destination that could be opened. */
 type Served = { readonly wanted: Wanted; readonly destination: Destination; standing: Standing; done: boolean };
 
-/** Sends what a destination lacks, then prunes it. Errors: those of a transfer. */
-async function serve(served: Served, source: Source, snapshots: readonly Snapshot[], o: RunOptions, report: Report, sizes: ReadonlyMap<string, number>, remember: (sent: Snapshot) => Promise<void>): Promise<void> {
+/** Sends what a destination lacks. Whether all of it could be sent. Errors: those of a transfer. */
+async function sendMissing(served: Served, source: Source, snapshots: readonly Snapshot[], o: RunOptions, report: Report, sizes: ReadonlyMap<string, number>, sent: (snapshot: Snapshot) => Promise<void>): Promise<boolean> {
   const { destination, wanted } = served;
   const { id } = destination;
   const now = wallClock(new Date());
-  const options = { policy: wanted.policy, incremental: o.incremental, newestOnly: o.newestOnly, now };
-  const { transfers, conflicts } = !o.transfer
-    ? { transfers: [], conflicts: [] }
-    : destination.stream !== null
+  const { transfers, conflicts } =
+    destination.stream !== null
       ? { transfers: planStreams(snapshots, destination.stream.last, o), conflicts: [] }
-      : planTransfers(snapshots, served.standing, options);
+      : planTransfers(snapshots, served.standing, { policy: wanted.policy, incremental: o.incremental, newestOnly: o.newestOnly, now });
   for (const { name, why } of conflicts) report.error(id, new Failure(`${name} is not sent: ${why}; rename or remove it`));
+  // A leftover whose snapshot is not sent again would lose its announcement to the next one.
+  for (const [name, what] of served.standing.taken)
+    if (what === "leftover" && !o.dryRun && destination.frozen === null && !transfers.some(({ snapshot }) => snapshot.name === name)) await destination.discard(name);
   if (transfers.length > 1 && served.standing.held.length === 0) log.info(`${id} is new: ${transfers.length} snapshots will be sent; --newest-only sends only the newest`);
   for (const [i, transfer] of transfers.entries()) {
     const { snapshot, parent } = transfer;
@@ -1395,12 +1401,18 @@ async function serve(served: Served, source: Source, snapshots: readonly Snapsho
     const backup = arrived(snapshot);
     served.standing = { ...served.standing, held: [...served.standing.held, backup], backups: [...served.standing.backups, backup] };
     report.event("transfer", { destination: id, name: snapshot.name, parent: parent?.name ?? null, ...result });
-    await remember(snapshot);
+    await sent(snapshot);
   }
-  if (conflicts.length > 0) return;
+  return conflicts.length === 0;
+}
+
+/** Deletes what a destination's policy does not keep. */
+async function prune(served: Served, snapshots: readonly Snapshot[], o: RunOptions, report: Report): Promise<void> {
+  const { destination, wanted } = served;
+  if (destination.stream !== null) return;
   if (destination.frozen !== null) throw new Failure(`nothing is deleted there: ${destination.frozen}`);
-  if (destination.stream === null) await removeFrom(served, explained(planDestination(snapshots, served.standing.backups, wanted.policy, now), id, o.dryRun), `not kept by "${wanted.policy?.text}"`, o, report, false);
-  served.done = true;
+  const decisions = planDestination(snapshots, served.standing.backups, wanted.policy, wallClock(new Date()));
+  await removeFrom(served, explained(decisions, destination.id, o.dryRun), `not kept by "${wanted.policy?.text}"`, o, report, false);
 }
 
 /** Deletes backups of a destination; `free`: waits until their space is free. */
@@ -1435,9 +1447,12 @@ export async function run(o: RunOptions, report: Report): Promise<void> {
       report.event(event, fields);
     },
   };
+  let written = JSON.stringify(source.chain);
   const saveKnown = async () => {
     const chain = { ...source.chain, owner: source.identity, destinations: [...known.values()] };
-    if (!o.dryRun && JSON.stringify(chain) !== JSON.stringify(source.chain)) await writeRecord(source, chain);
+    if (o.dryRun || JSON.stringify(chain) === written) return;
+    await writeRecord(source, chain);
+    written = JSON.stringify(chain);
   };
   let taken: Snapshot | null = null;
   try {
@@ -1462,7 +1477,7 @@ export async function run(o: RunOptions, report: Report): Promise<void> {
     const sizes = new Map<string, number>();
     if (o.snapshot)
       try {
-        taken = await takeSnapshot(source, o, report, sizes);
+        taken = await takeSnapshot(source, all, o, report, sizes);
         snapshots.push(taken);
         log.info(`${o.dryRun ? "Would take" : "Took"} snapshot ${taken.name} of ${o.source.id}`);
         report.event("snapshot", { name: taken.name, path: join(source.path, taken.name) });
@@ -1472,20 +1487,26 @@ export async function run(o: RunOptions, report: Report): Promise<void> {
     for (const served of all) {
       const { id, stream, filesystem } = served.destination;
       const before = known.get(id);
-      const remember = (pin: Memory | null, last: string | null) => {
+      const remember = async (pin: Memory | null, last: string | null) => {
         if (pin !== null || before !== undefined) known.set(id, { location: id, filesystem, pin: pin && { name: pin.name, uuid: pin.uuid }, last });
+        await saveKnown();
       };
+      let complete = false;
       try {
-        await serve(served, source, snapshots, o, counting, sizes, async (sent) => {
-          if (stream === null) return;
-          remember(sent, new Date().toISOString()); // all the memory there is of it
-          await saveKnown();
-        });
+        // All the memory there is of a command, so it is written after each of its streams.
+        const sent = async (snapshot: Snapshot) => void (stream !== null && (await remember(snapshot, new Date().toISOString())));
+        complete = !o.transfer || (await sendMissing(served, source, snapshots, o, counting, sizes, sent));
       } catch (error) {
         report.error(id, error);
       }
-      const pin = stream === null ? newestShared(snapshots, served.standing.held) : (known.get(id)?.pin ?? null);
-      remember(pin, served.done ? new Date().toISOString() : (known.get(id)?.last ?? null));
+      try {
+        // Before anything is deleted there: were the run to end here, the source would go by an old pin.
+        if (stream === null) await remember(newestShared(snapshots, served.standing.held), complete ? new Date().toISOString() : (before?.last ?? null));
+        if (complete) await prune(served, snapshots, o, counting);
+        served.done = complete;
+      } catch (error) {
+        report.error(id, error);
+      }
     }
     await saveKnown();
     if (unreadable === null) await pruneSource(source, snapshots, wanted, known, all, o, counting);

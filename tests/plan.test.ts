@@ -147,18 +147,20 @@ describe("what stands at a destination", () => {
     const list = entry ? [entry] : [];
     return standingIn({ standing: list, snapshots: list, entries: new Set([".", "..", "photos", name]), prefix: "" }, strangers, announced);
   };
-  test.each<[string, Standing, RegExp | "leftover", number]>([
+  test.each<[string, Standing, RegExp | "leftover", backups: number, held?: number]>([
     ["a plain directory or file", found(null), /not a subvolume/, 0],
     ["a complete backup", found({}), /other data/, 1],
-    ["a complete backup of another source", found({}, [], ["b0301"]), /other data/, 0],
+    ["a complete backup of another source", found({}, [], ["b0301"]), /other data/, 0, 1],
     ["half a transfer that was announced", found({ readonly: false, receivedUuid: null }, [name]), "leftover", 0],
     ["something writable that nobody announced", found({ readonly: false, receivedUuid: null }), /no transfer/, 0],
-    ["a backup that was made writable, even if it was announced", found({ readonly: false }, [name]), /made writable/, 0],
+    ["half a transfer, killed between the two last steps of btrfs receive", found({ readonly: false }, [name]), "leftover", 0],
+    ["a backup that was made writable", found({ readonly: false }), /made writable/, 0],
     ["a snapshot that was never received, even if it was announced", found({ receivedUuid: null }, [name]), /not received/, 0],
-  ])("%s", (_, { taken, backups }, why, count) => {
+  ])("%s", (_, { taken, backups, held }, why, count, holding = count) => {
     expect([...taken.keys()]).toEqual([name]);
     expect(taken.get(name)).toMatch(why);
     expect(backups).toHaveLength(count);
+    expect(held).toHaveLength(holding);
   });
 });
 
@@ -219,6 +221,7 @@ describe("retention", () => {
     ["*h", "0101-1000 0101-1030 0101-1059 0101-1100 0101-1101", "0101-1000 0101-1100 0101-1101"],
     ["*d", "0101-08 0101-23 0102-00 0102-01 0103-05", "0101-08 0102-00 0103-05"],
     ["*m", "0105 0131 0201 0229 0301 0331", "0105 0201 0301 0331"],
+    ["*m", "20230301 20240301 20240302 20250301", "20230301 20240301 20250301"],
     ["*y", "20221231 20230101 20230601 20231231 20240101 20240102", "20221231 20230101 20240101 20240102"],
     // the last N periods that have one, however far back they are
     ["2d", "20200101 20200102 0101 0101-12", "20200102 0101 0101-12"],
@@ -449,6 +452,7 @@ describe("making room", () => {
   test.each<[string, held: number[], policy: string, goes: string]>([
     ["what the policy drops once the new one is there", [1, 2, 3, 4], "2", "0101 0102 0103"],
     ["never the parent and newest, though the policy will drop it", [1, 2, 3, 4], "1", "0101 0102 0103"],
+    ["only what it drops with the first of those to come: the others may not arrive", [1, 2, 3], "3", "0101"],
     ["nothing, when everything is kept", [1, 2, 3, 4], "0", ""],
     ["nothing, when nothing is there", [], "1", ""],
   ])("%s", (_, held, policy, goes) => expect(room(backups(...held), policy).names).toBe(goes));
@@ -456,6 +460,12 @@ describe("making room", () => {
   test("never the newest complete backup, though its snapshot is gone at the source and it is no parent", () => {
     const here = s.filter((_, i) => i !== 3); // 0104 is gone
     expect(room(backups(1, 2, 3, 4), "1", here).names).toBe("0101 0102"); // 0103 is the parent, 0104 the newest
+  });
+
+  test("never the parent, though the policy drops it and newer ones are shared", () => {
+    const [first, missing] = s as [Snapshot, Snapshot];
+    const place = standing(backups(1, 3));
+    expect(planRoom(s, place, [{ snapshot: missing, parent: first, leftover: false }], parsePolicy("1"), FAR)).toEqual([]);
   });
 
   test("never what is shared with the source, though it is neither the parent nor the newest", () => {

@@ -1,9 +1,9 @@
 // The main job: snapshot, send the difference, keep what should be kept.
 
 import { expect, test } from "bun:test";
-import { existsSync, readdirSync, readFileSync, writeFileSync } from "node:fs";
+import { existsSync, readdirSync, readFileSync, rmSync, writeFileSync } from "node:fs";
 import { join } from "node:path";
-import { events, expectRun, expectSameTree, expectSound, filesystem, fill, nextSecond, pair, run, sh, snapshotNames, subvolume, subvolumes, temporaryDirectory } from "./support/rig.ts";
+import { events, expectRun, expectSameTree, expectSound, filesystem, fill, nextSecond, pair, run, sh, snapshotNames, start, subvolume, subvolumes, temporaryDirectory, waitFor } from "./support/rig.ts";
 
 /** A read-only snapshot of any name, as if a run had taken it at that time. */
 const snapshotAs = (source: string, name: string) => sh(`mkdir -p "$1/snapshot"; btrfs -q subvolume snapshot -r "$1" "$1/snapshot/$2" >/dev/null`, source, name);
@@ -200,9 +200,9 @@ test("a snapshot that cannot be taken does not stop sending and pruning of what 
 });
 
 /** A `btrfs` first on the PATH that fails at one thing. */
-function failingBtrfs(at: string, message: string): { env: Record<string, string> } {
+function failingBtrfs(at: string, message: string, last = "*"): { env: Record<string, string> } {
   const directory = temporaryDirectory();
-  writeFileSync(join(directory, "btrfs"), `#!/bin/sh\ncase "$1 $2" in "${at}") echo "${message}" >&2; exit 1;; esac\nexec ${sh("command -v btrfs")} "$@"\n`, { mode: 0o755 });
+  writeFileSync(join(directory, "btrfs"), `#!/bin/sh\nfor x; do :; done\ncase "$1 $2 $x" in "${at} "${last}) echo "${message}" >&2; exit 1;; esac\nexec ${sh("command -v btrfs")} "$@"\n`, { mode: 0o755 });
   return { env: { PATH: `${directory}:${process.env["PATH"]}` } };
 }
 
@@ -286,6 +286,60 @@ test("unpin, --remove-locks and --locked-dests", async () => {
   snapshotAs(source, "20260105-000000");
   await expectRun(0, ["-S", "-T", "--remove-locks", "--locked-dests", "-N", "1", source]);
   expect(snapshotNames(snapshots)).toEqual(["20260105-000000"]);
+});
+
+test("a run that ends between two destinations leaves the source with the first one's new pin", async () => {
+  const { source, snapshots, destination } = pair();
+  snapshotAs(source, "20260101-000000");
+  const gate = join(temporaryDirectory(), "gate");
+  const command = `shell://cat >/dev/null; echo reached >>${gate}; while [ -e ${gate} ]; do sleep 0.05; done`;
+  await expectRun(0, ["-S", source, destination]);
+  snapshotAs(source, "20260102-000000");
+  const running = start(["-S", "-n", "1", source, destination, command]);
+  await waitFor("the second destination", () => existsSync(gate));
+  running.child.kill("SIGKILL");
+  rmSync(gate);
+  await running.finished;
+  expect(snapshotNames(destination)).toEqual(["20260102-000000"]);
+  snapshotAs(source, "20260103-000000");
+  await expectRun(0, ["-S", "-N", "1", source]);
+  expect(snapshotNames(snapshots)).toEqual(["20260102-000000", "20260103-000000"]);
+});
+
+test("what was sent before a transfer failed is the parent that stays", async () => {
+  const { source, snapshots, destination } = pair();
+  snapshotAs(source, "20260101-000000");
+  await expectRun(0, ["-S", source, destination]);
+  for (const day of [2, 3, 4]) snapshotAs(source, `2026010${day}-000000`);
+  const { env } = failingBtrfs("send -q", "ERROR: no luck", "*20260103-000000");
+  await expectRun(1, ["-S", "-N", "1", source, destination], { env });
+  expect(snapshotNames(destination)).toEqual(["20260101-000000", "20260102-000000"]);
+  expect(snapshotNames(snapshots)).toEqual(["20260102-000000", "20260104-000000"]);
+});
+
+test("a new snapshot's name is free at the destinations, too", async () => {
+  const { source, snapshots, destination } = pair();
+  await expectRun(0, [source, destination]);
+  // As when clocks go back: the destination has the names of the seconds to come, the source has not.
+  const now = Date.now();
+  const names = [1, 2, 3].map((s) => sh(`date -d @$(($1 / 1000 + $2)) +%Y%m%d-%H%M%S`, String(now), String(s)));
+  for (const name of names) sh(`mkdir "$1/$2"`, destination, name);
+  await nextSecond();
+  await expectRun(0, [source, destination]);
+  expect(snapshotNames(snapshots).length).toBe(2);
+  expect(names).not.toContain(snapshotNames(snapshots)[1] as string);
+});
+
+test("a leftover whose snapshot is gone does not stay for ever", async () => {
+  const { source, destination } = pair();
+  snapshotAs(source, "20260101-000000");
+  await expectRun(0, ["-S", source, destination]);
+  const file = join(destination, ".btrfs-backup.json");
+  sh(`btrfs -q subvolume create "$1/20260102-000000" >/dev/null`, destination);
+  writeFileSync(file, readFileSync(file, "utf8").replace(`{"owner"`, `{"receiving":"20260102-000000","owner"`));
+  snapshotAs(source, "20260103-000000");
+  await expectRun(0, ["-S", source, destination]);
+  expect([...subvolumes(destination).keys()]).toEqual(["20260101-000000", "20260103-000000"]);
 });
 
 test("progress is drawn on a terminal with pv, and only there", async () => {

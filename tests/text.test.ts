@@ -369,7 +369,7 @@ describe.each(SHELLS.map((shell) => [shell.join(" "), shell] as const))("quoting
       fc.property(fc.array(word, { minLength: 40, maxLength: 80 }), (words) => {
         expect(understood(shell, `/usr/bin/printf %s${quote("\\0")} ${words.map(quote).join(" ")}`)).toEqual(words);
       }),
-      { numRuns: 25 },
+      { numRuns: 50 },
     );
   });
 
