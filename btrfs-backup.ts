@@ -242,7 +242,7 @@ process.on("exit", () => privateDirectory !== null && rmSync(privateDirectory, {
 export function hostOf(name: HostName | null, options: { sshOptions: readonly string[]; sudo: boolean; sshSudo: boolean }): Host {
   if (name === null) return { label: "", ssh: null, sudo: options.sudo };
   // The first value of an ssh option wins: the user's stand before ours.
-  const ours = ["ControlMaster=auto", `ControlPath=${runtimeDirectory()}/%C`, "ControlPersist=no"];
+  const ours = ["ControlMaster=auto", `ControlPath=${runtimeDirectory()}/%C`, "ControlPersist=no", "ServerAliveInterval=15", "ServerAliveCountMax=3", "ConnectTimeout=30"];
   const words = ["ssh", ...[...options.sshOptions, ...ours].flatMap((option) => ["-o", option])];
   if (name.port !== null) words.push("-p", name.port);
   if (name.user !== null) words.push("-l", name.user);
@@ -496,7 +496,7 @@ const RECEIVE = verb(
   PRELUDE,
   RECORD,
   RECEIVING,
-  `cd -P -- "$2"; receiving "$3" 0; if [ "$5" = leftover ]; then if leftover "$PWD/$4"; then b subvolume delete "$PWD/$4" >&2; else echo "$PWD/$4 is no leftover of a broken transfer" >&2; exit 76; fi; fi;`,
+  `cd -P -- "$2"; receiving "$3" 0; if [ "$5" = leftover ] && [ -e "$PWD/$4" ]; then if leftover "$PWD/$4"; then b subvolume delete "$PWD/$4" >&2; else echo "$PWD/$4 is no leftover of a broken transfer" >&2; exit 76; fi; fi;`,
   `if [ -n "$8" ]; then record "$6" "$7" "$8"; fi; b receive "$1" "$PWD" >&2; if [ -n "$9" ]; then record "$6" "$7" "$9"; fi`,
 );
 
@@ -1390,13 +1390,13 @@ async function sendMissing(served: Served, source: Source, snapshots: readonly S
     const { snapshot, parent } = transfer;
     const how = parent !== null ? `difference to ${parent.name}` : !o.incremental ? "in full, as asked" : "in full: no earlier snapshot is on both sides";
     log.info(`${o.dryRun ? "Would send" : "Sending"} ${snapshot.name} to ${id} (${how})`);
-    const attempt = () => transferTo(destination, source, transfer, { progress: o.progress, btrfsDebug: o.btrfsDebug, sizes });
-    const result = o.dryRun ? { bytes: null, seconds: 0 } : await attempt().catch(async (error) => {
+    const attempt = (once: Transfer) => transferTo(destination, source, once, { progress: o.progress, btrfsDebug: o.btrfsDebug, sizes });
+    const result = o.dryRun ? { bytes: null, seconds: 0 } : await attempt(transfer).catch(async (error) => {
       if (!(error instanceof NoSpace) || !o.makeRoom || destination.frozen !== null) throw error;
       const names = planRoom(snapshots, served.standing, transfers.slice(i), wanted.policy, now).map(({ name }) => name);
       if (names.length === 0) throw error;
       await removeFrom(served, names, "to make room", o, report, true);
-      return attempt();
+      return attempt({ ...transfer, leftover: true }); // its own, if clearing away failed for lack of space
     });
     const backup = arrived(snapshot);
     served.standing = { ...served.standing, held: [...served.standing.held, backup], backups: [...served.standing.backups, backup] };
@@ -1501,7 +1501,7 @@ export async function run(o: RunOptions, report: Report): Promise<void> {
       }
       try {
         // Before anything is deleted there: were the run to end here, the source would go by an old pin.
-        if (stream === null) await remember(newestShared(snapshots, served.standing.held), complete ? new Date().toISOString() : (before?.last ?? null));
+        if (stream === null) await remember(newestShared(snapshots, served.standing.held), o.transfer && complete ? new Date().toISOString() : (before?.last ?? null));
         if (complete) await prune(served, snapshots, o, counting);
         served.done = complete;
       } catch (error) {
