@@ -1169,13 +1169,16 @@ function newReport(json: boolean, dryRun: boolean): Report {
 /** How to send. `sizes`: bytes of a full stream, by snapshot UUID, where quotas tell them. */
 type Sending = { readonly progress: boolean; readonly btrfsDebug: boolean; readonly sizes: ReadonlyMap<string, number> };
 
-/** The stage that draws a bar on the terminal, if there is one to draw on and pv to draw it. */
+/** Whether there is a terminal to draw a bar on, and pv to draw it. */
+function canShowProgress(): boolean {
+  const missing = !process.stderr.isTTY ? "stderr is no terminal" : which.sync("pv", { nothrow: true }) === null ? "pv is not installed" : null;
+  if (missing !== null) log.debug(`no progress is shown: ${missing}`);
+  return missing === null;
+}
+
+/** The stage that draws a bar. */
 function progressStage(transfer: Transfer, { progress, sizes }: Sending): Stage[] {
-  if (!progress || !process.stderr.isTTY) return [];
-  if (which.sync("pv", { nothrow: true }) === null) {
-    log.debug("no progress is shown: pv is not installed");
-    return [];
-  }
+  if (!progress) return [];
   const size = transfer.parent === null ? sizes.get(transfer.snapshot.uuid) : undefined;
   return [{ label: "pv", command: `pv -f -w ${process.stderr.columns || 80} ${size === undefined ? "-trb" : `-ptreb -s ${size}`}`, shown: true }];
 }
@@ -1373,7 +1376,7 @@ function explained<T extends Dated>(decisions: readonly Decision<T>[], id: strin
 type Served = { readonly wanted: Wanted; readonly destination: Destination; standing: Standing; done: boolean };
 
 /** Sends what a destination lacks. Whether all of it could be sent. Errors: those of a transfer. */
-async function sendMissing(served: Served, source: Source, snapshots: readonly Snapshot[], o: RunOptions, report: Report, sizes: ReadonlyMap<string, number>, sent: (snapshot: Snapshot) => Promise<void>): Promise<boolean> {
+async function sendMissing(served: Served, source: Source, snapshots: readonly Snapshot[], o: RunOptions, report: Report, sending: Sending, sent: (snapshot: Snapshot) => Promise<void>): Promise<boolean> {
   const { destination, wanted } = served;
   const { id } = destination;
   const now = wallClock(new Date());
@@ -1390,7 +1393,7 @@ async function sendMissing(served: Served, source: Source, snapshots: readonly S
     const { snapshot, parent } = transfer;
     const how = parent !== null ? `difference to ${parent.name}` : !o.incremental ? "in full, as asked" : "in full: no earlier snapshot is on both sides";
     log.info(`${o.dryRun ? "Would send" : "Sending"} ${snapshot.name} to ${id} (${how})`);
-    const attempt = (once: Transfer) => transferTo(destination, source, once, { progress: o.progress, btrfsDebug: o.btrfsDebug, sizes });
+    const attempt = (once: Transfer) => transferTo(destination, source, once, sending);
     const result = o.dryRun ? { bytes: null, seconds: 0 } : await attempt(transfer).catch(async (error) => {
       if (!(error instanceof NoSpace) || !o.makeRoom || destination.frozen !== null) throw error;
       const names = planRoom(snapshots, served.standing, transfers.slice(i), wanted.policy, now).map(({ name }) => name);
@@ -1438,6 +1441,7 @@ export async function run(o: RunOptions, report: Report): Promise<void> {
   if (o.lockedDestinations) for (const id of known.keys()) if (!wanted.has(id)) wanted.set(id, { location: parseLocation(id), optional: false, policy: o.backupPolicy });
   if (o.removeLocks) for (const id of wanted.keys()) known.delete(id);
   const all: Served[] = [];
+  const progress = o.progress && canShowProgress();
   const tally = { sent: 0, deleted: 0 };
   const counting: Report = {
     ...report,
@@ -1495,7 +1499,7 @@ export async function run(o: RunOptions, report: Report): Promise<void> {
       try {
         // All the memory there is of a command, so it is written after each of its streams.
         const sent = async (snapshot: Snapshot) => void (stream !== null && (await remember(snapshot, new Date().toISOString())));
-        complete = !o.transfer || (await sendMissing(served, source, snapshots, o, counting, sizes, sent));
+        complete = !o.transfer || (await sendMissing(served, source, snapshots, o, counting, { progress, btrfsDebug: o.btrfsDebug, sizes }, sent));
       } catch (error) {
         report.error(id, error);
       }
