@@ -3,9 +3,7 @@
 import { expect, test } from "bun:test";
 import { existsSync, mkdirSync, readdirSync, readFileSync, rmSync, writeFileSync } from "node:fs";
 import { join } from "node:path";
-import { events, expectRun, expectSound, filesystem, fill, nextSecond, pair, run, sh, snapshotNames, subvolume, subvolumes, temporaryDirectory } from "./support/rig.ts";
-
-const snapshotAs = (source: string, name: string) => sh(`mkdir -p "$1/snapshot"; btrfs -q subvolume snapshot -r "$1" "$1/snapshot/$2" >/dev/null`, source, name);
+import { events, expectRun, expectSound, filesystem, fill, nextSecond, pair, run, sh, snapshotAs, snapshotNames, subvolume, subvolumes, temporaryDirectory } from "./support/rig.ts";
 
 test("a second source is refused a folder with another's backups, before anything is written, and --adopt takes over", async () => {
   const { source, destination, a } = pair();

@@ -7,11 +7,23 @@ import { join } from "node:path";
 import { change, events, expectRun, expectSound, filesystem, generator, nextSecond, pair, run, seeded, sh, snapshotNames, soak, sshServer, start, subvolumes, temporaryDirectory, waitFor } from "./support/rig.ts";
 
 /** A `pv` in front of every `btrfs receive`, so that a transfer takes its time. */
-function slowReceive(rate = "5m"): { env: Record<string, string> } {
+function slowReceive(): { env: Record<string, string> } {
   const directory = temporaryDirectory();
   const real = sh("command -v btrfs");
-  writeFileSync(join(directory, "btrfs"), `#!/bin/bash\nif [ "$1" = receive ]; then exec ${real} "$@" < <(exec pv -q -L ${rate}); fi\nexec ${real} "$@"\n`, { mode: 0o755 });
+  writeFileSync(join(directory, "btrfs"), `#!/bin/bash\nif [ "$1" = receive ]; then exec ${real} "$@" < <(exec pv -q -L 5m); fi\nexec ${real} "$@"\n`, { mode: 0o755 });
   return { env: { PATH: `${directory}:${process.env["PATH"]}` } };
+}
+
+/** A first backup, and a second one in the middle of its transfer. */
+async function transferUnderWay() {
+  const made = pair();
+  const { source, destination } = made;
+  await expectRun(0, [source, destination]);
+  sh(`head -c 20M /dev/urandom >"$1/large"`, source);
+  await nextSecond();
+  const running = start([source, destination], slowReceive());
+  await waitFor("the transfer", () => receiving(destination));
+  return { ...made, running };
 }
 
 const receiving = (folder: string) => existsSync(folder) && [...subvolumesSafely(folder).values()].some(({ readonly, receivedUuid }) => !readonly && receivedUuid === null);
@@ -27,12 +39,7 @@ const announced = (folder: string) => readFileSync(join(folder, ".btrfs-backup.j
 
 for (const [signal, status] of [["SIGINT", 130], ["SIGTERM", 143]] as const)
   test(`${signal} in a transfer stops every child, removes what was half received, and exits ${status}`, async () => {
-    const { source, snapshots, destination } = pair();
-    await expectRun(0, [source, destination]);
-    sh(`head -c 30M /dev/urandom >"$1/large"`, source);
-    await nextSecond();
-    const running = start([source, destination], slowReceive());
-    await waitFor("the transfer", () => receiving(destination));
+    const { source, snapshots, destination, running } = await transferUnderWay();
     running.child.kill(signal);
     const result = await running.finished;
     expect([result.status, result.stderr]).toEqual([status, expect.stringContaining(`interrupted by ${signal}`)]);
@@ -99,12 +106,7 @@ test("a busy source is exit 3, a busy destination is its own failure, and --wait
 });
 
 test("after kill -9 of the program alone, the next run does not race its pipeline", async () => {
-  const { source, snapshots, destination } = pair();
-  await expectRun(0, [source, destination]);
-  sh(`head -c 20M /dev/urandom >"$1/large"`, source);
-  await nextSecond();
-  const running = start([source, destination], slowReceive());
-  await waitFor("the transfer", () => receiving(destination));
+  const { source, snapshots, destination, running } = await transferUnderWay();
   running.child.kill("SIGKILL");
   expect(receiving(destination)).toBe(true);
   const early = await run(["-S", source, destination]);
@@ -117,12 +119,7 @@ test("after kill -9 of the program alone, the next run does not race its pipelin
 });
 
 test("after kill -9 of everything, the leftover is removed and sent again", async () => {
-  const { source, snapshots, destination } = pair();
-  await expectRun(0, [source, destination]);
-  sh(`head -c 20M /dev/urandom >"$1/large"`, source);
-  await nextSecond();
-  const running = start([source, destination], slowReceive());
-  await waitFor("the transfer", () => receiving(destination));
+  const { source, snapshots, destination, running } = await transferUnderWay();
   running.child.kill("SIGKILL");
   sh(`pkill -KILL -f "$1" || :`, `[b]trfs.*${destination}`);
   sh(`pkill -KILL -f "^pv -q -L 5m$"`); // what slows it down holds its lock as well

@@ -3,10 +3,7 @@
 import { expect, test } from "bun:test";
 import { existsSync, readdirSync, readFileSync, rmSync, writeFileSync } from "node:fs";
 import { join } from "node:path";
-import { events, expectRun, expectSameTree, expectSound, filesystem, fill, nextSecond, pair, run, sh, snapshotNames, start, subvolume, subvolumes, temporaryDirectory, waitFor } from "./support/rig.ts";
-
-/** A read-only snapshot of any name, as if a run had taken it at that time. */
-const snapshotAs = (source: string, name: string) => sh(`mkdir -p "$1/snapshot"; btrfs -q subvolume snapshot -r "$1" "$1/snapshot/$2" >/dev/null`, source, name);
+import { events, expectRun, expectSameTree, expectSound, filesystem, fill, nextSecond, pair, pathWithout, run, sh, snapshotAs, snapshotNames, start, subvolume, subvolumes, temporaryDirectory, waitFor } from "./support/rig.ts";
 
 /** A `btrfs` first on the PATH that notes what it is called with. */
 function countingBtrfs(): { env: Record<string, string>; calls: () => string[] } {
@@ -358,8 +355,6 @@ test("progress is drawn on a terminal with pv, and only there", async () => {
   await nextSecond();
   expect(command(program, source, join(filesystem().path, "x"), "--newest-only")).toMatch(/=> ?\] +\d+%/);
   // Without pv it works, and says so once.
-  const tools = temporaryDirectory();
-  sh(`cd "$1"; for d in /usr/sbin /usr/bin; do for f in $d/*; do case $f in */pv) ;; *) ln -sf $f .;; esac; done; done`, tools);
-  const without = command(`env PATH=${tools} ${program}`, "-v", "debug", source, destination, join(filesystem().path, "y"));
+  const without = command(`env PATH=${pathWithout("pv")} ${program}`, "-v", "debug", source, destination, join(filesystem().path, "y"));
   expect(without.match(/pv is not installed/g)?.length).toBe(1);
 });

@@ -3,7 +3,7 @@
 import { expect, test } from "bun:test";
 import { existsSync, readdirSync, writeFileSync } from "node:fs";
 import { join } from "node:path";
-import { change, events, expectRun, expectSound, filesystem, fill, generator, loginShells, nextSecond, pair, sh, snapshotNames, sshServer, subvolume, subvolumes, temporaryDirectory } from "./support/rig.ts";
+import { change, events, expectRun, expectSound, filesystem, fill, generator, loginShells, nextSecond, pair, pathWithout, sh, snapshotNames, sshServer, subvolume, subvolumes, temporaryDirectory } from "./support/rig.ts";
 
 test("push, pull, and both ends remote go on from each other incrementally", async () => {
   const { source, snapshots, destination } = pair();
@@ -53,10 +53,8 @@ test("a host that is not there, one that refuses us, and a transfer that ssh dro
 test("a host without btrfs-progs or flock of util-linux is refused by the package's name", async () => {
   const { source, b } = pair();
   const { options, url, user } = await sshServer();
-  const everything = ["/usr/sbin", "/usr/bin"];
   for (const [name, missing, message] of [["nobtrfs", "btrfs", "btrfs-progs"], ["noflock", "flock", "util-linux"]] as const) {
-    const tools = temporaryDirectory();
-    sh(`cd "$1"; shift; missing=$1; shift; for d; do for f in $d/*; do case $f in */$missing) ;; *) ln -sf $f .;; esac; done; done`, tools, missing, ...everything);
+    const tools = pathWithout(missing);
     if (missing === "flock") sh(`ln -s "$(command -v busybox)" "$1/flock"`, tools);
     // A login shell that sees only these; the directories that verbs add hold nothing else.
     const shell = join(temporaryDirectory(), "shell");

@@ -105,6 +105,16 @@ export function subvolumes(folder: string): Map<string, Standing> {
   );
 }
 
+/** A read-only snapshot in the snapshot folder, as if a run had taken it at the time of that name. */
+export const snapshotAs = (source: string, name: string) => sh(`mkdir -p "$1/snapshot"; btrfs -q subvolume snapshot -r "$1" "$1/snapshot/$2" >/dev/null`, source, name);
+
+/** A directory with every program of this machine but one: a PATH on which it is missing. */
+export function pathWithout(missing: string): string {
+  const tools = temporaryDirectory();
+  sh(`cd "$1"; for d in /usr/sbin /usr/bin; do for f in $d/*; do case $f in */"$2") ;; *) ln -sf $f .;; esac; done; done`, tools, missing);
+  return tools;
+}
+
 /** The names in a folder that are snapshots of a prefix. */
 export const snapshotNames = (folder: string, prefix = "") => [...subvolumes(folder).keys()].filter((name) => name.startsWith(prefix) && /^\d{8}-\d{6}$/.test(name.slice(prefix.length)));
 
