@@ -2,6 +2,7 @@
 // btrfs-backup: incremental backups of btrfs subvolumes. The README says what it does for
 // whom; this file is all of the program, in eight sections, each using only those above it.
 
+import { createHash } from "node:crypto";
 import { mkdtempSync, readFileSync, realpathSync, rmSync } from "node:fs";
 import { tmpdir } from "node:os";
 import { basename, dirname, join, normalize, resolve } from "node:path";
@@ -78,6 +79,8 @@ export class Interrupted extends Error {
 /** What a command tells: log lines to people, events to programs; and whether anything failed. */
 export type Report = {
   failed: boolean;
+  /** How many events of each kind there were. */
+  readonly tally: Record<string, number>;
   readonly event: (event: string, fields: Record<string, unknown>) => void;
   readonly warning: (message: string) => void;
   readonly error: (destination: string | null, error: unknown) => void;
@@ -376,10 +379,11 @@ export async function pipeline(stages: readonly Stage[], environment: Record<str
   const directory = mkdtempSync(join(runtimeDirectory(), "p"));
   const file = (name: string | number) => quote(`${directory}/${name}`);
   const texts = stages.map(({ command, shown }, i) => {
-    // A child's I/O is added to its parent's when it is waited for: proc(5), /proc/pid/io.
+    // A child's I/O is added to its parent's when it is waited for: proc(5), /proc/pid/io. A few bytes
+    // of the verb's own are in it.
     const measure = i === 0 ? `while read -r k v; do case $k in wchar:) echo "$v" >${file("bytes")};; esac; done </proc/self/io;` : "";
     const last = i === stages.length - 1 ? " >&2" : "";
-    return `{ { ${command}${last}; } 2>${shown ? "&3" : file(i)}; r=$?; ${measure} echo "${i} $r" >>${file("ended")}; [ $r = 0 ] || kill -KILL 0; }`;
+    return `{ { ${command}${last}; } 2>${shown ? "&3" : file(i)} 3>&-; r=$?; ${measure} echo "${i} $r" >>${file("ended")}; [ $r = 0 ] || kill -KILL 0; }`;
   });
   log.debug(`pipeline: ${stages.map(({ command }) => command).join(" | ")}`);
   const child = shell({ detached: true, stdio: ["ignore", "ignore", "pipe"], env: { ...process.env, ...environment } })`${`exec 3>&2; ${texts.join(" | ")}`}`;
@@ -408,8 +412,8 @@ export async function pipeline(stages: readonly Stage[], environment: Record<str
     errors.forEach((text, i) => text && log.debug(`${stages[i]?.label}: ${text}`));
     return bytes === "" ? null : Number(bytes);
   }
-  const name = stages[culprit]?.label ?? "the pipeline";
-  const how = (status ?? 0) > 128 ? `was killed by signal ${(status ?? 0) - 128}` : `failed with exit status ${status}`;
+  const name = stages[culprit]?.label ?? "the shell of the pipeline";
+  const how = culprit === -1 ? "was killed" : (status ?? 0) > 128 ? `was killed by signal ${(status ?? 0) - 128}` : `failed with exit status ${status}`;
   // What the others say is mostly that a pipe broke, but "mostly" is not enough to hide it.
   const said = [culprit, ...errors.keys()].filter((i, at, all) => all.indexOf(i) === at && errors[i]).map((i) => (i === culprit ? errors[i] : `(${stages[i]?.label}: ${errors[i]})`));
   const message = `${name} ${how}${said.length > 0 ? `: ${said.join(" ")}` : ""}`;
@@ -429,19 +433,21 @@ function sendSignal(pid: number, signal: NodeJS.Signals): void {
 // The verbs. Their scripts are one line each for the login shell's sake, and hold no `'`, `\`
 // or `!`. The first parameter is "sudo" or empty: btrfs alone runs under sudo, never flock,
 // which would run anything. Exit statuses: 64 usage, 65 refused, 66 absent, 69 a program is
-// missing, 75 a lock is busy, 76 the name is taken.
+// missing, 75 a lock is busy, 76 the name is taken. A FOLDER comes with the FSID that it had when it
+// was opened: hours may have passed, and another disk may be mounted there (`at`).
 
 const verb = (name: string, ...lines: readonly string[]): Verb => ({ name, script: lines.join(" ") });
 
 const PRELUDE = `set -e; umask 077; unset CDPATH; PATH=$PATH:/usr/sbin:/sbin; LC_ALL=C; export PATH LC_ALL;
- if [ "$1" = sudo ]; then b() { sudo -n btrfs "$@"; }; else b() { btrfs "$@"; }; fi; shift;`.replace(/\n/g, "");
+ if [ "$1" = sudo ]; then b() { sudo -n btrfs "$@"; }; else b() { btrfs "$@"; }; fi; shift;
+ at() { cd -P -- "$1"; [ "$(stat -f -c %i .)" = "$2" ] || { echo "another filesystem is at $1 now" >&2; exit 66; }; };`.replace(/\n/g, "");
 
 /**
  * record HEADER KEY VALUE: replaces one line of the record in the current directory, whole or not
  * at all. Written by cat, which says what went wrong; dash knows only "I/O error".
  */
 const RECORD =
-  `record() { ( flock -w 60 7; f=.btrfs-backup.json; t=$f.new; o=; if [ -e $f ]; then o=$(cat $f); fi; rm -f $t; set -C;` +
+  `record() { ( flock -w 60 7 || { echo "another run keeps $PWD locked" >&2; exit 75; }; f=.btrfs-backup.json; t=$f.new; o=; if [ -e $f ]; then o=$(cat $f); fi; rm -f $t; set -C;` +
   ` { printf %s "$1"; echo; { printf %s "$o"; echo; } | grep "^," | grep -vF -- "$2" || :; printf %s "$2$3"; echo; echo "}"; } | cat >$t; sync $t; mv -f $t $f ) 7<.; };`;
 
 /** receiving PREFIX SECONDS: this process alone writes to the chain from here on. */
@@ -465,9 +471,10 @@ const OPEN = verb(
   `if [ -n "$s" ]; then [ -d "$s" ] || { echo "no such directory: $s" >&2; exit 64; };`,
   `say source; place "$s"; if is_btrfs && [ "$(stat -c %i .)" = 256 ]; then say show; b subvolume show .; fi; fi;`,
   `say host; uname -n; say mounts; cat /proc/self/mountinfo; say filesystems; ls /sys/fs/btrfs 2>/dev/null || :;`,
-  `if [ -d "$d" ]; then say folder; place "$d"; if [ "$w" = look ] || [ -f ".btrfs-backup.$p.lock" ]; then`,
-  `for f in lock receiving; do if [ -L ".btrfs-backup.$p.$f" ]; then echo "$PWD/.btrfs-backup.$p.$f is a symbolic link" >&2; exit 65; fi; done;`,
-  `if [ "$w" = look ]; then :; else exec 9>>".btrfs-backup.$p.lock"; flock -w "$w" 9 || { echo "another run holds $PWD/.btrfs-backup.$p.lock" >&2; exit 75; };`,
+  `if [ -d "$d" ]; then say folder; place "$d"; say owners; id -u; stat -c %u .;`,
+  `for f in ".btrfs-backup.$p.lock" ".btrfs-backup.$p.receiving" .btrfs-backup.json .outstanding_transfers; do if [ -e "$f" ] || [ -L "$f" ]; then`,
+  `stat -c %u "$f"; if [ -f "$f" ] && [ "$(stat -c %f "$f" | cut -c 1)" = 8 ]; then :; else echo "$PWD/$f is not a plain file" >&2; exit 65; fi; fi; done;`,
+  `if [ "$w" = look ] || [ -f ".btrfs-backup.$p.lock" ]; then if [ "$w" = look ]; then :; else exec 9>>".btrfs-backup.$p.lock"; flock -w "$w" 9 || { echo "another run holds $PWD/.btrfs-backup.$p.lock" >&2; exit 75; };`,
   `${RECEIVING} receiving "$p" "$w"; exec 8>&-; say locked; fi; fi;`,
   `say entries; ls -a; say record; if [ -e .btrfs-backup.json ]; then cat .btrfs-backup.json; fi;`,
   `say old; if [ -f .outstanding_transfers ]; then cat .outstanding_transfers; fi;`,
@@ -477,54 +484,57 @@ const OPEN = verb(
   `echo; echo "$n end"; [ "$w" = look ] || exec cat >/dev/null`,
 );
 
-/** create FOLDER PREFIX: the folder (its last component only) and the chain's lock file. */
-const CREATE = verb("create", PRELUDE, `[ -d "$1" ] || mkdir "$1"; cd -P -- "$1"; [ -f ".btrfs-backup.$2.lock" ] || { set -C; : >".btrfs-backup.$2.lock"; }`);
+/** create FOLDER FSID PREFIX: the folder (its last component only) and the chain's lock file. */
+const CREATE = verb("create", PRELUDE, `if [ -d "$1" ]; then :; else at "\${1%/*}/" "$2"; mkdir "$1"; fi; at "$1" "$2"; [ -f ".btrfs-backup.$3.lock" ] || { set -C; : >".btrfs-backup.$3.lock"; }`);
 
-/** snapshot SOURCE FOLDER NAME: prints `subvolume show` of what it made. The kernel commits the transaction. */
+/** snapshot SOURCE FOLDER FSID NAME: prints `subvolume show` of what it made. The kernel commits the transaction. */
 const SNAPSHOT = verb(
   "snapshot",
   PRELUDE,
-  `if [ -e "$2/$3" ] || [ -L "$2/$3" ]; then exit 76; fi; b subvolume snapshot -r "$1" "$2/$3" >/dev/null; b subvolume show -b "$2/$3"`,
+  `at "$2" "$3"; if [ -e "$4" ] || [ -L "$4" ]; then exit 76; fi; b subvolume snapshot -r "$1" "$PWD/$4" >/dev/null; b subvolume show -b "$PWD/$4"`,
 );
 
-/** send FLAG FOLDER NAME PARENT: the stream, on standard output; in full if PARENT is empty. */
-const SEND = verb("send", PRELUDE, `cd -P -- "$2"; if [ -n "$4" ]; then b send "$1" -p "$PWD/$4" "$PWD/$3"; else b send "$1" "$PWD/$3"; fi`);
+/** send FLAG FOLDER FSID NAME PARENT: the stream, on standard output; in full if PARENT is empty. */
+const SEND = verb("send", PRELUDE, `at "$2" "$3"; if [ -n "$5" ]; then b send "$1" -p "$PWD/$5" "$PWD/$4"; else b send "$1" "$PWD/$4"; fi`);
 
-/** receive FLAG FOLDER PREFIX NAME LEFTOVER HEADER KEY BEFORE AFTER: takes the stream, announced in the record. */
+/**
+ * receive FLAG FOLDER FSID PREFIX NAME LEFTOVER HEADER KEY BEGINNING REST: takes the stream. The record
+ * says BEGINNING and REST meanwhile, and { and REST afterwards: the announcement comes and goes.
+ */
 const RECEIVE = verb(
   "receive",
   PRELUDE,
   RECORD,
   RECEIVING,
-  `cd -P -- "$2"; receiving "$3" 0; if [ "$5" = leftover ] && [ -e "$PWD/$4" ]; then if leftover "$PWD/$4"; then b subvolume delete "$PWD/$4" >&2; else echo "$PWD/$4 is no leftover of a broken transfer" >&2; exit 76; fi; fi;`,
-  `if [ -n "$8" ]; then record "$6" "$7" "$8"; fi; b receive "$1" "$PWD" >&2; if [ -n "$9" ]; then record "$6" "$7" "$9"; fi`,
+  `f=$1; at "$2" "$3"; shift 3; receiving "$1" 0; n=$2; if [ "$3" = leftover ] && [ -e "$n" ]; then if leftover "$PWD/$n"; then b subvolume delete "$PWD/$n" >&2; else echo "$PWD/$n is no leftover of a broken transfer" >&2; exit 76; fi; fi;`,
+  `if [ -n "$4" ]; then record "$4" "$5" "$6$7"; fi; b receive "$f" "$PWD" >&2; if [ -n "$4" ]; then record "$4" "$5" "{$7"; fi`,
 );
 
-/** discard FOLDER PREFIX NAME HEADER KEY VALUE: removes what a broken transfer left, and its announcement. */
+/** discard FOLDER FSID PREFIX NAME HEADER KEY VALUE: removes what a broken transfer left, and its announcement. */
 const DISCARD = verb(
   "discard",
   PRELUDE,
   RECORD,
   RECEIVING,
-  `cd -P -- "$1"; receiving "$2" 10; if [ -e "$3" ] && leftover "$PWD/$3"; then b subvolume delete "$PWD/$3" >&2; b filesystem sync .; fi; if [ -n "$6" ]; then record "$4" "$5" "$6"; fi`,
+  `at "$1" "$2"; receiving "$3" 10; if [ -e "$4" ] && leftover "$PWD/$4"; then b subvolume delete "$PWD/$4" >&2; b filesystem sync .; fi; if [ -n "$7" ]; then record "$5" "$6" "$7"; fi`,
 );
 
-/** delete RW SYNC FOLDER PATH…: many at once. The cleaner sleeps for up to 30 s unless a sync wakes it. */
+/** delete RW SYNC FOLDER FSID ./NAME…: many at once. The cleaner sleeps for up to 30 s unless a sync wakes it. */
 const DELETE = verb(
   "delete",
   PRELUDE,
-  `rw=$1 sync=$2 folder=$3; shift 3; if [ "$rw" = rw ]; then for x; do b property set -f -ts "$x" ro false; done; fi;`,
-  `b subvolume delete "$@" >/dev/null; if [ "$sync" = sync ]; then b filesystem sync "$folder"; b subvolume sync "$folder" >/dev/null; fi`,
+  `rw=$1 sync=$2; at "$3" "$4"; shift 4; if [ "$rw" = rw ]; then for x; do b property set -f -ts "$x" ro false || :; done; fi;`,
+  `b subvolume delete "$@" >/dev/null; if [ "$sync" = sync ]; then b filesystem sync .; b subvolume sync . >/dev/null; fi`,
 );
 
-/** record FOLDER HEADER KEY VALUE: see RECORD. */
-const WRITE_RECORD = verb("record", PRELUDE, RECORD, `cd -P -- "$1"; record "$2" "$3" "$4"`);
+/** record FOLDER FSID HEADER KEY VALUE: see RECORD. */
+const WRITE_RECORD = verb("record", PRELUDE, RECORD, `at "$1" "$2"; record "$3" "$4" "$5"`);
 
-/** aside FOLDER SUFFIX: moves a record out of the way. */
-const ASIDE = verb("aside", PRELUDE, `cd -P -- "$1"; mv -f .btrfs-backup.json ".btrfs-backup.json.$2"`);
+/** aside FOLDER FSID SUFFIX: moves a record out of the way. */
+const ASIDE = verb("aside", PRELUDE, `at "$1" "$2"; mv -f .btrfs-backup.json ".btrfs-backup.json.$3"`);
 
-/** hook COMMAND: the user's own command, before or after a snapshot. */
-const HOOK = verb("hook", `exec sh -c "$2"`);
+/** hook COMMAND: the user's own, before or after a snapshot. What it leaves running must not keep us waiting for our pipes. */
+const HOOK = verb("hook", `t=$(mktemp); sh -c "$2" >"$t" 2>&1 </dev/null && r=0 || r=$?; cat "$t" >&2; rm -f "$t"; [ $r = 0 ] || { echo "(exit status $r)" >&2; exit 1; }`);
 
 /** Every verb there is, for whoever must check that they hold nothing a login shell could trip over. */
 export const VERBS: readonly Verb[] = [OPEN, CREATE, SNAPSHOT, SEND, RECEIVE, DISCARD, DELETE, WRITE_RECORD, ASIDE, HOOK];
@@ -532,17 +542,17 @@ export const VERBS: readonly Verb[] = [OPEN, CREATE, SNAPSHOT, SEND, RECEIVE, DI
 const uuidOrNull = (text: string) => (text === "-" ? null : text);
 const UUID = "-|[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}";
 const LISTED = new RegExp(`^ID (\\d+) gen \\d+ top level \\d+ parent_uuid (${UUID})\\s+received_uuid (${UUID})\\s+uuid (${UUID})\\s+path (?:<FS_TREE>/)?(.*)$`, "s");
-const LISTED_READONLY = /^ID (\d+) gen \d+ top level \d+ path /;
+const LISTED_READONLY = /^ID (\d+) gen \d+ top level \d+ path (?:<FS_TREE>\/)?(.*)$/s;
 
 /** The entries of `btrfs subvolume list`. A line of no known shape continues a path with a line break. */
-function listedLines(text: string): string[] {
+function listedLines(text: string, shape: RegExp): RegExpExecArray[] {
   const lines: string[] = [];
   for (const line of text === "" ? [] : text.split("\n")) {
-    if (/^ID \d+ gen \d+ /.test(line)) lines.push(line);
+    if (shape.test(line)) lines.push(line);
     else if (lines.length === 0) throw new Failure(`"btrfs subvolume list" printed something unknown: ${line}`);
     else lines[lines.length - 1] += `\n${line}`;
   }
-  return lines;
+  return lines.map((line) => shape.exec(line) as RegExpExecArray);
 }
 
 /**
@@ -550,16 +560,17 @@ function listedLines(text: string): string[] {
  * -a all paths count from the top level, some with a mark; without, some count from where one asks.
  */
 export function parseSubvolumes(all: string, readonlyOnes: string): Subvolume[] {
+  const readonly = new Set(listedLines(readonlyOnes, LISTED_READONLY).map(([, id, path]) => `${id} ${path}`));
   const seen = new Set<string>();
-  const readonly = new Set(listedLines(readonlyOnes).map((line) => LISTED_READONLY.exec(line)?.[1]));
-  return listedLines(all).map((line) => {
-    const match = LISTED.exec(line);
-    if (!match) throw new Failure(`"btrfs subvolume list" printed something unknown: ${line}`);
+  return listedLines(all, LISTED).map((match) => {
     const [, id, parent, received, uuid, path] = match as unknown as [string, string, string, string, string, string];
-    // A name with a line break could be made to look like a subvolume of its own.
-    if (seen.has(id)) throw new Failure(`"btrfs subvolume list" printed subvolume ${id} twice, the second time as ${path}`);
-    seen.add(id);
-    return { id: Number(id), path, uuid, parentUuid: uuidOrNull(parent), receivedUuid: uuidOrNull(received), readonly: readonly.has(id) };
+    // Any user can make subvolumes, and a name with a line break could pass for a subvolume of its own:
+    // one that matters would need a path, an ID or a UUID that is somebody's already.
+    for (const key of [id, uuid, `/${path}`]) {
+      if (seen.has(key)) throw new Failure(`"btrfs subvolume list" tells of ${key} twice; is there a line break in the name of a subvolume? See ${path}`);
+      seen.add(key);
+    }
+    return { id: Number(id), path, uuid, parentUuid: uuidOrNull(parent), receivedUuid: uuidOrNull(received), readonly: readonly.has(`${id} ${path}`) };
   });
 }
 
@@ -605,8 +616,8 @@ export function filesystemOf(fsid: string, root: number, uuids: readonly string[
   );
 }
 
-/** A directory that was looked at. `filesystem` is null where it is not btrfs. */
-export type Place = { readonly path: string; readonly inode: number; readonly filesystem: string | null; readonly root: number };
+/** A directory that was looked at. `filesystem` is null where it is not btrfs; `fsid` is the kernel's, of its subvolume. */
+export type Place = { readonly path: string; readonly inode: number; readonly fsid: string; readonly filesystem: string | null; readonly root: number };
 
 /** All that `open` tells. `exists` is false for a folder that would have to be made; then `place` is its parent. */
 export type Inspection = {
@@ -621,10 +632,13 @@ export type Inspection = {
   readonly entries: ReadonlySet<string>;
   readonly record: RecordFile;
   readonly old: OldRecord;
+  /** The folder and what this program keeps in it belong to the user that we are there, or to root. */
+  readonly trusted: boolean;
 };
 
 /** Reads what `open` printed. Errors: Failure for any shape that is not known. */
 export function parseInspection(output: string, nonce: string, folder: string): Inspection {
+  if (!output.startsWith(`\n${nonce} `)) throw new Failure(`the login shell there prints something of its own, which would damage streams: ${output.trim().slice(0, 100)}`);
   const sections = new Map<string, string>();
   for (const part of output.split(`\n${nonce} `).slice(1)) {
     const at = part.indexOf("\n");
@@ -640,7 +654,7 @@ export function parseInspection(output: string, nonce: string, folder: string): 
     const [, path = "", inode, fsid = "", root] = match;
     const filesystem = root === undefined ? null : filesystemOf(fsid, Number(root), uuids);
     if (root !== undefined && filesystem === null) throw new Failure(`${path}: its filesystem is not in /sys/fs/btrfs`);
-    return { path, inode: Number(inode), filesystem, root: Number(root ?? 0) };
+    return { path, inode: Number(inode), fsid, filesystem, root: Number(root ?? 0) };
   };
   const exists = sections.has("folder");
   const here = place(section(exists ? "folder" : "missing"));
@@ -651,7 +665,9 @@ export function parseInspection(output: string, nonce: string, folder: string): 
     throw new Failure(`${here.path} is below ${mount.path}, a bind mount of the plain folder ${mount.root} of its filesystem: use the path below that filesystem's own mount point`);
   const source = sections.has("source") ? place(section("source")) : null;
   const show = section("show");
+  const [self, ...owners] = section("owners").split("\n");
   return {
+    trusted: owners.every((owner) => owner === self || owner === "0"),
     host: section("host"),
     exists,
     locked: sections.has("locked"),
@@ -801,7 +817,7 @@ async function openChecked(location: Location & { kind: "folder" }, path: string
     check(folder);
     if (folder.locked || opening.wait === "look") return folder;
     await folder.close();
-    await ask(folder.host, CREATE, [folder.path, opening.prefix], `cannot create ${path}`);
+    await ask(folder.host, CREATE, [folder.path, folder.place.fsid, opening.prefix], `cannot create ${path}`);
     const created = await openFolder(location, path, opening);
     try {
       check(created);
@@ -816,7 +832,10 @@ async function openChecked(location: Location & { kind: "folder" }, path: string
   }
 }
 
-const RECORD_BYTES = 100 * 1024; // with its quotes it must fit into one argument of 128 KiB: execve(2)
+/** A folder's path, and what must still be there when a verb uses it. */
+const at = ({ path, place }: Folder): [path: string, fsid: string] => [path, place.fsid];
+
+const RECORD_BYTES = 90 * 1024; // a pipeline with it must fit into one argument of 128 KiB: execve(2)
 
 /** What the record verbs need to make a chain's line say `chain`: nothing if the file is not ours to write. */
 function recordArguments(folder: Folder, chain: ChainRecord): [header: string, key: string, value: string] {
@@ -827,20 +846,20 @@ function recordArguments(folder: Folder, chain: ChainRecord): [header: string, k
 
 async function writeRecord(folder: Folder, chain: ChainRecord): Promise<void> {
   const args = recordArguments(folder, chain);
-  if (args[0] !== "") await ask(folder.host, WRITE_RECORD, [folder.path, ...args], `${folder.id}: cannot write .btrfs-backup.json`);
+  if (args[0] !== "") await ask(folder.host, WRITE_RECORD, [...at(folder), ...args], `${folder.id}: cannot write .btrfs-backup.json`);
 }
 
 type Deletion = { readonly convertRw: boolean; readonly sync: boolean };
 
 /** Deletes subvolumes of a folder, as many with one command as its arguments can hold. */
 async function deleteFrom(folder: Folder, names: readonly string[], { convertRw, sync }: Deletion): Promise<void> {
-  const paths = names.map((name) => `${folder.path === "/" ? "" : folder.path}/${name}`);
+  const paths = names.map((name) => `./${name}`);
   while (paths.length > 0) {
     let bytes = 0;
     const fitting = paths.findIndex((path) => (bytes += Buffer.byteLength(path) + 8) > RECORD_BYTES);
     const batch = paths.splice(0, fitting === -1 ? paths.length : Math.max(fitting, 1));
     const last = sync && paths.length === 0;
-    await ask(folder.host, DELETE, [convertRw ? "rw" : "", last ? "sync" : "", folder.path, ...batch], `${folder.id}: cannot delete ${count(batch.length, "subvolume")}`);
+    await ask(folder.host, DELETE, [convertRw ? "rw" : "", last ? "sync" : "", ...at(folder), ...batch], `${folder.id}: cannot delete ${count(batch.length, "subvolume")}`);
   }
 }
 
@@ -894,7 +913,7 @@ type FolderOptions = Deletion & { readonly btrfsDebug: boolean };
 
 /** A btrfs folder as a destination: `owned` is its record from now on, `announced` what 0.3.1 began. */
 function folderDestination(folder: Folder, owned: ChainRecord, announced: readonly string[], options: FolderOptions): Destination {
-  const { host, path, prefix, id } = folder;
+  const { host, prefix, id } = folder;
   const { receiving, ...settled } = owned;
   const place = host.label === "" ? "" : ` on ${host.label}`;
   return {
@@ -902,15 +921,15 @@ function folderDestination(folder: Folder, owned: ChainRecord, announced: readon
     stream: null,
     filesystem: folder.place.filesystem,
     standing: standingIn(folder, settled.strangers ?? [], receiving === undefined ? announced : [...announced, receiving]),
-    frozen: folder.record.unreadable === null ? null : `its .btrfs-backup.json cannot be read (${folder.record.unreadable}); "btrfs-backup unpin --all ${id}" moves it aside`,
+    frozen: folder.record.unreadable === null ? null : `its .btrfs-backup.json cannot be read (${folder.record.unreadable}); move it aside and run once with --adopt`,
     receive({ snapshot, leftover }) {
       const [header, key, value] = recordArguments(folder, settled);
-      const [, , announcing] = recordArguments(folder, { ...settled, receiving: snapshot.name });
-      const args = [options.btrfsDebug ? "-vv" : "-q", path, prefix, snapshot.name, leftover ? "leftover" : "", header, key, announcing, value];
+      const announcement = `{"receiving":${JSON.stringify(snapshot.name)},`;
+      const args = [options.btrfsDebug ? "-vv" : "-q", ...at(folder), prefix, snapshot.name, leftover ? "leftover" : "", header, key, announcement, value.slice(1)];
       return { stage: { label: `btrfs receive${place}`, command: commandFor(host, RECEIVE, args), shown: options.btrfsDebug }, environment: {} };
     },
     async discard(name) {
-      await ask(host, DISCARD, [path, prefix, name, ...recordArguments(folder, settled)], `${id}: cannot remove what the broken transfer of ${name} left`);
+      await ask(host, DISCARD, [...at(folder), prefix, name, ...recordArguments(folder, settled)], `${id}: cannot remove what the broken transfer of ${name} left`);
     },
     remove: (names, free) => deleteFrom(folder, names, { ...options, sync: options.sync || free }),
     close: folder.close,
@@ -925,8 +944,11 @@ async function commandShell(report: Report): Promise<string> {
   return "sh";
 }
 
-/** A command as a destination: a store that can only take. `run` is the shell for it. */
-function shellDestination(location: Location & { kind: "shell" }, last: Memory | null, run: string, chain: { prefix: string; source: string }): Destination {
+/**
+ * A command as a destination: a store that can only take. `run` is the shell for it, and `lock` the
+ * file that it holds locked, so that a killed run's command and the next one never store side by side.
+ */
+function shellDestination(location: Location & { kind: "shell" }, last: Memory | null, run: string, lock: string, chain: { prefix: string; source: string }): Destination {
   return {
     id: location.id,
     stream: { last },
@@ -935,7 +957,7 @@ function shellDestination(location: Location & { kind: "shell" }, last: Memory |
     frozen: null,
     receive({ snapshot, parent }) {
       return {
-        stage: { label: location.id, command: `${run} -c ${quote(location.command)}` },
+        stage: { label: location.id, command: `flock -n -o -E 75 ${quote(lock)} ${run} -c ${quote(location.command)}` },
         environment: {
           BTRFS_BACKUP_NAME: snapshot.name,
           BTRFS_BACKUP_KIND: parent === null ? "full" : "incremental",
@@ -1140,15 +1162,20 @@ export function claim(identity: Identity, chain: ChainRecord, standing: readonly
   const byUuid = new Map(standing.map((backup) => [backup.uuid, backup]));
   const own = new Set<string>();
   for (const start of shared) for (let b: Snapshot | undefined = start; b !== undefined && !own.has(b.uuid); b = byUuid.get(b.parentUuid ?? "")) own.add(b.uuid);
-  return { accepted: true, strangers: [...new Set([...strangers, ...standing.filter(({ uuid }) => !own.has(uuid)).map(({ uuid }) => uuid)])] };
+  return { accepted: true, strangers: [...new Set([...strangers, ...standing.map(({ uuid }) => uuid)])].filter((uuid) => !own.has(uuid)) };
 }
 
 // ── 6. Transfer ──────────────────────────────────────────────────────────────────────────
 
 function newReport(json: boolean, dryRun: boolean): Report {
-  const event: Report["event"] = (name, fields) => json && void process.stdout.write(`${JSON.stringify({ event: name, ...fields, ...(dryRun ? { dry_run: true } : {}) })}\n`);
+  const tally: Report["tally"] = {};
+  const event: Report["event"] = (name, fields) => {
+    tally[name] = (tally[name] ?? 0) + 1;
+    if (json) process.stdout.write(`${JSON.stringify({ event: name, ...fields, ...(dryRun ? { dry_run: true } : {}) })}\n`);
+  };
   const report: Report = {
     failed: false,
+    tally,
     event,
     warning(message) {
       log.warn(message);
@@ -1186,7 +1213,7 @@ function progressStage(transfer: Transfer, { progress, sizes }: Sending): Stage[
 /** Sends one snapshot to one destination, which is as before if it fails. Errors: those of `pipeline`. */
 async function transferTo(destination: Destination, source: Folder, transfer: Transfer, sending: Sending): Promise<{ bytes: number | null; seconds: number }> {
   const { snapshot, parent } = transfer;
-  const send = commandFor(source.host, SEND, [sending.btrfsDebug ? "-vv" : "-q", source.path, snapshot.name, parent?.name ?? ""]);
+  const send = commandFor(source.host, SEND, [sending.btrfsDebug ? "-vv" : "-q", ...at(source), snapshot.name, parent?.name ?? ""]);
   const { stage, environment } = destination.receive(transfer);
   const label = `btrfs send${source.host.label === "" ? "" : ` on ${source.host.label}`}`;
   const began = Date.now();
@@ -1235,13 +1262,14 @@ export type RunOptions = {
 };
 
 /** A subvolume with its snapshot folder. */
-type Source = Folder & { readonly identity: Identity; readonly subvolume: string };
+type Source = Folder & { readonly identity: Identity; readonly subvolume: string; readonly owned: ChainRecord };
 
 /** Opens SOURCE and locks its snapshot folder. Errors: UsageError for a SOURCE that cannot be one, Busy. */
 async function openSource(o: Pick<RunOptions, "source" | "snapshotFolder" | "prefix" | "hosts" | "wait" | "dryRun" | "adopt" | "fsChecks">): Promise<Source> {
   const path = withoutSlash(o.snapshotFolder.startsWith("/") ? normalize(o.snapshotFolder) : normalize(join(o.source.path, o.snapshotFolder)));
   const opening = { prefix: o.prefix, wait: o.dryRun ? ("look" as const) : o.wait, hosts: o.hosts, source: o.source.path };
   const identityOf = ({ source, hostName }: Folder): Identity => ({ uuid: source?.uuid ?? "", host: hostName, path: source?.path ?? "" });
+  let strangers: readonly string[] | null = null;
   const folder = await openChecked(o.source, path, opening, (folder) => {
     const { source, place, chain, snapshots } = folder;
     if (source?.filesystem === null && o.fsChecks) throw new UsageError(`not on btrfs: ${o.source.id}`);
@@ -1251,8 +1279,18 @@ async function openSource(o: Pick<RunOptions, "source" | "snapshotFolder" | "pre
     const children = snapshots.filter(({ parentUuid }) => parentUuid === source.uuid);
     const claimed = isWithin(folder.top, source.top) ? null : claim(identityOf(folder), chain, snapshots, children, o.adopt);
     if (claimed?.accepted === false) throw new Failure(`${path}: ${claimed.why}`);
+    strangers = claimed?.strangers ?? null;
   });
-  return { ...folder, identity: identityOf(folder), subvolume: folder.source?.path ?? "" };
+  const identity = identityOf(folder);
+  const others = new Set<string>(strangers ?? []);
+  return {
+    ...folder,
+    snapshots: folder.snapshots.filter(({ uuid }) => !others.has(uuid)),
+    identity,
+    subvolume: folder.source?.path ?? "",
+    // Inside SOURCE it is not asked whose the folder is; it may be the end of somebody else's chain.
+    owned: strangers === null ? folder.chain : { ...folder.chain, owner: identity, ...(others.size > 0 ? { strangers: [...others] } : {}) },
+  };
 }
 
 /** The destinations that a source's record knows, or else those that 0.3.1 knew. */
@@ -1271,7 +1309,10 @@ function knownDestinations({ chain, old, snapshots, prefix }: Folder): KnownDest
 /** Opens a destination after making sure that it is the right place. Errors: UsageError, Absent, Busy, Failure. */
 async function openDestination({ location }: Wanted, source: Source, known: KnownDestination | undefined, o: RunOptions, report: Report): Promise<Destination> {
   if (location.kind === "shell") {
-    return shellDestination(location, known?.pin ?? null, await commandShell(report), { prefix: o.prefix, source: o.source.id });
+    // A remote source's chain has no folder here: its lock stands among the runtime files.
+    const name = createHash("sha256").update(`${o.source.id}\n${o.prefix}`).digest("hex").slice(0, 32);
+    const lock = o.source.host === null ? join(source.path, `.btrfs-backup.${o.prefix}.receiving`) : join(dirname(runtimeDirectory()), `btrfs-backup.${name}.receiving`);
+    return shellDestination(location, known?.pin ?? null, await commandShell(report), lock, { prefix: o.prefix, source: o.source.id });
   }
   const mounted = "(is the disk mounted?)";
   let claimed: Claim = { accepted: true, strangers: [] };
@@ -1299,7 +1340,8 @@ async function openDestination({ location }: Wanted, source: Source, known: Know
   const broken = folder.snapshots.some(({ name, readonly }) => name === receiving && !readonly);
   const owned = { ...chain, owner: source.identity, ...(strangers.length > 0 ? { strangers } : {}), ...(broken ? { receiving } : {}) };
   // Taken over, moved, or completed after all: the record says so even if nothing is sent.
-  if (!o.dryRun && folder.chain.owner && JSON.stringify(folder.chain) !== JSON.stringify(owned)) await writeRecord(folder, owned);
+  const standing = folder.chain.owner !== undefined || folder.snapshots.some(isComplete);
+  if (!o.dryRun && standing && JSON.stringify(folder.chain) !== JSON.stringify(owned)) await writeRecord(folder, owned);
   return folderDestination(folder, owned, known?.receiving ?? [], { ...o.deletion, btrfsDebug: o.btrfsDebug });
 }
 
@@ -1342,22 +1384,22 @@ async function takeSnapshot(source: Source, all: readonly Served[], o: RunOption
   };
   try {
     await hook(o.beforeSnapshot, "--before-snapshot");
-    for (let at = new Date(); ; at = new Date()) {
+    for (let now = new Date(); ; now = new Date()) {
       checkInterruption();
-      const name = `${o.prefix}${stamp(at)}`;
-      const made = { ...NO_SUBVOLUME, name, time: wallClock(at), path: name, parentUuid: source.identity.uuid };
+      const name = `${o.prefix}${stamp(now)}`;
+      const made = { ...NO_SUBVOLUME, name, time: wallClock(now), path: name, parentUuid: source.identity.uuid };
       try {
         // When clocks go back, a destination can still have the name.
         if (source.entries.has(name) || all.some(({ standing }) => standing.taken.has(name))) throw new Taken(name);
         if (o.dryRun) return { ...made, id: Number.MAX_SAFE_INTEGER, uuid: crypto.randomUUID() };
-        const shown = await ask(source.host, SNAPSHOT, [source.subvolume, source.path, name], `cannot take a snapshot of ${source.subvolume}`);
+        const shown = await ask(source.host, SNAPSHOT, [source.subvolume, ...at(source), name], `cannot take a snapshot of ${source.subvolume}`);
         const uuid = shownField(shown, "UUID");
         const size = /^\s+Usage referenced:\s+(\d+)/m.exec(shown)?.[1];
         if (size !== undefined) sizes.set(uuid, Number(size));
         return { ...made, id: Number(shownField(shown, "Subvolume ID")), uuid };
       } catch (error) {
         if (!(error instanceof Taken)) throw error;
-        await new Promise((nextSecond) => setTimeout(nextSecond, 1000 - at.getMilliseconds()));
+        await new Promise((nextSecond) => setTimeout(nextSecond, 1000 - now.getMilliseconds()));
       }
     }
   } finally {
@@ -1432,28 +1474,34 @@ async function removing(id: string, names: readonly string[], reason: string, dr
   for (const name of names) report.event("delete", { location: id, name, reason });
 }
 
+/** A location from a source's record, which only those may have written whose commands we would run anyway. */
+function recordedLocation(id: string, source: Source): Location {
+  if (!source.trusted) throw new Failure(`${source.path} or a file in it belongs to another user: its known destinations are not used, name them`);
+  try {
+    return parseLocation(id);
+  } catch (error) {
+    throw new Failure(`a known destination cannot be used (unpin it): ${(error as Error).message}`);
+  }
+}
+
 /** Takes a snapshot, sends every destination what it lacks, and keeps what should be kept. */
 export async function run(o: RunOptions, report: Report): Promise<void> {
   checkPlaces(o);
   const source = await openSource(o);
   const known = new Map(knownDestinations(source).map((destination) => [destination.location, destination]));
   const wanted = new Map(o.destinations.map((destination) => [destination.location.id, destination]));
-  if (o.lockedDestinations) for (const id of known.keys()) if (!wanted.has(id)) wanted.set(id, { location: parseLocation(id), optional: false, policy: o.backupPolicy });
-  if (o.removeLocks) for (const id of wanted.keys()) known.delete(id);
+  for (const id of o.lockedDestinations ? known.keys() : []) if (!wanted.has(id)) wanted.set(id, { location: recordedLocation(id, source), optional: false, policy: o.backupPolicy });
+  // Where something is sent again, it is still to the right disk.
+  for (const id of o.removeLocks ? wanted.keys() : []) {
+    const one = known.get(id);
+    if (o.transfer && one !== undefined) known.set(id, { ...one, pin: null });
+    else known.delete(id);
+  }
   const all: Served[] = [];
   const progress = o.progress && canShowProgress();
-  const tally = { sent: 0, deleted: 0 };
-  const counting: Report = {
-    ...report,
-    event(event, fields) {
-      if (event === "transfer") tally.sent++;
-      if (event === "delete") tally.deleted++;
-      report.event(event, fields);
-    },
-  };
   let written = JSON.stringify(source.chain);
   const saveKnown = async () => {
-    const chain = { ...source.chain, owner: source.identity, destinations: [...known.values()] };
+    const chain = { ...source.owned, ...(known.size > 0 || source.chain.destinations ? { destinations: [...known.values()] } : {}) };
     if (o.dryRun || JSON.stringify(chain) === written) return;
     await writeRecord(source, chain);
     written = JSON.stringify(chain);
@@ -1499,30 +1547,32 @@ export async function run(o: RunOptions, report: Report): Promise<void> {
       try {
         // All the memory there is of a command, so it is written after each of its streams.
         const sent = async (snapshot: Snapshot) => void (stream !== null && (await remember(snapshot, new Date().toISOString())));
-        complete = !o.transfer || (await sendMissing(served, source, snapshots, o, counting, { progress, btrfsDebug: o.btrfsDebug, sizes }, sent));
+        complete = !o.transfer || (await sendMissing(served, source, snapshots, o, report, { progress, btrfsDebug: o.btrfsDebug, sizes }, sent));
       } catch (error) {
         report.error(id, error);
       }
       try {
         // Before anything is deleted there: were the run to end here, the source would go by an old pin.
         if (stream === null) await remember(newestShared(snapshots, served.standing.held), o.transfer && complete ? new Date().toISOString() : (before?.last ?? null));
-        if (complete) await prune(served, snapshots, o, counting);
+        if (complete) await prune(served, snapshots, o, report);
         served.done = complete;
       } catch (error) {
         report.error(id, error);
       }
     }
-    await saveKnown();
-    if (unreadable === null) await pruneSource(source, snapshots, wanted, known, all, o, counting);
+    // A full disk can keep the record from being written: then what it says still holds as well.
+    const saved = await saveKnown().then(() => true, (error) => report.error(null, error));
+    if (unreadable === null) await pruneSource(source, snapshots, wanted, [...known.values(), ...(saved ? [] : (source.chain.destinations ?? []))], all, o, report);
+    if (!saved) await saveKnown();
   } finally {
     await whileCleaning(async () => {
       for (const { destination } of all) await destination.close();
       await source.close();
     });
   }
-  const failures = report.failed ? ", with errors" : "";
-  log.info(`${o.dryRun ? "Nothing was changed" : "Done"}: ${count(taken === null ? 0 : 1, "snapshot")}, ${count(tally.sent, "transfer")}, ${count(tally.deleted, "deletion")}${failures}`);
-  report.event("summary", { ok: !report.failed, snapshot: taken?.name ?? null, transfers: tally.sent, deletions: tally.deleted });
+  const { snapshot = 0, transfer = 0, delete: deletions = 0 } = report.tally;
+  log.info(`${o.dryRun ? "Nothing was changed" : "Done"}: ${count(snapshot, "snapshot")}, ${count(transfer, "transfer")}, ${count(deletions, "deletion")}${report.failed ? ", with errors" : ""}`);
+  report.event("summary", { ok: !report.failed, snapshot: taken?.name ?? null, transfers: transfer, deletions });
 }
 
 /** An optional destination that is not there is no failure, until it has been away for too long. */
@@ -1535,12 +1585,13 @@ function skip(id: string, reason: Absent, known: KnownDestination | undefined, {
 }
 
 /** Keeps at the source what its policy, and every destination's next transfer, needs. */
-async function pruneSource(source: Source, snapshots: readonly Snapshot[], wanted: ReadonlyMap<string, Wanted>, known: ReadonlyMap<string, KnownDestination>, all: readonly Served[], o: RunOptions, report: Report): Promise<void> {
-  const claimants = [...new Set([...wanted.keys(), ...known.keys()])].map((id): Claimant => {
+async function pruneSource(source: Source, snapshots: readonly Snapshot[], wanted: ReadonlyMap<string, Wanted>, known: readonly KnownDestination[], all: readonly Served[], o: RunOptions, report: Report): Promise<void> {
+  const unknown = [...wanted.keys()].filter((id) => !known.some(({ location }) => location === id)).map((location) => ({ location, pin: null }));
+  const claimants = [...known, ...unknown].map(({ location: id, pin }): Claimant => {
     const served = all.find(({ destination }) => destination.id === id);
     const given = wanted.get(id);
     const unread = given !== undefined && (served === undefined || (served.destination.stream !== null && !served.done));
-    return { id, pin: known.get(id)?.pin ?? null, unread, unsentPolicy: o.keepUnsent && given !== undefined && !served?.done ? { policy: given.policy } : null };
+    return { id, pin, unread, unsentPolicy: o.keepUnsent && given !== undefined && !served?.done ? { policy: given.policy } : null };
   });
   const names = explained(planSource(snapshots, o.sourcePolicy, o.removeLocks ? claimants.filter(({ pin }) => pin) : claimants, wallClock(new Date())), o.source.id, o.dryRun);
   await removing(o.source.id, names, `not kept by "${o.sourcePolicy?.text}"`, o.dryRun, report, () => deleteFrom(source, names, o.deletion));
@@ -1555,7 +1606,7 @@ export async function unpin(o: UnpinOptions, report: Report): Promise<void> {
     if (source.record.unreadable !== null) {
       if (!o.all) throw new Failure(`${source.path}/.btrfs-backup.json cannot be read (${source.record.unreadable}); --all moves it aside`);
       const suffix = stamp(new Date());
-      await ask(source.host, ASIDE, [source.path, suffix], `cannot move ${source.path}/.btrfs-backup.json aside`);
+      await ask(source.host, ASIDE, [...at(source), suffix], `cannot move ${source.path}/.btrfs-backup.json aside`);
       log.info(`Moved ${source.path}/.btrfs-backup.json to .btrfs-backup.json.${suffix}`);
       return;
     }
@@ -1563,7 +1614,7 @@ export async function unpin(o: UnpinOptions, report: Report): Promise<void> {
     const ids = known.map(({ location }) => location);
     for (const id of o.locations) if (!ids.includes(id)) report.error(id, new Failure(`not known at ${o.source.id}; known are: ${ids.join(", ") || "none"}`));
     const destinations = known.filter(({ location }) => !o.all && !o.locations.includes(location));
-    await writeRecord(source, { ...source.chain, destinations });
+    await writeRecord(source, { ...source.owned, destinations });
     log.info(`Unpinned ${count(known.length - destinations.length, "destination")}`);
   } finally {
     await whileCleaning(source.close);
@@ -1636,11 +1687,17 @@ type Given = { readonly flag: (name: string) => boolean; readonly value: (name: 
 /** Reads arguments strictly. Errors: UsageError naming the nearest option. */
 export function readArguments(args: readonly string[], definitions: ArgsDef): Given {
   const defined = Object.entries(definitions as Record<string, ArgDef & { alias?: string | string[] }>).filter(([, { type }]) => type !== "positional");
+  // -n=3 is what argparse let pass; parseArgs would take the = for a part of the value.
+  const spelled = args.map((arg) => {
+    const [, letter, value] = /^-([A-Za-z])=(.*)$/s.exec(arg) ?? [];
+    const name = defined.find(([, { alias, type }]) => letter !== undefined && alias === letter && type === "string")?.[0];
+    return name === undefined ? arg : `--${name}=${value}`;
+  });
   const options = Object.fromEntries(
     defined.map(([name, { type, alias }]) => [name, { type: type === "boolean" ? ("boolean" as const) : ("string" as const), multiple: REPEATABLE.has(name), ...(typeof alias === "string" ? { short: alias } : {}) }]),
   );
   try {
-    const { values, positionals } = parseArgs({ args: [...args], options, strict: true, allowPositionals: true });
+    const { values, positionals } = parseArgs({ args: spelled, options, strict: true, allowPositionals: true });
     return {
       flag: (name) => values[name] === true,
       value: (name) => (values[name] as string | undefined) ?? null,
@@ -1823,7 +1880,10 @@ export async function main(args: readonly string[]): Promise<number> {
 
 if (import.meta.main) {
   stopOnSignals();
+  // Nobody reads the events any more: the work is done all the same, but not reported as well done.
+  let unheard = false;
+  process.stdout.on("error", () => (unheard = true));
   const status = await main(process.argv.slice(2));
   await new Promise((done) => process.stdout.write("", done)); // a pipe may still be full
-  process.exit(status);
+  process.exit(status || (unheard ? 1 : 0));
 }
