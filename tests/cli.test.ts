@@ -95,3 +95,10 @@ test("a verb's script holds nothing that a login shell could trip over, and 0600
     expect(sh(`cd "$1"; stat -c %a .btrfs-backup* | sort -u`, folder)).toBe("600");
   }
 });
+
+test("a short option takes its value behind a =, as it always did, and nobody has to read the events", async () => {
+  const { source, snapshots, destination } = pair();
+  await expectRun(0, ["-p=x-", "-n=3", source, destination]);
+  expect(snapshotNames(snapshots, "x-").length).toBe(1);
+  expect(sh(`set +e; "$1" btrfs-backup.ts -q --json "$2" >/dev/full; echo $?`, join(ROOT, "node_modules/.bin/bun"), source)).toBe("1");
+});

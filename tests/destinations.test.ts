@@ -3,7 +3,7 @@
 import { expect, test } from "bun:test";
 import { existsSync, mkdirSync, readdirSync, readFileSync, rmSync, writeFileSync } from "node:fs";
 import { join } from "node:path";
-import { events, expectRun, expectSound, filesystem, fill, nextSecond, pair, run, sh, snapshotAs, snapshotNames, subvolume, subvolumes, temporaryDirectory } from "./support/rig.ts";
+import { events, expectRun, expectSound, filesystem, fill, nextSecond, pair, run, sh, snapshotAs, snapshotNames, start, subvolume, subvolumes, temporaryDirectory, waitFor } from "./support/rig.ts";
 
 test("a second source is refused a folder with another's backups, before anything is written, and --adopt takes over", async () => {
   const { source, destination, a } = pair();
@@ -286,4 +286,120 @@ test("a folder in which 0.3.1 mixed two sources is taken over without pruning th
   expect(left).toContain("20260102-120000");
   expect(left.length).toBe(3);
   expect((await expectRun(1, [second, destination])).stderr).toContain("belong to");
+});
+
+test("a snapshot folder that 0.3.1 let two sources share is taken over without touching the other's snapshots", async () => {
+  const { source, destination, a } = pair();
+  const folder = join(a.path, "snapshots");
+  mkdirSync(folder);
+  const second = subvolume(join(a.path, "second"));
+  for (const day of [1, 2, 3]) sh(`btrfs -q subvolume snapshot -r "$1" "$2" >/dev/null`, second, join(folder, `2026010${day}-000000`));
+  sh(`btrfs -q subvolume snapshot -r "$1" "$2" >/dev/null`, source, join(folder, "20260104-000000"));
+  for (let i = 0; i < 2; i++) {
+    await expectRun(0, ["-N", "1", "-f", folder, source, destination]);
+    await nextSecond();
+  }
+  expect(snapshotNames(folder).length).toBe(4);
+  expect(snapshotNames(folder)).toContain("20260101-000000");
+  expect(snapshotNames(destination)).not.toContain("20260101-000000");
+});
+
+test("another disk that is mounted in mid-run at a destination is neither written to nor pruned", async () => {
+  const { source, destination } = pair();
+  const [one, other] = [filesystem(), filesystem()];
+  for (const day of [1, 2, 3]) snapshotAs(source, `2026010${day}-000000`);
+  for (const disk of [one, other]) {
+    if (disk === other) sh(`umount "$1"; mount -o loop "$2" "$1"`, one.path, other.image);
+    await expectRun(0, ["-S", "--adopt", source, one.path]);
+  }
+  sh(`umount "$1"; mount -o loop "$2" "$1"`, one.path, one.image);
+  await expectRun(0, ["-S", "--adopt", source, one.path]);
+  const gate = join(temporaryDirectory(), "gate");
+  snapshotAs(source, "20260104-000000");
+  const hook = `touch ${gate}; while [ -e ${gate} ]; do sleep 0.05; done`;
+  const running = start(["-n", "1", "--after-snapshot", hook, source, destination, one.path]);
+  await waitFor("the run to be between opening and sending", () => existsSync(gate));
+  sh(`umount -l "$1"; mount -o loop "$2" "$1"`, one.path, other.image);
+  const before = sh(`ls -A "$1"; cat "$1/.btrfs-backup.json"`, one.path);
+  rmSync(gate);
+  const result = await running.finished;
+  expect([result.status, result.stderr]).toEqual([1, expect.stringContaining("another filesystem is at")]);
+  expect(sh(`ls -A "$1"; cat "$1/.btrfs-backup.json"`, one.path)).toBe(before);
+  expect(snapshotNames(destination).length).toBe(1);
+});
+
+test("a user's subvolume with a line break in its name cannot pass for a snapshot", async () => {
+  const { source, snapshots, destination, a } = pair();
+  await expectRun(0, [source, destination]);
+  const [name] = snapshotNames(snapshots) as [string];
+  const lines = [`x\nID 1 gen 1 boo`, `y\nID 9999 gen 1 top level 5 parent_uuid - received_uuid - uuid 11111111-1111-1111-1111-111111111111 path home`];
+  sh(`btrfs -q subvolume create "$1/$2" >/dev/null`, a.path, lines[0] as string);
+  await nextSecond();
+  await expectRun(0, [source, destination]);
+  sh(`mkdir -p "$1/$2/snapshot"; btrfs -q subvolume create "$1/$2/snapshot/$3" >/dev/null`, a.path, lines[1] as string, name);
+  const result = await expectRun(1, ["-S", "-N", "1", source, destination]);
+  expect(result.stderr).toContain("line break");
+  expect(snapshotNames(snapshots).length).toBe(2);
+});
+
+test("a takeover that sends nothing is remembered on both sides", async () => {
+  const { source, snapshots, destination } = pair();
+  mkdirSync(destination);
+  snapshotAs(source, "20260101-000000");
+  sh(`btrfs send -q "$1/20260101-000000" | btrfs receive -q "$2"`, snapshots, destination);
+  await expectRun(0, ["-S", source, destination]);
+  await nextSecond();
+  await expectRun(0, [source, destination]);
+});
+
+test("--remove-locks forgets pins, not which disk it was", async () => {
+  const { source, b } = pair();
+  await expectRun(0, [source, b.path]);
+  sh(`umount "$1"; truncate -s 0 "$2"; truncate -s 1G "$2"; mkfs.btrfs -q "$2" >/dev/null 2>&1; mount -o loop "$2" "$1"`, b.path, b.image);
+  await nextSecond();
+  expect((await expectRun(1, ["--remove-locks", source, b.path])).stderr).toContain("another filesystem");
+});
+
+test("a chain that ends in a folder goes on although that folder begins another", async () => {
+  const { source, destination, b } = pair();
+  const third = join(filesystem().path, "third");
+  await expectRun(0, [source, destination]);
+  await expectRun(0, ["-S", "-f", destination, b.path, third]);
+  await nextSecond();
+  await expectRun(0, [source, destination]);
+  expect(snapshotNames(third).length).toBe(1);
+});
+
+test("a source that adopts back what was its own prunes it again", async () => {
+  const { source, destination, a } = pair();
+  const second = subvolume(join(a.path, "second"));
+  for (const day of [1, 2]) snapshotAs(source, `2026010${day}-000000`);
+  await expectRun(0, ["-S", source, destination]);
+  await expectRun(0, ["--adopt", second, destination]);
+  await nextSecond();
+  await expectRun(0, ["--adopt", "-n", "1", source, destination]);
+  expect(snapshotNames(destination)).not.toContain("20260101-000000");
+  expect(snapshotNames(destination).length).toBe(2); // and the stranger
+});
+
+test("a fifo or link in the place of a file of ours is refused, and holds nobody up", async () => {
+  const { source, destination } = pair();
+  await expectRun(0, [source, destination]);
+  for (const name of [".btrfs-backup..lock", ".btrfs-backup..receiving", ".btrfs-backup.json"])
+    for (const make of ["mkfifo", "ln -s /etc/passwd"]) {
+      sh(`mv "$1/$2" "$1/saved"; ${make} "$1/$2"`, destination, name);
+      expect((await expectRun(1, ["-S", source, destination])).stderr).toContain("is not a plain file");
+      sh(`mv -f "$1/saved" "$1/$2"`, destination, name);
+    }
+  await expectRun(0, ["-S", source, destination]);
+});
+
+test("known destinations are not taken from a record that another user could have written", async () => {
+  const { source, snapshots } = pair();
+  await expectRun(0, [source]);
+  const proof = join(temporaryDirectory(), "proof");
+  writeFileSync(join(snapshots, ".outstanding_transfers"), JSON.stringify({ [snapshotNames(snapshots)[0] as string]: { locks: [`shell://touch ${proof}; cat >/dev/null`] } }));
+  sh(`chown 4711 "$1"`, join(snapshots, ".outstanding_transfers"));
+  expect((await expectRun(1, ["-S", "--locked-dests", source])).stderr).toContain("belongs to another user");
+  expect(existsSync(proof)).toBe(false);
 });

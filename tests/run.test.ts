@@ -359,3 +359,18 @@ test("progress is drawn on a terminal with pv, and only there", async () => {
   const without = command(`env PATH=${pathWithout("pv")} ${program}`, "-v", "debug", source, destination, join(filesystem().path, "y"));
   expect(without.match(/pv is not installed/g)?.length).toBe(1);
 });
+
+test("a source on which no record can be written is pruned all the same, by the old pins and the new", async () => {
+  const { source, snapshots, destination } = pair();
+  for (const day of [1, 2]) snapshotAs(source, `2026010${day}-000000`);
+  await expectRun(0, ["-S", source, destination]);
+  for (const day of [3, 4, 5]) snapshotAs(source, `2026010${day}-000000`);
+  // The new record's name is taken by something that cannot be removed.
+  sh(`mkdir "$1/.btrfs-backup.json.new"`, snapshots);
+  const result = await expectRun(1, ["-S", "-N", "1", source, destination]);
+  expect(result.stderr).toContain("cannot write .btrfs-backup.json");
+  expect(snapshotNames(snapshots)).toEqual(["20260102-000000", "20260105-000000"]);
+  sh(`rmdir "$1/.btrfs-backup.json.new"`, snapshots);
+  await expectRun(0, ["-S", "-N", "1", source, destination]);
+  expect(snapshotNames(snapshots)).toEqual(["20260105-000000"]);
+});

@@ -2,7 +2,7 @@
 // stream for a whole one.
 
 import { expect, test } from "bun:test";
-import { existsSync, readFileSync } from "node:fs";
+import { existsSync, readFileSync, rmSync, writeFileSync } from "node:fs";
 import { join } from "node:path";
 import { change, events, expectRun, expectSameTree, filesystem, generator, gpgKey, nextSecond, pair, pathWithout, run, s3Server, sh, snapshotAs, snapshotNames, start, temporaryDirectory, waitFor } from "./support/rig.ts";
 
@@ -155,4 +155,39 @@ test("where there is no bash, commands run under sh", async () => {
   expect(readFileSync(`${out}.shell`, "utf8")).toBe("sh\n");
   expect(result.stderr).toContain("pipefail");
   expect(existsSync(out)).toBe(true);
+});
+
+test("a command of a killed run and the next run never store side by side", async () => {
+  const { source, snapshots } = pair();
+  const directory = temporaryDirectory();
+  const command = `shell://cat >>${directory}/out; echo x >>${directory}/started; while [ -e ${directory}/gate ]; do sleep 0.05; done`;
+  writeFileSync(join(directory, "gate"), "");
+  const running = start([source, command]);
+  await waitFor("the command", () => existsSync(join(directory, "started")));
+  running.child.kill("SIGKILL");
+  await running.finished;
+  expect((await expectRun(3, ["-S", source, command])).stderr).toContain("still");
+  const waiting = start(["-S", "--wait", "60", source, command]);
+  rmSync(join(directory, "gate"));
+  expect((await waiting.finished).status).toBe(0);
+  expect(pins(snapshots)).toContain("shell://");
+});
+
+test("what a command or a hook leaves running does not hold a run up", async () => {
+  const { source } = pair();
+  const left = () => sh(`pgrep -cfx 'sleep 4321' || :`);
+  await expectRun(0, ["--after-snapshot", "sleep 4321 &", source, "shell://cat >/dev/null; (sleep 4321 >/dev/null 2>&1 </dev/null &)"]);
+  expect(left()).toBe("2");
+  await nextSecond();
+  await expectRun(0, [source, "shell://cat >/dev/null"]); // nor its lock
+  sh(`pkill -fx 'sleep 4321'`);
+});
+
+test("a hook's exit status is its own, whatever ours mean", async () => {
+  const { source } = pair();
+  for (const status of [64, 66, 75, 76]) {
+    const result = await expectRun(1, ["--before-snapshot", `echo why; exit ${status}`, source]);
+    expect(result.stderr).toContain(`why\n(exit status ${status})`);
+    expect(result.stderr).not.toContain("    at ");
+  }
 });

@@ -132,3 +132,15 @@ test("what a full backup over ssh brings is complete", async () => {
   expectSound(destination, snapshots);
   expect([...subvolumes(destination).values()][0]?.receivedUuid).toBe([...subvolumes(snapshots).values()][0]?.uuid as string);
 });
+
+test("a login shell that prints something of its own is refused: it would stand in the streams", async () => {
+  const { source, b } = pair();
+  const { options, url, user } = await sshServer();
+  const shell = join(temporaryDirectory(), "noisy");
+  writeFileSync(shell, `#!/bin/sh\necho welcome\nexec sh "$@"\n`, { mode: 0o755 });
+  user("noisy", shell);
+  const out = join(temporaryDirectory(), "out");
+  expect((await expectRun(1, [...options, url(source, "noisy"), `shell://cat >${out}`])).stderr).toContain("prints something of its own");
+  expect((await expectRun(1, [...options, source, url(join(b.path, "x"), "noisy")])).stderr).toContain("welcome");
+  expect(existsSync(out)).toBe(false);
+});
