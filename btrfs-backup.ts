@@ -40,7 +40,7 @@ export type Backup = Snapshot;
 export type Identity = { readonly uuid: string; readonly host: string; readonly path: string };
 
 /** One stream to send: `snapshot` in full, or as the difference to `parent`. */
-export type Transfer = { readonly snapshot: Snapshot; readonly parent: Snapshot | null; readonly leftover: boolean };
+export type Transfer = { readonly snapshot: Snapshot; readonly parent: Snapshot | null };
 
 /** The snapshot of the last stream that a command took; it may be gone. */
 export type Memory = { readonly name: string; readonly uuid: string };
@@ -452,8 +452,7 @@ const RECORD =
 
 /** receiving PREFIX SECONDS: this process alone writes to the chain from here on. */
 const RECEIVING =
-  `receiving() { exec 8>>".btrfs-backup.$1.receiving"; flock -w "$2" 8 || { echo "an earlier transfer is still being received in $PWD" >&2; exit 75; }; };` +
-  ` leftover() { [ "$(b property get -ts "$1" ro)" = ro=false ]; };`;
+  `receiving() { exec 8>>".btrfs-backup.$1.receiving"; flock -w "$2" 8 || { echo "an earlier transfer is still being received in $PWD" >&2; exit 75; }; };`;
 
 /**
  * open NONCE WAIT FOLDER PREFIX SOURCE: prints all that there is to know of a folder (and of the
@@ -498,7 +497,7 @@ const SNAPSHOT = verb(
 const SEND = verb("send", PRELUDE, `at "$2" "$3"; if [ -n "$5" ]; then b send "$1" -p "$PWD/$5" "$PWD/$4"; else b send "$1" "$PWD/$4"; fi`);
 
 /**
- * receive FLAG FOLDER FSID PREFIX NAME LEFTOVER HEADER KEY BEGINNING REST: takes the stream. The record
+ * receive FLAG FOLDER FSID PREFIX HEADER KEY BEGINNING REST: takes the stream. The record
  * says BEGINNING and REST meanwhile, and { and REST afterwards: the announcement comes and goes.
  */
 const RECEIVE = verb(
@@ -506,17 +505,20 @@ const RECEIVE = verb(
   PRELUDE,
   RECORD,
   RECEIVING,
-  `f=$1; at "$2" "$3"; shift 3; receiving "$1" 0; n=$2; if [ "$3" = leftover ] && [ -e "$n" ]; then if leftover "$PWD/$n"; then b subvolume delete "$PWD/$n" >&2; else echo "$PWD/$n is no leftover of a broken transfer" >&2; exit 76; fi; fi;`,
-  `if [ -n "$4" ]; then record "$4" "$5" "$6$7"; fi; b receive "$f" "$PWD" >&2; if [ -n "$4" ]; then record "$4" "$5" "{$7"; fi`,
+  `f=$1; at "$2" "$3"; shift 3; receiving "$1" 0;`,
+  `if [ -n "$2" ]; then record "$2" "$3" "$4$5"; fi; b receive "$f" "$PWD" >&2; if [ -n "$2" ]; then record "$2" "$3" "{$5"; fi`,
 );
 
-/** discard FOLDER FSID PREFIX NAME HEADER KEY VALUE: removes what a broken transfer left, and its announcement. */
+/**
+ * discard FOLDER FSID PREFIX NAME HEADER KEY VALUE: removes what a broken transfer left, unless it is
+ * read-only (an orphaned receive completed it after all), and its announcement.
+ */
 const DISCARD = verb(
   "discard",
   PRELUDE,
   RECORD,
   RECEIVING,
-  `at "$1" "$2"; receiving "$3" 10; if [ -e "$4" ] && leftover "$PWD/$4"; then b subvolume delete "$PWD/$4" >&2; b filesystem sync .; fi; if [ -n "$7" ]; then record "$5" "$6" "$7"; fi`,
+  `at "$1" "$2"; receiving "$3" 10; if [ -e "$4" ] && [ "$(b property get -ts "$PWD/$4" ro)" = ro=false ]; then b subvolume delete "$PWD/$4" >&2; b filesystem sync .; fi; if [ -n "$7" ]; then record "$5" "$6" "$7"; fi`,
 );
 
 /** delete RW SYNC FOLDER FSID ./NAME…: many at once. The cleaner sleeps for up to 30 s unless a sync wakes it. */
@@ -922,10 +924,10 @@ function folderDestination(folder: Folder, owned: ChainRecord, announced: readon
     filesystem: folder.place.filesystem,
     standing: standingIn(folder, settled.strangers ?? [], receiving === undefined ? announced : [...announced, receiving]),
     frozen: folder.record.unreadable === null ? null : `its .btrfs-backup.json cannot be read (${folder.record.unreadable}); move it aside and run once with --adopt`,
-    receive({ snapshot, leftover }) {
+    receive({ snapshot }) {
       const [header, key, value] = recordArguments(folder, settled);
       const announcement = `{"receiving":${JSON.stringify(snapshot.name)},`;
-      const args = [options.btrfsDebug ? "-vv" : "-q", ...at(folder), prefix, snapshot.name, leftover ? "leftover" : "", header, key, announcement, value.slice(1)];
+      const args = [options.btrfsDebug ? "-vv" : "-q", ...at(folder), prefix, header, key, announcement, value.slice(1)];
       return { stage: { label: `btrfs receive${place}`, command: commandFor(host, RECEIVE, args), shown: options.btrfsDebug }, environment: {} };
     },
     async discard(name) {
@@ -1062,7 +1064,7 @@ export function planTransfers(snapshots: readonly Snapshot[], { held, backups, t
       conflicts.push({ name: snapshot.name, why: obstacle });
       continue;
     }
-    if (missing) transfers.push({ snapshot, parent: options.incremental ? parent : null, leftover: obstacle === "leftover" });
+    if (missing) transfers.push({ snapshot, parent: options.incremental ? parent : null });
     parent = snapshot;
   }
   return { transfers, conflicts };
@@ -1078,7 +1080,7 @@ export function planStreams(snapshots: readonly Snapshot[], memory: Memory | nul
   const time = memory === null ? null : parseName(memory.name, options.prefix);
   const newer = last !== -1 ? snapshots.slice(last + 1) : snapshots.filter((snapshot) => snapshot.time > (time ?? -Infinity));
   const sent = memory === null || options.newestOnly ? newer.slice(-1) : newer;
-  return sent.map((snapshot, i) => ({ snapshot, parent: options.incremental ? (sent[i - 1] ?? snapshots[last] ?? null) : null, leftover: false }));
+  return sent.map((snapshot, i) => ({ snapshot, parent: options.incremental ? (sent[i - 1] ?? snapshots[last] ?? null) : null }));
 }
 
 /**
@@ -1222,7 +1224,7 @@ async function transferTo(destination: Destination, source: Folder, transfer: Tr
     return { bytes, seconds: (Date.now() - began) / 1000 };
   } catch (error) {
     // What stood in the way of the name is not what this transfer left.
-    if (!/File exists|is no leftover/.test((error as Error).message))
+    if (!/File exists/.test((error as Error).message))
       await whileCleaning(() => destination.discard(snapshot.name)).catch((problem: Error) => log.warn(`${problem.message} (the next run will)`));
     throw error;
   }
@@ -1427,21 +1429,21 @@ async function sendMissing(served: Served, source: Source, snapshots: readonly S
       ? { transfers: planStreams(snapshots, destination.stream.last, o), conflicts: [] }
       : planTransfers(snapshots, served.standing, { policy: wanted.policy, incremental: o.incremental, newestOnly: o.newestOnly, now });
   for (const { name, why } of conflicts) report.error(id, new Failure(`${name} is not sent: ${why}; rename or remove it`));
-  // A leftover whose snapshot is not sent again would lose its announcement to the next one.
-  for (const [name, what] of served.standing.taken)
-    if (what === "leftover" && !o.dryRun && destination.frozen === null && !transfers.some(({ snapshot }) => snapshot.name === name)) await destination.discard(name);
+  // All of them, since the next announcement replaces that of a leftover which is not sent again.
+  for (const [name, what] of served.standing.taken) if (what === "leftover" && !o.dryRun) await destination.discard(name);
   if (transfers.length > 1 && served.standing.held.length === 0) log.info(`${id} is new: ${transfers.length} snapshots will be sent; --newest-only sends only the newest`);
   for (const [i, transfer] of transfers.entries()) {
     const { snapshot, parent } = transfer;
     const how = parent !== null ? `difference to ${parent.name}` : !o.incremental ? "in full, as asked" : "in full: no earlier snapshot is on both sides";
     log.info(`${o.dryRun ? "Would send" : "Sending"} ${snapshot.name} to ${id} (${how})`);
-    const attempt = (once: Transfer) => transferTo(destination, source, once, sending);
-    const result = o.dryRun ? { bytes: null, seconds: 0 } : await attempt(transfer).catch(async (error) => {
+    const attempt = () => transferTo(destination, source, transfer, sending);
+    const result = o.dryRun ? { bytes: null, seconds: 0 } : await attempt().catch(async (error) => {
       if (!(error instanceof NoSpace) || !o.makeRoom || destination.frozen !== null) throw error;
       const names = planRoom(snapshots, served.standing, transfers.slice(i), wanted.policy, now).map(({ name }) => name);
       if (names.length === 0) throw error;
       await removeFrom(served, names, "to make room", o, report, true);
-      return attempt({ ...transfer, leftover: true }); // its own, if clearing away failed for lack of space
+      await destination.discard(snapshot.name); // there may not have been the space to clear away
+      return attempt();
     });
     const backup = arrived(snapshot);
     served.standing = { ...served.standing, held: [...served.standing.held, backup], backups: [...served.standing.backups, backup] };

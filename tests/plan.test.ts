@@ -291,7 +291,7 @@ describe("transfers", () => {
   const options = { policy: null, incremental: true, newestOnly: false, now: FAR };
   const planned = (snapshots: readonly Snapshot[], place: Standing, more: Partial<typeof options> | { policy: ReturnType<typeof parsePolicy> } = {}) => {
     const { transfers, conflicts } = planTransfers(snapshots, place, { ...options, ...more });
-    const sent = transfers.map(({ snapshot, parent, leftover }) => `${shortOf(snapshot.uuid)}<${parent === null ? "" : shortOf(parent.uuid)}${leftover ? "!" : ""}`);
+    const sent = transfers.map(({ snapshot, parent }) => `${shortOf(snapshot.uuid)}<${parent === null ? "" : shortOf(parent.uuid)}`);
     return [...sent, ...conflicts.map(({ name }) => `conflict ${name}`)].join(" ");
   };
   const s = snaps("0101 0102 0103 0104 0105");
@@ -344,9 +344,9 @@ describe("transfers", () => {
     expect(planned(s, standing([], { held: [renamed] }), { policy: parsePolicy("2") })).toBe("0105<0104");
   });
 
-  test("a leftover is replaced, and is no parent before", () => {
+  test("a leftover is in nobody's way, and no parent", () => {
     const place = standing(backups(1), { taken: new Map([[full("0102"), "leftover"]]) });
-    expect(planned(s.slice(0, 3), place)).toBe("0102<0101! 0103<0102");
+    expect(planned(s.slice(0, 3), place)).toBe("0102<0101 0103<0102");
   });
 
   test("a name taken by something else is a conflict: left alone, no parent, and the others are sent", () => {
@@ -465,7 +465,7 @@ describe("making room", () => {
   test("never the parent, though the policy drops it and newer ones are shared", () => {
     const [first, missing] = s as [Snapshot, Snapshot];
     const place = standing(backups(1, 3));
-    expect(planRoom(s, place, [{ snapshot: missing, parent: first, leftover: false }], parsePolicy("1"), FAR)).toEqual([]);
+    expect(planRoom(s, place, [{ snapshot: missing, parent: first }], parsePolicy("1"), FAR)).toEqual([]);
   });
 
   test("never what is shared with the source, though it is neither the parent nor the newest", () => {
@@ -474,7 +474,7 @@ describe("making room", () => {
     const [first, , third, last] = here;
     // In full, as with -I: there is no parent. 0203 is shared, "0301" is the newest there by name.
     const place = standing([backupOf(first), backupOf(third), gone]);
-    expect(planRoom(here, place, [{ snapshot: last, parent: null, leftover: false }], parsePolicy("1"), FAR).map(({ uuid }) => uuid)).toEqual(["b0201"]);
+    expect(planRoom(here, place, [{ snapshot: last, parent: null }], parsePolicy("1"), FAR).map(({ uuid }) => uuid)).toEqual(["b0201"]);
   });
 
   test("never the parent of a transfer that is still to come", () => {
