@@ -3,7 +3,7 @@
 import { expect, test } from "bun:test";
 import { writeFileSync } from "node:fs";
 import { join } from "node:path";
-import { events, expectRun, expectSound, nextSecond, pair, sh, snapshotNames, sshServer, temporaryDirectory } from "./support/rig.ts";
+import { events, expectRun, expectSound, nextSecond, pair, ROOT, sh, snapshotNames, sshServer, temporaryDirectory } from "./support/rig.ts";
 
 test("an ordinary user with the README's sudoers line backs up, here and over ssh", async () => {
   const { source, snapshots, destination, b } = pair();
@@ -14,10 +14,13 @@ test("an ordinary user with the README's sudoers line backs up, here and over ss
   sh(`echo 'saver ALL=(root) NOPASSWD: /usr/bin/btrfs' >"$1/sudoers"; chmod 440 "$1/sudoers"; mount --bind "$1/sudoers" /etc/sudoers; chmod 755 "$1"`, directory);
   sh(`mkdir "$1" "$2" "$3"; chown 4711 "$1" "$2" "$3"; cp "$4" "$4.backup"; chown 4711 "$4.backup"; chmod 600 "$4.backup"; chmod 755 "$(dirname "$4")"; chmod 644 "$(dirname "$4")/known"`, snapshots, destination, join(b.path, "pushed"), options[1]?.slice("IdentityFile=".length) ?? "");
   const own = options.map((option) => (option.startsWith("IdentityFile=") ? `${option}.backup` : option));
+  // The checkout can be where this user may not look.
+  sh(`cp "$1" "$2/btrfs-backup"`, join(ROOT, "dist/btrfs-backup"), directory);
+  const how = [join(directory, "btrfs-backup")];
   const wrapper = ["setpriv", "--reuid", "4711", "--regid", "4711", "--clear-groups", "env", "HOME=/tmp"];
   writeFileSync(join(source, "secret"), "root's", { mode: 0o600 });
   for (let i = 0; i < 3; i++) {
-    const result = await expectRun(0, ["--json", "--sudo", "--ssh-sudo", "-N", "2", "-n", "2", ...own, source, destination, url(join(b.path, "pushed"), "saver")], { wrapper });
+    const result = await expectRun(0, ["--json", "--sudo", "--ssh-sudo", "-N", "2", "-n", "2", ...own, source, destination, url(join(b.path, "pushed"), "saver")], { how, wrapper, cwd: "/" });
     if (i > 0) expect(events(result).filter(({ event }) => event === "transfer").every(({ parent }) => parent !== null)).toBe(true);
     await nextSecond();
   }
@@ -25,7 +28,7 @@ test("an ordinary user with the README's sudoers line backs up, here and over ss
     expectSound(folder, snapshots);
     expect(snapshotNames(folder).length).toBe(2);
   }
-  const refused = await expectRun(1, ["-S", source, destination], { wrapper });
+  const refused = await expectRun(1, ["-S", source, destination], { how, wrapper, cwd: "/" });
   expect(refused.stderr).toContain("Operation not permitted");
   sh(`umount /etc/sudoers`);
 });

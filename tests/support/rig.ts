@@ -126,13 +126,14 @@ const PROGRAM: Record<How, string[]> = {
   deno: [join(BIN, "deno"), "run", "-A", join(ROOT, "btrfs-backup.ts")],
 };
 
-export type Options = { how?: How; env?: Record<string, string>; cwd?: string; wrapper?: string[]; group?: boolean };
+/** `how`: a way to run the program, or the words of a command that is it. */
+export type Options = { how?: How | string[]; env?: Record<string, string>; cwd?: string; wrapper?: string[]; group?: boolean };
 export type Result = { readonly status: number | null; readonly signal: string | null; readonly stdout: string; readonly stderr: string };
 export type Running = { readonly child: ChildProcess; readonly pid: number; readonly finished: Promise<Result>; readonly stderr: () => string };
 
 /** Starts the program; `group`: in a process group of its own. */
 export function start(args: readonly string[], { how = "bun", env = {}, cwd = ROOT, wrapper = [], group = false }: Options = {}): Running {
-  const [program, ...words] = [...wrapper, ...PROGRAM[how], ...args] as [string, ...string[]];
+  const [program, ...words] = [...wrapper, ...(typeof how === "string" ? PROGRAM[how] : how), ...args] as [string, ...string[]];
   const child = spawn(program, words, { cwd, env: { ...process.env, NODE_ENV: undefined, NO_COLOR: "1", ...env }, stdio: ["ignore", "pipe", "pipe"], detached: group });
   let stdout = "";
   let stderr = "";
