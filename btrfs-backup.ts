@@ -1486,6 +1486,48 @@ function recordedLocation(id: string, source: Source): Location {
   }
 }
 
+/** Opens the destinations, in sorted order, so that two runs cannot wait for each other. `all` gets those that can be served. */
+async function openAll(all: Served[], wanted: ReadonlyMap<string, Wanted>, source: Source, known: Known["known"], o: RunOptions, report: Report): Promise<void> {
+  for (const [id, destination] of [...wanted].sort(([a], [b]) => (a < b ? -1 : 1)))
+    try {
+      const opened = await openDestination(destination, source, known.get(id), o, report);
+      all.push({ wanted: destination, destination: opened, standing: opened.standing, done: false });
+    } catch (error) {
+      if (error instanceof UsageError || error instanceof Interrupted) throw error;
+      if (error instanceof Absent && destination.optional) skip(id, error, known.get(id), o, report);
+      else report.error(id, error);
+    }
+}
+
+/** What a source knows of its destinations, and how to write it down. */
+type Known = { readonly known: Map<string, KnownDestination>; readonly save: () => Promise<void> };
+
+/** Sends a destination what it lacks, remembers what both share now, and prunes it. What fails is reported. */
+async function serve(served: Served, source: Source, snapshots: readonly Snapshot[], { known, save }: Known, o: RunOptions, report: Report, sending: Sending): Promise<void> {
+  const { id, stream, filesystem } = served.destination;
+  const before = known.get(id);
+  const remember = async (pin: Memory | null, last: string | null) => {
+    if (pin !== null || before !== undefined) known.set(id, { location: id, filesystem, pin: pin && { name: pin.name, uuid: pin.uuid }, last });
+    await save();
+  };
+  let complete = false;
+  try {
+    // All the memory there is of a command, so it is written after each of its streams.
+    const sent = async (snapshot: Snapshot) => void (stream !== null && (await remember(snapshot, new Date().toISOString())));
+    complete = !o.transfer || (await sendMissing(served, source, snapshots, o, report, sending, sent));
+  } catch (error) {
+    report.error(id, error);
+  }
+  try {
+    // Before anything is deleted there: were the run to end here, the source would go by an old pin.
+    if (stream === null) await remember(newestShared(snapshots, served.standing.held), o.transfer && complete ? new Date().toISOString() : (before?.last ?? null));
+    if (complete) await prune(served, snapshots, o, report);
+    served.done = complete;
+  } catch (error) {
+    report.error(id, error);
+  }
+}
+
 /** Takes a snapshot, sends every destination what it lacks, and keeps what should be kept. */
 export async function run(o: RunOptions, report: Report): Promise<void> {
   checkPlaces(o);
@@ -1513,19 +1555,7 @@ export async function run(o: RunOptions, report: Report): Promise<void> {
     warnOfNested(source, report);
     const { unreadable } = source.record;
     if (unreadable !== null) report.error(null, new Failure(`${source.path}/.btrfs-backup.json cannot be read (${unreadable}): nothing is deleted at the source; "btrfs-backup unpin --all ${o.source.id}" moves it aside`));
-    // In sorted order, so that two runs cannot wait for each other.
-    const opening = [...wanted.values()].sort((a, b) => (a.location.id < b.location.id ? -1 : 1));
-    for (const destination of o.removeLocks && !o.transfer ? [] : opening) {
-      const { id } = destination.location;
-      try {
-        const opened = await openDestination(destination, source, known.get(id), o, report);
-        all.push({ wanted: destination, destination: opened, standing: opened.standing, done: false });
-      } catch (error) {
-        if (error instanceof UsageError || error instanceof Interrupted) throw error;
-        if (error instanceof Absent && destination.optional) skip(id, error, known.get(id), o, report);
-        else report.error(id, error);
-      }
-    }
+    if (o.transfer || !o.removeLocks) await openAll(all, wanted, source, known, o, report);
     const snapshots = source.snapshots.filter(({ readonly }) => readonly);
     for (const { name, readonly } of source.snapshots) if (!readonly) report.warning(`${source.path}/${name} is writable: it is not sent, not counted and not deleted`);
     const sizes = new Map<string, number>();
@@ -1538,30 +1568,7 @@ export async function run(o: RunOptions, report: Report): Promise<void> {
       } catch (error) {
         report.error(null, error);
       }
-    for (const served of all) {
-      const { id, stream, filesystem } = served.destination;
-      const before = known.get(id);
-      const remember = async (pin: Memory | null, last: string | null) => {
-        if (pin !== null || before !== undefined) known.set(id, { location: id, filesystem, pin: pin && { name: pin.name, uuid: pin.uuid }, last });
-        await saveKnown();
-      };
-      let complete = false;
-      try {
-        // All the memory there is of a command, so it is written after each of its streams.
-        const sent = async (snapshot: Snapshot) => void (stream !== null && (await remember(snapshot, new Date().toISOString())));
-        complete = !o.transfer || (await sendMissing(served, source, snapshots, o, report, { progress, btrfsDebug: o.btrfsDebug, sizes }, sent));
-      } catch (error) {
-        report.error(id, error);
-      }
-      try {
-        // Before anything is deleted there: were the run to end here, the source would go by an old pin.
-        if (stream === null) await remember(newestShared(snapshots, served.standing.held), o.transfer && complete ? new Date().toISOString() : (before?.last ?? null));
-        if (complete) await prune(served, snapshots, o, report);
-        served.done = complete;
-      } catch (error) {
-        report.error(id, error);
-      }
-    }
+    for (const served of all) await serve(served, source, snapshots, { known, save: saveKnown }, o, report, { progress, btrfsDebug: o.btrfsDebug, sizes });
     // A full disk can keep the record from being written: then what it says still holds as well.
     const saved = await saveKnown().then(() => true, (error) => report.error(null, error));
     if (unreadable === null) await pruneSource(source, snapshots, wanted, [...known.values(), ...(saved ? [] : (source.chain.destinations ?? []))], all, o, report);
