@@ -413,7 +413,7 @@ export async function pipeline(stages: readonly Stage[], environment: Record<str
     return bytes === "" ? null : Number(bytes);
   }
   const name = stages[culprit]?.label ?? "the shell of the pipeline";
-  const how = culprit === -1 ? "was killed" : (status ?? 0) > 128 ? `was killed by signal ${(status ?? 0) - 128}` : `failed with exit status ${status}`;
+  const how = culprit === -1 ? "was killed" : (status ?? 0) > 128 ? `was killed by signal ${(status ?? 0) - 128}` : `failed with exit status ${status}${status === 75 ? " (an earlier transfer may still be at work)" : ""}`;
   // What the others say is mostly that a pipe broke, but "mostly" is not enough to hide it.
   const said = [culprit, ...errors.keys()].filter((i, at, all) => all.indexOf(i) === at && errors[i]).map((i) => (i === culprit ? errors[i] : `(${stages[i]?.label}: ${errors[i]})`));
   const message = `${name} ${how}${said.length > 0 ? `: ${said.join(" ")}` : ""}`;
