@@ -401,7 +401,7 @@ export async function pipeline(stages: readonly Stage[], environment: Record<str
       return "";
     }
   };
-  const ended = read("ended").split("\n").map((line) => line.split(" ").map(Number));
+  const ended = read("ended").split("\n").filter(Boolean).map((line) => line.split(" ").map(Number));
   const errors = stages.map((_, i) => read(i));
   const bytes = read("bytes");
   rmSync(directory, { recursive: true, force: true });
@@ -812,25 +812,19 @@ async function openFolder(location: Location & { kind: "folder" }, path: string,
   }
 }
 
-/** Opens a folder; if it was never locked before, only after `check` has accepted what is there. */
+/** Opens a folder; if it was never locked before, makes it and its lock file once `check` has accepted what is there. */
 async function openChecked(location: Location & { kind: "folder" }, path: string, opening: Opening, check: (folder: Folder) => void): Promise<Folder> {
-  const folder = await openFolder(location, path, opening);
-  try {
-    check(folder);
+  for (;;) {
+    const folder = await openFolder(location, path, opening);
+    try {
+      check(folder);
+    } catch (error) {
+      await folder.close();
+      throw error;
+    }
     if (folder.locked || opening.wait === "look") return folder;
     await folder.close();
     await ask(folder.host, CREATE, [folder.path, folder.place.fsid, opening.prefix], `cannot create ${path}`);
-    const created = await openFolder(location, path, opening);
-    try {
-      check(created);
-      return created;
-    } catch (error) {
-      await created.close();
-      throw error;
-    }
-  } catch (error) {
-    await folder.close();
-    throw error;
   }
 }
 
@@ -1138,8 +1132,8 @@ const arrived = (snapshot: Snapshot): Backup => ({ ...snapshot, receivedUuid: sn
  */
 export function planRoom(snapshots: readonly Snapshot[], { backups }: Standing, coming: readonly Transfer[], policy: Policy | null, now: number): Backup[] {
   const find = dataFinder(backups);
-  const goes = (all: readonly Backup[]) => planDestination(snapshots, all, policy, now).filter(({ reasons }) => reasons.length === 0).map(({ entry }) => entry);
-  const later = new Set(goes([...backups, ...coming.slice(0, 1).map(({ snapshot }) => arrived(snapshot))]));
+  const then = [...backups, ...coming.slice(0, 1).map(({ snapshot }) => arrived(snapshot))];
+  const later = new Set(planDestination(snapshots, then, policy, now).filter(({ reasons }) => reasons.length === 0).map(({ entry }) => entry));
   const parents = new Set(coming.map(({ parent }) => parent && find(parent)));
   const [newest, pin] = [planDestination(snapshots, backups, policy, now).at(-1)?.entry, newestShared(snapshots, backups)];
   return backups.filter((backup) => later.has(backup) && !parents.has(backup) && backup !== newest && backup !== (pin && find(pin)));
@@ -1165,6 +1159,11 @@ export function claim(identity: Identity, chain: ChainRecord, standing: readonly
   const own = new Set<string>();
   for (const start of shared) for (let b: Snapshot | undefined = start; b !== undefined && !own.has(b.uuid); b = byUuid.get(b.parentUuid ?? "")) own.add(b.uuid);
   return { accepted: true, strangers: [...new Set([...strangers, ...standing.map(({ uuid }) => uuid)])].filter((uuid) => !own.has(uuid)) };
+}
+
+/** A chain's record once `owner` has it. */
+function ownedBy(owner: Identity, { strangers: _, ...chain }: ChainRecord, strangers: readonly string[]): ChainRecord {
+  return { ...chain, owner, ...(strangers.length > 0 ? { strangers } : {}) };
 }
 
 // ── 6. Transfer ──────────────────────────────────────────────────────────────────────────
@@ -1291,7 +1290,7 @@ async function openSource(o: Pick<RunOptions, "source" | "snapshotFolder" | "pre
     identity,
     subvolume: folder.source?.path ?? "",
     // Inside SOURCE it is not asked whose the folder is; it may be the end of somebody else's chain.
-    owned: strangers === null ? folder.chain : { ...folder.chain, owner: identity, ...(others.size > 0 ? { strangers: [...others] } : {}) },
+    owned: strangers === null ? folder.chain : ownedBy(identity, folder.chain, strangers),
   };
 }
 
@@ -1336,11 +1335,10 @@ async function openDestination({ location }: Wanted, source: Source, known: Know
     claimed = claim(source.identity, chain, complete, complete.filter((backup) => here(backup) !== undefined), o.adopt);
     if (!claimed.accepted) throw new Failure(claimed.why);
   });
-  const strangers = claimed.accepted ? claimed.strangers : [];
   const { receiving, ...chain } = folder.chain;
   // An announcement outlives its transfer only as long as there is a leftover to be recognised by it.
   const broken = folder.snapshots.some(({ name, readonly }) => name === receiving && !readonly);
-  const owned = { ...chain, owner: source.identity, ...(strangers.length > 0 ? { strangers } : {}), ...(broken ? { receiving } : {}) };
+  const owned = { ...ownedBy(source.identity, chain, claimed.accepted ? claimed.strangers : []), ...(broken ? { receiving } : {}) };
   // Taken over, moved, or completed after all: the record says so even if nothing is sent.
   const standing = folder.chain.owner !== undefined || folder.snapshots.some(isComplete);
   if (!o.dryRun && standing && JSON.stringify(folder.chain) !== JSON.stringify(owned)) await writeRecord(folder, owned);

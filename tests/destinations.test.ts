@@ -382,6 +382,17 @@ test("a source that adopts back what was its own prunes it again", async () => {
   expect(snapshotNames(destination).length).toBe(2); // and the stranger
 });
 
+test("where nobody else's backup is left, no stranger is on record", async () => {
+  const { source, destination, a } = pair();
+  const record = () => readFileSync(join(destination, ".btrfs-backup.json"), "utf8");
+  snapshotAs(source, "20260101-000000");
+  await expectRun(0, ["-S", source, destination]);
+  await expectRun(0, ["--adopt", "-S", subvolume(join(a.path, "second")), destination]);
+  expect(record()).toContain("strangers");
+  await expectRun(0, ["--adopt", "-S", source, destination]);
+  expect(record()).not.toContain("strangers");
+});
+
 test("a fifo or link in the place of a file of ours is refused, and holds nobody up", async () => {
   const { source, destination } = pair();
   await expectRun(0, [source, destination]);
