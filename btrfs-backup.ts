@@ -483,8 +483,8 @@ const OPEN = verb(
   `echo; echo "$n end"; [ "$w" = look ] || exec cat >/dev/null`,
 );
 
-/** create FOLDER FSID PREFIX: the folder (its last component only) and the chain's lock file. */
-const CREATE = verb("create", PRELUDE, `if [ -d "$1" ]; then :; else at "\${1%/*}/" "$2"; mkdir "$1"; fi; at "$1" "$2"; [ -f ".btrfs-backup.$3.lock" ] || { set -C; : >".btrfs-backup.$3.lock"; }`);
+/** create FOLDER FSID PREFIX: the folder (its last component only) and the chain's lock file; another first run may be faster. */
+const CREATE = verb("create", PRELUDE, `if [ -d "$1" ]; then :; else at "\${1%/*}/" "$2"; mkdir "$1" || [ -d "$1" ]; fi; at "$1" "$2"; l=.btrfs-backup.$3.lock; [ -f "$l" ] || ( set -C; : >"$l" ) || [ -f "$l" ]`);
 
 /** snapshot SOURCE FOLDER FSID NAME: prints `subvolume show` of what it made. The kernel commits the transaction. */
 const SNAPSHOT = verb(

@@ -44,6 +44,15 @@ test("without a destination, a read-only snapshot is taken, of what the source w
   expectSameTree(join(source, "odd names"), join(snapshots, name, "odd names"));
 });
 
+test("first runs that meet do not stand in each other's way", async () => {
+  const { source, snapshots } = pair();
+  for (let round = 0; round < 5; round++) {
+    const args = ["-S", "--wait", "30", "-f", `snapshot-${round}`, source];
+    await Promise.all([1, 2, 3, 4].map(() => expectRun(0, args)));
+  }
+  expect(existsSync(snapshots)).toBe(false);
+});
+
 test("two snapshots within one second get two names", async () => {
   const { source, snapshots } = pair();
   await Promise.all([1, 2, 3].map(() => expectRun(0, ["--wait", "30", source])));
