@@ -466,7 +466,7 @@ const OPEN = verb(
   `n=$1 w=$2 d=$3 p=$4 s=$5; say() { echo; echo "$n $1"; }; is_btrfs() { [ "$(stat -f -c %t .)" = 9123683e ]; };`,
   `command -v btrfs >/dev/null || { echo "btrfs not found: install btrfs-progs" >&2; exit 69; };`,
   `flock -V 2>/dev/null | grep -q util-linux || { echo "flock not found: install util-linux" >&2; exit 69; };`,
-  `place() { cd -P -- "$1"; pwd -P; stat -c %i .; stat -f -c %i .; if is_btrfs; then b inspect-internal rootid .; fi; };`,
+  `place() { cd -P -- "$1"; pwd -P; stat -c %i .; stat -f -c %i .; if is_btrfs; then b inspect-internal rootid .; else echo -; fi; };`,
   `if [ -n "$s" ]; then [ -d "$s" ] || { echo "no such directory: $s" >&2; exit 64; };`,
   `say source; place "$s"; if is_btrfs && [ "$(stat -c %i .)" = 256 ]; then say show; b subvolume show .; fi; fi;`,
   `say host; uname -n; say mounts; cat /proc/self/mountinfo; say filesystems; ls /sys/fs/btrfs 2>/dev/null || :;`,
@@ -650,13 +650,13 @@ export function parseInspection(output: string, nonce: string, folder: string): 
   const uuids = section("filesystems").split("\n");
   const mounts = parseMounts(section("mounts"));
   const place = (text: string): Place => {
-    // A path may contain line breaks: the numbers are at the end.
-    const match = /^(.*)\n(\d+)\n([0-9a-f]+)(?:\n(\d+))?$/s.exec(text);
+    // A path may contain line breaks: the last three lines are the rest. An fsid can have digits only.
+    const match = /^(.*)\n(\d+)\n([0-9a-f]+)\n(\d+|-)$/s.exec(text);
     if (!match) throw new Failure(`cannot read what "stat" printed: ${text}`);
     const [, path = "", inode, fsid = "", root] = match;
-    const filesystem = root === undefined ? null : filesystemOf(fsid, Number(root), uuids);
-    if (root !== undefined && filesystem === null) throw new Failure(`${path}: its filesystem is not in /sys/fs/btrfs`);
-    return { path, inode: Number(inode), fsid, filesystem, root: Number(root ?? 0) };
+    const filesystem = root === "-" ? null : filesystemOf(fsid, Number(root), uuids);
+    if (root !== "-" && filesystem === null) throw new Failure(`${path}: its filesystem is not in /sys/fs/btrfs`);
+    return { path, inode: Number(inode), fsid, filesystem, root: root === "-" ? 0 : Number(root) };
   };
   const exists = sections.has("folder");
   const here = place(section(exists ? "folder" : "missing"));
