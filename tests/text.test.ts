@@ -12,6 +12,7 @@ import {
   filesystemOf,
   log,
   parseLocation,
+  parseInspection,
   parseMounts,
   parseOldRecord,
   parseRecord,
@@ -414,4 +415,15 @@ test("nonsense from 0.3.1 is told at debug level only", () => {
   parseOldRecord("hello");
   expect(debug).toHaveBeenCalledTimes(1);
   debug.mockRestore();
+});
+
+test("a place whose fsid has only decimal digits is on btrfs all the same", () => {
+  // The UUID's first half is the fsid here, and the last two words are zero but for the root's ID.
+  const uuid = "12345678-9012-3456-0000-000000000000";
+  const [a, b, c, d] = [0x12345678, 0x90123456, 0, 0];
+  const fsid = (((BigInt(a) ^ BigInt(c)) << 32n) | (BigInt(b) ^ BigInt(d))) ^ 0n;
+  const section = (name: string, text: string) => `\nN ${name}\n${text}\n`;
+  const output = section("mounts", "44 27 0:41 / /mnt rw - btrfs /dev/loop1 rw") + section("filesystems", uuid) + section("folder", `/mnt\n256\n${(fsid ^ 0x100n).toString(16)}\n256`) + section("end", "");
+  expect((fsid ^ 0x100n).toString(16)).toMatch(/^\d+$/);
+  expect(parseInspection(output, "N", "/mnt").place).toMatchObject({ path: "/mnt", inode: 256, filesystem: uuid, root: 256 });
 });
