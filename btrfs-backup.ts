@@ -201,6 +201,44 @@ const withoutSlash = (path: string) => (path.length > 1 ? path.replace(/\/+$/, "
 /** Whether `path` is `folder` or below it. */
 const isWithin = (path: string, folder: string) => path === folder || path.startsWith(folder === "/" ? "/" : `${folder}/`);
 
+/** The moment of a `YYYY-MM-DD[ HH:MM[:SS]]`, counted like a snapshot's `time`; what is left out is zero. */
+export function parseWhen(text: string): number {
+  const [, date = "", time = "00:00", second = "00"] = /^(\d{4}-\d\d-\d\d)(?:[ T](\d\d:\d\d)(?::(\d\d))?)?$/.exec(text) ?? [];
+  const moment = parseName(`${date.replaceAll("-", "")}-${time.replace(":", "")}${second}`, "");
+  if (moment === null) throw new UsageError(`"${text}" is no time: YYYY-MM-DD, YYYY-MM-DD HH:MM or YYYY-MM-DD HH:MM:SS`);
+  return moment;
+}
+
+/** A span of ms in words: `3 days`. */
+export function inWords(span: number): string {
+  const [size, noun] = ([[365 * DURATION.d, "year"], [30 * DURATION.d, "month"], [DURATION.d, "day"], [DURATION.h, "hour"], [60e3, "minute"]] as const).find(([size]) => span >= 2 * size) ?? [1e3, "second"];
+  return count(Math.max(0, Math.floor(span / size)), noun);
+}
+
+type Dated = { readonly name: string; readonly time: number };
+
+/**
+ * Orders entries by name, but those that have a rank (a place in the source's own order, by
+ * subvolume ID) stand in that order among themselves: names repeat when clocks go back.
+ */
+export function arrange<T extends Dated>(entries: readonly T[], rank: (entry: T) => number | undefined): T[] {
+  const byName = [...entries].sort((a, b) => a.time - b.time);
+  const ranked = byName.filter((entry) => rank(entry) !== undefined).sort((a, b) => (rank(a) as number) - (rank(b) as number));
+  return byName.map((entry) => (rank(entry) === undefined ? entry : (ranked.shift() as T)));
+}
+
+/**
+ * The entries that are ours by name, oldest first. What was taken of the source as it is now is newer
+ * than all that came with it when it was restored, and IDs tell its order; those of received
+ * snapshots tell when they arrived.
+ */
+export function snapshotsAmong(entries: readonly Entry[], prefix: string, source: string | null): Snapshot[] {
+  const ours = entries.map((entry) => ({ ...entry, time: parseName(entry.name, prefix) })).filter((entry): entry is Snapshot => entry.time !== null);
+  const taken = (entry: Subvolume) => source !== null && entry.parentUuid === source;
+  const earlier = arrange(ours.filter((entry) => !taken(entry)), ({ id, receivedUuid }) => (receivedUuid === null ? id : undefined));
+  return [...earlier, ...ours.filter(taken).sort((a, b) => a.id - b.id)];
+}
+
 const count = (n: number, noun: string) => `${n} ${noun}${n === 1 ? "" : "s"}`;
 
 // ── 2. Hosts ─────────────────────────────────────────────────────────────────────────────
@@ -319,9 +357,9 @@ function failureOf(host: Host, what: string, result: { exitCode: number | null; 
 }
 
 /** Runs a verb for its output. Errors: Failure, Busy (exit 75), Absent (exit 66, host not reached). */
-async function ask(host: Host, verb: Verb, args: readonly string[], what: string): Promise<string> {
+async function ask(host: Host, verb: Verb, args: readonly string[], what: string, input = ""): Promise<string> {
   const { process: child, stop } = start(host, verb, args);
-  child.stdin.end();
+  child.stdin.end(input);
   if (!cleaning) running.add(stop);
   const result = await child;
   running.delete(stop);
@@ -450,9 +488,9 @@ const RECORD =
   `record() { ( flock -w 60 7 || { echo "another run keeps $PWD locked" >&2; exit 75; }; f=.btrfs-backup.json; t=$f.new; o=; if [ -e $f ]; then o=$(cat $f); fi; rm -f $t; set -C;` +
   ` { printf %s "$1"; echo; { printf %s "$o"; echo; } | grep "^," | grep -vF -- "$2" || :; printf %s "$2$3"; echo; echo "}"; } | cat >$t; sync $t; mv -f $t $f ) 7<.; };`;
 
-/** receiving PREFIX SECONDS: this process alone writes to the chain from here on. */
+/** receiving PREFIX SECONDS: this process alone writes to the chain from here on. Opened for reading: a disk may be mounted so. */
 const RECEIVING =
-  `receiving() { exec 8>>".btrfs-backup.$1.receiving"; flock -w "$2" 8 || { echo "an earlier transfer is still being received in $PWD" >&2; exit 75; }; };`;
+  `receiving() { [ -f ".btrfs-backup.$1.receiving" ] || ( set -C; : >".btrfs-backup.$1.receiving" ) || :; exec 8<".btrfs-backup.$1.receiving"; flock -w "$2" 8 || { echo "an earlier transfer is still being received in $PWD" >&2; exit 75; }; };`;
 
 /**
  * open NONCE WAIT FOLDER PREFIX SOURCE: prints all that there is to know of a folder (and of the
@@ -473,8 +511,8 @@ const OPEN = verb(
   `if [ -d "$d" ]; then say folder; place "$d"; say owners; id -u; stat -c %u .;`,
   `for f in ".btrfs-backup.$p.lock" ".btrfs-backup.$p.receiving" .btrfs-backup.json .outstanding_transfers; do if [ -e "$f" ] || [ -L "$f" ]; then`,
   `stat -c %u "$f"; if [ -f "$f" ] && [ "$(stat -c %f "$f" | cut -c 1)" = 8 ]; then :; else echo "$PWD/$f is not a plain file" >&2; exit 65; fi; fi; done;`,
-  `if [ "$w" = look ] || [ -f ".btrfs-backup.$p.lock" ]; then if [ "$w" = look ]; then :; else exec 9>>".btrfs-backup.$p.lock"; flock -w "$w" 9 || { echo "another run holds $PWD/.btrfs-backup.$p.lock" >&2; exit 75; };`,
-  `${RECEIVING} receiving "$p" "$w"; exec 8>&-; say locked; fi; fi;`,
+  `if [ "$w" = look ] || [ -f ".btrfs-backup.$p.lock" ]; then if [ "$w" = look ]; then :; else exec 9<".btrfs-backup.$p.lock"; flock -w "$w" 9 || { echo "another run holds $PWD/.btrfs-backup.$p.lock" >&2; exit 75; };`,
+  `if [ -f ".btrfs-backup.$p.receiving" ]; then ${RECEIVING} receiving "$p" "$w"; exec 8<&-; fi; say locked; fi; fi;`,
   `say entries; ls -a; say record; if [ -e .btrfs-backup.json ]; then cat .btrfs-backup.json; fi;`,
   `say old; if [ -f .outstanding_transfers ]; then cat .outstanding_transfers; fi;`,
   `if is_btrfs; then say subvolumes; b subvolume list -a -u -q -R .; say readonly; b subvolume list -a -r .; fi;`,
@@ -532,6 +570,123 @@ const DELETE = verb(
 /** record FOLDER FSID HEADER KEY VALUE: see RECORD. */
 const WRITE_RECORD = verb("record", PRELUDE, RECORD, `at "$1" "$2"; record "$3" "$4" "$5"`);
 
+/** restoring FOLDER FSID WORK END: makes the directory that a restore works in, and holds it locked; see CLEAR. */
+const RESTORING = verb("restoring", PRELUDE, `at "$1" "$2"; mkdir "./$3"; exec 9<"./$3"; flock -n 9; echo; echo "$4"; exec cat >/dev/null`);
+
+/** clear FOLDER FSID WORK ./PATH…: removes what an interrupted restore left: those subvolumes, and the directory. */
+const CLEAR = verb(
+  "clear",
+  PRELUDE,
+  `at "$1" "$2"; w=$3; shift 3; if [ -d "./$w" ] && [ -z "$(find "./$w" -prune -type l)" ]; then :; else exit 0; fi;`,
+  `( cd -P -- "./$w"; exec 9<.; flock -n 9 || { echo "another restore is at work in $PWD" >&2; exit 75; };`,
+  `for f in .btrfs-backup.*.receiving; do if [ -f "$f" ]; then exec 8<"$f"; flock -w 10 8 || { echo "what an interrupted restore began is still being received in $PWD" >&2; exit 75; }; fi; done;`,
+  `if [ $# -gt 0 ]; then b subvolume delete "$@" >/dev/null; fi; rm -f .btrfs-backup.*.receiving; cd ..; rmdir "./$w" )`,
+);
+
+/**
+ * build FOLDER FSID WORK ORIGIN DIR NAME HOW: makes WORK/tree, a writable snapshot of ORIGIN (empty:
+ * of WORK/NAME, which was received), and in DIR, a folder of it unless absolute, the snapshot NAME:
+ * `keep`: with ORIGIN's received UUID; `plain`: without one; or none. The tree is a user's, who may have
+ * put a symbolic link there. Stubs of snapshots that were nested in the source go (inode 2, which is rmdir's).
+ */
+const BUILD = verb(
+  "build",
+  PRELUDE,
+  `at "$1" "$2"; cd -P -- "./$3"; w=$PWD o=$4 d=$5 n=$6 h=$7; [ -n "$o" ] || o=$w/$n; b subvolume snapshot "$o" "$w/tree" >/dev/null;`,
+  `real() { cd -P -- "$1" && [ "$PWD" = "$1" ] || { echo "$1 is not a plain folder in this backup" >&2; exit 65; }; };`,
+  `case $d in /*) cd -P -- "$d";; *) real "$(dirname "$w/tree/$d")"; d=$w/tree/$d; [ -d "$d" ] || mkdir "$d"; real "$d"; find . -mindepth 1 -maxdepth 1 -inum 2 -exec rmdir {} +;; esac;`,
+  `case $h in none) ;; *) if [ -e "./$n" ] || [ -L "./$n" ]; then exit 76; fi;; esac;`,
+  `case $h in keep) b subvolume snapshot -r "$o" "$PWD/$n" >/dev/null;; plain) b subvolume snapshot "$o" "$PWD/$n" >/dev/null; b property set -ts "$PWD/$n" ro true;; esac;`,
+  `if [ "$o" = "$w/$n" ]; then b subvolume delete "$o" >/dev/null; fi`,
+);
+
+/**
+ * finish FOLDER FSID WORK TARGET BEFORE FROM TO: gives WORK/tree its name, and what had it the name BEFORE,
+ * unless that is empty. Then each NAME of standard input moves from FROM to TO, two lines each: a snapshot
+ * that is made writable for it keeps its UUID; one that was received would lose the received UUID, so
+ * it is replaced by a `copy`. All in one verb, which goes on when the program is killed.
+ */
+const FINISH = verb(
+  "finish",
+  PRELUDE,
+  `at "$1" "$2"; w=$3 t=$4 o=$5 f=$6 d=$7; free() { if [ -e "./$1" ] || [ -L "./$1" ]; then echo "$PWD/$1 exists" >&2; exit 76; fi; };`,
+  `if [ -n "$o" ]; then free "$o"; mv -T -- "./$t" "./$o"; fi; free "$t"; mv -T -- "./$w/tree" "./$t" || { [ -z "$o" ] || mv -T -- "./$o" "./$t"; exit 1; };`,
+  `rm -f "./$w"/.btrfs-backup.*.receiving; rmdir "./$w" || :;`,
+  `while read -r how && IFS= read -r n; do`,
+  `if [ "$how" = copy ]; then b subvolume snapshot -r "$f/$n" "$d/$n" >/dev/null; b subvolume delete "$f/$n" >/dev/null;`,
+  `else b property set -ts "$f/$n" ro false; mv -T -- "$f/$n" "$d/$n" || { b property set -ts "$f/$n" ro true; exit 1; }; b property set -ts "$d/$n" ro true; fi; done; b filesystem sync . >/dev/null`,
+);
+
+/**
+ * What every digest and listing of a tree is made of: its paths but for the top and for stubs of nested
+ * subvolumes (inode 2), which are not sent. The top's own mtime is not carried by incremental streams.
+ */
+const PATHS = `paths() { { find . -mindepth 1 "(" -inum 2 -prune -o "$@" -print0 ")" || echo failed >&3; } | sort -z; };`;
+
+/**
+ * digest FOLDER FSID NAME: SHA-256 of a tree with all that a stream carries. GNU tar gives the same bytes for the
+ * same tree in POSIX format without atime, ctime and its process ID, but leaves sockets out.
+ */
+const DIGEST = verb(
+  "digest",
+  PRELUDE,
+  PATHS,
+  `at "$1" "$2"; cd -P -- "./$3"; tar --version 2>/dev/null | grep -q "GNU tar" || { echo "GNU tar not found: install tar" >&2; exit 69; };`,
+  `command -v sha256sum >/dev/null || { echo "sha256sum not found: install coreutils" >&2; exit 69; };`,
+  `pack() { tar --create --format=posix --pax-option="exthdr.name=%d/PaxHeaders/%f,delete=atime,delete=ctime" --numeric-owner --acls --xattrs --xattrs-include="*" --no-recursion --warning=no-file-ignored "$@" || echo failed >&3; };`,
+  `exec 4>&1; bad=$( { { pack --mtime=@0 .; paths -type s; paths | pack --null --verbatim-files-from -T -; } | sha256sum >&4; } 3>&1 ); [ -z "$bad" ]`,
+);
+
+/**
+ * listing FOLDER FSID NAME FORMAT: what differs is found in: `stat --printf FORMAT` of every path, the SHA-256 of every
+ * file, and where getfattr is installed all extended attributes, each part ended by an empty word.
+ */
+const LISTING = verb(
+  "listing",
+  PRELUDE,
+  PATHS,
+  `at "$1" "$2"; cd -P -- "./$3"; exec 3>&2; stat --printf "$4" .; paths | xargs -0 -r stat --printf "$4"; head -c 1 /dev/zero; paths -type f | xargs -0 -r sha256sum -z; head -c 1 /dev/zero;`,
+  `if command -v getfattr >/dev/null; then getfattr -h -d -m - -e hex .; paths | xargs -0 -r getfattr -h -d -m - -e hex; else echo missing; fi`,
+);
+
+/** sizes FOLDER FSID ./NAME…: bytes referenced by each, as `btrfs filesystem du -s --raw` tells. */
+const SIZES = verb("sizes", PRELUDE, `at "$1" "$2"; shift 2; b filesystem du -s --raw "$@"`);
+
+/** locate PATH: the subvolume that PATH is, or was, in, and the path in it. Of PATH only the last component is taken as it is. */
+const LOCATE = verb(
+  "locate",
+  PRELUDE,
+  `d=$(dirname "$1") r=/$(basename "$1"); until [ -d "$d" ]; do r=/$(basename "$d")$r; d=$(dirname "$d"); done; cd -P -- "$d"; d=$PWD;`,
+  `until [ "$(stat -c %i .)" = 256 ] || [ "$PWD" = / ]; do cd ..; done; printf %s "$PWD"; head -c 1 /dev/zero; p=\${PWD%/}; printf %s "\${d#"$p"}$r"`,
+);
+
+/** versions FOLDER FSID FORMAT PATH NAME…: `stat --printf FORMAT` of PATH in each subvolume that has it; one process for all. */
+const VERSIONS = verb(
+  "versions",
+  PRELUDE,
+  `at "$1" "$2"; f=$3 p=$4; shift 4; for n; do set -- "$@" "./$n$p"; shift; done;`,
+  `{ { stat --printf "$f" -- "$@" 2>&1 >&3 || :; } | { grep -v -e ": No such file or directory" -e ": Not a directory" >&2 || :; }; } 3>&1`,
+);
+
+const ATTRIBUTES = `--numeric-owner --acls --xattrs --xattrs-include="*"`;
+const ORIGIN = `origin() { at "$1" "$2"; s=$PWD/$3; cd -P -- "$(dirname "$s$4")"; case $PWD/ in "$s"/*) ;; *) echo "$s$4 is reached through a symbolic link" >&2; exit 65;; esac; };`;
+
+/** take FOLDER FSID NAME PATH: a file or directory out of a subvolume, as a tar archive. */
+const TAKE = verb("take", PRELUDE, ORIGIN, `origin "$@"; tar --create --format=posix ${ATTRIBUTES} -- "./$(basename "$4")"`);
+
+/**
+ * put DIR NAME FORCE BASE [FOLDER FSID NAME PATH]: DIR/NAME becomes what is called BASE in the archive on standard
+ * input, or PATH of a subvolume here; whole or not at all, and over another file only with FORCE.
+ */
+const PUT = verb(
+  "put",
+  PRELUDE,
+  ORIGIN,
+  `cd -P -- "$1"; d=$PWD n=$2 f=$3 b=$4; shift 4; if [ -e "./$n" ] || [ -L "./$n" ]; then if [ -z "$f" ]; then echo "$d/$n exists: --force replaces it" >&2; exit 65; fi; fi;`,
+  `t=; gone() { [ -z "$t" ] || rm -rf "$t"; }; trap gone EXIT; t=$(mktemp -d "$d/.btrfs-backup.XXXXXX");`,
+  `if [ $# -gt 0 ]; then ( origin "$@"; cp -a --reflink=auto -- "./$b" "$t/$b" ); else tar --extract --preserve-permissions --same-owner ${ATTRIBUTES} -C "$t" -f -; fi; mv -T -- "$t/$b" "./$n"`,
+);
+
 /** aside FOLDER FSID SUFFIX: moves a record out of the way. */
 const ASIDE = verb("aside", PRELUDE, `at "$1" "$2"; mv -f .btrfs-backup.json ".btrfs-backup.json.$3"`);
 
@@ -539,7 +694,7 @@ const ASIDE = verb("aside", PRELUDE, `at "$1" "$2"; mv -f .btrfs-backup.json ".b
 const HOOK = verb("hook", `t=$(mktemp); sh -c "$2" >"$t" 2>&1 </dev/null && r=0 || r=$?; cat "$t" >&2; rm -f "$t"; [ $r = 0 ] || { echo "(exit status $r)" >&2; exit 1; }`);
 
 /** Every verb there is, for whoever must check that they hold nothing a login shell could trip over. */
-export const VERBS: readonly Verb[] = [OPEN, CREATE, SNAPSHOT, SEND, RECEIVE, DISCARD, DELETE, WRITE_RECORD, ASIDE, HOOK];
+export const VERBS: readonly Verb[] = [OPEN, CREATE, SNAPSHOT, SEND, RECEIVE, DISCARD, DELETE, WRITE_RECORD, RESTORING, CLEAR, BUILD, FINISH, DIGEST, LISTING, SIZES, LOCATE, VERSIONS, TAKE, PUT, ASIDE, HOOK];
 
 const uuidOrNull = (text: string) => (text === "-" ? null : text);
 const UUID = "-|[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}";
@@ -583,14 +738,14 @@ function shownField(text: string, field: string): string {
   return value;
 }
 
-export type Mount = { readonly root: string; readonly path: string };
+export type Mount = { readonly root: string; readonly path: string; readonly device: string };
 
-/** Reads /proc/self/mountinfo (proc(5)): `root` is the path on the filesystem that is mounted at `path`. */
+/** Reads /proc/self/mountinfo (proc(5)): `root` is the path on the filesystem of `device` that is mounted at `path`. */
 export function parseMounts(text: string): Mount[] {
   const unescape = (word = "") => word.replace(/\\([0-7]{3})/g, (_, octal: string) => String.fromCharCode(parseInt(octal, 8)));
   return text.split("\n").map((line) => {
     const words = line.split(" ");
-    return { root: unescape(words[3]), path: unescape(words[4]) };
+    return { root: unescape(words[3]), path: unescape(words[4]), device: unescape(words[words.indexOf("-") + 2]) };
   });
 }
 
@@ -630,6 +785,7 @@ export type Inspection = {
   /** The folder's path from the filesystem's top level. */
   readonly top: string;
   readonly source: (Place & { readonly uuid: string; readonly top: string }) | null;
+  readonly mounts: readonly Mount[];
   readonly subvolumes: readonly Subvolume[];
   readonly entries: ReadonlySet<string>;
   readonly record: RecordFile;
@@ -681,6 +837,7 @@ export function parseInspection(output: string, nonce: string, folder: string): 
       uuid: show === "" ? "" : (uuidOrNull(shownField(show, "UUID")) ?? source.filesystem ?? ""),
       top: placeOn(mounts, source.path).top,
     },
+    mounts,
     subvolumes,
     entries: new Set(section("entries").split("\n")),
     record: parseRecord(section("record")),
@@ -777,7 +934,7 @@ export type Folder = Omit<Inspection, "host"> & {
   readonly prefix: string;
   /** Subvolumes directly in it, ours or not. */
   readonly standing: readonly Entry[];
-  /** Those that are ours by name, by subvolume ID. */
+  /** Those that are ours by name, oldest first. */
   readonly snapshots: readonly Snapshot[];
   readonly chain: ChainRecord;
   readonly close: () => Promise<void>;
@@ -799,10 +956,7 @@ async function openFolder(location: Location & { kind: "folder" }, path: string,
     const standing = inspection.subvolumes
       .filter((s) => `/${s.path}`.startsWith(above) && inspection.entries.has(`/${s.path}`.slice(above.length)))
       .map((s) => ({ ...s, name: `/${s.path}`.slice(above.length) }));
-    const snapshots = standing
-      .map((entry) => ({ ...entry, time: parseName(entry.name, prefix) }))
-      .filter((entry): entry is Snapshot => entry.time !== null)
-      .sort((a, b) => a.id - b.id);
+    const snapshots = snapshotsAmong(standing, prefix, inspection.source?.uuid ?? null);
     const real = inspection.exists ? inspection.place.path : path;
     const chain = inspection.record.chains.get(prefix) ?? {};
     return { ...inspection, id: location.id, host, hostName: inspection.host, path: real, prefix, standing, snapshots, chain, close: release };
@@ -828,6 +982,62 @@ async function openChecked(location: Location & { kind: "folder" }, path: string
   }
 }
 
+/** What the names in a folder begin with, that end in a date as ours do. */
+export const prefixesIn = (entries: readonly Pick<Entry, "name">[]) => [...new Set(entries.map(({ name }) => name.slice(0, -15)).filter((prefix, i) => parseName(entries[i]?.name ?? "", prefix) !== null))].sort();
+
+/** An opened folder as it looks to another prefix. */
+const withPrefix = (folder: Folder, prefix: string): Folder => ({
+  ...folder,
+  prefix,
+  snapshots: snapshotsAmong(folder.standing, prefix, folder.source?.uuid ?? null),
+  chain: folder.record.chains.get(prefix) ?? {},
+});
+
+/**
+ * Opens what can be given back: a folder of backups, or of snapshots, or a SOURCE, whose snapshot folder it
+ * is then. Without a prefix, the one that its names have. Errors: those of `openFolder`, UsageError for several prefixes.
+ */
+async function openLocation(location: Location & { kind: "folder" }, { prefix, wait, hosts, snapshotFolder }: { prefix: string | null; wait: "look" | number; hosts: Hosts; snapshotFolder: string }): Promise<Folder> {
+  let opening: Opening & { path: string } = { prefix: prefix ?? "", wait, hosts, path: location.path };
+  for (;;) {
+    const folder = await openFolder(location, opening.path, opening);
+    const prefixes = prefixesIn(folder.standing);
+    const [only = opening.prefix] = prefixes;
+    const asSource = opening.source === undefined && prefixes.length === 0 && folder.place.inode === 256 && (snapshotFolder.startsWith("/") || folder.entries.has(snapshotFolder.replace(/^\.\/|\/.*/g, "")));
+    if (folder.exists && (asSource || (prefix === null && prefixes.length <= 1 && only !== opening.prefix))) {
+      opening = asSource ? { ...opening, source: folder.path, path: resolve(folder.path, snapshotFolder) } : { ...opening, prefix: only };
+      await folder.close();
+      continue;
+    }
+    const wrong = !folder.exists ? new Absent(`no such directory: ${folder.path} (is the disk mounted?)`) : prefix === null && prefixes.length > 1 ? new UsageError(`${location.id} holds several prefixes, choose one with -p: ${prefixes.map((p) => JSON.stringify(p)).join(", ")}`) : null;
+    if (wrong === null) return folder;
+    await folder.close();
+    throw wrong;
+  }
+}
+
+/** Whether a folder is where a source takes its snapshots, which need no received UUID, or one of backups. */
+export function isSnapshotFolder({ source, chain: { owner, destinations }, snapshots, subvolumes, place }: Pick<Folder, "source" | "chain" | "snapshots" | "subvolumes" | "place">): boolean {
+  if (source !== null) return true;
+  if (owner !== undefined) return owner.uuid === place.filesystem || subvolumes.some(({ uuid }) => uuid === owner.uuid);
+  return destinations !== undefined || snapshots.some(({ readonly, receivedUuid }) => readonly && receivedUuid === null);
+}
+
+/** What a folder can give back, oldest first. */
+export function wholeIn(folder: Folder): Snapshot[] {
+  const own = isSnapshotFolder(folder);
+  const { strangers = [] } = folder.chain;
+  return folder.snapshots.filter((entry) => (own ? entry.readonly : isComplete(entry)) && !strangers.includes(entry.uuid));
+}
+
+/** Warns of read-only subvolumes with one received UUID, among which `btrfs receive` could take the wrong one for a parent. */
+function warnOfDuplicates({ standing, subvolumes, id }: Folder, report: Report): void {
+  const ours = new Set(standing.map(({ receivedUuid }) => receivedUuid));
+  const byUuid = Map.groupBy(subvolumes.filter(({ readonly, receivedUuid }) => readonly && receivedUuid !== null && ours.has(receivedUuid)), ({ receivedUuid }) => receivedUuid);
+  for (const same of byUuid.values())
+    if (same.length > 1) report.warning(`${id}: ${same.length} read-only subvolumes of its filesystem have the same received UUID, which can confuse "btrfs receive"; keep one of ${same.map(({ path }) => path).join(", ")}`);
+}
+
 /** A folder's path, and what must still be there when a verb uses it. */
 const at = ({ path, place }: Folder): [path: string, fsid: string] => [path, place.fsid];
 
@@ -845,16 +1055,28 @@ async function writeRecord(folder: Folder, chain: ChainRecord): Promise<void> {
   if (args[0] !== "") await ask(folder.host, WRITE_RECORD, [...at(folder), ...args], `${folder.id}: cannot write .btrfs-backup.json`);
 }
 
+/** Arguments in as few commands as they fit into; each will have `extra` bytes more there. */
+function chunks(words: readonly string[], extra = 0): string[][] {
+  let bytes = Infinity;
+  const batches: string[][] = [];
+  for (const word of words) {
+    bytes += Buffer.byteLength(word) + extra + 8;
+    if (bytes > RECORD_BYTES) {
+      batches.push([]);
+      bytes = Buffer.byteLength(word) + extra + 8;
+    }
+    batches.at(-1)?.push(word);
+  }
+  return batches;
+}
+
 type Deletion = { readonly convertRw: boolean; readonly sync: boolean };
 
 /** Deletes subvolumes of a folder, as many with one command as its arguments can hold. */
 async function deleteFrom(folder: Folder, names: readonly string[], { convertRw, sync }: Deletion): Promise<void> {
-  const paths = names.map((name) => `./${name}`);
-  while (paths.length > 0) {
-    let bytes = 0;
-    const fitting = paths.findIndex((path) => (bytes += Buffer.byteLength(path) + 8) > RECORD_BYTES);
-    const batch = paths.splice(0, fitting === -1 ? paths.length : Math.max(fitting, 1));
-    const last = sync && paths.length === 0;
+  const batches = chunks(names.map((name) => `./${name}`));
+  for (const [i, batch] of batches.entries()) {
+    const last = sync && i === batches.length - 1;
     await ask(folder.host, DELETE, [convertRw ? "rw" : "", last ? "sync" : "", ...at(folder), ...batch], `${folder.id}: cannot delete ${count(batch.length, "subvolume")}`);
   }
 }
@@ -865,6 +1087,8 @@ export type Standing = {
   readonly held: readonly Subvolume[];
   /** The complete ones that are this source's and ours by name: what retention is about. */
   readonly backups: readonly Backup[];
+  /** By UUID, where backups were copied on to: what the next copy builds on stays. */
+  readonly copied: ReadonlyMap<string, string>;
   /** Names that a snapshot cannot get: "leftover", or why. */
   readonly taken: ReadonlyMap<string, string>;
 };
@@ -888,9 +1112,10 @@ export interface Destination {
 }
 
 /** What stands in a destination folder. `announced` names may be leftovers of broken transfers. */
-export function standingIn(folder: Pick<Folder, "standing" | "snapshots" | "entries" | "prefix">, strangers: readonly string[], announced: readonly string[]): Standing {
+export function standingIn(folder: Pick<Folder, "standing" | "snapshots" | "entries" | "prefix">, { strangers, destinations = [] }: ChainRecord, announced: readonly string[]): Standing {
   const held = folder.standing.filter(isComplete);
   const foreign = new Set(strangers);
+  const copied = new Map(destinations.map(({ pin, location }) => [pin?.uuid ?? "", location]));
   const taken = new Map<string, string>();
   for (const name of folder.entries) if (parseName(name, folder.prefix) !== null) taken.set(name, "something that is not a subvolume has that name");
   for (const backup of folder.snapshots) {
@@ -902,28 +1127,29 @@ export function standingIn(folder: Pick<Folder, "standing" | "snapshots" | "entr
     else taken.set(backup.name, "a backup of other data has that name");
   }
   const backups = folder.snapshots.filter((backup) => isComplete(backup) && !foreign.has(backup.uuid));
-  return { held, backups, taken };
+  return { held, backups, copied, taken };
 }
 
 type FolderOptions = Deletion & { readonly btrfsDebug: boolean };
 
+/** The receiving end of a transfer into a folder. `chain`: what its record says, with the announcement meanwhile. */
+function receiving(folder: Folder, name: string, chain: ChainRecord | null, btrfsDebug: boolean): Stage {
+  const [header, key, value] = chain === null ? ["", "", ""] : recordArguments(folder, chain);
+  const args = [btrfsDebug ? "-vv" : "-q", ...at(folder), folder.prefix, header, key, `{"receiving":${JSON.stringify(name)},`, value.slice(1)];
+  return { label: `btrfs receive${folder.host.label === "" ? "" : ` on ${folder.host.label}`}`, command: commandFor(folder.host, RECEIVE, args), shown: btrfsDebug };
+}
+
 /** A btrfs folder as a destination: `owned` is its record from now on, `announced` what 0.3.1 began. */
 function folderDestination(folder: Folder, owned: ChainRecord, announced: readonly string[], options: FolderOptions): Destination {
   const { host, prefix, id } = folder;
-  const { receiving, ...settled } = owned;
-  const place = host.label === "" ? "" : ` on ${host.label}`;
+  const { receiving: announcement, ...settled } = owned;
   return {
     id,
     stream: null,
     filesystem: folder.place.filesystem,
-    standing: standingIn(folder, settled.strangers ?? [], receiving === undefined ? announced : [...announced, receiving]),
+    standing: standingIn(folder, settled, announcement === undefined ? announced : [...announced, announcement]),
     frozen: folder.record.unreadable === null ? null : `its .btrfs-backup.json cannot be read (${folder.record.unreadable}); move it aside and run once with --adopt`,
-    receive({ snapshot }) {
-      const [header, key, value] = recordArguments(folder, settled);
-      const announcement = `{"receiving":${JSON.stringify(snapshot.name)},`;
-      const args = [options.btrfsDebug ? "-vv" : "-q", ...at(folder), prefix, header, key, announcement, value.slice(1)];
-      return { stage: { label: `btrfs receive${place}`, command: commandFor(host, RECEIVE, args), shown: options.btrfsDebug }, environment: {} };
-    },
+    receive: ({ snapshot }) => ({ stage: receiving(folder, snapshot.name, settled, options.btrfsDebug), environment: {} }),
     async discard(name) {
       await ask(host, DISCARD, [...at(folder), prefix, name, ...recordArguments(folder, settled)], `${id}: cannot remove what the broken transfer of ${name} left`);
     },
@@ -949,7 +1175,7 @@ function shellDestination(location: Location & { kind: "shell" }, last: Memory |
     id: location.id,
     stream: { last },
     filesystem: null,
-    standing: { held: [], backups: [], taken: new Map() },
+    standing: { held: [], backups: [], copied: new Map(), taken: new Map() },
     frozen: null,
     receive({ snapshot, parent }) {
       return {
@@ -974,20 +1200,8 @@ function shellDestination(location: Location & { kind: "shell" }, last: Memory |
 // ── 5. Plan ──────────────────────────────────────────────────────────────────────────────
 // Pure functions: whatever is sent or deleted was decided here.
 
-type Dated = { readonly name: string; readonly time: number };
-
 /** A snapshot with the reasons to keep it; without any, it goes. */
 export type Decision<T extends Dated> = { readonly entry: T; readonly reasons: readonly string[] };
-
-/**
- * Orders entries by name, but those that have a rank (a place in the source's own order, by
- * subvolume ID) stand in that order among themselves: names repeat when clocks go back.
- */
-export function arrange<T extends Dated>(entries: readonly T[], rank: (entry: T) => number | undefined): T[] {
-  const byName = [...entries].sort((a, b) => a.time - b.time);
-  const ranked = byName.filter((entry) => rank(entry) !== undefined).sort((a, b) => (rank(a) as number) - (rank(b) as number));
-  return byName.map((entry) => (rank(entry) === undefined ? entry : (ranked.shift() as T)));
-}
 
 /** The number of a wall-clock time's period, ISO weeks beginning on Monday. */
 function period(time: number, unit: Unit): number {
@@ -1079,9 +1293,9 @@ export function planStreams(snapshots: readonly Snapshot[], memory: Memory | nul
 
 /**
  * What retention does at a destination after its transfers. Strangers are not among `backups`.
- * The newest backup and the newest that the source still has (the pin) stay, whatever the policy.
+ * The newest backup, the newest that the source still has (the pin) and what was copied on last stay, whatever the policy.
  */
-export function planDestination(snapshots: readonly Snapshot[], backups: readonly Backup[], policy: Policy | null, now: number): Decision<Backup>[] {
+export function planDestination(snapshots: readonly Snapshot[], { backups, copied }: Pick<Standing, "backups" | "copied">, policy: Policy | null, now: number): Decision<Backup>[] {
   const find = dataFinder(backups);
   const rank = new Map<string, number>();
   snapshots.forEach((snapshot, i) => {
@@ -1094,7 +1308,10 @@ export function planDestination(snapshots: readonly Snapshot[], backups: readonl
     arrange(backups, ({ uuid }) => rank.get(uuid)),
     policy,
     now,
-  ).map(({ entry, reasons }) => ({ entry, reasons: entry === pinned ? [...reasons, "shared with the source"] : reasons }));
+  ).map(({ entry, reasons }) => {
+    const shared = [...(entry === pinned ? ["the source"] : []), ...(copied.has(entry.uuid) ? [copied.get(entry.uuid)] : [])];
+    return { entry, reasons: [...reasons, ...shared.map((side) => `shared with ${side}`)] };
+  });
 }
 
 /** A destination as retention at the source sees it. */
@@ -1108,19 +1325,101 @@ export type Claimant = {
 };
 
 /**
- * What retention does at the source. Every known destination's pin stays; while one that has no
- * pin could not be read, everything does.
+ * What retention does at the source. Every known destination's pin stays; while one that has no pin,
+ * or one that is gone (a restored record is old), could not be read, everything does.
  */
 export function planSource(snapshots: readonly Snapshot[], policy: Policy | null, claimants: readonly Claimant[], now: number): Decision<Snapshot>[] {
   const extra = new Map<string, string[]>(snapshots.map(({ uuid }) => [uuid, []]));
   for (const { id, pin, unread, unsentPolicy } of claimants) {
     const pinned = snapshots.findIndex(({ uuid }) => uuid === pin?.uuid);
     if (pinned !== -1) extra.get(snapshots[pinned]?.uuid ?? "")?.push(`shared with ${id}`);
-    if (unread && pin === null) for (const reasons of extra.values()) reasons.push(`nothing is known of ${id} yet`);
+    if (unread && pinned === -1) for (const reasons of extra.values()) reasons.push(`nothing is known of ${id} yet`);
     if (unsentPolicy === null) continue;
     retain(snapshots, unsentPolicy.policy, now).forEach(({ entry, reasons }, i) => i > pinned && reasons.length > 0 && extra.get(entry.uuid)?.push(`not yet sent to ${id}`));
   }
   return retain(snapshots, policy, now).map(({ entry, reasons }) => ({ entry, reasons: [...reasons, ...(extra.get(entry.uuid) ?? [])] }));
+}
+
+/** A snapshot in a row of one table: `whole` can be given back, `other` is other data by the row's name. */
+export type Cell = { readonly state: "whole" | "incomplete" | "other"; readonly entry: Snapshot };
+export type Row = Dated & { readonly cells: (Cell | undefined)[] };
+
+/** Lays the same data side by side, whatever holds it: a row for each snapshot, oldest first, a cell for each folder. */
+export function align(columns: readonly (Folder | null)[]): Row[] {
+  const rows: Row[] = [];
+  const [byData, byName] = [new Map<string, Row>(), new Map<string, Row>()];
+  for (const [i, column] of columns.entries()) {
+    const whole = new Set(column === null ? [] : wholeIn(column));
+    for (const entry of column?.snapshots ?? []) {
+      const keys = whole.has(entry) ? [entry.uuid, ...(entry.receivedUuid === null ? [] : [entry.receivedUuid])] : [];
+      let row = keys.map((key) => byData.get(key)).find((same) => same !== undefined && same.cells[i] === undefined);
+      const known = row !== undefined;
+      row ??= byName.get(entry.name);
+      if (row === undefined || row.cells[i] !== undefined) rows.push((row = { name: entry.name, time: entry.time, cells: columns.map(() => undefined) }));
+      if (!byName.has(row.name)) byName.set(row.name, row);
+      const other = !known && row.cells.some((cell) => cell?.state === "whole");
+      row.cells[i] = { state: keys.length === 0 ? "incomplete" : other ? "other" : "whole", entry };
+      if (!other) for (const key of keys) byData.set(key, row);
+    }
+  }
+  const rank = new Map(columns[0]?.snapshots.map(({ uuid }, i) => [uuid, i]));
+  return arrange(rows, ({ cells }) => rank.get(cells[0]?.entry.uuid ?? ""));
+}
+
+/** How a backup gets to where it is restored: from what is there already, or as a stream on top of what both sides have. */
+export type RestorePlan = { readonly present: Subvolume | null; readonly parent: Snapshot | null };
+
+/** `whole`: what its location has, oldest first; `there`: the read-only subvolumes that a receive could build on. */
+export function planRestore(chosen: Subvolume, whole: readonly Snapshot[], there: readonly Subvolume[]): RestorePlan {
+  const received = chosen.receivedUuid ?? chosen.uuid;
+  const present = there.find(({ receivedUuid }) => receivedUuid === received) ?? null;
+  const find = dataFinder(there);
+  const shared = whole.filter((snapshot) => find(snapshot) !== undefined);
+  const index = whole.findIndex(({ uuid }) => uuid === chosen.uuid);
+  const at = index === -1 ? whole.length : index;
+  return { present, parent: shared.findLast((s) => whole.indexOf(s) < at) ?? shared.find((s) => whole.indexOf(s) > at) ?? null };
+}
+
+/** What interrupted restores to a name in a folder left: directories, each with the subvolumes in it, innermost first. */
+export function leftoversOf(name: string, { top, entries, subvolumes }: Pick<Folder, "top" | "entries" | "subvolumes">): Map<string, string[]> {
+  const ours = [...entries].filter((entry) => entry.startsWith(`${name}.restoring-`) && parseName(entry, `${name}.restoring-`) !== null);
+  return new Map(
+    ours.map((entry) => {
+      const above = `${join(top, entry)}/`;
+      const paths = subvolumes.map(({ path }) => `/${path}`).filter((path) => path.startsWith(above));
+      return [entry, paths.map((path) => `./${path.slice(above.length)}`).sort((a, b) => b.split("/").length - a.split("/").length)];
+    }),
+  );
+}
+
+/**
+ * What a restored snapshot folder's record says of destinations, after what the restored one said when it was
+ * taken: only what `stands` is a pin; the place that `name` came from shares it.
+ */
+export function restoredDestinations(recorded: readonly KnownDestination[], stands: (uuid: string) => boolean, came: { readonly id: string; readonly filesystem: string | null; readonly pin: Memory } | null): KnownDestination[] {
+  const old = recorded.map((known) => {
+    const from = came !== null && (known.location === came.id || (known.filesystem !== null && known.filesystem === came.filesystem));
+    return { ...known, pin: from ? came.pin : known.pin !== null && stands(known.pin.uuid) ? known.pin : null };
+  });
+  const listed = came === null || old.some(({ pin }) => pin === came.pin);
+  return listed ? old : [...old, { location: came.id, filesystem: came.filesystem, pin: came.pin, last: null }];
+}
+
+/** What to do where TARGET is a mount point, whose name cannot be given to something else. */
+export function mountAdvice(location: string, path: string, { root, device }: Mount): string {
+  const again = path === "/" ? "reboot" : `umount ${quote(path)} && mount ${quote(path)}`;
+  const top = `mount -o subvolid=5 ${quote(device)} /mnt`;
+  if (root === "/")
+    return `${path} is a mount point, of the top level of ${device}, which cannot be replaced. Restore beside it, and mount that instead:
+  ${top}
+  btrfs-backup restore ${quote(location)} /mnt/restored
+  btrfs subvolume set-default /mnt/restored   # or subvol=restored in /etc/fstab
+  ${again}`;
+  return `${path} is a mount point, of the subvolume ${root.slice(1)} of ${device}. Replace that where the top level is mounted:
+  ${top}
+  btrfs-backup restore --replace ${quote(location)} ${quote(`/mnt${root}`)}
+  ${again}
+If /etc/fstab has subvolid= for it, write subvol=${root.slice(1)} instead; if it has neither, btrfs subvolume set-default ${quote(`/mnt${root}`)}`;
 }
 
 /** A snapshot as a backup that was received from it. */
@@ -1130,12 +1429,12 @@ const arrived = (snapshot: Snapshot): Backup => ({ ...snapshot, receivedUuid: sn
  * What may go now to make room for the first of the transfers to come: what the policy drops once
  * it is there, but never the newest backup of now, the pin, or a parent of one to come.
  */
-export function planRoom(snapshots: readonly Snapshot[], { backups }: Standing, coming: readonly Transfer[], policy: Policy | null, now: number): Backup[] {
+export function planRoom(snapshots: readonly Snapshot[], { backups, copied }: Pick<Standing, "backups" | "copied">, coming: readonly Transfer[], policy: Policy | null, now: number): Backup[] {
   const find = dataFinder(backups);
   const then = [...backups, ...coming.slice(0, 1).map(({ snapshot }) => arrived(snapshot))];
-  const later = new Set(planDestination(snapshots, then, policy, now).filter(({ reasons }) => reasons.length === 0).map(({ entry }) => entry));
+  const later = new Set(planDestination(snapshots, { backups: then, copied }, policy, now).filter(({ reasons }) => reasons.length === 0).map(({ entry }) => entry));
   const parents = new Set(coming.map(({ parent }) => parent && find(parent)));
-  const [newest, pin] = [planDestination(snapshots, backups, policy, now).at(-1)?.entry, newestShared(snapshots, backups)];
+  const [newest, pin] = [planDestination(snapshots, { backups, copied }, policy, now).at(-1)?.entry, newestShared(snapshots, backups)];
   return backups.filter((backup) => later.has(backup) && !parents.has(backup) && backup !== newest && backup !== (pin && find(pin)));
 }
 
@@ -1212,7 +1511,7 @@ function progressStage(transfer: Transfer, { progress, sizes }: Sending): Stage[
 }
 
 /** Sends one snapshot to one destination, which is as before if it fails. Errors: those of `pipeline`. */
-async function transferTo(destination: Destination, source: Folder, transfer: Transfer, sending: Sending): Promise<{ bytes: number | null; seconds: number }> {
+async function transferTo(destination: Pick<Destination, "receive" | "discard">, source: Folder, transfer: Transfer, sending: Sending): Promise<{ bytes: number | null; seconds: number }> {
   const { snapshot, parent } = transfer;
   const send = commandFor(source.host, SEND, [sending.btrfsDebug ? "-vv" : "-q", ...at(source), snapshot.name, parent?.name ?? ""]);
   const { stage, environment } = destination.receive(transfer);
@@ -1234,33 +1533,7 @@ async function transferTo(destination: Destination, source: Folder, transfer: Tr
 /** A destination as it was asked for. */
 export type Wanted = { readonly location: Location; readonly optional: boolean; readonly policy: Policy | null };
 
-export type RunOptions = {
-  readonly source: Location & { kind: "folder" };
-  readonly destinations: readonly Wanted[];
-  readonly snapshotFolder: string;
-  readonly prefix: string;
-  readonly sourcePolicy: Policy | null;
-  readonly backupPolicy: Policy | null;
-  readonly snapshot: boolean;
-  readonly transfer: boolean;
-  readonly incremental: boolean;
-  readonly newestOnly: boolean;
-  readonly hosts: Hosts;
-  readonly deletion: Deletion;
-  readonly lockedDestinations: boolean;
-  readonly removeLocks: boolean;
-  readonly fsChecks: boolean;
-  readonly adopt: boolean;
-  readonly keepUnsent: boolean;
-  readonly makeRoom: boolean;
-  readonly maxAge: { count: number; unit: Unit; text: string } | null;
-  readonly beforeSnapshot: string | null;
-  readonly afterSnapshot: string | null;
-  readonly dryRun: boolean;
-  readonly wait: number;
-  readonly progress: boolean;
-  readonly btrfsDebug: boolean;
-};
+export type RunOptions = ReturnType<typeof runOptions>;
 
 /** A subvolume with its snapshot folder. */
 type Source = Folder & { readonly identity: Identity; readonly subvolume: string; readonly owned: ChainRecord };
@@ -1342,6 +1615,7 @@ async function openDestination({ location }: Wanted, source: Source, known: Know
   // Taken over, moved, or completed after all: the record says so even if nothing is sent.
   const standing = folder.chain.owner !== undefined || folder.snapshots.some(isComplete);
   if (!o.dryRun && standing && JSON.stringify(folder.chain) !== JSON.stringify(owned)) await writeRecord(folder, owned);
+  warnOfDuplicates(folder, report);
   return folderDestination(folder, owned, known?.receiving ?? [], { ...o.deletion, btrfsDebug: o.btrfsDebug });
 }
 
@@ -1370,7 +1644,8 @@ function resolvedPath(path: string): string {
 
 /** Warns of subvolumes below SOURCE: a snapshot has empty directories in their place. */
 function warnOfNested({ source, subvolumes, top, subvolume }: Source, report: Report): void {
-  const above = source === null || source.top === "/" ? "/" : `${source.top}/`;
+  if (source === null) return;
+  const above = source.top === "/" ? "/" : `${source.top}/`;
   const paths = subvolumes.map(({ path }) => `/${path}`).filter((path) => path.startsWith(above) && !isWithin(path, top));
   if (paths.length === 0) return;
   const some = paths.slice(0, 3).map((path) => path.slice(above.length));
@@ -1456,7 +1731,7 @@ async function prune(served: Served, snapshots: readonly Snapshot[], o: RunOptio
   const { destination, wanted } = served;
   if (destination.stream !== null) return;
   if (destination.frozen !== null) throw new Failure(`nothing is deleted there: ${destination.frozen}`);
-  const decisions = planDestination(snapshots, served.standing.backups, wanted.policy, wallClock(new Date()));
+  const decisions = planDestination(snapshots, served.standing, wanted.policy, wallClock(new Date()));
   await removeFrom(served, explained(decisions, destination.id, o.dryRun), `not kept by "${wanted.policy?.text}"`, o, report, false);
 }
 
@@ -1475,7 +1750,7 @@ async function removing(id: string, names: readonly string[], reason: string, dr
 }
 
 /** A location from a source's record, which only those may have written whose commands we would run anyway. */
-function recordedLocation(id: string, source: Source): Location {
+function recordedLocation(id: string, source: Folder): Location {
   if (!source.trusted) throw new Failure(`${source.path} or a file in it belongs to another user: its known destinations are not used, name them`);
   try {
     return parseLocation(id);
@@ -1529,7 +1804,11 @@ async function serve(served: Served, source: Source, snapshots: readonly Snapsho
 /** Takes a snapshot, sends every destination what it lacks, and keeps what should be kept. */
 export async function run(o: RunOptions, report: Report): Promise<void> {
   checkPlaces(o);
-  const source = await openSource(o);
+  await backUp(await openSource(o), o, report);
+}
+
+/** Sends every destination what it lacks of an opened source, and keeps on both sides what should be kept. Closes the source. */
+async function backUp(source: Source, o: RunOptions, report: Report): Promise<void> {
   const known = new Map(knownDestinations(source).map((destination) => [destination.location, destination]));
   const wanted = new Map(o.destinations.map((destination) => [destination.location.id, destination]));
   for (const id of o.lockedDestinations ? known.keys() : []) if (!wanted.has(id)) wanted.set(id, { location: recordedLocation(id, source), optional: false, policy: o.backupPolicy });
@@ -1544,13 +1823,16 @@ export async function run(o: RunOptions, report: Report): Promise<void> {
   let written = JSON.stringify(source.chain);
   const saveKnown = async () => {
     const chain = { ...source.owned, ...(known.size > 0 || source.chain.destinations ? { destinations: [...known.values()] } : {}) };
-    if (o.dryRun || JSON.stringify(chain) === written) return;
+    // What 0.3.1 made has no owner until a run has said whose it is, and a copy cannot.
+    const unowned = source.source === null && source.owned.owner === undefined;
+    if (o.dryRun || unowned || JSON.stringify(chain) === written) return;
     await writeRecord(source, chain);
     written = JSON.stringify(chain);
   };
   let taken: Snapshot | null = null;
   try {
     warnOfNested(source, report);
+    warnOfDuplicates(source, report);
     const { unreadable } = source.record;
     if (unreadable !== null) report.error(null, new Failure(`${source.path}/.btrfs-backup.json cannot be read (${unreadable}): nothing is deleted at the source; "btrfs-backup unpin --all ${o.source.id}" moves it aside`));
     if (o.transfer || !o.removeLocks) await openAll(all, wanted, source, known, o, report);
@@ -1604,6 +1886,483 @@ async function pruneSource(source: Source, snapshots: readonly Snapshot[], wante
   await removing(o.source.id, names, `not kept by "${o.sourcePolicy?.text}"`, o.dryRun, report, () => deleteFrom(source, names, o.deletion));
 }
 
+/** Sends backups on, prefix by prefix: what `run` does from a source, with a folder of backups in its place. */
+export async function copy({ prefix, ...o }: Omit<RunOptions, "prefix"> & { readonly prefix: string | null }, report: Report): Promise<void> {
+  const wait = o.dryRun ? ("look" as const) : o.wait;
+  const first = await openLocation(o.source, { ...o, prefix: prefix ?? "", wait: "look" });
+  if (isSnapshotFolder(first)) throw new UsageError(`${o.source.id} has snapshots of a source: "btrfs-backup run --no-snapshot" sends these`);
+  const prefixes = prefix === null ? prefixesIn(first.standing) : [prefix];
+  if (prefixes.length === 0) throw new Failure(`there are no backups in ${o.source.id}`);
+  const options = { ...o, snapshotFolder: "." };
+  for (const one of prefixes) {
+    checkPlaces({ ...options, prefix: one });
+    const folder = await openFolder(o.source, o.source.path, { prefix: one, wait, hosts: o.hosts });
+    // Whose the backups are goes with them, so that their source can go on in the copy.
+    const identity = folder.chain.owner ?? { uuid: `${folder.place.filesystem}${folder.top}`, host: folder.hostName, path: folder.path };
+    await backUp({ ...folder, snapshots: wholeIn(folder), identity, subvolume: folder.path, owned: folder.chain }, { ...options, prefix: one }, report);
+  }
+}
+
+export type RestoreOptions = ReturnType<typeof restoreOptions>;
+
+/** The snapshot that is asked for. Errors: Failure telling what there is. */
+function choose(location: Folder, { snapshot, before: until }: Pick<RestoreOptions, "snapshot" | "before">): Snapshot {
+  const whole = wholeIn(location);
+  const named = location.standing.find(({ name, readonly }) => name === snapshot && readonly);
+  const found = snapshot === null ? whole.findLast(({ time }) => time <= (until ?? Infinity)) : (whole.find(({ name }) => name === snapshot) ?? (named && { ...named, time: 0 }));
+  if (found !== undefined) return found;
+  const range = whole.length === 0 ? "nothing complete" : `${count(whole.length, "snapshot")} from ${whole[0]?.name} to ${whole.at(-1)?.name}`;
+  const what = snapshot !== null ? `no complete snapshot ${snapshot}` : until !== null ? `nothing from that time or before` : "nothing to restore";
+  throw new Failure(`${location.id}: ${what}; there is ${range}${location.place.filesystem === null ? " (it is not on btrfs)" : ""}`);
+}
+
+/** Where a subvolume is restored to: the folder that it will stand in, its name and path there, and what has that name now. */
+type Target = Folder & { readonly name: string; readonly full: string; readonly existing: Subvolume | null; readonly inside: string | null };
+
+/** Looks at TARGET. Errors: Failure saying why it cannot be one, and what to do instead. */
+async function openTarget(o: RestoreOptions, prefix: string): Promise<Target> {
+  const { id, path } = o.target;
+  const parent = await openFolder(o.target, dirname(path), { prefix, wait: "look", hosts: o.hosts });
+  const name = basename(path);
+  const full = join(parent.path, name);
+  const mount = parent.mounts.findLast((one) => one.path === full);
+  if (mount !== undefined) throw new Failure(mountAdvice(o.location.id, full, mount));
+  if (!parent.exists) throw new Failure(`no such directory: ${parent.path}`);
+  if (parent.place.filesystem === null) throw new Failure(`${parent.path} is not on btrfs`);
+  const existing = parent.subvolumes.find((subvolume) => `/${subvolume.path}` === join(parent.top, name)) ?? null;
+  if (parent.entries.has(name) && existing === null) throw new Failure(`${id} exists, and is not a subvolume`);
+  if (existing !== null && !o.replace) throw new Failure(`${id} exists; --replace gives its name to the restored subvolume, and keeps the old one beside it`);
+  const below = parent.mounts.find((one) => isWithin(one.path, full));
+  if (below !== undefined) throw new Failure(`${below.path} is a mount point below ${id}, which would be moved away with it: unmount it first`);
+  const folder = resolve(path, o.snapshotFolder);
+  if (folder === path) throw new UsageError("the snapshot folder cannot be TARGET itself");
+  return { ...parent, name, full, existing, inside: isWithin(folder, path) ? folder.slice(path.length + 1) : null };
+}
+
+const samePlace = (a: Folder, b: Folder) => a.hostName === b.hostName && a.place.filesystem === b.place.filesystem && a.top === b.top;
+
+/** The snapshot folder of TARGET where that is not inside it, locked: it may be LOCATION itself. */
+async function openOutside(target: Target, location: Folder, o: RestoreOptions): Promise<Folder> {
+  const opening = { prefix: location.prefix, wait: "look" as const, hosts: o.hosts };
+  const check = (folder: Folder) => {
+    if (folder.place.filesystem !== target.place.filesystem) throw new UsageError(`the snapshot folder ${folder.path} is not on the filesystem of ${o.target.id}`);
+    const known = dataFinder(wholeIn(location));
+    const claimed = claim({ uuid: "", host: target.hostName, path: target.full }, folder.chain, folder.snapshots, folder.snapshots.filter((s) => known(s)), false);
+    if (!claimed.accepted) throw new Failure(`${folder.path}: ${claimed.why}`);
+  };
+  const seen = await openChecked(o.target, o.snapshotFolder, opening, (folder) => void (samePlace(folder, location) || check(folder)));
+  if (samePlace(seen, location)) return location;
+  return o.dryRun ? seen : openChecked(o.target, o.snapshotFolder, { ...opening, wait: o.wait }, check);
+}
+
+/** Removes what interrupted restores to TARGET left; `only`: of those one directory. Errors: Busy while it is still at work. */
+async function clearLeftovers(target: Target, only: string | null, o: RestoreOptions): Promise<void> {
+  const now = only === null ? target : await openFolder(o.target, target.path, { prefix: target.prefix, wait: "look", hosts: o.hosts });
+  for (const [name, paths] of leftoversOf(target.name, now)) {
+    if (only !== null && name !== only) continue;
+    if (only === null) log.info(`${o.dryRun ? "Would remove" : "Removing"} what an interrupted restore left: ${join(target.path, name)}`);
+    if (!o.dryRun) await ask(target.host, CLEAR, [...at(target), name, ...paths], `cannot remove ${join(target.path, name)}, which an interrupted restore left`);
+  }
+}
+
+/** Makes TARGET a writable subvolume with a backup's contents, and lets its next runs go on from there. */
+export async function restore(o: RestoreOptions, report: Report): Promise<void> {
+  const location = await openLocation(o.location, { ...o, wait: o.dryRun ? "look" : o.wait });
+  const opened = [location];
+  try {
+    const chosen = choose(location, o);
+    const target = await openTarget(o, location.prefix);
+    const outside = target.inside === null ? await openOutside(target, location, o) : null;
+    if (outside !== null && outside !== location) opened.push(outside);
+    const asked = o.parentFrom === null ? null : await openFolder({ ...o.target, id: o.parentFrom }, o.target.host === null ? resolve(o.parentFrom) : o.parentFrom, { prefix: location.prefix, wait: "look", hosts: o.hosts });
+    if (asked !== null && asked.place.filesystem !== target.place.filesystem) throw new UsageError(`--parent-from ${o.parentFrom} is not on the filesystem of ${o.target.id}`);
+
+    // Decide: what is there already, what is sent, and what moves.
+    const { mount } = placeOn(target.mounts, target.path);
+    const through = (top: string) => join(mount.path, top.slice(mount.root.length === 1 ? 0 : mount.root.length));
+    const folders = asked !== null ? [asked.top] : [target.top, outside?.top ?? join(target.top, target.name, target.inside ?? "")];
+    const there = target.subvolumes.filter(({ path, readonly }) => readonly && folders.includes(dirname(`/${path}`)) && isWithin(`/${path}`, mount.root));
+    const here = location.hostName === target.hostName && location.place.filesystem === target.place.filesystem;
+    const own = here && isSnapshotFolder(location);
+    const { present, parent } = here ? { present: chosen, parent: null } : planRestore(chosen, wholeIn(location), there);
+    const standing = outside?.standing.find(({ name }) => name === chosen.name);
+    const stands = standing !== undefined && standing.uuid === present?.uuid;
+    if (!stands && (outside?.entries.has(chosen.name) ?? false)) throw new Failure(`${outside?.path} has something else by the name of ${chosen.name}`);
+    const replaced = target.existing !== null && isWithin(location.top, `/${target.existing.path}`);
+    const chains = new Map(own ? location.record.chains : []);
+    if (own) chains.set(location.prefix, { ...location.chain, destinations: knownDestinations(location) });
+    const pins = new Set([...chains.values()].flatMap(({ destinations = [] }) => destinations.map(({ pin }) => pin?.uuid)));
+    const every = location.standing.filter(({ name, readonly }) => readonly && prefixesIn([{ name }]).length > 0 && !name.includes("\n"));
+    const moved = !own || outside === location ? [] : replaced ? every : every.filter(({ uuid }) => pins.has(uuid) || (pins.size > 0 && uuid === chosen.uuid));
+    const how = stands || moved.some(({ uuid }) => uuid === chosen.uuid) ? "none" : here ? "plain" : "keep";
+    const now = stamp(new Date());
+    const [work, before] = [`${target.name}.restoring-${now}`, target.existing === null ? "" : `${target.name}.before-${now}`];
+    const from = replaced ? join(target.path, before, location.top.slice(`/${target.existing?.path}`.length)) : through(location.top);
+    const movable = replaced || (isWithin(location.top, mount.root) && placeOn(target.mounts, from).top === location.top);
+    if (moved.length > 0 && (!movable || (outside !== null && placeOn(target.mounts, outside.path).mount !== mount))) throw new Failure(`the snapshots of ${location.id} can only move to ${o.target.id} below one mount point: mount the top level (subvolid=5), and restore there`);
+    await clearLeftovers(target, null, o);
+    log.info(`${o.dryRun ? "Would restore" : "Restoring"} ${chosen.name} from ${location.id} to ${o.target.id} (${present !== null ? "reflinked, nothing is sent" : parent !== null ? `difference to ${parent.name}` : "in full"})`);
+    if (moved.length > 0) log.info(`${o.dryRun ? "Would move" : "Moving"} ${count(moved.length, "snapshot")} from ${location.path}, so that every destination goes on from ${o.target.id}`);
+    const transfer = { destination: o.target.id, name: chosen.name, parent: parent?.name ?? null };
+    if (!o.dryRun) {
+      const release = (await hold(target.host, RESTORING, [...at(target), work, `${work} end`], `${work} end`, o.target.id)).release;
+      try {
+        if (present === null) {
+          const folder = { ...target, path: join(target.path, work) };
+          const receive = () => ({ stage: receiving(folder, chosen.name, null, o.btrfsDebug), environment: {} });
+          report.event("transfer", { ...transfer, ...(await transferTo({ receive, discard: async () => {} }, location, { snapshot: chosen, parent }, { progress: o.progress && canShowProgress(), btrfsDebug: o.btrfsDebug, sizes: new Map() })) });
+        }
+        const origin = present === null ? "" : here ? join(location.path, chosen.name) : through(`/${present.path}`);
+        await ask(target.host, BUILD, [...at(target), work, origin, outside?.path ?? target.inside ?? "", chosen.name, how], `cannot build ${o.target.id}`);
+        await settle(target, join(target.path, work, "tree"), outside, chains, chosen, own ? null : location, o);
+        // From here on there is no way back, only one forward.
+        checkInterruption();
+        const names = moved.map(({ name, receivedUuid }) => `${receivedUuid === null ? "move" : "copy"}\n${name}\n`);
+        const to = outside?.path ?? join(target.full, target.inside ?? "");
+        await whileCleaning(() => ask(target.host, FINISH, [...at(target), work, target.name, before, from, to], `cannot finish ${o.target.id}`, names.join("")));
+        await release();
+        if (moved.some(({ receivedUuid }) => receivedUuid !== null)) await settle(target, target.full, outside, chains, chosen, null, o);
+      } catch (error) {
+        await release();
+        await whileCleaning(() => clearLeftovers(target, work, o)).catch((problem: Error) => log.warn(`${problem.message} (the next restore to ${o.target.id} will)`));
+        throw error;
+      }
+    }
+    report.event("restore", { location: location.id, name: chosen.name, target: o.target.id, before: before === "" ? null : join(target.path, before) });
+    tellWhatIsNext(target, location, chosen, before, moved, own && !replaced, o, report);
+  } finally {
+    await whileCleaning(async () => {
+      for (const folder of opened) await folder.close();
+    });
+  }
+  report.event("summary", { ok: !report.failed });
+}
+
+/** Writes what the record of a restored subvolume's snapshot folder must say: what it said when the snapshot was taken is outdated. */
+async function settle(target: Target, tree: string, outside: Folder | null, live: ReadonlyMap<string, ChainRecord>, chosen: Snapshot, location: Folder | null, o: RestoreOptions): Promise<void> {
+  const folder = await openFolder(o.target, outside?.path ?? join(tree, target.inside ?? ""), { prefix: target.prefix, wait: "look", hosts: o.hosts, source: tree });
+  const snapshot = folder.standing.find(({ name }) => name === chosen.name);
+  const uuids = new Map(folder.standing.map(({ name, uuid }) => [name, uuid]));
+  for (const prefix of new Set([...(location === null ? live : folder.record.chains).keys(), folder.prefix])) {
+    const { owner: _, ...chain } = { ...folder.record.chains.get(prefix), ...live.get(prefix) };
+    const came = location !== null && snapshot && prefix === folder.prefix ? { id: location.id, filesystem: location.place.filesystem, pin: { name: snapshot.name, uuid: snapshot.uuid } } : null;
+    // A snapshot that was replaced by its copy on the way has another UUID.
+    const recorded = (chain.destinations ?? []).map((known) => ({ ...known, pin: known.pin && location === null ? { ...known.pin, uuid: uuids.get(known.pin.name) ?? known.pin.uuid } : known.pin }));
+    const destinations = restoredDestinations(recorded, (uuid) => location === null || [...uuids.values()].includes(uuid), came);
+    const owner = outside === null ? {} : { owner: { uuid: folder.source?.uuid ?? "", host: target.hostName, path: target.full } };
+    await writeRecord({ ...folder, prefix }, { ...chain, ...owner, destinations });
+  }
+}
+
+/** Says what a restore leaves to its user. */
+function tellWhatIsNext(target: Target, location: Folder, chosen: Snapshot, before: string, moved: readonly Entry[], away: boolean, o: RestoreOptions, report: Report): void {
+  if (o.dryRun) return log.info("Nothing was changed");
+  log.info(`Done: ${o.target.id} is as it was in ${chosen.name}`);
+  const p = o.snapshotFolder === "snapshot" ? [] : ["-f", o.snapshotFolder];
+  const again = ["btrfs-backup", "--adopt", ...(location.prefix === "" ? [] : ["-p", location.prefix]), ...p, o.target.id].map((word) => (/^[\w./:@-]+$/.test(word) ? word : quote(word))).join(" ");
+  const { owner } = location.chain;
+  if (away && moved.length > 0) report.warning(`${location.path} has no longer what its destinations share with it: they go on from ${o.target.id}, once it has the path of their source or by "${again} DEST…"`);
+  else if (!away && !isSnapshotFolder(location) && owner !== undefined && (owner.host !== target.hostName || owner.path !== target.full))
+    log.info(`The backups in ${location.id} belong to ${owner.host}:${owner.path}: a run goes on from there, but is refused from ${target.hostName}:${target.full}. If that shall be their source from now on: ${again} ${location.id}`);
+  if (before === "" || target.existing === null) return;
+  const gone = new Set(moved.map(({ path }) => path));
+  const old = target.existing.path;
+  const nested = target.subvolumes.filter(({ path }) => path.startsWith(`${old}/`) && !gone.has(path)).map(({ path }) => path.slice(old.length));
+  const kept = join(target.path, before);
+  const words = nested.length <= 3 ? nested.map((path) => quote(kept + path)) : [...new Set(nested.map((path) => `${quote(kept + dirname(path))}/*`))];
+  if (nested.length > 0) report.warning(`${count(nested.length, "subvolume")} below the old ${o.target.id} ${nested.length === 1 ? "is" : "are"} now below ${kept}`);
+  log.info(`The old one is ${kept}. When you do not need it any more: btrfs subvolume delete ${[...words.reverse(), quote(kept)].join(" ")}`);
+}
+
+/** A column of a table: a location that could be opened, or why not; `known` is what SOURCE's record says of it. */
+type Column = { readonly id: string; readonly folder: Folder | null; readonly problem: string | null; readonly known: KnownDestination | null };
+
+/** Opens locations only to look. One that cannot be is a failure of the command, but not its end. */
+async function openColumn(location: Location, known: KnownDestination | null, o: Pick<RunOptions, "hosts" | "snapshotFolder"> & { readonly prefix: string | null }, report: Report): Promise<Column> {
+  const { id } = location;
+  try {
+    if (location.kind === "shell") return { id, folder: null, problem: null, known };
+    const folder = await openLocation(location, { ...o, wait: "look" });
+    if (folder.place.filesystem === null) throw new Absent("not on btrfs (is the disk mounted?)");
+    if (known?.filesystem && known.filesystem !== folder.place.filesystem) throw new Absent("another filesystem than before is there (is the disk mounted?)");
+    return { id, folder, problem: null, known };
+  } catch (error) {
+    if (error instanceof UsageError) throw error;
+    report.error(id, error);
+    return { id, folder: null, problem: (error as Error).message, known };
+  }
+}
+
+/** The first location, and the others: given, or known to the first if that is a SOURCE. */
+async function openColumns(first: Location, others: readonly Location[], addKnown: boolean, o: Parameters<typeof openColumn>[2], report: Report): Promise<Column[]> {
+  const source = await openColumn(first, null, o, report);
+  const known = source.folder !== null && isSnapshotFolder(source.folder) ? prefixesIn(source.folder.standing).flatMap((prefix) => knownDestinations(withPrefix(source.folder as Folder, prefix))) : [];
+  const remembered = new Map(known.map((one) => [one.location, one]));
+  const asked = new Map(others.map((location) => [location.id, location]));
+  if (addKnown) for (const id of remembered.keys()) if (!asked.has(id)) asked.set(id, recordedLocation(id, source.folder as Folder));
+  const prefix = o.prefix ?? (source.folder?.snapshots.length ? source.folder.prefix : null);
+  return [source, ...(await Promise.all([...asked.values()].map((location) => openColumn(location, remembered.get(location.id) ?? null, { ...o, prefix }, report))))];
+}
+
+export type ListOptions = ReturnType<typeof listOptions>;
+
+/** Shows what each location has of each snapshot. */
+export async function list(o: ListOptions, report: Report): Promise<void> {
+  const now = wallClock(new Date());
+  const [first, ...others] = o.locations as [Location, ...Location[]];
+  const columns = await openColumns(first, others, o.maxAge === null, { ...o, prefix: o.prefix ?? "" }, report);
+  if (o.maxAge !== null) return checkAge(columns, { ...o, maxAge: o.maxAge }, now, report);
+  const prefixes = new Set(o.prefix !== null ? [o.prefix] : columns.flatMap(({ folder }) => prefixesIn(folder?.standing ?? [])));
+  for (const prefix of prefixes.size === 0 ? [""] : prefixes) {
+    const shown = columns.map((column) => ({ ...column, folder: column.folder && withPrefix(column.folder, prefix) }));
+    const sizes = new Map((await Promise.all(shown.map(({ folder }) => (o.size && folder ? sizesIn(folder) : [])))).flat());
+    const { locations, snapshots } = inventory(shown, o, now, sizes);
+    report.event("list", { prefix, locations, snapshots });
+    if (o.json) continue;
+    const legend = locations.map(({ id, error, last, source }, i) => {
+      const reached = source || last === undefined ? "" : `, last served ${last === null ? "never" : `${inWords(Date.now() - Date.parse(last))} ago`}`;
+      return `${letter(i)}  ${id}${source ? " (source)" : ""}${reached}${error === null ? "" : ", cannot be read"}`;
+    });
+    const cells = snapshots.map(({ name, time, at: marks }) => [name, inWords(now - Date.parse(`${time}Z`)), ...marks.map((mark) => (mark === null ? "-" : [mark.state + (mark.pin ? ", pin" : "") + (mark.goes ? ", goes" : ""), ...(mark.bytes === null ? [] : [inBytes(mark.bytes)])].join(" ")))]);
+    process.stdout.write(`${legend.join("\n")}\n\n${table([["NAME", "AGE", ...locations.map((_, i) => letter(i))], ...cells])}\n`);
+  }
+  report.event("summary", { ok: !report.failed });
+}
+
+/** Bytes referenced by each whole snapshot of a folder, by UUID. */
+async function sizesIn(folder: Folder): Promise<[string, number][]> {
+  const whole = wholeIn(folder);
+  const printed: string[] = [];
+  for (const names of chunks(whole.map(({ name }) => `./${name}`))) printed.push(await ask(folder.host, SIZES, [...at(folder), ...names], `${folder.id}: cannot tell sizes`));
+  const lines = printed.join("\n").split("\n").map((line) => /^\s*(\d+)\s.*?\s\.\/(.*)$/.exec(line));
+  const bytes = new Map(lines.filter((match) => match !== null).map(([, size, name]) => [name, Number(size)]));
+  return whole.map(({ uuid, name }) => [uuid, bytes.get(name) ?? 0]);
+}
+
+/** What `list` shows: for each snapshot, newest first, a mark for each location; null where that has nothing. */
+export function inventory(columns: readonly Column[], policies: Pick<ListOptions, "sourcePolicy" | "backupPolicy">, now: number, sizes: ReadonlyMap<string, number>) {
+  const source = columns[0]?.folder && isSnapshotFolder(columns[0].folder) ? columns[0].folder : null;
+  const taken = source === null ? [] : wholeIn(source);
+  const known = source === null ? [] : knownDestinations(source);
+  const sides = columns.map(({ folder, known: one, id }) => {
+    const own = folder !== null && folder === source;
+    const standing = folder && standingIn(folder, folder.chain, []);
+    const pinned = standing && !own ? newestShared(taken, standing.held) : null;
+    const claimants = known.map((destination) => ({ id: destination.location, pin: destination.pin, unread: false, unsentPolicy: null }));
+    const decisions = own ? planSource(taken, policies.sourcePolicy, claimants, now) : standing && isSnapshotFolder(folder) ? [] : standing ? planDestination(taken, standing, policies.backupPolicy, now) : [];
+    const goes = new Set(decisions.filter(({ reasons }) => reasons.length === 0).map(({ entry }) => entry.uuid));
+    // What cannot be asked: what the source remembers.
+    const pin = own ? null : standing ? pinned && (dataFinder(standing.held)(pinned)?.uuid ?? null) : (known.find(({ location }) => location === id)?.pin?.uuid ?? null);
+    return { own, folder, one, goes, pin };
+  });
+  const snapshots = align(columns.map(({ folder }) => folder)).reverse().map(({ name, time, cells }) => ({
+    name,
+    time: new Date(time).toISOString().slice(0, 19),
+    at: sides.map(({ folder, goes, pin }, i) => {
+      const { state, entry } = cells[i] ?? {};
+      const isPin = pin !== null && (folder === null ? cells[0]?.entry.uuid : entry?.uuid) === pin;
+      if (entry === undefined) return folder === null ? { state: "?", pin: isPin, goes: false, uuid: null, bytes: null } : null;
+      return { state, pin: isPin, goes: goes.has(entry.uuid), uuid: entry.uuid, bytes: sizes.get(entry.uuid) ?? null };
+    }),
+  }));
+  const locations = columns.map(({ id, problem, known: one }, i) => ({ id, source: sides[i]?.own ?? false, error: problem, ...(one === null ? {} : { last: one.last }) }));
+  return { locations, snapshots };
+}
+
+/** One line a location for a monitoring system: whether its newest complete backup is young enough. */
+function checkAge(columns: readonly Column[], { maxAge, json }: { maxAge: { count: number; unit: Unit; text: string }; json: boolean }, now: number, report: Report): void {
+  for (const { id, folder, problem } of columns) {
+    const newest = folder && wholeIn(folder).reduce<Snapshot | null>((best, one) => (best === null || one.time > best.time ? one : best), null);
+    const ok = newest !== null && newest.time >= before(now, maxAge.count, maxAge.unit);
+    if (!ok) report.failed = true;
+    report.event("age", { location: id, ok, newest: newest?.name ?? null });
+    if (!json) process.stdout.write(`${ok ? "OK" : "TOO OLD"}: ${id}: ${newest === null ? (problem ?? "no complete backup") : `the newest backup is ${newest.name}, ${inWords(now - newest.time)} old`} (at most ${maxAge.text})\n`);
+  }
+}
+
+/** What a column is called below its legend. */
+const letter = (i: number) => (i < 26 ? String.fromCharCode(65 + i) : String(i));
+
+/** Columns as wide as their widest cell. */
+export function table(rows: readonly (readonly string[])[]): string {
+  const widths = rows.reduce<number[]>((wide, row) => row.map((cell, i) => Math.max(wide[i] ?? 0, cell.length)), []);
+  return rows.map((row) => `${row.map((cell, i) => cell.padEnd(widths[i] ?? 0)).join("  ").trimEnd()}\n`).join("");
+}
+
+/** Bytes as people read them, in powers of 1024. */
+export const inBytes = (bytes: number) => {
+  const unit = Math.min(5, Math.max(0, Math.floor(Math.log2(Math.max(bytes, 1)) / 10)));
+  return `${unit === 0 ? bytes : (bytes / 2 ** (10 * unit)).toFixed(1)}${"BKMGTP"[unit]}`;
+};
+
+export type VerifyOptions = ReturnType<typeof verifyOptions>;
+
+/** Reads every byte of what two locations share, on their hosts, and compares. */
+export async function verify(o: VerifyOptions, report: Report): Promise<void> {
+  const [first, ...others] = await openColumns(o.locations[0] as Location, o.locations.slice(1), false, o, report);
+  const left = first?.folder ?? null;
+  const digests = new Map<string, Promise<string>>();
+  let compared = 0;
+  for (const { folder: right, id } of left === null ? [] : others) {
+    if (left === null || right === null) continue;
+    const shared = align([left, right]).filter(({ cells }) => cells.every((cell) => cell?.state === "whole"));
+    const wanted = o.snapshot !== null ? shared.filter(({ name }) => name === o.snapshot) : o.all ? shared : shared.slice(-1);
+    if (wanted.length === 0) report.error(id, new Failure(o.snapshot === null ? `nothing complete is shared with ${left.id}` : `${o.snapshot} is not complete on both sides, or not the same snapshot`));
+    for (const { name, cells } of wanted) {
+      const [ours, theirs] = cells.map((cell) => cell?.entry) as [Snapshot, Snapshot];
+      const digest = (folder: Folder, entry: Snapshot) => ask(folder.host, DIGEST, [...at(folder), entry.name], `${folder.id}: cannot read ${entry.name}`);
+      try {
+        log.info(`Reading ${name} in ${left.id} and ${id}`);
+        if (!digests.has(ours.uuid)) digests.set(ours.uuid, digest(left, ours));
+        const both = await Promise.allSettled([digests.get(ours.uuid) as Promise<string>, digest(right, theirs)]);
+        for (const result of both) if (result.status === "rejected") throw result.reason;
+        const [a, b] = both.map((result) => (result.status === "fulfilled" ? result.value.slice(0, 64) : ""));
+        const differences = a === b ? [] : await compare([left, ours], [right, theirs]);
+        compared++;
+        report.event("verify", { location: id, name, equal: a === b, sha256: b, differences });
+        if (a === b) log.info(`${name} in ${id} is equal (SHA-256 ${b})`);
+        else report.error(id, new Failure(`${name} differs from ${left.id}: ${differences.slice(0, 10).join("; ")}${differences.length > 10 ? `; and ${differences.length - 10} more` : ""}`));
+      } catch (error) {
+        report.error(id, error);
+      }
+    }
+  }
+  if (compared === 0) report.error(null, new Failure("nothing was compared"));
+  report.event("summary", { ok: !report.failed, compared });
+}
+
+// The words that `stat` prints of a path; sha256sum and getfattr tell the rest.
+const STAT_FORMAT = "%n\\0%f\\0%u:%g\\0%s\\0%.9Y\\0%t:%T\\0%i\\0%N\\0";
+
+/** What a stream carries of a file besides its contents and attributes; what has no meaning for its type is left out. */
+export type FileState = { readonly type: string; readonly mode: string; readonly owner: string; readonly mtime: string; readonly size?: string; readonly device?: string; readonly target?: string };
+
+/** Reads the words of STAT_FORMAT. Errors: Failure for any other shape. */
+export function parseStats(words: readonly string[]): { path: string; inode: string; state: FileState }[] {
+  const files: { path: string; inode: string; state: FileState }[] = [];
+  for (let i = 0; i < words.length; i += 8) {
+    const [path = "", mode = "", owner = "", size = "", mtime = "", device = "", inode = "", shown] = words.slice(i, i + 8);
+    if (shown === undefined || !/^[0-9a-f]+$/.test(mode)) throw new Failure(`cannot read what "stat" printed: ${words.slice(i, i + 8).join(" ")}`);
+    const bits = parseInt(mode, 16);
+    const type = { 1: "fifo", 2: "character device", 4: "directory", 6: "block device", 8: "file", 10: "symbolic link", 12: "socket" }[bits >> 12] ?? "unknown";
+    const special = type.endsWith("device") ? { device } : type === "symbolic link" ? { target: shown.slice(shown.indexOf(" -> ") + 4) } : type === "file" ? { size } : {};
+    files.push({ path, inode, state: { type, mode: (bits & 0o7777).toString(8), owner, mtime, ...special } });
+  }
+  return files;
+}
+
+/** Reads what `listing` printed: for each path all that a stream carries of it. */
+export function parseListing(text: string): Map<string, Record<string, string | undefined>> {
+  const words = text.split("\0");
+  const [stats, sums] = [words.indexOf(""), words.indexOf("", words.indexOf("") + 1)];
+  const contents = new Map(words.slice(stats + 1, sums).map((line) => [line.slice(66), line.slice(0, 64)]));
+  const attributes = new Map(
+    words.slice(sums + 1).join("\0").split("\n\n").map((block) => {
+      const [file = "", ...values] = block.replace(/^\n+/, "").split("\n");
+      return [file.replace("# file: ", "").replace(/\\([0-7]{3})/g, (_, octal: string) => String.fromCharCode(parseInt(octal, 8))), values.sort().join(" ")];
+    }),
+  );
+  const firsts = new Map<string, string>();
+  return new Map(
+    parseStats(words.slice(0, stats)).map(({ path, inode, state }) => {
+      const linked = state.type === "directory" ? undefined : (firsts.get(inode) ?? (firsts.set(inode, path), undefined));
+      // The top's own mtime is not carried by incremental streams.
+      const { mtime, ...rest } = state;
+      return [path, { ...rest, ...(path === "." ? {} : { mtime }), "hard link to": linked, contents: contents.get(path), attributes: attributes.get(path) ?? attributes.get(path.replace(/^\.\//, "")) }];
+    }),
+  );
+}
+
+/** What differs between two trees, and how: a line for each path. */
+async function compare(...sides: readonly [Folder, Snapshot][]): Promise<string[]> {
+  const texts = await Promise.all(sides.map(([folder, { name }]) => ask(folder.host, LISTING, [...at(folder), name, STAT_FORMAT], `${folder.id}: cannot list ${name}`)));
+  const [a, b] = texts.map(parseListing) as [ReturnType<typeof parseListing>, ReturnType<typeof parseListing>];
+  const lines = [...new Set([...a.keys(), ...b.keys()])].sort().flatMap((path) => {
+    const [x, y] = [a.get(path), b.get(path)];
+    if (x === undefined || y === undefined) return [`${path} is only in ${sides[x === undefined ? 1 : 0]?.[0].id}`];
+    const how = [...new Set([...Object.keys(x), ...Object.keys(y)])].filter((key) => x[key] !== y[key]);
+    return how.length > 0 ? [`${path}: ${how.map((key) => (key === "contents" || key === "attributes" ? key : `${key} ${x[key] ?? "none"} and ${y[key] ?? "none"}`)).join(", ")}`] : [];
+  });
+  return lines.length > 0 ? lines : [`extended attributes or ACLs${texts.some((text) => text.endsWith("missing\n")) ? "; install attr on both sides to see of what" : ""}`];
+}
+
+/** What was seen of a file: a row for each run of snapshots in which it was the same, or was not there. */
+export type Version = { readonly first: string; last: string; readonly state: FileState | null; readonly names: string[]; readonly columns: Set<number> };
+
+/** `seen`: oldest first, what each snapshot has of the file, and the columns that have the snapshot. */
+export function versionsAmong(seen: readonly { readonly name: string; readonly state: FileState | null; readonly columns: readonly number[] }[]): Version[] {
+  const rows: Version[] = [];
+  for (const { name, state, columns } of seen) {
+    const last = rows.at(-1);
+    if (last === undefined || JSON.stringify(last.state) !== JSON.stringify(state)) {
+      if (last !== undefined || state !== null) rows.push({ first: name, last: name, state, names: [name], columns: new Set(columns) });
+      continue;
+    }
+    last.last = name;
+    last.names.push(name);
+    for (const column of columns) last.columns.add(column);
+  }
+  return rows;
+}
+
+export type VersionsOptions = ReturnType<typeof versionsOptions>;
+
+/** Shows every version of a file that a snapshot or backup still has, or copies one back. */
+export async function versions(o: VersionsOptions, report: Report): Promise<void> {
+  const host = hostOf(o.file.host, o.hosts);
+  const [root = "", inner = ""] = (await ask(host, LOCATE, [o.file.path], `${o.file.id}: cannot find its subvolume`)).split("\0");
+  const path = normalize(inner);
+  const source = { ...o.file, path: root, id: o.file.id.slice(0, o.file.id.length - o.file.path.length) + root };
+  const columns = await openColumns(source, o.locations, o.locations.length === 0, o, report);
+  const states = await Promise.all(columns.map(async ({ folder }) => new Map(folder === null ? [] : await statesIn(folder.host, at(folder), path, wholeIn(folder).map(({ name }) => name)))));
+  const seen = align(columns.map(({ folder }) => folder)).flatMap(({ cells }) => {
+    const whole = cells.flatMap((cell, i) => (cell?.state === "whole" ? [{ i, name: cell.entry.name, time: cell.entry.time }] : []));
+    const [one] = whole;
+    return one === undefined ? [] : [{ name: one.name, time: one.time, state: states[one.i]?.get(one.name) ?? null, columns: whole.map(({ i }) => i) }];
+  });
+  if (o.get !== null) return getVersion(o, o.get, host, path, columns, seen, report);
+  const rows = versionsAmong(seen).reverse();
+  const live = columns[0]?.folder?.source;
+  const now = live ? ((await statesIn(host, [live.path, live.fsid], path, ["."])).get(".") ?? null) : undefined;
+  for (const { first, last, state, columns: at, names } of rows) report.event("version", { first, last, state, snapshots: names, locations: [...at].sort().map((i) => columns[i]?.id) });
+  if (!o.json) {
+    const cells = rows.map(({ first, last, state, columns: at }, i) => {
+      const same = i === 0 && now !== undefined && JSON.stringify(now) === JSON.stringify(state) ? " (as it is now)" : "";
+      const what = state === null ? ["deleted", "-"] : [state.size === undefined ? state.type : inBytes(Number(state.size)), stamp(new Date(Number(state.mtime) * 1000)).replace(/(....)(..)(..)-(..)(..)(..)/, "$1-$2-$3 $4:$5:$6")];
+      return [first, last, ...what, [...at].sort((a, b) => a - b).map(letter).join(" ") + same];
+    });
+    process.stdout.write(`${columns.map(({ id }, i) => `${letter(i)}  ${id}\n`).join("")}\n${table([["FIRST IN", "LAST IN", "SIZE", "MODIFIED", "WHERE"], ...cells])}`);
+  }
+  if (rows.length === 0) report.error(null, new Failure(`${o.file.id} is in none of ${count(seen.length, "snapshot")}`));
+  report.event("summary", { ok: !report.failed, versions: rows.length });
+}
+
+/** What `stat` says of a path in many subvolumes of a folder; nothing where it is not. */
+async function statesIn(host: Host, folder: [path: string, fsid: string], path: string, names: readonly string[]): Promise<Map<string, FileState>> {
+  const states = new Map<string, FileState>();
+  for (const some of chunks(names, Buffer.byteLength(path)))
+    for (const { path: found, state } of parseStats((await ask(host, VERSIONS, [...folder, STAT_FORMAT, path, ...some], `cannot look for ${path}`)).split("\0").slice(0, -1))) states.set(found.slice(2, found.length - path.length), state);
+  return states;
+}
+
+/** Copies a version of a file back to its host. */
+async function getVersion(o: VersionsOptions, get: string, host: Host, path: string, columns: readonly Column[], seen: readonly { name: string; time: number; state: FileState | null; columns: readonly number[] }[], report: Report): Promise<void> {
+  const dated = /^\d{4}-/.test(get) ? parseWhen(get) : null;
+  const found = seen.findLast(({ name, time, state }) => state !== null && (dated === null ? name === get : time <= dated));
+  if (found === undefined) throw new Failure(`${o.file.id}: ${dated === null ? `not in a snapshot ${get}` : "in no snapshot from that time or before"}`);
+  const sameHost = (folder: Folder) => JSON.stringify(folder.host) === JSON.stringify(host);
+  const having = found.columns.map((i) => columns[i]?.folder as Folder);
+  const folder = having.find(sameHost) ?? (having[0] as Folder);
+  const to = o.to ?? `${o.file.path}.${found.name}`;
+  const put = [dirname(to), basename(to), o.force ? "force" : "", basename(path)];
+  const take = [...at(folder), found.name, path];
+  if (sameHost(folder)) await ask(host, PUT, [...put, ...take], `cannot copy ${o.file.id} back`);
+  else await pipeline([{ label: `tar on ${folder.host.label}`, command: commandFor(folder.host, TAKE, take) }, { label: "tar", command: commandFor(host, PUT, put) }]);
+  log.info(`Copied ${path.slice(1)} as it was in ${found.name} of ${folder.id} to ${to}`);
+  report.event("get", { location: folder.id, name: found.name, path: to });
+  report.event("summary", { ok: !report.failed });
+}
+
 export type UnpinOptions = Pick<RunOptions, "source" | "snapshotFolder" | "prefix" | "hosts" | "wait"> & { readonly locations: readonly string[]; readonly all: boolean };
 
 /** Makes a source forget destinations, so that nothing is kept for them. */
@@ -1634,7 +2393,6 @@ const HOST_ARGUMENTS = {
   "ssh-opt": { type: "string", valueHint: "OPTION", description: "Passed to ssh as -o OPTION (repeatable)" },
   "ssh-sudo": { type: "boolean", description: "Run btrfs under sudo -n on other hosts" },
   sudo: { type: "boolean", description: "Run btrfs under sudo -n here" },
-  wait: { type: "string", valueHint: "SECONDS", description: "Wait for a lock that another run holds (default: do not wait)" },
   "snapshot-folder": { type: "string", alias: "f", valueHint: "DIR", description: "Snapshot folder, relative to SOURCE or absolute (default: snapshot)" },
   "snapshot-prefix": { type: "string", alias: "p", valueHint: "PREFIX", description: "What snapshot names begin with (default: nothing)" },
   verbosity: { type: "string", alias: "v", valueHint: "LEVEL", description: "debug, info, warning or error (default: info)" },
@@ -1642,6 +2400,8 @@ const HOST_ARGUMENTS = {
   json: { type: "boolean", description: "Tell what happens on standard output, one JSON object a line" },
   help: { type: "boolean", alias: "h", description: "Show this text" },
 } as const satisfies ArgsDef;
+
+const WAIT = { wait: { type: "string", valueHint: "SECONDS", description: "Wait for a lock that another run holds (default: do not wait)" } } as const satisfies ArgsDef;
 
 const RUN_ARGUMENTS = {
   "num-snapshots": { type: "string", alias: "N", valueHint: "POLICY", description: "What to keep at the source: a number, or words like '24h 7d 4w 12m 14d+' (default: 0, everything)" },
@@ -1666,25 +2426,16 @@ const RUN_ARGUMENTS = {
   "skip-fs-checks": { type: "boolean", description: "Do not check that SOURCE and DEST are on btrfs, and not on the same one" },
   "btrfs-debug": { type: "boolean", alias: "d", description: "Let btrfs send and receive tell everything (-vv)" },
   "no-progress": { type: "boolean", alias: "P", description: "Show no progress" },
+  ...WAIT,
   ...HOST_ARGUMENTS,
   version: { type: "boolean", description: "Show the version" },
 } as const satisfies ArgsDef;
 
-const UNPIN_ARGUMENTS = {
-  all: { type: "boolean", description: "Forget every destination; a record that cannot be read is moved aside" },
-  ...HOST_ARGUMENTS,
-} as const satisfies ArgsDef;
+/** Some of the options of `run`, meaning the same. */
+const ofRun = <K extends keyof typeof RUN_ARGUMENTS>(...names: readonly K[]) => Object.fromEntries(names.map((name) => [name, RUN_ARGUMENTS[name]])) as unknown as Pick<typeof RUN_ARGUMENTS, K>;
 
-const POSITIONALS = {
-  run: {
-    source: { type: "positional", description: "Subvolume to back up: /path or ssh://[user@]host[:port]/path" },
-    dest: { type: "positional", required: false, description: "Where to: /path, ssh://[user@]host[:port]/path or shell://COMMAND; any number" },
-  },
-  unpin: {
-    source: { type: "positional", description: "The subvolume that was backed up" },
-    location: { type: "positional", required: false, description: "Destinations to forget" },
-  },
-} as const satisfies Record<string, ArgsDef>;
+const positional = (description: string, required = true) => ({ type: "positional", description, required }) as const;
+const PLACE = "/path or ssh://[user@]host[:port]/path";
 
 const REPEATABLE = new Set(["ssh-opt", "optional"]);
 
@@ -1780,26 +2531,38 @@ function commonOptions(given: Given) {
   const snapshotFolder = given.value("snapshot-folder") ?? "snapshot";
   if (snapshotFolder.trim() === "" || snapshotFolder.includes("\0")) throw new UsageError("--snapshot-folder cannot be empty");
   const hosts: Hosts = { sshOptions: given.all("ssh-opt"), sudo: given.flag("sudo"), sshSudo: given.flag("ssh-sudo") };
-  return { prefix, snapshotFolder, hosts, wait: wholeNumber(given.value("wait"), "--wait", 0) };
+  return { prefix: given.value("snapshot-prefix"), snapshotFolder, hosts, wait: wholeNumber(given.value("wait"), "--wait", 0), json: given.flag("json") };
+}
+
+const policyOf = (given: Given, option: string) => parsePolicy(given.value(option) ?? "0");
+
+/** The value of --max-age. */
+function ageOf(given: Given) {
+  const text = given.value("max-age");
+  return text === null ? null : { ...parseDuration(text), text };
+}
+
+/** Positionals that must be as many as a command takes. */
+function locationsOf(given: Given, least: number, most: number, what: string): (Location & { kind: "folder" })[] {
+  const { positionals } = given;
+  if (positionals.length < least || positionals.length > most) throw new UsageError(`${positionals.length < least ? "missing" : "too many"} arguments: give ${what}`);
+  return positionals.map((text) => folderLocation(text, "a location to read from"));
 }
 
 /** Reads the command line of `run`. */
-export function runOptions(given: Given): RunOptions {
+export function runOptions(given: Given) {
   const [first, ...rest] = given.positionals;
-  const policy = (option: string) => {
-    const text = given.value(option);
-    return text === null ? null : parsePolicy(text);
-  };
   const source = folderLocation(first, "SOURCE");
-  const backupPolicy = policy("num-backups");
-  const sourcePolicy = given.flag("latest-only") ? parsePolicy("1") : policy("num-snapshots");
+  const backupPolicy = policyOf(given, "num-backups");
+  const sourcePolicy = given.flag("latest-only") ? parsePolicy("1") : policyOf(given, "num-snapshots");
   const wantedOf = (text: string, optional: boolean): Wanted => ({ location: parseLocation(text), optional, policy: backupPolicy });
   const destinations = [...rest.map((text) => wantedOf(text, false)), ...given.all("optional").map((text) => wantedOf(text, true))];
   if (backupPolicy !== null && destinations.length > 0 && destinations.every(({ location }) => location.kind === "shell"))
     throw new UsageError("--num-backups needs a destination that can be asked what it has and told to delete, which a shell:// command cannot");
-  const maxAge = given.value("max-age");
+  const common = commonOptions(given);
   return {
-    ...commonOptions(given),
+    ...common,
+    prefix: common.prefix ?? "",
     source,
     destinations,
     sourcePolicy,
@@ -1815,43 +2578,121 @@ export function runOptions(given: Given): RunOptions {
     adopt: given.flag("adopt"),
     keepUnsent: given.flag("keep-unsent"),
     makeRoom: given.flag("make-room"),
-    maxAge: maxAge === null ? null : { ...parseDuration(maxAge), text: maxAge },
+    maxAge: ageOf(given),
     beforeSnapshot: given.value("before-snapshot"),
     afterSnapshot: given.value("after-snapshot"),
-    dryRun: given.flag("dry-run"),
-    progress: !given.flag("no-progress") && !given.flag("quiet"),
-    btrfsDebug: given.flag("btrfs-debug"),
+    ...showing(given),
   };
 }
 
-const unpinCommand = defineCommand({
-  meta: { name: "unpin", description: "Forget destinations, so that no snapshot is kept for them" },
-  args: { ...POSITIONALS.unpin, ...UNPIN_ARGUMENTS },
-  async run({ data }: { data?: Given }) {
-    const given = data as Given;
-    const [first, ...rest] = given.positionals;
-    const all = given.flag("all");
-    if (all === rest.length > 0) throw new UsageError("name the destinations to forget, or say --all");
-    const options = { ...commonOptions(given), source: folderLocation(first, "SOURCE"), locations: rest.map((text) => parseLocation(text).id), all };
-    return concluded(given, false, (report) => unpin(options, report));
-  },
-});
+/** Reads the command line of `restore`. */
+export function restoreOptions(given: Given) {
+  const [location, target] = locationsOf(given, 2, 2, "LOCATION and TARGET") as [Location & { kind: "folder" }, Location & { kind: "folder" }];
+  const [snapshot, until] = [given.value("snapshot"), given.value("before")];
+  if (snapshot !== null && until !== null) throw new UsageError("--snapshot and --before exclude each other");
+  const { progress, btrfsDebug, dryRun } = showing(given);
+  return { ...commonOptions(given), location, target, snapshot, before: until === null ? null : parseWhen(until), parentFrom: given.value("parent-from"), replace: given.flag("replace"), progress, btrfsDebug, dryRun };
+}
 
-const runCommand = defineCommand({
-  meta: { name: "btrfs-backup", version: VERSION, description: "Incremental backups of btrfs subvolumes. The command can be left out: it is run." },
-  args: { ...POSITIONALS.run, ...RUN_ARGUMENTS },
-  async run({ data }: { data?: Given }) {
-    const given = data as Given;
-    const options = runOptions(given);
-    return concluded(given, options.dryRun, (report) => run(options, report));
-  },
-});
+const showing = (given: Given) => ({ dryRun: given.flag("dry-run"), progress: !given.flag("no-progress") && !given.flag("quiet"), btrfsDebug: given.flag("btrfs-debug") });
 
-const COMMANDS: Record<string, CommandDef<any>> = { run: runCommand, unpin: unpinCommand };
+/** Reads the command line of `list`. */
+export function listOptions(given: Given) {
+  return { ...commonOptions(given), locations: locationsOf(given, 1, Infinity, "LOCATION…"), sourcePolicy: policyOf(given, "num-snapshots"), backupPolicy: policyOf(given, "num-backups"), size: given.flag("size"), maxAge: ageOf(given) };
+}
+
+/** Reads the command line of `verify`. */
+export function verifyOptions(given: Given) {
+  return { ...commonOptions(given), locations: locationsOf(given, 2, Infinity, "SOURCE and LOCATION…, or two LOCATIONs"), snapshot: given.value("snapshot"), all: given.flag("all") };
+}
+
+/** Reads the command line of `versions`. */
+export function versionsOptions(given: Given) {
+  const [file, ...locations] = locationsOf(given, 1, Infinity, "FILE [LOCATION…]") as [Location & { kind: "folder" }];
+  const [get, to] = [given.value("get"), given.value("to")];
+  if (get === null && (to !== null || given.flag("force"))) throw new UsageError("--to and --force need --get");
+  return { ...commonOptions(given), file, locations, get, to: to !== null && file.host === null ? resolve(to) : to, force: given.flag("force") };
+}
+
+/** Reads the command line of `unpin`. */
+function unpinOptions(given: Given): UnpinOptions {
+  const [first, ...rest] = given.positionals;
+  const all = given.flag("all");
+  if (all === rest.length > 0) throw new UsageError("name the destinations to forget, or say --all");
+  const common = commonOptions(given);
+  return { ...common, prefix: common.prefix ?? "", source: folderLocation(first, "SOURCE"), locations: rest.map((text) => parseLocation(text).id), all };
+}
+
+/** Reads the command line of `copy`. */
+function copyOptions(given: Given) {
+  if (given.positionals.length + given.all("optional").length < 2) throw new UsageError("missing arguments: give LOCATION and DEST…");
+  return { ...runOptions(given), prefix: given.value("snapshot-prefix"), snapshot: false };
+}
+
+/** A command: how its arguments are read, and what it does then. */
+const command = <O>(name: string, description: string, args: ArgsDef, read: (given: Given) => O, work: (options: O, report: Report) => Promise<void>): CommandDef<any> =>
+  defineCommand({
+    meta: { name: `btrfs-backup${name}`, version: VERSION, description },
+    args,
+    async run({ data }: { data?: Given }) {
+      const given = data as Given;
+      const options = read(given);
+      return concluded(given, (report) => work(options, report));
+    },
+  });
+
+const COMMANDS: Record<string, CommandDef<any>> = {
+  run: command("", "Incremental backups of btrfs subvolumes. The command can be left out: it is run.", { source: positional(`Subvolume to back up: ${PLACE}`), dest: positional(`Where to: ${PLACE}, or shell://COMMAND; any number`, false), ...RUN_ARGUMENTS }, runOptions, run),
+  restore: command(" restore", "Make a subvolume again from a backup, or from a snapshot.", {
+    location: positional(`Backups, or a source with its snapshots: ${PLACE}`),
+    target: positional(`The subvolume to make: ${PLACE}`),
+    snapshot: { type: "string", valueHint: "NAME", description: "Restore this one (default: the newest)" },
+    before: { type: "string", valueHint: "TIME", description: "Restore the newest at or before 'YYYY-MM-DD[ HH:MM[:SS]]'" },
+    replace: { type: "boolean", description: "TARGET exists: keep it beside as TARGET.before-YYYYMMDD-HHMMSS" },
+    "parent-from": { type: "string", valueHint: "DIR", description: "Where snapshots are that the transfer can build on (default: beside TARGET, and in its snapshot folder)" },
+    ...ofRun("dry-run", "btrfs-debug", "no-progress", "wait"),
+    ...HOST_ARGUMENTS,
+  }, restoreOptions, restore),
+  list: command(" list", "Show what there is of each snapshot, at a source and its destinations.", {
+    location: positional(`A source (its known destinations are added), or backups: ${PLACE}; any number`),
+    ...ofRun("num-snapshots", "num-backups"),
+    size: { type: "boolean", description: "Tell how large each is (btrfs filesystem du, which is slow)" },
+    "max-age": { type: "string", valueHint: "DURATION", description: "Only check that the newest backup is not older, e.g. 26h: one line each, and exit status 1 if it is" },
+    ...HOST_ARGUMENTS,
+  }, listOptions, list),
+  verify: command(" verify", "Read every byte of what two places share, and compare.", {
+    source: positional(`Snapshots or backups: ${PLACE}`),
+    location: positional("What to compare with them; any number"),
+    snapshot: { type: "string", valueHint: "NAME", description: "Compare this one (default: the newest that both have)" },
+    all: { type: "boolean", description: "Compare all that both have" },
+    ...HOST_ARGUMENTS,
+  }, verifyOptions, verify),
+  versions: command(" versions", "Show every version of a file, or copy one back.", {
+    file: positional(`File or directory in a source, which may be deleted: ${PLACE}`),
+    location: positional("Where to look besides the source's snapshots (default: its known destinations)", false),
+    get: { type: "string", valueHint: "WHEN|NAME", description: "Copy back what it was in a snapshot, or at a time like 'YYYY-MM-DD[ HH:MM[:SS]]'" },
+    to: { type: "string", valueHint: "PATH", description: "Where to, on FILE's host (default: FILE.NAME)" },
+    force: { type: "boolean", description: "Replace a file that is there" },
+    ...HOST_ARGUMENTS,
+  }, versionsOptions, versions),
+  copy: command(" copy", "Send backups on to other places, as run does from a source.", {
+    location: positional(`Backups: ${PLACE}; all prefixes one after the other, unless -p is given`),
+    dest: positional("Where to; any number"),
+    ...ofRun("num-backups", "newest-only", "no-incremental", "optional", "max-age", "make-room", "adopt", "dry-run", "sync", "convert-rw", "skip-fs-checks", "btrfs-debug", "no-progress", "wait"),
+    ...HOST_ARGUMENTS,
+  }, copyOptions, copy),
+  unpin: command(" unpin", "Forget destinations, so that no snapshot is kept for them.", {
+    source: positional("The subvolume that was backed up"),
+    location: positional("Destinations to forget", false),
+    all: { type: "boolean", description: "Forget every destination; a record that cannot be read is moved aside" },
+    ...WAIT,
+    ...HOST_ARGUMENTS,
+  }, unpinOptions, unpin),
+};
 
 /** Runs a command with its report, and returns the exit status. */
-async function concluded(given: Given, dryRun: boolean, work: (report: Report) => Promise<void>): Promise<number> {
-  const report = newReport(given.flag("json"), dryRun);
+async function concluded(given: Given, work: (report: Report) => Promise<void>): Promise<number> {
+  const report = newReport(given.flag("json"), given.flag("dry-run"));
   try {
     await work(report);
   } catch (error) {
@@ -1869,9 +2710,10 @@ export async function main(args: readonly string[]): Promise<number> {
     const words = expandFiles(args, (path) => readFileSync(path, "utf8"));
     const named = Object.hasOwn(COMMANDS, words[0] ?? "");
     const command = COMMANDS[named ? (words[0] as string) : "run"] as CommandDef<any>;
+    const { run: _, ...others } = COMMANDS;
     const given = readArguments(named ? words.slice(1) : words, command.args as ArgsDef);
     if (given.flag("version")) console.log(`btrfs-backup ${VERSION}`);
-    else if (given.flag("help") || words.length === 0) console.log(await renderUsage(command === runCommand ? { ...command, subCommands: { unpin: unpinCommand } } : command));
+    else if (given.flag("help") || words.length === 0) console.log(await renderUsage(command === COMMANDS["run"] ? { ...command, subCommands: others } : command));
     else return (await command.run?.({ rawArgs: [...words], args: { _: [] } as never, cmd: command, data: given })) as number;
     return words.length === 0 ? 2 : 0;
   } catch (error) {

@@ -60,7 +60,7 @@ const shortOf = (uuid: string) => uuid.slice(1);
 const kept = <T extends Snapshot>(decisions: readonly Decision<T>[]) =>
   decisions.filter(({ reasons }) => reasons.length > 0).map(({ entry }) => shortOf(entry.uuid)).join(" ");
 const reasonsOf = (decisions: readonly Decision<Snapshot>[], short: string) => decisions.find(({ entry }) => shortOf(entry.uuid) === short)?.reasons;
-const standing = (backups: readonly Backup[], rest: Partial<Standing> = {}): Standing => ({ held: backups, backups, taken: new Map(), ...rest });
+const standing = (backups: readonly Backup[], rest: Partial<Standing> = {}): Standing => ({ held: backups, backups, copied: new Map(), taken: new Map(), ...rest });
 
 describe("names", () => {
   test.each<[string, string, boolean]>([
@@ -145,7 +145,7 @@ describe("what stands at a destination", () => {
   const found = (fields: Partial<Backup> | null, announced: string[] = [], strangers: string[] = []) => {
     const entry = fields && backupOf(snap("0301"), fields);
     const list = entry ? [entry] : [];
-    return standingIn({ standing: list, snapshots: list, entries: new Set([".", "..", "photos", name]), prefix: "" }, strangers, announced);
+    return standingIn({ standing: list, snapshots: list, entries: new Set([".", "..", "photos", name]), prefix: "" }, { strangers }, announced);
   };
   test.each<[string, Standing, RegExp | "leftover", backups: number, held?: number]>([
     ["a plain directory or file", found(null), /not a subvolume/, 0],
@@ -393,22 +393,22 @@ describe("retention at a destination", () => {
     ["the policy alone decides when the newest is shared", "2", "0104 0105"],
     ["everything", "0", "0101 0102 0103 0104 0105"],
     ["calendar words", "*m", "0101 0105"],
-  ])("%s", (_, policy, expected) => expect(kept(planDestination(s, all, parsePolicy(policy), FAR))).toBe(expected));
+  ])("%s", (_, policy, expected) => expect(kept(planDestination(s, { backups: all, copied: new Map() }, parsePolicy(policy), FAR))).toBe(expected));
 
   test("what is shared with the source stays, whatever the policy", () => {
-    const decisions = planDestination(s.slice(0, 2), all, parsePolicy("1"), FAR); // 0103 and later are gone at the source
+    const decisions = planDestination(s.slice(0, 2), { backups: all, copied: new Map() }, parsePolicy("1"), FAR); // 0103 and later are gone at the source
     expect(kept(decisions)).toBe("0102 0105");
     expect(reasonsOf(decisions, "0102")).toEqual(["shared with the source"]);
   });
 
   test("the newest is the source's newest, not the one that arrived last, nor the last by name", () => {
     const here = snaps("1027-0230 1027-0215");
-    expect(kept(planDestination(here, here.toReversed().map((x) => backupOf(x)), parsePolicy("1"), FAR))).toBe("1027-0215");
+    expect(kept(planDestination(here, { backups: here.toReversed().map((x) => backupOf(x)), copied: new Map() }, parsePolicy("1"), FAR))).toBe("1027-0215");
   });
 
   test("a source without snapshots takes nothing away from the policy", () => {
-    expect(kept(planDestination([], all, parsePolicy("2"), FAR))).toBe("0104 0105");
-    expect(planDestination(s, [], parsePolicy("2"), FAR)).toEqual([]);
+    expect(kept(planDestination([], { backups: all, copied: new Map() }, parsePolicy("2"), FAR))).toBe("0104 0105");
+    expect(planDestination(s, { backups: [], copied: new Map() }, parsePolicy("2"), FAR)).toEqual([]);
   });
 });
 

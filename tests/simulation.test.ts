@@ -189,7 +189,7 @@ function simulate(plan: Plan, random: () => number) {
       }
       const memory = known.get(id)?.pin ?? null;
       const entries = place.leftover ? [...place.backups, place.leftover] : place.backups;
-      let standing = standingIn({ standing: entries, snapshots: entries, entries: new Set(entries.map((entry) => entry.name)), prefix: "" }, [], place.leftover ? [place.leftover.name] : []);
+      let standing = standingIn({ standing: entries, snapshots: entries, entries: new Set(entries.map((entry) => entry.name)), prefix: "" }, {}, place.leftover ? [place.leftover.name] : []);
       const policy = policies.get(id) ?? null;
       const { transfers, conflicts } =
         kind === "command"
@@ -224,7 +224,7 @@ function simulate(plan: Plan, random: () => number) {
 
       // Its retention, only if it got everything.
       if (failing === -1 && kind !== "command") {
-        const gone = goes(planDestination(snapshots, standing.backups, policy, time));
+        const gone = goes(planDestination(snapshots, standing, policy, time));
         const stays = place.backups.filter((backup) => !gone.has(backup.name));
         checkDestination(place, stays, must);
         tally.deletions += place.backups.length - stays.length;
