@@ -82,6 +82,8 @@ export function filesystem({ size = "1G", mkfs = [] as string[], mount = "noatim
 }
 
 export const mountImage = ({ path, image }: Pick<Filesystem, "path" | "image">, options = "noatime") => sh(`mount -o "loop,$3" "$1" "$2"`, image, path, options);
+/** The disaster: all that was on a filesystem is gone. */
+export const reformat = ({ path, image }: Pick<Filesystem, "path" | "image">) => sh(`umount "$1"; mkfs.btrfs -q -f "$2" >/dev/null 2>&1; mount -o loop,noatime "$2" "$1"`, path, image);
 export const unmount = ({ path }: Pick<Filesystem, "path">) => sh(`umount "$1"`, path);
 
 /** A new subvolume on a filesystem. */
@@ -280,10 +282,22 @@ export function change(directory: string, random: () => number): void {
 // Nested subvolumes are empty directories with inode 2 in a snapshot, and are not received at all.
 // The top directory's own mtime is not compared: files are born there under another name while they
 // are received, and an incremental stream does not say what its mtime was (seen with kernel 6.18).
-const TAR = `cd "$1"; stat -c '%a %u:%g' .; getfacl -npE . 2>/dev/null; getfattr -d -m - . 2>/dev/null; find . -mindepth 1 \\( -inum 2 -prune -o -print0 \\) | LC_ALL=C sort -z | tar --format=posix --pax-option=delete=atime,delete=ctime --numeric-owner --xattrs --xattrs-include='*' --acls --no-recursion --null -T - -cf - 2>/dev/null`;
+// With a second parameter, what has that path is left out.
+const TAR = `cd "$1"; out="\${2:-/}"; stat -c '%a %u:%g' .; getfacl -npE . 2>/dev/null; getfattr -d -m - . 2>/dev/null; find . -mindepth 1 \\( -inum 2 -prune -o -path "$out" -prune -o -print0 \\) | LC_ALL=C sort -z | tar --format=posix --pax-option=delete=atime,delete=ctime --numeric-owner --xattrs --xattrs-include='*' --acls --no-recursion --null -T - -cf - 2>/dev/null`;
 
 /** One digest of everything in a tree. */
 export const treeDigest = (path: string) => sh(`{ ${TAR}; } | sha256sum`, path);
+
+/** One digest of a subvolume without its snapshot folder: what a restore must bring back. */
+export const contentsDigest = (path: string) => sh(`{ ${TAR}; } | sha256sum`, path, "./snapshot");
+
+/** Damages a received subvolume by a script that runs in it, so that it still looks as it was received. */
+export function damage(path: string, script: string): void {
+  const received = sh(`btrfs subvolume show "$1" | sed -n 's/.*Received UUID:[[:space:]]*//p'`, path);
+  sh(`btrfs property set -f -ts "$1" ro false; cd "$1"; ${script}`, path);
+  // BTRFS_IOC_SET_RECEIVED_SUBVOL of linux/btrfs.h: 16 bytes of UUID in a struct of 200.
+  sh(`perl -e 'open(my $d, "<", $ARGV[0]) or die; my $a = pack("H32", $ARGV[1]) . chr(0) x 184; ioctl($d, 0xC0C89425, $a) or die "$!"' "$1" "$2"; btrfs property set -ts "$1" ro true`, path, received.replaceAll("-", ""));
+}
 
 /** Fails with what differs, unless two trees are the same in everything. */
 export function expectSameTree(a: string, b: string): void {
