@@ -621,7 +621,7 @@ const FINISH = verb(
  * What every digest and listing of a tree is made of: its paths but for the top and for stubs of nested
  * subvolumes (inode 2), which are not sent. The top's own mtime is not carried by incremental streams.
  */
-const PATHS = `paths() { { find . -mindepth 1 "(" -inum 2 -prune -o "$@" -print0 ")" || echo failed >&3; } | sort -z; };`;
+const PATHS = `paths() { { find . -mindepth 1 "(" -inum 2 -prune -o "$@" -print0 ")" || echo failed >&3; } | { sort -z || echo failed >&3; }; };`;
 
 /**
  * digest FOLDER FSID NAME: SHA-256 of a tree with all that a stream carries. GNU tar gives the same bytes for the
@@ -650,7 +650,7 @@ const LISTING = verb(
 );
 
 /** sizes FOLDER FSID ./NAME…: bytes referenced by each, as `btrfs filesystem du -s --raw` tells. */
-const SIZES = verb("sizes", PRELUDE, `at "$1" "$2"; shift 2; b filesystem du -s --raw "$@"`);
+const SIZES = verb("sizes", PRELUDE, `at "$1" "$2"; shift 2; b filesystem sync . >/dev/null; b filesystem du -s --raw "$@"`);
 
 /** locate PATH: the subvolume that PATH is, or was, in, and the path in it. Of PATH only the last component is taken as it is. */
 const LOCATE = verb(
@@ -2096,7 +2096,7 @@ async function openColumn(location: Location, known: KnownDestination | null, o:
 /** The first location, and the others: given, or known to the first if that is a SOURCE. */
 async function openColumns(first: Location, others: readonly Location[], addKnown: boolean, o: Parameters<typeof openColumn>[2], report: Report): Promise<Column[]> {
   const source = await openColumn(first, null, o, report);
-  const known = source.folder !== null && isSnapshotFolder(source.folder) ? prefixesIn(source.folder.standing).flatMap((prefix) => knownDestinations(withPrefix(source.folder as Folder, prefix))) : [];
+  const known = source.folder !== null && isSnapshotFolder(source.folder) ? [...new Set([...prefixesIn(source.folder.standing), ...source.folder.record.chains.keys()])].flatMap((prefix) => knownDestinations(withPrefix(source.folder as Folder, prefix))) : [];
   const remembered = new Map(known.map((one) => [one.location, one]));
   const asked = new Map(others.map((location) => [location.id, location]));
   if (addKnown) for (const id of remembered.keys()) if (!asked.has(id)) asked.set(id, recordedLocation(id, source.folder as Folder));
@@ -2733,6 +2733,6 @@ if (import.meta.main) {
   let unheard = false;
   process.stdout.on("error", () => (unheard = true));
   const status = await main(process.argv.slice(2));
-  await new Promise((done) => process.stdout.write("", done)); // a pipe may still be full
+  await new Promise<void>((done) => process.stdout.on("error", done).end(done)); // a pipe may still be full
   process.exit(status || (unheard ? 1 : 0));
 }

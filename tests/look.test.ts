@@ -1,0 +1,340 @@
+// Looking: what there is of each snapshot, whether it is whole to the last byte, and which
+// versions of a file there are.
+
+import { describe, expect, test } from "bun:test";
+import { existsSync, lstatSync, mkdirSync, readFileSync, rmSync, statSync, writeFileSync } from "node:fs";
+import { join } from "node:path";
+import { change, damage, events, expectRun, expectSameTree, filesystem, generator, mountImage, nextSecond, pair, pathWithout, sh, snapshotAs, snapshotNames, sshServer, subvolume, temporaryDirectory, unmount, type Result } from "./support/rig.ts";
+
+const listed = (result: Result) => events(result).find(({ event }) => event === "list") as Record<string, any>;
+/** The rows of a printed table, by name: its age and marks. */
+const rows = ({ stdout }: Result) => new Map(stdout.split("\n\n")[1]?.split("\n").slice(1).filter(Boolean).map((line) => [line.split("  ")[0] as string, line.split(/ {2,}/).slice(2)]));
+const day = (n: number) => `2026010${n}-000000`;
+
+describe("list", () => {
+  test("each kind of mark, in 80 columns", async () => {
+    const { source, destination, b } = pair();
+    const second = join(filesystem().path, "second");
+    for (const n of [1, 2, 3]) snapshotAs(source, day(n));
+    await expectRun(0, ["-S", source, destination]);
+    await expectRun(0, ["-S", "--newest-only", source, second]);
+    for (const n of [4, 5]) snapshotAs(source, day(n));
+    await expectRun(0, ["-S", "--newest-only", source, second]);
+    sh(`btrfs -q subvolume create "$1/${day(4)}" >/dev/null; btrfs -q subvolume create "$2/x" >/dev/null; btrfs -q subvolume snapshot -r "$2/x" "$2/y"; btrfs send -q "$2/y" | btrfs receive -q "$1"; mv "$1/y" "$1/${day(5)}"; mkdir "$1/photos"`, destination, b.path);
+    const result = await expectRun(0, ["list", "-N", "2", "-n", "2", source]);
+    expect(rows(result)).toEqual(
+      new Map([
+        [day(5), ["whole", "other", "whole, pin"]],
+        [day(4), ["whole", "incomplete", "-"]],
+        [day(3), ["whole", "whole, pin", "whole"]],
+        [day(2), ["whole, goes", "whole, goes", "-"]],
+        [day(1), ["whole, goes", "whole, goes", "-"]],
+      ]),
+    );
+    expect(result.stdout.split("\n\n")[0]?.split("\n")).toEqual([`A  ${source} (source)`, expect.stringMatching(`^B  ${destination}, last served \\d+ seconds? ago$`), expect.stringMatching(`^C  ${second}, last served \\d+ seconds? ago$`)]);
+    expect(Math.max(...(result.stdout.split("\n\n")[1]?.split("\n").map((line) => line.length) ?? []))).toBeLessThanOrEqual(80);
+    // The same as data, with given destinations, over ssh, and by any order of locations.
+    const { options, url } = await sshServer();
+    const json = listed(await expectRun(0, ["list", "--json", "-N", "2", "-n", "2", ...options, url(source), url(destination), second]));
+    expect(json["snapshots"].map(({ name, at }: Record<string, any>) => [name, ...at.map((mark: any) => mark && mark.state)])).toEqual([[day(5), "whole", "other", "whole"], [day(4), "whole", "incomplete", null], [day(3), "whole", "whole", "whole"], [day(2), "whole", "whole", null], [day(1), "whole", "whole", null]]);
+    expect(json["snapshots"][2].at[1]).toMatchObject({ pin: true, goes: false, uuid: expect.stringMatching(/^[0-9a-f-]{36}$/) });
+    expect([...rows(await expectRun(0, ["list", destination, second])).values()]).toEqual([["other", "whole"], ["incomplete", "-"], ["whole", "whole"], ["whole", "-"], ["whole", "-"]]);
+  });
+
+  test("what it says will go is what goes", async () => {
+    const { source, snapshots, destination } = pair();
+    const second = join(filesystem().path, "second");
+    for (const n of [1, 2, 3, 4, 5, 6]) snapshotAs(source, day(n));
+    await expectRun(0, ["-S", source, destination]);
+    sh(`btrfs -q subvolume delete "$1/${day(6)}" >/dev/null`, destination); // so that the pins differ
+    await expectRun(0, ["-S", "--newest-only", source, second]);
+    for (const [policies, places] of [[["-N", "3", "-n", "2"], [source]], [["-N", "1"], [source]], [["-n", "1"], [source, destination]]] as const) {
+      const at = events(await expectRun(0, ["list", "--json", ...policies, ...places])).find(({ event }) => event === "list")?.["snapshots"] as any[];
+      const staying = (i: number) => at.filter(({ at: marks }) => marks[i] && !marks[i].goes).map(({ name }) => name).toSorted();
+      const expected = [staying(0), staying(1)];
+      await expectRun(0, ["-S", "-T", ...policies, source, "--locked-dests"]);
+      expect([snapshotNames(snapshots), snapshotNames(destination)]).toEqual(expected as [string[], string[]]);
+    }
+  });
+
+  test("a place that cannot be reached is marked, exit 1; so is the wrong disk", async () => {
+    const { source, destination, b } = pair();
+    await expectRun(0, [source, destination]);
+    await expectRun(0, ["-S", source, "shell://cat >/dev/null"]);
+    unmount(b);
+    const away = await expectRun(1, ["list", source, "--json"]);
+    expect(listed(away)["locations"]).toMatchObject([{ source: true, error: null }, { id: destination, error: expect.stringContaining("no such directory") }, { id: "shell://cat >/dev/null", error: null }]);
+    mkdirSync(destination);
+    const result = await expectRun(1, ["list", source]);
+    expect([...rows(result).values()]).toEqual([["whole", "?, pin", "?, pin"]]);
+    expect(result.stdout).toContain("cannot be read");
+    expect(result.stderr).toContain("is the disk mounted?");
+    rmSync(destination, { recursive: true });
+    const other = filesystem();
+    sh(`mkdir "$1/backup"; mount --bind "$1" "$2"`, other.path, b.path);
+    expect((await expectRun(1, ["list", source])).stderr).toContain("another filesystem than before");
+    sh(`umount "$1"`, b.path);
+    mountImage(b);
+    await expectRun(0, ["list", source]);
+    expect((await expectRun(1, ["list", source, "ssh://127.0.0.1:1/x"])).stderr).toContain("refused");
+    await expectRun(1, ["list", "/nowhere/at/all"]);
+    await expectRun(2, ["list", source, "shell://cat"]);
+  });
+
+  test("several prefixes are a table each; sizes are told when they are asked for", async () => {
+    const { source, snapshots, destination } = pair();
+    sh(`head -c 3M /dev/urandom >"$1/large"`, source);
+    for (const prefix of ["a-", "b-"]) await expectRun(0, ["-p", prefix, source, destination]);
+    const tables = events(await expectRun(0, ["list", "--json", "--size", source])).filter(({ event }) => event === "list");
+    expect(tables.map(({ prefix, snapshots: all }) => [prefix, all.length])).toEqual([["a-", 1], ["b-", 1]]);
+    const [name = ""] = snapshotNames(snapshots, "a-");
+    const bytes = Number(sh(`btrfs filesystem du -s --raw "$1" | awk 'NR == 2 { print $1 }'`, join(snapshots, name)));
+    expect(tables[0]?.["snapshots"][0].at[0]).toMatchObject({ state: "whole", bytes });
+    expect(bytes).toBeGreaterThan(3 << 20);
+    expect((await expectRun(0, ["list", "-p", "b-", "--size", source])).stdout).toMatch(/b-\d{8}-\d{6} .*whole 3\.\d+M +whole, pin 3\.\d+M/);
+    expect((await expectRun(0, ["list", source])).stdout).not.toMatch(/\dM/);
+  });
+
+  test("--max-age is a check: one line, and exit 1 when the newest complete backup is too old, or not there", async () => {
+    const { source, destination } = pair();
+    await expectRun(0, [source, destination]);
+    const fine = await expectRun(0, ["list", "--max-age", "26h", destination]);
+    expect(fine.stdout).toMatch(new RegExp(`^OK: ${destination}: the newest backup is \\d{8}-\\d{6}, \\d+ seconds? old \\(at most 26h\\)\n$`));
+    expect(fine.stderr).toBe("");
+    const old = join(filesystem().path, "old");
+    snapshotAs(source, "20200101-000000");
+    sh(`btrfs -q subvolume delete "$1"/202[^0]* >/dev/null`, join(source, "snapshot"));
+    await expectRun(0, ["-S", source, old]);
+    sh(`btrfs -q subvolume create "$1/$2" >/dev/null`, old, sh("date +%Y%m%d-%H%M%S")); // an incomplete one does not count
+    expect((await expectRun(1, ["list", "--max-age", "26h", old])).stdout).toMatch(/^TOO OLD: .* 20200101-000000, \d+ years old/);
+    expect((await expectRun(1, ["list", "--max-age", "26h", temporaryDirectory()])).stdout).toMatch(/^TOO OLD: .*not on btrfs/);
+    const empty = filesystem();
+    expect((await expectRun(1, ["list", "--max-age", "26h", empty.path])).stdout).toContain("no complete backup");
+    expect((await expectRun(1, ["list", "--max-age", "26h", destination, old])).stdout.split("\n").length).toBe(3);
+    await expectRun(2, ["list", "--max-age", "soon", destination]);
+  });
+});
+
+describe("verify", () => {
+  test("the newest that both have, one, or all; here, over ssh, and of two backups; without writing anything", async () => {
+    const { source, snapshots, destination, a, b } = pair();
+    sh(`python3 -c 'import socket, sys; socket.socket(socket.AF_UNIX).bind(sys.argv[1])' "$1/plain/socket"; ln -s /nowhere "$1/plain/-T"; echo x >"$1/--to-command=id"; mkdir "$1/plain/nothing"`, source);
+    const { options, url } = await sshServer();
+    const random = generator(8);
+    for (let i = 0; i < 3; i++) {
+      await expectRun(0, [source, destination]);
+      change(source, random);
+      await nextSecond();
+    }
+    const second = join(filesystem().path, "second");
+    const [first = "", , third = ""] = snapshotNames(snapshots);
+    await expectRun(0, ["copy", destination, second]);
+    for (const { path } of [a, b]) sh(`mount -o remount,ro "$1"`, path);
+    const verified = (result: Result) => events(result).filter(({ event }) => event === "verify").map(({ name, equal }) => [name, equal]);
+    expect(verified(await expectRun(0, ["verify", "--json", source, destination]))).toEqual([[third, true]]);
+    expect(verified(await expectRun(0, ["verify", "--json", "--snapshot", first, ...options, source, url(destination), second]))).toEqual([[first, true], [first, true]]);
+    expect(verified(await expectRun(0, ["verify", "--json", "--all", ...options, url(source), destination]))).toEqual(snapshotNames(snapshots).map((name) => [name, true]));
+    expect(verified(await expectRun(0, ["verify", "--json", destination, second]))).toEqual([[third, true]]);
+    expect((await expectRun(0, ["verify", "-q", destination, second])).stderr).toBe("");
+  }, 60_000);
+
+  const differences: Record<string, [script: string, message: RegExp]> = {
+    "one flipped byte": [`t=$(stat -c %y plain/20); printf X | dd of=plain/20 bs=1 seek=3 conv=notrunc 2>/dev/null; touch -d "$t" plain/20`, /plain\/20: contents$/m],
+    "an mtime nanosecond": [`touch -d '2001-02-03 04:05:06.123456788' plain/4`, /plain\/4: mtime \d+\.123456789 and \d+\.123456788$/m],
+    "a lost xattr": [`setfattr -x user.note plain/6`, /plain\/6: attributes$/m],
+    "another ACL": [`setfacl -m u:1234:r plain/7`, /plain\/7: mode 664 and 644, attributes$/m],
+    "an attribute of the top directory": [`setfattr -n user.top -v x .`, /: \.: attributes$/m],
+    "a broken hard link": [`t=$(stat -c %y plain); cp -a plain/5 x; t2=$(stat -c %y .); mv x plain/5; touch -d "$t" plain`, /(hard link to \S*plain\/5 and none|hard link to none)/],
+    "an extra empty directory": [`t=$(stat -c %y empty); mkdir empty/more; touch -d "$t" empty`, /empty\/more is only in/],
+    "another owner and mode": [`chown 1235 plain/3; chmod 600 plain/9`, /plain\/3: owner 1234:4321 and 1235:4321; \.\/plain\/9: mode 644 and 600$/m],
+    "another link target": [`t=$(stat -c %y plain); ln -snf elsewhere plain/symlink; touch -h -d "$(stat -c %y plain/4)" plain/symlink; touch -d "$t" plain`, /plain\/symlink: .*target/],
+    "a device": [`t=$(stat -c %y plain); m=$(stat -c %y plain/null); rm plain/null; mknod plain/null c 1 5; touch -d "$m" plain/null; touch -d "$t" plain`, /plain\/null: device 1:3 and 1:5/],
+    "a missing file": [`t=$(stat -c %y plain); rm plain/11; touch -d "$t" plain`, /plain\/11 is only in/],
+    "twelve files": [`for i in 9 10 11 12 13 14 15 16 17 18 19 20; do touch -d @0 plain/$i; done`, /(.*; ){10}and 2 more$/m],
+  };
+  describe("catches", () => {
+    const { source, destination, b } = pair();
+    for (const [i, [what, [script, message]]] of Object.entries(differences).entries())
+      test(what, async () => {
+        const backups = `${destination}${i}`;
+        if (i === 0) await expectRun(0, [source]);
+        await expectRun(0, ["-S", source, backups]);
+        const [name = ""] = snapshotNames(backups);
+        damage(join(backups, name), ":");
+        await expectRun(0, ["verify", source, backups]); // the damage alone is not seen
+        damage(join(backups, name), script);
+        const result = await expectRun(1, ["verify", "--json", source, backups]);
+        expect(events(result).find(({ event }) => event === "verify")).toMatchObject({ name, equal: false });
+        expect(result.stderr).toMatch(message);
+      });
+    test("and without getfattr it says that it is an attribute", async () => {
+      const { stderr } = await expectRun(1, ["verify", source, `${destination}2`], { env: { PATH: pathWithout("getfattr") }, how: "binary" });
+      expect(stderr).toMatch(/attributes/);
+      expect(b.path).not.toBe("");
+    });
+  });
+
+  test("nothing in common, a name that is not shared, one place of several: exit 1", async () => {
+    const { source, destination, a } = pair();
+    await expectRun(0, [source, destination]);
+    const other = subvolume(join(a.path, "other"));
+    await expectRun(0, [other]);
+    expect((await expectRun(1, ["verify", other, destination])).stderr).toContain("nothing complete is shared");
+    expect((await expectRun(1, ["verify", other, destination])).stderr).toContain("nothing was compared");
+    expect((await expectRun(1, ["verify", "--snapshot", "20200101-000000", source, destination])).stderr).toContain("20200101-000000 is not complete on both sides");
+    const partly = await expectRun(1, ["verify", "--json", source, "/nowhere/there", destination]);
+    expect(events(partly).filter(({ event }) => event === "verify")).toMatchObject([{ equal: true }]);
+    await expectRun(2, ["verify", source]);
+  });
+
+  test("a tool that is missing or fails is an error, never equal", async () => {
+    const { source, destination } = pair();
+    await expectRun(0, [source, destination]);
+    for (const tool of ["tar", "sha256sum"]) expect((await expectRun(1, ["verify", source, destination], { env: { PATH: pathWithout(tool) } })).stderr).toContain(`${tool} not found`);
+    const busybox = pathWithout("tar");
+    sh(`ln -s "$(command -v busybox)" "$1/tar"`, busybox);
+    expect((await expectRun(1, ["verify", source, destination], { env: { PATH: busybox } })).stderr).toContain("GNU tar not found");
+    for (const tool of ["tar", "find", "sort"]) {
+      const failing = pathWithout(tool);
+      writeFileSync(join(failing, tool), `#!/bin/sh\n/usr/bin/${tool} "$@"\ncase "$*" in *--version*) ;; *) echo "${tool}: Input/output error" >&2; exit 2;; esac\n`, { mode: 0o755 });
+      const { stdout } = await expectRun(1, ["verify", "--json", source, destination], { env: { PATH: failing } });
+      expect([tool, stdout.includes('"equal":true')]).toEqual([tool, false]);
+    }
+  });
+});
+
+describe("versions", () => {
+  const { source, snapshots, destination, a } = pair();
+  const file = join(source, "docs/letter");
+  const shown = async (args: string[], cwd?: string) => events(await expectRun(0, ["versions", "--json", ...args], cwd === undefined ? {} : { cwd })).filter(({ event }) => event === "version");
+
+  test("consecutive equal ones are one row, over the source and its known destinations", async () => {
+    mkdirSync(join(source, "docs/more"), { recursive: true });
+    const steps = [() => writeFileSync(file, "one"), () => {}, () => writeFileSync(file, "second"), () => rmSync(file), () => writeFileSync(file, "third!"), () => {}];
+    for (const [i, step] of steps.entries()) {
+      step();
+      snapshotAs(source, day(i + 1));
+    }
+    await expectRun(0, ["-S", "-N", "4", source, destination]);
+    expect((await shown([file])).map(({ first, last, state, locations }) => [first, last, state?.size ?? null, locations.length])).toEqual([
+      [day(5), day(6), "6", 2],
+      [day(4), day(4), null, 2],
+      [day(3), day(3), "6", 2],
+      [day(1), day(2), "3", 1],
+    ]);
+    const { stdout } = await expectRun(0, ["versions", file]);
+    expect(stdout).toMatch(new RegExp(`${day(5)}  ${day(6)}  6B +20\\d\\d-\\d\\d-\\d\\d \\d\\d:\\d\\d:\\d\\d  A B \\(as it is now\\)`));
+    expect(stdout).toMatch(new RegExp(`${day(4)}  ${day(4)}  deleted +- +A B`));
+    // A relative path, one location, nothing known of it, and over ssh.
+    expect((await shown(["letter", destination], join(source, "docs"))).length).toBe(4);
+    const { options, url } = await sshServer();
+    expect((await shown([...options, url(file)])).length).toBe(4);
+    expect((await expectRun(1, ["versions", join(source, "never")])).stderr).toContain("is in none of 6 snapshots");
+    expect((await expectRun(1, ["versions", join(temporaryDirectory(), "x")])).stderr).toContain("btrfs");
+  });
+
+  test("--get copies one back, by name or time, never over a file that is there", async () => {
+    const mode = { env: {} };
+    await expectRun(0, ["versions", file, "--get", day(3)], mode);
+    expect(readFileSync(`${file}.${day(3)}`, "utf8")).toBe("second");
+    expect((await expectRun(1, ["versions", file, "--get", day(3)])).stderr).toContain("exists: --force replaces it");
+    const to = join(source, "elsewhere");
+    await expectRun(0, ["versions", file, "--get", "2026-01-04 12:00", "--to", to]); // it was deleted then: the last before
+    expect(readFileSync(to, "utf8")).toBe("second");
+    expect((await expectRun(1, ["versions", file, "--get", "2026-01-01", "--to", file])).stderr).toContain("--force");
+    expect(readFileSync(file, "utf8")).toBe("third!");
+    await expectRun(0, ["versions", file, "--get", "2026-01-01", "--to", file, "--force"]);
+    expect(readFileSync(file, "utf8")).toBe("one");
+    expect((await expectRun(1, ["versions", file, "--get", day(4), "--to", to, "--force"])).stderr).toContain("not in a snapshot");
+    expect((await expectRun(1, ["versions", file, "--get", "2025-01-01"])).stderr).toContain("in no snapshot from that time");
+    await expectRun(2, ["versions", file, "--to", to]);
+    await expectRun(2, ["versions", file, "--get", "2026-13-01"]);
+  });
+
+  test("a deleted directory comes back with all that it held; over ssh as well", async () => {
+    const { options, url } = await sshServer();
+    rmSync(join(source, "plain"), { recursive: true });
+    const then = join(source, "then");
+    for (const [i, [args, from]] of ([[[join(source, "plain")], day(6)], [[...options, join(source, "plain"), url(destination)], day(5)]] as const).entries()) {
+      const folder = join(then, String(i));
+      mkdirSync(folder, { recursive: true });
+      if (i === 1) sh(`btrfs -q subvolume delete "$1"/* >/dev/null`, snapshots);
+      await expectRun(0, ["versions", ...args, "--get", from, "--to", join(folder, "plain")]);
+      // Beside it, the same alone: a digest of both tells any difference.
+      const expected = join(then, `expected-${i}`);
+      mkdirSync(expected);
+      sh(`cp -a "$1/plain" "$2"`, join(destination, from), expected);
+      expectSameTree(expected, folder);
+    }
+    expect((await shown([join(source, "plain/deep/er/large")])).map(({ locations }) => locations)).toEqual([[destination]]);
+    expect((await expectRun(1, ["versions", join(source, "plain/deep/er/large"), "--get", day(5)])).stderr).toContain("plain/deep/er");
+  });
+
+  test("a copy within a filesystem shares its data", async () => {
+    sh(`head -c 5M /dev/urandom >"$1/large"`, source);
+    await nextSecond();
+    await expectRun(0, [source]);
+    const [name = ""] = snapshotNames(snapshots);
+    await expectRun(0, ["versions", join(source, "large"), "--get", name]);
+    expect(sh(`btrfs filesystem du -s --raw "$1" | awk 'NR == 2 { print $2 }'`, join(source, `large.${name}`))).toBe("0");
+    expect(statSync(join(source, `large.${name}`)).mtimeMs).toBe(statSync(join(source, "large")).mtimeMs);
+  });
+
+  test("a symbolic link is itself, and one in a snapshot leads nowhere outside", async () => {
+    const [sub, elsewhere] = [subvolume(join(a.path, "sub")), temporaryDirectory()];
+    writeFileSync(join(elsewhere, "secret"), "outside");
+    sh(`mkdir "$1/dir"; ln -s "$2" "$1/link"; echo inside >"$1/dir/secret"`, sub, elsewhere);
+    sh(`mv "$1/dir" "$1/aside"; ln -s "$2" "$1/dir"`, sub, elsewhere);
+    await expectRun(0, [sub]);
+    sh(`rm "$1/dir"; mv "$1/aside" "$1/dir"`, sub);
+    const [name = ""] = snapshotNames(join(sub, "snapshot"));
+    expect((await shown([join(sub, "link")]))[0]).toMatchObject({ state: { type: "symbolic link", target: expect.stringContaining(elsewhere) } });
+    await expectRun(0, ["versions", join(sub, "link"), "--get", name]);
+    expect(lstatSync(join(sub, `link.${name}`)).isSymbolicLink()).toBe(true);
+    expect((await expectRun(1, ["versions", join(sub, "dir/secret"), "--get", name])).stderr).toContain("through a symbolic link");
+    expect(existsSync(join(sub, `dir/secret.${name}`))).toBe(false);
+  });
+
+  test("names that could be options or syntax", async () => {
+    const sub = subvolume(join(a.path, "odd"));
+    const names = ["-rf", "--help", "a b", `q'"$(x)\\`, "new\nline", "ü"];
+    for (const name of names) writeFileSync(join(sub, name), name);
+    await expectRun(0, [sub]);
+    const [snapshot = ""] = snapshotNames(join(sub, "snapshot"));
+    for (const [i, name] of names.entries()) {
+      await expectRun(0, ["versions", join(sub, name), "--get", snapshot, "--to", join(sub, `back-${i}`)]);
+      expect(readFileSync(join(sub, `back-${i}`), "utf8")).toBe(name);
+    }
+  });
+});
+
+test("list and versions of 1,000 snapshots at two places take as many processes as of 10", async () => {
+  const { source, snapshots, destination, b } = pair();
+  writeFileSync(join(source, "file"), "x");
+  await expectRun(0, [source, destination]);
+  // As if received: a snapshot of each, with the received UUID of the one at the source.
+  const many = (from: number, to: number) =>
+    sh(
+      `cd "$1"; base=$(ls -d "$2"/2* | head -n 1); for i in $(seq "$3" "$4"); do n=$(date -u -d "2001-01-01 +$i hours" +%Y%m%d-%H%M%S); btrfs -q subvolume snapshot -r "$5" "$n"; btrfs -q subvolume snapshot "$base" "$2/$n"; echo "$2/$n"; btrfs subvolume show "$n" | sed -n 's/^\\tUUID:[[:space:]]*//p'; done |
+      perl -ne 'chomp; if (!defined $p) { $p = $_; next } open(my $d, "<", $p) or die; s/-//g; my $a = pack("H32", $_) . chr(0) x 184; ioctl($d, 0xC0C89425, $a) or die "$!"; my $f = pack("Q", 2); ioctl($d, 0x4008941A, $f) or die "$!"; undef $p'`,
+      snapshots, destination, String(from), String(to), source,
+    );
+  const pids = () => Number(sh("echo $BASHPID"));
+  const processes = async (args: string[]) => {
+    const before = pids();
+    const result = await expectRun(0, args);
+    return { spent: pids() - before, result };
+  };
+  many(1, 9);
+  const [fewList, fewVersions] = [await processes(["list", "--json", source]), await processes(["versions", "--json", join(source, "file")])];
+  many(10, 999);
+  const [list, versions] = [await processes(["list", "--json", source]), await processes(["versions", "--json", join(source, "file")])];
+  expect(listed(list.result)["snapshots"].length).toBe(1000);
+  expect(listed(list.result)["snapshots"].every(({ at }: any) => at[0]?.state === "whole" && at[1]?.state === "whole")).toBe(true);
+  expect(events(versions.result).find(({ event }) => event === "version")?.["snapshots"].length).toBe(1000);
+  console.log(`processes and threads: list ${fewList.spent} and ${list.spent}, versions ${fewVersions.spent} and ${versions.spent}`);
+  // Threads of the runtime come and go; a process a snapshot would be a thousand.
+  expect(Math.abs(list.spent - fewList.spent)).toBeLessThan(50);
+  expect(Math.abs(versions.spent - fewVersions.spent)).toBeLessThan(50);
+  expect(b.path).not.toBe(source);
+}, 120_000);
