@@ -166,6 +166,21 @@ export function parseDuration(text: string): { count: number; unit: Unit } {
   return { count: Number(match[1]), unit: match[2] as Unit };
 }
 
+/** Reads a RATE in bytes a second, with k, m or g for powers of 1024. */
+export function parseRate(text: string): number {
+  const [, number = "", unit = ""] = /^(\d+(?:\.\d+)?)([kmg]?)$/i.exec(text) ?? [];
+  const rate = Math.floor(Number(number) * 1024 ** " kmg".indexOf(unit.toLowerCase() || " "));
+  if (rate < 1 || rate > Number.MAX_SAFE_INTEGER) throw new UsageError(`"${text}" is not a rate: bytes a second, with k, m or g for powers of 1024`);
+  return rate;
+}
+
+/** Reads `zstd[:LEVEL]`, and returns the level. */
+export function parseCompression(text: string): string {
+  const level = /^zstd(?::([1-9]|1[0-9]))?$/.exec(text);
+  if (!level) throw new UsageError(`"${text}" is no compression: zstd, or zstd:LEVEL with 1 to 19`);
+  return level[1] ?? "3";
+}
+
 /** A place a user can name. `id` tells it from others and is what records call it. */
 export type Location =
   | { readonly kind: "folder"; readonly id: string; readonly host: HostName | null; readonly path: string }
@@ -290,6 +305,8 @@ export function hostOf(name: HostName | null, options: { sshOptions: readonly st
   return { label: `${name.user === null ? "" : `${name.user}@`}${name.name}`, ssh: [...words, "--", name.name], sudo: options.sshSudo };
 }
 
+const sameHost = (a: Host, b: Host) => JSON.stringify(a.ssh) === JSON.stringify(b.ssh);
+
 /** The shell text that runs a verb on a host. Local and ssh differ nowhere else. */
 export function commandFor(host: Host, verb: Verb, args: readonly string[]): string {
   const words = ["sh", "-c", verb.script, `btrfs-backup:${verb.name}`, host.sudo ? "sudo" : "", ...args];
@@ -402,11 +419,11 @@ async function hold(host: Host, verb: Verb, args: readonly string[], end: string
   return { output: printed.join(""), release };
 }
 
-/** One process of a pipeline. `shown`: its stderr goes to the terminal, not into the error. */
-export type Stage = { readonly label: string; readonly command: string; readonly shown?: boolean };
+/** One process of a pipeline. `shown`: its stderr goes to the terminal, not into the error; `measured`: its bytes count, not the first one's. */
+export type Stage = { readonly label: string; readonly command: string; readonly shown?: boolean; readonly measured?: boolean };
 
 /**
- * Runs stages as one pipeline in a process group of its own; returns the bytes that the first
+ * Runs stages as one pipeline in a process group of its own; returns the bytes that the measured
  * one wrote (null where the kernel does not count them). If a stage fails, the stages after it
  * are killed before their input closes: the failing one's shell holds the pipe until the group is
  * dead. By SIGKILL: what catches another signal could still take the end of a dying neighbour's
@@ -416,10 +433,11 @@ export async function pipeline(stages: readonly Stage[], environment: Record<str
   checkInterruption();
   const directory = mkdtempSync(join(runtimeDirectory(), "p"));
   const file = (name: string | number) => quote(`${directory}/${name}`);
+  const measured = Math.max(0, stages.findIndex(({ measured }) => measured));
   const texts = stages.map(({ command, shown }, i) => {
     // A child's I/O is added to its parent's when it is waited for: proc(5), /proc/pid/io. A few bytes
     // of the verb's own are in it.
-    const measure = i === 0 ? `while read -r k v; do case $k in wchar:) echo "$v" >${file("bytes")};; esac; done </proc/self/io;` : "";
+    const measure = i === measured ? `while read -r k v; do case $k in wchar:) echo "$v" >${file("bytes")};; esac; done </proc/self/io;` : "";
     const last = i === stages.length - 1 ? " >&2" : "";
     return `{ { ${command}${last}; } 2>${shown ? "&3" : file(i)} 3>&-; r=$?; ${measure} echo "${i} $r" >>${file("ended")}; [ $r = 0 ] || kill -KILL 0; }`;
   });
@@ -507,7 +525,7 @@ const OPEN = verb(
   `place() { cd -P -- "$1"; pwd -P; stat -c %i .; stat -f -c %i .; if is_btrfs; then b inspect-internal rootid .; else echo -; fi; };`,
   `if [ -n "$s" ]; then [ -d "$s" ] || { echo "no such directory: $s" >&2; exit 64; };`,
   `say source; place "$s"; if is_btrfs && [ "$(stat -c %i .)" = 256 ]; then say show; b subvolume show .; fi; fi;`,
-  `say host; uname -n; say mounts; cat /proc/self/mountinfo; say filesystems; ls /sys/fs/btrfs 2>/dev/null || :;`,
+  `say host; uname -n; say zstd; command -v zstd || :; say mounts; cat /proc/self/mountinfo; say filesystems; ls /sys/fs/btrfs 2>/dev/null || :;`,
   `if [ -d "$d" ]; then say folder; place "$d"; say owners; id -u; stat -c %u .;`,
   `for f in ".btrfs-backup.$p.lock" ".btrfs-backup.$p.receiving" .btrfs-backup.json .outstanding_transfers; do if [ -e "$f" ] || [ -L "$f" ]; then`,
   `stat -c %u "$f"; if [ -f "$f" ] && [ "$(stat -c %f "$f" | cut -c 1)" = 8 ]; then :; else echo "$PWD/$f is not a plain file" >&2; exit 65; fi; fi; done;`,
@@ -531,11 +549,19 @@ const SNAPSHOT = verb(
   `at "$2" "$3"; if [ -e "$4" ] || [ -L "$4" ]; then exit 76; fi; b subvolume snapshot -r "$1" "$PWD/$4" >/dev/null; b subvolume show -b "$PWD/$4"`,
 );
 
-/** send FLAG FOLDER FSID NAME PARENT: the stream, on standard output; in full if PARENT is empty. */
-const SEND = verb("send", PRELUDE, `at "$2" "$3"; if [ -n "$5" ]; then b send "$1" -p "$PWD/$5" "$PWD/$4"; else b send "$1" "$PWD/$4"; fi`);
+/**
+ * send FLAG FOLDER FSID LEVEL NAME PARENT: the stream, on standard output; in full if PARENT is empty, compressed
+ * unless LEVEL is. Cut short it still ends well for zstd, but never for `btrfs receive`.
+ */
+const SEND = verb(
+  "send",
+  PRELUDE,
+  `at "$2" "$3"; f=$1 z=$4 n=$5 p=$6; s() { if [ -n "$p" ]; then b send "$f" -p "$PWD/$p" "$PWD/$n"; else b send "$f" "$PWD/$n"; fi; };`,
+  `if [ -z "$z" ]; then s; else exec 4>&1; r=$( { { s && echo ok >&3; } | zstd -q -c -T0 "-$z" >&4; } 3>&1 ); [ "$r" = ok ]; fi`,
+);
 
 /**
- * receive FLAG FOLDER FSID PREFIX HEADER KEY BEGINNING REST: takes the stream. The record
+ * receive FLAG FOLDER FSID LEVEL PREFIX HEADER KEY BEGINNING REST: takes the stream, see `send`. The record
  * says BEGINNING and REST meanwhile, and { and REST afterwards: the announcement comes and goes.
  */
 const RECEIVE = verb(
@@ -543,8 +569,9 @@ const RECEIVE = verb(
   PRELUDE,
   RECORD,
   RECEIVING,
-  `f=$1; at "$2" "$3"; shift 3; receiving "$1" 0;`,
-  `if [ -n "$2" ]; then record "$2" "$3" "$4$5"; fi; b receive "$f" "$PWD" >&2; if [ -n "$2" ]; then record "$2" "$3" "{$5"; fi`,
+  `f=$1 z=$4; at "$2" "$3"; shift 4; receiving "$1" 0; if [ -n "$2" ]; then record "$2" "$3" "$4$5"; fi;`,
+  `if [ -z "$z" ]; then b receive "$f" "$PWD" >&2; else r=$( { { zstd -q -d -c && echo ok >&3; } | b receive "$f" "$PWD" >&2; } 3>&1 ); [ "$r" = ok ]; fi;`,
+  `if [ -n "$2" ]; then record "$2" "$3" "{$5"; fi`,
 );
 
 /**
@@ -779,6 +806,8 @@ export type Place = { readonly path: string; readonly inode: number; readonly fs
 /** All that `open` tells. `exists` is false for a folder that would have to be made; then `place` is its parent. */
 export type Inspection = {
   readonly host: string;
+  /** Whether zstd is installed there. */
+  readonly zstd: boolean;
   readonly exists: boolean;
   readonly locked: boolean;
   readonly place: Place;
@@ -827,6 +856,7 @@ export function parseInspection(output: string, nonce: string, folder: string): 
   return {
     trusted: owners.every((owner) => owner === self || owner === "0"),
     host: section("host"),
+    zstd: section("zstd") !== "",
     exists,
     locked: sections.has("locked"),
     place: here,
@@ -1103,7 +1133,9 @@ export interface Destination {
   /** Why nothing may be deleted there in this run. */
   readonly frozen: string | null;
   /** The last stage of a transfer's pipeline, and what its environment says. */
-  readonly receive: (transfer: Transfer) => { stage: Stage; environment: Record<string, string> };
+  readonly receive: (transfer: Transfer, level: string) => { stage: Stage; environment: Record<string, string> };
+  /** The level that a stream from there is compressed with on its way, or nothing. Errors: Failure where zstd is missing. */
+  readonly compression: (source: Folder, level: string) => string;
   /** Clears away what a failed transfer of that name left. */
   readonly discard: (name: string) => Promise<void>;
   /** Deletes backups; `free`: waits until their space is free. */
@@ -1132,10 +1164,17 @@ export function standingIn(folder: Pick<Folder, "standing" | "snapshots" | "entr
 
 type FolderOptions = Deletion & { readonly btrfsDebug: boolean };
 
+/** Streams between hosts are compressed, others never. Errors: Failure where zstd is missing. */
+function compressionBetween(source: Folder, target: Folder, level: string): string {
+  if (level === "" || sameHost(source.host, target.host)) return "";
+  for (const { zstd, host, hostName } of [source, target]) if (!zstd) throw new Failure(`${host.label || hostName}: zstd not found: install zstd`);
+  return level;
+}
+
 /** The receiving end of a transfer into a folder. `chain`: what its record says, with the announcement meanwhile. */
-function receiving(folder: Folder, name: string, chain: ChainRecord | null, btrfsDebug: boolean): Stage {
+function receiving(folder: Folder, name: string, level: string, chain: ChainRecord | null, btrfsDebug: boolean): Stage {
   const [header, key, value] = chain === null ? ["", "", ""] : recordArguments(folder, chain);
-  const args = [btrfsDebug ? "-vv" : "-q", ...at(folder), folder.prefix, header, key, `{"receiving":${JSON.stringify(name)},`, value.slice(1)];
+  const args = [btrfsDebug ? "-vv" : "-q", ...at(folder), level, folder.prefix, header, key, `{"receiving":${JSON.stringify(name)},`, value.slice(1)];
   return { label: `btrfs receive${folder.host.label === "" ? "" : ` on ${folder.host.label}`}`, command: commandFor(folder.host, RECEIVE, args), shown: btrfsDebug };
 }
 
@@ -1149,7 +1188,8 @@ function folderDestination(folder: Folder, owned: ChainRecord, announced: readon
     filesystem: folder.place.filesystem,
     standing: standingIn(folder, settled, announcement === undefined ? announced : [...announced, announcement]),
     frozen: folder.record.unreadable === null ? null : `its .btrfs-backup.json cannot be read (${folder.record.unreadable}); move it aside and run once with --adopt`,
-    receive: ({ snapshot }) => ({ stage: receiving(folder, snapshot.name, settled, options.btrfsDebug), environment: {} }),
+    receive: ({ snapshot }, level) => ({ stage: receiving(folder, snapshot.name, level, settled, options.btrfsDebug), environment: {} }),
+    compression: (source, level) => compressionBetween(source, folder, level),
     async discard(name) {
       await ask(host, DISCARD, [...at(folder), prefix, name, ...recordArguments(folder, settled)], `${id}: cannot remove what the broken transfer of ${name} left`);
     },
@@ -1191,6 +1231,7 @@ function shellDestination(location: Location & { kind: "shell" }, last: Memory |
         },
       };
     },
+    compression: () => "",
     discard: async () => {},
     remove: async () => {},
     close: async () => {},
@@ -1493,28 +1534,33 @@ function newReport(json: boolean, dryRun: boolean): Report {
   return report;
 }
 
-/** How to send. `sizes`: bytes of a full stream, by snapshot UUID, where quotas tell them. */
-type Sending = { readonly progress: boolean; readonly btrfsDebug: boolean; readonly sizes: ReadonlyMap<string, number> };
+/** How to send: `level` of compression, `rate` in bytes a second; `sizes`: bytes of a full stream, by snapshot UUID, where quotas tell them. */
+type Sending = { readonly progress: boolean; readonly btrfsDebug: boolean; readonly level: string; readonly rate: number | null; readonly sizes: Map<string, number> };
 
-/** Whether there is a terminal to draw a bar on, and pv to draw it. */
-function canShowProgress(): boolean {
-  const missing = !process.stderr.isTTY ? "stderr is no terminal" : which.sync("pv", { nothrow: true }) === null ? "pv is not installed" : null;
+/** How options say to send. A bar needs a terminal to draw it on. Errors: Failure if pv is missing for a rate. */
+function sendingOf({ progress, btrfsDebug, level, rate }: Omit<Sending, "sizes">): Sending {
+  const pv = which.sync("pv", { nothrow: true }) !== null;
+  if (rate !== null && !pv) throw new Failure("--rate-limit: pv not found: install pv");
+  const missing = !process.stderr.isTTY ? "stderr is no terminal" : pv ? null : "pv is not installed";
   if (missing !== null) log.debug(`no progress is shown: ${missing}`);
-  return missing === null;
+  return { progress: progress && missing === null, btrfsDebug, level, rate, sizes: new Map() };
 }
 
-/** The stage that draws a bar. */
-function progressStage(transfer: Transfer, { progress, sizes }: Sending): Stage[] {
-  if (!progress) return [];
-  const size = transfer.parent === null ? sizes.get(transfer.snapshot.uuid) : undefined;
-  return [{ label: "pv", command: `pv -f -w ${process.stderr.columns || 80} ${size === undefined ? "-trb" : `-ptreb -s ${size}`}`, shown: true }];
+/** The stage that draws a bar, slows down, and tells the bytes of a compressed stream, whose size is not known before. */
+function progressStage(transfer: Transfer, { progress, rate, level, sizes }: Sending): Stage[] {
+  const measured = level !== "";
+  if (!progress && rate === null) return measured ? [{ label: "cat", command: "cat", measured }] : [];
+  const size = transfer.parent === null && !measured ? sizes.get(transfer.snapshot.uuid) : undefined;
+  const shown = !progress ? "-q" : `-f -w ${process.stderr.columns || 80} ${size === undefined ? "-trb" : `-ptreb -s ${size}`}`;
+  return [{ label: "pv", command: `pv ${shown}${rate === null ? "" : ` -L ${rate}`}`, shown: progress, measured }];
 }
 
 /** Sends one snapshot to one destination, which is as before if it fails. Errors: those of `pipeline`. */
-async function transferTo(destination: Pick<Destination, "receive" | "discard">, source: Folder, transfer: Transfer, sending: Sending): Promise<{ bytes: number | null; seconds: number }> {
+async function transferTo(destination: Pick<Destination, "receive" | "compression" | "discard">, source: Folder, transfer: Transfer, asked: Sending): Promise<{ bytes: number | null; seconds: number }> {
   const { snapshot, parent } = transfer;
-  const send = commandFor(source.host, SEND, [sending.btrfsDebug ? "-vv" : "-q", ...at(source), snapshot.name, parent?.name ?? ""]);
-  const { stage, environment } = destination.receive(transfer);
+  const sending = { ...asked, level: destination.compression(source, asked.level) };
+  const send = commandFor(source.host, SEND, [sending.btrfsDebug ? "-vv" : "-q", ...at(source), sending.level, snapshot.name, parent?.name ?? ""]);
+  const { stage, environment } = destination.receive(transfer, sending.level);
   const label = `btrfs send${source.host.label === "" ? "" : ` on ${source.host.label}`}`;
   const began = Date.now();
   try {
@@ -1607,6 +1653,7 @@ async function openDestination({ location }: Wanted, source: Source, known: Know
     const here = dataFinder(source.snapshots);
     claimed = claim(source.identity, chain, complete, complete.filter((backup) => here(backup) !== undefined), o.adopt);
     if (!claimed.accepted) throw new Failure(claimed.why);
+    compressionBetween(source, folder, o.level);
   });
   const { receiving, ...chain } = folder.chain;
   // An announcement outlives its transfer only as long as there is a leftover to be recognised by it.
@@ -1653,7 +1700,7 @@ function warnOfNested({ source, subvolumes, top, subvolume }: Source, report: Re
 }
 
 /** Takes the snapshot, between the user's own commands. Errors: Failure. */
-async function takeSnapshot(source: Source, all: readonly Served[], o: RunOptions, report: Report, sizes: Map<string, number>): Promise<Snapshot> {
+async function takeSnapshot(source: Source, all: readonly Served[], o: RunOptions, report: Report, { sizes }: Sending): Promise<Snapshot> {
   const hook = async (command: string | null, option: string) => {
     if (command !== null && !o.dryRun) log.debug((await ask(source.host, HOOK, [command], `${option} failed`)).trim());
   };
@@ -1819,7 +1866,6 @@ async function backUp(source: Source, o: RunOptions, report: Report): Promise<vo
     else known.delete(id);
   }
   const all: Served[] = [];
-  const progress = o.progress && canShowProgress();
   let written = JSON.stringify(source.chain);
   const saveKnown = async () => {
     const chain = { ...source.owned, ...(known.size > 0 || source.chain.destinations ? { destinations: [...known.values()] } : {}) };
@@ -1831,6 +1877,7 @@ async function backUp(source: Source, o: RunOptions, report: Report): Promise<vo
   };
   let taken: Snapshot | null = null;
   try {
+    const sending = sendingOf(o);
     warnOfNested(source, report);
     warnOfDuplicates(source, report);
     const { unreadable } = source.record;
@@ -1838,17 +1885,16 @@ async function backUp(source: Source, o: RunOptions, report: Report): Promise<vo
     if (o.transfer || !o.removeLocks) await openAll(all, wanted, source, known, o, report);
     const snapshots = source.snapshots.filter(({ readonly }) => readonly);
     for (const { name, readonly } of source.snapshots) if (!readonly) report.warning(`${source.path}/${name} is writable: it is not sent, not counted and not deleted`);
-    const sizes = new Map<string, number>();
     if (o.snapshot)
       try {
-        taken = await takeSnapshot(source, all, o, report, sizes);
+        taken = await takeSnapshot(source, all, o, report, sending);
         snapshots.push(taken);
         log.info(`${o.dryRun ? "Would take" : "Took"} snapshot ${taken.name} of ${o.source.id}`);
         report.event("snapshot", { name: taken.name, path: join(source.path, taken.name) });
       } catch (error) {
         report.error(null, error);
       }
-    for (const served of all) await serve(served, source, snapshots, { known, save: saveKnown }, o, report, { progress, btrfsDebug: o.btrfsDebug, sizes });
+    for (const served of all) await serve(served, source, snapshots, { known, save: saveKnown }, o, report, sending);
     // A full disk can keep the record from being written: then what it says still holds as well.
     const saved = await saveKnown().then(() => true, (error) => report.error(null, error));
     if (unreadable === null) await pruneSource(source, snapshots, wanted, [...known.values(), ...(saved ? [] : (source.chain.destinations ?? []))], all, o, report);
@@ -1967,6 +2013,7 @@ async function clearLeftovers(target: Target, only: string | null, o: RestoreOpt
 
 /** Makes TARGET a writable subvolume with a backup's contents, and lets its next runs go on from there. */
 export async function restore(o: RestoreOptions, report: Report): Promise<void> {
+  const sending = sendingOf(o);
   const location = await openLocation(o.location, { ...o, wait: o.dryRun ? "look" : o.wait });
   const opened = [location];
   try {
@@ -1976,6 +2023,8 @@ export async function restore(o: RestoreOptions, report: Report): Promise<void> 
     if (outside !== null && outside !== location) opened.push(outside);
     const asked = o.parentFrom === null ? null : await openFolder({ ...o.target, id: o.parentFrom }, o.target.host === null ? resolve(o.parentFrom) : o.parentFrom, { prefix: location.prefix, wait: "look", hosts: o.hosts });
     if (asked !== null && asked.place.filesystem !== target.place.filesystem) throw new UsageError(`--parent-from ${o.parentFrom} is not on the filesystem of ${o.target.id}`);
+
+    compressionBetween(location, target, o.level);
 
     // Decide: what is there already, what is sent, and what moves.
     const { mount } = placeOn(target.mounts, target.path);
@@ -2009,8 +2058,9 @@ export async function restore(o: RestoreOptions, report: Report): Promise<void> 
       try {
         if (present === null) {
           const folder = { ...target, path: join(target.path, work) };
-          const receive = () => ({ stage: receiving(folder, chosen.name, null, o.btrfsDebug), environment: {} });
-          report.event("transfer", { ...transfer, ...(await transferTo({ receive, discard: async () => {} }, location, { snapshot: chosen, parent }, { progress: o.progress && canShowProgress(), btrfsDebug: o.btrfsDebug, sizes: new Map() })) });
+          const receive = (_: Transfer, level: string) => ({ stage: receiving(folder, chosen.name, level, null, o.btrfsDebug), environment: {} });
+          const compression = (source: Folder, level: string) => compressionBetween(source, target, level);
+          report.event("transfer", { ...transfer, ...(await transferTo({ receive, compression, discard: async () => {} }, location, { snapshot: chosen, parent }, sending)) });
         }
         const origin = present === null ? "" : here ? join(location.path, chosen.name) : through(`/${present.path}`);
         await ask(target.host, BUILD, [...at(target), work, origin, outside?.path ?? target.inside ?? "", chosen.name, how], `cannot build ${o.target.id}`);
@@ -2110,7 +2160,7 @@ export type ListOptions = ReturnType<typeof listOptions>;
 export async function list(o: ListOptions, report: Report): Promise<void> {
   const now = wallClock(new Date());
   const [first, ...others] = o.locations as [Location, ...Location[]];
-  const columns = await openColumns(first, others, o.maxAge === null, { ...o, prefix: o.prefix ?? "" }, report);
+  const columns = await openColumns(first, others, others.length === 0 && o.maxAge === null, { ...o, prefix: o.prefix ?? "" }, report);
   if (o.maxAge !== null) return checkAge(columns, { ...o, maxAge: o.maxAge }, now, report);
   const prefixes = new Set(o.prefix !== null ? [o.prefix] : columns.flatMap(({ folder }) => prefixesIn(folder?.standing ?? [])));
   for (const prefix of prefixes.size === 0 ? [""] : prefixes) {
@@ -2350,13 +2400,12 @@ async function getVersion(o: VersionsOptions, get: string, host: Host, path: str
   const dated = /^\d{4}-/.test(get) ? parseWhen(get) : null;
   const found = seen.findLast(({ name, time, state }) => state !== null && (dated === null ? name === get : time <= dated));
   if (found === undefined) throw new Failure(`${o.file.id}: ${dated === null ? `not in a snapshot ${get}` : "in no snapshot from that time or before"}`);
-  const sameHost = (folder: Folder) => JSON.stringify(folder.host) === JSON.stringify(host);
   const having = found.columns.map((i) => columns[i]?.folder as Folder);
-  const folder = having.find(sameHost) ?? (having[0] as Folder);
+  const folder = having.find((one) => sameHost(one.host, host)) ?? (having[0] as Folder);
   const to = o.to ?? `${o.file.path}.${found.name}`;
   const put = [dirname(to), basename(to), o.force ? "force" : "", basename(path)];
   const take = [...at(folder), found.name, path];
-  if (sameHost(folder)) await ask(host, PUT, [...put, ...take], `cannot copy ${o.file.id} back`);
+  if (sameHost(folder.host, host)) await ask(host, PUT, [...put, ...take], `cannot copy ${o.file.id} back`);
   else await pipeline([{ label: `tar on ${folder.host.label}`, command: commandFor(folder.host, TAKE, take) }, { label: "tar", command: commandFor(host, PUT, put) }]);
   log.info(`Copied ${path.slice(1)} as it was in ${found.name} of ${folder.id} to ${to}`);
   report.event("get", { location: folder.id, name: found.name, path: to });
@@ -2424,6 +2473,8 @@ const RUN_ARGUMENTS = {
   "locked-dests": { type: "boolean", description: "Add every known destination of SOURCE" },
   "remove-locks": { type: "boolean", description: "Forget the given destinations first (see unpin)" },
   "skip-fs-checks": { type: "boolean", description: "Do not check that SOURCE and DEST are on btrfs, and not on the same one" },
+  compress: { type: "string", valueHint: "zstd[:LEVEL]", description: "Compress what travels between hosts" },
+  "rate-limit": { type: "string", valueHint: "RATE", description: "Send at most so many bytes a second, with k, m or g for powers of 1024 (needs pv)" },
   "btrfs-debug": { type: "boolean", alias: "d", description: "Let btrfs send and receive tell everything (-vv)" },
   "no-progress": { type: "boolean", alias: "P", description: "Show no progress" },
   ...WAIT,
@@ -2581,7 +2632,7 @@ export function runOptions(given: Given) {
     maxAge: ageOf(given),
     beforeSnapshot: given.value("before-snapshot"),
     afterSnapshot: given.value("after-snapshot"),
-    ...showing(given),
+    ...sendingOptions(given),
   };
 }
 
@@ -2590,11 +2641,15 @@ export function restoreOptions(given: Given) {
   const [location, target] = locationsOf(given, 2, 2, "LOCATION and TARGET") as [Location & { kind: "folder" }, Location & { kind: "folder" }];
   const [snapshot, until] = [given.value("snapshot"), given.value("before")];
   if (snapshot !== null && until !== null) throw new UsageError("--snapshot and --before exclude each other");
-  const { progress, btrfsDebug, dryRun } = showing(given);
-  return { ...commonOptions(given), location, target, snapshot, before: until === null ? null : parseWhen(until), parentFrom: given.value("parent-from"), replace: given.flag("replace"), progress, btrfsDebug, dryRun };
+  return { ...commonOptions(given), location, target, snapshot, before: until === null ? null : parseWhen(until), parentFrom: given.value("parent-from"), replace: given.flag("replace"), ...sendingOptions(given) };
 }
 
-const showing = (given: Given) => ({ dryRun: given.flag("dry-run"), progress: !given.flag("no-progress") && !given.flag("quiet"), btrfsDebug: given.flag("btrfs-debug") });
+/** How to send, if at all. */
+function sendingOptions(given: Given) {
+  const [rate, compression] = [given.value("rate-limit"), given.value("compress")];
+  const how = { rate: rate === null ? null : parseRate(rate), level: compression === null ? "" : parseCompression(compression) };
+  return { ...how, dryRun: given.flag("dry-run"), progress: !given.flag("no-progress") && !given.flag("quiet"), btrfsDebug: given.flag("btrfs-debug") };
+}
 
 /** Reads the command line of `list`. */
 export function listOptions(given: Given) {
@@ -2650,7 +2705,7 @@ const COMMANDS: Record<string, CommandDef<any>> = {
     before: { type: "string", valueHint: "TIME", description: "Restore the newest at or before 'YYYY-MM-DD[ HH:MM[:SS]]'" },
     replace: { type: "boolean", description: "TARGET exists: keep it beside as TARGET.before-YYYYMMDD-HHMMSS" },
     "parent-from": { type: "string", valueHint: "DIR", description: "Where snapshots are that the transfer can build on (default: beside TARGET, and in its snapshot folder)" },
-    ...ofRun("dry-run", "btrfs-debug", "no-progress", "wait"),
+    ...ofRun("dry-run", "compress", "rate-limit", "btrfs-debug", "no-progress", "wait"),
     ...HOST_ARGUMENTS,
   }, restoreOptions, restore),
   list: command(" list", "Show what there is of each snapshot, at a source and its destinations.", {
@@ -2678,7 +2733,7 @@ const COMMANDS: Record<string, CommandDef<any>> = {
   copy: command(" copy", "Send backups on to other places, as run does from a source.", {
     location: positional(`Backups: ${PLACE}; all prefixes one after the other, unless -p is given`),
     dest: positional("Where to; any number"),
-    ...ofRun("num-backups", "newest-only", "no-incremental", "optional", "max-age", "make-room", "adopt", "dry-run", "sync", "convert-rw", "skip-fs-checks", "btrfs-debug", "no-progress", "wait"),
+    ...ofRun("num-backups", "newest-only", "no-incremental", "optional", "max-age", "make-room", "adopt", "dry-run", "sync", "convert-rw", "skip-fs-checks", "compress", "rate-limit", "btrfs-debug", "no-progress", "wait"),
     ...HOST_ARGUMENTS,
   }, copyOptions, copy),
   unpin: command(" unpin", "Forget destinations, so that no snapshot is kept for them.", {

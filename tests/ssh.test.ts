@@ -66,6 +66,54 @@ test("a host without btrfs-progs or flock of util-linux is refused by the packag
   }
 });
 
+test("--compress sends less between hosts, whichever side is remote, for run, copy and restore; --rate-limit slows down", async () => {
+  const { source, snapshots, destination } = pair();
+  const { options, url } = await sshServer();
+  sh(`head -c 20M /dev/zero | tr "\\\\0" x >"$1/text"`, source);
+  const sent = (result: Awaited<ReturnType<typeof expectRun>>) => events(result).find(({ event }) => event === "transfer")?.["bytes"] as number;
+  const elsewhere = (name: string) => join(filesystem().path, name);
+  const zstd = ["--json", "--compress", "zstd:5", ...options];
+  const places = [["run", source, url(destination)], ["run", "-S", url(source), elsewhere("a")], ["run", "-S", url(source), url(elsewhere("b"))], ["copy", url(destination), elsewhere("c")], ["restore", url(destination), elsewhere("d")], ["restore", destination, url(elsewhere("e"))]] as const;
+  for (const [command, ...rest] of places) {
+    expect(sent(await expectRun(0, [command, ...zstd, ...rest]))).toBeLessThan(4 << 20);
+    const at = rest.at(-1)?.replace(/^ssh:\/\/[^/]*/, "") as string;
+    expect(sh(`cmp "$1/text" "$2/text" && echo same`, source, command === "restore" ? at : join(at, snapshotNames(at).at(-1) as string))).toBe("same");
+  }
+  expectSound(destination, snapshots);
+  // On one host there is nothing to gain.
+  expect(sent(await expectRun(0, ["-S", ...zstd, source, elsewhere("f")]))).toBeGreaterThan(20 << 20);
+  expect(sent(await expectRun(0, ["-S", ...zstd, "--rate-limit", "512M", source, url(elsewhere("g"))]))).toBeLessThan(4 << 20);
+  const began = Date.now();
+  await expectRun(0, ["-S", ...options, "--rate-limit", "10m", source, elsewhere("h")]);
+  expect(Date.now() - began).toBeGreaterThan(1000); // 20 MiB cannot take less
+});
+
+test("a filter that is missing on the side that needs it is an error before anything is sent; one that fails leaves nothing", async () => {
+  const { source, b } = pair();
+  const { options, url, user } = await sshServer();
+  const place = join(b.path, "x");
+  const without = (name: string) => ({ env: { PATH: pathWithout(name) } });
+  const shell = join(temporaryDirectory(), "shell");
+  writeFileSync(shell, `#!/bin/bash\nPATH=${pathWithout("zstd")} exec dash "$@"\n`, { mode: 0o755 });
+  user("nozstd", shell);
+  expect((await expectRun(1, [...options, "--compress", "zstd", source, url(place, "nozstd")])).stderr).toContain("nozstd@127.0.0.1: zstd not found: install zstd");
+  expect((await expectRun(1, [...options, "--compress", "zstd", source, url(place)], without("zstd"))).stderr).toContain("zstd not found: install zstd");
+  expect((await expectRun(1, ["--rate-limit", "1m", source, place], without("pv"))).stderr).toContain("pv not found: install pv");
+  expect(existsSync(place)).toBe(false);
+  // It dies in the middle, on either side.
+  sh(`head -c 30M /dev/urandom >"$1/large"`, source);
+  const dying = temporaryDirectory();
+  writeFileSync(join(dying, "zstd"), `#!/bin/sh\nhead -c 5M; kill -9 $$\n`, { mode: 0o755 });
+  const env = { PATH: `${dying}:${process.env["PATH"]}` };
+  writeFileSync(join(dying, "shell"), `#!/bin/bash\nPATH=${env.PATH} exec dash "$@"\n`, { mode: 0o755 });
+  user("dying", join(dying, "shell"));
+  await expectRun(1, [...options, "--compress", "zstd", source, url(place)], { env });
+  await expectRun(1, [...options, "-S", "--compress", "zstd", source, url(place, "dying")]);
+  expect(snapshotNames(place)).toEqual([]);
+  await expectRun(0, [...options, "-S", "--wait", "30", "--compress", "zstd", source, url(place)]);
+  expectSound(place, join(source, "snapshot"));
+});
+
 const NASTY = [`it's`, `"double"`, `$(touch pwned)`, "`touch pwned`", `a;touch pwned`, `back\\slash\\`, `bang!bang!!`, `-n --dash`, `ünï ☃`, ` two  spaces `, `star * [a] ?`, `~root {a,b} %1`, `#hash & | > <`];
 
 test("names that look like syntax are names: source, destination, snapshot folder and prefix, here", async () => {
