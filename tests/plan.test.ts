@@ -3,30 +3,43 @@
 import { describe, expect, test } from "bun:test";
 import fc from "fast-check";
 import {
+  align,
   arrange,
   before,
   claim,
   dataFinder,
+  inventory,
   isComplete,
+  isSnapshotFolder,
+  leftoversOf,
+  mountAdvice,
   newestShared,
   parseDuration,
   parseName,
   parsePolicy,
   planDestination,
+  planRestore,
   planRoom,
   planSource,
   planStreams,
   planTransfers,
+  prefixesIn,
+  restoredDestinations,
   retain,
+  snapshotsAmong,
   stamp,
   standingIn,
   UsageError,
+  versionsAmong,
   wallClock,
   type Backup,
   type ChainRecord,
   type Claimant,
   type Decision,
+  type FileState,
+  type Folder,
   type Identity,
+  type KnownDestination,
   type Snapshot,
   type Standing,
 } from "../btrfs-backup.ts";
@@ -525,4 +538,149 @@ describe("one chain, one owner", () => {
     const claimed = claim(me, { owner: other }, [x1], [], false);
     for (const text of ["there:/srv", "subvolume other", "here:/home", "subvolume source", "-p", "another folder", "--adopt"]) expect(claimed.accepted ? "" : claimed.why).toContain(text);
   });
+});
+
+describe("order in a snapshot folder", () => {
+  const entry = ({ time: _, ...rest }: Snapshot) => rest;
+  const names = (...snapshots: Snapshot[]) => snapshotsAmong(snapshots.map(entry), "", "source").map(({ uuid }) => shortOf(uuid)).join(" ");
+
+  test("what was taken of the source as it is stands by ID, behind what came with a restore", () => {
+    const [late, early] = [snap("0302-03"), snap("0302-02")]; // the clock went back between the two
+    expect(names(early, late)).toBe("0302-03 0302-02");
+    // Moved from the source before: by ID among themselves; received: by name; the new one is last, whatever it is called.
+    expect(names(snap("0201"), snap("0305", { parentUuid: "old" }), snap("0304", { parentUuid: "old" }))).toBe("0305 0304 0201");
+    expect(names(snap("0305", { parentUuid: "old", receivedUuid: "x5" }), snap("0304", { parentUuid: "old", receivedUuid: "x4" }), snap("0201"))).toBe("0304 0305 0201");
+  });
+
+  test("only what has the prefix and a date; a folder of backups is in order of names", () => {
+    const all = [snap("0302"), snap("0301")].map(entry);
+    expect(snapshotsAmong([...all, { ...entry(snap("0303")), name: `x${full("0303")}` }, { ...entry(snap("0304")), name: "photos" }], "", null).map(({ name }) => name)).toEqual([full("0302"), full("0301")]);
+    expect(snapshotsAmong(all.map((one) => ({ ...one, receivedUuid: one.uuid })), "", null).map(({ name }) => name)).toEqual([full("0301"), full("0302")]);
+  });
+
+  test.each<[string[], string[]]>([
+    [[], []],
+    [["20240101-000000", "20240102-000000"], [""]],
+    [["home-20240101-000000", "20240102-000000", "etc-20240101-000000", "home-20240103-000000"], ["", "etc-", "home-"]],
+    [["photos", "20240101", "x-20240231-000000", ".btrfs-backup.json", "20240101-000000.old"], []],
+    [["20240101-00000020240101-000000"], ["20240101-000000"]],
+  ])("prefixes of %p", (entries, prefixes) => expect(prefixesIn(entries.map((name) => ({ name })))).toEqual(prefixes));
+});
+
+/** A folder as it was opened: of backups, or (with a subvolume that they were taken of) of snapshots. */
+const folder = (snapshots: readonly Snapshot[], fields: Partial<Folder> = {}): Folder =>
+  ({ id: "/place", path: "/place", snapshots, standing: snapshots, entries: new Set(snapshots.map(({ name }) => name)), prefix: "", chain: {}, source: null, subvolumes: snapshots, place: { filesystem: "fs" }, record: { chains: new Map(), unreadable: null }, old: { parents: new Map(), receiving: new Map() }, ...fields }) as unknown as Folder;
+const sourceFolder = (snapshots: readonly Snapshot[], fields: Partial<Folder> = {}) => folder(snapshots, { source: { uuid: "source" } as Folder["source"], ...fields });
+
+describe("whose folder it is", () => {
+  const owner = (uuid: string) => ({ owner: { uuid, host: "h", path: "/home" } });
+  test.each<[string, Partial<Folder>, readonly Snapshot[], boolean]>([
+    ["a source's, as it was asked for", { source: { uuid: "source" } as Folder["source"] }, [], true],
+    ["nothing there", {}, [], false],
+    ["received backups", {}, [backupOf(snap("0301"))], false],
+    ["snapshots that were taken there", {}, [snap("0301")], true],
+    ["the owner is on this filesystem", { chain: owner("source"), subvolumes: [snap("0301", { uuid: "source" })] }, [backupOf(snap("0301"))], true],
+    ["the owner is its top level", { chain: owner("fs") }, [], true],
+    ["the owner is elsewhere", { chain: owner("away") }, [snap("0301")], false],
+    ["it has destinations", { chain: { destinations: [] } }, [], true],
+    ["backups that are copied on: an owner and destinations", { chain: { ...owner("away"), destinations: [] } }, [backupOf(snap("0301"))], false],
+  ])("%s", (_, fields, snapshots, own) => expect(isSnapshotFolder(folder(snapshots, fields))).toBe(own));
+});
+
+describe("side by side", () => {
+  const [s1, s2, s3] = snaps("0301 0302 0303") as [Snapshot, Snapshot, Snapshot];
+  /** Rows, newest last: the name's day, and what each column has. */
+  const rows = (...columns: (Folder | null)[]) => align(columns).map(({ name, cells }) => `${name.slice(4, 8)}:${cells.map((cell) => cell?.state[0] ?? "-").join("")}`).join(" ");
+
+  test.each<[string, (Folder | null)[], string]>([
+    ["nothing", [sourceFolder([])], ""],
+    ["the same data is one row", [sourceFolder([s1, s2, s3]), folder([backupOf(s1), backupOf(s3)])], "0301:ww 0302:w- 0303:ww"],
+    ["what is gone at the source stands by its name", [sourceFolder([s3]), folder([backupOf(s1), backupOf(s3)]), folder([backupOf(s1)])], "0301:-ww 0303:ww-"],
+    ["a place that could not be read", [sourceFolder([s1]), null, folder([backupOf(s1)])], "0301:w-w"],
+    ["incomplete: writable, or never received", [sourceFolder([s1, s2]), folder([backupOf(s1, { readonly: false }), snap("0302", { uuid: "other", readonly: true })], { chain: { owner: { uuid: "away", host: "", path: "" } } })], "0301:wi 0302:wi"],
+    ["other data by the name", [sourceFolder([s1]), folder([backupOf(s1, { receivedUuid: "else" })])], "0301:wo"],
+    ["renamed: data decides, not the name", [sourceFolder([s1, s2]), folder([backupOf(s1, { name: full("0302"), time: at("0302") })])], "0301:ww 0302:w-"],
+    ["a restored source's snapshot, received from a backup", [sourceFolder([snap("0301", { receivedUuid: "x" })]), folder([backupOf(s1, { receivedUuid: "x" })])], "0301:ww"],
+    ["a copy of a copy", [folder([backupOf(s1)]), folder([backupOf(s1, { uuid: "c" })])], "0301:ww"],
+  ])("%s", (_, columns, expected) => expect(rows(...columns)).toBe(expected));
+
+  test("a table marks the pin, and what the policies would delete", () => {
+    const [a, b] = [backupOf(s1), backupOf(s2)];
+    const known: KnownDestination[] = [{ location: "/b", filesystem: "fsb", pin: { name: s2.name, uuid: s2.uuid }, last: null }, { location: "shell://x", filesystem: null, pin: { name: s1.name, uuid: s1.uuid }, last: null }];
+    const column = (id: string, held: Folder | null, one: KnownDestination | null = null) => ({ id, folder: held, problem: null, known: one });
+    const columns = [column("/a", sourceFolder([s1, s2, s3], { chain: { destinations: known } })), column("/b", folder([a, b]), known[0]), column("shell://x", null, known[1])];
+    const marks = (policies: Parameters<typeof inventory>[1]) => inventory(columns, policies, FAR, new Map()).snapshots.map(({ at: all }) => all.map((mark) => (mark === null ? "-" : `${mark.state?.[0]}${mark.pin ? "p" : ""}${mark.goes ? "!" : ""}`)).join(" "));
+    expect(marks({ sourcePolicy: null, backupPolicy: null })).toEqual(["w - ?", "w wp ?", "w w ?p"]);
+    expect(marks({ sourcePolicy: parsePolicy("1"), backupPolicy: parsePolicy("1") })).toEqual(["w - ?", "w wp ?", "w w! ?p"]);
+  });
+});
+
+describe("restoring", () => {
+  const [s1, s2, s3] = snaps("0301 0302 0303") as [Snapshot, Snapshot, Snapshot];
+  const [b1, b2, b3] = [s1, s2, s3].map((s) => backupOf(s)) as [Backup, Backup, Backup];
+  const planned = (chosen: Snapshot, there: readonly Snapshot[]) => {
+    const { present, parent } = planRestore(chosen, [b1, b2, b3], there);
+    return present !== null ? `has ${present.uuid}` : (parent?.uuid ?? "full");
+  };
+  const received = (of: Backup, uuid: string) => backupOf(of, { uuid });
+
+  test.each<[string, Snapshot, readonly Snapshot[], string]>([
+    ["nothing shared: in full", b2, [], "full"],
+    ["something else is there", b2, [snap("0302", { uuid: "else" })], "full"],
+    ["the source's own snapshots are still there: the closest earlier", b3, [s1, s2], "b0302"],
+    ["only a later one: that", b1, [s2, s3], "b0302"],
+    ["an earlier restore's", b3, [received(b1, "r1")], "b0301"],
+    ["the very same, received before: nothing travels", b2, [received(b2, "r2")], "has r2"],
+    ["the source's own is no ready copy, but as good a parent as any", b2, [s1, s2], "b0301"],
+  ])("%s", (_, chosen, there, expected) => expect(planned(chosen, there)).toBe(expected));
+
+  test("leftovers are what this program calls so, each with its subvolumes innermost first", () => {
+    const [ours, theirs] = ["home.restoring-20240301-000000", "home.restoring-yesterday"];
+    const paths = [`${ours}/tree`, `${ours}/tree/snapshot/20240301-000000`, `${ours}/20240301-000000`, `${theirs}/tree`, `other/${ours}/tree`];
+    const place = { top: "/", entries: new Set(["home", ours, theirs, "home2.restoring-20240301-000000"]), subvolumes: paths.map((path, i) => ({ ...s1, id: i, path })) };
+    expect([...leftoversOf("home", place)]).toEqual([[ours, ["./tree/snapshot/20240301-000000", "./tree", "./20240301-000000"]]]);
+    expect([...leftoversOf("home", { ...place, top: "/other" })]).toEqual([[ours, ["./tree"]]]);
+    expect([...leftoversOf("hom", place)]).toEqual([]);
+  });
+
+  test("what a restored record says: only what stands is a pin, and where it came from shares it", () => {
+    const known = (location: string, pin: string | null, filesystem: string | null = location): KnownDestination => ({ location, filesystem, pin: pin === null ? null : { name: full(pin), uuid: `s${pin}` }, last: "2024-03-01T00:00:00.000Z" });
+    const pins = (list: readonly KnownDestination[]) => list.map(({ location, pin }) => `${location} ${pin?.uuid ?? "-"}`);
+    const came = { id: "/b", filesystem: "fsb", pin: { name: "n", uuid: "restored" } };
+    const recorded = [known("/a", "0301"), known("/c", "0302"), known("shell://x", "0301", null)];
+    expect(pins(restoredDestinations(recorded, (uuid) => uuid === "s0302", null))).toEqual(["/a -", "/c s0302", "shell://x -"]);
+    expect(pins(restoredDestinations(recorded, () => false, came))).toEqual(["/a -", "/c -", "shell://x -", "/b restored"]);
+    expect(pins(restoredDestinations([known("/b", "0301")], () => false, came))).toEqual(["/b restored"]);
+    // The same disk, mounted elsewhere for the restore: it is known by its filesystem.
+    expect(pins(restoredDestinations([known("ssh://h/b", "0301", "fsb")], () => false, came))).toEqual(["ssh://h/b restored"]);
+  });
+
+  test("advice for a mount point has the user's own names", () => {
+    const subvolume = mountAdvice("/mnt/b/home", "/home", { root: "/@home", path: "/home", device: "/dev/sda2" });
+    for (const words of ["mount -o subvolid=5 '/dev/sda2' /mnt", "restore --replace '/mnt/b/home' '/mnt/@home'", "umount '/home' && mount '/home'", "subvol=@home"]) expect(subvolume).toContain(words);
+    const root = mountAdvice("ssh://nas/b", "/", { root: "/@", path: "/", device: "/dev/vda1" });
+    for (const words of ["restore --replace 'ssh://nas/b' '/mnt/@'", "reboot"]) expect(root).toContain(words);
+    const top = mountAdvice("/b", "/data", { root: "/", path: "/data", device: "/dev/sdb" });
+    for (const words of ["top level of /dev/sdb", "restore '/b' /mnt/restored", "btrfs subvolume set-default /mnt/restored"]) expect(top).toContain(words);
+  });
+
+  test("what was copied on stays at a destination, and a pin that is gone claims nothing at the source", () => {
+    const decisions = planDestination([], { backups: [b1, b2, b3], copied: new Map([[b1.uuid, "/second"]]) }, parsePolicy("1"), FAR);
+    expect(kept(decisions)).toBe("0301 0303");
+    expect(reasonsOf(decisions, "0301")).toEqual(["shared with /second"]);
+    const claimant = (uuid: string, unread: boolean): Claimant => ({ id: "/b", pin: { uuid }, unread, unsentPolicy: null });
+    expect(kept(planSource([s1, s2, s3], parsePolicy("1"), [claimant("gone", false)], FAR))).toBe("0303");
+    expect(kept(planSource([s1, s2, s3], parsePolicy("1"), [claimant("gone", true)], FAR))).toBe("0301 0302 0303");
+    expect(kept(planSource([s1, s2, s3], parsePolicy("1"), [claimant(s1.uuid, true)], FAR))).toBe("0301 0303");
+  });
+});
+
+test("versions of a file: runs of snapshots in which it was the same", () => {
+  const state = (size: string): FileState => ({ type: "file", mode: "644", owner: "0:0", mtime: "1.000000000", size });
+  const seen = (text: string) => text.split(" ").filter(Boolean).map((word, i) => ({ name: `n${i}`, state: word[0] === "-" ? null : state(word[0] as string), columns: [...word.slice(1)].map(Number) }));
+  const shown = (text: string) => versionsAmong(seen(text)).map(({ first, last, state: is, columns, names }) => `${is?.size ?? "-"} ${first}..${last} ${names.length} ${[...columns].sort().join("")}`);
+  expect(shown("")).toEqual([]);
+  expect(shown("-0 -01")).toEqual([]); // never there
+  expect(shown("-0 10 101 21")).toEqual(["1 n1..n2 2 01", "2 n3..n3 1 1"]);
+  expect(shown("10 -0 -0 10")).toEqual(["1 n0..n0 1 0", "- n1..n2 2 0", "1 n3..n3 1 0"]); // it came back
 });

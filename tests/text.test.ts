@@ -10,17 +10,26 @@ import {
   expandFiles,
   Failure,
   filesystemOf,
+  inBytes,
+  inWords,
   log,
+  parseCompression,
+  parseListing,
   parseLocation,
   parseInspection,
   parseMounts,
+  parseName,
   parseOldRecord,
+  parseRate,
   parseRecord,
+  parseStats,
   parseSubvolumes,
+  parseWhen,
   placeOn,
   quote,
   readArguments,
   runOptions,
+  table,
   UsageError,
   VERBS,
   type Verb,
@@ -426,4 +435,65 @@ test("a place whose fsid has only decimal digits is on btrfs all the same", () =
   const output = section("mounts", "44 27 0:41 / /mnt rw - btrfs /dev/loop1 rw") + section("filesystems", uuid) + section("folder", `/mnt\n256\n${(fsid ^ 0x100n).toString(16)}\n256`) + section("end", "");
   expect((fsid ^ 0x100n).toString(16)).toMatch(/^\d+$/);
   expect(parseInspection(output, "N", "/mnt").place).toMatchObject({ path: "/mnt", inode: 256, filesystem: uuid, root: 256 });
+});
+
+describe("words", () => {
+  test.each<[string, string | null]>([
+    ["2024-03-01", "20240301-000000"],
+    ["2024-03-01 10:15", "20240301-101500"],
+    ["2024-03-01T10:15:59", "20240301-101559"],
+    ["2024-02-30", null],
+    ["2024-03-01 24:00", null],
+    ["2024-3-1", null],
+    ["yesterday", null],
+    ["2024-03-01 10", null],
+    ["", null],
+  ])("the time %p", (text, name) => (name === null ? expect(() => parseWhen(text)).toThrow(UsageError) : expect(parseWhen(text)).toBe(parseName(name, "") as number)));
+
+  test.each<[number, string]>([[-5, "0 seconds"], [0, "0 seconds"], [1999, "1 second"], [119e3, "119 seconds"], [120e3, "2 minutes"], [7199e3, "119 minutes"], [7200e3, "2 hours"], [47 * 3600e3, "47 hours"], [49 * 3600e3, "2 days"], [59 * 86400e3, "59 days"], [61 * 86400e3, "2 months"], [800 * 86400e3, "2 years"]])("%d ms", (span, words) =>
+    expect(inWords(span)).toBe(words),
+  );
+
+  test.each<[number, string]>([[0, "0B"], [1023, "1023B"], [1024, "1.0K"], [1536, "1.5K"], [2 ** 30, "1.0G"], [2 ** 60, "1024.0P"]])("%d bytes", (bytes, words) => expect(inBytes(bytes)).toBe(words));
+
+  test.each<[string, number | null]>([["1", 1], ["100k", 102400], ["1.5M", 1572864], ["2g", 2 ** 31], ["0", null], ["0.5", null], ["-1", null], ["1t", null], ["fast", null], ["1 m", null], ["9999999999999g", null]])("the rate %p", (text, rate) =>
+    rate === null ? expect(() => parseRate(text)).toThrow(UsageError) : expect(parseRate(text)).toBe(rate),
+  );
+
+  test.each<[string, string | null]>([["zstd", "3"], ["zstd:1", "1"], ["zstd:19", "19"], ["zstd:20", null], ["zstd:0", null], ["zstd:", null], ["gzip", null]])("the compression %p", (text, level) =>
+    level === null ? expect(() => parseCompression(text)).toThrow(UsageError) : expect(parseCompression(text)).toBe(level),
+  );
+
+  test("a table has columns as wide as their widest cell, and no blanks at the end", () => expect(table([["a", "bb", ""], ["ccc", "d", "e"]])).toBe("a    bb\nccc  d   e\n"));
+});
+
+describe("what a tree holds", () => {
+  const words = (path: string, mode: string, inode: string, rest: { size?: string; mtime?: string; device?: string; shown?: string } = {}) => [path, mode, "0:5", rest.size ?? "7", rest.mtime ?? "-5.000000001", rest.device ?? "0:0", inode, rest.shown ?? `'${path}'`];
+  const file = words("./a", "81a4", "300");
+
+  test("of each type what a stream carries of it", () => {
+    const all = [file, words("./l", "a1ff", "301", { shown: "'./l' -> 'to -> there'" }), words("./d", "41ed", "302"), words("./c", "21b6", "303", { device: "1:3" }), words("./p", "11a4", "304"), words("./s", "c1ed", "305")].flat();
+    expect(parseStats(all).map(({ path, state }) => [path, state.type, state.mode, state.size, state.target, state.device])).toEqual([
+      ["./a", "file", "644", "7", undefined, undefined],
+      ["./l", "symbolic link", "777", undefined, "'to -> there'", undefined],
+      ["./d", "directory", "755", undefined, undefined, undefined],
+      ["./c", "character device", "666", undefined, undefined, "1:3"],
+      ["./p", "fifo", "644", undefined, undefined, undefined],
+      ["./s", "socket", "755", undefined, undefined, undefined],
+    ]);
+  });
+
+  test("anything else is an error", () => {
+    for (const bad of [["x"], file.slice(1), [...file, "more"]]) expect(() => parseStats(bad)).toThrow(Failure);
+  });
+
+  test("hard links, contents and attributes are told by path, whatever is in the path", () => {
+    const [name, escaped] = ["./b\nc\\ ", "b\\012c\\134 "];
+    const text = [words(".", "41ed", "256"), file, words(name, "81a4", "300")].flat().join("\0") + "\0\0" + [`${"0".repeat(64)}  ./a`, `${"1".repeat(64)}  ${name}`].join("\0") + `\0\0# file: a\nuser.y=0x02\nuser.x=0x01\n\n# file: ${escaped}\nuser.z=0x03\n\n`;
+    const listing = parseListing(text);
+    expect([...listing.keys()]).toEqual([".", "./a", name]);
+    expect(listing.get(".")).not.toHaveProperty("mtime");
+    expect(listing.get("./a")).toMatchObject({ contents: "0".repeat(64), attributes: "user.x=0x01 user.y=0x02", mtime: "-5.000000001" });
+    expect(listing.get(name)).toMatchObject({ "hard link to": "./a", contents: "1".repeat(64), attributes: "user.z=0x03" });
+  });
 });
