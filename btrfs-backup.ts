@@ -1581,6 +1581,8 @@ export type Wanted = { readonly location: Location; readonly optional: boolean; 
 
 export type RunOptions = ReturnType<typeof runOptions>;
 
+const NO_SUBVOLUME: Subvolume = { id: 0, path: "", uuid: "", parentUuid: null, receivedUuid: null, readonly: true };
+
 /** A subvolume with its snapshot folder. */
 type Source = Folder & { readonly identity: Identity; readonly subvolume: string; readonly owned: ChainRecord };
 
@@ -1596,7 +1598,8 @@ async function openSource(o: Pick<RunOptions, "source" | "snapshotFolder" | "pre
     if (source?.inode !== 256) throw new UsageError(`not a subvolume: ${o.source.id}`);
     if (place.filesystem !== source.filesystem) throw new UsageError(`the snapshot folder ${path} is not on the filesystem of ${o.source.id}`);
     // A folder inside SOURCE is SOURCE's own; one outside could be another's as well.
-    const children = snapshots.filter(({ parentUuid }) => parentUuid === source.uuid);
+    const { parentUuid: origin } = folder.subvolumes.find(({ uuid }) => uuid === source.uuid) ?? NO_SUBVOLUME;
+    const children = snapshots.filter(({ uuid, parentUuid }) => parentUuid === source.uuid || uuid === origin);
     const claimed = isWithin(folder.top, source.top) ? null : claim(identityOf(folder), chain, snapshots, children, o.adopt);
     if (claimed?.accepted === false) throw new Failure(`${path}: ${claimed.why}`);
     strangers = claimed?.strangers ?? null;
@@ -1665,8 +1668,6 @@ async function openDestination({ location }: Wanted, source: Source, known: Know
   warnOfDuplicates(folder, report);
   return folderDestination(folder, owned, known?.receiving ?? [], { ...o.deletion, btrfsDebug: o.btrfsDebug });
 }
-
-const NO_SUBVOLUME: Subvolume = { id: 0, path: "", uuid: "", parentUuid: null, receivedUuid: null, readonly: true };
 
 const nested = (a: string, b: string) => isWithin(a, b) || isWithin(b, a);
 const nestedError = (id: string) => new UsageError(`${id} is the snapshot folder, or inside or above it`);
@@ -1957,9 +1958,12 @@ function choose(location: Folder, { snapshot, before: until }: Pick<RestoreOptio
   const named = location.standing.find(({ name, readonly }) => name === snapshot && readonly);
   const found = snapshot === null ? whole.findLast(({ time }) => time <= (until ?? Infinity)) : (whole.find(({ name }) => name === snapshot) ?? (named && { ...named, time: 0 }));
   if (found !== undefined) return found;
+  const { source, place } = location;
+  const itself = basename(location.id);
+  if ((source ?? place).inode === 256 && whole.length === 0 && prefixesIn([{ name: itself }]).length > 0) throw new Failure(`${location.id} is a snapshot itself: name its folder, and --snapshot ${itself}`);
   const range = whole.length === 0 ? "nothing complete" : `${count(whole.length, "snapshot")} from ${whole[0]?.name} to ${whole.at(-1)?.name}`;
   const what = snapshot !== null ? `no complete snapshot ${snapshot}` : until !== null ? `nothing from that time or before` : "nothing to restore";
-  throw new Failure(`${location.id}: ${what}; there is ${range}${location.place.filesystem === null ? " (it is not on btrfs)" : ""}`);
+  throw new Failure(`${location.id}: ${what}; it has ${range}${place.filesystem === null ? " (it is not on btrfs)" : ""}`);
 }
 
 /** Where a subvolume is restored to: the folder that it will stand in, its name and path there, and what has that name now. */
@@ -2064,7 +2068,7 @@ export async function restore(o: RestoreOptions, report: Report): Promise<void> 
         }
         const origin = present === null ? "" : here ? join(location.path, chosen.name) : through(`/${present.path}`);
         await ask(target.host, BUILD, [...at(target), work, origin, outside?.path ?? target.inside ?? "", chosen.name, how], `cannot build ${o.target.id}`);
-        await settle(target, join(target.path, work, "tree"), outside, chains, chosen, own ? null : location, o);
+        await settle(target, join(target.path, work, "tree"), outside, chains, chosen, here || isSnapshotFolder(location) ? null : location, o);
         // From here on there is no way back, only one forward.
         checkInterruption();
         const names = moved.map(({ name, receivedUuid }) => `${receivedUuid === null ? "move" : "copy"}\n${name}\n`);
@@ -2088,17 +2092,21 @@ export async function restore(o: RestoreOptions, report: Report): Promise<void> 
   report.event("summary", { ok: !report.failed });
 }
 
-/** Writes what the record of a restored subvolume's snapshot folder must say: what it said when the snapshot was taken is outdated. */
-async function settle(target: Target, tree: string, outside: Folder | null, live: ReadonlyMap<string, ChainRecord>, chosen: Snapshot, location: Folder | null, o: RestoreOptions): Promise<void> {
+/**
+ * Writes what the record of a restored subvolume's snapshot folder must say: what it said when the snapshot was
+ * taken is outdated. `live`: what is said of the source's own snapshots that move; `backups`: where it came from.
+ */
+async function settle(target: Target, tree: string, outside: Folder | null, live: ReadonlyMap<string, ChainRecord>, chosen: Snapshot, backups: Folder | null, o: RestoreOptions): Promise<void> {
+  const own = live.size > 0;
   const folder = await openFolder(o.target, outside?.path ?? join(tree, target.inside ?? ""), { prefix: target.prefix, wait: "look", hosts: o.hosts, source: tree });
   const snapshot = folder.standing.find(({ name }) => name === chosen.name);
   const uuids = new Map(folder.standing.map(({ name, uuid }) => [name, uuid]));
-  for (const prefix of new Set([...(location === null ? live : folder.record.chains).keys(), folder.prefix])) {
+  for (const prefix of new Set([...(own ? live : folder.record.chains).keys(), folder.prefix])) {
     const { owner: _, ...chain } = { ...folder.record.chains.get(prefix), ...live.get(prefix) };
-    const came = location !== null && snapshot && prefix === folder.prefix ? { id: location.id, filesystem: location.place.filesystem, pin: { name: snapshot.name, uuid: snapshot.uuid } } : null;
+    const came = backups !== null && snapshot && prefix === folder.prefix ? { id: backups.id, filesystem: backups.place.filesystem, pin: { name: snapshot.name, uuid: snapshot.uuid } } : null;
     // A snapshot that was replaced by its copy on the way has another UUID.
-    const recorded = (chain.destinations ?? []).map((known) => ({ ...known, pin: known.pin && location === null ? { ...known.pin, uuid: uuids.get(known.pin.name) ?? known.pin.uuid } : known.pin }));
-    const destinations = restoredDestinations(recorded, (uuid) => location === null || [...uuids.values()].includes(uuid), came);
+    const recorded = (chain.destinations ?? []).map((known) => ({ ...known, pin: known.pin && own ? { ...known.pin, uuid: uuids.get(known.pin.name) ?? known.pin.uuid } : known.pin }));
+    const destinations = restoredDestinations(recorded, (uuid) => own || [...uuids.values()].includes(uuid), came);
     const owner = outside === null ? {} : { owner: { uuid: folder.source?.uuid ?? "", host: target.hostName, path: target.full } };
     await writeRecord({ ...folder, prefix }, { ...chain, ...owner, destinations });
   }
@@ -2375,7 +2383,7 @@ export async function versions(o: VersionsOptions, report: Report): Promise<void
   const live = columns[0]?.folder?.source;
   const now = live ? ((await statesIn(host, [live.path, live.fsid], path, ["."])).get(".") ?? null) : undefined;
   for (const { first, last, state, columns: at, names } of rows) report.event("version", { first, last, state, snapshots: names, locations: [...at].sort().map((i) => columns[i]?.id) });
-  if (!o.json) {
+  if (!o.json && rows.length > 0) {
     const cells = rows.map(({ first, last, state, columns: at }, i) => {
       const same = i === 0 && now !== undefined && JSON.stringify(now) === JSON.stringify(state) ? " (as it is now)" : "";
       const what = state === null ? ["deleted", "-"] : [state.size === undefined ? state.type : inBytes(Number(state.size)), stamp(new Date(Number(state.mtime) * 1000)).replace(/(....)(..)(..)-(..)(..)(..)/, "$1-$2-$3 $4:$5:$6")];
@@ -2383,7 +2391,7 @@ export async function versions(o: VersionsOptions, report: Report): Promise<void
     });
     process.stdout.write(`${columns.map(({ id }, i) => `${letter(i)}  ${id}\n`).join("")}\n${table([["FIRST IN", "LAST IN", "SIZE", "MODIFIED", "WHERE"], ...cells])}`);
   }
-  if (rows.length === 0) report.error(null, new Failure(`${o.file.id} is in none of ${count(seen.length, "snapshot")}`));
+  if (rows.length === 0) report.error(null, new Failure(seen.length === 0 ? `${o.file.id}: there are no snapshots of ${source.id}` : `${o.file.id} is in none of ${count(seen.length, "snapshot")} of ${source.id}`));
   report.event("summary", { ok: !report.failed, versions: rows.length });
 }
 

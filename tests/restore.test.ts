@@ -375,6 +375,25 @@ describe("going back in time from the source's own snapshots", () => {
     expect(snapshotNames(folder)).toEqual([first, second]);
     await nextSecond();
     expect(transfers(await expectRun(0, ["--json", "-f", folder, source, destination]))).toMatchObject([{ parent: second }]);
+    // Rolled back by hand, it is as much the same source.
+    sh(`btrfs -q subvolume delete "$1" >/dev/null; btrfs -q subvolume snapshot "$2" "$1" >/dev/null`, source, join(folder, second));
+    await nextSecond();
+    const third = snapshotNames(folder)[2];
+    expect(transfers(await expectRun(0, ["--json", "-f", folder, source, destination]))).toMatchObject([{ parent: third }]);
+    sh(`btrfs -q subvolume delete "$1" >/dev/null; btrfs -q subvolume create "$1" >/dev/null`, source);
+    expect((await expectRun(1, ["-f", folder, source, destination])).stderr).toContain("belong to");
+  });
+
+  test("of another host: they are received, and nothing is remembered as if it were a destination", async () => {
+    const { source, destination } = pair();
+    const { options, url } = await sshServer();
+    const states = await history(1, [source, destination], source);
+    const [[name, state]] = [...states] as [[string, string]];
+    const target = join(filesystem().path, "home");
+    expect(transfers(await expectRun(0, ["restore", "--json", ...options, url(source), target]))).toMatchObject([{ parent: null }]);
+    expectRestored(target, name, state);
+    expect(readFileSync(join(target, "snapshot/.btrfs-backup.json"), "utf8")).not.toContain("ssh://");
+    expect(snapshotNames(join(source, "snapshot"))).toEqual([name]);
   });
 });
 
@@ -449,6 +468,7 @@ test("on the filesystem of the backups themselves: no copy, and no received UUID
   expect(transfers(result)).toEqual([]);
   expectRestored(join(b.path, "look"), name, state);
   expectNoDuplicates(b.path);
+  expect((await expectRun(1, ["restore", join(destination, name), join(b.path, "no")])).stderr).toContain(`name its folder, and --snapshot ${name}`);
 });
 
 test("names that could be syntax", async () => {
