@@ -1039,7 +1039,8 @@ async function openLocation(location: Location & { kind: "folder" }, { prefix, w
       await folder.close();
       continue;
     }
-    const wrong = !folder.exists ? new Absent(`no such directory: ${folder.path} (is the disk mounted?)`) : prefix === null && prefixes.length > 1 ? new UsageError(`${location.id} holds several prefixes, choose one with -p: ${prefixes.map((p) => JSON.stringify(p)).join(", ")}`) : null;
+    const isSnapshot = (folder.source ?? folder.place).inode === 256 && prefixes.length === 0 && prefixesIn([{ name: basename(location.path) }]).length > 0;
+    const wrong = !folder.exists ? new Absent(`no such directory: ${folder.path} (is the disk mounted?)`) : prefix === null && prefixes.length > 1 ? new UsageError(`${location.id} holds several prefixes, choose one with -p: ${prefixes.map((p) => JSON.stringify(p)).join(", ")}`) : isSnapshot ? new UsageError(`${location.id} is a snapshot itself: name the folder that it is in`) : null;
     if (wrong === null) return folder;
     await folder.close();
     throw wrong;
@@ -1958,12 +1959,9 @@ function choose(location: Folder, { snapshot, before: until }: Pick<RestoreOptio
   const named = location.standing.find(({ name, readonly }) => name === snapshot && readonly);
   const found = snapshot === null ? whole.findLast(({ time }) => time <= (until ?? Infinity)) : (whole.find(({ name }) => name === snapshot) ?? (named && { ...named, time: 0 }));
   if (found !== undefined) return found;
-  const { source, place } = location;
-  const itself = basename(location.id);
-  if ((source ?? place).inode === 256 && whole.length === 0 && prefixesIn([{ name: itself }]).length > 0) throw new Failure(`${location.id} is a snapshot itself: name its folder, and --snapshot ${itself}`);
   const range = whole.length === 0 ? "nothing complete" : `${count(whole.length, "snapshot")} from ${whole[0]?.name} to ${whole.at(-1)?.name}`;
   const what = snapshot !== null ? `no complete snapshot ${snapshot}` : until !== null ? `nothing from that time or before` : "nothing to restore";
-  throw new Failure(`${location.id}: ${what}; it has ${range}${place.filesystem === null ? " (it is not on btrfs)" : ""}`);
+  throw new Failure(`${location.id}: ${what}; it has ${range}${location.place.filesystem === null ? " (it is not on btrfs)" : ""}`);
 }
 
 /** Where a subvolume is restored to: the folder that it will stand in, its name and path there, and what has that name now. */
@@ -2145,7 +2143,7 @@ async function openColumn(location: Location, known: KnownDestination | null, o:
     if (known?.filesystem && known.filesystem !== folder.place.filesystem) throw new Absent("another filesystem than before is there (is the disk mounted?)");
     return { id, folder, problem: null, known };
   } catch (error) {
-    if (error instanceof UsageError) throw error;
+    if (error instanceof UsageError || error instanceof Interrupted) throw error;
     report.error(id, error);
     return { id, folder: null, problem: (error as Error).message, known };
   }
@@ -2168,8 +2166,10 @@ export type ListOptions = ReturnType<typeof listOptions>;
 export async function list(o: ListOptions, report: Report): Promise<void> {
   const now = wallClock(new Date());
   const [first, ...others] = o.locations as [Location, ...Location[]];
-  const columns = await openColumns(first, others, others.length === 0 && o.maxAge === null, { ...o, prefix: o.prefix ?? "" }, report);
-  if (o.maxAge !== null) return checkAge(columns, { ...o, maxAge: o.maxAge }, now, report);
+  const { maxAge } = o;
+  // What cannot be read is told in the one line of its own.
+  const columns = await openColumns(first, others, others.length === 0 && maxAge === null, { ...o, prefix: o.prefix ?? "" }, maxAge === null ? report : { ...report, error: () => {} });
+  if (maxAge !== null) return checkAge(columns, { ...o, maxAge }, now, report);
   const prefixes = new Set(o.prefix !== null ? [o.prefix] : columns.flatMap(({ folder }) => prefixesIn(folder?.standing ?? [])));
   for (const prefix of prefixes.size === 0 ? [""] : prefixes) {
     const shown = columns.map((column) => ({ ...column, folder: column.folder && withPrefix(column.folder, prefix) }));
@@ -2182,7 +2182,7 @@ export async function list(o: ListOptions, report: Report): Promise<void> {
       return `${letter(i)}  ${id}${source ? " (source)" : ""}${reached}${error === null ? "" : ", cannot be read"}`;
     });
     const cells = snapshots.map(({ name, time, at: marks }) => [name, inWords(now - Date.parse(`${time}Z`)), ...marks.map((mark) => (mark === null ? "-" : [mark.state + (mark.pin ? ", pin" : "") + (mark.goes ? ", goes" : ""), ...(mark.bytes === null ? [] : [inBytes(mark.bytes)])].join(" ")))]);
-    process.stdout.write(`${legend.join("\n")}\n\n${table([["NAME", "AGE", ...locations.map((_, i) => letter(i))], ...cells])}\n`);
+    process.stdout.write(`${legend.join("\n")}\n\n${cells.length === 0 ? "no snapshots\n" : table([["NAME", "AGE", ...locations.map((_, i) => letter(i))], ...cells])}\n`);
   }
   report.event("summary", { ok: !report.failed });
 }
@@ -2263,6 +2263,10 @@ export async function verify(o: VerifyOptions, report: Report): Promise<void> {
   let compared = 0;
   for (const { folder: right, id } of left === null ? [] : others) {
     if (left === null || right === null) continue;
+    if (samePlace(left, right)) {
+      report.error(id, new Failure(`it is the same folder as ${left.id}`));
+      continue;
+    }
     const shared = align([left, right]).filter(({ cells }) => cells.every((cell) => cell?.state === "whole"));
     const wanted = o.snapshot !== null ? shared.filter(({ name }) => name === o.snapshot) : o.all ? shared : shared.slice(-1);
     if (wanted.length === 0) report.error(id, new Failure(o.snapshot === null ? `nothing complete is shared with ${left.id}` : `${o.snapshot} is not complete on both sides, or not the same snapshot`));
@@ -2666,7 +2670,9 @@ export function listOptions(given: Given) {
 
 /** Reads the command line of `verify`. */
 export function verifyOptions(given: Given) {
-  return { ...commonOptions(given), locations: locationsOf(given, 2, Infinity, "SOURCE and LOCATION…, or two LOCATIONs"), snapshot: given.value("snapshot"), all: given.flag("all") };
+  const [snapshot, all] = [given.value("snapshot"), given.flag("all")];
+  if (snapshot !== null && all) throw new UsageError("--snapshot and --all exclude each other");
+  return { ...commonOptions(given), locations: locationsOf(given, 2, Infinity, "SOURCE and LOCATION…, or two LOCATIONs"), snapshot, all };
 }
 
 /** Reads the command line of `versions`. */

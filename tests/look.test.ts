@@ -108,6 +108,7 @@ describe("list", () => {
     sh(`btrfs -q subvolume create "$1/$2" >/dev/null`, old, sh("date +%Y%m%d-%H%M%S")); // an incomplete one does not count
     expect((await expectRun(1, ["list", "--max-age", "26h", old])).stdout).toMatch(/^TOO OLD: .* 20200101-000000, \d+ years old/);
     expect((await expectRun(1, ["list", "--max-age", "26h", temporaryDirectory()])).stdout).toMatch(/^TOO OLD: .*not on btrfs/);
+    expect(await expectRun(1, ["list", "--max-age", "26h", "/nowhere/x"])).toMatchObject({ stderr: "", stdout: expect.stringMatching(/^TOO OLD: .*\n$/) });
     const empty = filesystem();
     expect((await expectRun(1, ["list", "--max-age", "26h", empty.path])).stdout).toContain("no complete backup");
     expect((await expectRun(1, ["list", "--max-age", "26h", destination, old])).stdout.split("\n").length).toBe(3);
@@ -184,7 +185,10 @@ describe("verify", () => {
     expect((await expectRun(1, ["verify", "--snapshot", "20200101-000000", source, destination])).stderr).toContain("20200101-000000 is not complete on both sides");
     const partly = await expectRun(1, ["verify", "--json", source, "/nowhere/there", destination]);
     expect(events(partly).filter(({ event }) => event === "verify")).toMatchObject([{ equal: true }]);
-    await expectRun(2, ["verify", source]);
+    // A place that is compared with itself proves nothing, by whatever name.
+    const { options, url } = await sshServer();
+    expect((await expectRun(1, ["verify", ...options, source, url(join(source, "snapshot"))])).stderr).toContain("the same folder");
+    for (const words of [[source], ["--all", "--snapshot", "x", source, destination], [source, join(destination, snapshotNames(destination)[0] ?? "")]]) await expectRun(2, ["verify", ...words]);
   });
 
   test("a tool that is missing or fails is an error, never equal", async () => {

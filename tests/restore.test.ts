@@ -468,7 +468,7 @@ test("on the filesystem of the backups themselves: no copy, and no received UUID
   expect(transfers(result)).toEqual([]);
   expectRestored(join(b.path, "look"), name, state);
   expectNoDuplicates(b.path);
-  expect((await expectRun(1, ["restore", join(destination, name), join(b.path, "no")])).stderr).toContain(`name its folder, and --snapshot ${name}`);
+  expect((await expectRun(2, ["restore", join(destination, name), join(b.path, "no")])).stderr).toContain("is a snapshot itself");
 });
 
 test("names that could be syntax", async () => {
