@@ -494,7 +494,7 @@ function sendSignal(pid: number, signal: NodeJS.Signals): void {
 
 const verb = (name: string, ...lines: readonly string[]): Verb => ({ name, script: lines.join(" ") });
 
-const PRELUDE = `set -e; umask 077; unset CDPATH; PATH=$PATH:/usr/sbin:/sbin; LC_ALL=C; export PATH LC_ALL;
+const PRELUDE = `set -e; umask 077; unset CDPATH TAR_OPTIONS POSIXLY_CORRECT QUOTING_STYLE; PATH=$PATH:/usr/sbin:/sbin; LC_ALL=C; export PATH LC_ALL;
  if [ "$1" = sudo ]; then b() { sudo -n btrfs "$@"; }; else b() { btrfs "$@"; }; fi; shift;
  at() { cd -P -- "$1"; [ "$(stat -f -c %i .)" = "$2" ] || { echo "another filesystem is at $1 now" >&2; exit 66; }; };`.replace(/\n/g, "");
 
@@ -621,7 +621,7 @@ const BUILD = verb(
   PRELUDE,
   `at "$1" "$2"; cd -P -- "./$3"; w=$PWD o=$4 d=$5 n=$6 h=$7; [ -n "$o" ] || o=$w/$n; b subvolume snapshot "$o" "$w/tree" >/dev/null;`,
   `real() { cd -P -- "$1" && [ "$PWD" = "$1" ] || { echo "$1 is not a plain folder in this backup" >&2; exit 65; }; };`,
-  `case $d in /*) cd -P -- "$d";; *) real "$(dirname "$w/tree/$d")"; d=$w/tree/$d; [ -d "$d" ] || mkdir "$d"; real "$d"; find . -mindepth 1 -maxdepth 1 -inum 2 -exec rmdir {} +;; esac;`,
+  `case $d in /*) cd -P -- "$d";; *) d=$w/tree/$d; real "\${d%/*}"; [ -d "$d" ] || mkdir "$d"; real "$d"; find . -mindepth 1 -maxdepth 1 -inum 2 -exec rmdir {} +;; esac;`,
   `case $h in none) ;; *) if [ -e "./$n" ] || [ -L "./$n" ]; then exit 76; fi;; esac;`,
   `case $h in keep) b subvolume snapshot -r "$o" "$PWD/$n" >/dev/null;; plain) b subvolume snapshot "$o" "$PWD/$n" >/dev/null; b property set -ts "$PWD/$n" ro true;; esac;`,
   `if [ "$o" = "$w/$n" ]; then b subvolume delete "$o" >/dev/null; fi`,
@@ -650,9 +650,12 @@ const FINISH = verb(
  */
 const PATHS = `paths() { { find . -mindepth 1 "(" -inum 2 -prune -o "$@" -print0 ")" || echo failed >&3; } | { sort -z || echo failed >&3; }; };`;
 
+const ATTRIBUTES = `--numeric-owner --xattrs --xattrs-include="*"`;
+
 /**
  * digest FOLDER FSID NAME: SHA-256 of a tree with all that a stream carries. GNU tar gives the same bytes for the
- * same tree in POSIX format without atime, ctime and its process ID, but leaves sockets out.
+ * same tree in POSIX format without atime, ctime and its process ID, but leaves sockets out. ACLs come as the
+ * attributes that they are: with --acls, tar would write the names that users have on this host.
  */
 const DIGEST = verb(
   "digest",
@@ -660,20 +663,23 @@ const DIGEST = verb(
   PATHS,
   `at "$1" "$2"; cd -P -- "./$3"; tar --version 2>/dev/null | grep -q "GNU tar" || { echo "GNU tar not found: install tar" >&2; exit 69; };`,
   `command -v sha256sum >/dev/null || { echo "sha256sum not found: install coreutils" >&2; exit 69; };`,
-  `pack() { tar --create --format=posix --pax-option="exthdr.name=%d/PaxHeaders/%f,delete=atime,delete=ctime" --numeric-owner --acls --xattrs --xattrs-include="*" --no-recursion --warning=no-file-ignored "$@" || echo failed >&3; };`,
-  `exec 4>&1; bad=$( { { pack --mtime=@0 .; paths -type s; paths | pack --null --verbatim-files-from -T -; } | sha256sum >&4; } 3>&1 ); [ -z "$bad" ]`,
+  `pack() { tar --create --format=posix --pax-option="exthdr.name=%d/PaxHeaders/%f,delete=atime,delete=ctime" ${ATTRIBUTES} --no-recursion --warning=no-file-ignored "$@" || echo failed >&3; };`,
+  `sockets() { paths -type s | xargs -0 -r stat --printf "%n %a %u:%g %.9Y/" || echo failed >&3; };`,
+  `exec 4>&1; bad=$( { { pack --mtime=@0 .; sockets; paths | pack --null --verbatim-files-from -T -; } | sha256sum >&4; } 3>&1 ); [ -z "$bad" ]`,
 );
 
 /**
  * listing FOLDER FSID NAME FORMAT: what differs is found in: `stat --printf FORMAT` of every path, the SHA-256 of every
- * file, and where getfattr is installed all extended attributes, each part ended by an empty word.
+ * file, and where getfattr is installed all extended attributes, each part ended by an empty word; in base64,
+ * since names are bytes and not always text.
  */
 const LISTING = verb(
   "listing",
   PRELUDE,
   PATHS,
-  `at "$1" "$2"; cd -P -- "./$3"; exec 3>&2; stat --printf "$4" .; paths | xargs -0 -r stat --printf "$4"; head -c 1 /dev/zero; paths -type f | xargs -0 -r sha256sum -z; head -c 1 /dev/zero;`,
-  `if command -v getfattr >/dev/null; then getfattr -h -d -m - -e hex .; paths | xargs -0 -r getfattr -h -d -m - -e hex; else echo missing; fi`,
+  `at "$1" "$2"; cd -P -- "./$3"; f=$4; list() { stat --printf "$f" .; paths | xargs -0 -r stat --printf "$f"; head -c 1 /dev/zero; paths -type f | xargs -0 -r sha256sum -z; head -c 1 /dev/zero;`,
+  `if command -v getfattr >/dev/null; then getfattr -h -d -m - -e hex .; paths | xargs -0 -r getfattr -h -d -m - -e hex; else echo missing; fi; echo done >&3; };`,
+  `exec 4>&1; r=$( { list | base64 -w 0 >&4; } 3>&1 ); [ "$r" = done ]`,
 );
 
 /** sizes FOLDER FSID ./NAME…: bytes referenced by each, as `btrfs filesystem du -s --raw` tells. */
@@ -683,23 +689,26 @@ const SIZES = verb("sizes", PRELUDE, `at "$1" "$2"; shift 2; b filesystem sync .
 const LOCATE = verb(
   "locate",
   PRELUDE,
-  `d=$(dirname "$1") r=/$(basename "$1"); until [ -d "$d" ]; do r=/$(basename "$d")$r; d=$(dirname "$d"); done; cd -P -- "$d"; d=$PWD;`,
+  `d=\${1%/*} r=/\${1##*/}; until [ -d "$d/" ]; do r=/\${d##*/}$r; d=\${d%/*}; done; cd -P -- "$d/"; d=\${PWD%/};`,
   `until [ "$(stat -c %i .)" = 256 ] || [ "$PWD" = / ]; do cd ..; done; printf %s "$PWD"; head -c 1 /dev/zero; p=\${PWD%/}; printf %s "\${d#"$p"}$r"`,
 );
 
-/** versions FOLDER FSID FORMAT PATH NAME…: `stat --printf FORMAT` of PATH in each subvolume that has it; one process for all. */
+/**
+ * versions FOLDER FSID FORMAT PATH NAME…: `stat --printf FORMAT` of PATH and of each directory above it in every
+ * subvolume that has it, with one process for each level: a symbolic link may lead out of a snapshot.
+ */
 const VERSIONS = verb(
   "versions",
   PRELUDE,
-  `at "$1" "$2"; f=$3 p=$4; shift 4; for n; do set -- "$@" "./$n$p"; shift; done;`,
-  `{ { stat --printf "$f" -- "$@" 2>&1 >&3 || :; } | { grep -v -e ": No such file or directory" -e ": Not a directory" >&2 || :; }; } 3>&1`,
+  `at "$1" "$2"; f=$3 p=\${4#/}; shift 4; stat --printf x . >/dev/null || { echo "GNU stat not found: install coreutils" >&2; exit 69; };`,
+  `set -f; IFS=/; for c in $p; do for n; do set -- "$@" "$n/$c"; shift; done;`,
+  `{ { stat --printf "$f" -- "$@" 2>&1 >&3 || :; } | { if grep -v -e ": No such file or directory" -e ": Not a directory" -e ": Too many levels of symbolic links" >&2; then exit 1; fi; }; } 3>&1; done`,
 );
 
-const ATTRIBUTES = `--numeric-owner --acls --xattrs --xattrs-include="*"`;
-const ORIGIN = `origin() { at "$1" "$2"; s=$PWD/$3; cd -P -- "$(dirname "$s$4")"; case $PWD/ in "$s"/*) ;; *) echo "$s$4 is reached through a symbolic link" >&2; exit 65;; esac; };`;
+const ORIGIN = `origin() { at "$1" "$2"; s=$PWD/$3 q=$PWD/$3$4; cd -P -- "\${q%/*}"; case $PWD/ in "$s"/*) ;; *) echo "$s$4 is reached through a symbolic link" >&2; exit 65;; esac; };`;
 
 /** take FOLDER FSID NAME PATH: a file or directory out of a subvolume, as a tar archive. */
-const TAKE = verb("take", PRELUDE, ORIGIN, `origin "$@"; tar --create --format=posix ${ATTRIBUTES} -- "./$(basename "$4")"`);
+const TAKE = verb("take", PRELUDE, ORIGIN, `origin "$@"; tar --create --format=posix --sparse ${ATTRIBUTES} -- "./\${4##*/}"`);
 
 /**
  * put DIR NAME FORCE BASE [FOLDER FSID NAME PATH]: DIR/NAME becomes what is called BASE in the archive on standard
@@ -709,7 +718,9 @@ const PUT = verb(
   "put",
   PRELUDE,
   ORIGIN,
-  `cd -P -- "$1"; d=$PWD n=$2 f=$3 b=$4; shift 4; if [ -e "./$n" ] || [ -L "./$n" ]; then if [ -z "$f" ]; then echo "$d/$n exists: --force replaces it" >&2; exit 65; fi; fi;`,
+  `[ -d "$1" ] || { echo "no such directory: $1 (--to names another place)" >&2; exit 65; }; cd -P -- "$1"; d=$PWD n=$2 f=$3 b=$4; shift 4;`,
+  `if [ -d "./$n" ] && [ -z "$(find "./$n" -prune -type l)" ]; then echo "$d/$n is a directory: --to names what is to be made" >&2; exit 65; fi;`,
+  `if [ -e "./$n" ] || [ -L "./$n" ]; then if [ -z "$f" ]; then echo "$d/$n exists: --force replaces it" >&2; exit 65; fi; fi;`,
   `t=; gone() { [ -z "$t" ] || rm -rf "$t"; }; trap gone EXIT; t=$(mktemp -d "$d/.btrfs-backup.XXXXXX");`,
   `if [ $# -gt 0 ]; then ( origin "$@"; cp -a --reflink=auto -- "./$b" "$t/$b" ); else tar --extract --preserve-permissions --same-owner ${ATTRIBUTES} -C "$t" -f -; fi; mv -T -- "$t/$b" "./$n"`,
 );
@@ -2173,7 +2184,7 @@ export async function list(o: ListOptions, report: Report): Promise<void> {
   const prefixes = new Set(o.prefix !== null ? [o.prefix] : columns.flatMap(({ folder }) => prefixesIn(folder?.standing ?? [])));
   for (const prefix of prefixes.size === 0 ? [""] : prefixes) {
     const shown = columns.map((column) => ({ ...column, folder: column.folder && withPrefix(column.folder, prefix) }));
-    const sizes = new Map((await Promise.all(shown.map(({ folder }) => (o.size && folder ? sizesIn(folder) : [])))).flat());
+    const sizes = new Map((await Promise.all(shown.map(({ id, folder }) => (o.size && folder ? sizesIn(folder).catch((error) => (report.error(id, error), [])) : [])))).flat());
     const { locations, snapshots } = inventory(shown, o, now, sizes);
     report.event("list", { prefix, locations, snapshots });
     if (o.json) continue;
@@ -2223,18 +2234,21 @@ export function inventory(columns: readonly Column[], policies: Pick<ListOptions
       return { state, pin: isPin, goes: goes.has(entry.uuid), uuid: entry.uuid, bytes: sizes.get(entry.uuid) ?? null };
     }),
   }));
-  const locations = columns.map(({ id, problem, known: one }, i) => ({ id, source: sides[i]?.own ?? false, error: problem, ...(one === null ? {} : { last: one.last }) }));
+  const locations = columns.map(({ id, problem }, i) => ({ id, source: sides[i]?.own ?? false, error: problem, last: known.find(({ location }) => location === id)?.last }));
   return { locations, snapshots };
 }
 
 /** One line a location for a monitoring system: whether its newest complete backup is young enough. */
-function checkAge(columns: readonly Column[], { maxAge, json }: { maxAge: { count: number; unit: Unit; text: string }; json: boolean }, now: number, report: Report): void {
+function checkAge(columns: readonly Column[], { maxAge, json, prefix }: { maxAge: { count: number; unit: Unit; text: string }; json: boolean; prefix: string | null }, now: number, report: Report): void {
   for (const { id, folder, problem } of columns) {
-    const newest = folder && wholeIn(folder).reduce<Snapshot | null>((best, one) => (best === null || one.time > best.time ? one : best), null);
+    const prefixes = prefix !== null || folder === null ? [prefix ?? ""] : prefixesIn(folder.standing);
+    // What is dated in the future (more than time zones differ) would be young for ever.
+    const newestOf = (one: string) => folder && (wholeIn(withPrefix(folder, one)).filter(({ time }) => time < now + DURATION.d).sort((a, b) => b.time - a.time)[0] ?? null);
+    const newest = prefixes.map(newestOf).reduce<Snapshot | null>((oldest, one, i) => (i === 0 || one === null ? one : oldest && (one.time < oldest.time ? one : oldest)), null);
     const ok = newest !== null && newest.time >= before(now, maxAge.count, maxAge.unit);
     if (!ok) report.failed = true;
-    report.event("age", { location: id, ok, newest: newest?.name ?? null });
-    if (!json) process.stdout.write(`${ok ? "OK" : "TOO OLD"}: ${id}: ${newest === null ? (problem ?? "no complete backup") : `the newest backup is ${newest.name}, ${inWords(now - newest.time)} old`} (at most ${maxAge.text})\n`);
+    report.event("age", { location: id, ok, newest: newest?.name ?? null, error: problem });
+    if (!json) process.stdout.write(`${ok ? "OK" : problem === null ? "TOO OLD" : "UNKNOWN"}: ${id}: ${newest === null ? (problem ?? "no complete backup") : `the newest backup is ${newest.name}, ${inWords(now - newest.time)} old`} (at most ${maxAge.text})\n`);
   }
 }
 
@@ -2269,6 +2283,8 @@ export async function verify(o: VerifyOptions, report: Report): Promise<void> {
     }
     const shared = align([left, right]).filter(({ cells }) => cells.every((cell) => cell?.state === "whole"));
     const wanted = o.snapshot !== null ? shared.filter(({ name }) => name === o.snapshot) : o.all ? shared : shared.slice(-1);
+    for (const { name, cells } of o.all ? align([left, right]) : [])
+      if (cells.every((cell) => cell !== undefined) && cells.some((cell) => cell?.state !== "whole")) report.warning(`${name} in ${id} is not compared: it is incomplete there, or has other data`);
     if (wanted.length === 0) report.error(id, new Failure(o.snapshot === null ? `nothing complete is shared with ${left.id}` : `${o.snapshot} is not complete on both sides, or not the same snapshot`));
     for (const { name, cells } of wanted) {
       const [ours, theirs] = cells.map((cell) => cell?.entry) as [Snapshot, Snapshot];
@@ -2307,7 +2323,7 @@ export function parseStats(words: readonly string[]): { path: string; inode: str
     if (shown === undefined || !/^[0-9a-f]+$/.test(mode)) throw new Failure(`cannot read what "stat" printed: ${words.slice(i, i + 8).join(" ")}`);
     const bits = parseInt(mode, 16);
     const type = { 1: "fifo", 2: "character device", 4: "directory", 6: "block device", 8: "file", 10: "symbolic link", 12: "socket" }[bits >> 12] ?? "unknown";
-    const special = type.endsWith("device") ? { device } : type === "symbolic link" ? { target: shown.slice(shown.indexOf(" -> ") + 4) } : type === "file" ? { size } : {};
+    const special = type.endsWith("device") ? { device } : type === "symbolic link" ? { target: shown.slice(shown.startsWith(`'${path}' -> `) ? path.length + 6 : shown.indexOf(" -> ") + 4) } : type === "file" ? { size } : {};
     files.push({ path, inode, state: { type, mode: (bits & 0o7777).toString(8), owner, mtime, ...special } });
   }
   return files;
@@ -2335,15 +2351,20 @@ export function parseListing(text: string): Map<string, Record<string, string | 
   );
 }
 
+/** Bytes that were read as latin1, so that different ones stay different. */
+const asText = (latin1: string) => Buffer.from(latin1, "latin1").toString();
+
 /** What differs between two trees, and how: a line for each path. */
 async function compare(...sides: readonly [Folder, Snapshot][]): Promise<string[]> {
-  const texts = await Promise.all(sides.map(([folder, { name }]) => ask(folder.host, LISTING, [...at(folder), name, STAT_FORMAT], `${folder.id}: cannot list ${name}`)));
+  const listed = async ([folder, { name }]: [Folder, Snapshot]) => Buffer.from(await ask(folder.host, LISTING, [...at(folder), name, STAT_FORMAT], `${folder.id}: cannot list ${name}`), "base64").toString("latin1");
+  const texts = await Promise.all(sides.map(listed));
   const [a, b] = texts.map(parseListing) as [ReturnType<typeof parseListing>, ReturnType<typeof parseListing>];
   const lines = [...new Set([...a.keys(), ...b.keys()])].sort().flatMap((path) => {
     const [x, y] = [a.get(path), b.get(path)];
-    if (x === undefined || y === undefined) return [`${path} is only in ${sides[x === undefined ? 1 : 0]?.[0].id}`];
+    const shown = /[\x00-\x1f\x7f]/.test(path) ? JSON.stringify(asText(path)) : asText(path);
+    if (x === undefined || y === undefined) return [`${shown} is only in ${sides[x === undefined ? 1 : 0]?.[0].id}`];
     const how = [...new Set([...Object.keys(x), ...Object.keys(y)])].filter((key) => x[key] !== y[key]);
-    return how.length > 0 ? [`${path}: ${how.map((key) => (key === "contents" || key === "attributes" ? key : `${key} ${x[key] ?? "none"} and ${y[key] ?? "none"}`)).join(", ")}`] : [];
+    return how.length > 0 ? [`${shown}: ${how.map((key) => (key === "contents" || key === "attributes" ? key : `${key} ${asText(x[key] ?? "none")} and ${asText(y[key] ?? "none")}`)).join(", ")}`] : [];
   });
   return lines.length > 0 ? lines : [`extended attributes or ACLs${texts.some((text) => text.endsWith("missing\n")) ? "; install attr on both sides to see of what" : ""}`];
 }
@@ -2373,9 +2394,13 @@ export type VersionsOptions = ReturnType<typeof versionsOptions>;
 export async function versions(o: VersionsOptions, report: Report): Promise<void> {
   const host = hostOf(o.file.host, o.hosts);
   const [root = "", inner = ""] = (await ask(host, LOCATE, [o.file.path], `${o.file.id}: cannot find its subvolume`)).split("\0");
-  const path = normalize(inner);
   const source = { ...o.file, path: root, id: o.file.id.slice(0, o.file.id.length - o.file.path.length) + root };
-  const columns = await openColumns(source, o.locations, o.locations.length === 0, o, report);
+  // One place that has the version is enough to give it back.
+  const heard = o.get === null ? report : { ...report, error: (_: unknown, { message }: Error) => report.warning(message) };
+  const columns = await openColumns(source, o.locations, o.locations.length === 0, o, heard as Report);
+  // A source that is lost altogether is known to its backups.
+  const lost = columns[0]?.folder?.snapshots.length ? undefined : columns.map(({ folder }) => folder?.chain.owner).find((owner) => owner !== undefined && isWithin(o.file.path, owner.path));
+  const path = lost === undefined ? normalize(inner) : o.file.path.slice(lost.path === "/" ? 0 : lost.path.length);
   const states = await Promise.all(columns.map(async ({ folder }) => new Map(folder === null ? [] : await statesIn(folder.host, at(folder), path, wholeIn(folder).map(({ name }) => name)))));
   const seen = align(columns.map(({ folder }) => folder)).flatMap(({ cells }) => {
     const whole = cells.flatMap((cell, i) => (cell?.state === "whole" ? [{ i, name: cell.entry.name, time: cell.entry.time }] : []));
@@ -2393,7 +2418,7 @@ export async function versions(o: VersionsOptions, report: Report): Promise<void
       const what = state === null ? ["deleted", "-"] : [state.size === undefined ? state.type : inBytes(Number(state.size)), stamp(new Date(Number(state.mtime) * 1000)).replace(/(....)(..)(..)-(..)(..)(..)/, "$1-$2-$3 $4:$5:$6")];
       return [first, last, ...what, [...at].sort((a, b) => a - b).map(letter).join(" ") + same];
     });
-    process.stdout.write(`${columns.map(({ id }, i) => `${letter(i)}  ${id}\n`).join("")}\n${table([["FIRST IN", "LAST IN", "SIZE", "MODIFIED", "WHERE"], ...cells])}`);
+    process.stdout.write(`${columns.map(({ id, problem }, i) => `${letter(i)}  ${id}${problem === null ? "" : ", cannot be read"}\n`).join("")}\n${table([["FIRST IN", "LAST IN", "SIZE", "MODIFIED", "WHERE"], ...cells])}`);
   }
   if (rows.length === 0) report.error(null, new Failure(seen.length === 0 ? `${o.file.id}: there are no snapshots of ${source.id}` : `${o.file.id} is in none of ${count(seen.length, "snapshot")} of ${source.id}`));
   report.event("summary", { ok: !report.failed, versions: rows.length });
@@ -2401,10 +2426,12 @@ export async function versions(o: VersionsOptions, report: Report): Promise<void
 
 /** What `stat` says of a path in many subvolumes of a folder; nothing where it is not. */
 async function statesIn(host: Host, folder: [path: string, fsid: string], path: string, names: readonly string[]): Promise<Map<string, FileState>> {
-  const states = new Map<string, FileState>();
+  const found = new Map<string, FileState>();
   for (const some of chunks(names, Buffer.byteLength(path)))
-    for (const { path: found, state } of parseStats((await ask(host, VERSIONS, [...folder, STAT_FORMAT, path, ...some], `cannot look for ${path}`)).split("\0").slice(0, -1))) states.set(found.slice(2, found.length - path.length), state);
-  return states;
+    for (const { path: there, state } of parseStats((await ask(host, VERSIONS, [...folder, STAT_FORMAT, path, ...some], `cannot look for ${path}`)).split("\0").slice(0, -1))) found.set(there, state);
+  const above = [...path.matchAll(/\//g)].map(({ index }) => path.slice(0, index)).slice(1);
+  const has = (name: string) => above.every((directory) => found.get(name + directory)?.type === "directory") && found.has(name + path);
+  return new Map(names.filter(has).map((name) => [name, found.get(name + path) as FileState]));
 }
 
 /** Copies a version of a file back to its host. */
@@ -2680,6 +2707,7 @@ export function versionsOptions(given: Given) {
   const [file, ...locations] = locationsOf(given, 1, Infinity, "FILE [LOCATION…]") as [Location & { kind: "folder" }];
   const [get, to] = [given.value("get"), given.value("to")];
   if (get === null && (to !== null || given.flag("force"))) throw new UsageError("--to and --force need --get");
+  if (to !== null && file.host !== null && !to.startsWith("/")) throw new UsageError("--to must be an absolute path, on FILE's host");
   return { ...commonOptions(given), file, locations, get, to: to !== null && file.host === null ? resolve(to) : to, force: given.flag("force") };
 }
 
@@ -2781,6 +2809,7 @@ export async function main(args: readonly string[]): Promise<number> {
     const command = COMMANDS[named ? (words[0] as string) : "run"] as CommandDef<any>;
     const { run: _, ...others } = COMMANDS;
     const given = readArguments(named ? words.slice(1) : words, command.args as ArgsDef);
+    if (!named && Object.hasOwn(COMMANDS, given.positionals[0] ?? "")) throw new UsageError(`the command comes first: btrfs-backup ${given.positionals[0]} …`);
     if (given.flag("version")) console.log(`btrfs-backup ${VERSION}`);
     else if (given.flag("help") || words.length === 0) console.log(await renderUsage(command === COMMANDS["run"] ? { ...command, subCommands: others } : command));
     else return (await command.run?.({ rawArgs: [...words], args: { _: [] } as never, cmd: command, data: given })) as number;

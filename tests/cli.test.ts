@@ -10,6 +10,7 @@ test("usage errors are one line, exit 2, and nothing is done", async () => {
   mkdirSync(join(a.path, "plain"));
   const off = temporaryDirectory();
   const wrong: [string[], string][] = [
+    [["--json", "list", source], "the command comes first: btrfs-backup list …"],
     [["--num-snapshot", "3", source], "unknown option --num-snapshot; did you mean --num-snapshots?"],
     [["--verbos", "info", source], "--verbosity"],
     [["-x", source], "unknown option -x"],

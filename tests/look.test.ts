@@ -2,7 +2,7 @@
 // versions of a file there are.
 
 import { describe, expect, test } from "bun:test";
-import { existsSync, lstatSync, mkdirSync, readFileSync, rmSync, statSync, writeFileSync } from "node:fs";
+import { existsSync, lstatSync, mkdirSync, readdirSync, readFileSync, rmSync, statSync, writeFileSync } from "node:fs";
 import { join } from "node:path";
 import { change, damage, events, expectRun, expectSameTree, filesystem, generator, mountImage, nextSecond, pair, pathWithout, sh, snapshotAs, snapshotNames, sshServer, subvolume, temporaryDirectory, unmount, type Result } from "./support/rig.ts";
 
@@ -93,6 +93,10 @@ describe("list", () => {
     expect(bytes).toBeGreaterThan(3 << 20);
     expect((await expectRun(0, ["list", "-p", "b-", "--size", source])).stdout).toMatch(/b-\d{8}-\d{6} .*whole 3\.\d+M +whole, pin 3\.\d+M/);
     expect((await expectRun(0, ["list", source])).stdout).not.toMatch(/\dM/);
+    // Each table says when its own prefix was last served.
+    await expectRun(0, ["-p", "b-", "-S", source, destination]);
+    const lasts = (await expectRun(0, ["list", "--json", source])).stdout.split("\n").filter(Boolean).map((line) => JSON.parse(line)).filter(({ event }) => event === "list").map(({ locations }) => locations[1].last);
+    expect(new Set(lasts).size).toBe(2);
   });
 
   test("--max-age is a check: one line, and exit 1 when the newest complete backup is too old, or not there", async () => {
@@ -107,11 +111,22 @@ describe("list", () => {
     await expectRun(0, ["-S", source, old]);
     sh(`btrfs -q subvolume create "$1/$2" >/dev/null`, old, sh("date +%Y%m%d-%H%M%S")); // an incomplete one does not count
     expect((await expectRun(1, ["list", "--max-age", "26h", old])).stdout).toMatch(/^TOO OLD: .* 20200101-000000, \d+ years old/);
-    expect((await expectRun(1, ["list", "--max-age", "26h", temporaryDirectory()])).stdout).toMatch(/^TOO OLD: .*not on btrfs/);
-    expect(await expectRun(1, ["list", "--max-age", "26h", "/nowhere/x"])).toMatchObject({ stderr: "", stdout: expect.stringMatching(/^TOO OLD: .*\n$/) });
+    expect((await expectRun(1, ["list", "--max-age", "26h", temporaryDirectory()])).stdout).toMatch(/^UNKNOWN: .*not on btrfs/);
+    expect(await expectRun(1, ["list", "--max-age", "26h", "/nowhere/x"])).toMatchObject({ stderr: "", stdout: expect.stringMatching(/^UNKNOWN: .*\n$/) });
     const empty = filesystem();
     expect((await expectRun(1, ["list", "--max-age", "26h", empty.path])).stdout).toContain("no complete backup");
     expect((await expectRun(1, ["list", "--max-age", "26h", destination, old])).stdout.split("\n").length).toBe(3);
+    expect(events(await expectRun(1, ["list", "--json", "--max-age", "26h", "/nowhere/x"]))).toMatchObject([{ event: "age", ok: false, error: expect.stringContaining("no such directory") }]);
+    // One that is dated in the future would be young for ever; of several prefixes, each must be young.
+    sh(`mv "$1/20200101-000000" "$1/20991231-000000"`, old);
+    expect((await expectRun(1, ["list", "--max-age", "26h", old])).stdout).toContain("no complete backup");
+    const prefixed = join(empty.path, "prefixed");
+    await expectRun(0, ["-p", "a-", source, prefixed]);
+    expect((await expectRun(0, ["list", "--max-age", "26h", prefixed])).stdout).toContain("the newest backup is a-");
+    await expectRun(0, ["-p", "b-", source, prefixed]);
+    sh(`for b in "$1"/b-*; do mv "$b" "$1/b-20200101-000000"; done`, prefixed);
+    expect((await expectRun(1, ["list", "--max-age", "26h", prefixed])).stdout).toContain("b-20200101-000000");
+    await expectRun(0, ["list", "-p", "a-", "--max-age", "26h", prefixed]);
     await expectRun(2, ["list", "--max-age", "soon", destination]);
   });
 });
@@ -173,6 +188,26 @@ describe("verify", () => {
       expect(stderr).toMatch(/attributes/);
       expect(b.path).not.toBe("");
     });
+  });
+
+  test("what TAR_OPTIONS, other users' names, and names that are not text could hide or make up", async () => {
+    const { source, destination } = pair();
+    const { options, url, user } = await sshServer();
+    sh(`setfacl -m u:1234:r "$1/plain/1"; for b in "\\376" "\\377"; do printf x >"$1/$(printf "not$b")"; done; python3 -c 'import socket, sys; socket.socket(socket.AF_UNIX).bind(sys.argv[1])' "$1/socket"`, source);
+    await expectRun(0, [source, destination]);
+    const [name = ""] = snapshotNames(destination);
+    // Over there 1234 has a name.
+    const [passwd, shell] = [join(temporaryDirectory(), "passwd"), join(temporaryDirectory(), "shell")];
+    user("named", shell);
+    writeFileSync(passwd, `${readFileSync("/etc/passwd", "utf8")}bob:x:1234:1234::/:/bin/sh\n`);
+    writeFileSync(shell, `#!/bin/bash\nexec unshare --mount bash -c 'mount --bind ${passwd} /etc/passwd; exec dash "$@"' x "$@"\n`, { mode: 0o755 });
+    await expectRun(0, ["verify", ...options, source, url(destination, "named")]);
+    damage(join(destination, name), `t=$(stat -c %y plain/1); printf 9 | dd of=plain/1 bs=1 conv=notrunc 2>/dev/null; touch -d "$t" plain/1`);
+    await expectRun(1, ["verify", source, destination], { env: { TAR_OPTIONS: "--exclude=1" } });
+    damage(join(destination, name), `printf '\\x39' >"$(printf 'not\\376')"; chmod 700 socket`);
+    const { stderr } = await expectRun(1, ["verify", source, destination]);
+    expect(stderr).toMatch(/not\ufffd: .*contents/);
+    expect(stderr).toMatch(/socket: mode 755 and 700/);
   });
 
   test("nothing in common, a name that is not shared, one place of several: exit 1", async () => {
@@ -295,13 +330,52 @@ describe("versions", () => {
     expect((await shown([join(sub, "link")]))[0]).toMatchObject({ state: { type: "symbolic link", target: expect.stringContaining(elsewhere) } });
     await expectRun(0, ["versions", join(sub, "link"), "--get", name]);
     expect(lstatSync(join(sub, `link.${name}`)).isSymbolicLink()).toBe(true);
-    expect((await expectRun(1, ["versions", join(sub, "dir/secret"), "--get", name])).stderr).toContain("through a symbolic link");
+    expect((await expectRun(1, ["versions", join(sub, "dir/secret")])).stderr).toContain("is in none of 1 snapshot of");
+    expect((await expectRun(1, ["versions", join(sub, "dir/secret"), "--get", name])).stderr).toContain(`not in a snapshot ${name}`);
     expect(existsSync(join(sub, `dir/secret.${name}`))).toBe(false);
+  });
+
+  test("what cannot be done is told: no directory, one in the way, a relative path elsewhere, no GNU stat", async () => {
+    const { options, url } = await sshServer();
+    const [name = ""] = snapshotNames(snapshots);
+    const large = join(source, "large");
+    expect((await expectRun(1, ["versions", large, "--get", name, "--to", join(source, "no/such")])).stderr).toContain("no such directory");
+    expect((await expectRun(1, ["versions", large, "--get", name, "--to", then(), "--force"])).stderr).toContain("is a directory");
+    expect(readdirSync(then()).length).toBeGreaterThan(0);
+    await expectRun(2, ["versions", ...options, url(large), "--get", name, "--to", "here"]);
+    const busybox = pathWithout("stat");
+    sh(`ln -s "$(command -v busybox)" "$1/stat"`, busybox);
+    expect((await expectRun(1, ["versions", large], { env: { PATH: busybox } })).stderr).toContain("install coreutils");
+  });
+  const then = () => join(source, "then");
+
+  test("a sparse file stays sparse over ssh, and a place that is away is no failure where another has the version", async () => {
+    const { options, url } = await sshServer();
+    const [one, c] = [subvolume(join(a.path, "one")), filesystem()];
+    sh(`truncate -s 300M "$1/sparse"; setfacl -m u:1234:r "$1/sparse"`, one);
+    await expectRun(0, [...options, one, join(c.path, "backup")]);
+    const [name = ""] = snapshotNames(join(one, "snapshot"));
+    await expectRun(0, ["versions", ...options, url(join(one, "sparse")), url(join(c.path, "backup")), "--get", name, "--to", join(one, "first")]);
+    unmount(c);
+    const away = await expectRun(0, ["versions", join(one, "sparse"), "--get", name, "--to", join(one, "second")]);
+    expect(away.stderr).toContain("no such directory");
+    expect((await expectRun(1, ["versions", join(one, "sparse")])).stdout).toContain("cannot be read");
+    mountImage(c);
+    sh(`btrfs -q subvolume delete "$1"/snapshot/2* >/dev/null`, one);
+    await expectRun(0, ["versions", join(one, "sparse"), ...options, url(join(c.path, "backup")), "--get", name, "--to", join(one, "third")]);
+    for (const copy of ["first", "second", "third"]) {
+      expect(Number(sh(`du -k "$1" | cut -f 1`, join(one, copy)))).toBeLessThan(1024);
+      expect([copy, statSync(join(one, copy)).size, sh(`getfacl -n "$1" 2>/dev/null | grep -c user:1234:r--`, join(one, copy))]).toEqual([copy, 300 << 20, "1"]);
+    }
+    // The whole source is lost: its backups know where it was.
+    sh(`btrfs -q subvolume delete "$1" >/dev/null`, one);
+    expect((await shown([join(one, "sparse"), join(c.path, "backup")])).map(({ first }) => first)).toEqual([name]);
   });
 
   test("names that could be options or syntax", async () => {
     const sub = subvolume(join(a.path, "odd"));
-    const names = ["-rf", "--help", "a b", `q'"$(x)\\`, "new\nline", "ü"];
+    const names = ["-rf", "--help", "a b", `q'"$(x)\\`, "new\nline", "ü", "end\n", "end", "*", "a/b -> c"];
+    mkdirSync(join(sub, "a"));
     for (const name of names) writeFileSync(join(sub, name), name);
     await expectRun(0, [sub]);
     const [snapshot = ""] = snapshotNames(join(sub, "snapshot"));
