@@ -597,17 +597,18 @@ const DELETE = verb(
 /** record FOLDER FSID HEADER KEY VALUE: see RECORD. */
 const WRITE_RECORD = verb("record", PRELUDE, RECORD, `at "$1" "$2"; record "$3" "$4" "$5"`);
 
-/** restoring FOLDER FSID WORK END: makes the directory that a restore works in, and holds it locked; see CLEAR. */
-const RESTORING = verb("restoring", PRELUDE, `at "$1" "$2"; mkdir "./$3"; exec 9<"./$3"; flock -n 9; echo; echo "$4"; exec cat >/dev/null`);
+/** restoring FOLDER FSID WORK END: makes the directory that a restore works in, marks it as ours, and holds it locked; see CLEAR. */
+const RESTORING = verb("restoring", PRELUDE, `at "$1" "$2"; mkdir "./$3"; exec 9<"./$3"; flock -n 9; : >"./$3/.btrfs-backup.restoring"; echo; echo "$4"; exec cat >/dev/null`);
 
 /** clear FOLDER FSID WORK ./PATH…: removes what an interrupted restore left: those subvolumes, and the directory. */
 const CLEAR = verb(
   "clear",
   PRELUDE,
   `at "$1" "$2"; w=$3; shift 3; if [ -d "./$w" ] && [ -z "$(find "./$w" -prune -type l)" ]; then :; else exit 0; fi;`,
+  `[ -f "./$w/.btrfs-backup.restoring" ] || { rmdir "./$w" 2>/dev/null || echo "$PWD/$w is not from a restore, and stays" >&2; exit 0; };`,
   `( cd -P -- "./$w"; exec 9<.; flock -n 9 || { echo "another restore is at work in $PWD" >&2; exit 75; };`,
   `for f in .btrfs-backup.*.receiving; do if [ -f "$f" ]; then exec 8<"$f"; flock -w 10 8 || { echo "what an interrupted restore began is still being received in $PWD" >&2; exit 75; }; fi; done;`,
-  `if [ $# -gt 0 ]; then b subvolume delete "$@" >/dev/null; fi; rm -f .btrfs-backup.*.receiving; cd ..; rmdir "./$w" )`,
+  `if [ $# -gt 0 ]; then b subvolume delete "$@" >/dev/null; fi; rm -f .btrfs-backup.*; cd ..; rmdir "./$w" )`,
 );
 
 /**
@@ -621,7 +622,7 @@ const BUILD = verb(
   PRELUDE,
   `at "$1" "$2"; cd -P -- "./$3"; w=$PWD o=$4 d=$5 n=$6 h=$7; [ -n "$o" ] || o=$w/$n; b subvolume snapshot "$o" "$w/tree" >/dev/null;`,
   `real() { cd -P -- "$1" && [ "$PWD" = "$1" ] || { echo "$1 is not a plain folder in this backup" >&2; exit 65; }; };`,
-  `case $d in /*) cd -P -- "$d";; *) d=$w/tree/$d; real "\${d%/*}"; [ -d "$d" ] || mkdir "$d"; real "$d"; find . -mindepth 1 -maxdepth 1 -inum 2 -exec rmdir {} +;; esac;`,
+  `case $d in /*) cd -P -- "$d";; *) find "$w/tree" -mindepth 1 -maxdepth 1 -inum 2 -exec rmdir {} +; d=$w/tree/$d; real "\${d%/*}"; if [ -d "$d" ] && [ "$(stat -c %i "$d")" = 2 ]; then rmdir "$d"; fi; [ -d "$d" ] || mkdir "$d"; real "$d"; find . -mindepth 1 -maxdepth 1 -inum 2 -exec rmdir {} +;; esac;`,
   `case $h in none) ;; *) if [ -e "./$n" ] || [ -L "./$n" ]; then exit 76; fi;; esac;`,
   `case $h in keep) b subvolume snapshot -r "$o" "$PWD/$n" >/dev/null;; plain) b subvolume snapshot "$o" "$PWD/$n" >/dev/null; b property set -ts "$PWD/$n" ro true;; esac;`,
   `if [ "$o" = "$w/$n" ]; then b subvolume delete "$o" >/dev/null; fi`,
@@ -629,19 +630,23 @@ const BUILD = verb(
 
 /**
  * finish FOLDER FSID WORK TARGET BEFORE FROM TO: gives WORK/tree its name, and what had it the name BEFORE,
- * unless that is empty. Then each NAME of standard input moves from FROM to TO, two lines each: a snapshot
- * that is made writable for it keeps its UUID; one that was received would lose the received UUID, so
- * it is replaced by a `copy`. All in one verb, which goes on when the program is killed.
+ * unless that is empty. Then each NAME of standard input moves from FROM to TO, two lines each, "end" last: a
+ * snapshot that is made writable for it keeps its UUID; one that was received would lose the received UUID, so
+ * it is replaced by a `copy`. All in one verb, which goes on when the program is killed, and begins only when it
+ * knows everything; one that is being sent cannot be made writable, and ends it before that. Prints what could not move.
  */
 const FINISH = verb(
   "finish",
   PRELUDE,
-  `at "$1" "$2"; w=$3 t=$4 o=$5 f=$6 d=$7; free() { if [ -e "./$1" ] || [ -L "./$1" ]; then echo "$PWD/$1 exists" >&2; exit 76; fi; };`,
+  `at "$1" "$2"; w=$3 t=$4 o=$5 f=$6 d=$7 how=; shift $#; while read -r how; do if [ "$how" = end ]; then break; fi; IFS= read -r n; set -- "$@" "$how" "$n"; done; [ "$how" = end ];`,
+  `each() { g=$1; shift; while [ $# -gt 0 ]; do "$g" "$1" "$2"; shift 2; done; };`,
+  `try() { [ "$1" = copy ] || { b property set -ts "$f/$2" ro false; b property set -ts "$f/$2" ro true; }; }; each try "$@";`,
+  `free() { if [ -e "./$1" ] || [ -L "./$1" ]; then echo "$PWD/$1 exists" >&2; exit 76; fi; };`,
   `if [ -n "$o" ]; then free "$o"; mv -T -- "./$t" "./$o"; fi; free "$t"; mv -T -- "./$w/tree" "./$t" || { [ -z "$o" ] || mv -T -- "./$o" "./$t"; exit 1; };`,
-  `rm -f "./$w"/.btrfs-backup.*.receiving; rmdir "./$w" || :;`,
-  `while read -r how && IFS= read -r n; do`,
-  `if [ "$how" = copy ]; then b subvolume snapshot -r "$f/$n" "$d/$n" >/dev/null; b subvolume delete "$f/$n" >/dev/null;`,
-  `else b property set -ts "$f/$n" ro false; mv -T -- "$f/$n" "$d/$n" || { b property set -ts "$f/$n" ro true; exit 1; }; b property set -ts "$d/$n" ro true; fi; done; b filesystem sync . >/dev/null`,
+  `case $f/ in "$PWD/$t"/*) [ -z "$o" ] || f=$PWD/$o\${f#"$PWD/$t"};; esac; rm -f "./$w"/.btrfs-backup.*; rmdir "./$w" || :;`,
+  `carry() { if [ "$1" = copy ]; then b subvolume snapshot -r "$f/$2" "$d/$2" >&2 && b subvolume delete "$f/$2" >&2;`,
+  `elif b property set -ts "$f/$2" ro false; then if mv -T -- "$f/$2" "$d/$2"; then b property set -ts "$d/$2" ro true; else b property set -ts "$f/$2" ro true; false; fi; else false; fi || echo "$2"; };`,
+  `each carry "$@"; b filesystem sync . >/dev/null`,
 );
 
 /**
@@ -776,14 +781,15 @@ function shownField(text: string, field: string): string {
   return value;
 }
 
-export type Mount = { readonly root: string; readonly path: string; readonly device: string };
+export type Mount = { readonly root: string; readonly path: string; readonly device: string; readonly readonly: boolean };
 
 /** Reads /proc/self/mountinfo (proc(5)): `root` is the path on the filesystem of `device` that is mounted at `path`. */
 export function parseMounts(text: string): Mount[] {
   const unescape = (word = "") => word.replace(/\\([0-7]{3})/g, (_, octal: string) => String.fromCharCode(parseInt(octal, 8)));
   return text.split("\n").map((line) => {
     const words = line.split(" ");
-    return { root: unescape(words[3]), path: unescape(words[4]), device: unescape(words[words.indexOf("-") + 2]) };
+    const readonly = [words[5], words.at(-1)].some((options) => options?.split(",").includes("ro"));
+    return { root: unescape(words[3]), path: unescape(words[4]), device: unescape(words[words.indexOf("-") + 2]), readonly };
   });
 }
 
@@ -1061,7 +1067,8 @@ async function openLocation(location: Location & { kind: "folder" }, { prefix, w
 /** Whether a folder is where a source takes its snapshots, which need no received UUID, or one of backups. */
 export function isSnapshotFolder({ source, chain: { owner, destinations }, snapshots, subvolumes, place }: Pick<Folder, "source" | "chain" | "snapshots" | "subvolumes" | "place">): boolean {
   if (source !== null) return true;
-  if (owner !== undefined) return owner.uuid === place.filesystem || subvolumes.some(({ uuid }) => uuid === owner.uuid);
+  // The source itself may be lost.
+  if (owner !== undefined) return owner.uuid === place.filesystem || subvolumes.some(({ uuid }) => uuid === owner.uuid) || snapshots.some(({ parentUuid }) => parentUuid === owner.uuid);
   return destinations !== undefined || snapshots.some(({ readonly, receivedUuid }) => readonly && receivedUuid === null);
 }
 
@@ -1430,7 +1437,8 @@ export function planRestore(chosen: Subvolume, whole: readonly Snapshot[], there
   const shared = whole.filter((snapshot) => find(snapshot) !== undefined);
   const index = whole.findIndex(({ uuid }) => uuid === chosen.uuid);
   const at = index === -1 ? whole.length : index;
-  return { present, parent: shared.findLast((s) => whole.indexOf(s) < at) ?? shared.find((s) => whole.indexOf(s) > at) ?? null };
+  // Against itself, where its data is there under another UUID: that is a stream of a few bytes.
+  return { present, parent: shared.findLast((s) => whole.indexOf(s) <= at) ?? shared.find((s) => whole.indexOf(s) > at) ?? null };
 }
 
 /** What interrupted restores to a name in a folder left: directories, each with the subvolumes in it, innermost first. */
@@ -1439,8 +1447,9 @@ export function leftoversOf(name: string, { top, entries, subvolumes }: Pick<Fol
   return new Map(
     ours.map((entry) => {
       const above = `${join(top, entry)}/`;
-      const paths = subvolumes.map(({ path }) => `/${path}`).filter((path) => path.startsWith(above));
-      return [entry, paths.map((path) => `./${path.slice(above.length)}`).sort((a, b) => b.split("/").length - a.split("/").length)];
+      const paths = subvolumes.map(({ path }) => `/${path}`).filter((path) => path.startsWith(above)).map((path) => path.slice(above.length));
+      const made = (path: string) => path === "tree" || ((path.startsWith("tree/") || !path.includes("/")) && prefixesIn([{ name: basename(path) }]).length > 0);
+      return [entry, paths.filter(made).map((path) => `./${path}`).sort((a, b) => b.split("/").length - a.split("/").length)];
     }),
   );
 }
@@ -1451,7 +1460,9 @@ export function leftoversOf(name: string, { top, entries, subvolumes }: Pick<Fol
  */
 export function restoredDestinations(recorded: readonly KnownDestination[], stands: (uuid: string) => boolean, came: { readonly id: string; readonly filesystem: string | null; readonly pin: Memory } | null): KnownDestination[] {
   const old = recorded.map((known) => {
-    const from = came !== null && (known.location === came.id || (known.filesystem !== null && known.filesystem === came.filesystem));
+    // Known by another path: the one folder on that disk, by the same name.
+    const alike = recorded.filter(({ filesystem }) => filesystem !== null && filesystem === came?.filesystem);
+    const from = came !== null && (known.location === came.id || (alike.length === 1 && alike[0] === known && basename(known.location) === basename(came.id)));
     return { ...known, pin: from ? came.pin : known.pin !== null && stands(known.pin.uuid) ? known.pin : null };
   });
   const listed = came === null || old.some(({ pin }) => pin === came.pin);
@@ -1459,18 +1470,19 @@ export function restoredDestinations(recorded: readonly KnownDestination[], stan
 }
 
 /** What to do where TARGET is a mount point, whose name cannot be given to something else. */
-export function mountAdvice(location: string, path: string, { root, device }: Mount): string {
+export function mountAdvice(words: readonly string[], path: string, { root, device }: Mount): string {
+  const restore = words.map(quote).join(" ");
   const again = path === "/" ? "reboot" : `umount ${quote(path)} && mount ${quote(path)}`;
   const top = `mount -o subvolid=5 ${quote(device)} /mnt`;
   if (root === "/")
     return `${path} is a mount point, of the top level of ${device}, which cannot be replaced. Restore beside it, and mount that instead:
   ${top}
-  btrfs-backup restore ${quote(location)} /mnt/restored
+  btrfs-backup restore ${restore} /mnt/restored
   btrfs subvolume set-default /mnt/restored   # or subvol=restored in /etc/fstab
   ${again}`;
   return `${path} is a mount point, of the subvolume ${root.slice(1)} of ${device}. Replace that where the top level is mounted:
   ${top}
-  btrfs-backup restore --replace ${quote(location)} ${quote(`/mnt${root}`)}
+  btrfs-backup restore --replace ${restore} ${quote(`/mnt${root}`)}
   ${again}
 If /etc/fstab has subvolid= for it, write subvol=${root.slice(1)} instead; if it has neither, btrfs subvolume set-default ${quote(`/mnt${root}`)}`;
 }
@@ -1882,9 +1894,9 @@ async function backUp(source: Source, o: RunOptions, report: Report): Promise<vo
   let written = JSON.stringify(source.chain);
   const saveKnown = async () => {
     const chain = { ...source.owned, ...(known.size > 0 || source.chain.destinations ? { destinations: [...known.values()] } : {}) };
-    // What 0.3.1 made has no owner until a run has said whose it is, and a copy cannot.
-    const unowned = source.source === null && source.owned.owner === undefined;
-    if (o.dryRun || unowned || JSON.stringify(chain) === written) return;
+    // What 0.3.1 made has no owner until a run has said whose it is, and a copy cannot; a disk of backups can be mounted read-only.
+    const silent = source.source === null && (source.owned.owner === undefined || placeOn(source.mounts, source.path).mount.readonly);
+    if (o.dryRun || silent || JSON.stringify(chain) === written) return;
     await writeRecord(source, chain);
     written = JSON.stringify(chain);
   };
@@ -1949,17 +1961,21 @@ async function pruneSource(source: Source, snapshots: readonly Snapshot[], wante
 export async function copy({ prefix, ...o }: Omit<RunOptions, "prefix"> & { readonly prefix: string | null }, report: Report): Promise<void> {
   const wait = o.dryRun ? ("look" as const) : o.wait;
   const first = await openLocation(o.source, { ...o, prefix: prefix ?? "", wait: "look" });
-  if (isSnapshotFolder(first)) throw new UsageError(`${o.source.id} has snapshots of a source: "btrfs-backup run --no-snapshot" sends these`);
   const prefixes = prefix === null ? prefixesIn(first.standing) : [prefix];
+  if ([first.prefix, ...prefixes].some((one) => isSnapshotFolder(withPrefix(first, one)))) throw new UsageError(`${o.source.id} has snapshots of a source: "btrfs-backup run --no-snapshot" sends these`);
   if (prefixes.length === 0) throw new Failure(`there are no backups in ${o.source.id}`);
   const options = { ...o, snapshotFolder: "." };
-  for (const one of prefixes) {
-    checkPlaces({ ...options, prefix: one });
-    const folder = await openFolder(o.source, o.source.path, { prefix: one, wait, hosts: o.hosts });
-    // Whose the backups are goes with them, so that their source can go on in the copy.
-    const identity = folder.chain.owner ?? { uuid: `${folder.place.filesystem}${folder.top}`, host: folder.hostName, path: folder.path };
-    await backUp({ ...folder, snapshots: wholeIn(folder), identity, subvolume: folder.path, owned: folder.chain }, { ...options, prefix: one }, report);
-  }
+  for (const one of prefixes)
+    try {
+      checkPlaces({ ...options, prefix: one });
+      const folder = await openFolder(o.source, o.source.path, { prefix: one, wait, hosts: o.hosts });
+      // Whose the backups are goes with them, so that their source can go on in the copy.
+      const identity = folder.chain.owner ?? { uuid: `${folder.place.filesystem}${folder.top}`, host: folder.hostName, path: folder.path };
+      await backUp({ ...folder, snapshots: wholeIn(folder), identity, subvolume: folder.path, owned: folder.chain }, { ...options, prefix: one }, report);
+    } catch (error) {
+      if (prefixes.length === 1 || error instanceof UsageError) throw error;
+      report.error(o.source.id, error); // the other prefixes can still be copied
+    }
 }
 
 export type RestoreOptions = ReturnType<typeof restoreOptions>;
@@ -1967,7 +1983,7 @@ export type RestoreOptions = ReturnType<typeof restoreOptions>;
 /** The snapshot that is asked for. Errors: Failure telling what there is. */
 function choose(location: Folder, { snapshot, before: until }: Pick<RestoreOptions, "snapshot" | "before">): Snapshot {
   const whole = wholeIn(location);
-  const named = location.standing.find(({ name, readonly }) => name === snapshot && readonly);
+  const named = location.standing.find((entry) => entry.name === snapshot && (isSnapshotFolder(location) ? entry.readonly : isComplete(entry)));
   const found = snapshot === null ? whole.findLast(({ time }) => time <= (until ?? Infinity)) : (whole.find(({ name }) => name === snapshot) ?? (named && { ...named, time: 0 }));
   if (found !== undefined) return found;
   const range = whole.length === 0 ? "nothing complete" : `${count(whole.length, "snapshot")} from ${whole[0]?.name} to ${whole.at(-1)?.name}`;
@@ -1985,7 +2001,7 @@ async function openTarget(o: RestoreOptions, prefix: string): Promise<Target> {
   const name = basename(path);
   const full = join(parent.path, name);
   const mount = parent.mounts.findLast((one) => one.path === full);
-  if (mount !== undefined) throw new Failure(mountAdvice(o.location.id, full, mount));
+  if (mount !== undefined) throw new Failure(mountAdvice(o.words, full, mount));
   if (!parent.exists) throw new Failure(`no such directory: ${parent.path}`);
   if (parent.place.filesystem === null) throw new Failure(`${parent.path} is not on btrfs`);
   const existing = parent.subvolumes.find((subvolume) => `/${subvolume.path}` === join(parent.top, name)) ?? null;
@@ -2009,9 +2025,10 @@ async function openOutside(target: Target, location: Folder, o: RestoreOptions):
     const claimed = claim({ uuid: "", host: target.hostName, path: target.full }, folder.chain, folder.snapshots, folder.snapshots.filter((s) => known(s)), false);
     if (!claimed.accepted) throw new Failure(`${folder.path}: ${claimed.why}`);
   };
-  const seen = await openChecked(o.target, o.snapshotFolder, opening, (folder) => void (samePlace(folder, location) || check(folder)));
+  const path = resolve(o.target.path, o.snapshotFolder);
+  const seen = await openChecked(o.target, path, opening, (folder) => void (samePlace(folder, location) || check(folder)));
   if (samePlace(seen, location)) return location;
-  return o.dryRun ? seen : openChecked(o.target, o.snapshotFolder, { ...opening, wait: o.wait }, check);
+  return o.dryRun ? seen : openChecked(o.target, path, { ...opening, wait: o.wait }, check);
 }
 
 /** Removes what interrupted restores to TARGET left; `only`: of those one directory. Errors: Busy while it is still at work. */
@@ -2046,9 +2063,9 @@ export async function restore(o: RestoreOptions, report: Report): Promise<void> 
     const there = target.subvolumes.filter(({ path, readonly }) => readonly && folders.includes(dirname(`/${path}`)) && isWithin(`/${path}`, mount.root));
     const here = location.hostName === target.hostName && location.place.filesystem === target.place.filesystem;
     const own = here && isSnapshotFolder(location);
-    const { present, parent } = here ? { present: chosen, parent: null } : planRestore(chosen, wholeIn(location), there);
     const standing = outside?.standing.find(({ name }) => name === chosen.name);
-    const stands = standing !== undefined && standing.uuid === present?.uuid;
+    const stands = standing?.readonly && (standing.uuid === chosen.uuid || dataFinder([standing])(chosen) !== undefined);
+    const { present, parent } = stands || here ? { present: stands ? standing : chosen, parent: null } : planRestore(chosen, wholeIn(location), there);
     if (!stands && (outside?.entries.has(chosen.name) ?? false)) throw new Failure(`${outside?.path} has something else by the name of ${chosen.name}`);
     const replaced = target.existing !== null && isWithin(location.top, `/${target.existing.path}`);
     const chains = new Map(own ? location.record.chains : []);
@@ -2057,9 +2074,15 @@ export async function restore(o: RestoreOptions, report: Report): Promise<void> 
     const every = location.standing.filter(({ name, readonly }) => readonly && prefixesIn([{ name }]).length > 0 && !name.includes("\n"));
     const moved = !own || outside === location ? [] : replaced ? every : every.filter(({ uuid }) => pins.has(uuid) || (pins.size > 0 && uuid === chosen.uuid));
     const how = stands || moved.some(({ uuid }) => uuid === chosen.uuid) ? "none" : here ? "plain" : "keep";
+    const twins = target.subvolumes.filter(({ readonly, receivedUuid }) => readonly && receivedUuid === (chosen.receivedUuid ?? chosen.uuid));
+    if (how === "keep" && twins.length > 0) report.warning(`${o.target.id}: ${chosen.name} stands twice on its filesystem then, which can confuse "btrfs receive"; keep one of it and ${twins.map(({ path }) => path).join(", ")}`);
     const now = stamp(new Date());
     const [work, before] = [`${target.name}.restoring-${now}`, target.existing === null ? "" : `${target.name}.before-${now}`];
-    const from = replaced ? join(target.path, before, location.top.slice(`/${target.existing?.path}`.length)) : through(location.top);
+    const from = replaced ? join(target.full, location.top.slice(`/${target.existing?.path}`.length)) : through(location.top);
+    if (here && !own && replaced) throw new UsageError(`${location.id} is inside of ${o.target.id}, which would be moved away with the backups`);
+    if (replaced && target.existing?.readonly && moved.length > 0) throw new Failure(`${o.target.id} is read-only, so its snapshots cannot move: btrfs property set -ts ${quote(target.full)} ro false`);
+    for (const prefix of o.dryRun ? [] : prefixesIn(moved)) if (prefix !== location.prefix) opened.push(await openFolder(o.location, location.path, { prefix, wait: o.wait, hosts: o.hosts }));
+    if (asked !== null && present === null && parent === null) report.warning(`--parent-from ${o.parentFrom}: nothing there is shared with ${location.id}`);
     const movable = replaced || (isWithin(location.top, mount.root) && placeOn(target.mounts, from).top === location.top);
     if (moved.length > 0 && (!movable || (outside !== null && placeOn(target.mounts, outside.path).mount !== mount))) throw new Failure(`the snapshots of ${location.id} can only move to ${o.target.id} below one mount point: mount the top level (subvolid=5), and restore there`);
     await clearLeftovers(target, null, o);
@@ -2075,15 +2098,16 @@ export async function restore(o: RestoreOptions, report: Report): Promise<void> 
           const compression = (source: Folder, level: string) => compressionBetween(source, target, level);
           report.event("transfer", { ...transfer, ...(await transferTo({ receive, compression, discard: async () => {} }, location, { snapshot: chosen, parent }, sending)) });
         }
-        const origin = present === null ? "" : here ? join(location.path, chosen.name) : through(`/${present.path}`);
+        const origin = present === null ? "" : here && !stands ? join(location.path, chosen.name) : through(`/${present.path}`);
         await ask(target.host, BUILD, [...at(target), work, origin, outside?.path ?? target.inside ?? "", chosen.name, how], `cannot build ${o.target.id}`);
         await settle(target, join(target.path, work, "tree"), outside, chains, chosen, here || isSnapshotFolder(location) ? null : location, o);
         // From here on there is no way back, only one forward.
         checkInterruption();
         const names = moved.map(({ name, receivedUuid }) => `${receivedUuid === null ? "move" : "copy"}\n${name}\n`);
         const to = outside?.path ?? join(target.full, target.inside ?? "");
-        await whileCleaning(() => ask(target.host, FINISH, [...at(target), work, target.name, before, from, to], `cannot finish ${o.target.id}`, names.join("")));
+        const stuck = await whileCleaning(() => ask(target.host, FINISH, [...at(target), work, target.name, before, from, to], `cannot finish ${o.target.id}`, `${names.join("")}end\n`));
         await release();
+        if (stuck !== "") report.error(o.target.id, new Failure(`it is restored, but these snapshots could not move from ${replaced ? join(target.path, before) : location.path}: ${stuck.trim().split("\n").join(" ")}`));
         if (moved.some(({ receivedUuid }) => receivedUuid !== null)) await settle(target, target.full, outside, chains, chosen, null, o);
       } catch (error) {
         await release();
@@ -2112,11 +2136,13 @@ async function settle(target: Target, tree: string, outside: Folder | null, live
   const uuids = new Map(folder.standing.map(({ name, uuid }) => [name, uuid]));
   for (const prefix of new Set([...(own ? live : folder.record.chains).keys(), folder.prefix])) {
     const { owner: _, ...chain } = { ...folder.record.chains.get(prefix), ...live.get(prefix) };
+    const previous = outside?.record.chains.get(prefix)?.owner;
+    const elsewhere = previous !== undefined && previous.path !== target.full && target.subvolumes.some(({ uuid }) => uuid === previous.uuid);
     const came = backups !== null && snapshot && prefix === folder.prefix ? { id: backups.id, filesystem: backups.place.filesystem, pin: { name: snapshot.name, uuid: snapshot.uuid } } : null;
     // A snapshot that was replaced by its copy on the way has another UUID.
     const recorded = (chain.destinations ?? []).map((known) => ({ ...known, pin: known.pin && own ? { ...known.pin, uuid: uuids.get(known.pin.name) ?? known.pin.uuid } : known.pin }));
     const destinations = restoredDestinations(recorded, (uuid) => own || [...uuids.values()].includes(uuid), came);
-    const owner = outside === null ? {} : { owner: { uuid: folder.source?.uuid ?? "", host: target.hostName, path: target.full } };
+    const owner = outside === null ? {} : elsewhere ? { owner: previous } : { owner: { uuid: folder.source?.uuid ?? "", host: target.hostName, path: target.full } };
     await writeRecord({ ...folder, prefix }, { ...chain, ...owner, destinations });
   }
 }
@@ -2129,7 +2155,7 @@ function tellWhatIsNext(target: Target, location: Folder, chosen: Snapshot, befo
   const again = ["btrfs-backup", "--adopt", ...(location.prefix === "" ? [] : ["-p", location.prefix]), ...p, o.target.id].map((word) => (/^[\w./:@-]+$/.test(word) ? word : quote(word))).join(" ");
   const { owner } = location.chain;
   if (away && moved.length > 0) report.warning(`${location.path} has no longer what its destinations share with it: they go on from ${o.target.id}, once it has the path of their source or by "${again} DEST…"`);
-  else if (!away && !isSnapshotFolder(location) && owner !== undefined && (owner.host !== target.hostName || owner.path !== target.full))
+  else if (!away && !isSnapshotFolder(location) && location.place.filesystem !== target.place.filesystem && owner !== undefined && (owner.host !== target.hostName || owner.path !== target.full))
     log.info(`The backups in ${location.id} belong to ${owner.host}:${owner.path}: a run goes on from there, but is refused from ${target.hostName}:${target.full}. If that shall be their source from now on: ${again} ${location.id}`);
   if (before === "" || target.existing === null) return;
   const gone = new Set(moved.map(({ path }) => path));
@@ -2549,7 +2575,7 @@ export function readArguments(args: readonly string[], definitions: ArgsDef): Gi
     return {
       flag: (name) => values[name] === true,
       value: (name) => (values[name] as string | undefined) ?? null,
-      all: (name) => (values[name] as string[] | undefined) ?? [],
+      all: (name) => [values[name] ?? []].flat() as string[],
       positionals,
     };
   } catch (error) {
@@ -2680,7 +2706,9 @@ export function restoreOptions(given: Given) {
   const [location, target] = locationsOf(given, 2, 2, "LOCATION and TARGET") as [Location & { kind: "folder" }, Location & { kind: "folder" }];
   const [snapshot, until] = [given.value("snapshot"), given.value("before")];
   if (snapshot !== null && until !== null) throw new UsageError("--snapshot and --before exclude each other");
-  return { ...commonOptions(given), location, target, snapshot, before: until === null ? null : parseWhen(until), parentFrom: given.value("parent-from"), replace: given.flag("replace"), ...sendingOptions(given) };
+  const words = ["snapshot-prefix", "snapshot-folder", "ssh-opt", "snapshot", "before", "compress", "rate-limit"].flatMap((name) => given.all(name).map((value) => `--${name}=${value}`));
+  for (const name of ["sudo", "ssh-sudo"]) if (given.flag(name)) words.push(`--${name}`);
+  return { ...commonOptions(given), words: [...words, location.id], location, target, snapshot, before: until === null ? null : parseWhen(until), parentFrom: given.value("parent-from"), replace: given.flag("replace"), ...sendingOptions(given) };
 }
 
 /** How to send, if at all. */

@@ -3,7 +3,7 @@
 import { expect, test } from "bun:test";
 import { existsSync, rmSync } from "node:fs";
 import { join } from "node:path";
-import { change, contentsDigest, events, expectRun, expectSameTree, expectSound, filesystem, generator, nextSecond, pair, reformat, sh, snapshotAs, snapshotNames, sshServer, subvolumes } from "./support/rig.ts";
+import { change, contentsDigest, events, expectRun, expectSameTree, expectSound, filesystem, generator, nextSecond, pair, reformat, sh, snapshotAs, snapshotNames, sshServer, subvolumes, waitFor } from "./support/rig.ts";
 
 const transfers = (result: Parameters<typeof events>[0]) => events(result).filter(({ event }) => event === "transfer");
 const day = (n: number) => `2026010${n}-000000`;
@@ -75,12 +75,30 @@ test("what was copied on last stays for the next copy, whatever the policy says"
   expect(transfers(await expectRun(0, ["copy", "--json", destination, second]))).toMatchObject([{ parent: copied }]);
 });
 
+test("from a disk that is mounted read-only; one prefix that is busy does not stop the others", async () => {
+  const { source, destination, b } = pair();
+  for (const prefix of ["a-", "b-"]) await expectRun(0, ["-p", prefix, source, destination]);
+  const second = join(filesystem().path, "second");
+  const holder = sh(`flock "$1/.btrfs-backup.a-.lock" sleep 600 >/dev/null 2>&1 & echo $!`, destination);
+  await waitFor("the lock", () => sh(`flock -n "$1/.btrfs-backup.a-.lock" true && echo free || echo held`, destination) === "held");
+  expect((await expectRun(1, ["copy", destination, second])).stderr).toContain("another run holds");
+  expect([snapshotNames(second, "a-").length, snapshotNames(second, "b-").length]).toEqual([0, 1]);
+  sh(`pkill -P "$1"; kill "$1" 2>/dev/null || :`, holder);
+  sh(`mount -o remount,ro "$1"`, b.path);
+  await expectRun(0, ["copy", "-n", "1", destination, second]);
+  expect([snapshotNames(second, "a-").length, snapshotNames(second, "b-").length]).toEqual([1, 1]);
+  sh(`mount -o remount,rw "$1"`, b.path);
+});
+
 test("what makes no sense is refused before anything is written", async () => {
   const { source, snapshots, destination, b } = pair();
   await expectRun(0, [source, destination]);
   expect((await expectRun(2, ["copy", source, join(b.path, "x")])).stderr).toContain("--no-snapshot");
   expect((await expectRun(2, ["copy", snapshots, join(b.path, "x")])).stderr).toContain("--no-snapshot");
   await expectRun(2, ["copy", destination]);
+  await expectRun(0, ["-p", "p-", source]);
+  sh(`btrfs -q subvolume delete "$1"/2* >/dev/null`, snapshots);
+  expect((await expectRun(2, ["copy", snapshots, join(b.path, "x")])).stderr).toContain("--no-snapshot");
   await expectRun(2, ["copy", destination, join(destination, "inside")]);
   expect((await expectRun(1, ["copy", destination, join(b.path, "same")])).stderr).toContain("on the filesystem of");
   expect((await expectRun(1, ["copy", b.path, join(filesystem().path, "x")])).stderr).toContain("there are no backups");

@@ -580,6 +580,7 @@ describe("whose folder it is", () => {
     ["received backups", {}, [backupOf(snap("0301"))], false],
     ["snapshots that were taken there", {}, [snap("0301")], true],
     ["the owner is on this filesystem", { chain: owner("source"), subvolumes: [snap("0301", { uuid: "source" })] }, [backupOf(snap("0301"))], true],
+    ["the owner is lost, its snapshots are there", { chain: owner("source") }, [snap("0301")], true],
     ["the owner is its top level", { chain: owner("fs") }, [], true],
     ["the owner is elsewhere", { chain: owner("away") }, [snap("0301")], false],
     ["it has destinations", { chain: { destinations: [] } }, [], true],
@@ -631,12 +632,12 @@ describe("restoring", () => {
     ["only a later one: that", b1, [s2, s3], "b0302"],
     ["an earlier restore's", b3, [received(b1, "r1")], "b0301"],
     ["the very same, received before: nothing travels", b2, [received(b2, "r2")], "has r2"],
-    ["the source's own is no ready copy, but as good a parent as any", b2, [s1, s2], "b0301"],
+    ["the source's own is no ready copy, but the best parent", b2, [s1, s2], "b0302"],
   ])("%s", (_, chosen, there, expected) => expect(planned(chosen, there)).toBe(expected));
 
   test("leftovers are what this program calls so, each with its subvolumes innermost first", () => {
     const [ours, theirs] = ["home.restoring-20240301-000000", "home.restoring-yesterday"];
-    const paths = [`${ours}/tree`, `${ours}/tree/snapshot/20240301-000000`, `${ours}/20240301-000000`, `${theirs}/tree`, `other/${ours}/tree`];
+    const paths = [`${ours}/mine`, `${ours}/tree/nested`, `${ours}/tree`, `${ours}/tree/snapshot/20240301-000000`, `${ours}/20240301-000000`, `${theirs}/tree`, `other/${ours}/tree`];
     const place = { top: "/", entries: new Set(["home", ours, theirs, "home2.restoring-20240301-000000"]), subvolumes: paths.map((path, i) => ({ ...s1, id: i, path })) };
     expect([...leftoversOf("home", place)]).toEqual([[ours, ["./tree/snapshot/20240301-000000", "./tree", "./20240301-000000"]]]);
     expect([...leftoversOf("home", { ...place, top: "/other" })]).toEqual([[ours, ["./tree"]]]);
@@ -651,16 +652,18 @@ describe("restoring", () => {
     expect(pins(restoredDestinations(recorded, (uuid) => uuid === "s0302", null))).toEqual(["/a -", "/c s0302", "shell://x -"]);
     expect(pins(restoredDestinations(recorded, () => false, came))).toEqual(["/a -", "/c -", "shell://x -", "/b restored"]);
     expect(pins(restoredDestinations([known("/b", "0301")], () => false, came))).toEqual(["/b restored"]);
-    // The same disk, mounted elsewhere for the restore: it is known by its filesystem.
+    // The same disk, mounted elsewhere for the restore; but not another folder on it, nor one of two.
     expect(pins(restoredDestinations([known("ssh://h/b", "0301", "fsb")], () => false, came))).toEqual(["ssh://h/b restored"]);
+    expect(pins(restoredDestinations([known("/mnt/other", "0301", "fsb")], () => true, came))).toEqual(["/mnt/other s0301", "/b restored"]);
+    expect(pins(restoredDestinations([known("/mnt/1/b", "0301", "fsb"), known("/mnt/2/b", "0302", "fsb")], () => true, came))).toEqual(["/mnt/1/b s0301", "/mnt/2/b s0302", "/b restored"]);
   });
 
   test("advice for a mount point has the user's own names", () => {
-    const subvolume = mountAdvice("/mnt/b/home", "/home", { root: "/@home", path: "/home", device: "/dev/sda2" });
-    for (const words of ["mount -o subvolid=5 '/dev/sda2' /mnt", "restore --replace '/mnt/b/home' '/mnt/@home'", "umount '/home' && mount '/home'", "subvol=@home"]) expect(subvolume).toContain(words);
-    const root = mountAdvice("ssh://nas/b", "/", { root: "/@", path: "/", device: "/dev/vda1" });
+    const subvolume = mountAdvice(["--before=2026-01-15 12:00", "/mnt/b/home"], "/home", { root: "/@home", path: "/home", device: "/dev/sda2", readonly: false });
+    for (const words of ["mount -o subvolid=5 '/dev/sda2' /mnt", "restore --replace '--before=2026-01-15 12:00' '/mnt/b/home' '/mnt/@home'", "umount '/home' && mount '/home'", "subvol=@home"]) expect(subvolume).toContain(words);
+    const root = mountAdvice(["ssh://nas/b"], "/", { root: "/@", path: "/", device: "/dev/vda1", readonly: false });
     for (const words of ["restore --replace 'ssh://nas/b' '/mnt/@'", "reboot"]) expect(root).toContain(words);
-    const top = mountAdvice("/b", "/data", { root: "/", path: "/data", device: "/dev/sdb" });
+    const top = mountAdvice(["/b"], "/data", { root: "/", path: "/data", device: "/dev/sdb", readonly: false });
     for (const words of ["top level of /dev/sdb", "restore '/b' /mnt/restored", "btrfs subvolume set-default /mnt/restored"]) expect(top).toContain(words);
   });
 

@@ -112,8 +112,8 @@ describe("which backup", () => {
   });
 
   test.each<[number, string[], RegExp]>([
-    [1, ["--before", "2025-12-31"], /nothing from that time or before; there is 3 snapshots from 20260101-120000 to 20260103-120000/],
-    [1, ["--snapshot", "20260104-000000"], /no complete snapshot 20260104-000000; there is 3 snapshots/],
+    [1, ["--before", "2025-12-31"], /nothing from that time or before; it has 3 snapshots from 20260101-120000 to 20260103-120000/],
+    [1, ["--snapshot", "20260104-000000"], /no complete snapshot 20260104-000000; it has 3 snapshots/],
     [2, ["--before", "yesterday"], /"yesterday" is no time/],
     [2, ["--before", "2026-02-30"], /is no time/],
     [2, ["--before", "2026-01-03", "--snapshot", "20260101-120000"], /exclude/],
@@ -253,13 +253,13 @@ test("only the difference travels when the target filesystem has a snapshot in c
   const names = [...states.keys()];
   // In its snapshot folder: the old TARGET's.
   const replaced = transfers(await expectRun(0, ["restore", "--json", "--replace", "--snapshot", middle, destination, source]));
-  expect(replaced).toMatchObject([{ name: middle, parent: names[0] }]);
-  expect(replaced[0]?.["bytes"]).toBeLessThan(1 << 20);
+  expect(replaced).toMatchObject([{ name: middle, parent: middle }]); // it is there itself, under its own UUID
+  expect(replaced[0]?.["bytes"]).toBeLessThan(10_000);
   expectRestored(source, middle, state);
   // Where --parent-from says.
   const old = readdirSync(a.path).find((entry) => entry.includes(".before-")) ?? "";
   const [named] = transfers(await expectRun(0, ["restore", "--json", "--snapshot", names[2] ?? "", "--parent-from", join(a.path, old, "snapshot"), destination, join(a.path, "other")]));
-  expect(named).toMatchObject({ parent: middle });
+  expect(named).toMatchObject({ parent: names[2] });
   expectRestored(join(a.path, "other"), names[2] ?? "", states.get(names[2] ?? ""));
   // In TARGET's parent directory.
   const flat = filesystem();
@@ -471,6 +471,89 @@ test("on the filesystem of the backups themselves: no copy, and no received UUID
   expect((await expectRun(2, ["restore", join(destination, name), join(b.path, "no")])).stderr).toContain("is a snapshot itself");
 });
 
+describe("what must not be lost", () => {
+  test("snapshots that are being sent, or are locked, keep a restore from beginning; nothing was moved", async () => {
+    const { source, snapshots, destination } = pair();
+    await expectRun(0, [source, destination]);
+    await expectRun(0, ["-p", "other-", source, destination]);
+    sh(`head -c 20M /dev/urandom >"$1/large"`, source);
+    await nextSecond();
+    await expectRun(0, [source]);
+    const all = readdirSync(snapshots).filter((entry) => /\d{8}/.test(entry));
+    const newest = snapshotNames(snapshots).at(-1) ?? "";
+    const holder = sh(`mkfifo "$1/pipe"; exec 3<>"$1/pipe"; btrfs send -q "$2" >&3 2>/dev/null & echo $!; disown`, temporaryDirectory(), join(snapshots, newest));
+    await waitFor("the send", () => sh(`btrfs property set -ts "$1" ro false 2>/dev/null && { btrfs property set -ts "$1" ro true; echo free; } || echo held`, join(snapshots, newest)) === "held");
+    const { stderr } = await expectRun(1, ["restore", "-p", "", "--replace", source, source]);
+    expect(stderr).toContain("cannot finish");
+    sh(`kill "$1"; while kill -0 "$1" 2>/dev/null; do sleep 0.05; done`, holder);
+    const locker = sh(`flock "$1/.btrfs-backup.other-.lock" sleep 600 >/dev/null 2>&1 & echo $!`, snapshots);
+    await waitFor("the lock", () => sh(`flock -n "$1/.btrfs-backup.other-.lock" true && echo free || echo held`, snapshots) === "held");
+    await expectRun(3, ["restore", "-p", "", "--replace", source, source]);
+    sh(`pkill -P "$1"; kill "$1" 2>/dev/null || :`, locker);
+    expect(readdirSync(snapshots).filter((entry) => /\d{8}/.test(entry))).toEqual(all);
+    expect(readdirSync(dirname(source)).filter((entry) => /before|restoring/.test(entry))).toEqual([]);
+    sh(`btrfs property set -ts "$1" ro true`, source);
+    expect((await expectRun(1, ["restore", "-p", "", "--replace", source, source])).stderr).toContain("is read-only");
+    sh(`btrfs property set -ts "$1" ro false`, source);
+    await expectRun(0, ["restore", "-p", "", "--replace", source, source]);
+    expect(readdirSync(snapshots).filter((entry) => /\d{8}/.test(entry))).toEqual(all);
+    await nextSecond();
+    for (const prefix of ["", "other-"]) expect(transfers(await expectRun(0, ["--json", "-p", prefix, source, destination]))[0]?.["parent"]).toStartWith(prefix + "20");
+  });
+
+  test("backups inside of TARGET are not moved away", async () => {
+    const { source, b } = pair();
+    const folder = subvolume(join(b.path, "folder"));
+    await expectRun(0, [source, folder]);
+    expect((await expectRun(2, ["restore", "--replace", folder, folder])).stderr).toContain("would be moved away");
+    expect(snapshotNames(folder).length).toBe(1);
+  });
+
+  test("a test restore takes nothing from a source that lives, whose snapshot folder is outside", async () => {
+    const { source, destination, a } = pair();
+    const folder = join(a.path, "snapshots");
+    mkdirSync(folder);
+    await history(2, ["-f", folder, source, destination], source);
+    await expectRun(0, ["restore", "-f", "../snapshots", folder, join(a.path, "test")]);
+    await nextSecond();
+    expect(transfers(await expectRun(0, ["--json", "-f", folder, source, destination]))[0]?.["parent"]).toStartWith("20");
+    // Its own newest state is there already, and has the name: nothing is sent.
+    const names = snapshotNames(folder);
+    expect(transfers(await expectRun(0, ["restore", "--json", "--replace", "-f", folder, destination, source]))).toEqual([]);
+    expect(snapshotNames(folder)).toEqual(names);
+    await nextSecond();
+    expect(transfers(await expectRun(0, ["--json", "-f", folder, source, destination]))).toMatchObject([{ parent: names.at(-1) }]);
+  });
+
+  test("a snapshot folder that is a subvolume", async () => {
+    const { source, destination, a } = pair();
+    const folder = subvolume(join(source, ".snapshots"));
+    for (let i = 0; i < 2; i++) {
+      await expectRun(0, ["-f", ".snapshots", source, destination]);
+      await nextSecond();
+    }
+    const names = snapshotNames(folder);
+    await expectRun(0, ["restore", "-f", ".snapshots", "--replace", source, source]);
+    expect(snapshotNames(folder)).toEqual(names);
+    expect(transfers(await expectRun(0, ["--json", "-f", ".snapshots", source, destination]))).toMatchObject([{ parent: names[1] }]);
+    await expectRun(0, ["restore", folder, join(a.path, "plain")]);
+    await nextSecond();
+    await expectRun(0, ["-f", ".snapshots", join(a.path, "plain")]);
+  });
+
+  test("what is not whole is not given back, whatever its name; two that are the same are told", async () => {
+    const { source, snapshots, destination, a } = pair();
+    await expectRun(0, [source, destination]);
+    sh(`btrfs -q subvolume create "$1/x" >/dev/null; btrfs -q subvolume snapshot -r "$1/x" "$1/kept" >/dev/null`, destination);
+    expect((await expectRun(1, ["restore", "--snapshot", "kept", destination, join(a.path, "new")])).stderr).toContain("no complete snapshot kept");
+    const other = filesystem();
+    await expectRun(0, ["restore", destination, join(other.path, "one")]);
+    expect((await expectRun(0, ["restore", destination, join(other.path, "two")])).stderr).toContain("stands twice");
+    expect((await expectRun(0, ["restore", "--parent-from", other.path, destination, join(other.path, "three")])).stderr).toContain("nothing there is shared");
+    expect(snapshotNames(snapshots).length).toBe(1);
+  });
+});
+
 test("names that could be syntax", async () => {
   const { source, a, b } = pair();
   const { options, url } = await sshServer();
@@ -552,6 +635,7 @@ describe("interruptions", () => {
     }
     const left = join(a.path, "new.restoring-20260101-000000");
     mkdirSync(left);
+    writeFileSync(join(left, ".btrfs-backup.restoring"), "");
     subvolume(join(left, "tree"));
     const holder = sh(`flock "$1" sleep 600 >/dev/null 2>&1 & echo $!`, left);
     await waitFor("the lock", () => sh(`flock -n "$1" true && echo free || echo held`, left) === "held");
@@ -560,12 +644,18 @@ describe("interruptions", () => {
     sh(`pkill -P "$1"; kill "$1" 2>/dev/null || :`, holder);
     // Not ours: another name, or something else in it.
     mkdirSync(join(a.path, "new.restoring-photos"));
+    const foreign = join(a.path, "new.restoring-20200101-000000");
+    mkdirSync(foreign);
+    subvolume(join(foreign, "tree"));
+    subvolume(join(left, "own"));
     writeFileSync(join(left, "mine"), "x");
     expect((await run(["restore", destination, join(a.path, "new")])).stderr).toContain("Directory not empty");
     expect(readFileSync(join(left, "mine"), "utf8")).toBe("x");
-    sh(`rm "$1/mine"`, left);
+    expect(existsSync(join(left, "own"))).toBe(true);
+    sh(`rm "$1/mine"; btrfs -q subvolume delete "$1/own" >/dev/null`, left);
     await expectRun(0, ["restore", destination, join(a.path, "new")]);
-    expect(readdirSync(a.path).filter((entry) => entry.includes("restoring"))).toEqual(["new.restoring-photos"]);
+    expect(readdirSync(a.path).filter((entry) => entry.includes("restoring")).toSorted()).toEqual([basename(foreign), "new.restoring-photos"]);
+    expect(existsSync(join(foreign, "tree"))).toBe(true);
   });
 
   test("the disk of TARGET is mounted anew: it is another place, and nothing is written there", async () => {

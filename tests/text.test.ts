@@ -90,6 +90,7 @@ describe("mounts", () => {
     ["/over/d", "/on/top/d"], // the last one mounted there
   ])("%j is %j on its filesystem", (path, top) => expect(placeOn(mounts, path).top).toBe(top));
 
+  test("read-only is the mount or its filesystem", () => expect(["rw - btrfs d rw", "ro - btrfs d rw", "rw,noatime - btrfs d ro,ssd", "rw,errors=ro - btrfs d rw"].map((rest) => parseMounts(`1 2 0:3 / /mnt ${rest}`)[0]?.readonly)).toEqual([false, true, true, false]));
   test("a path under no mount is an error", () => expect(() => placeOn(parseMounts("30 22 0:30 / /mnt rw - btrfs /dev/sdb rw"), "/home")).toThrow(Failure));
 });
 
