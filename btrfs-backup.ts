@@ -2041,6 +2041,40 @@ async function clearLeftovers(target: Target, only: string | null, o: RestoreOpt
   }
 }
 
+/** Decides what is there already, what is sent, and what moves. Errors: Failure or UsageError for what cannot be done, before anything is changed. */
+function decideRestore(location: Folder, chosen: Snapshot, target: Target, outside: Folder | null, asked: Folder | null, o: RestoreOptions) {
+  const { mount } = placeOn(target.mounts, target.path);
+  const through = (top: string) => join(mount.path, top.slice(mount.root.length === 1 ? 0 : mount.root.length));
+  const folders = asked !== null ? [asked.top] : [target.top, outside?.top ?? join(target.top, target.name, target.inside ?? "")];
+  const there = target.subvolumes.filter(({ path, readonly }) => readonly && folders.includes(dirname(`/${path}`)) && isWithin(`/${path}`, mount.root));
+  const here = location.hostName === target.hostName && location.place.filesystem === target.place.filesystem;
+  const own = here && isSnapshotFolder(location);
+  // NAME, where its own data has that name already.
+  const standing = outside?.standing.find(({ name, readonly }) => name === chosen.name && readonly) ?? null;
+  const stands = standing !== null && (standing.uuid === chosen.uuid || dataFinder([standing])(chosen) !== undefined);
+  if (!stands && (outside?.entries.has(chosen.name) ?? false)) throw new Failure(`${outside?.path} has something else by the name of ${chosen.name}`);
+  const { present, parent } = stands ? { present: standing, parent: null } : here ? { present: chosen, parent: null } : planRestore(chosen, wholeIn(location), there);
+  const origin = present === null ? "" : stands ? join((outside as Folder).path, chosen.name) : here ? join(location.path, chosen.name) : through(`/${present.path}`);
+  const replaced = target.existing !== null && isWithin(location.top, `/${target.existing.path}`);
+  if (here && !own && replaced) throw new UsageError(`${location.id} is inside of ${o.target.id}, which would be moved away with the backups`);
+  const chains = new Map(own ? location.record.chains : []);
+  if (own) chains.set(location.prefix, { ...location.chain, destinations: knownDestinations(location) });
+  const pins = new Set([...chains.values()].flatMap(({ destinations = [] }) => destinations.map(({ pin }) => pin?.uuid)));
+  const every = location.standing.filter(({ name, readonly }) => readonly && prefixesIn([{ name }]).length > 0 && !name.includes("\n"));
+  const moved = !own || outside === location ? [] : replaced ? every : every.filter(({ uuid }) => pins.has(uuid) || (pins.size > 0 && uuid === chosen.uuid));
+  const how = stands || moved.some(({ uuid }) => uuid === chosen.uuid) ? "none" : here ? "plain" : "keep";
+  const from = replaced ? join(target.full, location.top.slice(`/${target.existing?.path}`.length)) : through(location.top);
+  const movable = replaced || (isWithin(location.top, mount.root) && placeOn(target.mounts, from).top === location.top);
+  if (moved.length > 0 && (!movable || (outside !== null && placeOn(target.mounts, outside.path).mount !== mount))) throw new Failure(`the snapshots of ${location.id} can only move to ${o.target.id} below one mount point: mount the top level (subvolid=5), and restore there`);
+  if (replaced && target.existing?.readonly && moved.length > 0) throw new Failure(`${o.target.id} is read-only, so its snapshots cannot move: btrfs property set -ts ${quote(target.full)} ro false`);
+  const twins = how === "keep" ? target.subvolumes.filter(({ readonly, receivedUuid }) => readonly && receivedUuid === (chosen.receivedUuid ?? chosen.uuid)) : [];
+  const now = stamp(new Date());
+  const [work, before] = [`${target.name}.restoring-${now}`, target.existing === null ? "" : `${target.name}.before-${now}`];
+  // A source's own snapshots, and backups on this filesystem, are no destination to be remembered.
+  const came = here || isSnapshotFolder(location) ? null : location;
+  return { present, parent, origin, how, moved, from, to: outside?.path ?? join(target.full, target.inside ?? ""), chains, came, away: own && !replaced, left: replaced ? join(target.path, before) : location.path, twins, work, before };
+}
+
 /** Makes TARGET a writable subvolume with a backup's contents, and lets its next runs go on from there. */
 export async function restore(o: RestoreOptions, report: Report): Promise<void> {
   const sending = sendingOf(o);
@@ -2055,36 +2089,10 @@ export async function restore(o: RestoreOptions, report: Report): Promise<void> 
     if (asked !== null && asked.place.filesystem !== target.place.filesystem) throw new UsageError(`--parent-from ${o.parentFrom} is not on the filesystem of ${o.target.id}`);
 
     compressionBetween(location, target, o.level);
-
-    // Decide: what is there already, what is sent, and what moves.
-    const { mount } = placeOn(target.mounts, target.path);
-    const through = (top: string) => join(mount.path, top.slice(mount.root.length === 1 ? 0 : mount.root.length));
-    const folders = asked !== null ? [asked.top] : [target.top, outside?.top ?? join(target.top, target.name, target.inside ?? "")];
-    const there = target.subvolumes.filter(({ path, readonly }) => readonly && folders.includes(dirname(`/${path}`)) && isWithin(`/${path}`, mount.root));
-    const here = location.hostName === target.hostName && location.place.filesystem === target.place.filesystem;
-    const own = here && isSnapshotFolder(location);
-    const standing = outside?.standing.find(({ name }) => name === chosen.name);
-    const stands = standing?.readonly && (standing.uuid === chosen.uuid || dataFinder([standing])(chosen) !== undefined);
-    const { present, parent } = stands || here ? { present: stands ? standing : chosen, parent: null } : planRestore(chosen, wholeIn(location), there);
-    if (!stands && (outside?.entries.has(chosen.name) ?? false)) throw new Failure(`${outside?.path} has something else by the name of ${chosen.name}`);
-    const replaced = target.existing !== null && isWithin(location.top, `/${target.existing.path}`);
-    const chains = new Map(own ? location.record.chains : []);
-    if (own) chains.set(location.prefix, { ...location.chain, destinations: knownDestinations(location) });
-    const pins = new Set([...chains.values()].flatMap(({ destinations = [] }) => destinations.map(({ pin }) => pin?.uuid)));
-    const every = location.standing.filter(({ name, readonly }) => readonly && prefixesIn([{ name }]).length > 0 && !name.includes("\n"));
-    const moved = !own || outside === location ? [] : replaced ? every : every.filter(({ uuid }) => pins.has(uuid) || (pins.size > 0 && uuid === chosen.uuid));
-    const how = stands || moved.some(({ uuid }) => uuid === chosen.uuid) ? "none" : here ? "plain" : "keep";
-    const twins = target.subvolumes.filter(({ readonly, receivedUuid }) => readonly && receivedUuid === (chosen.receivedUuid ?? chosen.uuid));
-    if (how === "keep" && twins.length > 0) report.warning(`${o.target.id}: ${chosen.name} stands twice on its filesystem then, which can confuse "btrfs receive"; keep one of it and ${twins.map(({ path }) => path).join(", ")}`);
-    const now = stamp(new Date());
-    const [work, before] = [`${target.name}.restoring-${now}`, target.existing === null ? "" : `${target.name}.before-${now}`];
-    const from = replaced ? join(target.full, location.top.slice(`/${target.existing?.path}`.length)) : through(location.top);
-    if (here && !own && replaced) throw new UsageError(`${location.id} is inside of ${o.target.id}, which would be moved away with the backups`);
-    if (replaced && target.existing?.readonly && moved.length > 0) throw new Failure(`${o.target.id} is read-only, so its snapshots cannot move: btrfs property set -ts ${quote(target.full)} ro false`);
-    for (const prefix of o.dryRun ? [] : prefixesIn(moved)) if (prefix !== location.prefix) opened.push(await openFolder(o.location, location.path, { prefix, wait: o.wait, hosts: o.hosts }));
+    const { present, parent, origin, how, moved, from, to, chains, came, away, left, twins, work, before } = decideRestore(location, chosen, target, outside, asked, o);
+    if (twins.length > 0) report.warning(`${o.target.id}: ${chosen.name} stands twice on its filesystem then, which can confuse "btrfs receive"; keep one of it and ${twins.map(({ path }) => path).join(", ")}`);
     if (asked !== null && present === null && parent === null) report.warning(`--parent-from ${o.parentFrom}: nothing there is shared with ${location.id}`);
-    const movable = replaced || (isWithin(location.top, mount.root) && placeOn(target.mounts, from).top === location.top);
-    if (moved.length > 0 && (!movable || (outside !== null && placeOn(target.mounts, outside.path).mount !== mount))) throw new Failure(`the snapshots of ${location.id} can only move to ${o.target.id} below one mount point: mount the top level (subvolid=5), and restore there`);
+    for (const prefix of o.dryRun ? [] : prefixesIn(moved)) if (prefix !== location.prefix) opened.push(await openFolder(o.location, location.path, { prefix, wait: o.wait, hosts: o.hosts }));
     await clearLeftovers(target, null, o);
     log.info(`${o.dryRun ? "Would restore" : "Restoring"} ${chosen.name} from ${location.id} to ${o.target.id} (${present !== null ? "reflinked, nothing is sent" : parent !== null ? `difference to ${parent.name}` : "in full"})`);
     if (moved.length > 0) log.info(`${o.dryRun ? "Would move" : "Moving"} ${count(moved.length, "snapshot")} from ${location.path}, so that every destination goes on from ${o.target.id}`);
@@ -2098,16 +2106,14 @@ export async function restore(o: RestoreOptions, report: Report): Promise<void> 
           const compression = (source: Folder, level: string) => compressionBetween(source, target, level);
           report.event("transfer", { ...transfer, ...(await transferTo({ receive, compression, discard: async () => {} }, location, { snapshot: chosen, parent }, sending)) });
         }
-        const origin = present === null ? "" : here && !stands ? join(location.path, chosen.name) : through(`/${present.path}`);
         await ask(target.host, BUILD, [...at(target), work, origin, outside?.path ?? target.inside ?? "", chosen.name, how], `cannot build ${o.target.id}`);
-        await settle(target, join(target.path, work, "tree"), outside, chains, chosen, here || isSnapshotFolder(location) ? null : location, o);
+        await settle(target, join(target.path, work, "tree"), outside, chains, chosen, came, o);
         // From here on there is no way back, only one forward.
         checkInterruption();
         const names = moved.map(({ name, receivedUuid }) => `${receivedUuid === null ? "move" : "copy"}\n${name}\n`);
-        const to = outside?.path ?? join(target.full, target.inside ?? "");
         const stuck = await whileCleaning(() => ask(target.host, FINISH, [...at(target), work, target.name, before, from, to], `cannot finish ${o.target.id}`, `${names.join("")}end\n`));
         await release();
-        if (stuck !== "") report.error(o.target.id, new Failure(`it is restored, but these snapshots could not move from ${replaced ? join(target.path, before) : location.path}: ${stuck.trim().split("\n").join(" ")}`));
+        if (stuck !== "") report.error(o.target.id, new Failure(`it is restored, but these snapshots could not move from ${left}: ${stuck.trim().split("\n").join(" ")}`));
         if (moved.some(({ receivedUuid }) => receivedUuid !== null)) await settle(target, target.full, outside, chains, chosen, null, o);
       } catch (error) {
         await release();
@@ -2116,7 +2122,7 @@ export async function restore(o: RestoreOptions, report: Report): Promise<void> 
       }
     }
     report.event("restore", { location: location.id, name: chosen.name, target: o.target.id, before: before === "" ? null : join(target.path, before) });
-    tellWhatIsNext(target, location, chosen, before, moved, own && !replaced, o, report);
+    tellWhatIsNext(target, location, chosen, before, moved, away, o, report);
   } finally {
     await whileCleaning(async () => {
       for (const folder of opened) await folder.close();
