@@ -604,6 +604,23 @@ describe("interruptions", () => {
     console.log(`${absent} times not there, ${whole} times complete`);
   }, 300_000);
 
+  test("kill -9 while the snapshots move: all are where TARGET is, old or new", async () => {
+    const { source, snapshots, destination, a } = pair();
+    await history(4, [source, destination], source);
+    const all = snapshotNames(snapshots);
+    for (let i = 0; i < soak(8); i++) {
+      if (i > 0) await nextSecond();
+      const running = start(["restore", "--replace", source, source]);
+      sh(`while kill -0 "$1" 2>/dev/null; do if pgrep -f "btrfs-backup[:]finish.*$2" >/dev/null; then sleep 0.00$3; kill -9 "$1"; break; fi; done`, String(running.pid), a.path, String(i % 8));
+      await running.finished;
+      await waitFor("its children to end", () => sh(`pgrep -f "$1" || :`, `btrfs-backup[:].*${a.path}`) === "");
+      expect(snapshotNames(snapshots)).toEqual(all);
+      expect([...subvolumes(snapshots).values()].every(({ readonly }) => readonly)).toBe(true);
+    }
+    await nextSecond();
+    expect(transfers(await expectRun(0, ["--json", source, destination]))).toMatchObject([{ parent: all.at(-1) }]);
+  }, 120_000);
+
   test("Ctrl-C leaves nothing behind", async () => {
     const { source, destination, a } = pair();
     sh(`head -c 100M /dev/urandom >"$1/large"`, source);
