@@ -360,6 +360,8 @@ test("progress is drawn on a terminal with pv, and only there", async () => {
   expect(command(program, "-P", source, destination)).not.toMatch(/iB\/s/);
   await nextSecond();
   expect((await expectRun(0, [source, destination])).stderr).not.toMatch(/iB\/s/);
+  expect(command(program, "restore", destination, join(filesystem().path, "back"))).toMatch(/MiB\/s/);
+  expect(command(program, "restore", "-P", destination, join(filesystem().path, "back"))).not.toMatch(/iB\/s/);
   // Where quotas tell the size of a full stream, the bar has an end.
   sh(`btrfs quota enable "$1"; btrfs quota rescan -w "$1" >/dev/null`, source);
   await nextSecond();
