@@ -992,6 +992,14 @@ type Hosts = { readonly sshOptions: readonly string[]; readonly sudo: boolean; r
 /** How to open a folder: `look` locks nothing; else the seconds to wait for its lock. */
 type Opening = { readonly prefix: string; readonly wait: "look" | number; readonly hosts: Hosts; readonly source?: string };
 
+/** An opened folder as it looks to a prefix. */
+const withPrefix = (folder: Omit<Folder, "prefix" | "snapshots" | "chain">, prefix: string): Folder => ({
+  ...folder,
+  prefix,
+  snapshots: snapshotsAmong(folder.standing, prefix, folder.source?.uuid ?? null),
+  chain: folder.record.chains.get(prefix) ?? {},
+});
+
 /** Opens a folder: one command that locks it, and tells all there is to know. Errors: those of `ask`. */
 async function openFolder(location: Location & { kind: "folder" }, path: string, { prefix, wait, hosts, source = "" }: Opening): Promise<Folder> {
   const host = hostOf(location.host, hosts);
@@ -1003,10 +1011,8 @@ async function openFolder(location: Location & { kind: "folder" }, path: string,
     const standing = inspection.subvolumes
       .filter((s) => `/${s.path}`.startsWith(above) && inspection.entries.has(`/${s.path}`.slice(above.length)))
       .map((s) => ({ ...s, name: `/${s.path}`.slice(above.length) }));
-    const snapshots = snapshotsAmong(standing, prefix, inspection.source?.uuid ?? null);
     const real = inspection.exists ? inspection.place.path : path;
-    const chain = inspection.record.chains.get(prefix) ?? {};
-    return { ...inspection, id: location.id, host, hostName: inspection.host, path: real, prefix, standing, snapshots, chain, close: release };
+    return withPrefix({ ...inspection, id: location.id, host, hostName: inspection.host, path: real, standing, close: release }, prefix);
   } catch (error) {
     await release();
     throw error;
@@ -1029,16 +1035,11 @@ async function openChecked(location: Location & { kind: "folder" }, path: string
   }
 }
 
-/** What the names in a folder begin with, that end in a date as ours do. */
-export const prefixesIn = (entries: readonly Pick<Entry, "name">[]) => [...new Set(entries.map(({ name }) => name.slice(0, -15)).filter((prefix, i) => parseName(entries[i]?.name ?? "", prefix) !== null))].sort();
+/** What a name begins with that ends in a date as ours do; null for all others. */
+const prefixOf = (name: string) => (parseName(name, name.slice(0, -15)) === null ? null : name.slice(0, -15));
 
-/** An opened folder as it looks to another prefix. */
-const withPrefix = (folder: Folder, prefix: string): Folder => ({
-  ...folder,
-  prefix,
-  snapshots: snapshotsAmong(folder.standing, prefix, folder.source?.uuid ?? null),
-  chain: folder.record.chains.get(prefix) ?? {},
-});
+/** The prefixes of the names in a folder, sorted. */
+export const prefixesIn = (entries: readonly Pick<Entry, "name">[]) => [...new Set(entries.map(({ name }) => prefixOf(name)).filter((prefix) => prefix !== null))].sort();
 
 /**
  * Opens what can be given back: a folder of backups, or of snapshots, or a SOURCE, whose snapshot folder it
@@ -1056,7 +1057,7 @@ async function openLocation(location: Location & { kind: "folder" }, { prefix, w
       await folder.close();
       continue;
     }
-    const isSnapshot = (folder.source ?? folder.place).inode === 256 && prefixes.length === 0 && prefixesIn([{ name: basename(location.path) }]).length > 0;
+    const isSnapshot = (folder.source ?? folder.place).inode === 256 && prefixes.length === 0 && prefixOf(basename(location.path)) !== null;
     const wrong = !folder.exists ? new Absent(`no such directory: ${folder.path} (is the disk mounted?)`) : prefix === null && prefixes.length > 1 ? new UsageError(`${location.id} holds several prefixes, choose one with -p: ${prefixes.map((p) => JSON.stringify(p)).join(", ")}`) : isSnapshot ? new UsageError(`${location.id} is a snapshot itself: name the folder that it is in`) : null;
     if (wrong === null) return folder;
     await folder.close();
@@ -1434,11 +1435,10 @@ export function planRestore(chosen: Subvolume, whole: readonly Snapshot[], there
   const received = chosen.receivedUuid ?? chosen.uuid;
   const present = there.find(({ receivedUuid }) => receivedUuid === received) ?? null;
   const find = dataFinder(there);
-  const shared = whole.filter((snapshot) => find(snapshot) !== undefined);
-  const index = whole.findIndex(({ uuid }) => uuid === chosen.uuid);
-  const at = index === -1 ? whole.length : index;
-  // Against itself, where its data is there under another UUID: that is a stream of a few bytes.
-  return { present, parent: shared.findLast((s) => whole.indexOf(s) <= at) ?? shared.find((s) => whole.indexOf(s) > at) ?? null };
+  const shared = (snapshot: Snapshot) => find(snapshot) !== undefined;
+  // Up to itself: where its data is there under another UUID, the stream is a few bytes.
+  const behind = whole.findIndex(({ uuid }) => uuid === chosen.uuid) + 1 || whole.length;
+  return { present, parent: whole.slice(0, behind).findLast(shared) ?? whole.slice(behind).find(shared) ?? null };
 }
 
 /** What interrupted restores to a name in a folder left: directories, each with the subvolumes in it, innermost first. */
@@ -1448,7 +1448,7 @@ export function leftoversOf(name: string, { top, entries, subvolumes }: Pick<Fol
     ours.map((entry) => {
       const above = `${join(top, entry)}/`;
       const paths = subvolumes.map(({ path }) => `/${path}`).filter((path) => path.startsWith(above)).map((path) => path.slice(above.length));
-      const made = (path: string) => path === "tree" || ((path.startsWith("tree/") || !path.includes("/")) && prefixesIn([{ name: basename(path) }]).length > 0);
+      const made = (path: string) => path === "tree" || ((path.startsWith("tree/") || !path.includes("/")) && prefixOf(basename(path)) !== null);
       return [entry, paths.filter(made).map((path) => `./${path}`).sort((a, b) => b.split("/").length - a.split("/").length)];
     }),
   );
@@ -1459,9 +1459,9 @@ export function leftoversOf(name: string, { top, entries, subvolumes }: Pick<Fol
  * taken: only what `stands` is a pin; the place that `name` came from shares it.
  */
 export function restoredDestinations(recorded: readonly KnownDestination[], stands: (uuid: string) => boolean, came: { readonly id: string; readonly filesystem: string | null; readonly pin: Memory } | null): KnownDestination[] {
+  // Known by another path: the one folder on that disk, by the same name.
+  const alike = recorded.filter(({ filesystem }) => filesystem !== null && filesystem === came?.filesystem);
   const old = recorded.map((known) => {
-    // Known by another path: the one folder on that disk, by the same name.
-    const alike = recorded.filter(({ filesystem }) => filesystem !== null && filesystem === came?.filesystem);
     const from = came !== null && (known.location === came.id || (alike.length === 1 && alike[0] === known && basename(known.location) === basename(came.id)));
     return { ...known, pin: from ? came.pin : known.pin !== null && stands(known.pin.uuid) ? known.pin : null };
   });
@@ -1561,13 +1561,19 @@ function newReport(json: boolean, dryRun: boolean): Report {
 /** How to send: `level` of compression, `rate` in bytes a second; `sizes`: bytes of a full stream, by snapshot UUID, where quotas tell them. */
 type Sending = { readonly progress: boolean; readonly btrfsDebug: boolean; readonly level: string; readonly rate: number | null; readonly sizes: Map<string, number> };
 
-/** How options say to send. A bar needs a terminal to draw it on. Errors: Failure if pv is missing for a rate. */
-function sendingOf({ progress, btrfsDebug, level, rate }: Omit<Sending, "sizes">): Sending {
-  const pv = which.sync("pv", { nothrow: true }) !== null;
-  if (rate !== null && !pv) throw new Failure("--rate-limit: pv not found: install pv");
-  const missing = !process.stderr.isTTY ? "stderr is no terminal" : pv ? null : "pv is not installed";
+const hasPv = () => which.sync("pv", { nothrow: true }) !== null;
+
+/** Whether there is a terminal to draw a bar on, and pv to draw it. */
+function canShowProgress(): boolean {
+  const missing = !process.stderr.isTTY ? "stderr is no terminal" : !hasPv() ? "pv is not installed" : null;
   if (missing !== null) log.debug(`no progress is shown: ${missing}`);
-  return { progress: progress && missing === null, btrfsDebug, level, rate, sizes: new Map() };
+  return missing === null;
+}
+
+/** How options say to send. Errors: Failure if pv is missing for a rate. */
+function sendingOf({ progress, btrfsDebug, level, rate }: Omit<Sending, "sizes">): Sending {
+  if (rate !== null && !hasPv()) throw new Failure("--rate-limit: pv not found: install pv");
+  return { progress: progress && canShowProgress(), btrfsDebug, level, rate, sizes: new Map() };
 }
 
 /** The stage that draws a bar, slows down, and tells the bytes of a compressed stream, whose size is not known before. */
@@ -1605,8 +1611,6 @@ export type Wanted = { readonly location: Location; readonly optional: boolean; 
 
 export type RunOptions = ReturnType<typeof runOptions>;
 
-const NO_SUBVOLUME: Subvolume = { id: 0, path: "", uuid: "", parentUuid: null, receivedUuid: null, readonly: true };
-
 /** A subvolume with its snapshot folder. */
 type Source = Folder & { readonly identity: Identity; readonly subvolume: string; readonly owned: ChainRecord };
 
@@ -1622,7 +1626,7 @@ async function openSource(o: Pick<RunOptions, "source" | "snapshotFolder" | "pre
     if (source?.inode !== 256) throw new UsageError(`not a subvolume: ${o.source.id}`);
     if (place.filesystem !== source.filesystem) throw new UsageError(`the snapshot folder ${path} is not on the filesystem of ${o.source.id}`);
     // A folder inside SOURCE is SOURCE's own; one outside could be another's as well.
-    const { parentUuid: origin } = folder.subvolumes.find(({ uuid }) => uuid === source.uuid) ?? NO_SUBVOLUME;
+    const origin = folder.subvolumes.find(({ uuid }) => uuid === source.uuid)?.parentUuid;
     const children = snapshots.filter(({ uuid, parentUuid }) => parentUuid === source.uuid || uuid === origin);
     const claimed = isWithin(folder.top, source.top) ? null : claim(identityOf(folder), chain, snapshots, children, o.adopt);
     if (claimed?.accepted === false) throw new Failure(`${path}: ${claimed.why}`);
@@ -1693,11 +1697,13 @@ async function openDestination({ location }: Wanted, source: Source, known: Know
   return folderDestination(folder, owned, known?.receiving ?? [], { ...o.deletion, btrfsDebug: o.btrfsDebug });
 }
 
+const NO_SUBVOLUME: Subvolume = { id: 0, path: "", uuid: "", parentUuid: null, receivedUuid: null, readonly: true };
+
 const nested = (a: string, b: string) => isWithin(a, b) || isWithin(b, a);
 const nestedError = (id: string) => new UsageError(`${id} is the snapshot folder, or inside or above it`);
 
 /** Refuses a destination in or above the snapshot folder by name alone, before anything is opened. */
-function checkPlaces(o: RunOptions): void {
+function checkPlaces(o: Pick<RunOptions, "source" | "snapshotFolder" | "destinations">): void {
   const real = (path: string) => (o.source.host === null ? resolvedPath(path) : path);
   const folder = real(resolve(o.source.path, o.snapshotFolder));
   const host = JSON.stringify(o.source.host);
@@ -1965,9 +1971,9 @@ export async function copy({ prefix, ...o }: Omit<RunOptions, "prefix"> & { read
   if ([first.prefix, ...prefixes].some((one) => isSnapshotFolder(withPrefix(first, one)))) throw new UsageError(`${o.source.id} has snapshots of a source: "btrfs-backup run --no-snapshot" sends these`);
   if (prefixes.length === 0) throw new Failure(`there are no backups in ${o.source.id}`);
   const options = { ...o, snapshotFolder: "." };
+  checkPlaces(options);
   for (const one of prefixes)
     try {
-      checkPlaces({ ...options, prefix: one });
       const folder = await openFolder(o.source, o.source.path, { prefix: one, wait, hosts: o.hosts });
       // Whose the backups are goes with them, so that their source can go on in the copy.
       const identity = folder.chain.owner ?? { uuid: `${folder.place.filesystem}${folder.top}`, host: folder.hostName, path: folder.path };
@@ -2060,7 +2066,7 @@ function decideRestore(location: Folder, chosen: Snapshot, target: Target, outsi
   const chains = new Map(own ? location.record.chains : []);
   if (own) chains.set(location.prefix, { ...location.chain, destinations: knownDestinations(location) });
   const pins = new Set([...chains.values()].flatMap(({ destinations = [] }) => destinations.map(({ pin }) => pin?.uuid)));
-  const every = location.standing.filter(({ name, readonly }) => readonly && prefixesIn([{ name }]).length > 0 && !name.includes("\n"));
+  const every = location.standing.filter(({ name, readonly }) => readonly && prefixOf(name) !== null && !name.includes("\n"));
   const moved = !own || outside === location ? [] : replaced ? every : every.filter(({ uuid }) => pins.has(uuid) || (pins.size > 0 && uuid === chosen.uuid));
   const how = stands || moved.some(({ uuid }) => uuid === chosen.uuid) ? "none" : here ? "plain" : "keep";
   const from = replaced ? join(target.full, location.top.slice(`/${target.existing?.path}`.length)) : through(location.top);
@@ -2173,22 +2179,22 @@ function tellWhatIsNext(target: Target, location: Folder, chosen: Snapshot, befo
   log.info(`The old one is ${kept}. When you do not need it any more: btrfs subvolume delete ${[...words.reverse(), quote(kept)].join(" ")}`);
 }
 
-/** A column of a table: a location that could be opened, or why not; `known` is what SOURCE's record says of it. */
-type Column = { readonly id: string; readonly folder: Folder | null; readonly problem: string | null; readonly known: KnownDestination | null };
+/** A column of a table: a location that could be opened, or why not. */
+type Column = { readonly id: string; readonly folder: Folder | null; readonly problem: string | null };
 
-/** Opens locations only to look. One that cannot be is a failure of the command, but not its end. */
+/** Opens a location only to look; `known`: what SOURCE's record says of it. One that cannot be opened is a failure of the command, but not its end. */
 async function openColumn(location: Location, known: KnownDestination | null, o: Pick<RunOptions, "hosts" | "snapshotFolder"> & { readonly prefix: string | null }, report: Report): Promise<Column> {
   const { id } = location;
   try {
-    if (location.kind === "shell") return { id, folder: null, problem: null, known };
+    if (location.kind === "shell") return { id, folder: null, problem: null };
     const folder = await openLocation(location, { ...o, wait: "look" });
     if (folder.place.filesystem === null) throw new Absent("not on btrfs (is the disk mounted?)");
     if (known?.filesystem && known.filesystem !== folder.place.filesystem) throw new Absent("another filesystem than before is there (is the disk mounted?)");
-    return { id, folder, problem: null, known };
+    return { id, folder, problem: null };
   } catch (error) {
     if (error instanceof UsageError || error instanceof Interrupted) throw error;
     report.error(id, error);
-    return { id, folder: null, problem: (error as Error).message, known };
+    return { id, folder: null, problem: (error as Error).message };
   }
 }
 
@@ -2245,7 +2251,7 @@ export function inventory(columns: readonly Column[], policies: Pick<ListOptions
   const source = columns[0]?.folder && isSnapshotFolder(columns[0].folder) ? columns[0].folder : null;
   const taken = source === null ? [] : wholeIn(source);
   const known = source === null ? [] : knownDestinations(source);
-  const sides = columns.map(({ folder, known: one, id }) => {
+  const sides = columns.map(({ folder, id }) => {
     const own = folder !== null && folder === source;
     const standing = folder && standingIn(folder, folder.chain, []);
     const pinned = standing && !own ? newestShared(taken, standing.held) : null;
@@ -2254,7 +2260,7 @@ export function inventory(columns: readonly Column[], policies: Pick<ListOptions
     const goes = new Set(decisions.filter(({ reasons }) => reasons.length === 0).map(({ entry }) => entry.uuid));
     // What cannot be asked: what the source remembers.
     const pin = own ? null : standing ? pinned && (dataFinder(standing.held)(pinned)?.uuid ?? null) : (known.find(({ location }) => location === id)?.pin?.uuid ?? null);
-    return { own, folder, one, goes, pin };
+    return { own, folder, goes, pin };
   });
   const snapshots = align(columns.map(({ folder }) => folder)).reverse().map(({ name, time, cells }) => ({
     name,
@@ -2276,7 +2282,8 @@ function checkAge(columns: readonly Column[], { maxAge, json, prefix }: { maxAge
     const prefixes = prefix !== null || folder === null ? [prefix ?? ""] : prefixesIn(folder.standing);
     // What is dated in the future (more than time zones differ) would be young for ever.
     const newestOf = (one: string) => folder && (wholeIn(withPrefix(folder, one)).filter(({ time }) => time < now + DURATION.d).sort((a, b) => b.time - a.time)[0] ?? null);
-    const newest = prefixes.map(newestOf).reduce<Snapshot | null>((oldest, one, i) => (i === 0 || one === null ? one : oldest && (one.time < oldest.time ? one : oldest)), null);
+    const newests = prefixes.map(newestOf);
+    const newest = newests.includes(null) ? null : (newests.toSorted((a, b) => (a?.time ?? 0) - (b?.time ?? 0))[0] ?? null);
     const ok = newest !== null && newest.time >= before(now, maxAge.count, maxAge.unit);
     if (!ok) report.failed = true;
     report.event("age", { location: id, ok, newest: newest?.name ?? null, error: problem });
@@ -2313,9 +2320,10 @@ export async function verify(o: VerifyOptions, report: Report): Promise<void> {
       report.error(id, new Failure(`it is the same folder as ${left.id}`));
       continue;
     }
-    const shared = align([left, right]).filter(({ cells }) => cells.every((cell) => cell?.state === "whole"));
+    const rows = align([left, right]);
+    const shared = rows.filter(({ cells }) => cells.every((cell) => cell?.state === "whole"));
     const wanted = o.snapshot !== null ? shared.filter(({ name }) => name === o.snapshot) : o.all ? shared : shared.slice(-1);
-    for (const { name, cells } of o.all ? align([left, right]) : [])
+    for (const { name, cells } of o.all ? rows : [])
       if (cells.every((cell) => cell !== undefined) && cells.some((cell) => cell?.state !== "whole")) report.warning(`${name} in ${id} is not compared: it is incomplete there, or has other data`);
     if (wanted.length === 0) report.error(id, new Failure(o.snapshot === null ? `nothing complete is shared with ${left.id}` : `${o.snapshot} is not complete on both sides, or not the same snapshot`));
     for (const { name, cells } of wanted) {
@@ -2440,15 +2448,15 @@ export async function versions(o: VersionsOptions, report: Report): Promise<void
     return one === undefined ? [] : [{ name: one.name, time: one.time, state: states[one.i]?.get(one.name) ?? null, columns: whole.map(({ i }) => i) }];
   });
   if (o.get !== null) return getVersion(o, o.get, host, path, columns, seen, report);
-  const rows = versionsAmong(seen).reverse();
+  const rows = versionsAmong(seen).reverse().map((row) => ({ ...row, columns: [...row.columns].sort((a, b) => a - b) }));
   const live = columns[0]?.folder?.source;
   const now = live ? ((await statesIn(host, [live.path, live.fsid], path, ["."])).get(".") ?? null) : undefined;
-  for (const { first, last, state, columns: at, names } of rows) report.event("version", { first, last, state, snapshots: names, locations: [...at].sort().map((i) => columns[i]?.id) });
+  for (const { first, last, state, columns: at, names } of rows) report.event("version", { first, last, state, snapshots: names, locations: at.map((i) => columns[i]?.id) });
   if (!o.json && rows.length > 0) {
     const cells = rows.map(({ first, last, state, columns: at }, i) => {
       const same = i === 0 && now !== undefined && JSON.stringify(now) === JSON.stringify(state) ? " (as it is now)" : "";
       const what = state === null ? ["deleted", "-"] : [state.size === undefined ? state.type : inBytes(Number(state.size)), stamp(new Date(Number(state.mtime) * 1000)).replace(/(....)(..)(..)-(..)(..)(..)/, "$1-$2-$3 $4:$5:$6")];
-      return [first, last, ...what, [...at].sort((a, b) => a - b).map(letter).join(" ") + same];
+      return [first, last, ...what, at.map(letter).join(" ") + same];
     });
     process.stdout.write(`${columns.map(({ id, problem }, i) => `${letter(i)}  ${id}${problem === null ? "" : ", cannot be read"}\n`).join("")}\n${table([["FIRST IN", "LAST IN", "SIZE", "MODIFIED", "WHERE"], ...cells])}`);
   }

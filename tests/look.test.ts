@@ -49,8 +49,8 @@ describe("list", () => {
     sh(`btrfs -q subvolume delete "$1/${day(6)}" >/dev/null`, destination); // so that the pins differ
     await expectRun(0, ["-S", "--newest-only", source, second]);
     for (const [policies, places] of [[["-N", "3", "-n", "2"], [source]], [["-N", "1"], [source]], [["-n", "1"], [source, destination]]] as const) {
-      const at = events(await expectRun(0, ["list", "--json", ...policies, ...places])).find(({ event }) => event === "list")?.["snapshots"] as any[];
-      const staying = (i: number) => at.filter(({ at: marks }) => marks[i] && !marks[i].goes).map(({ name }) => name).toSorted();
+      const at: { name: string; at: ({ goes: boolean } | null)[] }[] = listed(await expectRun(0, ["list", "--json", ...policies, ...places]))["snapshots"];
+      const staying = (i: number) => at.filter(({ at: marks }) => marks[i]?.goes === false).map(({ name }) => name).toSorted();
       const expected = [staying(0), staying(1)];
       await expectRun(0, ["-S", "-T", ...policies, source, "--locked-dests"]);
       expect([snapshotNames(snapshots), snapshotNames(destination)]).toEqual(expected as [string[], string[]]);
@@ -95,7 +95,7 @@ describe("list", () => {
     expect((await expectRun(0, ["list", source])).stdout).not.toMatch(/\dM/);
     // Each table says when its own prefix was last served.
     await expectRun(0, ["-p", "b-", "-S", source, destination]);
-    const lasts = (await expectRun(0, ["list", "--json", source])).stdout.split("\n").filter(Boolean).map((line) => JSON.parse(line)).filter(({ event }) => event === "list").map(({ locations }) => locations[1].last);
+    const lasts = events(await expectRun(0, ["list", "--json", source])).filter(({ event }) => event === "list").map(({ locations }) => locations[1].last);
     expect(new Set(lasts).size).toBe(2);
   });
 

@@ -608,8 +608,8 @@ describe("side by side", () => {
   test("a table marks the pin, and what the policies would delete", () => {
     const [a, b] = [backupOf(s1), backupOf(s2)];
     const known: KnownDestination[] = [{ location: "/b", filesystem: "fsb", pin: { name: s2.name, uuid: s2.uuid }, last: null }, { location: "shell://x", filesystem: null, pin: { name: s1.name, uuid: s1.uuid }, last: null }];
-    const column = (id: string, held: Folder | null, one: KnownDestination | null = null) => ({ id, folder: held, problem: null, known: one });
-    const columns = [column("/a", sourceFolder([s1, s2, s3], { chain: { destinations: known } })), column("/b", folder([a, b]), known[0]), column("shell://x", null, known[1])];
+    const column = (id: string, held: Folder | null) => ({ id, folder: held, problem: null });
+    const columns = [column("/a", sourceFolder([s1, s2, s3], { chain: { destinations: known } })), column("/b", folder([a, b])), column("shell://x", null)];
     const marks = (policies: Parameters<typeof inventory>[1]) => inventory(columns, policies, FAR, new Map()).snapshots.map(({ at: all }) => all.map((mark) => (mark === null ? "-" : `${mark.state?.[0]}${mark.pin ? "p" : ""}${mark.goes ? "!" : ""}`)).join(" "));
     expect(marks({ sourcePolicy: null, backupPolicy: null })).toEqual(["w - ?", "w wp ?", "w w ?p"]);
     expect(marks({ sourcePolicy: parsePolicy("1"), backupPolicy: parsePolicy("1") })).toEqual(["w - ?", "w wp ?", "w w! ?p"]);
