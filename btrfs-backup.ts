@@ -27,14 +27,36 @@ export type Subvolume = {
   readonly readonly: boolean;
 };
 
-/** A subvolume standing directly in a folder, under `name`. */
-export type Entry = Subvolume & { readonly name: string };
+/** A subvolume standing directly in a folder, under `name`; `moment`: when that was, in ms since 1970, where the place says it. */
+export type Entry = Subvolume & { readonly name: string; readonly moment: number | null };
 
 /** An entry that is ours by its name; `time` is the name's wall clock, in ms, as if it were UTC. */
-export type Snapshot = Entry & { readonly time: number };
+export type Snapshot = Entry & { readonly time: number; readonly moment: number };
+
+/**
+ * A stored stream, as the backup that it gives. The object's name stands for its path and UUID, the stream
+ * that it builds on for its parent, and `readonly` means that it can be restored: it and all of those are complete.
+ */
+export type Stream = Entry & {
+  readonly moment: number;
+  readonly bytes: number;
+  /** Whose it is: the UUID of the source subvolume, and a digest of its host and path. */
+  readonly owner: Owner;
+  /** The UUID that the parent's data goes by; null for a full stream. */
+  readonly from: string | null;
+  readonly compressed: boolean;
+  readonly encrypted: boolean;
+  /** It has a checksum object. */
+  readonly summed: boolean;
+  /** It was stored to its end. */
+  readonly stored: boolean;
+};
 
 /** What a destination holds of a snapshot. The same facts, seen from the other side. */
 export type Backup = Snapshot;
+
+/** What a stream's name says of its owner. */
+export type Owner = { readonly uuid: string; readonly place: string };
 
 /** What a record says of a chain's owner. `uuid` is the filesystem's where the subvolume has none. */
 export type Identity = { readonly uuid: string; readonly host: string; readonly path: string };
@@ -97,6 +119,17 @@ export function stamp(date: Date): string {
 /** The wall clock of a local date, counted like a snapshot's `time`. */
 export const wallClock = (date: Date) => parseName(stamp(date), "") as number;
 
+/** When a local clock showed `time`, in ms since 1970; the second time, if it did so twice and the first was before `earliest`. */
+export function momentOf(time: number, earliest = -Infinity): number {
+  const utc = new Date(time);
+  const local = new Date(0);
+  local.setFullYear(utc.getUTCFullYear(), utc.getUTCMonth(), utc.getUTCDate());
+  local.setHours(utc.getUTCHours(), utc.getUTCMinutes(), utc.getUTCSeconds());
+  const first = local.getTime();
+  const again = first >= earliest ? undefined : [30, 60].map((minutes) => first + minutes * 60e3).find((later) => wallClock(new Date(later)) === time);
+  return again ?? first;
+}
+
 /** The time in a snapshot's name, or null if the name is not exactly PREFIX and a real date. */
 export function parseName(name: string, prefix: string): number | null {
   const match = name.startsWith(prefix) && /^(\d{4})(\d\d)(\d\d)-(\d\d)(\d\d)(\d\d)$/.exec(name.slice(prefix.length));
@@ -109,6 +142,12 @@ export function parseName(name: string, prefix: string): number | null {
   const back = date.toISOString().replace(/[-:]|\..*/g, "").replace("T", "-");
   return back === name.slice(prefix.length) ? date.getTime() : null;
 }
+
+/** What a name begins with that ends in a date as ours do; null for all others. */
+const prefixOf = (name: string) => (timeIn(name) === null ? null : name.slice(0, -15));
+
+/** The time in a name with whatever prefix. */
+const timeIn = (name: string) => parseName(name, name.slice(0, -15));
 
 /**
  * Finds, among subvolumes of one place, the one that holds a snapshot's data. UUIDs decide, never
@@ -174,6 +213,16 @@ export function parseRate(text: string): number {
   return rate;
 }
 
+/** When a stored chain ends: after a number of streams, or a time; never for 0. */
+export type FullEvery = { readonly count: number; readonly unit: Unit | null };
+
+/** Reads the value of --full-every. */
+export function parseFullEvery(text: string): FullEvery {
+  const [, number = "", unit = ""] = /^(\d{1,9})([hdwmy]?)$/.exec(text) ?? [];
+  if (number === "" || (unit !== "" && Number(number) === 0)) throw new UsageError(`"${text}" says not when a chain ends: a number of streams, a duration like 30d, or 0 for never`);
+  return { count: Number(number), unit: unit === "" ? null : (unit as Unit) };
+}
+
 /** Reads `zstd[:LEVEL]`, and returns the level. */
 export function parseCompression(text: string): string {
   const level = /^zstd(?::([1-9]|1[0-9]))?$/.exec(text);
@@ -182,9 +231,9 @@ export function parseCompression(text: string): string {
 }
 
 /** A place a user can name. `id` tells it from others and is what records call it. */
-export type Location =
-  | { readonly kind: "folder"; readonly id: string; readonly host: HostName | null; readonly path: string }
-  | { readonly kind: "shell"; readonly id: string; readonly command: string };
+export type Location = Readable | { readonly kind: "shell"; readonly id: string; readonly command: string };
+/** What can be looked at: a btrfs folder, a folder of stored streams, or such a remote of rclone, whose `path` names it to rclone. */
+export type Readable = { readonly kind: "folder" | "raw" | "rclone"; readonly id: string; readonly host: HostName | null; readonly path: string };
 export type HostName = { readonly user: string | null; readonly name: string; readonly port: string | null };
 
 /** Reads a SOURCE or LOCATION; relative paths count from the current directory. */
@@ -194,18 +243,29 @@ export function parseLocation(text: string): Location {
     if (command.trim() === "") throw new UsageError("shell:// needs a command");
     return { kind: "shell", id: text, command };
   }
-  if (text.startsWith("ssh://")) {
-    const match = /^ssh:\/\/(?:([^/]*)@)?(\[[^\]/]+\]|[^:/@]+)(?::(\d+))?(\/.*)$/s.exec(text);
-    if (!match) throw new UsageError(`"${text}" is not of the form ssh://[user@]host[:port]/path`);
+  const [, scheme, rest = ""] = /^([a-z][a-z0-9+]*):\/\/(.*)$/s.exec(text) ?? [];
+  if (scheme === "ssh" || scheme === "raw+ssh") {
+    const match = /^(?:([^/]*)@)?(\[[^\]/]+\]|[^:/@]+)(?::(\d+))?(\/.*)$/s.exec(rest);
+    if (!match) throw new UsageError(`"${text}" is not of the form ${scheme}://[user@]host[:port]/path`);
     const [, user = null, name = "", port = null, path = "/"] = match;
     const clean = withoutSlash(normalize(path));
     // csh cannot quote a newline, and one host's files are read by many shells.
     if (/[\n\r\0]/.test(text)) throw new UsageError("a path on another host cannot contain a line break");
-    const id = `ssh://${user === null ? "" : `${user}@`}${name}${port === null ? "" : `:${port}`}${clean}`;
-    return { kind: "folder", id, host: { user, name: name.replace(/^\[|\]$/g, ""), port }, path: clean };
+    const id = `${scheme}://${user === null ? "" : `${user}@`}${name}${port === null ? "" : `:${port}`}${clean}`;
+    return { kind: scheme === "ssh" ? "folder" : "raw", id, host: { user, name: name.replace(/^\[|\]$/g, ""), port }, path: clean };
   }
-  const scheme = /^([a-z][a-z0-9+]*):\/\//.exec(text)?.[1];
-  if (scheme) throw new UsageError(`"${scheme}://" is no kind of location; there are /path, ssh://[user@]host[:port]/path and shell://COMMAND`);
+  if (scheme === "raw") {
+    if (!rest.startsWith("/") || rest.includes("\0")) throw new UsageError(`"${text}" is not of the form raw:///path`);
+    const path = withoutSlash(normalize(rest));
+    return { kind: "raw", id: `raw://${path}`, host: null, path };
+  }
+  const remote = scheme === "rclone" ? rest : /^rclone:(?!\/\/)(.*)$/s.exec(text)?.[1];
+  if (remote !== undefined) {
+    if (!/^[^-:/\n\r\0][^:/\n\r\0]*:[^\n\r\0]*$|^:[^\n\r\0]+:[^\n\r\0]*$/.test(remote)) throw new UsageError(`"${text}" is not of the form rclone://REMOTE:PATH`);
+    const path = remote.replace(/(?<!:)\/+$/, "");
+    return { kind: "rclone", id: `rclone://${path}`, host: null, path: /[:/]$/.test(path) ? path : `${path}/` };
+  }
+  if (scheme) throw new UsageError(`"${scheme}://" is no kind of location; there are /path, ssh://[user@]host[:port]/path, raw:///path, raw+ssh://[user@]host[:port]/path, rclone://REMOTE:PATH and shell://COMMAND`);
   if (text === "" || text.includes("\0")) throw new UsageError("a path cannot be empty");
   const path = resolve(text);
   return { kind: "folder", id: path, host: null, path };
@@ -233,13 +293,13 @@ export function inWords(span: number): string {
 type Dated = { readonly name: string; readonly time: number };
 
 /**
- * Orders entries by name, but those that have a rank (a place in the source's own order, by
- * subvolume ID) stand in that order among themselves: names repeat when clocks go back.
+ * Orders entries by the time in their names, but those that have a rank (a place in the source's own order,
+ * by subvolume ID) stand in that order among themselves: names repeat when clocks go back.
  */
-export function arrange<T extends Dated>(entries: readonly T[], rank: (entry: T) => number | undefined): T[] {
-  const byName = [...entries].sort((a, b) => a.time - b.time);
-  const ranked = byName.filter((entry) => rank(entry) !== undefined).sort((a, b) => (rank(a) as number) - (rank(b) as number));
-  return byName.map((entry) => (rank(entry) === undefined ? entry : (ranked.shift() as T)));
+export function arrange<T extends { readonly moment: number }>(entries: readonly T[], rank: (entry: T) => number | undefined): T[] {
+  const byTime = [...entries].sort((a, b) => a.moment - b.moment);
+  const ranked = byTime.filter((entry) => rank(entry) !== undefined).sort((a, b) => (rank(a) as number) - (rank(b) as number));
+  return byTime.map((entry) => (rank(entry) === undefined ? entry : (ranked.shift() as T)));
 }
 
 /**
@@ -248,13 +308,103 @@ export function arrange<T extends Dated>(entries: readonly T[], rank: (entry: T)
  * snapshots tell when they arrived.
  */
 export function snapshotsAmong(entries: readonly Entry[], prefix: string, source: string | null): Snapshot[] {
-  const ours = entries.map((entry) => ({ ...entry, time: parseName(entry.name, prefix) })).filter((entry): entry is Snapshot => entry.time !== null);
+  const ours = entries.flatMap((entry): Snapshot[] => {
+    const time = parseName(entry.name, prefix);
+    return time === null ? [] : [{ ...entry, time, moment: entry.moment ?? momentOf(time) }];
+  });
   const taken = (entry: Subvolume) => source !== null && entry.parentUuid === source;
   const earlier = arrange(ours.filter((entry) => !taken(entry)), ({ id, receivedUuid }) => (receivedUuid === null ? id : undefined));
-  return [...earlier, ...ours.filter(taken).sort((a, b) => a.id - b.id)];
+  const said = new Set(entries.filter(({ moment }) => moment !== null).map(({ uuid }) => uuid));
+  let last = -Infinity;
+  return [...earlier, ...ours.filter(taken).sort((a, b) => a.id - b.id)].map((entry) => (said.has(entry.uuid) ? entry : { ...entry, moment: (last = momentOf(entry.time, last)) }));
 }
 
 const count = (n: number, noun: string) => `${n} ${noun}${n === 1 ? "" : "s"}`;
+
+/** What the same data is called wherever it is: streams say this UUID of a snapshot. */
+const dataOf = ({ uuid, receivedUuid }: Subvolume) => receivedUuid ?? uuid;
+
+/** How a stream is changed before it is stored or a command gets it; the recipients are gpg's. */
+export type Filters = { readonly level: string; readonly recipients: readonly string[] };
+
+/** What the name of a filtered stream ends with. */
+const suffixOf = ({ level, recipients }: Filters) => `.btrfs${level === "" ? "" : ".zst"}${recipients.length === 0 ? "" : ".gpg"}`;
+
+/** The longest prefix that leaves a stored stream's name, with all that is put around it, below 255 bytes. */
+export const STREAM_PREFIX_BYTES = 80;
+
+/** What the names of streams say of a source; the top level of an old filesystem, and a folder that is copied from, may have no UUID of their own. */
+export function ownerOf({ uuid, host, path }: Identity): Owner {
+  const digest = (text: string) => createHash("sha256").update(text).digest("hex");
+  const isUuid = /^[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}$/.test(uuid);
+  return { uuid: isUuid ? uuid : digest(uuid).replace(/^(.{8})(.{4})(.{4})(.{4})(.{12}).*$/, "$1-$2-$3-$4-$5"), place: digest(`${host}:${path}`).slice(0, 8) };
+}
+
+/** The name of a stored stream, which says all that list and restore must know: NAME+HHMM_PLACE_SOURCE_UUID_PARENT.btrfs[.zst][.gpg]. */
+export function streamName({ snapshot, parent }: Transfer, owner: Owner, filters: Filters): string {
+  const minutes = Math.round((snapshot.time - snapshot.moment) / 60e3);
+  const offset = `${minutes < 0 ? "-" : "+"}${two(Math.floor(Math.abs(minutes) / 60))}${two(Math.abs(minutes) % 60)}`;
+  return `${snapshot.name}${offset}_${owner.place}_${owner.uuid}_${dataOf(snapshot)}_${parent === null ? "full" : dataOf(parent)}${suffixOf(filters)}`;
+}
+
+const STREAM = /^(.*\d{8}-\d{6})([+-])(\d\d)(\d\d)_([0-9a-f]{8})_([0-9a-f-]{36})_([0-9a-f-]{36})_(full|[0-9a-f-]{36})\.btrfs(\.zst)?(\.gpg)?$/s;
+const SUM = ".sha256";
+
+export type StoredFile = { readonly name: string; readonly bytes: number };
+
+/**
+ * What a store holds, by its listing alone. `whole`: it cannot hold half a stream, since it renames what is
+ * complete, or its user says so; else a stream without a checksum object is incomplete. `debris`: what broken
+ * transfers left. One upload at a time leaves one stream at most, on which nothing builds; of more,
+ * the checksum objects must have got lost, and they are no debris but `unsummed`.
+ */
+export function parseStreams(files: readonly StoredFile[], whole: boolean): { streams: Stream[]; debris: Map<string, string[]>; unsummed: Stream[] } {
+  const names = new Set(files.map(({ name }) => name));
+  const found = files.flatMap(({ name: object, bytes }) => {
+    const [, name = "", sign, hours, minutes, place = "", source = "", uuid = "", from = "", zst, gpg] = STREAM.exec(object) ?? [];
+    const time = timeIn(name);
+    if (time === null) return [];
+    const moment = time - (sign === "-" ? -1 : 1) * (Number(hours) * 60 + Number(minutes)) * 60e3;
+    const summed = names.has(object + SUM);
+    const itself = { id: 0, path: object, name, uuid: object, receivedUuid: uuid, parentUuid: null, readonly: false };
+    return [{ ...itself, moment, bytes, owner: { uuid: source, place }, from: from === "full" ? null : from, compressed: zst !== undefined, encrypted: gpg !== undefined, summed, stored: summed || whole }];
+  });
+  const stored = found.filter((stream) => stream.stored);
+  const children = Map.groupBy(stored, ({ from }) => from);
+  // From the full streams up, so that of two streams with the same data the one that needs less stands for both.
+  const restorable = new Map<string, Stream>();
+  const reached = new Set<string | null>();
+  for (let next: { stream: Stream; parent: string | null }[] = (children.get(null) ?? []).map((stream) => ({ stream, parent: null })); next.length > 0; ) {
+    for (const { stream, parent } of next) restorable.set(stream.uuid, { ...stream, parentUuid: parent, readonly: true });
+    const firsts = next.filter(({ stream }) => !reached.has(stream.receivedUuid) && reached.add(stream.receivedUuid));
+    next = firsts.flatMap(({ stream }) => (children.get(stream.receivedUuid) ?? []).map((child) => ({ stream: child, parent: stream.uuid })));
+  }
+  const streams = found.map((stream) => restorable.get(stream.uuid) ?? stream).sort((a, b) => a.moment - b.moment);
+  const debris = new Map<string, string[]>();
+  const add = (name: string, object: string) => debris.set(name, [...(debris.get(name) ?? []), object]);
+  for (const { name } of files) {
+    const temporary = /^\.(.*?)(?:\.sha256)?\.part$/s.exec(name)?.[1];
+    const orphan = name.endsWith(SUM) && !names.has(name.slice(0, -SUM.length)) ? name.slice(0, -SUM.length) : undefined;
+    const of = STREAM.exec(temporary ?? orphan ?? "")?.[1];
+    if (of !== undefined && prefixOf(of) !== null) add(of, name);
+  }
+  const unsummed: Stream[] = [];
+  for (const some of Map.groupBy(streams.filter((stream) => !stream.stored), ({ name }) => prefixOf(name)).values()) {
+    const [first] = some;
+    if (first !== undefined && some.length === 1 && !children.has(first.receivedUuid)) add(first.name, first.uuid);
+    else unsummed.push(...some);
+  }
+  return { streams, debris, unsummed };
+}
+
+/** A backup, and all that it builds on: the full stream first. */
+export function chainOf<T extends Subvolume>(backup: T, backups: ReadonlyMap<string, T>): T[] {
+  const chain: T[] = [];
+  for (let one: T | undefined = backup; one !== undefined; one = one.parentUuid === null ? undefined : backups.get(one.parentUuid)) chain.unshift(one);
+  return chain;
+}
+
+const byUuid = <T extends Subvolume>(all: readonly T[]) => new Map(all.map((one) => [one.uuid, one]));
 
 // ── 2. Hosts ─────────────────────────────────────────────────────────────────────────────
 
@@ -419,27 +569,30 @@ async function hold(host: Host, verb: Verb, args: readonly string[], end: string
   return { output: printed.join(""), release };
 }
 
-/** One process of a pipeline. `shown`: its stderr goes to the terminal, not into the error; `measured`: its bytes count, not the first one's. */
-export type Stage = { readonly label: string; readonly command: string; readonly shown?: boolean; readonly measured?: boolean };
+/**
+ * One process of a pipeline. `shown`: its stderr goes to the terminal, not into the error; `measured`: its bytes
+ * count, not the first one's; `tells`: what it writes to descriptor 5 is returned.
+ */
+export type Stage = { readonly label: string; readonly command: string; readonly shown?: boolean; readonly measured?: boolean; readonly tells?: boolean };
 
 /**
  * Runs stages as one pipeline in a process group of its own; returns the bytes that the measured
- * one wrote (null where the kernel does not count them). If a stage fails, the stages after it
+ * one wrote (null where the kernel does not count them), and what one told. If a stage fails, the stages after it
  * are killed before their input closes: the failing one's shell holds the pipe until the group is
  * dead. By SIGKILL: what catches another signal could still take the end of a dying neighbour's
  * output for the end of the stream. Errors: Failure naming the stage that failed first, NoSpace, Interrupted.
  */
-export async function pipeline(stages: readonly Stage[], environment: Record<string, string> = {}): Promise<number | null> {
+export async function pipeline(stages: readonly Stage[], environment: Record<string, string> = {}): Promise<{ bytes: number | null; told: string }> {
   checkInterruption();
   const directory = mkdtempSync(join(runtimeDirectory(), "p"));
   const file = (name: string | number) => quote(`${directory}/${name}`);
   const measured = Math.max(0, stages.findIndex(({ measured }) => measured));
-  const texts = stages.map(({ command, shown }, i) => {
+  const texts = stages.map(({ command, shown, tells }, i) => {
     // A child's I/O is added to its parent's when it is waited for: proc(5), /proc/pid/io. A few bytes
     // of the verb's own are in it.
     const measure = i === measured ? `while read -r k v; do case $k in wchar:) echo "$v" >${file("bytes")};; esac; done </proc/self/io;` : "";
     const last = i === stages.length - 1 ? " >&2" : "";
-    return `{ { ${command}${last}; } 2>${shown ? "&3" : file(i)} 3>&-; r=$?; ${measure} echo "${i} $r" >>${file("ended")}; [ $r = 0 ] || kill -KILL 0; }`;
+    return `{ { ${command}${last}; } 2>${shown ? "&3" : file(i)} 3>&-${tells ? ` 5>${file("told")}` : ""}; r=$?; ${measure} echo "${i} $r" >>${file("ended")}; [ $r = 0 ] || kill -KILL 0; }`;
   });
   log.debug(`pipeline: ${stages.map(({ command }) => command).join(" | ")}`);
   const child = shell({ detached: true, stdio: ["ignore", "ignore", "pipe"], env: { ...process.env, ...environment } })`${`exec 3>&2; ${texts.join(" | ")}`}`;
@@ -459,14 +612,14 @@ export async function pipeline(stages: readonly Stage[], environment: Record<str
   };
   const ended = read("ended").split("\n").filter(Boolean).map((line) => line.split(" ").map(Number));
   const errors = stages.map((_, i) => read(i));
-  const bytes = read("bytes");
+  const [bytes, told] = [read("bytes"), read("told")];
   rmSync(directory, { recursive: true, force: true });
   checkInterruption();
   if (ended.length < stages.length) kill(); // the shell was killed, and not by a stage
   const [culprit, status] = ended.find(([, status]) => status !== 0) ?? (ended.length < stages.length ? [-1, 0] : []);
   if (culprit === undefined) {
     errors.forEach((text, i) => text && log.debug(`${stages[i]?.label}: ${text}`));
-    return bytes === "" ? null : Number(bytes);
+    return { bytes: bytes === "" ? null : Number(bytes), told };
   }
   const name = stages[culprit]?.label ?? "the shell of the pipeline";
   const how = culprit === -1 ? "was killed" : (status ?? 0) > 128 ? `was killed by signal ${(status ?? 0) - 128}` : `failed with exit status ${status}${status === 75 ? " (an earlier transfer may still be at work)" : ""}`;
@@ -511,16 +664,17 @@ const RECEIVING =
   `receiving() { [ -f ".btrfs-backup.$1.receiving" ] || ( set -C; : >".btrfs-backup.$1.receiving" ) || :; exec 8<".btrfs-backup.$1.receiving"; flock -w "$2" 8 || { echo "an earlier transfer is still being received in $PWD" >&2; exit 75; }; };`;
 
 /**
- * open NONCE WAIT FOLDER PREFIX SOURCE: prints all that there is to know of a folder (and of the
- * SOURCE whose snapshot folder it is), in sections that begin with a NONCE no listing can contain.
+ * open NONCE WAIT FOLDER PREFIX SOURCE STREAMS: prints all that there is to know of a folder (and of the SOURCE
+ * whose snapshot folder it is, or of the files in it if it is for STREAMS), in sections that begin with a NONCE
+ * no listing can contain.
  * WAIT is `look`, or the seconds to wait for the lock, which is then held until the input closes.
  * A folder without a lock file is not locked: nothing is written before it is known to be ours.
  */
 const OPEN = verb(
   "open",
   PRELUDE,
-  `n=$1 w=$2 d=$3 p=$4 s=$5; say() { echo; echo "$n $1"; }; is_btrfs() { [ "$(stat -f -c %t .)" = 9123683e ]; };`,
-  `command -v btrfs >/dev/null || { echo "btrfs not found: install btrfs-progs" >&2; exit 69; };`,
+  `n=$1 w=$2 d=$3 p=$4 s=$5 k=$6; say() { echo; echo "$n $1"; }; is_btrfs() { [ -z "$k" ] && [ "$(stat -f -c %t .)" = 9123683e ]; };`,
+  `[ -n "$k" ] || command -v btrfs >/dev/null || { echo "btrfs not found: install btrfs-progs" >&2; exit 69; };`,
   `flock -V 2>/dev/null | grep -q util-linux || { echo "flock not found: install util-linux" >&2; exit 69; };`,
   `place() { cd -P -- "$1"; pwd -P; stat -c %i .; stat -f -c %i .; if is_btrfs; then b inspect-internal rootid .; else echo -; fi; };`,
   `if [ -n "$s" ]; then [ -d "$s" ] || { echo "no such directory: $s" >&2; exit 64; };`,
@@ -534,6 +688,7 @@ const OPEN = verb(
   `say entries; ls -a; say record; if [ -e .btrfs-backup.json ]; then cat .btrfs-backup.json; fi;`,
   `say old; if [ -f .outstanding_transfers ]; then cat .outstanding_transfers; fi;`,
   `if is_btrfs; then say subvolumes; b subvolume list -a -u -q -R .; say readonly; b subvolume list -a -r .; fi;`,
+  `if [ -n "$k" ]; then say files; find . -mindepth 1 -maxdepth 1 -type f -exec stat -c "%s %n" {} +; fi;`,
   `elif [ -e "$d" ] || [ -L "$d" ]; then echo "not a directory: $d" >&2; exit 65;`,
   `elif [ -d "\${d%/*}/" ]; then say missing; place "\${d%/*}/"; else echo "no such directory: \${d%/*} (is the disk mounted?)" >&2; exit 66; fi;`,
   `echo; echo "$n end"; [ "$w" = look ] || exec cat >/dev/null`,
@@ -550,13 +705,14 @@ const SNAPSHOT = verb(
 );
 
 /**
- * send FLAG FOLDER FSID LEVEL NAME PARENT: the stream, on standard output; in full if PARENT is empty, compressed
- * unless LEVEL is. Cut short it still ends well for zstd, but never for `btrfs receive`.
+ * send FLAG FOLDER FSID LEVEL PROTOCOL NAME PARENT: the stream, on standard output; in full if PARENT is empty,
+ * compressed unless LEVEL is. Cut short it still ends well for zstd, but never for `btrfs receive`.
  */
 const SEND = verb(
   "send",
   PRELUDE,
-  `at "$2" "$3"; f=$1 z=$4 n=$5 p=$6; s() { if [ -n "$p" ]; then b send "$f" -p "$PWD/$p" "$PWD/$n"; else b send "$f" "$PWD/$n"; fi; };`,
+  `at "$2" "$3"; f=$1 z=$4 v=$5 n=$6 p=$7; case $v in 2) v="--proto 2 --compressed-data";; 1) v="--proto 1";; esac;`,
+  `s() { if [ -n "$p" ]; then b send "$f" $v -p "$PWD/$p" "$PWD/$n"; else b send "$f" $v "$PWD/$n"; fi; };`,
   `if [ -z "$z" ]; then s; else exec 4>&1; r=$( { { s && echo ok >&3; } | zstd -q -c -T0 "-$z" >&4; } 3>&1 ); [ "$r" = ok ]; fi`,
 );
 
@@ -730,6 +886,80 @@ const PUT = verb(
   `if [ $# -gt 0 ]; then ( origin "$@"; cp -a --reflink=auto -- "./$b" "$t/$b" ); else tar --extract --preserve-permissions --same-owner ${ATTRIBUTES} -C "$t" -f -; fi; mv -T -- "$t/$b" "./$n"`,
 );
 
+/**
+ * estimate FOLDER FSID NAME PARENT: what a stream consists of: how often each command is in it, and how often data of
+ * each length (` len=N`), which are not read for it.
+ */
+const ESTIMATE = verb(
+  "estimate",
+  PRELUDE,
+  `at "$1" "$2"; n=$3 p=$4; s() { if [ -n "$p" ]; then b send -q --no-data -p "$PWD/$p" "$PWD/$n"; else b send -q --no-data "$PWD/$n"; fi; };`,
+  `s | btrfs receive --dump | grep -o -e "^[a-z_]*" -e " len=[0-9]*$" | sort | uniq -c`,
+);
+
+/**
+ * Where streams are stored: `list` (which is `open` for a folder), and these. `put` PLACE FSID PREFIX OBJECT PART takes a
+ * stream, `commit` PLACE FSID PREFIX OBJECT SUM BYTES makes it complete, with its checksum object beside it; `get` PLACE
+ * FSID HOW OBJECT… prints objects, or the checksum of one if HOW is `sum`; `delete` PLACE FSID PREFIX OBJECT… does
+ * so in the order given.
+ */
+type StoreVerbs = Record<"put" | "commit" | "get" | "delete", Verb>;
+
+const SUM_FILE = `sumfile() { printf %s "$2  $1"; echo; echo "# $3 bytes"; };`;
+const GET = `h=$3; shift 3; if [ "$h" = sum ]; then exec 4>&1; r=$( { { get "$1" && echo ok >&3; } | sha256sum >&4; } 3>&1 ); [ "$r" = ok ]; else for o; do get "$o"; done; fi`;
+
+/** A file has a temporary name until it is complete, and on the disk. */
+const RAW: StoreVerbs = {
+  put: verb("store", PRELUDE, RECEIVING, `at "$1" "$2"; receiving "$3" 0; rm -f "./.$4.part"; exec cat >"./.$4.part"`),
+  commit: verb(
+    "commit",
+    PRELUDE,
+    RECEIVING,
+    SUM_FILE,
+    `at "$1" "$2"; receiving "$3" 10; p=./.$4.part c=./.$4${SUM}.part; s=$(stat -c %s "$p"); [ "$s" = "$6" ] || { echo "only $s of $6 bytes arrived" >&2; exit 1; };`,
+    `rm -f "$c"; sumfile "$4" "$5" "$6" >"$c"; sync "$p" "$c"; mv -T "$c" "./$4${SUM}"; mv -T "$p" "./$4"; sync .`,
+  ),
+  get: verb("fetch", PRELUDE, `at "$1" "$2"; get() { cat "./$1"; }; ${GET}`),
+  delete: verb("drop", PRELUDE, RECEIVING, `at "$1" "$2"; receiving "$3" 10; shift 3; for o; do rm -f "./$o"; done; sync .`),
+};
+
+/** Objects of a remote cannot be renamed everywhere: without a checksum object, one is not complete. */
+const RCLONE: StoreVerbs & { readonly list: Verb } = {
+  list: verb(
+    "rclone-list",
+    PRELUDE,
+    `command -v rclone >/dev/null || { echo "rclone not found: install rclone" >&2; exit 69; }; r=\${1%%:*}; rclone listremotes --long | { while read -r n t; do if [ "$n" = "$r:" ]; then echo "$t"; fi; done; echo; };`,
+    `e=$(mktemp); r=0; rclone lsf --files-only --format sp --separator " " -- "$1" 2>"$e" || r=$?; m=$(cat "$e"); rm -f "$e"; case $r/$m in 0/*|3/*) ;; *) echo "$m" >&2; case $m in *"no such host"*|*refused*|*unreachable*|*timeout*|*"timed out"*) exit 66;; esac; exit 1;; esac`,
+  ),
+  put: verb("rclone-put", PRELUDE, `RCLONE_S3_CHUNK_SIZE=\${RCLONE_S3_CHUNK_SIZE:-$5} RCLONE_S3_UPLOAD_CONCURRENCY=\${RCLONE_S3_UPLOAD_CONCURRENCY:-2}; export RCLONE_S3_CHUNK_SIZE RCLONE_S3_UPLOAD_CONCURRENCY; exec rclone rcat -- "$1$4"`),
+  commit: verb(
+    "rclone-commit",
+    PRELUDE,
+    SUM_FILE,
+    `s=$(rclone lsf --format s -- "$1$4"); [ "$s" = "$6" ] || { echo "only \${s:-none} of $6 bytes arrived" >&2; exit 1; }; sumfile "$4" "$5" "$6" | rclone rcat -- "$1$4${SUM}"`,
+  ),
+  get: verb("rclone-get", PRELUDE, `p=$1; get() { rclone cat -- "$p$1"; }; ${GET}`),
+  delete: verb("rclone-delete", PRELUDE, `p=$1; shift 3; for o; do rclone deletefile -- "$p$o"; done`),
+};
+
+/** Passes bytes on, and tells the SHA-256 and the number of them. Where one part fails, all of it does. */
+const CHECKSUM: Stage = {
+  label: "sha256sum",
+  tells: true,
+  command: `exec 4>&1; bad=$( { { { tee /dev/fd/4 /dev/fd/7 || echo tee >&6; } | { sha256sum >&5 || echo sha256sum >&6; }; } 7>&1 | { wc -c >&5 || echo wc >&6; }; } 6>&1 ); [ -z "$bad" ]`,
+};
+
+/** Reads what CHECKSUM told. */
+function readChecksum(told: string): { sum: string; bytes: number } {
+  const [, sum = ""] = /^([0-9a-f]{64}) /m.exec(told) ?? [];
+  const [, bytes = ""] = /^(\d+)$/m.exec(told) ?? [];
+  if (sum === "" || bytes === "") throw new Failure(`cannot read what "sha256sum" and "wc" printed: ${told}`);
+  return { sum, bytes: Number(bytes) };
+}
+
+/** The checksum objects in a text of several, by the name of what they are of. */
+export const parseSums = (text: string) => new Map([...text.matchAll(/^([0-9a-f]{64}) [ *](.*)$/gm)].map(([, sum = "", object = ""]) => [object, sum]));
+
 /** aside FOLDER FSID SUFFIX: moves a record out of the way. */
 const ASIDE = verb("aside", PRELUDE, `at "$1" "$2"; mv -f .btrfs-backup.json ".btrfs-backup.json.$3"`);
 
@@ -737,7 +967,7 @@ const ASIDE = verb("aside", PRELUDE, `at "$1" "$2"; mv -f .btrfs-backup.json ".b
 const HOOK = verb("hook", `t=$(mktemp); sh -c "$2" >"$t" 2>&1 </dev/null && r=0 || r=$?; cat "$t" >&2; rm -f "$t"; [ $r = 0 ] || { echo "(exit status $r)" >&2; exit 1; }`);
 
 /** Every verb there is, for whoever must check that they hold nothing a login shell could trip over. */
-export const VERBS: readonly Verb[] = [OPEN, CREATE, SNAPSHOT, SEND, RECEIVE, DISCARD, DELETE, WRITE_RECORD, RESTORING, CLEAR, BUILD, FINISH, DIGEST, LISTING, SIZES, LOCATE, VERSIONS, TAKE, PUT, ASIDE, HOOK];
+export const VERBS: readonly Verb[] = [OPEN, CREATE, SNAPSHOT, SEND, RECEIVE, DISCARD, DELETE, WRITE_RECORD, RESTORING, CLEAR, BUILD, FINISH, DIGEST, LISTING, SIZES, LOCATE, VERSIONS, TAKE, PUT, ESTIMATE, ...Object.values(RAW), ...Object.values(RCLONE), ASIDE, HOOK];
 
 const uuidOrNull = (text: string) => (text === "-" ? null : text);
 const UUID = "-|[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}";
@@ -834,11 +1064,16 @@ export type Inspection = {
   readonly mounts: readonly Mount[];
   readonly subvolumes: readonly Subvolume[];
   readonly entries: ReadonlySet<string>;
+  /** Plain files in it, where it is opened for stored streams. */
+  readonly files: readonly StoredFile[];
   readonly record: RecordFile;
   readonly old: OldRecord;
   /** The folder and what this program keeps in it belong to the user that we are there, or to root. */
   readonly trusted: boolean;
 };
+
+/** Reads lines of a size and a name. */
+const parseFiles = (text: string): StoredFile[] => [...text.matchAll(/^(\d+) (?:\.\/)?(.*)$/gm)].map(([, bytes, name = ""]) => ({ name, bytes: Number(bytes) }));
 
 /** Reads what `open` printed. Errors: Failure for any shape that is not known. */
 export function parseInspection(output: string, nonce: string, folder: string): Inspection {
@@ -887,6 +1122,7 @@ export function parseInspection(output: string, nonce: string, folder: string): 
     mounts,
     subvolumes,
     entries: new Set(section("entries").split("\n")),
+    files: parseFiles(section("files")),
     record: parseRecord(section("record")),
     old: parseOldRecord(section("old")),
   };
@@ -972,14 +1208,16 @@ export function parseOldRecord(text: string): OldRecord {
 
 // ── 4. Locations ─────────────────────────────────────────────────────────────────────────
 
-/** A btrfs folder that was opened for one prefix: a snapshot folder, or where backups stand. */
-export type Folder = Omit<Inspection, "host"> & {
+/** A place that was opened for one prefix: a snapshot folder, or where backups stand, or streams are stored. */
+export type Folder = Omit<Inspection, "host" | "files"> & {
   readonly id: string;
   readonly host: Host;
   readonly hostName: string;
   readonly path: string;
   readonly prefix: string;
-  /** Subvolumes directly in it, ours or not. */
+  /** Null where subvolumes stand. */
+  readonly store: Store | null;
+  /** Subvolumes directly in it, ours or not; or its stored streams. */
   readonly standing: readonly Entry[];
   /** Those that are ours by name, oldest first. */
   readonly snapshots: readonly Snapshot[];
@@ -987,10 +1225,13 @@ export type Folder = Omit<Inspection, "host"> & {
   readonly close: () => Promise<void>;
 };
 
+/** Stored streams. `type`: what rclone calls such a remote; `path` names its objects. */
+export type Store = ReturnType<typeof parseStreams> & { readonly verbs: StoreVerbs; readonly type: string | null };
+
 type Hosts = { readonly sshOptions: readonly string[]; readonly sudo: boolean; readonly sshSudo: boolean };
 
-/** How to open a folder: `look` locks nothing; else the seconds to wait for its lock. */
-type Opening = { readonly prefix: string; readonly wait: "look" | number; readonly hosts: Hosts; readonly source?: string };
+/** How to open a place: `look` locks nothing; else the seconds to wait for its lock. `unverified`: streams need no checksum object. */
+type Opening = { readonly prefix: string; readonly wait: "look" | number; readonly hosts: Hosts; readonly source?: string; readonly unverified?: boolean };
 
 /** An opened folder as it looks to a prefix. */
 const withPrefix = (folder: Omit<Folder, "prefix" | "snapshots" | "chain">, prefix: string): Folder => ({
@@ -1000,27 +1241,41 @@ const withPrefix = (folder: Omit<Folder, "prefix" | "snapshots" | "chain">, pref
   chain: folder.record.chains.get(prefix) ?? {},
 });
 
-/** Opens a folder: one command that locks it, and tells all there is to know. Errors: those of `ask`. */
-async function openFolder(location: Location & { kind: "folder" }, path: string, { prefix, wait, hosts, source = "" }: Opening): Promise<Folder> {
+/** Opens a place: one command that locks it, and tells all there is to know. Errors: those of `ask`. */
+async function openFolder(location: Readable, path: string, opening: Opening): Promise<Folder> {
+  if (location.kind === "rclone") return openRemote(location, path, opening);
+  const { prefix, wait, hosts, source = "" } = opening;
   const host = hostOf(location.host, hosts);
   const nonce = crypto.randomUUID();
-  const { output, release } = await hold(host, OPEN, [nonce, String(wait), path, prefix, source], `${nonce} end`, location.id);
+  const { output, release } = await hold(host, OPEN, [nonce, String(wait), path, prefix, source, location.kind === "raw" ? "streams" : ""], `${nonce} end`, location.id);
   try {
     const inspection = parseInspection(output, nonce, path);
+    const store = location.kind === "raw" ? { ...parseStreams(inspection.files, true), verbs: RAW, type: null } : null;
     const above = inspection.top === "/" ? "/" : `${inspection.top}/`;
-    const standing = inspection.subvolumes
+    const subvolumes = inspection.subvolumes
       .filter((s) => `/${s.path}`.startsWith(above) && inspection.entries.has(`/${s.path}`.slice(above.length)))
-      .map((s) => ({ ...s, name: `/${s.path}`.slice(above.length) }));
+      .map((s) => ({ ...s, name: `/${s.path}`.slice(above.length), moment: null }));
     const real = inspection.exists ? inspection.place.path : path;
-    return withPrefix({ ...inspection, id: location.id, host, hostName: inspection.host, path: real, standing, close: release }, prefix);
+    return withPrefix({ ...inspection, id: location.id, host, hostName: inspection.host, path: real, store, standing: store?.streams ?? subvolumes, close: release }, prefix);
   } catch (error) {
     await release();
     throw error;
   }
 }
 
-/** Opens a folder; if it was never locked before, makes it and its lock file once `check` has accepted what is there. */
-async function openChecked(location: Location & { kind: "folder" }, path: string, opening: Opening, check: (folder: Folder) => void): Promise<Folder> {
+/** Lists a remote of rclone, which nothing locks. Errors: those of `ask`. */
+async function openRemote({ id }: Readable, path: string, { prefix, hosts, unverified = false }: Opening): Promise<Folder> {
+  const host = { ...hostOf(null, hosts), sudo: false };
+  const listed = await ask(host, RCLONE.list, [path], id);
+  const [, type = "", files = ""] = /^(.*?)\n(?:\n)?(.*)$/s.exec(listed) ?? [];
+  const store = { ...parseStreams(parseFiles(files), unverified), verbs: RCLONE, type: path.startsWith(":") ? (/^:([^,:]+)/.exec(path)?.[1] ?? "") : type };
+  const place = { path, inode: 0, fsid: "", filesystem: null, root: 0 };
+  const nothing = { source: null, mounts: [], subvolumes: [], entries: new Set<string>(), record: parseRecord(""), old: parseOldRecord(""), zstd: false };
+  return withPrefix({ ...nothing, id, host, hostName: "", path, place, top: "", exists: true, locked: true, trusted: true, store, standing: store.streams, close: async () => {} }, prefix);
+}
+
+/** Opens a place; if it was never locked before, makes it and its lock file once `check` has accepted what is there. */
+async function openChecked(location: Readable, path: string, opening: Opening, check: (folder: Folder) => void): Promise<Folder> {
   for (;;) {
     const folder = await openFolder(location, path, opening);
     try {
@@ -1035,9 +1290,6 @@ async function openChecked(location: Location & { kind: "folder" }, path: string
   }
 }
 
-/** What a name begins with that ends in a date as ours do; null for all others. */
-const prefixOf = (name: string) => (parseName(name, name.slice(0, -15)) === null ? null : name.slice(0, -15));
-
 /** The prefixes of the names in a folder, sorted. */
 export const prefixesIn = (entries: readonly Pick<Entry, "name">[]) => [...new Set(entries.map(({ name }) => prefixOf(name)).filter((prefix) => prefix !== null))].sort();
 
@@ -1045,19 +1297,19 @@ export const prefixesIn = (entries: readonly Pick<Entry, "name">[]) => [...new S
  * Opens what can be given back: a folder of backups, or of snapshots, or a SOURCE, whose snapshot folder it
  * is then. Without a prefix, the one that its names have. Errors: those of `openFolder`, UsageError for several prefixes.
  */
-async function openLocation(location: Location & { kind: "folder" }, { prefix, wait, hosts, snapshotFolder }: { prefix: string | null; wait: "look" | number; hosts: Hosts; snapshotFolder: string }): Promise<Folder> {
-  let opening: Opening & { path: string } = { prefix: prefix ?? "", wait, hosts, path: location.path };
+async function openLocation(location: Readable, { prefix, wait, hosts, snapshotFolder, unverified = false }: Omit<Opening, "prefix" | "source"> & { prefix: string | null; snapshotFolder: string }): Promise<Folder> {
+  let opening: Opening & { path: string } = { prefix: prefix ?? "", wait, hosts, unverified, path: location.path };
   for (;;) {
     const folder = await openFolder(location, opening.path, opening);
     const prefixes = prefixesIn(folder.standing);
     const [only = opening.prefix] = prefixes;
-    const asSource = opening.source === undefined && prefixes.length === 0 && folder.place.inode === 256 && (snapshotFolder.startsWith("/") || folder.entries.has(snapshotFolder.replace(/^\.\/|\/.*/g, "")));
+    const asSource = folder.store === null && opening.source === undefined && prefixes.length === 0 && folder.place.inode === 256 && (snapshotFolder.startsWith("/") || folder.entries.has(snapshotFolder.replace(/^\.\/|\/.*/g, "")));
     if (folder.exists && (asSource || (prefix === null && prefixes.length <= 1 && only !== opening.prefix))) {
       opening = asSource ? { ...opening, source: folder.path, path: resolve(folder.path, snapshotFolder) } : { ...opening, prefix: only };
       await folder.close();
       continue;
     }
-    const isSnapshot = (folder.source ?? folder.place).inode === 256 && prefixes.length === 0 && prefixOf(basename(location.path)) !== null;
+    const isSnapshot = folder.store === null && (folder.source ?? folder.place).inode === 256 && prefixes.length === 0 && prefixOf(basename(location.path)) !== null;
     const wrong = !folder.exists ? new Absent(`no such directory: ${folder.path} (is the disk mounted?)`) : prefix === null && prefixes.length > 1 ? new UsageError(`${location.id} holds several prefixes, choose one with -p: ${prefixes.map((p) => JSON.stringify(p)).join(", ")}`) : isSnapshot ? new UsageError(`${location.id} is a snapshot itself: name the folder that it is in`) : null;
     if (wrong === null) return folder;
     await folder.close();
@@ -1134,14 +1386,22 @@ async function deleteFrom(folder: Folder, names: readonly string[], { convertRw,
 /** What stands at a destination, as planning sees it. */
 export type Standing = {
   /** All that is complete, by any name: what a transfer can build on, and need not send again. */
-  readonly held: readonly Subvolume[];
+  readonly held: readonly Entry[];
   /** The complete ones that are this source's and ours by name: what retention is about. */
   readonly backups: readonly Backup[];
   /** By UUID, where backups were copied on to: what the next copy builds on stays. */
   readonly copied: ReadonlyMap<string, string>;
   /** Names that a snapshot cannot get: "leftover", or why. */
   readonly taken: ReadonlyMap<string, string>;
+  /** They are streams: a backup needs its parent, and all that this needs. */
+  readonly chained: boolean;
 };
+
+/** How a stream goes to one destination: `rate` in bytes a second; `protocol` null for what btrfs takes by itself. */
+export type Sending = Filters & { readonly rate: number | null; readonly protocol: string | null; readonly fullEvery: FullEvery | null };
+
+/** Where a stream comes in. `stages`: the last ones of its pipeline; `level`: how it is compressed before; `finish` gets what they told, and returns the stored bytes. */
+type Incoming = { readonly level: string; readonly stages: readonly Stage[]; readonly environment?: Record<string, string>; readonly finish?: (told: string) => Promise<number> };
 
 /** A place that backups go to, whatever its kind. */
 export interface Destination {
@@ -1152,14 +1412,14 @@ export interface Destination {
   readonly filesystem: string | null;
   /** Why nothing may be deleted there in this run. */
   readonly frozen: string | null;
-  /** The last stage of a transfer's pipeline, and what its environment says. */
-  readonly receive: (transfer: Transfer, level: string) => { stage: Stage; environment: Record<string, string> };
-  /** The level that a stream from there is compressed with on its way, or nothing. Errors: Failure where zstd is missing. */
-  readonly compression: (source: Folder, level: string) => string;
+  /** Errors: Failure for what makes the transfer impossible. */
+  readonly receive: (source: Folder, transfer: Transfer) => Promise<Incoming>;
+  /** What a snapshot's transfer has become there. */
+  readonly arrived: (transfer: Transfer) => Backup;
   /** Clears away what a failed transfer of that name left. */
   readonly discard: (name: string) => Promise<void>;
-  /** Deletes backups; `free`: waits until their space is free. */
-  readonly remove: (names: readonly string[], free: boolean) => Promise<void>;
+  /** Deletes backups, in that order; `free`: waits until their space is free. */
+  readonly remove: (backups: readonly Backup[], free: boolean) => Promise<void>;
   readonly close: () => Promise<void>;
 }
 
@@ -1179,10 +1439,10 @@ export function standingIn(folder: Pick<Folder, "standing" | "snapshots" | "entr
     else taken.set(backup.name, "a backup of other data has that name");
   }
   const backups = folder.snapshots.filter((backup) => isComplete(backup) && !foreign.has(backup.uuid));
-  return { held, backups, copied, taken };
+  return { held, backups, copied, taken, chained: false };
 }
 
-type FolderOptions = Deletion & { readonly btrfsDebug: boolean };
+type FolderOptions = Deletion & { readonly btrfsDebug: boolean; readonly level: string };
 
 /** Streams between hosts are compressed, others never. Errors: Failure where zstd is missing. */
 function compressionBetween(source: Folder, target: Folder, level: string): string {
@@ -1208,14 +1468,116 @@ function folderDestination(folder: Folder, owned: ChainRecord, announced: readon
     filesystem: folder.place.filesystem,
     standing: standingIn(folder, settled, announcement === undefined ? announced : [...announced, announcement]),
     frozen: folder.record.unreadable === null ? null : `its .btrfs-backup.json cannot be read (${folder.record.unreadable}); move it aside and run once with --adopt`,
-    receive: ({ snapshot }, level) => ({ stage: receiving(folder, snapshot.name, level, settled, options.btrfsDebug), environment: {} }),
-    compression: (source, level) => compressionBetween(source, folder, level),
+    async receive(source, { snapshot }) {
+      const level = compressionBetween(source, folder, options.level);
+      return { level, stages: [receiving(folder, snapshot.name, level, settled, options.btrfsDebug)] };
+    },
+    arrived: ({ snapshot }) => arrived(snapshot),
     async discard(name) {
       await ask(host, DISCARD, [...at(folder), prefix, name, ...recordArguments(folder, settled)], `${id}: cannot remove what the broken transfer of ${name} left`);
     },
-    remove: (names, free) => deleteFrom(folder, names, { ...options, sync: options.sync || free }),
+    remove: (backups, free) => deleteFrom(folder, backups.map(({ name }) => name), { ...options, sync: options.sync || free }),
     close: folder.close,
   };
+}
+
+/** A snapshot as a backup that was received from it. */
+const arrived = (snapshot: Snapshot): Backup => ({ ...snapshot, receivedUuid: dataOf(snapshot) });
+
+/** Encrypts for gpg's recipients, if there are any; compressed before, or not worth it. */
+const encrypting = ({ recipients }: Filters): Stage[] =>
+  recipients.length === 0 ? [] : [{ label: "gpg", command: `gpg --batch --no-tty --quiet --trust-model always --compress-algo none --encrypt${recipients.map((one) => ` --recipient ${quote(one)}`).join("")}` }];
+
+/** Errors: Failure if a stream of that source is to be compressed, and cannot be. */
+function checkFilters({ zstd, host, hostName }: Pick<Folder, "zstd" | "host" | "hostName">, { level, recipients }: Filters): void {
+  if (level !== "" && !zstd) throw new Failure(`${host.label || hostName}: zstd not found: install zstd`);
+  if (recipients.length > 0 && which.sync("gpg", { nothrow: true }) === null) throw new Failure("gpg not found: install gnupg");
+}
+
+/** What stands in a store, for a source that owns the streams of `owners`. */
+function standingInStore({ streams, debris }: Store, prefix: string, owners: ReadonlySet<string>): Standing {
+  const held = streams.filter(isComplete);
+  const backups = snapshotsAmong(held.filter(({ owner }) => owners.has(owner.uuid)), prefix, null);
+  const taken = new Map([...debris.keys()].filter((name) => parseName(name, prefix) !== null).map((name) => [name, "leftover"]));
+  return { held, backups, copied: new Map(), taken, chained: true };
+}
+
+/**
+ * Stored streams as a destination. `again` lists them anew; `owner`: what names say of the source; `lock`: a
+ * file that whatever writes to a remote holds locked, since the remote cannot be.
+ */
+function storeDestination(folder: Folder, store: Store, again: () => Promise<Folder>, standing: Standing, owner: Owner, lock: string, sending: Sending): Destination {
+  const { id, host, prefix } = folder;
+  const { verbs } = store;
+  const objects = new Map<string, string>();
+  const inSource = dataFinder(standing.held);
+  const nameOf = ({ snapshot, parent }: Transfer) => streamName({ snapshot, parent }, owner, sending);
+  const parentObject = (parent: Snapshot) => objects.get(parent.uuid) ?? inSource(parent)?.uuid ?? null;
+  return {
+    id,
+    stream: null,
+    filesystem: null,
+    standing,
+    frozen: store.unsummed.length === 0 ? null : `${count(store.unsummed.length, "stream")} there ${store.unsummed.length === 1 ? "has" : "have"} no checksum object, first ${store.unsummed[0]?.uuid}: if these were lost, make them again (see the README), else delete the streams`,
+    async receive(source, transfer) {
+      checkFilters(source, sending);
+      const object = nameOf(transfer);
+      const part = verbs === RCLONE ? await partFor(source, transfer, store, sending) : "";
+      const put = commandFor(host, verbs.put, [...at(folder), prefix, object, part]);
+      const label = verbs === RCLONE ? "rclone" : `storing${host.label === "" ? "" : ` on ${host.label}`}`;
+      return {
+        level: sending.level,
+        stages: [...encrypting(sending), CHECKSUM, { label, command: verbs === RCLONE ? `flock -n -o -E 75 ${quote(lock)} ${put}` : put }],
+        async finish(told) {
+          const { sum, bytes } = readChecksum(told);
+          await ask(host, verbs.commit, [...at(folder), prefix, object, sum, String(bytes)], `${id}: cannot complete ${object}`);
+          return bytes;
+        },
+      };
+    },
+    arrived(transfer) {
+      const object = nameOf(transfer);
+      objects.set(transfer.snapshot.uuid, object);
+      return { ...arrived(transfer.snapshot), uuid: object, parentUuid: transfer.parent && parentObject(transfer.parent) };
+    },
+    async discard(name) {
+      await dropFrom(folder, store, (await again()).store?.debris.get(name) ?? []);
+    },
+    remove: (backups) => dropFrom(folder, store, backups.flatMap(({ uuid }) => [uuid, uuid + SUM])),
+    close: folder.close,
+  };
+}
+
+/** Deletes objects, one after the other. */
+async function dropFrom(folder: Folder, { verbs }: Store, objects: readonly string[]): Promise<void> {
+  for (const some of chunks(objects)) await ask(folder.host, verbs.delete, [...at(folder), folder.prefix, ...some], `${folder.id}: cannot delete ${count(some.length, "object")}`);
+}
+
+const MIB = 2 ** 20;
+const S3_OBJECT = 5 * 2 ** 40; // bytes; in at most 10,000 parts: the limits of S3
+
+/** In how large parts S3 gets a stream of about that many bytes. Errors: Failure if no object of S3 can be that large. */
+export function partSize(bytes: number): number {
+  if (bytes > S3_OBJECT) throw new Failure(`the stream would have some ${inBytes(bytes)}, and an object of S3 at most ${inBytes(S3_OBJECT)}`);
+  // The estimate does not count every byte, and filters can add some.
+  return Math.max(32 * MIB, Math.ceil((bytes * 1.05 + 64 * MIB) / 10_000 / MIB) * MIB);
+}
+
+/** Bytes as people read them, in powers of 1024. */
+export const inBytes = (bytes: number) => {
+  const unit = Math.min(5, Math.max(0, Math.floor(Math.log2(Math.max(bytes, 1)) / 10)));
+  return `${unit === 0 ? bytes : (bytes / 2 ** (10 * unit)).toFixed(1)}${"BKMGTP"[unit]}`;
+};
+
+/** How many bytes a stream has that consists of what `estimate` printed; a command without data has some hundred. */
+export const estimatedBytes = (printed: string) => [...printed.matchAll(/^ *(\d+) (?: len=(\d+)|[a-z_]+)$/gm)].reduce((sum, [, times, length]) => sum + Number(times) * (length === undefined ? 200 : Number(length)), 0);
+
+/** The part size for a transfer to a remote, as rclone reads it. */
+async function partFor(source: Folder, { snapshot, parent }: Transfer, { type }: Store, { level }: Sending): Promise<string> {
+  const bytes = estimatedBytes(await ask(source.host, ESTIMATE, [...at(source), snapshot.name, parent?.name ?? ""], `${source.id}: cannot estimate the stream of ${snapshot.name}`));
+  log.debug(`the stream of ${snapshot.name} will have some ${inBytes(bytes)}`);
+  // What is compressed can be much smaller, and other remotes are not bound by the limits of S3.
+  return `${partSize(type === "s3" && level === "" ? bytes : Math.min(bytes, S3_OBJECT)) / MIB}M`;
 }
 
 /** The shell that runs the user's commands, if it can with pipefail: without, half a pipeline can fail unseen. */
@@ -1230,16 +1592,18 @@ async function commandShell(report: Report): Promise<string> {
  * A command as a destination: a store that can only take. `run` is the shell for it, and `lock` the
  * file that it holds locked, so that a killed run's command and the next one never store side by side.
  */
-function shellDestination(location: Location & { kind: "shell" }, last: Memory | null, run: string, lock: string, chain: { prefix: string; source: string }): Destination {
+function shellDestination(location: Location & { kind: "shell" }, last: Memory | null, run: string, lock: string, chain: { prefix: string; source: string }, sending: Sending): Destination {
   return {
     id: location.id,
     stream: { last },
     filesystem: null,
-    standing: { held: [], backups: [], copied: new Map(), taken: new Map() },
+    standing: { held: [], backups: [], copied: new Map(), taken: new Map(), chained: false },
     frozen: null,
-    receive({ snapshot, parent }) {
+    async receive(source, { snapshot, parent }) {
+      checkFilters(source, sending);
       return {
-        stage: { label: location.id, command: `flock -n -o -E 75 ${quote(lock)} ${run} -c ${quote(location.command)}` },
+        level: sending.level,
+        stages: [...encrypting(sending), { label: location.id, command: `flock -n -o -E 75 ${quote(lock)} ${run} -c ${quote(location.command)}` }],
         environment: {
           BTRFS_BACKUP_NAME: snapshot.name,
           BTRFS_BACKUP_KIND: parent === null ? "full" : "incremental",
@@ -1248,10 +1612,11 @@ function shellDestination(location: Location & { kind: "shell" }, last: Memory |
           BTRFS_BACKUP_PARENT_UUID: parent?.uuid ?? "",
           BTRFS_BACKUP_PREFIX: chain.prefix,
           BTRFS_BACKUP_SOURCE: chain.source,
+          BTRFS_BACKUP_SUFFIX: suffixOf(sending),
         },
       };
     },
-    compression: () => "",
+    arrived: ({ snapshot }) => arrived(snapshot),
     discard: async () => {},
     remove: async () => {},
     close: async () => {},
@@ -1306,13 +1671,16 @@ export function newestShared(snapshots: readonly Snapshot[], held: readonly Subv
   return snapshots.findLast((snapshot) => find(snapshot) !== undefined) ?? null;
 }
 
-export type TransferOptions = { readonly policy: Policy | null; readonly incremental: boolean; readonly newestOnly: boolean; readonly now: number };
+export type TransferOptions = { readonly policy: Policy | null; readonly incremental: boolean; readonly newestOnly: boolean; readonly now: number; readonly fullEvery: FullEvery | null };
+
+/** Whether a stored chain of that many streams, the first one from `since`, ends before a snapshot of `time`. */
+const chainEnds = ({ length, since }: { length: number; since: number }, time: number, { count, unit }: FullEvery) => (unit === null ? count > 0 && length >= count : before(time, count, unit) >= since);
 
 /**
  * What a destination lacks of what its policy would keep, oldest first, each against the closest
  * earlier snapshot that both sides hold by then. `snapshots` are in the source's order.
  */
-export function planTransfers(snapshots: readonly Snapshot[], { held, backups, taken }: Standing, options: TransferOptions): { transfers: Transfer[]; conflicts: Conflict[] } {
+export function planTransfers(snapshots: readonly Snapshot[], { held, backups, taken, chained }: Standing, options: TransferOptions): { transfers: Transfer[]; conflicts: Conflict[] } {
   const find = dataFinder(held);
   const rank = new Map(snapshots.map((snapshot, i) => [snapshot.uuid, i]));
   const here = dataFinder(snapshots); // the relation is the same from both sides
@@ -1322,9 +1690,12 @@ export function planTransfers(snapshots: readonly Snapshot[], { held, backups, t
   const newest = snapshots.at(-1);
   const transfers: Transfer[] = [];
   const conflicts: Conflict[] = [];
+  const standing = byUuid(held);
   let parent: Snapshot | null = null;
+  let chain = { length: 0, since: 0 }; // the parent's
   for (const snapshot of snapshots) {
-    const missing = find(snapshot) === undefined;
+    const there = find(snapshot);
+    const missing = there === undefined;
     // The newest always: a backup that is dated in the future must not stand in its place.
     const asked = snapshot === newest || (!options.newestOnly && wanted.has(snapshot.uuid));
     const obstacle = taken.get(snapshot.name);
@@ -1333,7 +1704,14 @@ export function planTransfers(snapshots: readonly Snapshot[], { held, backups, t
       conflicts.push({ name: snapshot.name, why: obstacle });
       continue;
     }
-    if (missing) transfers.push({ snapshot, parent: options.incremental ? parent : null });
+    const due = chained && options.fullEvery !== null && chainEnds(chain, snapshot.time, options.fullEvery);
+    const transfer: Transfer = { snapshot, parent: options.incremental && !due ? parent : null };
+    if (missing) transfers.push(transfer);
+    if (missing) chain = transfer.parent === null ? { length: 1, since: snapshot.time } : { ...chain, length: chain.length + 1 };
+    else if (chained) {
+      const streams = chainOf(there, standing);
+      chain = { length: streams.length, since: timeIn(streams[0]?.name ?? "") ?? 0 };
+    }
     parent = snapshot;
   }
   return { transfers, conflicts };
@@ -1352,11 +1730,15 @@ export function planStreams(snapshots: readonly Snapshot[], memory: Memory | nul
   return sent.map((snapshot, i) => ({ snapshot, parent: options.incremental ? (sent[i - 1] ?? snapshots[last] ?? null) : null }));
 }
 
+/** What planning must know of the backups at a destination. */
+type Kept = Pick<Standing, "backups" | "copied" | "chained">;
+
 /**
  * What retention does at a destination after its transfers. Strangers are not among `backups`.
- * The newest backup, the newest that the source still has (the pin) and what was copied on last stay, whatever the policy.
+ * The newest backup, the newest that the source still has (the pin) and what was copied on last stay, whatever
+ * the policy; and of streams all that these build on.
  */
-export function planDestination(snapshots: readonly Snapshot[], { backups, copied }: Pick<Standing, "backups" | "copied">, policy: Policy | null, now: number): Decision<Backup>[] {
+export function planDestination(snapshots: readonly Snapshot[], { backups, copied, chained }: Kept, policy: Policy | null, now: number): Decision<Backup>[] {
   const find = dataFinder(backups);
   const rank = new Map<string, number>();
   snapshots.forEach((snapshot, i) => {
@@ -1365,7 +1747,7 @@ export function planDestination(snapshots: readonly Snapshot[], { backups, copie
   });
   const pin = newestShared(snapshots, backups);
   const pinned = pin === null ? undefined : find(pin);
-  return retain(
+  const decisions = retain(
     arrange(backups, ({ uuid }) => rank.get(uuid)),
     policy,
     now,
@@ -1373,6 +1755,24 @@ export function planDestination(snapshots: readonly Snapshot[], { backups, copie
     const shared = [...(entry === pinned ? ["the source"] : []), ...(copied.has(entry.uuid) ? [copied.get(entry.uuid)] : [])];
     return { entry, reasons: [...reasons, ...shared.map((side) => `shared with ${side}`)] };
   });
+  const needed = chained ? neededBy(decisions.filter(({ reasons }) => reasons.length > 0).map(({ entry }) => entry), backups) : new Map<string, string>();
+  return decisions.map(({ entry, reasons }) => ({ entry, reasons: reasons.length === 0 && needed.has(entry.uuid) ? [`needed by ${needed.get(entry.uuid)}`] : reasons }));
+}
+
+/** By UUID, all that some backups build on, and the name of one that does. */
+function neededBy(kept: readonly Backup[], backups: readonly Backup[]): Map<string, string> {
+  const standing = byUuid(backups);
+  const needed = new Map<string, string>();
+  for (const one of kept)
+    for (let need = standing.get(one.parentUuid ?? ""); need !== undefined && !needed.has(need.uuid); need = standing.get(need.parentUuid ?? "")) needed.set(need.uuid, one.name);
+  return needed;
+}
+
+/** The order in which backups are deleted: of streams each before what it builds on, so that none ever lacks that. */
+export function deletionOrder(going: readonly Backup[], { chained }: Pick<Standing, "chained">): Backup[] {
+  const standing = byUuid(going);
+  const depth = new Map(going.map((one) => [one.uuid, chained ? chainOf(one, standing).length : 0]));
+  return [...going].sort((a, b) => (depth.get(b.uuid) as number) - (depth.get(a.uuid) as number));
 }
 
 /** A destination as retention at the source sees it. */
@@ -1403,7 +1803,7 @@ export function planSource(snapshots: readonly Snapshot[], policy: Policy | null
 
 /** A snapshot in a row of one table: `whole` can be given back, `other` is other data by the row's name. */
 export type Cell = { readonly state: "whole" | "incomplete" | "other"; readonly entry: Snapshot };
-export type Row = Dated & { readonly cells: (Cell | undefined)[] };
+export type Row = Dated & { readonly moment: number; readonly cells: (Cell | undefined)[] };
 
 /** Lays the same data side by side, whatever holds it: a row for each snapshot, oldest first, a cell for each folder. */
 export function align(columns: readonly (Folder | null)[]): Row[] {
@@ -1416,7 +1816,7 @@ export function align(columns: readonly (Folder | null)[]): Row[] {
       let row = keys.map((key) => byData.get(key)).find((same) => same !== undefined && same.cells[i] === undefined);
       const known = row !== undefined;
       row ??= byName.get(entry.name);
-      if (row === undefined || row.cells[i] !== undefined) rows.push((row = { name: entry.name, time: entry.time, cells: columns.map(() => undefined) }));
+      if (row === undefined || row.cells[i] !== undefined) rows.push((row = { name: entry.name, time: entry.time, moment: entry.moment, cells: columns.map(() => undefined) }));
       if (!byName.has(row.name)) byName.set(row.name, row);
       const other = !known && row.cells.some((cell) => cell?.state === "whole");
       row.cells[i] = { state: keys.length === 0 ? "incomplete" : other ? "other" : "whole", entry };
@@ -1429,6 +1829,12 @@ export function align(columns: readonly (Folder | null)[]): Row[] {
 
 /** How a backup gets to where it is restored: from what is there already, or as a stream on top of what both sides have. */
 export type RestorePlan = { readonly present: Subvolume | null; readonly parent: Snapshot | null };
+
+/** The streams of a chain that have to be received where some subvolumes are: those after the last that is there. The chosen one always is. */
+export function planPieces(chain: readonly Stream[], there: readonly Subvolume[]): Stream[] {
+  const find = dataFinder([...there, ...there.filter(({ receivedUuid }) => receivedUuid === null).map((one) => ({ ...one, receivedUuid: one.uuid }))]);
+  return chain.slice(chain.slice(0, -1).findLastIndex((stream) => find(stream) !== undefined) + 1);
+}
 
 /** `whole`: what its location has, oldest first; `there`: the read-only subvolumes that a receive could build on. */
 export function planRestore(chosen: Subvolume, whole: readonly Snapshot[], there: readonly Subvolume[]): RestorePlan {
@@ -1487,20 +1893,19 @@ export function mountAdvice(words: readonly string[], path: string, { root, devi
 If /etc/fstab has subvolid= for it, write subvol=${root.slice(1)} instead; if it has neither, btrfs subvolume set-default ${quote(`/mnt${root}`)}`;
 }
 
-/** A snapshot as a backup that was received from it. */
-const arrived = (snapshot: Snapshot): Backup => ({ ...snapshot, receivedUuid: snapshot.receivedUuid ?? snapshot.uuid });
-
 /**
  * What may go now to make room for the first of the transfers to come: what the policy drops once
  * it is there, but never the newest backup of now, the pin, or a parent of one to come.
  */
-export function planRoom(snapshots: readonly Snapshot[], { backups, copied }: Pick<Standing, "backups" | "copied">, coming: readonly Transfer[], policy: Policy | null, now: number): Backup[] {
+export function planRoom(snapshots: readonly Snapshot[], { backups, copied, chained }: Kept, coming: readonly Transfer[], policy: Policy | null, now: number): Backup[] {
   const find = dataFinder(backups);
   const then = [...backups, ...coming.slice(0, 1).map(({ snapshot }) => arrived(snapshot))];
-  const later = new Set(planDestination(snapshots, { backups: then, copied }, policy, now).filter(({ reasons }) => reasons.length === 0).map(({ entry }) => entry));
-  const parents = new Set(coming.map(({ parent }) => parent && find(parent)));
-  const [newest, pin] = [planDestination(snapshots, { backups, copied }, policy, now).at(-1)?.entry, newestShared(snapshots, backups)];
-  return backups.filter((backup) => later.has(backup) && !parents.has(backup) && backup !== newest && backup !== (pin && find(pin)));
+  const later = new Set(planDestination(snapshots, { backups: then, copied, chained }, policy, now).filter(({ reasons }) => reasons.length === 0).map(({ entry }) => entry));
+  const parents = coming.map(({ parent }) => parent && find(parent));
+  const [newest, pin] = [planDestination(snapshots, { backups, copied, chained }, policy, now).at(-1)?.entry, newestShared(snapshots, backups)];
+  const stays = [...parents, newest, pin && find(pin)].filter((backup) => backup !== null && backup !== undefined);
+  const needed = chained ? neededBy(stays, backups) : new Map<string, string>();
+  return backups.filter((backup) => later.has(backup) && !stays.includes(backup) && !needed.has(backup.uuid));
 }
 
 /** Whether a source may use a folder for a chain; `strangers` are the backups there that are not its own. */
@@ -1523,6 +1928,19 @@ export function claim(identity: Identity, chain: ChainRecord, standing: readonly
   const own = new Set<string>();
   for (const start of shared) for (let b: Snapshot | undefined = start; b !== undefined && !own.has(b.uuid); b = byUuid.get(b.parentUuid ?? "")) own.add(b.uuid);
   return { accepted: true, strangers: [...new Set([...strangers, ...standing.map(({ uuid }) => uuid)])].filter((uuid) => !own.has(uuid)) };
+}
+
+/**
+ * The owners whose streams in a store are a source's own: itself, those that sent what it has (it was restored,
+ * or rolled back), and those on whose streams its own build.
+ */
+export function ownersOf(streams: readonly Stream[], owner: string, snapshots: readonly Snapshot[]): Set<string> {
+  const shared = dataFinder(snapshots);
+  const owners = new Set([owner, ...streams.filter((stream) => shared(stream) !== undefined).map((stream) => stream.owner.uuid)]);
+  const senders = Map.groupBy(streams, ({ receivedUuid }) => receivedUuid);
+  for (const one of owners) // which grows meanwhile
+    for (const { from } of streams.filter((stream) => stream.owner.uuid === one)) for (const before of senders.get(from) ?? []) owners.add(before.owner.uuid);
+  return owners;
 }
 
 /** A chain's record once `owner` has it. */
@@ -1558,8 +1976,8 @@ function newReport(json: boolean, dryRun: boolean): Report {
   return report;
 }
 
-/** How to send: `level` of compression, `rate` in bytes a second; `sizes`: bytes of a full stream, by snapshot UUID, where quotas tell them. */
-type Sending = { readonly progress: boolean; readonly btrfsDebug: boolean; readonly level: string; readonly rate: number | null; readonly sizes: Map<string, number> };
+/** What is shown of transfers; `sizes`: bytes of a full stream, by snapshot UUID, where quotas tell them. */
+type Display = { readonly progress: boolean; readonly btrfsDebug: boolean; readonly sizes: Map<string, number> };
 
 const hasPv = () => which.sync("pv", { nothrow: true }) !== null;
 
@@ -1570,32 +1988,33 @@ function canShowProgress(): boolean {
   return missing === null;
 }
 
-/** How options say to send. Errors: Failure if pv is missing for a rate. */
-function sendingOf({ progress, btrfsDebug, level, rate }: Omit<Sending, "sizes">): Sending {
-  if (rate !== null && !hasPv()) throw new Failure("--rate-limit: pv not found: install pv");
-  return { progress: progress && canShowProgress(), btrfsDebug, level, rate, sizes: new Map() };
+/** What options ask to show. Errors: Failure if pv is missing for one of the rates. */
+function displayOf({ progress, btrfsDebug }: Omit<Display, "sizes">, rates: readonly (number | null)[]): Display {
+  if (rates.some((rate) => rate !== null) && !hasPv()) throw new Failure("--rate-limit: pv not found: install pv");
+  return { progress: progress && canShowProgress(), btrfsDebug, sizes: new Map() };
 }
 
-/** The stage that draws a bar, slows down, and tells the bytes of a compressed stream, whose size is not known before. */
-function progressStage(transfer: Transfer, { progress, rate, level, sizes }: Sending): Stage[] {
-  const measured = level !== "";
-  if (!progress && rate === null) return measured ? [{ label: "cat", command: "cat", measured }] : [];
-  const size = transfer.parent === null && !measured ? sizes.get(transfer.snapshot.uuid) : undefined;
-  const shown = !progress ? "-q" : `-f -w ${process.stderr.columns || 80} ${size === undefined ? "-trb" : `-ptreb -s ${size}`}`;
-  return [{ label: "pv", command: `pv ${shown}${rate === null ? "" : ` -L ${rate}`}`, shown: progress, measured }];
+/** The stage that draws a bar up to `size` bytes, and slows down. */
+function meter(progress: boolean, rate: number | null, size: number | undefined, name = ""): Stage[] {
+  if (!progress && rate === null) return [];
+  const shown = !progress ? "-q" : `-f -w ${process.stderr.columns || 80} ${name === "" ? "" : `-N ${name} `}${size === undefined ? "-trb" : `-ptreb -s ${size}`}`;
+  return [{ label: "pv", command: `pv ${shown}${rate === null ? "" : ` -L ${rate}`}`, shown: progress }];
 }
 
 /** Sends one snapshot to one destination, which is as before if it fails. Errors: those of `pipeline`. */
-async function transferTo(destination: Pick<Destination, "receive" | "compression" | "discard">, source: Folder, transfer: Transfer, asked: Sending): Promise<{ bytes: number | null; seconds: number }> {
+async function transferTo(destination: Pick<Destination, "receive" | "discard">, source: Folder, transfer: Transfer, { rate, protocol }: Pick<Sending, "rate" | "protocol">, { progress, btrfsDebug, sizes }: Display): Promise<{ bytes: number | null; seconds: number }> {
   const { snapshot, parent } = transfer;
-  const sending = { ...asked, level: destination.compression(source, asked.level) };
-  const send = commandFor(source.host, SEND, [sending.btrfsDebug ? "-vv" : "-q", ...at(source), sending.level, snapshot.name, parent?.name ?? ""]);
-  const { stage, environment } = destination.receive(transfer, sending.level);
+  const { level, stages, environment, finish } = await destination.receive(source, transfer);
+  const send = commandFor(source.host, SEND, [btrfsDebug ? "-vv" : "-q", ...at(source), level, protocol ?? "", snapshot.name, parent?.name ?? ""]);
   const label = `btrfs send${source.host.label === "" ? "" : ` on ${source.host.label}`}`;
+  const metered = meter(progress, rate, parent === null && level === "" ? sizes.get(snapshot.uuid) : undefined);
+  // How many bytes a compressed stream has is known only behind the host that compresses it.
+  const [counted = { label: "cat", command: "cat" }, ...others] = metered;
+  const between = level === "" || finish !== undefined ? metered : [{ ...counted, measured: true }, ...others];
   const began = Date.now();
   try {
-    const bytes = await pipeline([{ label, command: send, shown: sending.btrfsDebug }, ...progressStage(transfer, sending), stage], environment);
-    return { bytes, seconds: (Date.now() - began) / 1000 };
+    const { bytes, told } = await pipeline([{ label, command: send, shown: btrfsDebug }, ...between, ...stages], environment);
+    return { bytes: finish === undefined ? bytes : await finish(told), seconds: (Date.now() - began) / 1000 };
   } catch (error) {
     // What stood in the way of the name is not what this transfer left.
     if (!/File exists/.test((error as Error).message))
@@ -1607,7 +2026,7 @@ async function transferTo(destination: Pick<Destination, "receive" | "compressio
 // ── 7. Commands ──────────────────────────────────────────────────────────────────────────
 
 /** A destination as it was asked for. */
-export type Wanted = { readonly location: Location; readonly optional: boolean; readonly policy: Policy | null };
+export type Wanted = { readonly location: Location; readonly optional: boolean; readonly policy: Policy | null; readonly sending: Sending };
 
 export type RunOptions = ReturnType<typeof runOptions>;
 
@@ -1658,12 +2077,13 @@ function knownDestinations({ chain, old, snapshots, prefix }: Folder): KnownDest
 }
 
 /** Opens a destination after making sure that it is the right place. Errors: UsageError, Absent, Busy, Failure. */
-async function openDestination({ location }: Wanted, source: Source, known: KnownDestination | undefined, o: RunOptions, report: Report): Promise<Destination> {
-  if (location.kind === "shell") {
-    // A remote source's chain has no folder here: its lock stands among the runtime files.
+async function openDestination({ location, sending }: Wanted, source: Source, known: KnownDestination | undefined, o: RunOptions, report: Report): Promise<Destination> {
+  if (location.kind !== "folder") {
+    // What cannot be locked where it is: its lock is the source's. A remote source's chain has no folder here.
     const name = createHash("sha256").update(`${o.source.id}\n${o.prefix}`).digest("hex").slice(0, 32);
     const lock = o.source.host === null ? join(source.path, `.btrfs-backup.${o.prefix}.receiving`) : join(dirname(runtimeDirectory()), `btrfs-backup.${name}.receiving`);
-    return shellDestination(location, known?.pin ?? null, await commandShell(report), lock, { prefix: o.prefix, source: o.source.id });
+    if (location.kind === "shell") return shellDestination(location, known?.pin ?? null, await commandShell(report), lock, { prefix: o.prefix, source: o.source.id }, sending);
+    return openStore(location, sending, lock, source, known, o, report);
   }
   const mounted = "(is the disk mounted?)";
   let claimed: Claim = { accepted: true, strangers: [] };
@@ -1684,7 +2104,7 @@ async function openDestination({ location }: Wanted, source: Source, known: Know
     const here = dataFinder(source.snapshots);
     claimed = claim(source.identity, chain, complete, complete.filter((backup) => here(backup) !== undefined), o.adopt);
     if (!claimed.accepted) throw new Failure(claimed.why);
-    compressionBetween(source, folder, o.level);
+    compressionBetween(source, folder, sending.level);
   });
   const { receiving, ...chain } = folder.chain;
   // An announcement outlives its transfer only as long as there is a leftover to be recognised by it.
@@ -1694,7 +2114,30 @@ async function openDestination({ location }: Wanted, source: Source, known: Know
   const standing = folder.chain.owner !== undefined || folder.snapshots.some(isComplete);
   if (!o.dryRun && standing && JSON.stringify(folder.chain) !== JSON.stringify(owned)) await writeRecord(folder, owned);
   warnOfDuplicates(folder, report);
-  return folderDestination(folder, owned, known?.receiving ?? [], { ...o.deletion, btrfsDebug: o.btrfsDebug });
+  return folderDestination(folder, owned, known?.receiving ?? [], { ...o.deletion, btrfsDebug: o.btrfsDebug, level: sending.level });
+}
+
+/** Opens a store after making sure that it is the right one. Errors: Absent, Busy, Failure. */
+async function openStore(location: Readable, sending: Sending, lock: string, source: Source, known: KnownDestination | undefined, o: RunOptions, report: Report): Promise<Destination> {
+  const owner = ownerOf(source.identity);
+  let owners: ReadonlySet<string> = new Set();
+  const opening = { prefix: o.prefix, wait: o.dryRun ? ("look" as const) : o.wait, hosts: o.hosts };
+  const folder = await openChecked(location, location.path, opening, (folder) => {
+    checkFilters(source, sending);
+    const ours = folder.standing.filter(({ name }) => parseName(name, o.prefix) !== null) as Stream[];
+    const onSource = folder.host.ssh === null && source.host.ssh === null && location.kind === "raw" && placeOn(folder.mounts, folder.place.path).mount.device === placeOn(source.mounts, source.path).mount.device;
+    if (onSource && o.fsChecks) throw new Absent(`it lies on the filesystem of ${source.id} itself (is the disk mounted?); --skip-fs-checks allows it`);
+    if (known?.pin && ours.length === 0 && !o.adopt) throw new Absent("what was stored there is gone (is the disk mounted?); --adopt begins anew");
+    owners = ownersOf(ours, owner.uuid, source.snapshots);
+    const lineage = ours.filter((stream) => owners.has(stream.owner.uuid));
+    if (!o.adopt && ours.length > 0 && !lineage.some((stream) => stream.owner.uuid === owner.uuid || stream.owner.place === owner.place))
+      throw new Failure(`the streams there belong to ${lineage.length === 0 ? "another source" : "this source as it was elsewhere"} (subvolume ${(lineage.at(-1) ?? ours.at(-1))?.owner.uuid}); this one is ${source.identity.host}:${source.identity.path} (subvolume ${owner.uuid}). Use a prefix (-p) or another place; --adopt ${lineage.length === 0 ? "stores beside them" : "goes on with them"}`);
+  });
+  const store = folder.store as Store;
+  const standing = standingInStore(store, o.prefix, owners);
+  const broken = store.streams.filter((stream) => stream.stored && !stream.readonly);
+  if (broken.length > 0) report.warning(`${location.id}: ${count(broken.length, "stream")} cannot be restored, since what ${broken.length === 1 ? "it builds" : "they build"} on is missing: ${broken[0]?.name}${broken.length > 1 ? " …" : ""}`);
+  return storeDestination(folder, store, () => openFolder(location, folder.path, { ...opening, wait: "look" }), standing, owner, lock, sending);
 }
 
 const NO_SUBVOLUME: Subvolume = { id: 0, path: "", uuid: "", parentUuid: null, receivedUuid: null, readonly: true };
@@ -1708,7 +2151,7 @@ function checkPlaces(o: Pick<RunOptions, "source" | "snapshotFolder" | "destinat
   const folder = real(resolve(o.source.path, o.snapshotFolder));
   const host = JSON.stringify(o.source.host);
   for (const { location } of o.destinations)
-    if (location.kind === "folder" && JSON.stringify(location.host) === host && nested(real(location.path), folder)) throw nestedError(location.id);
+    if ((location.kind === "folder" || location.kind === "raw") && JSON.stringify(location.host) === host && nested(real(location.path), folder)) throw nestedError(location.id);
 }
 
 /** A path without symbolic links, as far as it exists. */
@@ -1731,7 +2174,7 @@ function warnOfNested({ source, subvolumes, top, subvolume }: Source, report: Re
 }
 
 /** Takes the snapshot, between the user's own commands. Errors: Failure. */
-async function takeSnapshot(source: Source, all: readonly Served[], o: RunOptions, report: Report, { sizes }: Sending): Promise<Snapshot> {
+async function takeSnapshot(source: Source, all: readonly Served[], o: RunOptions, report: Report, { sizes }: Display): Promise<Snapshot> {
   const hook = async (command: string | null, option: string) => {
     if (command !== null && !o.dryRun) log.debug((await ask(source.host, HOOK, [command], `${option} failed`)).trim());
   };
@@ -1740,7 +2183,7 @@ async function takeSnapshot(source: Source, all: readonly Served[], o: RunOption
     for (let now = new Date(); ; now = new Date()) {
       checkInterruption();
       const name = `${o.prefix}${stamp(now)}`;
-      const made = { ...NO_SUBVOLUME, name, time: wallClock(now), path: name, parentUuid: source.identity.uuid };
+      const made = { ...NO_SUBVOLUME, name, time: wallClock(now), moment: Math.floor(now.getTime() / 1000) * 1000, path: name, parentUuid: source.identity.uuid };
       try {
         // When clocks go back, a destination can still have the name.
         if (source.entries.has(name) || all.some(({ standing }) => standing.taken.has(name))) throw new Taken(name);
@@ -1760,46 +2203,48 @@ async function takeSnapshot(source: Source, all: readonly Served[], o: RunOption
   }
 }
 
-/** Tells what retention decided, and returns the names that go. */
-function explained<T extends Dated>(decisions: readonly Decision<T>[], id: string, dryRun: boolean): string[] {
+/** Tells what retention decided, and returns what goes. */
+function explained<T extends Dated>(decisions: readonly Decision<T>[], id: string, dryRun: boolean): T[] {
   const tell = dryRun ? log.info : log.debug;
   for (const { entry, reasons } of decisions) tell(`${id}: ${entry.name} ${reasons.length > 0 ? `stays: ${reasons.join(", ")}` : "goes"}`);
-  return decisions.filter(({ reasons }) => reasons.length === 0).map(({ entry }) => entry.name);
+  return decisions.filter(({ reasons }) => reasons.length === 0).map(({ entry }) => entry);
 }
 
 /** One run's view of a destination that could be opened. */
 type Served = { readonly wanted: Wanted; readonly destination: Destination; standing: Standing; done: boolean };
 
 /** Sends what a destination lacks. Whether all of it could be sent. Errors: those of a transfer. */
-async function sendMissing(served: Served, source: Source, snapshots: readonly Snapshot[], o: RunOptions, report: Report, sending: Sending, sent: (snapshot: Snapshot) => Promise<void>): Promise<boolean> {
+async function sendMissing(served: Served, source: Source, snapshots: readonly Snapshot[], o: RunOptions, report: Report, display: Display, sent: (snapshot: Snapshot) => Promise<void>): Promise<boolean> {
   const { destination, wanted } = served;
   const { id } = destination;
   const now = wallClock(new Date());
   const { transfers, conflicts } =
     destination.stream !== null
       ? { transfers: planStreams(snapshots, destination.stream.last, o), conflicts: [] }
-      : planTransfers(snapshots, served.standing, { policy: wanted.policy, incremental: o.incremental, newestOnly: o.newestOnly, now });
+      : planTransfers(snapshots, served.standing, { policy: wanted.policy, incremental: o.incremental, newestOnly: o.newestOnly, now, fullEvery: wanted.sending.fullEvery });
   for (const { name, why } of conflicts) report.error(id, new Failure(`${name} is not sent: ${why}; rename or remove it`));
   // All of them, since the next announcement replaces that of a leftover which is not sent again.
   for (const [name, what] of served.standing.taken) if (what === "leftover" && !o.dryRun) await destination.discard(name);
   if (transfers.length > 1 && served.standing.held.length === 0) log.info(`${id} is new: ${transfers.length} snapshots will be sent; --newest-only sends only the newest`);
   for (const [i, transfer] of transfers.entries()) {
     const { snapshot, parent } = transfer;
-    const how = parent !== null ? `difference to ${parent.name}` : !o.incremental ? "in full, as asked" : "in full: no earlier snapshot is on both sides";
+    const how = parent !== null ? `difference to ${parent.name}` : !o.incremental ? "in full, as asked" : newestShared(snapshots.slice(0, snapshots.indexOf(snapshot)), served.standing.held) !== null ? "in full: a new chain" : "in full: no earlier snapshot is on both sides";
     log.info(`${o.dryRun ? "Would send" : "Sending"} ${snapshot.name} to ${id} (${how})`);
-    const attempt = () => transferTo(destination, source, transfer, sending);
+    const attempt = () => transferTo(destination, source, transfer, wanted.sending, display);
     const result = o.dryRun ? { bytes: null, seconds: 0 } : await attempt().catch(async (error) => {
       if (!(error instanceof NoSpace) || !o.makeRoom || destination.frozen !== null) throw error;
-      const names = planRoom(snapshots, served.standing, transfers.slice(i), wanted.policy, now).map(({ name }) => name);
-      if (names.length === 0) throw error;
-      await removeFrom(served, names, "to make room", o, report, true);
+      const going = planRoom(snapshots, served.standing, transfers.slice(i), wanted.policy, now);
+      if (going.length === 0) throw error;
+      await removeFrom(served, going, "to make room", o, report, true);
       await destination.discard(snapshot.name); // there may not have been the space to clear away
       return attempt();
     });
-    const backup = arrived(snapshot);
+    const backup = destination.arrived(transfer);
     served.standing = { ...served.standing, held: [...served.standing.held, backup], backups: [...served.standing.backups, backup] };
     report.event("transfer", { destination: id, name: snapshot.name, parent: parent?.name ?? null, ...result });
     await sent(snapshot);
+    const { length } = chainOf<Entry>(backup, byUuid(served.standing.held));
+    if (served.standing.chained && length > 100 && wanted.sending.fullEvery?.count === 0) report.warning(`${id}: to restore ${snapshot.name} takes ${length} streams, each of them whole; --full-every begins a new chain`);
   }
   return conflicts.length === 0;
 }
@@ -1814,10 +2259,12 @@ async function prune(served: Served, snapshots: readonly Snapshot[], o: RunOptio
 }
 
 /** Deletes backups of a destination; `free`: waits until their space is free. */
-async function removeFrom(served: Served, names: readonly string[], reason: string, o: RunOptions, report: Report, free: boolean): Promise<void> {
-  await removing(served.destination.id, names, reason, o.dryRun, report, () => served.destination.remove(names, free));
-  const gone = new Set(names);
-  served.standing = { ...served.standing, backups: served.standing.backups.filter(({ name }) => !gone.has(name)) };
+async function removeFrom(served: Served, backups: readonly Backup[], reason: string, o: RunOptions, report: Report, free: boolean): Promise<void> {
+  const ordered = deletionOrder(backups, served.standing);
+  await removing(served.destination.id, ordered.map(({ name }) => name), reason, o.dryRun, report, () => served.destination.remove(ordered, free));
+  const gone = new Set(ordered.map(({ uuid }) => uuid));
+  const stays = ({ uuid }: Subvolume) => !gone.has(uuid);
+  served.standing = { ...served.standing, held: served.standing.held.filter(stays), backups: served.standing.backups.filter(stays) };
 }
 
 async function removing(id: string, names: readonly string[], reason: string, dryRun: boolean, report: Report, remove: () => Promise<void>): Promise<void> {
@@ -1854,7 +2301,7 @@ async function openAll(all: Served[], wanted: ReadonlyMap<string, Wanted>, sourc
 type Known = { readonly known: Map<string, KnownDestination>; readonly save: () => Promise<void> };
 
 /** Sends a destination what it lacks, remembers what both share now, and prunes it. What fails is reported. */
-async function serve(served: Served, source: Source, snapshots: readonly Snapshot[], { known, save }: Known, o: RunOptions, report: Report, sending: Sending): Promise<void> {
+async function serve(served: Served, source: Source, snapshots: readonly Snapshot[], { known, save }: Known, o: RunOptions, report: Report, display: Display): Promise<void> {
   const { id, stream, filesystem } = served.destination;
   const before = known.get(id);
   const remember = async (pin: Memory | null, last: string | null) => {
@@ -1865,7 +2312,7 @@ async function serve(served: Served, source: Source, snapshots: readonly Snapsho
   try {
     // All the memory there is of a command, so it is written after each of its streams.
     const sent = async (snapshot: Snapshot) => void (stream !== null && (await remember(snapshot, new Date().toISOString())));
-    complete = !o.transfer || (await sendMissing(served, source, snapshots, o, report, sending, sent));
+    complete = !o.transfer || (await sendMissing(served, source, snapshots, o, report, display, sent));
   } catch (error) {
     report.error(id, error);
   }
@@ -1889,7 +2336,7 @@ export async function run(o: RunOptions, report: Report): Promise<void> {
 async function backUp(source: Source, o: RunOptions, report: Report): Promise<void> {
   const known = new Map(knownDestinations(source).map((destination) => [destination.location, destination]));
   const wanted = new Map(o.destinations.map((destination) => [destination.location.id, destination]));
-  for (const id of o.lockedDestinations ? known.keys() : []) if (!wanted.has(id)) wanted.set(id, { location: recordedLocation(id, source), optional: false, policy: o.backupPolicy });
+  for (const id of o.lockedDestinations ? known.keys() : []) if (!wanted.has(id)) wanted.set(id, { location: recordedLocation(id, source), optional: false, policy: o.backupPolicy, sending: o.sending });
   // Where something is sent again, it is still to the right disk.
   for (const id of o.removeLocks ? wanted.keys() : []) {
     const one = known.get(id);
@@ -1908,7 +2355,7 @@ async function backUp(source: Source, o: RunOptions, report: Report): Promise<vo
   };
   let taken: Snapshot | null = null;
   try {
-    const sending = sendingOf(o);
+    const display = displayOf(o, [...wanted.values()].map(({ sending }) => sending.rate));
     warnOfNested(source, report);
     warnOfDuplicates(source, report);
     const { unreadable } = source.record;
@@ -1918,14 +2365,14 @@ async function backUp(source: Source, o: RunOptions, report: Report): Promise<vo
     for (const { name, readonly } of source.snapshots) if (!readonly) report.warning(`${source.path}/${name} is writable: it is not sent, not counted and not deleted`);
     if (o.snapshot)
       try {
-        taken = await takeSnapshot(source, all, o, report, sending);
+        taken = await takeSnapshot(source, all, o, report, display);
         snapshots.push(taken);
         log.info(`${o.dryRun ? "Would take" : "Took"} snapshot ${taken.name} of ${o.source.id}`);
         report.event("snapshot", { name: taken.name, path: join(source.path, taken.name) });
       } catch (error) {
         report.error(null, error);
       }
-    for (const served of all) await serve(served, source, snapshots, { known, save: saveKnown }, o, report, sending);
+    for (const served of all) await serve(served, source, snapshots, { known, save: saveKnown }, o, report, display);
     // A full disk can keep the record from being written: then what it says still holds as well.
     const saved = await saveKnown().then(() => true, (error) => report.error(null, error));
     if (unreadable === null) await pruneSource(source, snapshots, wanted, [...known.values(), ...(saved ? [] : (source.chain.destinations ?? []))], all, o, report);
@@ -1959,7 +2406,8 @@ async function pruneSource(source: Source, snapshots: readonly Snapshot[], wante
     const unread = given !== undefined && (served === undefined || (served.destination.stream !== null && !served.done));
     return { id, pin, unread, unsentPolicy: o.keepUnsent && given !== undefined && !served?.done ? { policy: given.policy } : null };
   });
-  const names = explained(planSource(snapshots, o.sourcePolicy, o.removeLocks ? claimants.filter(({ pin }) => pin) : claimants, wallClock(new Date())), o.source.id, o.dryRun);
+  const going = explained(planSource(snapshots, o.sourcePolicy, o.removeLocks ? claimants.filter(({ pin }) => pin) : claimants, wallClock(new Date())), o.source.id, o.dryRun);
+  const names = going.map(({ name }) => name);
   await removing(o.source.id, names, `not kept by "${o.sourcePolicy?.text}"`, o.dryRun, report, () => deleteFrom(source, names, o.deletion));
 }
 
@@ -1989,13 +2437,32 @@ export type RestoreOptions = ReturnType<typeof restoreOptions>;
 /** The snapshot that is asked for. Errors: Failure telling what there is. */
 function choose(location: Folder, { snapshot, before: until }: Pick<RestoreOptions, "snapshot" | "before">): Snapshot {
   const whole = wholeIn(location);
+  const stored = location.store?.streams.filter((stream) => stream.stored);
+  // A stored stream that lacks what it builds on is not passed over in silence.
+  const all = stored === undefined ? whole : snapshotsAmong(stored, location.prefix, null);
   const named = location.standing.find((entry) => entry.name === snapshot && (isSnapshotFolder(location) ? entry.readonly : isComplete(entry)));
-  const found = snapshot === null ? whole.findLast(({ time }) => time <= (until ?? Infinity)) : (whole.find(({ name }) => name === snapshot) ?? (named && { ...named, time: 0 }));
+  const found = snapshot === null ? all.findLast(({ time }) => time <= (until ?? Infinity)) : (all.findLast(({ name }) => name === snapshot) ?? (named && { ...named, time: 0, moment: 0 }));
+  if (found !== undefined && stored !== undefined && !found.readonly) throw new Failure(`${location.id}: ${found.name} cannot be restored: ${missingFor(found, location)}; ${instead(location, whole)}`);
   if (found !== undefined) return found;
   const range = whole.length === 0 ? "nothing complete" : `${count(whole.length, "snapshot")} from ${whole[0]?.name} to ${whole.at(-1)?.name}`;
   const what = snapshot !== null ? `no complete snapshot ${snapshot}` : until !== null ? `nothing from that time or before` : "nothing to restore";
-  throw new Failure(`${location.id}: ${what}; it has ${range}${location.place.filesystem === null ? " (it is not on btrfs)" : ""}`);
+  const unsummed = (location.store?.streams.length ?? 0) - (stored?.length ?? 0);
+  const hint = unsummed > 0 ? ` (${count(unsummed, "stream")} without a checksum object: --unverified restores what there is)` : location.store === null && parseStreams([...location.entries].map((name) => ({ name, bytes: 0 })), true).streams.length > 0 ? ` (there are stored streams in it: raw${location.host.ssh === null ? "://" : "+"}${location.id})` : location.store === null && location.place.filesystem === null ? " (it is not on btrfs)" : "";
+  throw new Failure(`${location.id}: ${what}; it has ${range}${hint}`);
 }
+
+/** What a stored stream lacks. */
+function missingFor({ uuid }: Subvolume, { store }: Folder): string {
+  const streams = store?.streams ?? [];
+  let lacking = streams.find((stream) => stream.uuid === uuid) as Stream;
+  const seen = new Set([lacking.uuid]);
+  for (let above; (above = streams.find((stream) => stream.stored && stream.receivedUuid === lacking.from && !seen.has(stream.uuid))) !== undefined; seen.add(above.uuid)) lacking = above;
+  const half = streams.find((stream) => !stream.stored && stream.receivedUuid === lacking.from);
+  return half !== undefined ? `${half.uuid} has no checksum object` : `the stream that ${lacking.uuid} builds on, ${lacking.from}, is missing`;
+}
+
+/** What to restore where something else cannot be. */
+const instead = (location: Folder, whole: readonly Snapshot[]) => (whole.length === 0 ? `nothing else in ${location.id} can be restored` : `the newest that can be restored without it: --snapshot ${quote(whole.at(-1)?.name as string).replace(/^'([\w.-]+)'$/, "$1")}`);
 
 /** Where a subvolume is restored to: the folder that it will stand in, its name and path there, and what has that name now. */
 type Target = Folder & { readonly name: string; readonly full: string; readonly existing: Subvolume | null; readonly inside: string | null };
@@ -2060,6 +2527,7 @@ function decideRestore(location: Folder, chosen: Snapshot, target: Target, outsi
   const stands = standing !== null && (standing.uuid === chosen.uuid || dataFinder([standing])(chosen) !== undefined);
   if (!stands && (outside?.entries.has(chosen.name) ?? false)) throw new Failure(`${outside?.path} has something else by the name of ${chosen.name}`);
   const { present, parent } = stands ? { present: standing, parent: null } : here ? { present: chosen, parent: null } : planRestore(chosen, wholeIn(location), there);
+  const pieces = location.store === null || present !== null ? [] : planPieces(chainOf(chosen as Entry as Stream, byUuid(location.store.streams)), there);
   const origin = present === null ? "" : stands ? join((outside as Folder).path, chosen.name) : here ? join(location.path, chosen.name) : through(`/${present.path}`);
   const replaced = target.existing !== null && isWithin(location.top, `/${target.existing.path}`);
   if (here && !own && replaced) throw new UsageError(`${location.id} is inside of ${o.target.id}, which would be moved away with the backups`);
@@ -2078,12 +2546,12 @@ function decideRestore(location: Folder, chosen: Snapshot, target: Target, outsi
   const [work, before] = [`${target.name}.restoring-${now}`, target.existing === null ? "" : `${target.name}.before-${now}`];
   // A source's own snapshots, and backups on this filesystem, are no destination to be remembered.
   const came = here || isSnapshotFolder(location) ? null : location;
-  return { present, parent, origin, how, moved, from, to: outside?.path ?? join(target.full, target.inside ?? ""), chains, came, away: own && !replaced, left: replaced ? join(target.path, before) : location.path, twins, work, before };
+  return { present, parent, pieces, origin, how, moved, from, to: outside?.path ?? join(target.full, target.inside ?? ""), chains, came, away: own && !replaced, left: replaced ? join(target.path, before) : location.path, twins, work, before };
 }
 
 /** Makes TARGET a writable subvolume with a backup's contents, and lets its next runs go on from there. */
 export async function restore(o: RestoreOptions, report: Report): Promise<void> {
-  const sending = sendingOf(o);
+  const display = displayOf(o, [o.sending.rate]);
   const location = await openLocation(o.location, { ...o, wait: o.dryRun ? "look" : o.wait });
   const opened = [location];
   try {
@@ -2094,23 +2562,26 @@ export async function restore(o: RestoreOptions, report: Report): Promise<void> 
     const asked = o.parentFrom === null ? null : await openFolder({ ...o.target, id: o.parentFrom }, o.target.host === null ? resolve(o.parentFrom) : o.parentFrom, { prefix: location.prefix, wait: "look", hosts: o.hosts });
     if (asked !== null && asked.place.filesystem !== target.place.filesystem) throw new UsageError(`--parent-from ${o.parentFrom} is not on the filesystem of ${o.target.id}`);
 
-    compressionBetween(location, target, o.level);
-    const { present, parent, origin, how, moved, from, to, chains, came, away, left, twins, work, before } = decideRestore(location, chosen, target, outside, asked, o);
+    if (location.store === null) compressionBetween(location, target, o.sending.level);
+    const { present, parent, pieces, origin, how, moved, from, to, chains, came, away, left, twins, work, before } = decideRestore(location, chosen, target, outside, asked, o);
     if (twins.length > 0) report.warning(`${o.target.id}: ${chosen.name} stands twice on its filesystem then, which can confuse "btrfs receive"; keep one of it and ${twins.map(({ path }) => path).join(", ")}`);
     if (asked !== null && present === null && parent === null) report.warning(`--parent-from ${o.parentFrom}: nothing there is shared with ${location.id}`);
     for (const prefix of o.dryRun ? [] : prefixesIn(moved)) if (prefix !== location.prefix) opened.push(await openFolder(o.location, location.path, { prefix, wait: o.wait, hosts: o.hosts }));
+    const sums = location.store === null ? new Map<string, string>() : await readyPieces(location, location.store, pieces, target, o);
     await clearLeftovers(target, null, o);
-    log.info(`${o.dryRun ? "Would restore" : "Restoring"} ${chosen.name} from ${location.id} to ${o.target.id} (${present !== null ? "reflinked, nothing is sent" : parent !== null ? `difference to ${parent.name}` : "in full"})`);
+    const sent = pieces.length > 0 ? `${count(pieces.length, "stream")}, ${inBytes(pieces.reduce((sum, { bytes }) => sum + bytes, 0))}` : parent !== null ? `difference to ${parent.name}` : "in full";
+    log.info(`${o.dryRun ? "Would restore" : "Restoring"} ${chosen.name} from ${location.id} to ${o.target.id} (${present !== null ? "reflinked, nothing is sent" : sent})`);
     if (moved.length > 0) log.info(`${o.dryRun ? "Would move" : "Moving"} ${count(moved.length, "snapshot")} from ${location.path}, so that every destination goes on from ${o.target.id}`);
     const transfer = { destination: o.target.id, name: chosen.name, parent: parent?.name ?? null };
     if (!o.dryRun) {
       const release = (await hold(target.host, RESTORING, [...at(target), work, `${work} end`], `${work} end`, o.target.id)).release;
       try {
-        if (present === null) {
-          const folder = { ...target, path: join(target.path, work) };
-          const receive = (_: Transfer, level: string) => ({ stage: receiving(folder, chosen.name, level, null, o.btrfsDebug), environment: {} });
-          const compression = (source: Folder, level: string) => compressionBetween(source, target, level);
-          report.event("transfer", { ...transfer, ...(await transferTo({ receive, compression, discard: async () => {} }, location, { snapshot: chosen, parent }, sending)) });
+        const folder = { ...target, path: join(target.path, work) };
+        if (location.store !== null) await receivePieces(location, location.store, pieces, sums, folder, display, o, report);
+        else if (present === null) {
+          const level = compressionBetween(location, target, o.sending.level);
+          const receive = async () => ({ level, stages: [receiving(folder, chosen.name, level, null, o.btrfsDebug)] });
+          report.event("transfer", { ...transfer, ...(await transferTo({ receive, discard: async () => {} }, location, { snapshot: chosen, parent }, o.sending, display)) });
         }
         await ask(target.host, BUILD, [...at(target), work, origin, outside?.path ?? target.inside ?? "", chosen.name, how], `cannot build ${o.target.id}`);
         await settle(target, join(target.path, work, "tree"), outside, chains, chosen, came, o);
@@ -2135,6 +2606,46 @@ export async function restore(o: RestoreOptions, report: Report): Promise<void> 
     });
   }
   report.event("summary", { ok: !report.failed });
+}
+
+/** Makes sure that every piece can be read before the first byte moves, and returns their checksums. Errors: Failure naming what is missing. */
+async function readyPieces(location: Folder, { verbs }: Store, pieces: readonly Stream[], target: Target, o: RestoreOptions): Promise<Map<string, string>> {
+  if (o.sending.level !== "") throw new UsageError("--compress: a stored stream travels as it was stored");
+  if (pieces.some(({ encrypted }) => encrypted) && which.sync("gpg", { nothrow: true }) === null) throw new Failure("gpg not found: install gnupg");
+  if (pieces.some(({ compressed }) => compressed) && !target.zstd) throw new Failure(`${target.host.label || target.hostName}: zstd not found: install zstd`);
+  if (o.unverified) return new Map();
+  const unsummed = pieces.find(({ summed }) => !summed);
+  if (unsummed !== undefined) throw new Failure(`${location.id}: ${unsummed.uuid} has no checksum object; --unverified restores without`);
+  return readSums(location, verbs, pieces);
+}
+
+/** The checksum objects of streams. */
+async function readSums(location: Folder, verbs: StoreVerbs, streams: readonly Stream[]): Promise<Map<string, string>> {
+  const texts: string[] = [];
+  for (const some of chunks(streams.map(({ uuid }) => uuid + SUM))) texts.push(await ask(location.host, verbs.get, [...at(location), "", ...some], `${location.id}: cannot read checksum objects`));
+  return parseSums(texts.join(""));
+}
+
+/** Receives stored streams, one on top of the other, and removes each as soon as the next stands on it. Errors: Failure naming a piece that is damaged, and what can be restored without it. */
+async function receivePieces(location: Folder, { verbs, streams }: Store, pieces: readonly Stream[], sums: ReadonlyMap<string, string>, work: Folder, display: Display, o: RestoreOptions, report: Report): Promise<void> {
+  const without = ({ uuid }: Stream) => instead(location, wholeIn(location).filter((one) => !chainOf(one as Entry as Stream, byUuid(streams)).some((piece) => piece.uuid === uuid)));
+  for (const [i, piece] of pieces.entries()) {
+    const { uuid: object, name, bytes: size, compressed, encrypted } = piece;
+    const fetch = { label: `reading${location.host.label === "" ? "" : ` on ${location.host.label}`}`, command: commandFor(location.host, verbs.get, [...at(location), "", object]) };
+    const decrypt = encrypted ? [{ label: "gpg", command: "gpg --batch --no-tty --quiet --decrypt" }] : [];
+    const began = Date.now();
+    log.debug(`Receiving ${object}`);
+    const { told } = await pipeline([fetch, ...meter(display.progress, o.sending.rate, size, `${i + 1}/${pieces.length}`), CHECKSUM, ...decrypt, receiving(work, name, compressed ? "1" : "", null, o.btrfsDebug)]).catch((error: Error) => {
+      if (error instanceof Failure && !(error instanceof NoSpace)) throw new Failure(`${location.id}: ${object}: ${error.message}. If it is damaged: ${without(piece)}`);
+      throw error;
+    });
+    const { sum, bytes } = readChecksum(told);
+    const right = sums.get(object);
+    if (!o.unverified && sum !== right) throw new Failure(`${location.id}: ${object} is damaged: it has the SHA-256 ${sum}, and should have ${right ?? "one"}; ${without(piece)}`);
+    report.event("transfer", { destination: o.target.id, name, parent: streams.find(({ uuid }) => uuid === piece.parentUuid)?.name ?? null, bytes, seconds: (Date.now() - began) / 1000 });
+    const below = pieces[i - 1];
+    if (below !== undefined) await deleteFrom(work, [below.name], { convertRw: false, sync: false });
+  }
 }
 
 /**
@@ -2166,6 +2677,9 @@ function tellWhatIsNext(target: Target, location: Folder, chosen: Snapshot, befo
   const p = o.snapshotFolder === "snapshot" ? [] : ["-f", o.snapshotFolder];
   const again = ["btrfs-backup", "--adopt", ...(location.prefix === "" ? [] : ["-p", location.prefix]), ...p, o.target.id].map((word) => (/^[\w./:@-]+$/.test(word) ? word : quote(word))).join(" ");
   const { owner } = location.chain;
+  const stored = location.store?.streams.find(({ uuid }) => uuid === chosen.uuid)?.owner.place;
+  if (stored !== undefined && stored !== ownerOf({ uuid: "", host: target.hostName, path: target.full }).place)
+    log.info(`The streams in ${location.id} were stored from another host or path: a run from ${target.hostName}:${target.full} is refused. If that shall be their source from now on: ${again} ${location.id}`);
   if (away && moved.length > 0) report.warning(`${location.path} has no longer what its destinations share with it: they go on from ${o.target.id}, once it has the path of their source or by "${again} DEST…"`);
   else if (!away && !isSnapshotFolder(location) && location.place.filesystem !== target.place.filesystem && owner !== undefined && (owner.host !== target.hostName || owner.path !== target.full))
     log.info(`The backups in ${location.id} belong to ${owner.host}:${owner.path}: a run goes on from there, but is refused from ${target.hostName}:${target.full}. If that shall be their source from now on: ${again} ${location.id}`);
@@ -2188,7 +2702,7 @@ async function openColumn(location: Location, known: KnownDestination | null, o:
   try {
     if (location.kind === "shell") return { id, folder: null, problem: null };
     const folder = await openLocation(location, { ...o, wait: "look" });
-    if (folder.place.filesystem === null) throw new Absent("not on btrfs (is the disk mounted?)");
+    if (folder.place.filesystem === null && folder.store === null) throw new Absent("not on btrfs (is the disk mounted?)");
     if (known?.filesystem && known.filesystem !== folder.place.filesystem) throw new Absent("another filesystem than before is there (is the disk mounted?)");
     return { id, folder, problem: null };
   } catch (error) {
@@ -2239,6 +2753,7 @@ export async function list(o: ListOptions, report: Report): Promise<void> {
 /** Bytes referenced by each whole snapshot of a folder, by UUID. */
 async function sizesIn(folder: Folder): Promise<[string, number][]> {
   const whole = wholeIn(folder);
+  if (folder.store !== null) return folder.store.streams.map(({ uuid, bytes }) => [uuid, bytes]);
   const printed: string[] = [];
   for (const names of chunks(whole.map(({ name }) => `./${name}`))) printed.push(await ask(folder.host, SIZES, [...at(folder), ...names], `${folder.id}: cannot tell sizes`));
   const lines = printed.join("\n").split("\n").map((line) => /^\s*(\d+)\s.*?\s\.\/(.*)$/.exec(line));
@@ -2253,7 +2768,8 @@ export function inventory(columns: readonly Column[], policies: Pick<ListOptions
   const known = source === null ? [] : knownDestinations(source);
   const sides = columns.map(({ folder, id }) => {
     const own = folder !== null && folder === source;
-    const standing = folder && standingIn(folder, folder.chain, []);
+    const ownersIn = ({ streams }: Store) => (source === null ? new Set(streams.map(({ owner }) => owner.uuid)) : ownersOf(streams, source.source?.uuid ?? "", taken));
+    const standing = folder && (folder.store !== null ? standingInStore(folder.store, folder.prefix, ownersIn(folder.store)) : standingIn(folder, folder.chain, []));
     const pinned = standing && !own ? newestShared(taken, standing.held) : null;
     const claimants = known.map((destination) => ({ id: destination.location, pin: destination.pin, unread: false, unsentPolicy: null }));
     const decisions = own ? planSource(taken, policies.sourcePolicy, claimants, now) : standing && isSnapshotFolder(folder) ? [] : standing ? planDestination(taken, standing, policies.backupPolicy, now) : [];
@@ -2300,20 +2816,16 @@ export function table(rows: readonly (readonly string[])[]): string {
   return rows.map((row) => `${row.map((cell, i) => cell.padEnd(widths[i] ?? 0)).join("  ").trimEnd()}\n`).join("");
 }
 
-/** Bytes as people read them, in powers of 1024. */
-export const inBytes = (bytes: number) => {
-  const unit = Math.min(5, Math.max(0, Math.floor(Math.log2(Math.max(bytes, 1)) / 10)));
-  return `${unit === 0 ? bytes : (bytes / 2 ** (10 * unit)).toFixed(1)}${"BKMGTP"[unit]}`;
-};
-
 export type VerifyOptions = ReturnType<typeof verifyOptions>;
 
 /** Reads every byte of what two locations share, on their hosts, and compares. */
 export async function verify(o: VerifyOptions, report: Report): Promise<void> {
-  const [first, ...others] = await openColumns(o.locations[0] as Location, o.locations.slice(1), false, o, report);
+  const columns = await openColumns(o.locations[0] as Location, o.locations.slice(1), false, o, report);
+  let compared = 0;
+  for (const { folder } of columns) if (folder?.store) compared += await verifyStreams(folder, folder.store, o, report);
+  const [first, ...others] = columns.filter(({ folder }) => !folder?.store);
   const left = first?.folder ?? null;
   const digests = new Map<string, Promise<string>>();
-  let compared = 0;
   for (const { folder: right, id } of left === null ? [] : others) {
     if (left === null || right === null) continue;
     if (samePlace(left, right)) {
@@ -2347,6 +2859,36 @@ export async function verify(o: VerifyOptions, report: Report): Promise<void> {
   }
   if (compared === 0) report.error(null, new Failure("nothing was compared"));
   report.event("summary", { ok: !report.failed, compared });
+}
+
+/** Reads every stored stream, and compares it with its checksum object. Returns how many could be read. */
+async function verifyStreams(folder: Folder, store: Store, o: VerifyOptions, report: Report): Promise<number> {
+  const { id, host } = folder;
+  const { verbs } = store;
+  const all = byUuid(store.streams);
+  const asked = store.streams.filter(({ name }) => (o.snapshot !== null ? name === o.snapshot : o.prefix === null || parseName(name, o.prefix) !== null));
+  const streams = o.snapshot === null ? asked : [...new Set(asked.flatMap((stream) => chainOf(stream, all)))];
+  const failed = (stream: Stream, what: string) => {
+    const lost = store.streams.filter((other) => other.readonly && chainOf(other, all).includes(stream)).map(({ name }) => name);
+    report.error(id, new Failure(`${stream.uuid} ${what}${lost.length > 0 ? `; not to be restored: ${lost.slice(0, 5).join(", ")}${lost.length > 5 ? `, and ${lost.length - 5} more` : ""}` : ""}`));
+  };
+  if (streams.length === 0) report.error(id, new Failure(o.snapshot === null ? "there are no streams" : `there is no stream of ${o.snapshot}`));
+  for (const stream of streams.filter((one) => one.stored && !one.readonly)) failed(stream, `cannot be restored: ${missingFor(stream, folder)}`);
+  for (const stream of streams.filter(({ summed }) => !summed)) if (stream.stored || store.unsummed.includes(stream)) failed(stream, "has no checksum object");
+  for (const objects of store.debris.values()) for (const object of objects) report.warning(`${id}: ${object} is what a broken transfer left; the next run removes it`);
+  const summed = streams.filter((stream) => stream.summed);
+  const sums = await readSums(folder, verbs, summed);
+  for (const stream of summed) {
+    log.info(`Reading ${stream.name} in ${id}`);
+    const read = await ask(host, verbs.get, [...at(folder), "sum", stream.uuid], `${id}: cannot read ${stream.uuid}`).catch((error: Error) => (checkInterruption(), failed(stream, error.message), null));
+    if (read === null) continue;
+    const sha256 = read.slice(0, 64);
+    const equal = sha256 === sums.get(stream.uuid);
+    report.event("verify", { location: id, name: stream.name, equal, sha256, differences: equal ? [] : [stream.uuid] });
+    if (equal) log.info(`${stream.name} in ${id} is as it was stored (SHA-256 ${sha256})`);
+    else failed(stream, `is damaged: it has the SHA-256 ${sha256}, and should have ${sums.get(stream.uuid) ?? "one"}`);
+  }
+  return summed.length;
 }
 
 // The words that `stat` prints of a path; sha256sum and getfattr tell the rest.
@@ -2437,7 +2979,9 @@ export async function versions(o: VersionsOptions, report: Report): Promise<void
   const source = { ...o.file, path: root, id: o.file.id.slice(0, o.file.id.length - o.file.path.length) + root };
   // One place that has the version is enough to give it back.
   const heard = o.get === null ? report : { ...report, error: (_: unknown, { message }: Error) => report.warning(message) };
-  const columns = await openColumns(source, o.locations, o.locations.length === 0, o, heard as Report);
+  const opened = await openColumns(source, o.locations, o.locations.length === 0, o, heard as Report);
+  const columns = opened.filter(({ folder }) => folder?.store == null);
+  for (const { id } of opened.filter(({ folder }) => folder?.store)) log.info(`${id} is not looked into: it has streams, which must be restored first`);
   // A source that is lost altogether is known to its backups.
   const lost = columns[0]?.folder?.snapshots.length ? undefined : columns.map(({ folder }) => folder?.chain.owner).find((owner) => owner !== undefined && isWithin(o.file.path, owner.path));
   const path = lost === undefined ? normalize(inner) : o.file.path.slice(lost.path === "/" ? 0 : lost.path.length);
@@ -2552,7 +3096,11 @@ const RUN_ARGUMENTS = {
   "locked-dests": { type: "boolean", description: "Add every known destination of SOURCE" },
   "remove-locks": { type: "boolean", description: "Forget the given destinations first (see unpin)" },
   "skip-fs-checks": { type: "boolean", description: "Do not check that SOURCE and DEST are on btrfs, and not on the same one" },
-  compress: { type: "string", valueHint: "zstd[:LEVEL]", description: "Compress what travels between hosts" },
+  for: { type: "string", valueHint: "DEST", description: "A destination with -n, --full-every, --compress, --encrypt-to and --rate-limit of its own, which follow (repeatable)" },
+  "full-every": { type: "string", valueHint: "N|DURATION", description: "Stored streams: begin a new chain with a full one after N, or after a time like 30d; 0 is never (default: 30)" },
+  compress: { type: "string", valueHint: "zstd[:LEVEL]", description: "Compress what travels between hosts, is stored as a stream, or goes to a command" },
+  "encrypt-to": { type: "string", valueHint: "RECIPIENT", description: "Encrypt streams that are stored or go to a command with gpg's public key of RECIPIENT (repeatable)" },
+  protocol: { type: "string", valueHint: "1|2", description: "Version of the send stream (default: what btrfs send takes by itself, which is 1)" },
   "rate-limit": { type: "string", valueHint: "RATE", description: "Send at most so many bytes a second, with k, m or g for powers of 1024 (needs pv)" },
   "btrfs-debug": { type: "boolean", alias: "d", description: "Let btrfs send and receive tell everything (-vv)" },
   "no-progress": { type: "boolean", alias: "P", description: "Show no progress" },
@@ -2566,11 +3114,16 @@ const ofRun = <K extends keyof typeof RUN_ARGUMENTS>(...names: readonly K[]) => 
 
 const positional = (description: string, required = true) => ({ type: "positional", description, required }) as const;
 const PLACE = "/path or ssh://[user@]host[:port]/path";
+const STORE = "raw:///path, raw+ssh://[user@]host[:port]/path or rclone://REMOTE:PATH";
 
-const REPEATABLE = new Set(["ssh-opt", "optional"]);
+const REPEATABLE = new Set(["ssh-opt", "optional", "encrypt-to", "for"]);
+/** Behind --for DEST, they count for DEST only. */
+const SCOPED = new Set(["num-backups", "full-every", "compress", "encrypt-to", "rate-limit"]);
 
 /** What was given: the last of each option, all of a repeatable one. */
-type Given = { readonly flag: (name: string) => boolean; readonly value: (name: string) => string | null; readonly all: (name: string) => string[]; readonly positionals: readonly string[] };
+type Options = { readonly flag: (name: string) => boolean; readonly value: (name: string) => string | null; readonly all: (name: string) => string[] };
+/** `scopes`: for each --for DEST what holds there. */
+type Given = Options & { readonly positionals: readonly string[]; readonly scopes: readonly { readonly value: string; readonly given: Options }[] };
 
 /** Reads arguments strictly. Errors: UsageError naming the nearest option. */
 export function readArguments(args: readonly string[], definitions: ArgsDef): Given {
@@ -2585,13 +3138,21 @@ export function readArguments(args: readonly string[], definitions: ArgsDef): Gi
     defined.map(([name, { type, alias }]) => [name, { type: type === "boolean" ? ("boolean" as const) : ("string" as const), multiple: REPEATABLE.has(name), ...(typeof alias === "string" ? { short: alias } : {}) }]),
   );
   try {
-    const { values, positionals } = parseArgs({ args: spelled, options, strict: true, allowPositionals: true });
-    return {
-      flag: (name) => values[name] === true,
-      value: (name) => (values[name] as string | undefined) ?? null,
-      all: (name) => [values[name] ?? []].flat() as string[],
-      positionals,
+    const { positionals, tokens } = parseArgs({ args: spelled, options, strict: true, allowPositionals: true, tokens: true });
+    const everywhere: [name: string, value: string][] = [];
+    const scopes: { value: string; words: typeof everywhere }[] = [];
+    for (const token of tokens) {
+      if (token.kind !== "option") continue;
+      const { name, value = "" } = token;
+      if (name === "for") scopes.push({ value, words: [] });
+      else (SCOPED.has(name) ? (scopes.at(-1)?.words ?? everywhere) : everywhere).push([name, value]);
+    }
+    const given = (words: typeof everywhere): Options => {
+      const all = (name: string) => words.filter(([one]) => one === name).map(([, value]) => value);
+      return { flag: (name) => all(name).length > 0, value: (name) => all(name).at(-1) ?? null, all };
     };
+    const within = (words: typeof everywhere) => given([...everywhere.filter(([name]) => !words.some(([own]) => own === name)), ...words]);
+    return { ...given(everywhere), positionals, scopes: scopes.map(({ value, words }) => ({ value, given: within(words) })) };
   } catch (error) {
     const { code, message } = error as Error & { code?: string };
     if (code !== "ERR_PARSE_ARGS_UNKNOWN_OPTION") throw new UsageError(message.replaceAll("\n", " "));
@@ -2643,11 +3204,18 @@ function wholeNumber(text: string | null, option: string, otherwise: number): nu
   return Number(text);
 }
 
-/** A location that has to be a folder. */
-function folderLocation(text: string | undefined, what: string): Location & { kind: "folder" } {
+/** A location that has to be a folder with subvolumes. */
+function folderLocation(text: string | undefined, what: string): Readable {
   if (text === undefined) throw new UsageError(`${what} is missing`);
   const location = parseLocation(text);
-  if (location.kind !== "folder") throw new UsageError(`${what} cannot be a command: ${text}`);
+  if (location.kind !== "folder") throw new UsageError(`${what} cannot be ${location.kind === "shell" ? "a command" : "stored streams"}: ${text}`);
+  return location;
+}
+
+/** A location that something can be read from. */
+function readableLocation(text: string): Readable {
+  const location = parseLocation(text);
+  if (location.kind === "shell") throw new UsageError(`nothing can be read from a command: ${text}`);
   return location;
 }
 
@@ -2664,7 +3232,7 @@ function commonOptions(given: Given) {
   return { prefix: given.value("snapshot-prefix"), snapshotFolder, hosts, wait: wholeNumber(given.value("wait"), "--wait", 0), json: given.flag("json") };
 }
 
-const policyOf = (given: Given, option: string) => parsePolicy(given.value(option) ?? "0");
+const policyOf = (given: Options, option: string) => parsePolicy(given.value(option) ?? "0");
 
 /** The value of --max-age. */
 function ageOf(given: Given) {
@@ -2673,30 +3241,26 @@ function ageOf(given: Given) {
 }
 
 /** Positionals that must be as many as a command takes. */
-function locationsOf(given: Given, least: number, most: number, what: string): (Location & { kind: "folder" })[] {
+function locationsOf(given: Given, least: number, most: number, what: string): Readable[] {
   const { positionals } = given;
   if (positionals.length < least || positionals.length > most) throw new UsageError(`${positionals.length < least ? "missing" : "too many"} arguments: give ${what}`);
-  return positionals.map((text) => folderLocation(text, "a location to read from"));
+  return positionals.map(readableLocation);
 }
 
 /** Reads the command line of `run`. */
 export function runOptions(given: Given) {
   const [first, ...rest] = given.positionals;
   const source = folderLocation(first, "SOURCE");
-  const backupPolicy = policyOf(given, "num-backups");
   const sourcePolicy = given.flag("latest-only") ? parsePolicy("1") : policyOf(given, "num-snapshots");
-  const wantedOf = (text: string, optional: boolean): Wanted => ({ location: parseLocation(text), optional, policy: backupPolicy });
-  const destinations = [...rest.map((text) => wantedOf(text, false)), ...given.all("optional").map((text) => wantedOf(text, true))];
-  if (backupPolicy !== null && destinations.length > 0 && destinations.every(({ location }) => location.kind === "shell"))
-    throw new UsageError("--num-backups needs a destination that can be asked what it has and told to delete, which a shell:// command cannot");
   const common = commonOptions(given);
+  const destinations = destinationsOf(given, rest, common.prefix ?? "");
   return {
     ...common,
     prefix: common.prefix ?? "",
     source,
     destinations,
     sourcePolicy,
-    backupPolicy,
+    backupPolicy: policyOf(given, "num-backups"),
     snapshot: !given.flag("no-snapshot"),
     transfer: !given.flag("no-transfer"),
     incremental: !given.flag("no-incremental"),
@@ -2711,26 +3275,67 @@ export function runOptions(given: Given) {
     maxAge: ageOf(given),
     beforeSnapshot: given.value("before-snapshot"),
     afterSnapshot: given.value("after-snapshot"),
-    ...sendingOptions(given),
+    ...displayOptions(given),
+    sending: sendingOptions(given, null),
   };
+}
+
+/** What is to be served, and how. Errors: UsageError for options that a destination cannot honour. */
+function destinationsOf(given: Given, positionals: readonly string[], prefix: string): Wanted[] {
+  const optional = given.all("optional");
+  const own = new Map(given.scopes.map(({ value, given }): [string, Options] => [parseLocation(value).id, given]));
+  if (own.size < given.scopes.length) throw new UsageError("--for names a destination twice");
+  const texts = [...positionals, ...optional, ...given.scopes.map(({ value }) => value)];
+  const absent = new Set(optional.map((text) => parseLocation(text).id));
+  const optionsOf = ({ id }: Location) => own.get(id) ?? given;
+  const destinations = [...new Map(texts.map(parseLocation).map((location) => [location.id, location])).values()].map((location): Wanted => {
+    const options = optionsOf(location);
+    return { location, optional: absent.has(location.id), policy: policyOf(options, "num-backups"), sending: sendingOptions(options, location.kind) };
+  });
+  const stores = ({ location: { kind } }: Wanted) => kind === "raw" || kind === "rclone";
+  for (const wanted of destinations) {
+    const { location, sending } = wanted;
+    if (location.kind === "folder" && sending.recipients.length > 0) throw new UsageError(`--encrypt-to: what is received on btrfs cannot be encrypted: ${location.id}. For another destination only: --for DEST --encrypt-to …`);
+    if (stores(wanted) && Buffer.byteLength(prefix) > STREAM_PREFIX_BYTES) throw new UsageError(`a prefix is at most ${STREAM_PREFIX_BYTES} bytes for stored streams, whose names say much more`);
+  }
+  // What is said for one destination, or for all, must have a meaning for one of those.
+  for (const some of [...destinations.filter(({ location }) => own.has(location.id)).map((wanted) => [wanted]), destinations.filter(({ location }) => !own.has(location.id))]) {
+    if (some.length > 0 && some.every(({ location, policy }) => location.kind === "shell" && policy !== null))
+      throw new UsageError("--num-backups needs a destination that can be asked what it has and told to delete, which a shell:// command cannot");
+    if (some.length > 0 && !some.some(stores) && some.some(({ location }) => optionsOf(location).value("full-every") !== null)) throw new UsageError("--full-every needs a destination of stored streams: raw://, raw+ssh:// or rclone://");
+  }
+  return destinations;
 }
 
 /** Reads the command line of `restore`. */
 export function restoreOptions(given: Given) {
-  const [location, target] = locationsOf(given, 2, 2, "LOCATION and TARGET") as [Location & { kind: "folder" }, Location & { kind: "folder" }];
+  const [location] = locationsOf(given, 2, 2, "LOCATION and TARGET") as [Readable];
+  const target = folderLocation(given.positionals[1], "TARGET");
   const [snapshot, until] = [given.value("snapshot"), given.value("before")];
   if (snapshot !== null && until !== null) throw new UsageError("--snapshot and --before exclude each other");
   const words = ["snapshot-prefix", "snapshot-folder", "ssh-opt", "snapshot", "before", "compress", "rate-limit"].flatMap((name) => given.all(name).map((value) => `--${name}=${value}`));
-  for (const name of ["sudo", "ssh-sudo"]) if (given.flag(name)) words.push(`--${name}`);
-  return { ...commonOptions(given), words: [...words, location.id], location, target, snapshot, before: until === null ? null : parseWhen(until), parentFrom: given.value("parent-from"), replace: given.flag("replace"), ...sendingOptions(given) };
+  for (const name of ["sudo", "ssh-sudo", "unverified"]) if (given.flag(name)) words.push(`--${name}`);
+  return { ...commonOptions(given), words: [...words, location.id], location, target, snapshot, before: until === null ? null : parseWhen(until), parentFrom: given.value("parent-from"), replace: given.flag("replace"), unverified: given.flag("unverified"), ...displayOptions(given), sending: sendingOptions(given, null) };
 }
 
-/** How to send, if at all. */
-function sendingOptions(given: Given) {
-  const [rate, compression] = [given.value("rate-limit"), given.value("compress")];
-  const how = { rate: rate === null ? null : parseRate(rate), level: compression === null ? "" : parseCompression(compression) };
-  return { ...how, dryRun: given.flag("dry-run"), progress: !given.flag("no-progress") && !given.flag("quiet"), btrfsDebug: given.flag("btrfs-debug") };
+const displayOptions = (given: Given) => ({ dryRun: given.flag("dry-run"), progress: !given.flag("no-progress") && !given.flag("quiet"), btrfsDebug: given.flag("btrfs-debug") });
+
+/** How to send to a kind of location. */
+function sendingOptions(given: Options, kind: Location["kind"] | null): Sending {
+  const [rate, compression, every, protocol] = ["rate-limit", "compress", "full-every", "protocol"].map(given.value);
+  if (protocol && !/^[12]$/.test(protocol)) throw new UsageError(`--protocol is 1 or 2, not "${protocol}"`);
+  const chained = kind === "raw" || kind === "rclone";
+  return {
+    rate: rate ? parseRate(rate) : null,
+    level: compression ? parseCompression(compression) : "",
+    recipients: given.all("encrypt-to"),
+    fullEvery: parseFullEvery(every ?? (chained ? FULL_EVERY : "0")),
+    protocol: protocol ?? null,
+  };
 }
+
+/** How many streams a stored chain has by default, so that retention can free space. */
+const FULL_EVERY = "30";
 
 /** Reads the command line of `list`. */
 export function listOptions(given: Given) {
@@ -2741,12 +3346,16 @@ export function listOptions(given: Given) {
 export function verifyOptions(given: Given) {
   const [snapshot, all] = [given.value("snapshot"), given.flag("all")];
   if (snapshot !== null && all) throw new UsageError("--snapshot and --all exclude each other");
-  return { ...commonOptions(given), locations: locationsOf(given, 2, Infinity, "SOURCE and LOCATION…, or two LOCATIONs"), snapshot, all };
+  const locations = locationsOf(given, 1, Infinity, "SOURCE and LOCATION…, two LOCATIONs, or one of stored streams");
+  if (locations.filter(({ kind }) => kind === "folder").length === 1) throw new UsageError(`with what shall ${locations[0]?.id} be compared? Give SOURCE and LOCATION…, two LOCATIONs, or one of stored streams`);
+  return { ...commonOptions(given), locations, snapshot, all };
 }
 
 /** Reads the command line of `versions`. */
 export function versionsOptions(given: Given) {
-  const [file, ...locations] = locationsOf(given, 1, Infinity, "FILE [LOCATION…]") as [Location & { kind: "folder" }];
+  const [, ...locations] = locationsOf(given, 1, Infinity, "FILE [LOCATION…]");
+  const file = folderLocation(given.positionals[0], "FILE");
+  for (const { kind, id } of locations) if (kind !== "folder") throw new UsageError(`stored streams cannot be looked into, only restored: ${id}`);
   const [get, to] = [given.value("get"), given.value("to")];
   if (get === null && (to !== null || given.flag("force"))) throw new UsageError("--to and --force need --get");
   if (to !== null && file.host !== null && !to.startsWith("/")) throw new UsageError("--to must be an absolute path, on FILE's host");
@@ -2764,7 +3373,7 @@ function unpinOptions(given: Given): UnpinOptions {
 
 /** Reads the command line of `copy`. */
 function copyOptions(given: Given) {
-  if (given.positionals.length + given.all("optional").length < 2) throw new UsageError("missing arguments: give LOCATION and DEST…");
+  if (given.positionals.length + given.all("optional").length + given.scopes.length < 2) throw new UsageError("missing arguments: give LOCATION and DEST…");
   return { ...runOptions(given), prefix: given.value("snapshot-prefix"), snapshot: false };
 }
 
@@ -2781,27 +3390,28 @@ const command = <O>(name: string, description: string, args: ArgsDef, read: (giv
   });
 
 const COMMANDS: Record<string, CommandDef<any>> = {
-  run: command("", "Incremental backups of btrfs subvolumes. The command can be left out: it is run.", { source: positional(`Subvolume to back up: ${PLACE}`), dest: positional(`Where to: ${PLACE}, or shell://COMMAND; any number`, false), ...RUN_ARGUMENTS }, runOptions, run),
+  run: command("", "Incremental backups of btrfs subvolumes. The command can be left out: it is run.", { source: positional(`Subvolume to back up: ${PLACE}`), dest: positional(`Where to: ${PLACE}; streams to ${STORE}, or shell://COMMAND; any number`, false), ...RUN_ARGUMENTS }, runOptions, run),
   restore: command(" restore", "Make a subvolume again from a backup, or from a snapshot.", {
-    location: positional(`Backups, or a source with its snapshots: ${PLACE}`),
+    location: positional(`Backups, or a source with its snapshots: ${PLACE}; or streams: ${STORE}`),
     target: positional(`The subvolume to make: ${PLACE}`),
     snapshot: { type: "string", valueHint: "NAME", description: "Restore this one (default: the newest)" },
     before: { type: "string", valueHint: "TIME", description: "Restore the newest at or before 'YYYY-MM-DD[ HH:MM[:SS]]'" },
+    unverified: { type: "boolean", description: "Restore stored streams without their checksum objects" },
     replace: { type: "boolean", description: "TARGET exists: keep it beside as TARGET.before-YYYYMMDD-HHMMSS" },
     "parent-from": { type: "string", valueHint: "DIR", description: "Where snapshots are that the transfer can build on (default: beside TARGET, and in its snapshot folder)" },
     ...ofRun("dry-run", "compress", "rate-limit", "btrfs-debug", "no-progress", "wait"),
     ...HOST_ARGUMENTS,
   }, restoreOptions, restore),
   list: command(" list", "Show what there is of each snapshot, at a source and its destinations.", {
-    location: positional(`A source (its known destinations are added), or backups: ${PLACE}; any number`),
+    location: positional(`A source (its known destinations are added), or backups: ${PLACE}; or streams: ${STORE}; any number`),
     ...ofRun("num-snapshots", "num-backups"),
     size: { type: "boolean", description: "Tell how large each is (btrfs filesystem du, which is slow)" },
     "max-age": { type: "string", valueHint: "DURATION", description: "Only check that the newest backup is not older, e.g. 26h: one line each, and exit status 1 if it is" },
     ...HOST_ARGUMENTS,
   }, listOptions, list),
-  verify: command(" verify", "Read every byte of what two places share, and compare.", {
-    source: positional(`Snapshots or backups: ${PLACE}`),
-    location: positional("What to compare with them; any number"),
+  verify: command(" verify", "Read every byte of what two places share, or of stored streams, and compare.", {
+    source: positional(`Snapshots or backups: ${PLACE}; or streams, which are compared with their checksums: ${STORE}`),
+    location: positional("What to compare with them; any number", false),
     snapshot: { type: "string", valueHint: "NAME", description: "Compare this one (default: the newest that both have)" },
     all: { type: "boolean", description: "Compare all that both have" },
     ...HOST_ARGUMENTS,
@@ -2817,7 +3427,7 @@ const COMMANDS: Record<string, CommandDef<any>> = {
   copy: command(" copy", "Send backups on to other places, as run does from a source.", {
     location: positional(`Backups: ${PLACE}; all prefixes one after the other, unless -p is given`),
     dest: positional("Where to; any number"),
-    ...ofRun("num-backups", "newest-only", "no-incremental", "optional", "max-age", "make-room", "adopt", "dry-run", "sync", "convert-rw", "skip-fs-checks", "compress", "rate-limit", "btrfs-debug", "no-progress", "wait"),
+    ...ofRun("num-backups", "newest-only", "no-incremental", "optional", "max-age", "make-room", "adopt", "dry-run", "sync", "convert-rw", "skip-fs-checks", "for", "full-every", "compress", "encrypt-to", "protocol", "rate-limit", "btrfs-debug", "no-progress", "wait"),
     ...HOST_ARGUMENTS,
   }, copyOptions, copy),
   unpin: command(" unpin", "Forget destinations, so that no snapshot is kept for them.", {

@@ -56,7 +56,7 @@ let lastId = 256;
 /** A snapshot at the source: its UUID is "s" and its short name; the ID grows with every call. */
 const snap = (short: string, fields: Partial<Snapshot> = {}): Snapshot => {
   const name = full(short);
-  return { id: lastId++, name, time: at(short), path: `snapshot/${name}`, uuid: `s${short}`, parentUuid: "source", receivedUuid: null, readonly: true, ...fields };
+  return { id: lastId++, name, time: at(short), moment: at(short), path: `snapshot/${name}`, uuid: `s${short}`, parentUuid: "source", receivedUuid: null, readonly: true, ...fields };
 };
 /** What a destination has of it after a transfer. */
 const backupOf = (snapshot: Snapshot, fields: Partial<Backup> = {}): Backup => ({
@@ -73,7 +73,7 @@ const shortOf = (uuid: string) => uuid.slice(1);
 const kept = <T extends Snapshot>(decisions: readonly Decision<T>[]) =>
   decisions.filter(({ reasons }) => reasons.length > 0).map(({ entry }) => shortOf(entry.uuid)).join(" ");
 const reasonsOf = (decisions: readonly Decision<Snapshot>[], short: string) => decisions.find(({ entry }) => shortOf(entry.uuid) === short)?.reasons;
-const standing = (backups: readonly Backup[], rest: Partial<Standing> = {}): Standing => ({ held: backups, backups, copied: new Map(), taken: new Map(), ...rest });
+const standing = (backups: readonly Backup[], rest: Partial<Standing> = {}): Standing => ({ held: backups, backups, copied: new Map(), taken: new Map(), chained: false, ...rest });
 
 describe("names", () => {
   test.each<[string, string, boolean]>([
@@ -301,7 +301,7 @@ describe("order", () => {
 });
 
 describe("transfers", () => {
-  const options = { policy: null, incremental: true, newestOnly: false, now: FAR };
+  const options = { policy: null, incremental: true, newestOnly: false, now: FAR, fullEvery: null };
   const planned = (snapshots: readonly Snapshot[], place: Standing, more: Partial<typeof options> | { policy: ReturnType<typeof parsePolicy> } = {}) => {
     const { transfers, conflicts } = planTransfers(snapshots, place, { ...options, ...more });
     const sent = transfers.map(({ snapshot, parent }) => `${shortOf(snapshot.uuid)}<${parent === null ? "" : shortOf(parent.uuid)}`);
@@ -406,22 +406,22 @@ describe("retention at a destination", () => {
     ["the policy alone decides when the newest is shared", "2", "0104 0105"],
     ["everything", "0", "0101 0102 0103 0104 0105"],
     ["calendar words", "*m", "0101 0105"],
-  ])("%s", (_, policy, expected) => expect(kept(planDestination(s, { backups: all, copied: new Map() }, parsePolicy(policy), FAR))).toBe(expected));
+  ])("%s", (_, policy, expected) => expect(kept(planDestination(s, { backups: all, copied: new Map(), chained: false }, parsePolicy(policy), FAR))).toBe(expected));
 
   test("what is shared with the source stays, whatever the policy", () => {
-    const decisions = planDestination(s.slice(0, 2), { backups: all, copied: new Map() }, parsePolicy("1"), FAR); // 0103 and later are gone at the source
+    const decisions = planDestination(s.slice(0, 2), { backups: all, copied: new Map(), chained: false }, parsePolicy("1"), FAR); // 0103 and later are gone at the source
     expect(kept(decisions)).toBe("0102 0105");
     expect(reasonsOf(decisions, "0102")).toEqual(["shared with the source"]);
   });
 
   test("the newest is the source's newest, not the one that arrived last, nor the last by name", () => {
     const here = snaps("1027-0230 1027-0215");
-    expect(kept(planDestination(here, { backups: here.toReversed().map((x) => backupOf(x)), copied: new Map() }, parsePolicy("1"), FAR))).toBe("1027-0215");
+    expect(kept(planDestination(here, { backups: here.toReversed().map((x) => backupOf(x)), copied: new Map(), chained: false }, parsePolicy("1"), FAR))).toBe("1027-0215");
   });
 
   test("a source without snapshots takes nothing away from the policy", () => {
-    expect(kept(planDestination([], { backups: all, copied: new Map() }, parsePolicy("2"), FAR))).toBe("0104 0105");
-    expect(planDestination(s, { backups: [], copied: new Map() }, parsePolicy("2"), FAR)).toEqual([]);
+    expect(kept(planDestination([], { backups: all, copied: new Map(), chained: false }, parsePolicy("2"), FAR))).toBe("0104 0105");
+    expect(planDestination(s, { backups: [], copied: new Map(), chained: false }, parsePolicy("2"), FAR)).toEqual([]);
   });
 });
 
@@ -457,7 +457,7 @@ describe("making room", () => {
   const backups = (...numbers: number[]) => numbers.map((n) => backupOf(s[n - 1] as Snapshot));
   const room = (held: readonly Backup[], policy: string, here = s) => {
     const place = standing(held);
-    const { transfers } = planTransfers(here, place, { policy: parsePolicy(policy), incremental: true, newestOnly: false, now: FAR });
+    const { transfers } = planTransfers(here, place, { policy: parsePolicy(policy), incremental: true, newestOnly: false, now: FAR, fullEvery: null });
     const goes = planRoom(here, place, transfers, parsePolicy(policy), FAR);
     return { transfers, goes, names: goes.map(({ uuid }) => shortOf(uuid)).join(" ") };
   };
@@ -569,7 +569,7 @@ describe("order in a snapshot folder", () => {
 
 /** A folder as it was opened: of backups, or (with a subvolume that they were taken of) of snapshots. */
 const folder = (snapshots: readonly Snapshot[], fields: Partial<Folder> = {}): Folder =>
-  ({ id: "/place", path: "/place", snapshots, standing: snapshots, entries: new Set(snapshots.map(({ name }) => name)), prefix: "", chain: {}, source: null, subvolumes: snapshots, place: { filesystem: "fs" }, record: { chains: new Map(), unreadable: null }, old: { parents: new Map(), receiving: new Map() }, ...fields }) as unknown as Folder;
+  ({ id: "/place", path: "/place", snapshots, standing: snapshots, entries: new Set(snapshots.map(({ name }) => name)), store: null, prefix: "", chain: {}, source: null, subvolumes: snapshots, place: { filesystem: "fs" }, record: { chains: new Map(), unreadable: null }, old: { parents: new Map(), receiving: new Map() }, ...fields }) as unknown as Folder;
 const sourceFolder = (snapshots: readonly Snapshot[], fields: Partial<Folder> = {}) => folder(snapshots, { source: { uuid: "source" } as Folder["source"], ...fields });
 
 describe("whose folder it is", () => {
@@ -668,7 +668,7 @@ describe("restoring", () => {
   });
 
   test("what was copied on stays at a destination, and a pin that is gone claims nothing at the source", () => {
-    const decisions = planDestination([], { backups: [b1, b2, b3], copied: new Map([[b1.uuid, "/second"]]) }, parsePolicy("1"), FAR);
+    const decisions = planDestination([], { backups: [b1, b2, b3], copied: new Map([[b1.uuid, "/second"]]), chained: false }, parsePolicy("1"), FAR);
     expect(kept(decisions)).toBe("0301 0303");
     expect(reasonsOf(decisions, "0301")).toEqual(["shared with /second"]);
     const claimant = (uuid: string, unread: boolean): Claimant => ({ id: "/b", pin: { uuid }, unread, unsentPolicy: null });

@@ -172,7 +172,7 @@ function simulate(plan: Plan, random: () => number) {
     const compared = (entries: readonly Snapshot[]) => entries.length <= 40 || repeated || run % 7 === 0;
     if (snapshots.length > 0 && time - (parseName(before, "") as number) > 1.5 * HOUR) tally.skippedHours++;
     before = name;
-    const taken: Numbered = { number: run, id: nextId++, name, time, path: `snapshot/${name}`, uuid: `s${run}`, parentUuid: "source", receivedUuid: null, readonly: true };
+    const taken: Numbered = { number: run, id: nextId++, name, time, moment: time, path: `snapshot/${name}`, uuid: `s${run}`, parentUuid: "source", receivedUuid: null, readonly: true };
     snapshots = [...snapshots, taken];
     const atSource = new Set(snapshots.map(serial));
 
@@ -194,7 +194,7 @@ function simulate(plan: Plan, random: () => number) {
       const { transfers, conflicts } =
         kind === "command"
           ? { transfers: planStreams(snapshots, memory, { incremental: true, newestOnly: false, prefix: "" }), conflicts: [] }
-          : planTransfers(snapshots, standing, { policy, incremental: true, newestOnly: false, now: time });
+          : planTransfers(snapshots, standing, { policy, incremental: true, newestOnly: false, now: time, fullEvery: null });
       must(conflicts.length === 0, "no name is in the way of another", () => conflicts);
       checkTransfers(place, transfers, must);
 
