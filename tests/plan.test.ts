@@ -6,18 +6,29 @@ import {
   align,
   arrange,
   before,
+  chainOf,
   claim,
   dataFinder,
+  deletionOrder,
+  estimatedBytes,
   inventory,
   isComplete,
   isSnapshotFolder,
   leftoversOf,
+  momentOf,
   mountAdvice,
   newestShared,
+  ownerOf,
+  ownersOf,
   parseDuration,
+  parseFullEvery,
   parseName,
   parsePolicy,
+  parseStreams,
+  parseSums,
+  partSize,
   planDestination,
+  planPieces,
   planRestore,
   planRoom,
   planSource,
@@ -29,6 +40,7 @@ import {
   snapshotsAmong,
   stamp,
   standingIn,
+  streamName,
   UsageError,
   versionsAmong,
   wallClock,
@@ -42,6 +54,8 @@ import {
   type KnownDestination,
   type Snapshot,
   type Standing,
+  type Stream,
+  type StoredFile,
 } from "../btrfs-backup.ts";
 
 // A day or a moment is written as in names, shortened: "0301" is 2024-03-01, 00:00:00.
@@ -686,4 +700,264 @@ test("versions of a file: runs of snapshots in which it was the same", () => {
   expect(shown("-0 -01")).toEqual([]); // never there
   expect(shown("-0 10 101 21")).toEqual(["1 n1..n2 2 01", "2 n3..n3 1 1"]);
   expect(shown("10 -0 -0 10")).toEqual(["1 n0..n0 1 0", "- n1..n2 2 0", "1 n3..n3 1 0"]); // it came back
+});
+
+// ── Stored streams ───────────────────────────────────────────────────────────────────────
+
+/** A UUID that can be read: `uuid("a")` is aaaaaaaa-…. */
+const uuid = (letter: string) => "8-4-4-4-12".split("-").map((n) => letter.repeat(Number(n))).join("-");
+const owner = { uuid: uuid("0"), place: "00000000" };
+const noFilters = { level: "", recipients: [] };
+
+/** "0301a" is the full stream of the snapshot 0301 with the UUID a, "0302b<a" the difference to a; with "!" it has no checksum object. */
+function files(text: string, from = owner): StoredFile[] {
+  return text.split(" ").filter(Boolean).flatMap((word) => {
+    const [, day = "", a = "", parent, unsummed] = /^(\d{4})(\w)(?:<(\w))?(!?)$/.exec(word) ?? [];
+    const snapshot = snap(day, { uuid: uuid(a) });
+    const name = streamName({ snapshot, parent: parent === undefined ? null : snap("0101", { uuid: uuid(parent) }) }, from, noFilters);
+    return [{ name, bytes: 1000 }, ...(unsummed ? [] : [{ name: `${name}.sha256`, bytes: 100 }])];
+  });
+}
+const wholeOf = (listed: readonly StoredFile[], atomic = false) => parseStreams(listed, atomic).streams.filter(isComplete).map(({ receivedUuid }) => receivedUuid?.[0]).join("");
+/** The streams as backups, oldest first. */
+const backupsIn = (listed: readonly StoredFile[]) => snapshotsAmong(parseStreams(listed, false).streams.filter(isComplete), "", null) as (Backup & Stream)[];
+const letters = (some: readonly { receivedUuid: string | null }[]) => some.map(({ receivedUuid }) => receivedUuid?.[0]).join("");
+
+describe("the name of a stored stream", () => {
+  const local = (offset: number) => ({ moment: at("0301") - offset * 60e3 });
+  test.each([
+    ["full, in Central Europe", snap("0301", { uuid: uuid("a"), ...local(60) }), null, noFilters, `20240301-000000+0100_00000000_${uuid("0")}_${uuid("a")}_full.btrfs`],
+    ["incremental, in Newfoundland, with filters", snap("0301", { uuid: uuid("a"), ...local(-210) }), snap("0201", { uuid: uuid("b") }), { level: "3", recipients: ["x"] }, `20240301-000000-0330_00000000_${uuid("0")}_${uuid("a")}_${uuid("b")}.btrfs.zst.gpg`],
+    ["of a received snapshot and parent, as the stream calls them", snap("0301", { uuid: uuid("a"), receivedUuid: uuid("c") }), snap("0201", { uuid: uuid("b"), receivedUuid: uuid("d") }), noFilters, `20240301-000000+0000_00000000_${uuid("0")}_${uuid("c")}_${uuid("d")}.btrfs`],
+  ])("%s", (_, snapshot, parent, filters, name) => {
+    expect(streamName({ snapshot, parent }, owner, filters)).toBe(name);
+    const [stream] = parseStreams([{ name, bytes: 7 }], true).streams;
+    expect(stream).toMatchObject({ name: snapshot.name, moment: snapshot.moment, bytes: 7, owner, receivedUuid: snapshot.receivedUuid ?? snapshot.uuid, from: parent && (parent.receivedUuid ?? parent.uuid), compressed: filters.level !== "", encrypted: filters.recipients.length > 0 });
+  });
+  test("a prefix may hold anything but slashes and line breaks", () => {
+    for (const prefix of ["", "a b_", "20240301-000000+0100_", "ü*?[$(x)", ".-"]) {
+      const snapshot = snap("0301", { name: `${prefix}20240301-000000`, uuid: uuid("a") });
+      const name = streamName({ snapshot, parent: null }, owner, noFilters);
+      expect(parseStreams([{ name, bytes: 1 }], true).streams).toMatchObject([{ name: snapshot.name, receivedUuid: uuid("a") }]);
+    }
+  });
+  test("the longest prefix leaves room for what is put around a name", () => {
+    const name = streamName({ snapshot: snap("0301", { name: `${"p".repeat(80)}20240301-000000`, uuid: uuid("a") }), parent: snap("0201", { uuid: uuid("b") }) }, owner, { level: "3", recipients: ["x"] });
+    expect(`.${name}.sha256.part`.length).toBeLessThanOrEqual(255);
+  });
+  test.each(["", "x", "20240301-000000", "20240230-000000+0000_00000000_0_0_full.btrfs", `20240301-000000+0000_00000000_${uuid("0")}_${uuid("a")}_full.btrfs.part`, `20240301-000000+0000_00000000_${uuid("0")}_${uuid("a")}_full.btrfs.gpg.zst`])("%j is foreign", (name) => {
+    expect(parseStreams([{ name, bytes: 1 }], true)).toMatchObject({ streams: [], unsummed: [] });
+    expect(parseStreams([{ name, bytes: 1 }], true).debris.size).toBe(0);
+  });
+  test("an owner without a UUID of its own gets one", () => {
+    expect(ownerOf({ uuid: "fs/top", host: "h", path: "/p" })).toEqual({ uuid: expect.stringMatching(/^[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}$/), place: expect.stringMatching(/^[0-9a-f]{8}$/) });
+    expect(ownerOf({ uuid: uuid("a"), host: "h", path: "/p" }).uuid).toBe(uuid("a"));
+    expect(ownerOf({ uuid: uuid("a"), host: "h", path: "/p" }).place).not.toBe(ownerOf({ uuid: uuid("a"), host: "h2", path: "/p" }).place);
+  });
+});
+
+describe("what a store holds", () => {
+  test.each([
+    ["a chain", "0301a 0302b<a 0303c<b", "abc"],
+    ["two chains", "0301a 0302b<a 0303c 0304d<c", "abcd"],
+    ["without its full stream nothing of a chain is whole", "0302b<a 0303c<b 0304d 0305e<d", "de"],
+    ["without one in the middle, what stands on it is not", "0301a 0302b<a 0304d<c 0305e<d", "ab"],
+    ["an upload under way is not whole, and neither is what stands on it", "0301a 0302b<a! 0303c<b", "a"],
+    ["the same data twice: one is enough for what stands on it", "0301a 0302b<a 0302b 0303c<b", "abbc"],
+    ["of the same data twice, one incomplete", "0301a! 0301a<x 0302b<a", ""],
+    ["streams that stand on each other are not whole", "0301a<b 0302b<a", ""],
+    ["a stream that stands on itself is not whole", "0301a<a", ""],
+    ["nothing", "", ""],
+  ])("%s", (_, text, expected) => expect(wholeOf(files(text))).toBe(expected));
+  test("where half a stream cannot be, none needs a checksum object", () => expect(wholeOf(files("0301a! 0302b<a!"), true)).toBe("ab"));
+  test("streams are in the order of their moments, not of their names", () => {
+    const [first, second] = [snap("1027-0230", { uuid: uuid("a"), moment: at("1027-0030") }), snap("1027-0215", { uuid: uuid("b"), moment: at("1027-0115") })];
+    const listed = [{ name: streamName({ snapshot: second, parent: first }, owner, noFilters), bytes: 1 }, { name: streamName({ snapshot: first, parent: null }, owner, noFilters), bytes: 1 }];
+    expect(letters(snapshotsAmong(parseStreams(listed, true).streams, "", null))).toBe("ab");
+  });
+
+  const debrisOf = (listed: readonly StoredFile[], atomic = false) => [...parseStreams(listed, atomic).debris.values()].flat().map((name) => name.replace(/_.*_(\w)[\w-]*_(full|\w)[\w-]*\.btrfs/, ":$1:$2").replace(/20240|000000|[-+]/g, "")).join(" ");
+  const only = (part: (name: string) => string) => files("0301a!").map(({ name, bytes }) => ({ name: part(name), bytes }));
+  test.each([
+    ["nothing of what is whole", files("0301a 0302b<a"), false, ""],
+    ["one upload without a checksum object", files("0301a 0302b<a!"), false, "3020000:b:a"],
+    ["not where it is complete without", files("0301a 0302b<a!"), true, ""],
+    ["not what others stand on: its checksum got lost", files("0301a! 0302b<a"), false, ""],
+    ["not several: their checksums got lost", files("0301a 0302b<a! 0303c<b!"), false, ""],
+    ["a temporary file", only((name) => `.${name}.part`), true, ".3010000:a:full.part"],
+    ["a temporary checksum", only((name) => `.${name}.sha256.part`), true, ".3010000:a:full.sha256.part"],
+    ["a checksum without its stream", only((name) => `${name}.sha256`), true, "3010000:a:full.sha256"],
+    ["nothing foreign", [{ name: ".x.part", bytes: 1 }, { name: "x.sha256", bytes: 1 }, { name: ".20240301-000000.part", bytes: 1 }], true, ""],
+  ])("debris: %s", (_, listed, atomic, expected) => expect(debrisOf(listed as StoredFile[], atomic as boolean)).toBe(expected as string));
+  test("what got lost is named", () => expect(letters(parseStreams(files("0301a! 0302b<a 0303c<b!"), false).unsummed)).toBe("ac"));
+  test("one upload a prefix can be debris", () => {
+    const other = files("0301a!").map(({ name, bytes }) => ({ name: `p${name}`, bytes }));
+    expect(parseStreams([...files("0301a!"), ...other], false)).toMatchObject({ unsummed: [] });
+  });
+  test("checksum objects, by whatever program", () => {
+    const sum = "a1".repeat(32);
+    expect([...parseSums(`${sum}  x y\n# 17 bytes\n${sum} *z\nnonsense\n`)]).toEqual([["x y", sum], ["z", sum]]);
+  });
+});
+
+describe("retention of chains", () => {
+  const chain = "0301a 0302b<a 0303c<b 0304d 0305e<d 0306f<e";
+  const kept = (text: string, policy: string) => {
+    const backups = backupsIn(files(text));
+    return letters(planDestination([], { backups, copied: new Map(), chained: true }, parsePolicy(policy), FAR).filter(({ reasons }) => reasons.length > 0).map(({ entry }) => entry));
+  };
+  test.each([
+    ["all of the newest chain", "1", "def"],
+    ["a chain goes when nothing needs it", "3", "def"],
+    ["a chain stays as far as something needs it", "4", "abcdef"],
+    ["everything", "0", "abcdef"],
+    ["the middle of a chain needs its beginning", "1 2d+", "def"],
+  ])("%s", (_, policy, expected) => expect(kept(chain, policy)).toBe(expected));
+  test("what a branch needs stays, its siblings go", () => expect(kept("0301a 0302b<a 0303c<a 0304d<c", "1")).toBe("acd"));
+  test("the reason tells who needs it", () => {
+    const backups = backupsIn(files("0301a 0302b<a"));
+    expect(planDestination([], { backups, copied: new Map(), chained: true }, parsePolicy("1"), FAR)[0]?.reasons).toEqual(["needed by 20240302-000000"]);
+  });
+  test("what is needed for the pin stays", () => {
+    const backups = backupsIn(files(chain));
+    const decisions = planDestination([snap("0302", { uuid: uuid("b") })], { backups, copied: new Map(), chained: true }, parsePolicy("1"), FAR);
+    expect(letters(decisions.filter(({ reasons }) => reasons.length > 0).map(({ entry }) => entry))).toBe("abdef");
+  });
+  test("each goes before what it stands on", () => {
+    const all = backupsIn(files("0301a 0302b<a 0303c<b 0304d<c 0305e<b"));
+    expect(letters(deletionOrder(all, { chained: true }))).toMatch(/^d.*c.*b.*a$/);
+    expect(deletionOrder(all, { chained: false })).toEqual(all);
+  });
+  test("room is made of dead chains only, never of what the newest or the next one needs", () => {
+    const backups = backupsIn(files(chain));
+    const here = [snap("0306", { uuid: uuid("f") }), snap("0307", { uuid: uuid("1") })] as const;
+    const coming = [{ snapshot: here[1], parent: here[0] }];
+    expect(letters(planRoom(here, { backups, copied: new Map(), chained: true }, coming, parsePolicy("1"), FAR))).toBe("abc");
+    expect(letters(planRoom(here, { backups, copied: new Map(), chained: true }, [{ snapshot: here[1], parent: null }], parsePolicy("1"), FAR))).toBe("abc");
+  });
+
+  // Any listing, any policy, and an interruption after any deletion.
+  const soakRuns = Number(process.env["SOAK"] ?? 300);
+  test("however it is interrupted, nothing that is kept ever lacks an ancestor", () => {
+    fc.assert(
+      fc.property(fc.array(fc.tuple(fc.nat(8), fc.boolean()), { minLength: 1, maxLength: 16 }), fc.constantFrom("1", "2", "3", "5", "2d 2w", "1 3d+", "*m"), fc.array(fc.nat(15), { maxLength: 3 }), (steps, policy, missing) => {
+        const letterOf = (i: number) => i.toString(16);
+        const words = steps.map(([back, full], i) => `03${String(i + 1).padStart(2, "0")}${letterOf(i)}${full || i === 0 ? "" : `<${letterOf(Math.max(0, i - 1 - back))}`}`);
+        const listed = files(words.filter((_, i) => !missing.includes(i)).join(" "));
+        const backups = backupsIn(listed);
+        const decisions = planDestination([], { backups, copied: new Map(), chained: true }, parsePolicy(policy), FAR);
+        const stays = decisions.filter(({ reasons }) => reasons.length > 0).map(({ entry }) => entry.uuid);
+        const going = deletionOrder(decisions.filter(({ reasons }) => reasons.length === 0).map(({ entry }) => entry), { chained: true });
+        let left = listed;
+        for (const gone of [undefined, ...going]) {
+          for (const object of gone === undefined ? [] : [gone.uuid, `${gone.uuid}.sha256`]) {
+            left = left.filter(({ name }) => name !== object);
+            const whole = new Set(parseStreams(left, false).streams.filter(isComplete).map(({ uuid }) => uuid));
+            for (const one of stays) if (!whole.has(one)) throw new Error(`${one} was kept, and cannot be restored after ${object}`);
+          }
+          // What is not deleted yet is still whole as well: the next run can go on.
+          expect(parseStreams(left, false).streams.filter((stream) => stream.stored && !stream.readonly).length).toBe(parseStreams(listed, false).streams.filter((stream) => stream.stored && !stream.readonly).length);
+        }
+        expect(letters(backupsIn(left))).toBe(letters(backups.filter(({ uuid }) => stays.includes(uuid))));
+      }),
+      { numRuns: soakRuns, ...(process.env["SEED"] === undefined ? {} : { seed: Number(process.env["SEED"]) }) },
+    );
+  });
+});
+
+describe("when a chain ends", () => {
+  const s = ["0301", "0302", "0303", "0304", "0305", "0306"].map((day, i) => snap(day, { uuid: uuid("abcdef"[i] as string) }));
+  const fulls = (stored: string, every: string, upTo = 6) => {
+    const held = backupsIn(files(stored));
+    const place: Standing = { held, backups: held, copied: new Map(), taken: new Map(), chained: true };
+    return planTransfers(s.slice(0, upTo), place, { policy: null, incremental: true, newestOnly: false, now: FAR, fullEvery: parseFullEvery(every) }).transfers.map(({ snapshot, parent }) => `${snapshot.uuid[0]}${parent === null ? "" : `<${parent.uuid[0]}`}`).join(" ");
+  };
+  test.each([
+    ["after so many streams, all new", "", "3", "a b<a c<b d e<d f<e"],
+    ["after so many streams, going on", "0301a 0302b<a", "3", "c<b d e<d f<e"],
+    ["at once, if it is longer already", "0301a 0302b<a 0303c<b 0304d<c", "2", "e f<e"],
+    ["every one", "0301a", "1", "b c d e f"],
+    ["never", "", "0", "a b<a c<b d<c e<d f<e"],
+    ["after a time", "", "2d", "a b<a c d<c e f<e"],
+    ["after a time, going on", "0301a 0302b<a", "3d", "c<b d e<d f<e"],
+    ["what is missing in between continues the chain that it branches from", "0301a 0302b<a 0304d<b", "3", "c<b e f<e"],
+  ])("%s", (_, stored, every, expected) => expect(fulls(stored, every)).toBe(expected));
+  test.each(["", "x", "-1", "0d", "3x", "1.5", "30 d"])("%j is no --full-every", (text) => expect(() => parseFullEvery(text)).toThrow(UsageError));
+  test("a re-created snapshot of the same name is not the parent", () => {
+    const again = snap("0301", { uuid: uuid("9") });
+    const held = backupsIn(files("0301a"));
+    const { transfers } = planTransfers([again, s[1] as Snapshot], { held, backups: held, copied: new Map(), taken: new Map(), chained: true }, { policy: null, incremental: true, newestOnly: false, now: FAR, fullEvery: parseFullEvery("30") });
+    expect(transfers.map(({ snapshot, parent }) => [snapshot.uuid[0], parent?.uuid[0]])).toEqual([["9", undefined], ["b", "9"]]);
+  });
+});
+
+describe("whose streams are", () => {
+  const [old, other] = [{ uuid: uuid("1"), place: "00000001" }, { uuid: uuid("2"), place: "00000002" }];
+  const own = (listed: readonly StoredFile[], snapshots: readonly Snapshot[]) => [...ownersOf(parseStreams(listed, false).streams, uuid("0"), snapshots)].map((one) => one[0]).sort().join("");
+  test.each([
+    ["its own", files("0301a"), [], "0"],
+    ["those that it shares data with: it was restored", files("0301a 0302b<a", old), [snap("0302", { uuid: uuid("7"), receivedUuid: uuid("b") })], "01"],
+    ["those that its own stand on, for ever", [...files("0301a", old), ...files("0302b<a")], [], "01"],
+    ["not another's", [...files("0301a", other), ...files("0302b")], [], "0"],
+    ["not by name", files("0301a", other), [snap("0301", { uuid: uuid("b") })], "0"],
+  ])("%s", (_, listed, snapshots, expected) => expect(own(listed, snapshots)).toBe(expected));
+});
+
+describe("the pieces of a restore", () => {
+  const { streams } = parseStreams(files("0301a 0302b<a 0303c<b"), false);
+  const chain = chainOf(streams[2] as Stream, new Map(streams.map((stream) => [stream.uuid, stream])));
+  test.each([
+    ["all", [], "abc"],
+    ["after what is there", [{ uuid: "x", receivedUuid: uuid("b") }], "c"],
+    ["after what is there as itself", [{ uuid: uuid("a"), receivedUuid: null }], "bc"],
+    ["the chosen one in any case", [{ uuid: uuid("c"), receivedUuid: null }], "abc"],
+    ["all, if what is there is something else", [{ uuid: "y", receivedUuid: "z" }], "abc"],
+  ])("%s", (_, there, expected) => expect(letters(planPieces(chain, there.map((one) => ({ ...snap("0101"), ...one }))))).toBe(expected));
+});
+
+describe("parts of an object in S3", () => {
+  const [mib, gib, tib] = [2 ** 20, 2 ** 30, 2 ** 40];
+  test.each([
+    [0, 32 * mib],
+    [48 * gib, 32 * mib],
+    [250 * gib, 32 * mib],
+  ])("%d bytes in parts of 32 MiB", (bytes, part) => expect(partSize(bytes)).toBe(part));
+  test("any size fits into 10,000 parts, with something to spare, and takes no more memory than that", () => {
+    for (const bytes of [300 * gib, 305 * gib, 312 * gib, tib, 5 * tib]) {
+      expect(partSize(bytes) * 10_000).toBeGreaterThan(bytes * 1.04);
+      expect(partSize(bytes)).toBeLessThan(Math.max(33 * mib, (bytes / 10_000) * 1.06 + mib));
+    }
+  });
+  test("what no object can hold is refused", () => expect(() => partSize(5.1 * tib)).toThrow("5.0T"));
+  test("an estimate adds up data, and something for each command", () => {
+    expect(estimatedBytes("      3 chown\n      2  len=1000\n      1  len=48\n      2 update_extent\n")).toBe(2048 + 5 * 200);
+    expect(estimatedBytes("")).toBe(0);
+  });
+});
+
+describe("when a clock showed a time", () => {
+  const inZone = <T>(zone: string, work: () => T): T => {
+    const before = process.env["TZ"];
+    process.env["TZ"] = zone;
+    try {
+      return work();
+    } finally {
+      if (before === undefined) delete process.env["TZ"];
+      else process.env["TZ"] = before;
+    }
+  };
+  const utc = (moment: number) => new Date(moment).toISOString().slice(5, 16);
+  test.each([
+    ["winter", "Europe/Berlin", "20261201-1200", -Infinity, "12-01T11:00"],
+    ["summer", "Europe/Berlin", "20260701-1200", -Infinity, "07-01T10:00"],
+    ["an hour that comes twice: the first", "Europe/Berlin", "20261025-0230", -Infinity, "10-25T00:30"],
+    ["an hour that comes twice: the second, once it has gone back", "Europe/Berlin", "20261025-0230", Date.UTC(2026, 9, 25, 0, 45), "10-25T01:30"],
+    ["half an hour that comes twice", "Australia/Lord_Howe", "20260405-0145", Date.UTC(2026, 3, 4, 15, 0), "04-04T15:15"],
+    ["a time that was before, for whatever reason", "Europe/Berlin", "20260701-1200", Date.UTC(2026, 6, 2), "07-01T10:00"],
+  ])("%s", (_, zone, time, earliest, expected) => expect(inZone(zone, () => utc(momentOf(at(time), earliest)))).toBe(expected));
+  test("the source's order tells which of two equal hours it was", () => {
+    const [first, second, third] = [snap("20261025-0230"), snap("20261025-0215"), snap("20261025-0310")];
+    const entries = [first, second, third].map(({ time: _, ...entry }) => ({ ...entry, moment: null }));
+    expect(inZone("Europe/Berlin", () => snapshotsAmong(entries, "", "source").map(({ moment }) => utc(moment)))).toEqual(["10-25T00:30", "10-25T01:15", "10-25T02:10"]);
+  });
 });

@@ -9,6 +9,9 @@ import { createServer } from "node:net";
 import { tmpdir } from "node:os";
 import { join, resolve } from "node:path";
 
+// A certificate of the machine's own is of no use on loopback, and keeps rclone's S3 from starting.
+delete process.env["AWS_CA_BUNDLE"];
+
 if (process.env["BTRFS_BACKUP_RIG"] !== "1") throw new Error("run the tests with scripts/test: they need namespaces of their own");
 
 export const ROOT = resolve(import.meta.dir, "../..");
@@ -229,6 +232,17 @@ export async function s3Server(bucket: string): Promise<{ endpoint: string; env:
   await waitFor("the S3 server", () => answers(port));
   const env = { AWS_ACCESS_KEY_ID: "S3RVER", AWS_SECRET_ACCESS_KEY: "S3RVER", AWS_DEFAULT_REGION: "us-east-1", AWS_ENDPOINT_URL: `http://127.0.0.1:${port}`, PATH: `/usr/bin:${process.env["PATH"]}` };
   return { endpoint: `http://127.0.0.1:${port}`, env };
+}
+
+export type Remote = { readonly url: (path: string) => string; readonly env: Record<string, string>; readonly rclone: (script: string, ...args: string[]) => string };
+
+/** A bucket of an S3 server, as a remote of rclone; `rclone` runs a script that can use it as $S. */
+export async function s3Remote(): Promise<Remote> {
+  const { endpoint, env: aws } = await s3Server("bucket");
+  const config = { TYPE: "s3", PROVIDER: "Other", ENV_AUTH: "true", ENDPOINT: endpoint, FORCE_PATH_STYLE: "true" };
+  const env = { ...aws, RCLONE_CONFIG: "/dev/null", ...Object.fromEntries(Object.entries(config).map(([name, value]) => [`RCLONE_CONFIG_STORE_${name}`, value])) };
+  const settings = Object.entries({ ...env, S: "store:bucket" }).map(([name, value]) => `export ${name}='${value}'; `).join("");
+  return { env, url: (path) => `rclone://store:bucket/${path}`, rclone: (script, ...args) => sh(settings + script, ...args) };
 }
 
 /** A throw-away gpg key without a passphrase. */
