@@ -2006,7 +2006,7 @@ async function transferTo(destination: Pick<Destination, "receive" | "discard">,
   const { snapshot, parent } = transfer;
   const { level, stages, environment, finish } = await destination.receive(source, transfer);
   const send = commandFor(source.host, SEND, [btrfsDebug ? "-vv" : "-q", ...at(source), level, protocol ?? "", snapshot.name, parent?.name ?? ""]);
-  const label = `btrfs send${source.host.label === "" ? "" : ` on ${source.host.label}`}`;
+  const label = `btrfs send${level === "" ? "" : " or zstd"}${source.host.label === "" ? "" : ` on ${source.host.label}`}`;
   const metered = meter(progress, rate, parent === null && level === "" ? sizes.get(snapshot.uuid) : undefined);
   // How many bytes a compressed stream has is known only behind the host that compresses it.
   const [counted = { label: "cat", command: "cat" }, ...others] = metered;
@@ -2440,8 +2440,10 @@ function choose(location: Folder, { snapshot, before: until }: Pick<RestoreOptio
   const stored = location.store?.streams.filter((stream) => stream.stored);
   // A stored stream that lacks what it builds on is not passed over in silence.
   const all = stored === undefined ? whole : snapshotsAmong(stored, location.prefix, null);
+  const alike = stored?.filter((stream) => stream.readonly && stream.name === snapshot) ?? [];
+  if (new Set(alike.map(({ receivedUuid }) => receivedUuid)).size > 1) throw new Failure(`${location.id} has several snapshots ${snapshot}; --snapshot takes these names as well: ${alike.map(({ uuid }) => uuid).join(" ")}`);
   const named = location.standing.find((entry) => entry.name === snapshot && (isSnapshotFolder(location) ? entry.readonly : isComplete(entry)));
-  const found = snapshot === null ? all.findLast(({ time }) => time <= (until ?? Infinity)) : (all.findLast(({ name }) => name === snapshot) ?? (named && { ...named, time: 0, moment: 0 }));
+  const found = snapshot === null ? all.findLast(({ time }) => time <= (until ?? Infinity)) : (all.findLast(({ name, path }) => name === snapshot || (stored !== undefined && path === snapshot)) ?? (named && { ...named, time: 0, moment: 0 }));
   if (found !== undefined && stored !== undefined && !found.readonly) throw new Failure(`${location.id}: ${found.name} cannot be restored: ${missingFor(found, location)}; ${instead(location, whole)}`);
   if (found !== undefined) return found;
   const range = whole.length === 0 ? "nothing complete" : `${count(whole.length, "snapshot")} from ${whole[0]?.name} to ${whole.at(-1)?.name}`;

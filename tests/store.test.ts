@@ -51,11 +51,13 @@ test("ten random changes to every kind of store, with each filter, in one run ea
   }
   reformat(a); // no source, no snapshot folder, no record
   const kept = [...states.keys()].slice(4);
+  const restored = soak(2) >= kept.length ? kept : [kept.at(-1) as string, kept[Math.floor(random() * 5)] as string];
   const suffix = (list: string[]) => [...new Set(list.map((name) => name.replace(/^.*\.btrfs/, ".btrfs")))];
   expect(Object.keys(filters).map((path) => suffix(streamsIn(join(folder, path))))).toEqual([[".btrfs"], [".btrfs.zst"], [".btrfs.gpg"], [".btrfs.zst.gpg"]]);
   for (const { id } of stores) {
     expect([...(await listed(id, options, ssh.options))]).toEqual(kept.map((name) => [name, "whole"]));
-    for (const name of kept) await expectRestores(id, join(a.path, "again"), name, states.get(name), options, ssh.options);
+    // All of them where every filter is in use, and everywhere with SOAK=6 or more.
+    for (const name of id.endsWith("both") ? kept : restored) await expectRestores(id, join(a.path, "again"), name, states.get(name), options, ssh.options);
     await expectRun(0, ["verify", "-q", ...ssh.options, id], options);
   }
   // Nothing but what is listed is stored, and nobody else can read it.
@@ -166,10 +168,10 @@ test("a filter that fails is a failed transfer, and nothing appears under a fina
   writeFileSync(join(tools, "zstd"), "#!/bin/bash\nhead -c 3000000; kill -9 $$\n", { mode: 0o755 });
   await nextSecond();
   const killed = await expectRun(1, ["--compress", "zstd", source, raw, s3.url("s")], { env: { ...options.env, PATH: `${tools}:${s3.env["PATH"]}` } });
-  expect(killed.stderr.match(/btrfs send failed/g)?.length).toBe(2);
+  expect(killed.stderr.match(/btrfs send or zstd was killed/g)?.length).toBe(2);
   expect(filesIn(folder)).toEqual([]);
   expect(s3.rclone(`rclone lsf "$S/s" | wc -l`)).toBe("0");
-  expect(readFileSync(join(snapshots, ".btrfs-backup.json"), "utf8")).not.toContain('"name"');
+  expect(existsSync(join(snapshots, ".btrfs-backup.json"))).toBe(false); // nothing is remembered
   // And where it is missing, that is said before anything is sent.
   await nextSecond();
   const missing = await expectRun(1, ["--compress", "zstd", source, raw], { env: { PATH: pathWithout("zstd") } });
@@ -222,7 +224,7 @@ test("kill -9 at random moments of backups and prunes: whatever is listed as who
     const group = random() < 0.5;
     const running = start(["-S", "-n", "2", "--full-every", "2", source, store], { ...s3, group: true });
     const ended = running.finished.then(() => true);
-    if (!(await Promise.race([ended, Bun.sleep(200 + random() * 1200).then(() => false)]))) {
+    if (!(await Promise.race([ended, Bun.sleep(60 + random() * (i % 2 === 0 ? 350 : 900)).then(() => false)]))) {
       killed++;
       process.kill(group ? -running.pid : running.pid, "SIGKILL");
       await running.finished;
@@ -343,12 +345,13 @@ test("an upload that outlives its run, and the next run, never write side by sid
   sh(`head -c 20M /dev/urandom >"$1/large"`, source);
   const s3 = await s3Remote();
   const folder = join(temporaryDirectory(), "s");
-  for (const [store, writer] of [[`raw://${folder}`, `btrfs-backup:store .*${folder}`], [s3.url("s"), "^rclone rcat"]] as const) {
+  const stored = () => existsSync(folder) && readdirSync(folder).some((name) => name.endsWith(".part"));
+  for (const [store, writes] of [[`raw://${folder}`, stored], [s3.url("s"), () => sh(`pgrep -f "^rclone rcat" || :`) !== ""]] as const) {
     const running = start(["--rate-limit", "8m", source, store], s3);
-    await waitFor("the transfer", () => sh(`pgrep -f "$1" || :`, writer) !== "");
+    await waitFor("the transfer", writes);
     running.child.kill("SIGKILL");
     await running.finished;
-    expect([1, 3]).toContain((await run(["-S", source, store], s3)).status as number);
+    expect([1, 3]).toContain((await run(["-S", source, store], s3)).status as number); // busy
     await expectRun(0, ["-S", "--wait", "60", source, store], s3);
     await expectRun(0, ["verify", store], s3);
     await nextSecond();
@@ -448,7 +451,7 @@ test("in the hour that comes twice, the later snapshot is the newer one, also fo
   }
   const state = contentsDigest(source);
   await expectRun(0, ["-S", source, `raw://${folder}`], { env });
-  expect(streamsIn(folder).map((name) => name.slice(0, 20))).toEqual(["20261025-021500+0100", "20261025-023000+0200"]);
+  expect(streamsIn(folder).sort().map((name) => name.slice(0, 20))).toEqual(["20261025-021500+0100", "20261025-023000+0200"]);
   reformat(a);
   expect([...(await listed(`raw://${folder}`)).keys()]).toEqual(["20261025-023000", "20261025-021500"]);
   const target = join(b.path, "again");
@@ -467,7 +470,14 @@ test("a re-created snapshot with the same name is never taken for the old one", 
   snapshotAs(source, "20260102-000000");
   const sent = transfers(await expectRun(0, ["--json", "-S", source, `raw://${folder}`]));
   expect(sent.map(({ name, parent }) => [name, parent])).toEqual([["20260101-000000", null], ["20260102-000000", "20260101-000000"]]);
-  for (const name of ["20260101-000000", "20260102-000000"]) await expectRestores(`raw://${folder}`, join(b.path, "again"), name, contentsDigest(join(snapshots, name)));
+  const store = `raw://${folder}`;
+  await expectRestores(store, join(b.path, "again"), "20260102-000000", contentsDigest(join(snapshots, "20260102-000000")));
+  // The name alone does not say which of the two is meant.
+  expect((await expectRun(1, ["restore", "--snapshot", "20260101-000000", store, join(b.path, "again")])).stderr).toContain("several snapshots");
+  const again = sh(`btrfs subvolume show "$1" | awk '/^\\tUUID/ { print $2 }'`, join(snapshots, "20260101-000000"));
+  const object = streamsIn(folder).find((name) => name.includes(`_${again}_full`)) as string;
+  await expectRun(0, ["restore", "--snapshot", object, store, join(b.path, "again")]);
+  expect(contentsDigest(join(b.path, "again"))).toBe(contentsDigest(join(snapshots, "20260101-000000")));
 });
 /** A source whose files were removed, filled anew. */
 function subvolumeWith(source: string): string {
@@ -493,29 +503,30 @@ test("a folder that is empty where streams were is not written to, until --adopt
   await expectRun(0, ["-S", source, "--optional", `raw://${folder}/missing/store`]);
 });
 
-test("any filesystem will do: ext4 that is full makes room, FAT keeps to its limits", async () => {
+test("any filesystem will do; where it is full, --make-room deletes dead chains only", async () => {
   const { source, snapshots, b } = pair();
-  const directory = temporaryDirectory();
-  const disk = (type: string, size: string) => {
-    const path = join(directory, type);
-    sh(`mkdir "$2"; truncate -s "$3" "$2.img"; mkfs.$1 $4 "$2.img" >/dev/null 2>&1; mount -o loop "$2.img" "$2"`, type, path, size, type === "ext4" ? "-F" : "");
-    return path;
-  };
-  const [ext4, vfat] = [disk("ext4", "60M"), disk("vfat", "60M")];
+  const disk = join(temporaryDirectory(), "disk");
+  sh(`mkdir "$1"; truncate -s 60M "$1.img"; mkfs.ext4 -qF "$1.img"; mount -o loop "$1.img" "$1"`, disk);
   try {
-    sh(`head -c 15M /dev/urandom >"$1/large"`, source);
-    for (const day of [1, 2, 3, 4]) {
-      snapshotAs(source, `2026010${day}-000000`);
+    const store = `raw://${disk}/s`;
+    const args = ["-S", "--full-every", "1", source, store];
+    for (const day of [1, 2, 3]) {
       sh(`head -c 15M /dev/urandom >"$1/large"`, source);
-      const args = ["-S", "-n", "1", "--full-every", "1", source, `raw://${ext4}/s`, `raw://${vfat}/s`];
-      if (day === 4) expect((await expectRun(1, args)).stderr.match(/No space left on device/g)?.length).toBeGreaterThanOrEqual(1);
-      else await run(day === 3 ? [...args, "-n", "0"] : args);
+      snapshotAs(source, `2026010${day}-000000`);
     }
-    expect(readdirSync(join(ext4, "s")).filter((name) => name.endsWith(".part"))).toEqual([]);
-    await expectRun(0, ["-S", "-n", "1", "--make-room", "--full-every", "1", source, `raw://${ext4}/s`, `raw://${vfat}/s`]);
-    for (const path of [ext4, vfat]) await expectRestores(`raw://${path}/s`, join(b.path, "again"), "20260104-000000", contentsDigest(join(snapshots, "20260104-000000")));
+    await run(args);
+    const before = [...(await listed(store)).keys()];
+    expect(before.length).toBeGreaterThan(1);
+    sh(`head -c 25M /dev/urandom >"$1/large"`, source);
+    snapshotAs(source, "20260104-000000");
+    expect((await expectRun(1, ["--newest-only", ...args])).stderr).toContain("No space left on device");
+    expect([...(await listed(store)).keys()]).toEqual(before);
+    expect(readdirSync(join(disk, "s")).filter((name) => name.endsWith(".part"))).toEqual([]);
+    await expectRun(0, ["--newest-only", "-n", "1", "--make-room", ...args]);
+    expect([...(await listed(store)).keys()]).toEqual(["20260104-000000"]);
+    await expectRestores(store, join(b.path, "again"), "20260104-000000", contentsDigest(join(snapshots, "20260104-000000")));
   } finally {
-    sh(`umount "$1" "$2"`, ext4, vfat);
+    sh(`umount "$1"`, disk);
   }
 });
 
@@ -606,10 +617,9 @@ test("streams of protocol 2 are stored when asked for, and come back", async () 
   const a = filesystem({ mount: "noatime,compress-force=zstd" });
   const source = subvolume(join(a.path, "home"));
   fill(source);
-  sh(`yes | head -c 20M >"$1/zeros"`, source);
+  sh(`head -c 20M /dev/zero >"$1/zeros"`, source);
   const folder = temporaryDirectory();
-  await expectRun(0, [source, `raw://${folder}/one`, `raw://${folder}/two`]);
-  await nextSecond();
+  await expectRun(0, [source]);
   const [one, two] = [transfers(await expectRun(0, ["--json", "-S", source, `raw://${folder}/x1`]))[0]?.["bytes"], transfers(await expectRun(0, ["--json", "-S", "--protocol", "2", source, `raw://${folder}/x2`]))[0]?.["bytes"]];
   expect(two).toBeLessThan(one / 2);
   for (const [name, version] of [["x1", 1], ["x2", 2]] as const) expect(sh(`od -An -tu4 -j 13 -N 4 "$1"/2*.btrfs | tr -d ' '`, join(folder, name))).toBe(String(version));
