@@ -898,10 +898,10 @@ const ESTIMATE = verb(
 );
 
 /**
- * Where streams are stored: `list` (which is `open` for a folder), and these. `put` PLACE FSID PREFIX OBJECT PART takes a
- * stream, `commit` PLACE FSID PREFIX OBJECT SUM BYTES makes it complete, with its checksum object beside it; `get` PLACE
- * FSID HOW OBJECT… prints objects, or the checksum of one if HOW is `sum`; `delete` PLACE FSID PREFIX OBJECT… does
- * so in the order given.
+ * Where streams are stored: `list` (which is `open` for a folder), and these. `put` PLACE FSID LOCK OBJECT PART takes a
+ * stream, `commit` PLACE FSID LOCK OBJECT SUM BYTES makes it complete, with its checksum object beside it; `get` PLACE
+ * FSID HOW OBJECT… prints objects, or the checksum of one if HOW is `sum`; `delete` PLACE FSID LOCK OBJECT… does so in
+ * the order given. LOCK, which those hold that write, is the prefix of a chain in a folder, and a file for a remote.
  */
 type StoreVerbs = Record<"put" | "commit" | "get" | "delete", Verb>;
 
@@ -923,6 +923,8 @@ const RAW: StoreVerbs = {
   delete: verb("drop", PRELUDE, RECEIVING, `at "$1" "$2"; receiving "$3" 10; shift 3; for o; do rm -f "./$o"; done; sync .`),
 };
 
+const LOCKED = `locked() { exec 8>>"$1"; flock -w "$2" 8 || { echo "an earlier transfer is still at work" >&2; exit 75; }; };`;
+
 /** Objects of a remote cannot be renamed everywhere: without a checksum object, one is not complete. */
 const RCLONE: StoreVerbs & { readonly list: Verb } = {
   list: verb(
@@ -931,15 +933,16 @@ const RCLONE: StoreVerbs & { readonly list: Verb } = {
     `command -v rclone >/dev/null || { echo "rclone not found: install rclone" >&2; exit 69; }; r=\${1%%:*}; rclone listremotes --long | { while read -r n t; do if [ "$n" = "$r:" ]; then echo "$t"; fi; done; echo; };`,
     `e=$(mktemp); r=0; rclone lsf --files-only --format sp --separator " " -- "$1" 2>"$e" || r=$?; m=$(cat "$e"); rm -f "$e"; case $r/$m in 0/*|3/*) ;; *) echo "$m" >&2; case $m in *"no such host"*|*refused*|*unreachable*|*timeout*|*"timed out"*) exit 66;; esac; exit 1;; esac`,
   ),
-  put: verb("rclone-put", PRELUDE, `RCLONE_S3_CHUNK_SIZE=\${RCLONE_S3_CHUNK_SIZE:-$5} RCLONE_S3_UPLOAD_CONCURRENCY=\${RCLONE_S3_UPLOAD_CONCURRENCY:-2}; export RCLONE_S3_CHUNK_SIZE RCLONE_S3_UPLOAD_CONCURRENCY; exec rclone rcat -- "$1$4"`),
+  put: verb("rclone-put", PRELUDE, LOCKED, `locked "$3" 0; RCLONE_S3_CHUNK_SIZE=\${RCLONE_S3_CHUNK_SIZE:-$5} RCLONE_S3_UPLOAD_CONCURRENCY=\${RCLONE_S3_UPLOAD_CONCURRENCY:-2}; export RCLONE_S3_CHUNK_SIZE RCLONE_S3_UPLOAD_CONCURRENCY; exec rclone rcat -- "$1$4"`),
   commit: verb(
     "rclone-commit",
     PRELUDE,
+    LOCKED,
     SUM_FILE,
-    `s=$(rclone lsf --format s -- "$1$4"); [ "$s" = "$6" ] || { echo "only \${s:-none} of $6 bytes arrived" >&2; exit 1; }; sumfile "$4" "$5" "$6" | rclone rcat -- "$1$4${SUM}"`,
+    `locked "$3" 10; s=$(rclone lsf --format s -- "$1$4"); [ "$s" = "$6" ] || { echo "only \${s:-none} of $6 bytes arrived" >&2; exit 1; }; sumfile "$4" "$5" "$6" | rclone rcat -- "$1$4${SUM}"`,
   ),
   get: verb("rclone-get", PRELUDE, `p=$1; get() { rclone cat -- "$p$1"; }; ${GET}`),
-  delete: verb("rclone-delete", PRELUDE, `p=$1; shift 3; for o; do rclone deletefile -- "$p$o"; done`),
+  delete: verb("rclone-delete", PRELUDE, LOCKED, `locked "$3" 10; p=$1; shift 3; for o; do rclone deletefile -- "$p$o"; done`),
 };
 
 /** Passes bytes on, and tells the SHA-256 and the number of them. Where one part fails, all of it does. */
@@ -1393,8 +1396,8 @@ export type Standing = {
   readonly copied: ReadonlyMap<string, string>;
   /** Names that a snapshot cannot get: "leftover", or why. */
   readonly taken: ReadonlyMap<string, string>;
-  /** They are streams: a backup needs its parent, and all that this needs. */
-  readonly chained: boolean;
+  /** Of streams, each needs its parent, and all that this needs: those of other sources there. Null where every backup is whole by itself. */
+  readonly chained: readonly Entry[] | null;
 };
 
 /** How a stream goes to one destination: `rate` in bytes a second; `protocol` null for what btrfs takes by itself. */
@@ -1439,7 +1442,7 @@ export function standingIn(folder: Pick<Folder, "standing" | "snapshots" | "entr
     else taken.set(backup.name, "a backup of other data has that name");
   }
   const backups = folder.snapshots.filter((backup) => isComplete(backup) && !foreign.has(backup.uuid));
-  return { held, backups, copied, taken, chained: false };
+  return { held, backups, copied, taken, chained: null };
 }
 
 type FolderOptions = Deletion & { readonly btrfsDebug: boolean; readonly level: string };
@@ -1499,7 +1502,7 @@ function standingInStore({ streams, debris }: Store, prefix: string, owners: Rea
   const held = streams.filter(isComplete);
   const backups = snapshotsAmong(held.filter(({ owner }) => owners.has(owner.uuid)), prefix, null);
   const taken = new Map([...debris.keys()].filter((name) => parseName(name, prefix) !== null).map((name) => [name, "leftover"]));
-  return { held, backups, copied: new Map(), taken, chained: true };
+  return { held, backups, copied: new Map(), taken, chained: held.filter(({ owner }) => !owners.has(owner.uuid)) };
 }
 
 /**
@@ -1507,8 +1510,12 @@ function standingInStore({ streams, debris }: Store, prefix: string, owners: Rea
  * file that whatever writes to a remote holds locked, since the remote cannot be.
  */
 function storeDestination(folder: Folder, store: Store, again: () => Promise<Folder>, standing: Standing, owner: Owner, lock: string, sending: Sending): Destination {
-  const { id, host, prefix } = folder;
+  const { id, host } = folder;
   const { verbs } = store;
+  const place = [...at(folder), verbs === RCLONE ? lock : folder.prefix];
+  const drop = async (objects: readonly string[]) => {
+    for (const some of chunks(objects)) await ask(host, verbs.delete, [...place, ...some], `${id}: cannot delete ${count(some.length, "object")}`);
+  };
   const objects = new Map<string, string>();
   const inSource = dataFinder(standing.held);
   const nameOf = ({ snapshot, parent }: Transfer) => streamName({ snapshot, parent }, owner, sending);
@@ -1523,14 +1530,14 @@ function storeDestination(folder: Folder, store: Store, again: () => Promise<Fol
       checkFilters(source, sending);
       const object = nameOf(transfer);
       const part = verbs === RCLONE ? await partFor(source, transfer, store, sending) : "";
-      const put = commandFor(host, verbs.put, [...at(folder), prefix, object, part]);
+      const put = commandFor(host, verbs.put, [...place, object, part]);
       const label = verbs === RCLONE ? "rclone" : `storing${host.label === "" ? "" : ` on ${host.label}`}`;
       return {
         level: sending.level,
-        stages: [...encrypting(sending), CHECKSUM, { label, command: verbs === RCLONE ? `flock -n -o -E 75 ${quote(lock)} ${put}` : put }],
+        stages: [...encrypting(sending), CHECKSUM, { label, command: put }],
         async finish(told) {
           const { sum, bytes } = readChecksum(told);
-          await ask(host, verbs.commit, [...at(folder), prefix, object, sum, String(bytes)], `${id}: cannot complete ${object}`);
+          await ask(host, verbs.commit, [...place, object, sum, String(bytes)], `${id}: cannot complete ${object}`);
           return bytes;
         },
       };
@@ -1541,16 +1548,11 @@ function storeDestination(folder: Folder, store: Store, again: () => Promise<Fol
       return { ...arrived(transfer.snapshot), uuid: object, parentUuid: transfer.parent && parentObject(transfer.parent) };
     },
     async discard(name) {
-      await dropFrom(folder, store, (await again()).store?.debris.get(name) ?? []);
+      await drop((await again()).store?.debris.get(name) ?? []);
     },
-    remove: (backups) => dropFrom(folder, store, backups.flatMap(({ uuid }) => [uuid, uuid + SUM])),
+    remove: (backups) => drop(backups.flatMap(({ uuid }) => [uuid, uuid + SUM])),
     close: folder.close,
   };
-}
-
-/** Deletes objects, one after the other. */
-async function dropFrom(folder: Folder, { verbs }: Store, objects: readonly string[]): Promise<void> {
-  for (const some of chunks(objects)) await ask(folder.host, verbs.delete, [...at(folder), folder.prefix, ...some], `${folder.id}: cannot delete ${count(some.length, "object")}`);
 }
 
 const MIB = 2 ** 20;
@@ -1597,7 +1599,7 @@ function shellDestination(location: Location & { kind: "shell" }, last: Memory |
     id: location.id,
     stream: { last },
     filesystem: null,
-    standing: { held: [], backups: [], copied: new Map(), taken: new Map(), chained: false },
+    standing: { held: [], backups: [], copied: new Map(), taken: new Map(), chained: null },
     frozen: null,
     async receive(source, { snapshot, parent }) {
       checkFilters(source, sending);
@@ -1704,11 +1706,11 @@ export function planTransfers(snapshots: readonly Snapshot[], { held, backups, t
       conflicts.push({ name: snapshot.name, why: obstacle });
       continue;
     }
-    const due = chained && options.fullEvery !== null && chainEnds(chain, snapshot.time, options.fullEvery);
+    const due = chained !== null && options.fullEvery !== null && chainEnds(chain, snapshot.time, options.fullEvery);
     const transfer: Transfer = { snapshot, parent: options.incremental && !due ? parent : null };
     if (missing) transfers.push(transfer);
     if (missing) chain = transfer.parent === null ? { length: 1, since: snapshot.time } : { ...chain, length: chain.length + 1 };
-    else if (chained) {
+    else if (chained !== null) {
       const streams = chainOf(there, standing);
       chain = { length: streams.length, since: timeIn(streams[0]?.name ?? "") ?? 0 };
     }
@@ -1755,15 +1757,15 @@ export function planDestination(snapshots: readonly Snapshot[], { backups, copie
     const shared = [...(entry === pinned ? ["the source"] : []), ...(copied.has(entry.uuid) ? [copied.get(entry.uuid)] : [])];
     return { entry, reasons: [...reasons, ...shared.map((side) => `shared with ${side}`)] };
   });
-  const needed = chained ? neededBy(decisions.filter(({ reasons }) => reasons.length > 0).map(({ entry }) => entry), backups) : new Map<string, string>();
+  const needed = neededBy(decisions.filter(({ reasons }) => reasons.length > 0).map(({ entry }) => entry), { backups, chained });
   return decisions.map(({ entry, reasons }) => ({ entry, reasons: reasons.length === 0 && needed.has(entry.uuid) ? [`needed by ${needed.get(entry.uuid)}`] : reasons }));
 }
 
-/** By UUID, all that some backups build on, and the name of one that does. */
-function neededBy(kept: readonly Backup[], backups: readonly Backup[]): Map<string, string> {
+/** By UUID, all that some backups, and the streams of others, build on, and the name of one that does. */
+function neededBy(kept: readonly Backup[], { backups, chained }: Pick<Standing, "backups" | "chained">): Map<string, string> {
   const standing = byUuid(backups);
   const needed = new Map<string, string>();
-  for (const one of kept)
+  for (const one of chained === null ? [] : [...kept, ...chained])
     for (let need = standing.get(one.parentUuid ?? ""); need !== undefined && !needed.has(need.uuid); need = standing.get(need.parentUuid ?? "")) needed.set(need.uuid, one.name);
   return needed;
 }
@@ -1771,7 +1773,7 @@ function neededBy(kept: readonly Backup[], backups: readonly Backup[]): Map<stri
 /** The order in which backups are deleted: of streams each before what it builds on, so that none ever lacks that. */
 export function deletionOrder(going: readonly Backup[], { chained }: Pick<Standing, "chained">): Backup[] {
   const standing = byUuid(going);
-  const depth = new Map(going.map((one) => [one.uuid, chained ? chainOf(one, standing).length : 0]));
+  const depth = new Map(going.map((one) => [one.uuid, chained === null ? 0 : chainOf(one, standing).length]));
   return [...going].sort((a, b) => (depth.get(b.uuid) as number) - (depth.get(a.uuid) as number));
 }
 
@@ -1904,7 +1906,7 @@ export function planRoom(snapshots: readonly Snapshot[], { backups, copied, chai
   const parents = coming.map(({ parent }) => parent && find(parent));
   const [newest, pin] = [planDestination(snapshots, { backups, copied, chained }, policy, now).at(-1)?.entry, newestShared(snapshots, backups)];
   const stays = [...parents, newest, pin && find(pin)].filter((backup) => backup !== null && backup !== undefined);
-  const needed = chained ? neededBy(stays, backups) : new Map<string, string>();
+  const needed = neededBy(stays, { backups, chained });
   return backups.filter((backup) => later.has(backup) && !stays.includes(backup) && !needed.has(backup.uuid));
 }
 
@@ -2244,7 +2246,7 @@ async function sendMissing(served: Served, source: Source, snapshots: readonly S
     report.event("transfer", { destination: id, name: snapshot.name, parent: parent?.name ?? null, ...result });
     await sent(snapshot);
     const { length } = chainOf<Entry>(backup, byUuid(served.standing.held));
-    if (served.standing.chained && length > 100 && wanted.sending.fullEvery?.count === 0) report.warning(`${id}: to restore ${snapshot.name} takes ${length} streams, each of them whole; --full-every begins a new chain`);
+    if (served.standing.chained !== null && length > 100 && wanted.sending.fullEvery?.count === 0) report.warning(`${id}: to restore ${snapshot.name} takes ${length} streams, each of them whole; --full-every begins a new chain`);
   }
   return conflicts.length === 0;
 }

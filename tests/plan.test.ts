@@ -87,7 +87,7 @@ const shortOf = (uuid: string) => uuid.slice(1);
 const kept = <T extends Snapshot>(decisions: readonly Decision<T>[]) =>
   decisions.filter(({ reasons }) => reasons.length > 0).map(({ entry }) => shortOf(entry.uuid)).join(" ");
 const reasonsOf = (decisions: readonly Decision<Snapshot>[], short: string) => decisions.find(({ entry }) => shortOf(entry.uuid) === short)?.reasons;
-const standing = (backups: readonly Backup[], rest: Partial<Standing> = {}): Standing => ({ held: backups, backups, copied: new Map(), taken: new Map(), chained: false, ...rest });
+const standing = (backups: readonly Backup[], rest: Partial<Standing> = {}): Standing => ({ held: backups, backups, copied: new Map(), taken: new Map(), chained: null, ...rest });
 
 describe("names", () => {
   test.each<[string, string, boolean]>([
@@ -420,22 +420,22 @@ describe("retention at a destination", () => {
     ["the policy alone decides when the newest is shared", "2", "0104 0105"],
     ["everything", "0", "0101 0102 0103 0104 0105"],
     ["calendar words", "*m", "0101 0105"],
-  ])("%s", (_, policy, expected) => expect(kept(planDestination(s, { backups: all, copied: new Map(), chained: false }, parsePolicy(policy), FAR))).toBe(expected));
+  ])("%s", (_, policy, expected) => expect(kept(planDestination(s, { backups: all, copied: new Map(), chained: null }, parsePolicy(policy), FAR))).toBe(expected));
 
   test("what is shared with the source stays, whatever the policy", () => {
-    const decisions = planDestination(s.slice(0, 2), { backups: all, copied: new Map(), chained: false }, parsePolicy("1"), FAR); // 0103 and later are gone at the source
+    const decisions = planDestination(s.slice(0, 2), { backups: all, copied: new Map(), chained: null }, parsePolicy("1"), FAR); // 0103 and later are gone at the source
     expect(kept(decisions)).toBe("0102 0105");
     expect(reasonsOf(decisions, "0102")).toEqual(["shared with the source"]);
   });
 
   test("the newest is the source's newest, not the one that arrived last, nor the last by name", () => {
     const here = snaps("1027-0230 1027-0215");
-    expect(kept(planDestination(here, { backups: here.toReversed().map((x) => backupOf(x)), copied: new Map(), chained: false }, parsePolicy("1"), FAR))).toBe("1027-0215");
+    expect(kept(planDestination(here, { backups: here.toReversed().map((x) => backupOf(x)), copied: new Map(), chained: null }, parsePolicy("1"), FAR))).toBe("1027-0215");
   });
 
   test("a source without snapshots takes nothing away from the policy", () => {
-    expect(kept(planDestination([], { backups: all, copied: new Map(), chained: false }, parsePolicy("2"), FAR))).toBe("0104 0105");
-    expect(planDestination(s, { backups: [], copied: new Map(), chained: false }, parsePolicy("2"), FAR)).toEqual([]);
+    expect(kept(planDestination([], { backups: all, copied: new Map(), chained: null }, parsePolicy("2"), FAR))).toBe("0104 0105");
+    expect(planDestination(s, { backups: [], copied: new Map(), chained: null }, parsePolicy("2"), FAR)).toEqual([]);
   });
 });
 
@@ -682,7 +682,7 @@ describe("restoring", () => {
   });
 
   test("what was copied on stays at a destination, and a pin that is gone claims nothing at the source", () => {
-    const decisions = planDestination([], { backups: [b1, b2, b3], copied: new Map([[b1.uuid, "/second"]]), chained: false }, parsePolicy("1"), FAR);
+    const decisions = planDestination([], { backups: [b1, b2, b3], copied: new Map([[b1.uuid, "/second"]]), chained: null }, parsePolicy("1"), FAR);
     expect(kept(decisions)).toBe("0301 0303");
     expect(reasonsOf(decisions, "0301")).toEqual(["shared with /second"]);
     const claimant = (uuid: string, unread: boolean): Claimant => ({ id: "/b", pin: { uuid }, unread, unsentPolicy: null });
@@ -804,7 +804,7 @@ describe("retention of chains", () => {
   const chain = "0301a 0302b<a 0303c<b 0304d 0305e<d 0306f<e";
   const kept = (text: string, policy: string) => {
     const backups = backupsIn(files(text));
-    return letters(planDestination([], { backups, copied: new Map(), chained: true }, parsePolicy(policy), FAR).filter(({ reasons }) => reasons.length > 0).map(({ entry }) => entry));
+    return letters(planDestination([], { backups, copied: new Map(), chained: [] }, parsePolicy(policy), FAR).filter(({ reasons }) => reasons.length > 0).map(({ entry }) => entry));
   };
   test.each([
     ["all of the newest chain", "1", "def"],
@@ -816,24 +816,31 @@ describe("retention of chains", () => {
   test("what a branch needs stays, its siblings go", () => expect(kept("0301a 0302b<a 0303c<a 0304d<c", "1")).toBe("acd"));
   test("the reason tells who needs it", () => {
     const backups = backupsIn(files("0301a 0302b<a"));
-    expect(planDestination([], { backups, copied: new Map(), chained: true }, parsePolicy("1"), FAR)[0]?.reasons).toEqual(["needed by 20240302-000000"]);
+    expect(planDestination([], { backups, copied: new Map(), chained: [] }, parsePolicy("1"), FAR)[0]?.reasons).toEqual(["needed by 20240302-000000"]);
   });
   test("what is needed for the pin stays", () => {
     const backups = backupsIn(files(chain));
-    const decisions = planDestination([snap("0302", { uuid: uuid("b") })], { backups, copied: new Map(), chained: true }, parsePolicy("1"), FAR);
+    const decisions = planDestination([snap("0302", { uuid: uuid("b") })], { backups, copied: new Map(), chained: [] }, parsePolicy("1"), FAR);
+    expect(letters(decisions.filter(({ reasons }) => reasons.length > 0).map(({ entry }) => entry))).toBe("abdef");
+  });
+  test("what a stream of another source stands on stays", () => {
+    const backups = backupsIn(files(chain));
+    const [other] = backupsIn(files("0301a 0302b<a 0303c<b 0304d 0305e<d 0306f<e 0307a<b", { uuid: uuid("1"), place: "11111111" })).slice(-1) as [Backup & Stream];
+    const theirs = { ...other, parentUuid: backups[1]?.uuid as string };
+    const decisions = planDestination([], { backups, copied: new Map(), chained: [theirs] }, parsePolicy("1"), FAR);
     expect(letters(decisions.filter(({ reasons }) => reasons.length > 0).map(({ entry }) => entry))).toBe("abdef");
   });
   test("each goes before what it stands on", () => {
     const all = backupsIn(files("0301a 0302b<a 0303c<b 0304d<c 0305e<b"));
-    expect(letters(deletionOrder(all, { chained: true }))).toMatch(/^d.*c.*b.*a$/);
-    expect(deletionOrder(all, { chained: false })).toEqual(all);
+    expect(letters(deletionOrder(all, { chained: [] }))).toMatch(/^d.*c.*b.*a$/);
+    expect(deletionOrder(all, { chained: null })).toEqual(all);
   });
   test("room is made of dead chains only, never of what the newest or the next one needs", () => {
     const backups = backupsIn(files(chain));
     const here = [snap("0306", { uuid: uuid("f") }), snap("0307", { uuid: uuid("1") })] as const;
     const coming = [{ snapshot: here[1], parent: here[0] }];
-    expect(letters(planRoom(here, { backups, copied: new Map(), chained: true }, coming, parsePolicy("1"), FAR))).toBe("abc");
-    expect(letters(planRoom(here, { backups, copied: new Map(), chained: true }, [{ snapshot: here[1], parent: null }], parsePolicy("1"), FAR))).toBe("abc");
+    expect(letters(planRoom(here, { backups, copied: new Map(), chained: [] }, coming, parsePolicy("1"), FAR))).toBe("abc");
+    expect(letters(planRoom(here, { backups, copied: new Map(), chained: [] }, [{ snapshot: here[1], parent: null }], parsePolicy("1"), FAR))).toBe("abc");
   });
 
   // Any listing, any policy, and an interruption after any deletion.
@@ -845,9 +852,9 @@ describe("retention of chains", () => {
         const words = steps.map(([back, full], i) => `03${String(i + 1).padStart(2, "0")}${letterOf(i)}${full || i === 0 ? "" : `<${letterOf(Math.max(0, i - 1 - back))}`}`);
         const listed = files(words.filter((_, i) => !missing.includes(i)).join(" "));
         const backups = backupsIn(listed);
-        const decisions = planDestination([], { backups, copied: new Map(), chained: true }, parsePolicy(policy), FAR);
+        const decisions = planDestination([], { backups, copied: new Map(), chained: [] }, parsePolicy(policy), FAR);
         const stays = decisions.filter(({ reasons }) => reasons.length > 0).map(({ entry }) => entry.uuid);
-        const going = deletionOrder(decisions.filter(({ reasons }) => reasons.length === 0).map(({ entry }) => entry), { chained: true });
+        const going = deletionOrder(decisions.filter(({ reasons }) => reasons.length === 0).map(({ entry }) => entry), { chained: [] });
         let left = listed;
         for (const gone of [undefined, ...going]) {
           for (const object of gone === undefined ? [] : [gone.uuid, `${gone.uuid}.sha256`]) {
@@ -869,7 +876,7 @@ describe("when a chain ends", () => {
   const s = ["0301", "0302", "0303", "0304", "0305", "0306"].map((day, i) => snap(day, { uuid: uuid("abcdef"[i] as string) }));
   const fulls = (stored: string, every: string, upTo = 6) => {
     const held = backupsIn(files(stored));
-    const place: Standing = { held, backups: held, copied: new Map(), taken: new Map(), chained: true };
+    const place: Standing = { held, backups: held, copied: new Map(), taken: new Map(), chained: [] };
     return planTransfers(s.slice(0, upTo), place, { policy: null, incremental: true, newestOnly: false, now: FAR, fullEvery: parseFullEvery(every) }).transfers.map(({ snapshot, parent }) => `${snapshot.uuid[0]}${parent === null ? "" : `<${parent.uuid[0]}`}`).join(" ");
   };
   test.each([
@@ -886,7 +893,7 @@ describe("when a chain ends", () => {
   test("a re-created snapshot of the same name is not the parent", () => {
     const again = snap("0301", { uuid: uuid("9") });
     const held = backupsIn(files("0301a"));
-    const { transfers } = planTransfers([again, s[1] as Snapshot], { held, backups: held, copied: new Map(), taken: new Map(), chained: true }, { policy: null, incremental: true, newestOnly: false, now: FAR, fullEvery: parseFullEvery("30") });
+    const { transfers } = planTransfers([again, s[1] as Snapshot], { held, backups: held, copied: new Map(), taken: new Map(), chained: [] }, { policy: null, incremental: true, newestOnly: false, now: FAR, fullEvery: parseFullEvery("30") });
     expect(transfers.map(({ snapshot, parent }) => [snapshot.uuid[0], parent?.uuid[0]])).toEqual([["9", undefined], ["b", "9"]]);
   });
 });

@@ -215,6 +215,9 @@ test("kill -9 at random moments of backups and prunes: whatever is listed as who
   const states = new Map<string, string>();
   const rounds = soak(8);
   let killed = 0;
+  snapshotAs(source, "20251231-000000");
+  states.set("20251231-000000", contentsDigest(source));
+  await expectRun(0, ["-S", source, `raw://${folder}`, s3.url("s")], s3);
   for (let i = 0; i < rounds; i++) {
     const store = i % 2 === 0 ? `raw://${folder}` : s3.url("s");
     const name = `2026${String(1 + Math.floor(i / 28)).padStart(2, "0")}${String(1 + (i % 28)).padStart(2, "0")}-000000`;
@@ -228,6 +231,8 @@ test("kill -9 at random moments of backups and prunes: whatever is listed as who
       killed++;
       process.kill(group ? -running.pid : running.pid, "SIGKILL");
       await running.finished;
+      // Of the program alone: what it began goes on, and ends by itself.
+      await waitFor("the orphans", () => sh(`pgrep -f '[b]trfs-backup:(rclone|store|commit|drop)' || :`) === "");
     }
     const whole = [...(await listed(store, s3))].filter(([, state]) => state === "whole").map(([name]) => name);
     for (const name of whole.length > 0 ? [whole.at(-1) as string, whole[Math.floor(random() * whole.length)] as string] : []) await expectRestores(store, join(b.path, "again"), name, states.get(name), s3);
