@@ -930,7 +930,7 @@ const RCLONE: StoreVerbs & { readonly list: Verb } = {
   list: verb(
     "rclone-list",
     PRELUDE,
-    `command -v rclone >/dev/null || { echo "rclone not found: install rclone" >&2; exit 69; }; r=\${1%%:*}; rclone listremotes --long | { while read -r n t; do if [ "$n" = "$r:" ]; then echo "$t"; fi; done; echo; };`,
+    `command -v rclone >/dev/null || { echo "rclone not found: install rclone" >&2; exit 69; }; r=\${1%%[:,]*}; rclone listremotes --long | { while read -r n t; do if [ "$n" = "$r:" ]; then echo "$t"; fi; done; echo; };`,
     `e=$(mktemp); r=0; rclone lsf --files-only --format sp --separator " " -- "$1" 2>"$e" || r=$?; m=$(cat "$e"); rm -f "$e"; case $r/$m in 0/*|3/*) ;; *) echo "$m" >&2; case $m in *"no such host"*|*refused*|*unreachable*|*timeout*|*"timed out"*) exit 66;; esac; exit 1;; esac`,
   ),
   put: verb("rclone-put", PRELUDE, LOCKED, `locked "$3" 0; RCLONE_S3_CHUNK_SIZE=\${RCLONE_S3_CHUNK_SIZE:-$5} RCLONE_S3_UPLOAD_CONCURRENCY=\${RCLONE_S3_UPLOAD_CONCURRENCY:-2}; export RCLONE_S3_CHUNK_SIZE RCLONE_S3_UPLOAD_CONCURRENCY; exec rclone rcat -- "$1$4"`),
@@ -961,7 +961,7 @@ function readChecksum(told: string): { sum: string; bytes: number } {
 }
 
 /** The checksum objects in a text of several, by the name of what they are of. */
-export const parseSums = (text: string) => new Map([...text.matchAll(/^([0-9a-f]{64}) [ *](.*)$/gm)].map(([, sum = "", object = ""]) => [object, sum]));
+export const parseSums = (text: string) => new Map([...text.matchAll(/^([0-9a-f]{64}) [ *]([^\n]*)/gm)].map(([, sum = "", object = ""]) => [object, sum]));
 
 /** aside FOLDER FSID SUFFIX: moves a record out of the way. */
 const ASIDE = verb("aside", PRELUDE, `at "$1" "$2"; mv -f .btrfs-backup.json ".btrfs-backup.json.$3"`);
@@ -1076,7 +1076,7 @@ export type Inspection = {
 };
 
 /** Reads lines of a size and a name. */
-const parseFiles = (text: string): StoredFile[] => [...text.matchAll(/^(\d+) (?:\.\/)?(.*)$/gm)].map(([, bytes, name = ""]) => ({ name, bytes: Number(bytes) }));
+const parseFiles = (text: string): StoredFile[] => [...text.matchAll(/^(\d+) (?:\.\/)?([^\n]*)/gm)].map(([, bytes, name = ""]) => ({ name, bytes: Number(bytes) }));
 
 /** Reads what `open` printed. Errors: Failure for any shape that is not known. */
 export function parseInspection(output: string, nonce: string, folder: string): Inspection {
@@ -1513,6 +1513,7 @@ function storeDestination(folder: Folder, store: Store, again: () => Promise<Fol
   const { id, host } = folder;
   const { verbs } = store;
   const place = [...at(folder), verbs === RCLONE ? lock : folder.prefix];
+  const unsummed = store.unsummed.filter(({ name }) => parseName(name, folder.prefix) !== null);
   const drop = async (objects: readonly string[]) => {
     for (const some of chunks(objects)) await ask(host, verbs.delete, [...place, ...some], `${id}: cannot delete ${count(some.length, "object")}`);
   };
@@ -1525,7 +1526,7 @@ function storeDestination(folder: Folder, store: Store, again: () => Promise<Fol
     stream: null,
     filesystem: null,
     standing,
-    frozen: store.unsummed.length === 0 ? null : `${count(store.unsummed.length, "stream")} there ${store.unsummed.length === 1 ? "has" : "have"} no checksum object, first ${store.unsummed[0]?.uuid}: if these were lost, make them again (see the README), else delete the streams`,
+    frozen: unsummed.length === 0 ? null : `${count(unsummed.length, "stream")} there ${unsummed.length === 1 ? "has" : "have"} no checksum object, first ${unsummed[0]?.uuid}: if these were lost, make them again (see the README), else delete the streams`,
     async receive(source, transfer) {
       checkFilters(source, sending);
       const object = nameOf(transfer);
@@ -2134,6 +2135,7 @@ async function openStore(location: Readable, sending: Sending, lock: string, sou
     const lineage = ours.filter((stream) => owners.has(stream.owner.uuid));
     if (!o.adopt && ours.length > 0 && !lineage.some((stream) => stream.owner.uuid === owner.uuid || stream.owner.place === owner.place))
       throw new Failure(`the streams there belong to ${lineage.length === 0 ? "another source" : "this source as it was elsewhere"} (subvolume ${(lineage.at(-1) ?? ours.at(-1))?.owner.uuid}); this one is ${source.identity.host}:${source.identity.path} (subvolume ${owner.uuid}). Use a prefix (-p) or another place; --adopt ${lineage.length === 0 ? "stores beside them" : "goes on with them"}`);
+    if (!o.adopt && sending.recipients.length === 0 && lineage.at(-1)?.encrypted) throw new Failure("what is stored there is encrypted, and this would not be: --encrypt-to is missing (--adopt stores in the clear)");
   });
   const store = folder.store as Store;
   const standing = standingInStore(store, o.prefix, owners);
@@ -2338,7 +2340,7 @@ export async function run(o: RunOptions, report: Report): Promise<void> {
 async function backUp(source: Source, o: RunOptions, report: Report): Promise<void> {
   const known = new Map(knownDestinations(source).map((destination) => [destination.location, destination]));
   const wanted = new Map(o.destinations.map((destination) => [destination.location.id, destination]));
-  for (const id of o.lockedDestinations ? known.keys() : []) if (!wanted.has(id)) wanted.set(id, { location: recordedLocation(id, source), optional: false, policy: o.backupPolicy, sending: o.sending });
+  for (const id of o.lockedDestinations ? known.keys() : []) if (!wanted.has(id)) wanted.set(id, { location: recordedLocation(id, source), optional: false, policy: o.backupPolicy, sending: o.sendingTo(id) });
   // Where something is sent again, it is still to the right disk.
   for (const id of o.removeLocks ? wanted.keys() : []) {
     const one = known.get(id);
@@ -3280,7 +3282,7 @@ export function runOptions(given: Given) {
     beforeSnapshot: given.value("before-snapshot"),
     afterSnapshot: given.value("after-snapshot"),
     ...displayOptions(given),
-    sending: sendingOptions(given, null),
+    sendingTo: (id: string) => sendingOptions(given, parseLocation(id)),
   };
 }
 
@@ -3294,12 +3296,10 @@ function destinationsOf(given: Given, positionals: readonly string[], prefix: st
   const optionsOf = ({ id }: Location) => own.get(id) ?? given;
   const destinations = [...new Map(texts.map(parseLocation).map((location) => [location.id, location])).values()].map((location): Wanted => {
     const options = optionsOf(location);
-    return { location, optional: absent.has(location.id), policy: policyOf(options, "num-backups"), sending: sendingOptions(options, location.kind) };
+    return { location, optional: absent.has(location.id), policy: policyOf(options, "num-backups"), sending: sendingOptions(options, location) };
   });
   const stores = ({ location: { kind } }: Wanted) => kind === "raw" || kind === "rclone";
   for (const wanted of destinations) {
-    const { location, sending } = wanted;
-    if (location.kind === "folder" && sending.recipients.length > 0) throw new UsageError(`--encrypt-to: what is received on btrfs cannot be encrypted: ${location.id}. For another destination only: --for DEST --encrypt-to …`);
     if (stores(wanted) && Buffer.byteLength(prefix) > STREAM_PREFIX_BYTES) throw new UsageError(`a prefix is at most ${STREAM_PREFIX_BYTES} bytes for stored streams, whose names say much more`);
   }
   // What is said for one destination, or for all, must have a meaning for one of those.
@@ -3324,15 +3324,17 @@ export function restoreOptions(given: Given) {
 
 const displayOptions = (given: Given) => ({ dryRun: given.flag("dry-run"), progress: !given.flag("no-progress") && !given.flag("quiet"), btrfsDebug: given.flag("btrfs-debug") });
 
-/** How to send to a kind of location. */
-function sendingOptions(given: Options, kind: Location["kind"] | null): Sending {
+/** How to send, to a destination if there is one. Errors: UsageError for what it cannot take. */
+function sendingOptions(given: Options, location: Location | null): Sending {
   const [rate, compression, every, protocol] = ["rate-limit", "compress", "full-every", "protocol"].map(given.value);
   if (protocol && !/^[12]$/.test(protocol)) throw new UsageError(`--protocol is 1 or 2, not "${protocol}"`);
-  const chained = kind === "raw" || kind === "rclone";
+  const recipients = given.all("encrypt-to");
+  if (location?.kind === "folder" && recipients.length > 0) throw new UsageError(`--encrypt-to: what is received on btrfs cannot be encrypted: ${location.id}. For another destination only: --for DEST --encrypt-to …`);
+  const chained = location?.kind === "raw" || location?.kind === "rclone";
   return {
     rate: rate ? parseRate(rate) : null,
     level: compression ? parseCompression(compression) : "",
-    recipients: given.all("encrypt-to"),
+    recipients,
     fullEvery: parseFullEvery(every ?? (chained ? FULL_EVERY : "0")),
     protocol: protocol ?? null,
   };

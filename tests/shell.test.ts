@@ -26,6 +26,7 @@ test("a command gets a stream for each snapshot since the last, and is told what
     BTRFS_BACKUP_PARENT_UUID: "",
     BTRFS_BACKUP_PREFIX: "p",
     BTRFS_BACKUP_SOURCE: source,
+    BTRFS_BACKUP_SUFFIX: ".btrfs",
   });
   expect(environment("p20260101-000004")).toMatchObject({ BTRFS_BACKUP_KIND: "incremental", BTRFS_BACKUP_PARENT: "p20260101-000003", BTRFS_BACKUP_PARENT_UUID: uuidOf(join(snapshots, "p20260101-000003")) });
   const target = filesystem();

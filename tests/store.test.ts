@@ -153,6 +153,19 @@ describe("what the command line makes no sense of is refused before anything is 
   ] as [string, string[], RegExp][])("%s", async (_, args, said) => expect((await expectRun(2, args)).stderr).toMatch(said));
 });
 
+test("what is encrypted once is not stored in the clear because an option was forgotten", async () => {
+  const { source } = pair();
+  const gpg = gpgKey();
+  const folder = temporaryDirectory();
+  await expectRun(0, ["--encrypt-to", gpg.recipient, source, `raw://${folder}`], gpg);
+  await nextSecond();
+  for (const args of [[source, `raw://${folder}`], ["-S", "--locked-dests", source]]) expect((await expectRun(1, args, gpg)).stderr).toContain("--encrypt-to is missing");
+  expect(streamsIn(folder).length).toBe(1);
+  await expectRun(0, ["-S", "--locked-dests", "--encrypt-to", gpg.recipient, source], gpg);
+  expect(streamsIn(folder).every((name) => name.endsWith(".btrfs.gpg"))).toBe(true);
+  expect(streamsIn(folder).length).toBe(2);
+});
+
 test("a filter that fails is a failed transfer, and nothing appears under a final name", async () => {
   const { source, snapshots } = pair();
   const s3 = await s3Remote();
