@@ -420,6 +420,9 @@ export type Verb = { readonly name: string; readonly script: string };
  */
 export const quote = (word: string) => `'${word.replace(/['\\!]/g, (c) => `'\\${c}'`)}'`;
 
+/** A word of a command that is shown, quoted only if it must be. */
+const shellWord = (word: string) => (/^[\w./:@+-]+$/.test(word) ? word : quote(word));
+
 const LEVELS = { error: 0, warning: 1, info: 3, debug: 4 } as const;
 /** The log: lines for people, on stderr. */
 export const log = createConsola({ level: LEVELS.info, stdout: process.stderr, stderr: process.stderr });
@@ -502,7 +505,7 @@ type Started = { readonly process: ProcessPromise; readonly stop: () => void };
 
 function start(host: Host, verb: Verb, args: readonly string[]): Started {
   checkInterruption();
-  log.debug(`${host.label === "" ? "" : `${host.label}: `}${verb.name} ${args.map((arg) => (/^[\w./:-]+$/.test(arg) ? arg : quote(arg))).join(" ")}`);
+  log.debug(`${host.label === "" ? "" : `${host.label}: `}${verb.name} ${args.map(shellWord).join(" ")}`);
   // Ctrl-C at a terminal reaches every child there: these are ended by us, after cleaning up. A
   // verb has a process group of its own; ssh stays where it can ask for a passphrase.
   const local = host.ssh === null;
@@ -2468,7 +2471,7 @@ function missingFor({ uuid }: Subvolume, { store }: Folder): string {
 }
 
 /** What to restore where something else cannot be. */
-const instead = (location: Folder, whole: readonly Snapshot[]) => (whole.length === 0 ? `nothing else in ${location.id} can be restored` : `the newest that can be restored without it: --snapshot ${quote(whole.at(-1)?.name as string).replace(/^'([\w.-]+)'$/, "$1")}`);
+const instead = (location: Folder, whole: readonly Snapshot[]) => (whole.length === 0 ? `nothing else in ${location.id} can be restored` : `the newest that can be restored without it: --snapshot ${shellWord(whole.at(-1)?.name as string)}`);
 
 /** Where a subvolume is restored to: the folder that it will stand in, its name and path there, and what has that name now. */
 type Target = Folder & { readonly name: string; readonly full: string; readonly existing: Subvolume | null; readonly inside: string | null };
@@ -2547,7 +2550,8 @@ function decideRestore(location: Folder, chosen: Snapshot, target: Target, outsi
   const movable = replaced || (isWithin(location.top, mount.root) && placeOn(target.mounts, from).top === location.top);
   if (moved.length > 0 && (!movable || (outside !== null && placeOn(target.mounts, outside.path).mount !== mount))) throw new Failure(`the snapshots of ${location.id} can only move to ${o.target.id} below one mount point: mount the top level (subvolid=5), and restore there`);
   if (replaced && target.existing?.readonly && moved.length > 0) throw new Failure(`${o.target.id} is read-only, so its snapshots cannot move: btrfs property set -ts ${quote(target.full)} ro false`);
-  const twins = how === "keep" ? target.subvolumes.filter(({ readonly, receivedUuid }) => readonly && receivedUuid === (chosen.receivedUuid ?? chosen.uuid)) : [];
+  const cleared = [...leftoversOf(target.name, target).keys()].map((leftover) => `${join(target.top, leftover)}/`);
+  const twins = how === "keep" ? target.subvolumes.filter(({ path, readonly, receivedUuid }) => readonly && receivedUuid === dataOf(chosen) && !cleared.some((leftover) => `/${path}`.startsWith(leftover))) : [];
   const now = stamp(new Date());
   const [work, before] = [`${target.name}.restoring-${now}`, target.existing === null ? "" : `${target.name}.before-${now}`];
   // A source's own snapshots, and backups on this filesystem, are no destination to be remembered.
@@ -2681,14 +2685,14 @@ function tellWhatIsNext(target: Target, location: Folder, chosen: Snapshot, befo
   if (o.dryRun) return log.info("Nothing was changed");
   log.info(`Done: ${o.target.id} is as it was in ${chosen.name}`);
   const p = o.snapshotFolder === "snapshot" ? [] : ["-f", o.snapshotFolder];
-  const again = ["btrfs-backup", "--adopt", ...(location.prefix === "" ? [] : ["-p", location.prefix]), ...p, o.target.id].map((word) => (/^[\w./:@-]+$/.test(word) ? word : quote(word))).join(" ");
+  const again = ["btrfs-backup", "--adopt", ...(location.prefix === "" ? [] : ["-p", location.prefix]), ...p, o.target.id].map(shellWord).join(" ");
   const { owner } = location.chain;
   const stored = location.store?.streams.find(({ uuid }) => uuid === chosen.uuid)?.owner.place;
   if (stored !== undefined && stored !== ownerOf({ uuid: "", host: target.hostName, path: target.full }).place)
-    log.info(`The streams in ${location.id} were stored from another host or path: a run from ${target.hostName}:${target.full} is refused. If that shall be their source from now on: ${again} ${location.id}`);
+    log.info(`The streams in ${location.id} were stored from another host or path: a run from ${target.hostName}:${target.full} is refused. If that shall be their source from now on: ${again} ${shellWord(location.id)}`);
   if (away && moved.length > 0) report.warning(`${location.path} has no longer what its destinations share with it: they go on from ${o.target.id}, once it has the path of their source or by "${again} DEST…"`);
   else if (!away && !isSnapshotFolder(location) && location.place.filesystem !== target.place.filesystem && owner !== undefined && (owner.host !== target.hostName || owner.path !== target.full))
-    log.info(`The backups in ${location.id} belong to ${owner.host}:${owner.path}: a run goes on from there, but is refused from ${target.hostName}:${target.full}. If that shall be their source from now on: ${again} ${location.id}`);
+    log.info(`The backups in ${location.id} belong to ${owner.host}:${owner.path}: a run goes on from there, but is refused from ${target.hostName}:${target.full}. If that shall be their source from now on: ${again} ${shellWord(location.id)}`);
   if (before === "" || target.existing === null) return;
   const gone = new Set(moved.map(({ path }) => path));
   const old = target.existing.path;

@@ -172,7 +172,7 @@ test("kill -9 at random moments: one ordinary run afterwards, and everything is 
   const foreign = () => sh(`cd "$1"; find 20200101-000000-mine 20200102-000000 -printf '%p %i %T@\\n'; cat 20200102-000000/file`, destination);
   const before = foreign();
   await expectRun(0, [source, destination, second]);
-  const rounds = soak(30);
+  const rounds = soak(12);
   let killed = 0;
   for (let round = 0; round < rounds; round++) {
     change(source, random);
