@@ -408,8 +408,8 @@ const byUuid = <T extends Subvolume>(all: readonly T[]) => new Map(all.map((one)
 
 // ── 2. Hosts ─────────────────────────────────────────────────────────────────────────────
 
-/** Where verbs run: here (`ssh` is null) or through the ssh command given. */
-export type Host = { readonly label: string; readonly ssh: readonly string[] | null; readonly sudo: boolean };
+/** Where verbs run: here (`ssh` is null) or through the ssh command given. Every `beat` seconds what holds a lock there is told that we live. */
+export type Host = { readonly label: string; readonly ssh: readonly string[] | null; readonly sudo: boolean; readonly beat: number };
 
 /** A constant POSIX script; what it works on comes as positional parameters. */
 export type Verb = { readonly name: string; readonly script: string };
@@ -449,13 +449,16 @@ process.on("exit", () => privateDirectory !== null && rmSync(privateDirectory, {
 
 /** The host of a location; its first command's connection serves all later ones (ControlMaster). */
 export function hostOf(name: HostName | null, options: { sshOptions: readonly string[]; sudo: boolean; sshSudo: boolean }): Host {
-  if (name === null) return { label: "", ssh: null, sudo: options.sudo };
+  // Whoever wants ssh to notice a dead link earlier or later wants it of the other side, too.
+  const interval = options.sshOptions.map((option) => /^ServerAliveInterval[= ]+(\d+)$/i.exec(option)?.[1]).find((seconds) => seconds !== undefined);
+  const beat = Number(interval ?? 0) || 15;
+  if (name === null) return { label: "", ssh: null, sudo: options.sudo, beat };
   // The first value of an ssh option wins: the user's stand before ours.
-  const ours = ["ControlMaster=auto", `ControlPath=${runtimeDirectory()}/%C`, "ControlPersist=no", "ServerAliveInterval=15", "ServerAliveCountMax=3", "ConnectTimeout=30"];
+  const ours = ["ControlMaster=auto", `ControlPath=${runtimeDirectory()}/%C`, "ControlPersist=no", "ServerAliveInterval=15", "ServerAliveCountMax=2", "ConnectTimeout=15"];
   const words = ["ssh", ...[...options.sshOptions, ...ours].flatMap((option) => ["-o", option])];
   if (name.port !== null) words.push("-p", name.port);
   if (name.user !== null) words.push("-l", name.user);
-  return { label: `${name.user === null ? "" : `${name.user}@`}${name.name}`, ssh: [...words, "--", name.name], sudo: options.sshSudo };
+  return { label: `${name.user === null ? "" : `${name.user}@`}${name.name}`, ssh: [...words, "--", name.name], sudo: options.sshSudo, beat };
 }
 
 const sameHost = (a: Host, b: Host) => JSON.stringify(a.ssh) === JSON.stringify(b.ssh);
@@ -556,7 +559,10 @@ async function hold(host: Host, verb: Verb, args: readonly string[], end: string
     void child.then(() => done(false));
   });
   running.delete(stop);
+  const beats = host.ssh === null ? undefined : setInterval(() => child.stdin.write("."), host.beat * 1000);
+  void child.then(() => clearInterval(beats));
   const release = async () => {
+    clearInterval(beats);
     child.stdin.end();
     // Over ssh this may be the connection that other commands share, which ends with the last
     // of them: its output ends with the lock, the process when it likes.
@@ -625,7 +631,7 @@ export async function pipeline(stages: readonly Stage[], environment: Record<str
     return { bytes: bytes === "" ? null : Number(bytes), told };
   }
   const name = stages[culprit]?.label ?? "the shell of the pipeline";
-  const how = culprit === -1 ? "was killed" : (status ?? 0) > 128 ? `was killed by signal ${(status ?? 0) - 128}` : `failed with exit status ${status}${status === 75 ? " (an earlier transfer may still be at work)" : ""}`;
+  const how = culprit === -1 ? "was killed" : status === 255 ? "failed: the connection is lost" : (status ?? 0) > 128 ? `was killed by signal ${(status ?? 0) - 128}` : `failed with exit status ${status}${status === 75 ? " (an earlier transfer may still be at work)" : ""}`;
   // What the others say is mostly that a pipe broke, but "mostly" is not enough to hide it.
   const said = [culprit, ...errors.keys()].filter((i, at, all) => all.indexOf(i) === at && errors[i]).map((i) => (i === culprit ? errors[i] : `(${stages[i]?.label}: ${errors[i]})`));
   const message = `${name} ${how}${said.length > 0 ? `: ${said.join(" ")}` : ""}`;
@@ -650,8 +656,15 @@ function sendSignal(pid: number, signal: NodeJS.Signals): void {
 
 const verb = (name: string, ...lines: readonly string[]): Verb => ({ name, script: lines.join(" ") });
 
+/** keep SECONDS: until the input closes, or is silent for so long: a dead link tells the other side nothing. */
+const KEEP = `keep() { if [ -n "$1" ] && command -v timeout >/dev/null; then while [ -n "$(timeout "$1" dd bs=1 count=1 2>/dev/null 8<&- 9<&-)" ]; do :; done; else exec cat >/dev/null; fi; };`;
+const silence = (host: Host) => (host.ssh === null ? "" : String(4 * host.beat));
+
+/** watch PID: ends this process group when that process, which holds our lock over the same link, is gone. */
+const WATCH = `watch() { if [ -n "$1" ]; then ( while [ -d "/proc/$1" ]; do sleep 2; done; kill -KILL 0 ) >/dev/null 2>&1 </dev/null & w=$!; trap "kill $w 2>/dev/null" EXIT; fi; };`;
+
 const PRELUDE = `set -e; umask 077; unset CDPATH TAR_OPTIONS POSIXLY_CORRECT QUOTING_STYLE; PATH=$PATH:/usr/sbin:/sbin; LC_ALL=C; export PATH LC_ALL;
- if [ "$1" = sudo ]; then b() { sudo -n btrfs "$@"; }; else b() { btrfs "$@"; }; fi; shift;
+ su=$1; if [ "$1" = sudo ]; then b() { sudo -n btrfs "$@"; }; else b() { btrfs "$@"; }; fi; shift;
  at() { cd -P -- "$1"; [ "$(stat -f -c %i .)" = "$2" ] || { echo "another filesystem is at $1 now" >&2; exit 66; }; };`.replace(/\n/g, "");
 
 /**
@@ -667,7 +680,7 @@ const RECEIVING =
   `receiving() { [ -f ".btrfs-backup.$1.receiving" ] || ( set -C; : >".btrfs-backup.$1.receiving" ) || :; exec 8<".btrfs-backup.$1.receiving"; flock -w "$2" 8 || { echo "an earlier transfer is still being received in $PWD" >&2; exit 75; }; };`;
 
 /**
- * open NONCE WAIT FOLDER PREFIX SOURCE STREAMS: prints all that there is to know of a folder (and of the SOURCE
+ * open NONCE WAIT FOLDER PREFIX SOURCE STREAMS SILENCE: prints all that there is to know of a folder (and of the SOURCE
  * whose snapshot folder it is, or of the files in it if it is for STREAMS), in sections that begin with a NONCE
  * no listing can contain.
  * WAIT is `look`, or the seconds to wait for the lock, which is then held until the input closes.
@@ -676,6 +689,7 @@ const RECEIVING =
 const OPEN = verb(
   "open",
   PRELUDE,
+  KEEP,
   `n=$1 w=$2 d=$3 p=$4 s=$5 k=$6; say() { echo; echo "$n $1"; }; is_btrfs() { [ -z "$k" ] && [ "$(stat -f -c %t .)" = 9123683e ]; };`,
   `[ -n "$k" ] || command -v btrfs >/dev/null || { echo "btrfs not found: install btrfs-progs" >&2; exit 69; };`,
   `flock -V 2>/dev/null | grep -q util-linux || { echo "flock not found: install util-linux" >&2; exit 69; };`,
@@ -687,14 +701,14 @@ const OPEN = verb(
   `for f in ".btrfs-backup.$p.lock" ".btrfs-backup.$p.receiving" .btrfs-backup.json .outstanding_transfers; do if [ -e "$f" ] || [ -L "$f" ]; then`,
   `stat -c %u "$f"; if [ -f "$f" ] && [ "$(stat -c %f "$f" | cut -c 1)" = 8 ]; then :; else echo "$PWD/$f is not a plain file" >&2; exit 65; fi; fi; done;`,
   `if [ "$w" = look ] || [ -f ".btrfs-backup.$p.lock" ]; then if [ "$w" = look ]; then :; else exec 9<".btrfs-backup.$p.lock"; flock -w "$w" 9 || { echo "another run holds $PWD/.btrfs-backup.$p.lock" >&2; exit 75; };`,
-  `if [ -f ".btrfs-backup.$p.receiving" ]; then ${RECEIVING} receiving "$p" "$w"; exec 8<&-; fi; say locked; fi; fi;`,
+  `if [ -f ".btrfs-backup.$p.receiving" ]; then ${RECEIVING} receiving "$p" "$w"; exec 8<&-; fi; say locked; echo $$; fi; fi;`,
   `say entries; ls -a; say record; if [ -e .btrfs-backup.json ]; then cat .btrfs-backup.json; fi;`,
   `say old; if [ -f .outstanding_transfers ]; then cat .outstanding_transfers; fi;`,
   `if is_btrfs; then say subvolumes; b subvolume list -a -u -q -R .; say readonly; b subvolume list -a -r .; fi;`,
   `if [ -n "$k" ]; then say files; find . -mindepth 1 -maxdepth 1 -type f -exec stat -c "%s %n" {} +; fi;`,
   `elif [ -e "$d" ] || [ -L "$d" ]; then echo "not a directory: $d" >&2; exit 65;`,
   `elif [ -d "\${d%/*}/" ]; then say missing; place "\${d%/*}/"; else echo "no such directory: \${d%/*} (is the disk mounted?)" >&2; exit 66; fi;`,
-  `echo; echo "$n end"; [ "$w" = look ] || exec cat >/dev/null`,
+  `echo; echo "$n end"; [ "$w" = look ] || keep "$7"`,
 );
 
 /** create FOLDER FSID PREFIX: the folder (its last component only) and the chain's lock file; another first run may be faster. */
@@ -708,19 +722,21 @@ const SNAPSHOT = verb(
 );
 
 /**
- * send FLAG FOLDER FSID LEVEL PROTOCOL NAME PARENT: the stream, on standard output; in full if PARENT is empty,
- * compressed unless LEVEL is. Cut short it still ends well for zstd, but never for `btrfs receive`.
+ * send FLAG FOLDER FSID LEVEL PROTOCOL HOLDER NAME PARENT: the stream, on standard output; in full if PARENT is
+ * empty, compressed unless LEVEL is, as long as HOLDER lives. Cut short it still ends well for zstd, but never for `btrfs receive`.
  */
 const SEND = verb(
   "send",
   PRELUDE,
-  `at "$2" "$3"; f=$1 z=$4 v=$5 n=$6 p=$7; case $v in 2) v="--proto 2 --compressed-data";; 1) v="--proto 1";; esac;`,
+  WATCH,
+  `watch "$6"; at "$2" "$3"; f=$1 z=$4 v=$5 n=$7 p=$8; case $v in 2) v="--proto 2 --compressed-data";; 1) v="--proto 1";; esac;`,
   `s() { if [ -n "$p" ]; then b send "$f" $v -p "$PWD/$p" "$PWD/$n"; else b send "$f" $v "$PWD/$n"; fi; };`,
-  `if [ -z "$z" ]; then s; else exec 4>&1; r=$( { { s && echo ok >&3; } | zstd -q -c -T0 "-$z" >&4; } 3>&1 ); [ "$r" = ok ]; fi`,
+  // What sudo runs is not ours to kill: it ends with the pipe that it writes to.
+  `if [ -z "$z$su" ]; then s; else c() { if [ -n "$z" ]; then zstd -q -c -T0 "-$z"; else cat; fi; }; exec 4>&1; r=$( { { s && echo ok >&3; } | c >&4; } 3>&1 ); [ "$r" = ok ]; fi`,
 );
 
 /**
- * receive FLAG FOLDER FSID LEVEL PREFIX HEADER KEY BEGINNING REST: takes the stream, see `send`. The record
+ * receive FLAG FOLDER FSID LEVEL HOLDER PREFIX HEADER KEY BEGINNING REST: takes the stream, see `send`. The record
  * says BEGINNING and REST meanwhile, and { and REST afterwards: the announcement comes and goes.
  */
 const RECEIVE = verb(
@@ -728,8 +744,9 @@ const RECEIVE = verb(
   PRELUDE,
   RECORD,
   RECEIVING,
-  `f=$1 z=$4; at "$2" "$3"; shift 4; receiving "$1" 0; if [ -n "$2" ]; then record "$2" "$3" "$4$5"; fi;`,
-  `if [ -z "$z" ]; then b receive "$f" "$PWD" >&2; else r=$( { { zstd -q -d -c && echo ok >&3; } | b receive "$f" "$PWD" >&2; } 3>&1 ); [ "$r" = ok ]; fi;`,
+  WATCH,
+  `f=$1 z=$4; watch "$5"; at "$2" "$3"; shift 5; receiving "$1" 0; if [ -n "$2" ]; then record "$2" "$3" "$4$5"; fi;`,
+  `if [ -z "$z$su" ]; then b receive "$f" "$PWD" >&2; else c() { if [ -n "$z" ]; then zstd -q -d -c; else cat; fi; }; r=$( { { c && echo ok >&3; } | b receive "$f" "$PWD" >&2; } 3>&1 ); [ "$r" = ok ]; fi;`,
   `if [ -n "$2" ]; then record "$2" "$3" "{$5"; fi`,
 );
 
@@ -756,8 +773,8 @@ const DELETE = verb(
 /** record FOLDER FSID HEADER KEY VALUE: see RECORD. */
 const WRITE_RECORD = verb("record", PRELUDE, RECORD, `at "$1" "$2"; record "$3" "$4" "$5"`);
 
-/** restoring FOLDER FSID WORK END: makes the directory that a restore works in, marks it as ours, and holds it locked; see CLEAR. */
-const RESTORING = verb("restoring", PRELUDE, `at "$1" "$2"; mkdir "./$3"; exec 9<"./$3"; flock -n 9; : >"./$3/.btrfs-backup.restoring"; echo; echo "$4"; exec cat >/dev/null`);
+/** restoring FOLDER FSID WORK END SILENCE: makes the directory that a restore works in, marks it as ours, and holds it locked; see CLEAR. */
+const RESTORING = verb("restoring", PRELUDE, KEEP, `at "$1" "$2"; mkdir "./$3"; exec 9<"./$3"; flock -n 9; : >"./$3/.btrfs-backup.restoring"; echo $$; echo "$4"; keep "$5"`);
 
 /** clear FOLDER FSID WORK ./PATH…: removes what an interrupted restore left: those subvolumes, and the directory. */
 const CLEAR = verb(
@@ -901,19 +918,19 @@ const ESTIMATE = verb(
 );
 
 /**
- * Where streams are stored: `list` (which is `open` for a folder), and these. `put` PLACE FSID LOCK OBJECT PART takes a
- * stream, `commit` PLACE FSID LOCK OBJECT SUM BYTES makes it complete, with its checksum object beside it; `get` PLACE
- * FSID HOW OBJECT… prints objects, or the checksum of one if HOW is `sum`; `delete` PLACE FSID LOCK OBJECT… does so in
- * the order given. LOCK, which those hold that write, is the prefix of a chain in a folder, and a file for a remote.
+ * Where streams are stored: `list` (which is `open` for a folder), and these. `put` PLACE FSID LOCK OBJECT HOLDER PART
+ * takes a stream, `commit` PLACE FSID LOCK OBJECT SUM BYTES makes it complete, with its checksum object beside it; `get`
+ * PLACE FSID HOW HOLDER OBJECT… prints objects, or the checksum of one if HOW is `sum`; `delete` PLACE FSID LOCK OBJECT…
+ * does so in the order given. LOCK, which those hold that write, is the prefix of a chain in a folder, and a file for a remote.
  */
 type StoreVerbs = Record<"put" | "commit" | "get" | "delete", Verb>;
 
 const SUM_FILE = `sumfile() { printf %s "$2  $1"; echo; echo "# $3 bytes"; };`;
-const GET = `h=$3; shift 3; if [ "$h" = sum ]; then exec 4>&1; r=$( { { get "$1" && echo ok >&3; } | sha256sum >&4; } 3>&1 ); [ "$r" = ok ]; else for o; do get "$o"; done; fi`;
+const GET = `h=$3; shift 4; if [ "$h" = sum ]; then exec 4>&1; r=$( { { get "$1" && echo ok >&3; } | sha256sum >&4; } 3>&1 ); [ "$r" = ok ]; else for o; do get "$o"; done; fi`;
 
 /** A file has a temporary name until it is complete, and on the disk. */
 const RAW: StoreVerbs = {
-  put: verb("store", PRELUDE, RECEIVING, `at "$1" "$2"; receiving "$3" 0; rm -f "./.$4.part"; exec cat >"./.$4.part"`),
+  put: verb("store", PRELUDE, RECEIVING, WATCH, `watch "$5"; at "$1" "$2"; receiving "$3" 0; rm -f "./.$4.part"; cat >"./.$4.part"`),
   commit: verb(
     "commit",
     PRELUDE,
@@ -922,7 +939,7 @@ const RAW: StoreVerbs = {
     `at "$1" "$2"; receiving "$3" 10; p=./.$4.part c=./.$4${SUM}.part; s=$(stat -c %s "$p"); [ "$s" = "$6" ] || { echo "only $s of $6 bytes arrived" >&2; exit 1; };`,
     `rm -f "$c"; sumfile "$4" "$5" "$6" >"$c"; sync "$p" "$c"; mv -T "$c" "./$4${SUM}"; mv -T "$p" "./$4"; sync .`,
   ),
-  get: verb("fetch", PRELUDE, `at "$1" "$2"; get() { cat "./$1"; }; ${GET}`),
+  get: verb("fetch", PRELUDE, WATCH, `watch "$4"; at "$1" "$2"; get() { cat "./$1"; }; ${GET}`),
   delete: verb("drop", PRELUDE, RECEIVING, `at "$1" "$2"; receiving "$3" 10; shift 3; for o; do rm -f "./$o"; done; sync .`),
 };
 
@@ -936,7 +953,7 @@ const RCLONE: StoreVerbs & { readonly list: Verb } = {
     `command -v rclone >/dev/null || { echo "rclone not found: install rclone" >&2; exit 69; }; r=\${1%%[:,]*}; rclone listremotes --long | { while read -r n t; do if [ "$n" = "$r:" ]; then echo "$t"; fi; done; echo; };`,
     `e=$(mktemp); r=0; rclone lsf --files-only --format sp --separator " " -- "$1" 2>"$e" || r=$?; m=$(cat "$e"); rm -f "$e"; case $r/$m in 0/*|3/*) ;; *) echo "$m" >&2; case $m in *"no such host"*|*refused*|*unreachable*|*timeout*|*"timed out"*) exit 66;; esac; exit 1;; esac`,
   ),
-  put: verb("rclone-put", PRELUDE, LOCKED, `locked "$3" 0; RCLONE_S3_CHUNK_SIZE=\${RCLONE_S3_CHUNK_SIZE:-$5} RCLONE_S3_UPLOAD_CONCURRENCY=\${RCLONE_S3_UPLOAD_CONCURRENCY:-2}; export RCLONE_S3_CHUNK_SIZE RCLONE_S3_UPLOAD_CONCURRENCY; exec rclone rcat -- "$1$4"`),
+  put: verb("rclone-put", PRELUDE, LOCKED, `locked "$3" 0; RCLONE_S3_CHUNK_SIZE=\${RCLONE_S3_CHUNK_SIZE:-$6} RCLONE_S3_UPLOAD_CONCURRENCY=\${RCLONE_S3_UPLOAD_CONCURRENCY:-2}; export RCLONE_S3_CHUNK_SIZE RCLONE_S3_UPLOAD_CONCURRENCY; exec rclone rcat -- "$1$4"`),
   commit: verb(
     "rclone-commit",
     PRELUDE,
@@ -1063,6 +1080,8 @@ export type Inspection = {
   readonly zstd: boolean;
   readonly exists: boolean;
   readonly locked: boolean;
+  /** The process that holds the lock there. */
+  readonly holder: string;
   readonly place: Place;
   /** The folder's path from the filesystem's top level. */
   readonly top: string;
@@ -1117,6 +1136,7 @@ export function parseInspection(output: string, nonce: string, folder: string): 
     zstd: section("zstd") !== "",
     exists,
     locked: sections.has("locked"),
+    holder: section("locked"),
     place: here,
     top: exists ? top : `${top === "/" ? "" : top}${folder.slice(folder.lastIndexOf("/"))}`,
     source: source && {
@@ -1253,7 +1273,7 @@ async function openFolder(location: Readable, path: string, opening: Opening): P
   const { prefix, wait, hosts, source = "" } = opening;
   const host = hostOf(location.host, hosts);
   const nonce = crypto.randomUUID();
-  const { output, release } = await hold(host, OPEN, [nonce, String(wait), path, prefix, source, location.kind === "raw" ? "streams" : ""], `${nonce} end`, location.id);
+  const { output, release } = await hold(host, OPEN, [nonce, String(wait), path, prefix, source, location.kind === "raw" ? "streams" : "", silence(host)], `${nonce} end`, location.id);
   try {
     const inspection = parseInspection(output, nonce, path);
     const store = location.kind === "raw" ? { ...parseStreams(inspection.files, true), verbs: RAW, type: null } : null;
@@ -1277,7 +1297,7 @@ async function openRemote({ id }: Readable, path: string, { prefix, hosts, unver
   const store = { ...parseStreams(parseFiles(files), unverified), verbs: RCLONE, type: path.startsWith(":") ? (/^:([^,:]+)/.exec(path)?.[1] ?? "") : type };
   const place = { path, inode: 0, fsid: "", filesystem: null, root: 0 };
   const nothing = { source: null, mounts: [], subvolumes: [], entries: new Set<string>(), record: parseRecord(""), old: parseOldRecord(""), zstd: false };
-  return withPrefix({ ...nothing, id, host, hostName: "", path, place, top: "", exists: true, locked: true, trusted: true, store, standing: store.streams, close: async () => {} }, prefix);
+  return withPrefix({ ...nothing, id, host, hostName: "", path, place, top: "", exists: true, locked: true, holder: "", trusted: true, store, standing: store.streams, close: async () => {} }, prefix);
 }
 
 /** Opens a place; if it was never locked before, makes it and its lock file once `check` has accepted what is there. */
@@ -1345,6 +1365,9 @@ function warnOfDuplicates({ standing, subvolumes, id }: Folder, report: Report):
   for (const same of byUuid.values())
     if (same.length > 1) report.warning(`${id}: ${same.length} read-only subvolumes of its filesystem have the same received UUID, which can confuse "btrfs receive"; keep one of ${same.map(({ path }) => path).join(", ")}`);
 }
+
+/** The process whose end is the end of what we do in a folder on another host; here, our own process groups see to that. */
+const holderOf = ({ host, holder }: Pick<Folder, "host" | "holder">) => (host.ssh === null ? "" : holder);
 
 /** A folder's path, and what must still be there when a verb uses it. */
 const at = ({ path, place }: Folder): [path: string, fsid: string] => [path, place.fsid];
@@ -1460,7 +1483,7 @@ function compressionBetween(source: Folder, target: Folder, level: string): stri
 /** The receiving end of a transfer into a folder. `chain`: what its record says, with the announcement meanwhile. */
 function receiving(folder: Folder, name: string, level: string, chain: ChainRecord | null, btrfsDebug: boolean): Stage {
   const [header, key, value] = chain === null ? ["", "", ""] : recordArguments(folder, chain);
-  const args = [btrfsDebug ? "-vv" : "-q", ...at(folder), level, folder.prefix, header, key, `{"receiving":${JSON.stringify(name)},`, value.slice(1)];
+  const args = [btrfsDebug ? "-vv" : "-q", ...at(folder), level, holderOf(folder), folder.prefix, header, key, `{"receiving":${JSON.stringify(name)},`, value.slice(1)];
   return { label: `btrfs receive${folder.host.label === "" ? "" : ` on ${folder.host.label}`}`, command: commandFor(folder.host, RECEIVE, args), shown: btrfsDebug };
 }
 
@@ -1534,7 +1557,7 @@ function storeDestination(folder: Folder, store: Store, again: () => Promise<Fol
       checkFilters(source, sending);
       const object = nameOf(transfer);
       const part = verbs === RCLONE ? await partFor(source, transfer, store, sending) : "";
-      const put = commandFor(host, verbs.put, [...place, object, part]);
+      const put = commandFor(host, verbs.put, [...place, object, holderOf(folder), part]);
       const label = verbs === RCLONE ? "rclone" : `storing${host.label === "" ? "" : ` on ${host.label}`}`;
       return {
         level: sending.level,
@@ -2011,7 +2034,7 @@ function meter(progress: boolean, rate: number | null, size: number | undefined,
 async function transferTo(destination: Pick<Destination, "receive" | "discard">, source: Folder, transfer: Transfer, { rate, protocol }: Pick<Sending, "rate" | "protocol">, { progress, btrfsDebug, sizes }: Display): Promise<{ bytes: number | null; seconds: number }> {
   const { snapshot, parent } = transfer;
   const { level, stages, environment, finish } = await destination.receive(source, transfer);
-  const send = commandFor(source.host, SEND, [btrfsDebug ? "-vv" : "-q", ...at(source), level, protocol ?? "", snapshot.name, parent?.name ?? ""]);
+  const send = commandFor(source.host, SEND, [btrfsDebug ? "-vv" : "-q", ...at(source), level, protocol ?? "", holderOf(source), snapshot.name, parent?.name ?? ""]);
   const label = `btrfs send${level === "" ? "" : " or zstd"}${source.host.label === "" ? "" : ` on ${source.host.label}`}`;
   const metered = meter(progress, rate, parent === null && level === "" ? sizes.get(snapshot.uuid) : undefined);
   // How many bytes a compressed stream has is known only behind the host that compresses it.
@@ -2584,9 +2607,9 @@ export async function restore(o: RestoreOptions, report: Report): Promise<void> 
     if (moved.length > 0) log.info(`${o.dryRun ? "Would move" : "Moving"} ${count(moved.length, "snapshot")} from ${location.path}, so that every destination goes on from ${o.target.id}`);
     const transfer = { destination: o.target.id, name: chosen.name, parent: parent?.name ?? null };
     if (!o.dryRun) {
-      const release = (await hold(target.host, RESTORING, [...at(target), work, `${work} end`], `${work} end`, o.target.id)).release;
+      const { output, release } = await hold(target.host, RESTORING, [...at(target), work, `${work} end`, silence(target.host)], `${work} end`, o.target.id);
       try {
-        const folder = { ...target, path: join(target.path, work) };
+        const folder = { ...target, path: join(target.path, work), holder: output.split("\n")[0] as string };
         if (location.store !== null) await receivePieces(location, location.store, pieces, sums, folder, display, o, report);
         else if (present === null) {
           const level = compressionBetween(location, target, o.sending.level);
@@ -2632,7 +2655,7 @@ async function readyPieces(location: Folder, { verbs }: Store, pieces: readonly 
 /** The checksum objects of streams. */
 async function readSums(location: Folder, verbs: StoreVerbs, streams: readonly Stream[]): Promise<Map<string, string>> {
   const texts: string[] = [];
-  for (const some of chunks(streams.map(({ uuid }) => uuid + SUM))) texts.push(await ask(location.host, verbs.get, [...at(location), "", ...some], `${location.id}: cannot read checksum objects`));
+  for (const some of chunks(streams.map(({ uuid }) => uuid + SUM))) texts.push(await ask(location.host, verbs.get, [...at(location), "", "", ...some], `${location.id}: cannot read checksum objects`));
   return parseSums(texts.join(""));
 }
 
@@ -2641,7 +2664,7 @@ async function receivePieces(location: Folder, { verbs, streams }: Store, pieces
   const without = ({ uuid }: Stream) => instead(location, wholeIn(location).filter((one) => !chainOf(one as Entry as Stream, byUuid(streams)).some((piece) => piece.uuid === uuid)));
   for (const [i, piece] of pieces.entries()) {
     const { uuid: object, name, bytes: size, compressed, encrypted } = piece;
-    const fetch = { label: `reading${location.host.label === "" ? "" : ` on ${location.host.label}`}`, command: commandFor(location.host, verbs.get, [...at(location), "", object]) };
+    const fetch = { label: `reading${location.host.label === "" ? "" : ` on ${location.host.label}`}`, command: commandFor(location.host, verbs.get, [...at(location), "", holderOf(location), object]) };
     const decrypt = encrypted ? [{ label: "gpg", command: "gpg --batch --no-tty --quiet --decrypt" }] : [];
     const began = Date.now();
     log.debug(`Receiving ${object}`);
@@ -2890,7 +2913,7 @@ async function verifyStreams(folder: Folder, store: Store, o: VerifyOptions, rep
   const sums = await readSums(folder, verbs, summed);
   for (const stream of summed) {
     log.info(`Reading ${stream.name} in ${id}`);
-    const read = await ask(host, verbs.get, [...at(folder), "sum", stream.uuid], `${id}: cannot read ${stream.uuid}`).catch((error: Error) => (checkInterruption(), failed(stream, error.message), null));
+    const read = await ask(host, verbs.get, [...at(folder), "sum", "", stream.uuid], `${id}: cannot read ${stream.uuid}`).catch((error: Error) => (checkInterruption(), failed(stream, error.message), null));
     if (read === null) continue;
     const sha256 = read.slice(0, 64);
     const equal = sha256 === sums.get(stream.uuid);

@@ -391,12 +391,12 @@ describe.each(SHELLS.map((shell) => [shell.join(" "), shell] as const))("quoting
   test("a verb gets its arguments, and runs", () => {
     const verb: Verb = { name: "echo", script: `shift; for x; do printf %s "$x"; head -c 1 /dev/zero; done` };
     const words = ["a b", "'", "\\", "!x", "$(id)", "-n", "", "é", "sudo"];
-    expect(understood(shell, commandFor({ label: "", ssh: null, sudo: false }, verb, words))).toEqual(words);
+    expect(understood(shell, commandFor({ label: "", ssh: null, sudo: false, beat: 15 }, verb, words))).toEqual(words);
   });
 });
 
 describe("commands for other hosts", () => {
-  const host = { label: "me@host", ssh: ["ssh", "-o", "Port=22", "--", "host"], sudo: true };
+  const host = { label: "me@host", ssh: ["ssh", "-o", "Port=22", "--", "host"], sudo: true, beat: 15 };
   const verb: Verb = { name: "try", script: "exit 0" };
 
   test("ssh gets one word, which the login shell over there takes apart", () => {

@@ -4,7 +4,7 @@
 
 import { afterAll, expect } from "bun:test";
 import { spawn, spawnSync, type ChildProcess } from "node:child_process";
-import { chmodSync, mkdirSync, mkdtempSync, readFileSync, writeFileSync } from "node:fs";
+import { chmodSync, mkdirSync, mkdtempSync, readFileSync, readlinkSync, writeFileSync } from "node:fs";
 import { createServer } from "node:net";
 import { tmpdir } from "node:os";
 import { join, resolve } from "node:path";
@@ -175,7 +175,7 @@ async function freePort(): Promise<number> {
   return port;
 }
 
-const answers = (port: number) => spawnSync("bash", ["-c", `exec 3<>/dev/tcp/127.0.0.1/${port}`]).status === 0;
+const answers = (port: number, address = "127.0.0.1") => spawnSync("bash", ["-c", `exec 3<>/dev/tcp/${address}/${port}`]).status === 0;
 
 /** Starts a daemon of the tests; it ends with them. */
 function daemon(command: string, args: string[], env: Record<string, string> = {}): void {
@@ -190,17 +190,42 @@ let server: Promise<SshServer> | null = null;
 /** One real sshd for all tests of a process, and a key of its own to log in with. */
 export const sshServer = () => (server ??= startSshServer());
 
-async function startSshServer(): Promise<SshServer> {
+export type LinkedServer = SshServer & { readonly cut: () => void; readonly mend: () => void; readonly crossed: () => number };
+
+/** An sshd at the other end of a link that can be cut: in a network namespace of its own. `crossed`: bytes sent over it. */
+export async function linkedServer(): Promise<LinkedServer> {
+  const number = Math.floor(Math.random() * 500); // another test run has other namespaces of processes, and the same of devices
+  const [device, net] = [`bb${number}`, `198.${18 + (number % 2)}.${number >> 1}`];
+  const namespace = spawn("unshare", ["--net", "sleep", "infinity"], { stdio: "ignore" });
+  cleanups.push(() => {
+    sh(`ip link delete "$1"`, device); // sockets of dead connections keep the namespace for a while
+    namespace.kill("SIGKILL");
+  });
+  const pid = String(namespace.pid);
+  await waitFor("a network namespace", () => readlinkSync(`/proc/${pid}/ns/net`) !== readlinkSync("/proc/self/ns/net"));
+  sh(`ip link add "$1" type veth peer name "$1" netns "$2"; ip address add "$3.1/24" dev "$1"; ip link set "$1" up`, device, pid, net);
+  sh(`nsenter --target "$2" --net sh -c 'ip address add "$2.2/24" dev "$1"; ip link set "$1" up; ip link set lo up' sh "$1" "$3"`, device, pid, net);
+  const server = await startSshServer(`${net}.2`, ["nsenter", "--target", pid, "--net"]);
+  return {
+    ...server,
+    cut: () => void sh(`nsenter --target "$2" --net ip link set "$1" down`, device, pid),
+    mend: () => void sh(`nsenter --target "$2" --net ip link set "$1" up`, device, pid),
+    crossed: () => Number(readFileSync(`/sys/class/net/${device}/statistics/tx_bytes`, "utf8")),
+  };
+}
+
+async function startSshServer(address = "127.0.0.1", wrapper: string[] = []): Promise<SshServer> {
   const directory = temporaryDirectory();
   const port = await freePort();
   sh(`cd "$1"; ssh-keygen -q -t ed25519 -N "" -f host; ssh-keygen -q -t ed25519 -N "" -f key; mkdir -p /run/sshd`, directory);
   writeFileSync(
     join(directory, "config"),
-    [`Port ${port}`, "ListenAddress 127.0.0.1", `HostKey ${directory}/host`, `AuthorizedKeysFile ${directory}/key.pub`, "StrictModes no", "PermitRootLogin yes", "UsePAM no", "MaxStartups 1000", "MaxSessions 100", "PidFile none"].join("\n"),
+    [`Port ${port}`, `ListenAddress ${address}`, `HostKey ${directory}/host`, `AuthorizedKeysFile ${directory}/key.pub`, "StrictModes no", "PermitRootLogin yes", "UsePAM no", "MaxStartups 1000", "MaxSessions 100", "PidFile none"].join("\n"),
   );
-  daemon("/usr/sbin/sshd", ["-D", "-f", join(directory, "config")]);
-  await waitFor("sshd", () => answers(port));
-  writeFileSync(join(directory, "known"), `[127.0.0.1]:${port} ${readFileSync(join(directory, "host.pub"), "utf8")}`);
+  const [program = "", ...words] = [...wrapper, "/usr/sbin/sshd", "-D", "-f", join(directory, "config")];
+  daemon(program, words);
+  await waitFor("sshd", () => answers(port, address));
+  writeFileSync(join(directory, "known"), `[${address}]:${port} ${readFileSync(join(directory, "host.pub"), "utf8")}`);
   // More root logins, with other shells: private copies of the user database stand over the real ones.
   for (const file of ["passwd", "shadow"]) {
     sh(`cp "/etc/$2" "$1/$2"; mount --bind "$1/$2" "/etc/$2"`, directory, file);
@@ -209,7 +234,7 @@ async function startSshServer(): Promise<SshServer> {
   const options = [`IdentityFile=${directory}/key`, "IdentitiesOnly=yes", `UserKnownHostsFile=${directory}/known`].flatMap((option) => ["--ssh-opt", option]);
   return {
     options,
-    url: (path, user) => `ssh://${user === undefined ? "" : `${user}@`}127.0.0.1:${port}${path}`,
+    url: (path, user) => `ssh://${user === undefined ? "" : `${user}@`}${address}:${port}${path}`,
     user(name, shell, uid = 0) {
       const home = join(directory, `home-${uid}`);
       sh(`mkdir -p "$1"; chown "$2" "$1"; printf '%s:x:%s:%s::%s:%s\\n' "$3" "$2" "$2" "$1" "$4" >>/etc/passwd; printf '%s:*:19000::::::\\n' "$3" >>/etc/shadow`, home, String(uid), name, shell);
