@@ -705,7 +705,7 @@ const OPEN = verb(
   `say entries; ls -a; say record; if [ -e .btrfs-backup.json ]; then cat .btrfs-backup.json; fi;`,
   `say old; if [ -f .outstanding_transfers ]; then cat .outstanding_transfers; fi;`,
   `if is_btrfs; then say subvolumes; b subvolume list -a -u -q -R .; say readonly; b subvolume list -a -r .; fi;`,
-  `if [ -n "$k" ]; then say files; find . -mindepth 1 -maxdepth 1 -type f -exec stat -c "%s %n" {} +; fi;`,
+  `if [ -n "$k" ]; then say files; find . -mindepth 1 -maxdepth 1 -type f -exec stat -c "%s/%Y %n" {} +; fi;`,
   `elif [ -e "$d" ] || [ -L "$d" ]; then echo "not a directory: $d" >&2; exit 65;`,
   `elif [ -d "\${d%/*}/" ]; then say missing; place "\${d%/*}/"; else echo "no such directory: \${d%/*} (is the disk mounted?)" >&2; exit 66; fi;`,
   `echo; echo "$n end"; [ "$w" = look ] || keep "$7"`,
@@ -863,6 +863,9 @@ const LISTING = verb(
   `exec 4>&1; r=$( { list | base64 -w 0 >&4; } 3>&1 ); [ "$r" = done ]`,
 );
 
+/** received FOLDER FSID ./NAME…: of each a line with its name, and one with its creation time. */
+const RECEIVED = verb("received", PRELUDE, `at "$1" "$2"; shift 2; for n; do echo "$n"; b subvolume show "$n" | grep "Creation time:"; done`);
+
 /** sizes FOLDER FSID ./NAME…: bytes referenced by each, as `btrfs filesystem du -s --raw` tells. */
 const SIZES = verb("sizes", PRELUDE, `at "$1" "$2"; shift 2; b filesystem sync . >/dev/null; b filesystem du -s --raw "$@"`);
 
@@ -990,7 +993,7 @@ const ASIDE = verb("aside", PRELUDE, `at "$1" "$2"; mv -f .btrfs-backup.json ".b
 const HOOK = verb("hook", `t=$(mktemp); sh -c "$2" >"$t" 2>&1 </dev/null && r=0 || r=$?; cat "$t" >&2; rm -f "$t"; [ $r = 0 ] || { echo "(exit status $r)" >&2; exit 1; }`);
 
 /** Every verb there is, for whoever must check that they hold nothing a login shell could trip over. */
-export const VERBS: readonly Verb[] = [OPEN, CREATE, SNAPSHOT, SEND, RECEIVE, DISCARD, DELETE, WRITE_RECORD, RESTORING, CLEAR, BUILD, FINISH, DIGEST, LISTING, SIZES, LOCATE, VERSIONS, TAKE, PUT, ESTIMATE, ...Object.values(RAW), ...Object.values(RCLONE), ASIDE, HOOK];
+export const VERBS: readonly Verb[] = [OPEN, CREATE, SNAPSHOT, SEND, RECEIVE, DISCARD, DELETE, WRITE_RECORD, RESTORING, CLEAR, BUILD, FINISH, DIGEST, LISTING, RECEIVED, SIZES, LOCATE, VERSIONS, TAKE, PUT, ESTIMATE, ...Object.values(RAW), ...Object.values(RCLONE), ASIDE, HOOK];
 
 const uuidOrNull = (text: string) => (text === "-" ? null : text);
 const UUID = "-|[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}";
@@ -1091,14 +1094,16 @@ export type Inspection = {
   readonly entries: ReadonlySet<string>;
   /** Plain files in it, where it is opened for stored streams. */
   readonly files: readonly StoredFile[];
+  /** When they were written, in ms since 1970. */
+  readonly written: ReadonlyMap<string, number>;
   readonly record: RecordFile;
   readonly old: OldRecord;
   /** The folder and what this program keeps in it belong to the user that we are there, or to root. */
   readonly trusted: boolean;
 };
 
-/** Reads lines of a size and a name. */
-const parseFiles = (text: string): StoredFile[] => [...text.matchAll(/^(\d+) (?:\.\/)?([^\n]*)/gm)].map(([, bytes, name = ""]) => ({ name, bytes: Number(bytes) }));
+/** Reads lines of a size, the time of writing where it is known, and a name. */
+const parseFiles = (text: string) => [...text.matchAll(/^(\d+)(?:\/(\d+))? (?:\.\/)?([^\n]*)/gm)].map(([, bytes, seconds, name = ""]) => ({ name, bytes: Number(bytes), written: Number(seconds ?? NaN) * 1000 }));
 
 /** Reads what `open` printed. Errors: Failure for any shape that is not known. */
 export function parseInspection(output: string, nonce: string, folder: string): Inspection {
@@ -1120,6 +1125,7 @@ export function parseInspection(output: string, nonce: string, folder: string): 
     if (root !== "-" && filesystem === null) throw new Failure(`${path}: its filesystem is not in /sys/fs/btrfs`);
     return { path, inode: Number(inode), fsid, filesystem, root: root === "-" ? 0 : Number(root) };
   };
+  const files = parseFiles(section("files"));
   const exists = sections.has("folder");
   const here = place(section(exists ? "folder" : "missing"));
   const { mount, top } = placeOn(mounts, here.path);
@@ -1148,7 +1154,8 @@ export function parseInspection(output: string, nonce: string, folder: string): 
     mounts,
     subvolumes,
     entries: new Set(section("entries").split("\n")),
-    files: parseFiles(section("files")),
+    files,
+    written: new Map(files.map(({ name, written }) => [name, written])),
     record: parseRecord(section("record")),
     old: parseOldRecord(section("old")),
   };
@@ -1296,7 +1303,7 @@ async function openRemote({ id }: Readable, path: string, { prefix, hosts, unver
   const [, type = "", files = ""] = /^(.*?)\n(?:\n)?(.*)$/s.exec(listed) ?? [];
   const store = { ...parseStreams(parseFiles(files), unverified), verbs: RCLONE, type: path.startsWith(":") ? (/^:([^,:]+)/.exec(path)?.[1] ?? "") : type };
   const place = { path, inode: 0, fsid: "", filesystem: null, root: 0 };
-  const nothing = { source: null, mounts: [], subvolumes: [], entries: new Set<string>(), record: parseRecord(""), old: parseOldRecord(""), zstd: false };
+  const nothing = { source: null, mounts: [], subvolumes: [], entries: new Set<string>(), record: parseRecord(""), old: parseOldRecord(""), written: new Map<string, number>(), zstd: false };
   return withPrefix({ ...nothing, id, host, hostName: "", path, place, top: "", exists: true, locked: true, holder: "", trusted: true, store, standing: store.streams, close: async () => {} }, prefix);
 }
 
@@ -2105,12 +2112,14 @@ function knownDestinations({ chain, old, snapshots, prefix }: Folder): KnownDest
     .filter(({ pin, receiving }) => pin !== null || receiving.length > 0);
 }
 
+/** A lock among the runtime files, for a chain that has no folder here. */
+const lockFile = (chain: string) => join(dirname(runtimeDirectory()), `btrfs-backup.${createHash("sha256").update(chain).digest("hex").slice(0, 32)}.receiving`);
+
 /** Opens a destination after making sure that it is the right place. Errors: UsageError, Absent, Busy, Failure. */
 async function openDestination({ location, sending }: Wanted, source: Source, known: KnownDestination | undefined, o: RunOptions, report: Report): Promise<Destination> {
   if (location.kind !== "folder") {
     // What cannot be locked where it is: its lock is the source's. A remote source's chain has no folder here.
-    const name = createHash("sha256").update(`${o.source.id}\n${o.prefix}`).digest("hex").slice(0, 32);
-    const lock = o.source.host === null ? join(source.path, `.btrfs-backup.${o.prefix}.receiving`) : join(dirname(runtimeDirectory()), `btrfs-backup.${name}.receiving`);
+    const lock = o.source.host === null ? join(source.path, `.btrfs-backup.${o.prefix}.receiving`) : lockFile(`${o.source.id}\n${o.prefix}`);
     if (location.kind === "shell") return shellDestination(location, known?.pin ?? null, await commandShell(report), lock, { prefix: o.prefix, source: o.source.id }, sending);
     return openStore(location, sending, lock, source, known, o, report);
   }
@@ -2280,7 +2289,7 @@ async function sendMissing(served: Served, source: Source, snapshots: readonly S
 }
 
 /** Deletes what a destination's policy does not keep. */
-async function prune(served: Served, snapshots: readonly Snapshot[], o: RunOptions, report: Report): Promise<void> {
+async function pruneDestination(served: Pick<Served, "destination" | "standing"> & { readonly wanted: Pick<Wanted, "policy"> }, snapshots: readonly Snapshot[], o: Pick<RunOptions, "dryRun">, report: Report): Promise<void> {
   const { destination, wanted } = served;
   if (destination.stream !== null) return;
   if (destination.frozen !== null) throw new Failure(`nothing is deleted there: ${destination.frozen}`);
@@ -2289,7 +2298,7 @@ async function prune(served: Served, snapshots: readonly Snapshot[], o: RunOptio
 }
 
 /** Deletes backups of a destination; `free`: waits until their space is free. */
-async function removeFrom(served: Served, backups: readonly Backup[], reason: string, o: RunOptions, report: Report, free: boolean): Promise<void> {
+async function removeFrom(served: Pick<Served, "destination" | "standing"> & { standing: Standing }, backups: readonly Backup[], reason: string, o: Pick<RunOptions, "dryRun">, report: Report, free: boolean): Promise<void> {
   const ordered = deletionOrder(backups, served.standing);
   await removing(served.destination.id, ordered.map(({ name }) => name), reason, o.dryRun, report, () => served.destination.remove(ordered, free));
   const gone = new Set(ordered.map(({ uuid }) => uuid));
@@ -2349,7 +2358,7 @@ async function serve(served: Served, source: Source, snapshots: readonly Snapsho
   try {
     // Before anything is deleted there: were the run to end here, the source would go by an old pin.
     if (stream === null) await remember(newestShared(snapshots, served.standing.held), o.transfer && complete ? new Date().toISOString() : (before?.last ?? null));
-    if (complete) await prune(served, snapshots, o, report);
+    if (complete) await pruneDestination(served, snapshots, o, report);
     served.done = complete;
   } catch (error) {
     report.error(id, error);
@@ -2388,6 +2397,8 @@ async function backUp(source: Source, o: RunOptions, report: Report): Promise<vo
     const display = displayOf(o, [...wanted.values()].map(({ sending }) => sending.rate));
     warnOfNested(source, report);
     warnOfDuplicates(source, report);
+    const ahead = source.snapshots.filter(({ time }) => time > wallClock(new Date()) + DURATION.d);
+    if (ahead.length > 0) report.warning(`${count(ahead.length, "snapshot")} of ${o.source.id} ${ahead.length === 1 ? "is" : "are"} dated in the future: ${ahead.slice(0, 3).map(({ name }) => name).join(", ")}${ahead.length > 3 ? ", …" : ""}; is the clock right?`);
     const { unreadable } = source.record;
     if (unreadable !== null) report.error(null, new Failure(`${source.path}/.btrfs-backup.json cannot be read (${unreadable}): nothing is deleted at the source; "btrfs-backup unpin --all ${o.source.id}" moves it aside`));
     if (o.transfer || !o.removeLocks) await openAll(all, wanted, source, known, o, report);
@@ -2460,6 +2471,61 @@ export async function copy({ prefix, ...o }: Omit<RunOptions, "prefix"> & { read
       if (prefixes.length === 1 || error instanceof UsageError) throw error;
       report.error(o.source.id, error); // the other prefixes can still be copied
     }
+}
+
+export type PruneOptions = ReturnType<typeof pruneOptions>;
+
+/** Deletes from a place of backups what a policy does not keep, without its source. */
+export async function prune(o: PruneOptions, report: Report): Promise<void> {
+  const wait = o.dryRun ? ("look" as const) : o.wait;
+  const first = await openLocation(o.location, { ...o, prefix: o.prefix ?? "", wait: "look" });
+  const prefixes = o.prefix === null ? prefixesIn(first.standing) : [o.prefix];
+  if ([first.prefix, ...prefixes].some((prefix) => isSnapshotFolder(withPrefix(first, prefix)))) throw new UsageError(`${o.location.id} has snapshots of a source: "btrfs-backup run --no-snapshot --no-transfer -N …" prunes these`);
+  for (const prefix of prefixes) {
+    const folder = await openFolder(o.location, o.location.path, { prefix, wait, hosts: o.hosts });
+    try {
+      const destination = pruned(folder, o);
+      const standing = { ...destination.standing, backups: await asReceived(folder, destination.standing.backups) };
+      await pruneDestination({ wanted: { policy: o.policy }, destination, standing }, [], o, report);
+    } catch (error) {
+      report.error(o.location.id, error); // the other prefixes can still be pruned
+    } finally {
+      await whileCleaning(folder.close);
+    }
+  }
+  const { delete: deletions = 0 } = report.tally;
+  log.info(`${o.dryRun ? "Nothing was changed" : "Done"}: ${count(deletions, "deletion")}${report.failed ? ", with errors" : ""}`);
+  report.event("summary", { ok: !report.failed, deletions });
+}
+
+/** A place of backups without a source: in a store, of all that the newest stream's source calls its own. */
+function pruned(folder: Folder, o: PruneOptions): Destination {
+  const { store, prefix, id, chain } = folder;
+  if (store === null) return folderDestination(folder, chain, [], { ...o.deletion, btrfsDebug: false, level: "" });
+  const ours = store.streams.filter(({ name }) => parseName(name, prefix) !== null);
+  const owner = ours.at(-1)?.owner ?? { uuid: "", place: "" };
+  const again = () => openFolder(o.location, folder.path, { prefix, wait: "look", hosts: o.hosts });
+  return storeDestination(folder, store, again, standingInStore(store, prefix, ownersOf(ours, owner.uuid, [])), owner, lockFile(`${id}\n${prefix}`), { level: "", recipients: [], rate: null, protocol: null, fullEvery: null });
+}
+
+/**
+ * Backups with the times when they arrived, as far as the place tells them, in that order: whoever may only
+ * add backups can give them any name, but not any time.
+ */
+async function asReceived(folder: Folder, backups: readonly Backup[]): Promise<Backup[]> {
+  const times = new Map<string, number>(folder.written);
+  if (folder.store === null)
+    for (const names of chunks(backups.map(({ name }) => `./${name}`)))
+      for (const [, name = "", date, time, zone] of (await ask(folder.host, RECEIVED, [...at(folder), ...names], `${folder.id}: cannot tell when backups were received`)).matchAll(/^\.\/(.*)\n\s+Creation time:\s+(\S+) (\S+) ([+-]\d{4})$/gm)) times.set(name, Date.parse(`${date}T${time}${zone}`));
+  let last = -Infinity;
+  return [...backups]
+    .sort((a, b) => a.id - b.id)
+    .map((backup) => {
+      const received = times.get(folder.store === null ? backup.name : backup.path);
+      if (received === undefined && folder.store?.verbs !== RCLONE) throw new Failure(`${folder.id}: it is not known when ${backup.name} was received`);
+      // The order of arrival is that of IDs, whatever the clock did.
+      return received === undefined ? backup : { ...backup, time: wallClock(new Date(received)), moment: folder.store === null ? (last = Math.max(last, received)) : received };
+    });
 }
 
 export type RestoreOptions = ReturnType<typeof restoreOptions>;
@@ -3338,6 +3404,14 @@ function destinationsOf(given: Given, positionals: readonly string[], prefix: st
   return destinations;
 }
 
+/** Reads the command line of `prune`. */
+function pruneOptions(given: Given) {
+  const [location] = locationsOf(given, 1, 1, "LOCATION") as [Readable];
+  const policy = policyOf(given, "num-backups");
+  if (policy === null) throw new UsageError("what is to be kept? Give -n POLICY");
+  return { ...commonOptions(given), location, policy, dryRun: given.flag("dry-run"), deletion: { convertRw: given.flag("convert-rw"), sync: given.flag("sync") } };
+}
+
 /** Reads the command line of `restore`. */
 export function restoreOptions(given: Given) {
   const [location] = locationsOf(given, 2, 2, "LOCATION and TARGET") as [Readable];
@@ -3463,6 +3537,11 @@ const COMMANDS: Record<string, CommandDef<any>> = {
     ...ofRun("num-backups", "newest-only", "no-incremental", "optional", "max-age", "make-room", "adopt", "dry-run", "sync", "convert-rw", "skip-fs-checks", "for", "full-every", "compress", "encrypt-to", "protocol", "rate-limit", "btrfs-debug", "no-progress", "wait"),
     ...HOST_ARGUMENTS,
   }, copyOptions, copy),
+  prune: command(" prune", "Delete backups that a policy does not keep, by when they were received.", {
+    location: positional(`Backups: ${PLACE}; or streams: ${STORE}; all prefixes one after the other, unless -p is given`),
+    ...ofRun("num-backups", "dry-run", "sync", "convert-rw", "wait"),
+    ...HOST_ARGUMENTS,
+  }, pruneOptions, prune),
   unpin: command(" unpin", "Forget destinations, so that no snapshot is kept for them.", {
     source: positional("The subvolume that was backed up"),
     location: positional("Destinations to forget", false),
