@@ -253,7 +253,7 @@ export function loginShells(): Record<string, string> {
 export async function s3Server(bucket: string): Promise<{ endpoint: string; env: Record<string, string> }> {
   const directory = temporaryDirectory();
   const port = await freePort();
-  daemon(join(BIN, "s3rver"), ["--directory", directory, "--address", "127.0.0.1", "--port", String(port), "--silent", "--configure-bucket", bucket]);
+  daemon("node", [join(import.meta.dir, "s3server.cjs"), "--directory", directory, "--address", "127.0.0.1", "--port", String(port), "--silent", "--configure-bucket", bucket]);
   await waitFor("the S3 server", () => answers(port));
   const env = { AWS_ACCESS_KEY_ID: "S3RVER", AWS_SECRET_ACCESS_KEY: "S3RVER", AWS_DEFAULT_REGION: "us-east-1", AWS_ENDPOINT_URL: `http://127.0.0.1:${port}`, PATH: `/usr/bin:${process.env["PATH"]}` };
   return { endpoint: `http://127.0.0.1:${port}`, env };
