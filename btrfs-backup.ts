@@ -661,11 +661,11 @@ const KEEP = `keep() { if [ -n "$1" ] && command -v timeout >/dev/null; then whi
 const silence = (host: Host) => (host.ssh === null ? "" : String(4 * host.beat));
 
 /** watch PID: ends this process group when that process, which holds our lock over the same link, is gone. */
-const WATCH = `watch() { if [ -n "$1" ]; then ( while [ -d "/proc/$1" ]; do sleep 2; done; kill -KILL 0 ) >/dev/null 2>&1 </dev/null & w=$!; trap "kill $w 2>/dev/null" EXIT; fi; };`;
+const WATCH = `watch() { if [ -n "$1" ]; then ( while [ -d "/proc/$$" ]; do [ -d "/proc/$1" ] || kill -KILL 0; sleep 2; done ) >/dev/null 2>&1 </dev/null & fi; };`;
 
 const PRELUDE = `set -e; umask 077; unset CDPATH TAR_OPTIONS POSIXLY_CORRECT QUOTING_STYLE; PATH=$PATH:/usr/sbin:/sbin; LC_ALL=C; export PATH LC_ALL;
  su=$1; if [ "$1" = sudo ]; then b() { sudo -n btrfs "$@"; }; else b() { btrfs "$@"; }; fi; shift;
- at() { cd -P -- "$1"; [ "$(stat -f -c %i .)" = "$2" ] || { echo "another filesystem is at $1 now" >&2; exit 66; }; };`.replace(/\n/g, "");
+ at() { cd -P -- "$1" || { echo "(is the disk mounted?)" >&2; exit 66; }; [ "$(stat -f -c %i .)" = "$2" ] || { echo "another filesystem is at $1 now" >&2; exit 66; }; };`.replace(/\n/g, "");
 
 /**
  * record HEADER KEY VALUE: replaces one line of the record in the current directory, whole or not
@@ -697,7 +697,7 @@ const OPEN = verb(
   `if [ -n "$s" ]; then [ -d "$s" ] || { echo "no such directory: $s" >&2; exit 64; };`,
   `say source; place "$s"; if is_btrfs && [ "$(stat -c %i .)" = 256 ]; then say show; b subvolume show .; fi; fi;`,
   `say host; uname -n; say zstd; command -v zstd || :; say mounts; cat /proc/self/mountinfo; say filesystems; ls /sys/fs/btrfs 2>/dev/null || :;`,
-  `if [ -d "$d" ]; then say folder; place "$d"; say owners; id -u; stat -c %u .;`,
+  `space() { say space; stat -f -c "%a %S" .; }; if [ -d "$d" ]; then say folder; place "$d"; space; say owners; id -u; stat -c %u .;`,
   `for f in ".btrfs-backup.$p.lock" ".btrfs-backup.$p.receiving" .btrfs-backup.json .outstanding_transfers; do if [ -e "$f" ] || [ -L "$f" ]; then`,
   `stat -c %u "$f"; if [ -f "$f" ] && [ "$(stat -c %f "$f" | cut -c 1)" = 8 ]; then :; else echo "$PWD/$f is not a plain file" >&2; exit 65; fi; fi; done;`,
   `if [ "$w" = look ] || [ -f ".btrfs-backup.$p.lock" ]; then if [ "$w" = look ]; then :; else exec 9<".btrfs-backup.$p.lock"; flock -w "$w" 9 || { echo "another run holds $PWD/.btrfs-backup.$p.lock" >&2; exit 75; };`,
@@ -707,7 +707,7 @@ const OPEN = verb(
   `if is_btrfs; then say subvolumes; b subvolume list -a -u -q -R .; say readonly; b subvolume list -a -r .; fi;`,
   `if [ -n "$k" ]; then say files; find . -mindepth 1 -maxdepth 1 -type f -exec stat -c "%s/%Y %n" {} +; fi;`,
   `elif [ -e "$d" ] || [ -L "$d" ]; then echo "not a directory: $d" >&2; exit 65;`,
-  `elif [ -d "\${d%/*}/" ]; then say missing; place "\${d%/*}/"; else echo "no such directory: \${d%/*} (is the disk mounted?)" >&2; exit 66; fi;`,
+  `elif [ -d "\${d%/*}/" ]; then say missing; place "\${d%/*}/"; space; else echo "no such directory: \${d%/*} (is the disk mounted?)" >&2; exit 66; fi;`,
   `echo; echo "$n end"; [ "$w" = look ] || keep "$7"`,
 );
 
@@ -745,8 +745,10 @@ const RECEIVE = verb(
   RECORD,
   RECEIVING,
   WATCH,
-  `f=$1 z=$4; watch "$5"; at "$2" "$3"; shift 5; receiving "$1" 0; if [ -n "$2" ]; then record "$2" "$3" "$4$5"; fi;`,
-  `if [ -z "$z$su" ]; then b receive "$f" "$PWD" >&2; else c() { if [ -n "$z" ]; then zstd -q -d -c; else cat; fi; }; r=$( { { c && echo ok >&3; } | b receive "$f" "$PWD" >&2; } 3>&1 ); [ "$r" = ok ]; fi;`,
+  `f=$1 d=$2 i=$3 z=$4; watch "$5"; at "$d" "$i"; shift 5; receiving "$1" 0; if [ -n "$2" ]; then record "$2" "$3" "$4$5"; fi;`,
+  `c() { if [ -n "$z" ]; then zstd -q -d -c; else cat; fi; }; take() { if [ -z "$z$su" ]; then b receive "$f" "$PWD" >&2; else r=$( { { c && echo ok >&3; } | b receive "$f" "$PWD" >&2; } 3>&1 ) && [ "$r" = ok ]; fi; };`,
+  // What is unmounted under its feet, btrfs receive calls a file that is not there.
+  `take || { at "$d" "$i"; exit 1; };`,
   `if [ -n "$2" ]; then record "$2" "$3" "{$5"; fi`,
 );
 
@@ -1083,6 +1085,8 @@ export type Inspection = {
   readonly zstd: boolean;
   readonly exists: boolean;
   readonly locked: boolean;
+  /** Bytes that are free there. */
+  readonly free: number;
   /** The process that holds the lock there. */
   readonly holder: string;
   readonly place: Place;
@@ -1136,12 +1140,14 @@ export function parseInspection(output: string, nonce: string, folder: string): 
   const source = sections.has("source") ? place(section("source")) : null;
   const show = section("show");
   const [self, ...owners] = section("owners").split("\n");
+  const [blocks, size] = section("space").split(" ").map(Number) as [number, number];
   return {
     trusted: owners.every((owner) => owner === self || owner === "0"),
     host: section("host"),
     zstd: section("zstd") !== "",
     exists,
     locked: sections.has("locked"),
+    free: blocks * size,
     holder: section("locked"),
     place: here,
     top: exists ? top : `${top === "/" ? "" : top}${folder.slice(folder.lastIndexOf("/"))}`,
@@ -1304,7 +1310,7 @@ async function openRemote({ id }: Readable, path: string, { prefix, hosts, unver
   const store = { ...parseStreams(parseFiles(files), unverified), verbs: RCLONE, type: path.startsWith(":") ? (/^:([^,:]+)/.exec(path)?.[1] ?? "") : type };
   const place = { path, inode: 0, fsid: "", filesystem: null, root: 0 };
   const nothing = { source: null, mounts: [], subvolumes: [], entries: new Set<string>(), record: parseRecord(""), old: parseOldRecord(""), written: new Map<string, number>(), zstd: false };
-  return withPrefix({ ...nothing, id, host, hostName: "", path, place, top: "", exists: true, locked: true, holder: "", trusted: true, store, standing: store.streams, close: async () => {} }, prefix);
+  return withPrefix({ ...nothing, id, host, hostName: "", path, place, top: "", exists: true, locked: true, free: Infinity, holder: "", trusted: true, store, standing: store.streams, close: async () => {} }, prefix);
 }
 
 /** Opens a place; if it was never locked before, makes it and its lock file once `check` has accepted what is there. */
@@ -1446,6 +1452,8 @@ export interface Destination {
   /** A command cannot be asked what it has: the last stream it took is remembered. Null for the others. */
   readonly stream: { readonly last: Memory | null } | null;
   readonly filesystem: string | null;
+  /** Bytes that were free there when it was opened. */
+  readonly free: number;
   /** Why nothing may be deleted there in this run. */
   readonly frozen: string | null;
   /** Errors: Failure for what makes the transfer impossible. */
@@ -1502,6 +1510,7 @@ function folderDestination(folder: Folder, owned: ChainRecord, announced: readon
     id,
     stream: null,
     filesystem: folder.place.filesystem,
+    free: folder.free,
     standing: standingIn(folder, settled, announcement === undefined ? announced : [...announced, announcement]),
     frozen: folder.record.unreadable === null ? null : `its .btrfs-backup.json cannot be read (${folder.record.unreadable}); move it aside and run once with --adopt`,
     async receive(source, { snapshot }) {
@@ -1558,6 +1567,7 @@ function storeDestination(folder: Folder, store: Store, again: () => Promise<Fol
     id,
     stream: null,
     filesystem: null,
+    free: folder.free,
     standing,
     frozen: unsummed.length === 0 ? null : `${count(unsummed.length, "stream")} there ${unsummed.length === 1 ? "has" : "have"} no checksum object, first ${unsummed[0]?.uuid}: if these were lost, make them again (see the README), else delete the streams`,
     async receive(source, transfer) {
@@ -1633,6 +1643,7 @@ function shellDestination(location: Location & { kind: "shell" }, last: Memory |
     id: location.id,
     stream: { last },
     filesystem: null,
+    free: Infinity,
     standing: { held: [], backups: [], copied: new Map(), taken: new Map(), chained: null },
     frozen: null,
     async receive(source, { snapshot, parent }) {
@@ -2265,12 +2276,16 @@ async function sendMissing(served: Served, source: Source, snapshots: readonly S
   // All of them, since the next announcement replaces that of a leftover which is not sent again.
   for (const [name, what] of served.standing.taken) if (what === "leftover" && !o.dryRun) await destination.discard(name);
   if (transfers.length > 1 && served.standing.held.length === 0) log.info(`${id} is new: ${transfers.length} snapshots will be sent; --newest-only sends only the newest`);
+  let { free } = destination;
   for (const [i, transfer] of transfers.entries()) {
     const { snapshot, parent } = transfer;
     const how = parent !== null ? `difference to ${parent.name}` : !o.incremental ? "in full, as asked" : newestShared(snapshots.slice(0, snapshots.indexOf(snapshot)), served.standing.held) !== null ? "in full: a new chain" : "in full: no earlier snapshot is on both sides";
     log.info(`${o.dryRun ? "Would send" : "Sending"} ${snapshot.name} to ${id} (${how})`);
     const attempt = () => transferTo(destination, source, transfer, wanted.sending, display);
-    const result = o.dryRun ? { bytes: null, seconds: 0 } : await attempt().catch(async (error) => {
+    // Quotas tell how large a full stream is; what is compressed on the way can need less.
+    const size = parent === null && wanted.sending.level === "" ? (display.sizes.get(snapshot.uuid) ?? 0) : 0;
+    const lacking = o.spaceCheck && size > free ? new NoSpace(`${snapshot.name} takes ${inBytes(size)}, and only ${inBytes(free)} are free there; --skip-space-check tries all the same`) : null;
+    const result = o.dryRun ? { bytes: null, seconds: 0 } : await (lacking === null ? attempt() : Promise.reject(lacking)).catch(async (error) => {
       if (!(error instanceof NoSpace) || !o.makeRoom || destination.frozen !== null) throw error;
       const going = planRoom(snapshots, served.standing, transfers.slice(i), wanted.policy, now);
       if (going.length === 0) throw error;
@@ -2278,6 +2293,7 @@ async function sendMissing(served: Served, source: Source, snapshots: readonly S
       await destination.discard(snapshot.name); // there may not have been the space to clear away
       return attempt();
     });
+    free -= result.bytes ?? 0;
     const backup = destination.arrived(transfer);
     served.standing = { ...served.standing, held: [...served.standing.held, backup], backups: [...served.standing.backups, backup] };
     report.event("transfer", { destination: id, name: snapshot.name, parent: parent?.name ?? null, ...result });
@@ -3195,6 +3211,7 @@ const RUN_ARGUMENTS = {
   "locked-dests": { type: "boolean", description: "Add every known destination of SOURCE" },
   "remove-locks": { type: "boolean", description: "Forget the given destinations first (see unpin)" },
   "skip-fs-checks": { type: "boolean", description: "Do not check that SOURCE and DEST are on btrfs, and not on the same one" },
+  "skip-space-check": { type: "boolean", description: "Send also what a destination seems to lack the space for" },
   for: { type: "string", valueHint: "DEST", description: "A destination with -n, --full-every, --compress, --encrypt-to and --rate-limit of its own, which follow (repeatable)" },
   "full-every": { type: "string", valueHint: "N|DURATION", description: "Stored streams: begin a new chain with a full one after N, or after a time like 30d; 0 is never (default: 30)" },
   compress: { type: "string", valueHint: "zstd[:LEVEL]", description: "Compress what travels between hosts, is stored as a stream, or goes to a command" },
@@ -3368,6 +3385,7 @@ export function runOptions(given: Given) {
     lockedDestinations: given.flag("locked-dests"),
     removeLocks: given.flag("remove-locks"),
     fsChecks: !given.flag("skip-fs-checks"),
+    spaceCheck: !given.flag("skip-space-check"),
     adopt: given.flag("adopt"),
     keepUnsent: given.flag("keep-unsent"),
     makeRoom: given.flag("make-room"),
@@ -3534,7 +3552,7 @@ const COMMANDS: Record<string, CommandDef<any>> = {
   copy: command(" copy", "Send backups on to other places, as run does from a source.", {
     location: positional(`Backups: ${PLACE}; all prefixes one after the other, unless -p is given`),
     dest: positional("Where to; any number"),
-    ...ofRun("num-backups", "newest-only", "no-incremental", "optional", "max-age", "make-room", "adopt", "dry-run", "sync", "convert-rw", "skip-fs-checks", "for", "full-every", "compress", "encrypt-to", "protocol", "rate-limit", "btrfs-debug", "no-progress", "wait"),
+    ...ofRun("num-backups", "newest-only", "no-incremental", "optional", "max-age", "make-room", "adopt", "dry-run", "sync", "convert-rw", "skip-fs-checks", "skip-space-check", "for", "full-every", "compress", "encrypt-to", "protocol", "rate-limit", "btrfs-debug", "no-progress", "wait"),
     ...HOST_ARGUMENTS,
   }, copyOptions, copy),
   prune: command(" prune", "Delete backups that a policy does not keep, by when they were received.", {
