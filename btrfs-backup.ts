@@ -40,7 +40,6 @@ export type Snapshot = Entry & { readonly time: number; readonly moment: number 
 export type Stream = Entry & {
   readonly moment: number;
   readonly bytes: number;
-  /** Whose it is: the UUID of the source subvolume, and a digest of its host and path. */
   readonly owner: Owner;
   /** The UUID that the parent's data goes by; null for a full stream. */
   readonly from: string | null;
@@ -55,8 +54,11 @@ export type Stream = Entry & {
 /** What a destination holds of a snapshot. The same facts, seen from the other side. */
 export type Backup = Snapshot;
 
-/** What a stream's name says of its owner. */
-export type Owner = { readonly uuid: string; readonly place: string };
+/**
+ * What a stream's name says of its owner: the UUID of the source subvolume; a digest of its host and path; and one
+ * of the first UUID that it had, which stays the same when the source is restored, and goes on with its streams.
+ */
+export type Owner = { readonly uuid: string; readonly place: string; readonly lineage: string };
 
 /** What a record says of a chain's owner. `uuid` is the filesystem's where the subvolume has none. */
 export type Identity = { readonly uuid: string; readonly host: string; readonly path: string };
@@ -331,23 +333,23 @@ export type Filters = { readonly level: string; readonly recipients: readonly st
 const suffixOf = ({ level, recipients }: Filters) => `.btrfs${level === "" ? "" : ".zst"}${recipients.length === 0 ? "" : ".gpg"}`;
 
 /** The longest prefix that leaves a stored stream's name, with all that is put around it, below 255 bytes. */
-export const STREAM_PREFIX_BYTES = 80;
+export const STREAM_PREFIX_BYTES = 70;
 
 /** What the names of streams say of a source; the top level of an old filesystem, and a folder that is copied from, may have no UUID of their own. */
 export function ownerOf({ uuid, host, path }: Identity): Owner {
   const digest = (text: string) => createHash("sha256").update(text).digest("hex");
   const isUuid = /^[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}$/.test(uuid);
-  return { uuid: isUuid ? uuid : digest(uuid).replace(/^(.{8})(.{4})(.{4})(.{4})(.{12}).*$/, "$1-$2-$3-$4-$5"), place: digest(`${host}:${path}`).slice(0, 8) };
+  return { uuid: isUuid ? uuid : digest(uuid).replace(/^(.{8})(.{4})(.{4})(.{4})(.{12}).*$/, "$1-$2-$3-$4-$5"), place: digest(`${host}:${path}`).slice(0, 8), lineage: digest(uuid).slice(0, 8) };
 }
 
-/** The name of a stored stream, which says all that list and restore must know: NAME+HHMM_PLACE_SOURCE_UUID_PARENT.btrfs[.zst][.gpg]. */
+/** The name of a stored stream, which says all that list and restore must know: NAME+HHMM_PLACE_LINEAGE_SOURCE_UUID_PARENT.btrfs[.zst][.gpg]. */
 export function streamName({ snapshot, parent }: Transfer, owner: Owner, filters: Filters): string {
   const minutes = Math.round((snapshot.time - snapshot.moment) / 60e3);
   const offset = `${minutes < 0 ? "-" : "+"}${two(Math.floor(Math.abs(minutes) / 60))}${two(Math.abs(minutes) % 60)}`;
-  return `${snapshot.name}${offset}_${owner.place}_${owner.uuid}_${dataOf(snapshot)}_${parent === null ? "full" : dataOf(parent)}${suffixOf(filters)}`;
+  return `${snapshot.name}${offset}_${owner.place}_${owner.lineage}_${owner.uuid}_${dataOf(snapshot)}_${parent === null ? "full" : dataOf(parent)}${suffixOf(filters)}`;
 }
 
-const STREAM = /^(.*\d{8}-\d{6})([+-])(\d\d)(\d\d)_([0-9a-f]{8})_([0-9a-f-]{36})_([0-9a-f-]{36})_(full|[0-9a-f-]{36})\.btrfs(\.zst)?(\.gpg)?$/s;
+const STREAM = /^(.*\d{8}-\d{6})([+-])(\d\d)(\d\d)_([0-9a-f]{8})_([0-9a-f]{8})_([0-9a-f-]{36})_([0-9a-f-]{36})_(full|[0-9a-f-]{36})\.btrfs(\.zst)?(\.gpg)?$/s;
 const SUM = ".sha256";
 
 export type StoredFile = { readonly name: string; readonly bytes: number };
@@ -361,13 +363,13 @@ export type StoredFile = { readonly name: string; readonly bytes: number };
 export function parseStreams(files: readonly StoredFile[], whole: boolean): { streams: Stream[]; debris: Map<string, string[]>; unsummed: Stream[] } {
   const names = new Set(files.map(({ name }) => name));
   const found = files.flatMap(({ name: object, bytes }) => {
-    const [, name = "", sign, hours, minutes, place = "", source = "", uuid = "", from = "", zst, gpg] = STREAM.exec(object) ?? [];
+    const [, name = "", sign, hours, minutes, place = "", lineage = "", source = "", uuid = "", from = "", zst, gpg] = STREAM.exec(object) ?? [];
     const time = timeIn(name);
     if (time === null) return [];
     const moment = time - (sign === "-" ? -1 : 1) * (Number(hours) * 60 + Number(minutes)) * 60e3;
     const summed = names.has(object + SUM);
     const itself = { id: 0, path: object, name, uuid: object, receivedUuid: uuid, parentUuid: null, readonly: false };
-    return [{ ...itself, moment, bytes, owner: { uuid: source, place }, from: from === "full" ? null : from, compressed: zst !== undefined, encrypted: gpg !== undefined, summed, stored: summed || whole }];
+    return [{ ...itself, moment, bytes, owner: { uuid: source, place, lineage }, from: from === "full" ? null : from, compressed: zst !== undefined, encrypted: gpg !== undefined, summed, stored: summed || whole }];
   });
   const stored = found.filter((stream) => stream.stored);
   const children = Map.groupBy(stored, ({ from }) => from);
@@ -1539,12 +1541,12 @@ function checkFilters({ zstd, host, hostName }: Pick<Folder, "zstd" | "host" | "
   if (recipients.length > 0 && which.sync("gpg", { nothrow: true }) === null) throw new Failure("gpg not found: install gnupg");
 }
 
-/** What stands in a store, for a source that owns the streams of `owners`. */
-function standingInStore({ streams, debris }: Store, prefix: string, owners: ReadonlySet<string>): Standing {
+/** What stands in a store, for a source that owns the streams of some lineages. */
+function standingInStore({ streams, debris }: Store, prefix: string, lineages: ReadonlySet<string>): Standing {
   const held = streams.filter(isComplete);
-  const backups = snapshotsAmong(held.filter(({ owner }) => owners.has(owner.uuid)), prefix, null);
+  const backups = snapshotsAmong(held.filter(({ owner }) => lineages.has(owner.lineage)), prefix, null);
   const taken = new Map([...debris.keys()].filter((name) => parseName(name, prefix) !== null).map((name) => [name, "leftover"]));
-  return { held, backups, copied: new Map(), taken, chained: held.filter(({ owner }) => !owners.has(owner.uuid)) };
+  return { held, backups, copied: new Map(), taken, chained: held.filter(({ owner }) => !lineages.has(owner.lineage)) };
 }
 
 /**
@@ -1977,17 +1979,11 @@ export function claim(identity: Identity, chain: ChainRecord, standing: readonly
   return { accepted: true, strangers: [...new Set([...strangers, ...standing.map(({ uuid }) => uuid)])].filter((uuid) => !own.has(uuid)) };
 }
 
-/**
- * The owners whose streams in a store are a source's own: itself, those that sent what it has (it was restored,
- * or rolled back), and those on whose streams its own build.
- */
-export function ownersOf(streams: readonly Stream[], owner: string, snapshots: readonly Snapshot[]): Set<string> {
+/** The lineages whose streams in a store are a source's own: its first, and those of streams that it sent, or shares data with (it was restored, or rolled back). */
+export function lineagesOf(streams: readonly Stream[], owner: Owner, snapshots: readonly Snapshot[]): Set<string> {
   const shared = dataFinder(snapshots);
-  const owners = new Set([owner, ...streams.filter((stream) => shared(stream) !== undefined).map((stream) => stream.owner.uuid)]);
-  const senders = Map.groupBy(streams, ({ receivedUuid }) => receivedUuid);
-  for (const one of owners) // which grows meanwhile
-    for (const { from } of streams.filter((stream) => stream.owner.uuid === one)) for (const before of senders.get(from) ?? []) owners.add(before.owner.uuid);
-  return owners;
+  const own = streams.filter((stream) => stream.owner.uuid === owner.uuid || shared(stream) !== undefined);
+  return new Set([owner.lineage, ...own.map((stream) => stream.owner.lineage)]);
 }
 
 /** A chain's record once `owner` has it. */
@@ -2168,8 +2164,8 @@ async function openDestination({ location, sending }: Wanted, source: Source, kn
 
 /** Opens a store after making sure that it is the right one. Errors: Absent, Busy, Failure. */
 async function openStore(location: Readable, sending: Sending, lock: string, source: Source, known: KnownDestination | undefined, o: RunOptions, report: Report): Promise<Destination> {
-  const owner = ownerOf(source.identity);
-  let owners: ReadonlySet<string> = new Set();
+  let owner = ownerOf(source.identity);
+  let lineages: ReadonlySet<string> = new Set();
   const opening = { prefix: o.prefix, wait: o.dryRun ? ("look" as const) : o.wait, hosts: o.hosts };
   const folder = await openChecked(location, location.path, opening, (folder) => {
     checkFilters(source, sending);
@@ -2177,14 +2173,15 @@ async function openStore(location: Readable, sending: Sending, lock: string, sou
     const onSource = folder.host.ssh === null && source.host.ssh === null && location.kind === "raw" && placeOn(folder.mounts, folder.place.path).mount.device === placeOn(source.mounts, source.path).mount.device;
     if (onSource && o.fsChecks) throw new Absent(`it lies on the filesystem of ${source.id} itself (is the disk mounted?); --skip-fs-checks allows it`);
     if (known?.pin && ours.length === 0 && !o.adopt) throw new Absent("what was stored there is gone (is the disk mounted?); --adopt begins anew");
-    owners = ownersOf(ours, owner.uuid, source.snapshots);
-    const lineage = ours.filter((stream) => owners.has(stream.owner.uuid));
-    if (!o.adopt && ours.length > 0 && !lineage.some((stream) => stream.owner.uuid === owner.uuid || stream.owner.place === owner.place))
-      throw new Failure(`the streams there belong to ${lineage.length === 0 ? "another source" : "this source as it was elsewhere"} (subvolume ${(lineage.at(-1) ?? ours.at(-1))?.owner.uuid}); this one is ${source.identity.host}:${source.identity.path} (subvolume ${owner.uuid}). Use a prefix (-p) or another place; --adopt ${lineage.length === 0 ? "stores beside them" : "goes on with them"}`);
-    if (!o.adopt && sending.recipients.length === 0 && lineage.at(-1)?.encrypted) throw new Failure("what is stored there is encrypted, and this would not be: --encrypt-to is missing (--adopt stores in the clear)");
+    lineages = lineagesOf(ours, owner, source.snapshots);
+    const own = ours.filter((stream) => lineages.has(stream.owner.lineage));
+    if (!o.adopt && ours.length > 0 && !own.some((stream) => stream.owner.uuid === owner.uuid || stream.owner.place === owner.place))
+      throw new Failure(`the streams there belong to ${own.length === 0 ? "another source" : "this source as it was elsewhere"} (subvolume ${(own.at(-1) ?? ours.at(-1))?.owner.uuid}); this one is ${source.identity.host}:${source.identity.path} (subvolume ${owner.uuid}). Use a prefix (-p) or another place; --adopt ${own.length === 0 ? "stores beside them" : "goes on with them"}`);
+    if (!o.adopt && sending.recipients.length === 0 && own.at(-1)?.encrypted) throw new Failure("what is stored there is encrypted, and this would not be: --encrypt-to is missing (--adopt stores in the clear)");
+    owner = { ...owner, lineage: own.at(-1)?.owner.lineage ?? owner.lineage };
   });
   const store = folder.store as Store;
-  const standing = standingInStore(store, o.prefix, owners);
+  const standing = standingInStore(store, o.prefix, lineages);
   const broken = store.streams.filter((stream) => stream.stored && !stream.readonly);
   if (broken.length > 0) report.warning(`${location.id}: ${count(broken.length, "stream")} cannot be restored, since what ${broken.length === 1 ? "it builds" : "they build"} on is missing: ${broken[0]?.name}${broken.length > 1 ? " …" : ""}`);
   return storeDestination(folder, store, () => openFolder(location, folder.path, { ...opening, wait: "look" }), standing, owner, lock, sending);
@@ -2519,9 +2516,9 @@ function pruned(folder: Folder, o: PruneOptions): Destination {
   const { store, prefix, id, chain } = folder;
   if (store === null) return folderDestination(folder, chain, [], { ...o.deletion, btrfsDebug: false, level: "" });
   const ours = store.streams.filter(({ name }) => parseName(name, prefix) !== null);
-  const owner = ours.at(-1)?.owner ?? { uuid: "", place: "" };
+  const owner = ours.at(-1)?.owner ?? ownerOf({ uuid: "", host: "", path: "" });
   const again = () => openFolder(o.location, folder.path, { prefix, wait: "look", hosts: o.hosts });
-  return storeDestination(folder, store, again, standingInStore(store, prefix, ownersOf(ours, owner.uuid, [])), owner, lockFile(`${id}\n${prefix}`), { level: "", recipients: [], rate: null, protocol: null, fullEvery: null });
+  return storeDestination(folder, store, again, standingInStore(store, prefix, lineagesOf(ours, owner, [])), owner, lockFile(`${id}\n${prefix}`), { level: "", recipients: [], rate: null, protocol: null, fullEvery: null });
 }
 
 /**
@@ -2883,8 +2880,8 @@ export function inventory(columns: readonly Column[], policies: Pick<ListOptions
   const known = source === null ? [] : knownDestinations(source);
   const sides = columns.map(({ folder, id }) => {
     const own = folder !== null && folder === source;
-    const ownersIn = ({ streams }: Store) => (source === null ? new Set(streams.map(({ owner }) => owner.uuid)) : ownersOf(streams, source.source?.uuid ?? "", taken));
-    const standing = folder && (folder.store !== null ? standingInStore(folder.store, folder.prefix, ownersIn(folder.store)) : standingIn(folder, folder.chain, []));
+    const ownIn = ({ streams }: Store) => (source === null ? new Set(streams.map(({ owner }) => owner.lineage)) : lineagesOf(streams, ownerOf({ uuid: source.source?.uuid ?? "", host: "", path: "" }), taken));
+    const standing = folder && (folder.store !== null ? standingInStore(folder.store, folder.prefix, ownIn(folder.store)) : standingIn(folder, folder.chain, []));
     const pinned = standing && !own ? newestShared(taken, standing.held) : null;
     const claimants = known.map((destination) => ({ id: destination.location, pin: destination.pin, unread: false, unsentPolicy: null }));
     const decisions = own ? planSource(taken, policies.sourcePolicy, claimants, now) : standing && isSnapshotFolder(folder) ? [] : standing ? planDestination(taken, standing, policies.backupPolicy, now) : [];

@@ -15,11 +15,11 @@ import {
   isComplete,
   isSnapshotFolder,
   leftoversOf,
+  lineagesOf,
   momentOf,
   mountAdvice,
   newestShared,
   ownerOf,
-  ownersOf,
   parseDuration,
   parseFullEvery,
   parseName,
@@ -706,7 +706,7 @@ test("versions of a file: runs of snapshots in which it was the same", () => {
 
 /** A UUID that can be read: `uuid("a")` is aaaaaaaa-…. */
 const uuid = (letter: string) => "8-4-4-4-12".split("-").map((n) => letter.repeat(Number(n))).join("-");
-const owner = { uuid: uuid("0"), place: "00000000" };
+const owner = { uuid: uuid("0"), place: "00000000", lineage: "aaaaaaaa" };
 const noFilters = { level: "", recipients: [] };
 
 /** "0301a" is the full stream of the snapshot 0301 with the UUID a, "0302b<a" the difference to a; with "!" it has no checksum object. */
@@ -726,9 +726,9 @@ const letters = (some: readonly { receivedUuid: string | null }[]) => some.map((
 describe("the name of a stored stream", () => {
   const local = (offset: number) => ({ moment: at("0301") - offset * 60e3 });
   test.each([
-    ["full, in Central Europe", snap("0301", { uuid: uuid("a"), ...local(60) }), null, noFilters, `20240301-000000+0100_00000000_${uuid("0")}_${uuid("a")}_full.btrfs`],
-    ["incremental, in Newfoundland, with filters", snap("0301", { uuid: uuid("a"), ...local(-210) }), snap("0201", { uuid: uuid("b") }), { level: "3", recipients: ["x"] }, `20240301-000000-0330_00000000_${uuid("0")}_${uuid("a")}_${uuid("b")}.btrfs.zst.gpg`],
-    ["of a received snapshot and parent, as the stream calls them", snap("0301", { uuid: uuid("a"), receivedUuid: uuid("c") }), snap("0201", { uuid: uuid("b"), receivedUuid: uuid("d") }), noFilters, `20240301-000000+0000_00000000_${uuid("0")}_${uuid("c")}_${uuid("d")}.btrfs`],
+    ["full, in Central Europe", snap("0301", { uuid: uuid("a"), ...local(60) }), null, noFilters, `20240301-000000+0100_00000000_aaaaaaaa_${uuid("0")}_${uuid("a")}_full.btrfs`],
+    ["incremental, in Newfoundland, with filters", snap("0301", { uuid: uuid("a"), ...local(-210) }), snap("0201", { uuid: uuid("b") }), { level: "3", recipients: ["x"] }, `20240301-000000-0330_00000000_aaaaaaaa_${uuid("0")}_${uuid("a")}_${uuid("b")}.btrfs.zst.gpg`],
+    ["of a received snapshot and parent, as the stream calls them", snap("0301", { uuid: uuid("a"), receivedUuid: uuid("c") }), snap("0201", { uuid: uuid("b"), receivedUuid: uuid("d") }), noFilters, `20240301-000000+0000_00000000_aaaaaaaa_${uuid("0")}_${uuid("c")}_${uuid("d")}.btrfs`],
   ])("%s", (_, snapshot, parent, filters, name) => {
     expect(streamName({ snapshot, parent }, owner, filters)).toBe(name);
     const [stream] = parseStreams([{ name, bytes: 7 }], true).streams;
@@ -742,15 +742,15 @@ describe("the name of a stored stream", () => {
     }
   });
   test("the longest prefix leaves room for what is put around a name", () => {
-    const name = streamName({ snapshot: snap("0301", { name: `${"p".repeat(80)}20240301-000000`, uuid: uuid("a") }), parent: snap("0201", { uuid: uuid("b") }) }, owner, { level: "3", recipients: ["x"] });
+    const name = streamName({ snapshot: snap("0301", { name: `${"p".repeat(70)}20240301-000000`, uuid: uuid("a") }), parent: snap("0201", { uuid: uuid("b") }) }, owner, { level: "3", recipients: ["x"] });
     expect(`.${name}.sha256.part`.length).toBeLessThanOrEqual(255);
   });
-  test.each(["", "x", "20240301-000000", "20240230-000000+0000_00000000_0_0_full.btrfs", `20240301-000000+0000_00000000_${uuid("0")}_${uuid("a")}_full.btrfs.part`, `20240301-000000+0000_00000000_${uuid("0")}_${uuid("a")}_full.btrfs.gpg.zst`])("%j is foreign", (name) => {
+  test.each(["", "x", "20240301-000000", "20240230-000000+0000_00000000_aaaaaaaa_0_0_full.btrfs", `20240301-000000+0000_00000000_aaaaaaaa_${uuid("0")}_${uuid("a")}_full.btrfs.part`, `20240301-000000+0000_00000000_aaaaaaaa_${uuid("0")}_${uuid("a")}_full.btrfs.gpg.zst`])("%j is foreign", (name) => {
     expect(parseStreams([{ name, bytes: 1 }], true)).toMatchObject({ streams: [], unsummed: [] });
     expect(parseStreams([{ name, bytes: 1 }], true).debris.size).toBe(0);
   });
   test("an owner without a UUID of its own gets one", () => {
-    expect(ownerOf({ uuid: "fs/top", host: "h", path: "/p" })).toEqual({ uuid: expect.stringMatching(/^[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}$/), place: expect.stringMatching(/^[0-9a-f]{8}$/) });
+    expect(ownerOf({ uuid: "fs/top", host: "h", path: "/p" })).toEqual({ uuid: expect.stringMatching(/^[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}$/), place: expect.stringMatching(/^[0-9a-f]{8}$/), lineage: expect.stringMatching(/^[0-9a-f]{8}$/) });
     expect(ownerOf({ uuid: uuid("a"), host: "h", path: "/p" }).uuid).toBe(uuid("a"));
     expect(ownerOf({ uuid: uuid("a"), host: "h", path: "/p" }).place).not.toBe(ownerOf({ uuid: uuid("a"), host: "h2", path: "/p" }).place);
   });
@@ -825,7 +825,7 @@ describe("retention of chains", () => {
   });
   test("what a stream of another source stands on stays", () => {
     const backups = backupsIn(files(chain));
-    const [other] = backupsIn(files("0301a 0302b<a 0303c<b 0304d 0305e<d 0306f<e 0307a<b", { uuid: uuid("1"), place: "11111111" })).slice(-1) as [Backup & Stream];
+    const [other] = backupsIn(files("0301a 0302b<a 0303c<b 0304d 0305e<d 0306f<e 0307a<b", { uuid: uuid("1"), place: "11111111", lineage: "bbbbbbbb" })).slice(-1) as [Backup & Stream];
     const theirs = { ...other, parentUuid: backups[1]?.uuid as string };
     const decisions = planDestination([], { backups, copied: new Map(), chained: [theirs] }, parsePolicy("1"), FAR);
     expect(letters(decisions.filter(({ reasons }) => reasons.length > 0).map(({ entry }) => entry))).toBe("abdef");
@@ -899,14 +899,15 @@ describe("when a chain ends", () => {
 });
 
 describe("whose streams are", () => {
-  const [old, other] = [{ uuid: uuid("1"), place: "00000001" }, { uuid: uuid("2"), place: "00000002" }];
-  const own = (listed: readonly StoredFile[], snapshots: readonly Snapshot[]) => [...ownersOf(parseStreams(listed, false).streams, uuid("0"), snapshots)].map((one) => one[0]).sort().join("");
+  const of = (n: string, lineage: string) => ({ uuid: uuid(n), place: `0000000${n}`, lineage: lineage.repeat(8) });
+  const me = of("0", "a");
+  const own = (listed: readonly StoredFile[], snapshots: readonly Snapshot[]) => [...lineagesOf(parseStreams(listed, false).streams, me, snapshots)].map((one) => one[0]).sort().join("");
   test.each([
-    ["its own", files("0301a"), [], "0"],
-    ["those that it shares data with: it was restored", files("0301a 0302b<a", old), [snap("0302", { uuid: uuid("7"), receivedUuid: uuid("b") })], "01"],
-    ["those that its own stand on, for ever", [...files("0301a", old), ...files("0302b<a")], [], "01"],
-    ["not another's", [...files("0301a", other), ...files("0302b")], [], "0"],
-    ["not by name", files("0301a", other), [snap("0301", { uuid: uuid("b") })], "0"],
+    ["its own", files("0301a", me), [], "a"],
+    ["those that it shares data with: it was restored", files("0301a 0302b<a", of("1", "b")), [snap("0302", { uuid: uuid("7"), receivedUuid: uuid("b") })], "ab"],
+    ["those that it went on with, also when nothing is shared any more", [...files("0301a", of("1", "b")), ...files("0302b", of("0", "b"))], [], "ab"],
+    ["not another's", [...files("0301a", of("2", "c")), ...files("0302b", me)], [], "a"],
+    ["not by name", files("0301a", of("2", "c")), [snap("0301", { uuid: uuid("b") })], "a"],
   ])("%s", (_, listed, snapshots, expected) => expect(own(listed, snapshots)).toBe(expected));
 });
 

@@ -97,6 +97,24 @@ test("a restored source goes on in the store, incrementally; elsewhere it is ref
   expect((await listed(store)).size).toBe(1);
 });
 
+test("what was stored before the source was restored is still its own, also when a new chain stands on nothing of it", async () => {
+  const { source, a } = pair();
+  const folder = temporaryDirectory();
+  const backup = (...args: string[]) => expectRun(0, ["-N", "1", "--full-every", "3", ...args, source, `raw://${folder}`]);
+  for (let i = 0; i < 2; i++) {
+    await backup();
+    await nextSecond();
+    reformat(a);
+    await expectRun(0, ["restore", `raw://${folder}`, source]);
+  }
+  for (let i = 0; i < 4; i++) {
+    await backup("-n", "2");
+    await nextSecond();
+  }
+  expect(streamsIn(folder).length).toBe(3); // two, and what the older one builds on
+  await expectRun(0, ["verify", `raw://${folder}`]);
+});
+
 test("another source is refused before anything is written; adopted beside it, its streams are never pruned", async () => {
   const { source, b } = pair();
   const folder = join(temporaryDirectory(), "s");
@@ -141,7 +159,7 @@ describe("what the command line makes no sense of is refused before anything is 
     ["behind --for, it is that one's", ["/s", "raw:///r", "--for", "/d", "--full-every", "3"], /needs a destination of stored streams/],
     ["nonsense for --full-every", ["--full-every", "often", "/s", "raw:///r"], /"often" says not when/],
     ["a destination twice", ["/s", "--for", "/d", "-n", "1", "--for", "/d", "-n", "2"], /twice/],
-    ["a long prefix", ["-p", "p".repeat(81), "/s", "raw:///r"], /at most 80 bytes/],
+    ["a long prefix", ["-p", "p".repeat(71), "/s", "raw:///r"], /at most 70 bytes/],
     ["a protocol that does not exist", ["--protocol", "3", "/s", "raw:///r"], /--protocol is 1 or 2/],
     ["streams as a source", ["raw:///r", "/d"], /cannot be stored streams/],
     ["streams as a restore's target", ["restore", "/d", "raw:///r"], /TARGET cannot be stored streams/],
@@ -351,7 +369,7 @@ test("what a killed upload left in a bucket is not whole, and the next run remov
   await nextSecond();
   const result = await expectRun(0, ["--json", source, s3.url("s")], s3);
   const [{ name = "" } = {}] = transfers(result);
-  s3.rclone(`for f in $(rclone lsf "$S/s" --include "$1*.sha256"); do rclone deletefile "$S/s/$f"; done; echo x | rclone rcat "$S/s/20200101-000000+0000_00000000_00000000-0000-0000-0000-000000000000_00000000-0000-0000-0000-000000000000_full.btrfs.sha256"`, name);
+  s3.rclone(`for f in $(rclone lsf "$S/s" --include "$1*.sha256"); do rclone deletefile "$S/s/$f"; done; echo x | rclone rcat "$S/s/20200101-000000+0000_00000000_00000000_00000000-0000-0000-0000-000000000000_00000000-0000-0000-0000-000000000000_full.btrfs.sha256"`, name);
   expect((await listed(s3.url("s"), s3)).get(name)).toBe("incomplete");
   expect(transfers(await expectRun(0, ["--json", "-S", source, s3.url("s")], s3))).toMatchObject([{ name }]);
   expect([...(await listed(s3.url("s"), s3)).values()]).toEqual(["whole", "whole"]);
