@@ -3,7 +3,7 @@
 import { expect, test } from "bun:test";
 import { existsSync, readdirSync } from "node:fs";
 import { join } from "node:path";
-import { events, expectRun, filesystem, nextSecond, pair, s3Remote, sh, snapshotAs, snapshotNames, sshServer, subvolumes, temporaryDirectory } from "./support/rig.ts";
+import { change, contentsDigest, events, expectRun, expectSound, filesystem, nextSecond, pair, run, s3Remote, seeded, sh, snapshotAs, snapshotNames, soak, sshServer, subvolumes, temporaryDirectory } from "./support/rig.ts";
 
 const deleted = (result: Parameters<typeof events>[0]) => events(result).filter(({ event }) => event === "delete").map(({ name }) => name);
 
@@ -98,4 +98,36 @@ test("a snapshot that is dated in the future is warned about, and empties no cal
   await nextSecond();
   const next = events(await expectRun(0, ["--json", "-N", "2d", "-n", "2d", source, destination])).find(({ event }) => event === "transfer");
   expect(next).toMatchObject({ parent: now });
+});
+
+test("runs, prunes and restores of one chain at a time, in loops: each waits or leaves, nothing breaks", async () => {
+  const { source, snapshots, destination, b } = pair();
+  const stored = join(filesystem().path, "stored");
+  const random = seeded();
+  await expectRun(0, ["-N", "3", source, destination, `raw://${stored}`]);
+  for (let i = 0; i < soak(4); i++) {
+    change(source, random);
+    await nextSecond();
+    const wait = i % 2 === 0 ? ["--wait", "60"] : [];
+    const target = join(b.path, `restored-${i}`);
+    const results = await Promise.all([
+      run([...wait, "-N", "3", "-n", "3", "--full-every", "2", source, destination, `raw://${stored}`]),
+      run(["prune", ...wait, "-n", "2", destination]),
+      run(["prune", ...wait, "-n", "2", `raw://${stored}`]),
+      run(["restore", ...wait, destination, target]),
+      run(["restore", ...wait, `raw://${stored}`, `${target}-too`]),
+    ]);
+    const statuses = results.map(({ status }) => status as number);
+    if (wait.length > 0) expect([statuses, results.map(({ stderr }) => stderr)]).toEqual([[0, 0, 0, 0, 0], expect.anything()]);
+    for (const status of statuses) expect([0, 1, 3]).toContain(status);
+    for (const { status, stderr } of results) if (status !== 0) expect(stderr).toMatch(/another run holds|still/);
+    expectSound(destination, snapshots);
+    for (const folder of [target, `${target}-too`]) {
+      if (!existsSync(folder)) continue;
+      const [name = ""] = snapshotNames(join(folder, "snapshot"));
+      if (snapshotNames(snapshots).includes(name)) expect(contentsDigest(folder)).toBe(contentsDigest(join(snapshots, name)));
+    }
+  }
+  await expectRun(0, ["-S", source, destination, `raw://${stored}`]);
+  await expectRun(0, ["verify", source, destination, `raw://${stored}`]);
 });
