@@ -3,8 +3,8 @@
 
 import { expect, test } from "bun:test";
 import { existsSync, readdirSync } from "node:fs";
-import { join } from "node:path";
-import { events, expectRun, expectSound, linkedServer, loginShells, nextSecond, pair, sh, snapshotNames, start, subvolumes, waitFor } from "./support/rig.ts";
+import { dirname, join } from "node:path";
+import { events, expectRun, expectSound, linkedServer, loginShells, nextSecond, pair, sh, snapshotNames, start, subvolumes, temporaryDirectory, waitFor } from "./support/rig.ts";
 
 /** Heartbeats and keep-alives every second, so that silence is noticed after some. */
 const FAST = ["--ssh-opt", "ServerAliveInterval=1"];
@@ -73,4 +73,38 @@ test("a run that is stopped, not ended, is given up by the other side, which lea
   await expectRun(0, [...server.options, "--wait", "60", "-S", source, server.url(destination)]);
   expect(incomplete(destination)).toBe(false);
   expect(snapshotNames(destination).length).toBe(2);
+});
+
+test("with --ssh-sudo, what runs as root over there ends as well", async () => {
+  const { source, snapshots, destination } = pair();
+  const server = await linkedServer();
+  server.user("linksaver", "/bin/sh", 4712);
+  const sudoers = join(temporaryDirectory(), "sudoers");
+  sh(`echo 'linksaver ALL=(root) NOPASSWD: /usr/bin/btrfs' >"$1"; chmod 440 "$1"; mount --bind "$1" /etc/sudoers`, sudoers);
+  try {
+    sh(`mkdir "$1" "$2"; chown 4712 "$1" "$2"`, snapshots, destination);
+    const options = [...server.options, ...FAST, "--ssh-sudo"];
+    const url = (path: string) => server.url(path, "linksaver");
+    await expectRun(0, [...options, source, url(destination)]);
+    const other = join(dirname(destination), "other");
+    for (const [args, there, busy] of [
+      [[source, url(destination)], destination, destination],
+      [[url(source), other], snapshots, other],
+    ] as const) {
+      await nextSecond();
+      sh(`head -c 40M /dev/urandom >"$1/large"; chown -f 4712 "$2"/.btrfs-backup*`, source, snapshots);
+      const running = start([...options, "--rate-limit", "5m", ...args]);
+      await waitFor("the transfer", () => incomplete(busy));
+      server.cut();
+      expect((await running.finished).status).toBe(1);
+      await waitFor("the other side", () => atWork(there) === "");
+      expect(lockOf(there)).toBe("free");
+      server.mend();
+      await expectRun(0, [...options, "-S", "--newest-only", ...args]);
+      expect(incomplete(busy)).toBe(false);
+    }
+    expectSound(destination, snapshots);
+  } finally {
+    sh("umount /etc/sudoers");
+  }
 });

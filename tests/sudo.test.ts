@@ -28,6 +28,11 @@ test("an ordinary user with the README's sudoers line backs up, here and over ss
     expectSound(folder, snapshots);
     expect(snapshotNames(folder).length).toBe(2);
   }
+  const pushed = url(join(b.path, "pushed"), "saver");
+  const listed = await expectRun(0, ["list", "--json", "--sudo", "--ssh-sudo", ...own, source, destination, pushed], { how, wrapper, cwd: "/" });
+  expect(events(listed)[0]?.["snapshots"].map(({ at }: { at: { state: string }[] }) => at.map(({ state }) => state))).toEqual([["whole", "whole", "whole"], ["whole", "whole", "whole"]]);
+  for (const place of [destination, pushed]) await expectRun(0, ["prune", "--sudo", "--ssh-sudo", ...own, "-n", "1", place], { how, wrapper, cwd: "/" });
+  for (const folder of [destination, join(b.path, "pushed")]) expect(snapshotNames(folder).length).toBe(1);
   const refused = await expectRun(1, ["-S", source, destination], { how, wrapper, cwd: "/" });
   expect(refused.stderr).toContain("Operation not permitted");
   sh(`umount /etc/sudoers`);
