@@ -935,22 +935,22 @@ type StoreVerbs = Record<"put" | "commit" | "get" | "delete", Verb>;
 const SUM_FILE = `sumfile() { printf %s "$2  $1"; echo; echo "# $3 bytes"; };`;
 const GET = `h=$3; shift 4; if [ "$h" = sum ]; then exec 4>&1; r=$( { { get "$1" && echo ok >&3; } | sha256sum >&4; } 3>&1 ); [ "$r" = ok ]; else for o; do get "$o"; done; fi`;
 
-/** A file has a temporary name until it is complete, and on the disk. */
+/** A file has a temporary name until it is complete, and on the disk. Others may be able to write there: no link that they plant is followed. */
 const RAW: StoreVerbs = {
-  put: verb("store", PRELUDE, RECEIVING, WATCH, `watch "$5"; at "$1" "$2"; receiving "$3" 0; rm -f "./.$4.part"; cat >"./.$4.part"`),
+  put: verb("store", PRELUDE, RECEIVING, WATCH, `watch "$5"; at "$1" "$2"; receiving "$3" 0; rm -f "./.$4.part"; set -C; cat >"./.$4.part"`),
   commit: verb(
     "commit",
     PRELUDE,
     RECEIVING,
     SUM_FILE,
     `at "$1" "$2"; receiving "$3" 10; p=./.$4.part c=./.$4${SUM}.part; s=$(stat -c %s "$p"); [ "$s" = "$6" ] || { echo "only $s of $6 bytes arrived" >&2; exit 1; };`,
-    `rm -f "$c"; sumfile "$4" "$5" "$6" >"$c"; sync "$p" "$c"; mv -T "$c" "./$4${SUM}"; mv -T "$p" "./$4"; sync .`,
+    `rm -f "$c"; set -C; sumfile "$4" "$5" "$6" >"$c"; sync "$p" "$c"; mv -T "$c" "./$4${SUM}"; mv -T "$p" "./$4"; sync .`,
   ),
   get: verb("fetch", PRELUDE, WATCH, `watch "$4"; at "$1" "$2"; get() { cat "./$1"; }; ${GET}`),
   delete: verb("drop", PRELUDE, RECEIVING, `at "$1" "$2"; receiving "$3" 10; shift 3; for o; do rm -f "./$o"; done; sync .`),
 };
 
-const LOCKED = `locked() { exec 8>>"$1"; flock -w "$2" 8 || { echo "an earlier transfer is still at work" >&2; exit 75; }; };`;
+const LOCKED = `locked() { [ -f "$1" ] || ( set -C; : >"$1" ) || :; exec 8<"$1"; flock -w "$2" 8 || { echo "an earlier transfer is still at work" >&2; exit 75; }; };`;
 
 /** Objects of a remote cannot be renamed everywhere: without a checksum object, one is not complete. */
 const RCLONE: StoreVerbs & { readonly list: Verb } = {

@@ -4,6 +4,7 @@
 import { describe, expect, test } from "bun:test";
 import { existsSync, readdirSync, readFileSync, readlinkSync, statSync, writeFileSync } from "node:fs";
 import { dirname, join } from "node:path";
+import { commandFor, VERBS, type Verb } from "../btrfs-backup.ts";
 import { change, contentsDigest, events, expectRun, expectSameTree, filesystem, fill, generator, gpgKey, loginShells, nextSecond, pair, pathWithout, reformat, run, s3Remote, seeded, sh, snapshotAs, snapshotNames, soak, sshServer, start, subvolume, temporaryDirectory, waitFor, type Options, type Result } from "./support/rig.ts";
 
 const transfers = (result: Result) => events(result).filter(({ event }) => event === "transfer");
@@ -537,6 +538,20 @@ test("a folder that is empty where streams were is not written to, until --adopt
   expect((await expectRun(2, ["-S", source, `raw://${source}/snapshot/store`])).stderr).toContain("snapshot folder");
   expect((await expectRun(1, ["-S", source, `raw://${folder}/missing/store`])).stderr).toContain("is the disk mounted?");
   await expectRun(0, ["-S", source, "--optional", `raw://${folder}/missing/store`]);
+});
+
+test("no link that somebody plants in a store is written through, however fast they are", () => {
+  const [folder, tools] = [temporaryDirectory(), temporaryDirectory()];
+  const [victim, link] = [join(tools, "victim"), join(folder, ".object.part")];
+  sh(`echo precious >"$1"; ln -s "$1" "$2"; printf '#!/bin/sh\\n' >"$3/rm"; chmod 755 "$3/rm"`, victim, link, tools);
+  const fsid = sh(`stat -f -c %i "$1"`, folder);
+  const store = VERBS.find(({ name }) => name === "store") as Verb;
+  const host = { label: "", ssh: null, sudo: false, beat: 15 };
+  // With an rm that comes too late.
+  expect(() => sh(`echo stream | PATH="$1:$PATH" sh -c "$2"`, tools, commandFor(host, store, [folder, fsid, "", "object", "", ""]))).toThrow();
+  expect(readFileSync(victim, "utf8")).toBe("precious\n");
+  sh(`echo stream | sh -c "$1"`, commandFor(host, store, [folder, fsid, "", "object", "", ""]));
+  expect([readFileSync(victim, "utf8"), readFileSync(link, "utf8")]).toEqual(["precious\n", "stream\n"]);
 });
 
 test("any filesystem will do; where it is full, --make-room deletes dead chains only", async () => {
