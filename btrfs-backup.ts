@@ -2,8 +2,9 @@
 // btrfs-backup: incremental backups of btrfs subvolumes. The README says what it does for
 // whom; this file is all of the program, in eight sections, each using only those above it.
 
+import { spawn } from "node:child_process";
 import { createHash } from "node:crypto";
-import { mkdtempSync, readFileSync, realpathSync, rmSync } from "node:fs";
+import { accessSync, constants, lstatSync, mkdtempSync, readFileSync, realpathSync, rmSync } from "node:fs";
 import { tmpdir } from "node:os";
 import { basename, dirname, join, normalize, resolve } from "node:path";
 import { parseArgs } from "node:util";
@@ -93,6 +94,8 @@ export class Absent extends Failure {}
 class Taken extends Failure {}
 /** The transfer's receiving side has no space left. */
 export class NoSpace extends Failure {}
+/** Something that a guarded key may not do: told in one line, and logged. */
+export class Refused extends Failure {}
 /** A signal ended the run. */
 export class Interrupted extends Error {
   constructor(readonly signal: NodeJS.Signals) {
@@ -144,6 +147,9 @@ export function parseName(name: string, prefix: string): number | null {
   const back = date.toISOString().replace(/[-:]|\..*/g, "").replace("T", "-");
   return back === name.slice(prefix.length) ? date.getTime() : null;
 }
+
+/** What can stand before the date. */
+const isPrefix = (text: string) => !/[/\n\r\0]/.test(text) && Buffer.byteLength(text) <= 200;
 
 /** What a name begins with that ends in a date as ours do; null for all others. */
 const prefixOf = (name: string) => (timeIn(name) === null ? null : name.slice(0, -15));
@@ -550,16 +556,7 @@ type Held = { readonly output: string; readonly release: () => Promise<void> };
 async function hold(host: Host, verb: Verb, args: readonly string[], end: string, what: string): Promise<Held> {
   const { process: child, stop } = start(host, verb, args);
   running.add(stop);
-  const printed: string[] = [];
-  const complete = await new Promise<boolean>((done) => {
-    let tail = "";
-    child.stdout.setEncoding("utf8").on("data", (chunk: string) => {
-      printed.push(chunk);
-      tail = (tail + chunk).slice(-end.length - 2);
-      if (tail === `\n${end}\n`) done(true);
-    });
-    void child.then(() => done(false));
-  });
+  const output = await printed(child, `\n${end}\n`);
   running.delete(stop);
   const beats = host.ssh === null ? undefined : setInterval(() => child.stdin.write("."), host.beat * 1000);
   void child.then(() => clearInterval(beats));
@@ -571,13 +568,27 @@ async function hold(host: Host, verb: Verb, args: readonly string[], end: string
     if (host.ssh === null) await child;
     else if (!child.stdout.readableEnded) await new Promise((done) => child.stdout.once("end", done));
   };
-  if (!complete) {
+  if (output === null) {
     checkInterruption();
     throw failureOf(host, what, await child);
   }
   if (interruption !== null) await release();
   checkInterruption();
-  return { output: printed.join(""), release };
+  return { output, release };
+}
+
+/** What a verb prints until its output ends so; null if it ends before. */
+function printed(child: ProcessPromise, end: string): Promise<string | null> {
+  return new Promise((done) => {
+    const chunks: string[] = [];
+    let tail = "";
+    child.stdout.setEncoding("utf8").on("data", (chunk: string) => {
+      chunks.push(chunk);
+      tail = (tail + chunk).slice(-end.length);
+      if (tail === end) done(chunks.join(""));
+    });
+    void child.then(() => done(null));
+  });
 }
 
 /**
@@ -667,7 +678,7 @@ const WATCH = `watch() { if [ -n "$1" ]; then ( while [ -d "/proc/$$" ]; do [ -d
 
 const PRELUDE = `set -e; umask 077; unset CDPATH TAR_OPTIONS POSIXLY_CORRECT QUOTING_STYLE; PATH=$PATH:/usr/sbin:/sbin; LC_ALL=C; export PATH LC_ALL;
  su=$1; if [ "$1" = sudo ]; then b() { sudo -n btrfs "$@"; }; else b() { btrfs "$@"; }; fi; shift;
- at() { cd -P -- "$1" || { echo "(is the disk mounted?)" >&2; exit 66; }; [ "$(stat -f -c %i .)" = "$2" ] || { echo "another filesystem is at $1 now" >&2; exit 66; }; };`.replace(/\n/g, "");
+ at() { cd -P -- "$1" || { echo "(is the disk mounted?)" >&2; exit 66; }; [ "$PWD" = "$1" ] && [ "$(stat -f -c %i .)" = "$2" ] || { echo "another filesystem or directory is at $1 now" >&2; exit 66; }; };`.replace(/\n/g, "");
 
 /**
  * record HEADER KEY VALUE: replaces one line of the record in the current directory, whole or not
@@ -714,7 +725,7 @@ const OPEN = verb(
 );
 
 /** create FOLDER FSID PREFIX: the folder (its last component only) and the chain's lock file; another first run may be faster. */
-const CREATE = verb("create", PRELUDE, `if [ -d "$1" ]; then :; else at "\${1%/*}/" "$2"; mkdir "$1" || [ -d "$1" ]; fi; at "$1" "$2"; l=.btrfs-backup.$3.lock; [ -f "$l" ] || ( set -C; : >"$l" ) || [ -f "$l" ]`);
+const CREATE = verb("create", PRELUDE, `d=\${1%/*}; if [ -d "$1" ]; then :; else at "\${d:-/}" "$2"; mkdir "$1" || [ -d "$1" ]; fi; at "$1" "$2"; l=.btrfs-backup.$3.lock; [ -f "$l" ] || ( set -C; : >"$l" ) || [ -f "$l" ]`);
 
 /** snapshot SOURCE FOLDER FSID NAME: prints `subvolume show` of what it made. The kernel commits the transaction. */
 const SNAPSHOT = verb(
@@ -1186,6 +1197,8 @@ export type ChainRecord = {
   /** UUIDs of backups that are another source's: never pruned. */
   readonly strangers?: readonly string[];
   readonly destinations?: readonly KnownDestination[];
+  /** The destinations were written by a guarded key, which must not be believed. */
+  readonly guarded?: true;
 };
 
 /** `.btrfs-backup.json`. Unreadable: nothing may be deleted there, and it is not written. */
@@ -1216,11 +1229,12 @@ export function parseRecord(text: string): RecordFile {
   }
 }
 
-function checkChain({ owner, receiving, strangers, destinations }: ChainRecord): void {
+function checkChain({ owner, receiving, strangers, destinations, guarded }: ChainRecord): void {
   const isText = (value: unknown) => typeof value === "string";
   const fine =
     (owner === undefined || [owner.uuid, owner.host, owner.path].every(isText)) &&
     (receiving === undefined || isText(receiving)) &&
+    (guarded === undefined || guarded === true) &&
     (strangers === undefined || (Array.isArray(strangers) && strangers.every(isText))) &&
     (destinations === undefined || (Array.isArray(destinations) && destinations.every((d) => isText(d.location) && [d.filesystem, d.last].every((v) => v === null || isText(v)) && (d.receiving === undefined || Array.isArray(d.receiving)) && (d.pin === null || (isText(d.pin.name) && isText(d.pin.uuid))))));
   if (!fine) throw new Error("a field is not what it should be");
@@ -1245,6 +1259,205 @@ export function parseOldRecord(text: string): OldRecord {
     log.debug(".outstanding_transfers of btrfs-backup 0.3.1 cannot be read");
   }
   return { receiving, parents };
+}
+
+const refuse = (why: string): never => {
+  throw new Refused(why);
+};
+
+// The commands of a send stream and their attributes: linux/fs/btrfs/send.h, and what send.c puts into each.
+const ATTRIBUTE = { uuid: 1, ctransid: 2, ino: 3, size: 4, mode: 5, uid: 6, gid: 7, rdev: 8, ctime: 9, mtime: 10, atime: 11, otime: 12, xattrName: 13, xattrData: 14, path: 15, pathTo: 16, pathLink: 17, offset: 18, data: 19, cloneUuid: 20, cloneCtransid: 21, clonePath: 22, cloneOffset: 23, cloneLength: 24, fallocateMode: 25, flags: 26, unencodedFileLength: 27, unencodedLength: 28, unencodedOffset: 29, compression: 30, encryption: 31 } as const;
+type AttributeName = keyof typeof ATTRIBUTE;
+
+/** How a command deals with its path: makes it, removes it, opens it (and follows a link for it), or changes it as it is. */
+type StreamCommand = { readonly name: string; readonly how: "begin" | "make" | "remove" | "open" | "change" | "end"; readonly needs: number; readonly may: number };
+const streamCommand = (name: string, how: StreamCommand["how"], needs: readonly AttributeName[], may: readonly AttributeName[] = []): StreamCommand => {
+  const bits = (names: readonly AttributeName[]) => names.reduce((sum, one) => sum | (1 << ATTRIBUTE[one]), 0);
+  return { name, how, needs: bits(needs), may: bits([...needs, ...may]) };
+};
+const STREAM_COMMANDS: Readonly<Record<number, StreamCommand>> = {
+  1: streamCommand("subvol", "begin", ["path", "uuid", "ctransid"]),
+  2: streamCommand("snapshot", "begin", ["path", "uuid", "ctransid", "cloneUuid", "cloneCtransid"]),
+  3: streamCommand("mkfile", "make", ["path"], ["ino"]),
+  4: streamCommand("mkdir", "make", ["path"], ["ino"]),
+  5: streamCommand("mknod", "make", ["path", "rdev", "mode"], ["ino"]),
+  6: streamCommand("mkfifo", "make", ["path"], ["ino", "rdev", "mode"]),
+  7: streamCommand("mksock", "make", ["path"], ["ino", "rdev", "mode"]),
+  8: streamCommand("symlink", "make", ["path", "pathLink"], ["ino"]),
+  9: streamCommand("rename", "remove", ["path", "pathTo"]),
+  10: streamCommand("link", "make", ["path", "pathLink"]),
+  11: streamCommand("unlink", "remove", ["path"]),
+  12: streamCommand("rmdir", "remove", ["path"]),
+  13: streamCommand("set_xattr", "change", ["path", "xattrName", "xattrData"]),
+  14: streamCommand("remove_xattr", "change", ["path", "xattrName"]),
+  15: streamCommand("write", "open", ["path", "offset", "data"]),
+  16: streamCommand("clone", "open", ["path", "offset", "cloneLength", "cloneUuid", "cloneCtransid", "clonePath", "cloneOffset"]),
+  17: streamCommand("truncate", "open", ["path", "size"]),
+  18: streamCommand("chmod", "change", ["path", "mode"]),
+  19: streamCommand("chown", "change", ["path", "uid", "gid"]),
+  20: streamCommand("utimes", "change", ["path", "atime", "mtime", "ctime"], ["otime"]),
+  21: streamCommand("end", "end", []),
+  23: streamCommand("fallocate", "open", ["path", "fallocateMode", "offset", "size"]),
+  24: streamCommand("fileattr", "open", ["path", "flags"]),
+  25: streamCommand("encoded_write", "open", ["path", "offset", "unencodedFileLength", "unencodedLength", "unencodedOffset", "data"], ["compression", "encryption"]),
+};
+const STREAM_HEADER = 10; // bytes: length, command, CRC
+const STREAM_MAGIC = Buffer.from("btrfs-stream\0");
+/** The longest command in bytes, by protocol: 64 KiB, and for protocol 2 what encoded data of 128 KiB need at any page size. */
+const LONGEST_COMMAND = [0, 64 * 1024, 256 * 1024] as const;
+
+/** What a name in the tree that a stream builds stands for: where it comes from on the disk, and what the stream itself has put there. */
+type Branch = { readonly type: "link" | "special" | "other"; readonly origin: string | null; readonly children: Map<string, Branch> };
+const branch = (type: Branch["type"] = "other", origin: string | null = null): Branch => ({ type, origin, children: new Map() });
+const NOTHING: Branch = { type: "other", origin: null, children: new Map() };
+
+/**
+ * The symbolic links, devices, fifos and sockets of a tree that begins as the one at `origin` (a path in latin1,
+ * null for an empty one), and is changed by a stream's commands. All else need not be remembered.
+ */
+class Tree {
+  readonly #root: Branch;
+  constructor(origin: string | null) {
+    this.#root = branch("other", origin);
+  }
+  #child(parent: Branch, name: string): Branch {
+    const known = parent.children.get(name);
+    if (known !== undefined || parent.origin === null) return known ?? NOTHING;
+    const path = `${parent.origin}/${name}`;
+    const found = lstatSync(Buffer.from(path, "latin1"), { throwIfNoEntry: false });
+    return found === undefined || found.isFile() ? NOTHING : found.isDirectory() ? branch("other", path) : branch(found.isSymbolicLink() ? "link" : "special");
+  }
+  /** What a path leads to. Errors: Refused where it goes through a link. */
+  at(path: string): Branch {
+    let here = this.#root;
+    for (const name of path === "" ? [] : path.split("/")) {
+      if (here.type !== "other") refuse(`${JSON.stringify(path)} leads through a symbolic link`);
+      here = this.#child(here, name);
+    }
+    return here;
+  }
+  /** Puts something at a path, or nothing. */
+  put(path: string, what: Branch): void {
+    const names = path.split("/");
+    const last = names.pop() as string;
+    if (this.at(path) === NOTHING && what === NOTHING) return;
+    let here = this.#root;
+    for (const name of names) {
+      const next = this.#child(here, name);
+      const kept = next === NOTHING ? branch() : next;
+      here.children.set(name, kept);
+      here = kept;
+    }
+    if (what === NOTHING && here.origin === null) here.children.delete(last);
+    else here.children.set(last, what);
+  }
+}
+
+/**
+ * Reads along a send stream, and refuses what `btrfs send` would not send, and what could reach out of the one subvolume
+ * that it makes: receive follows links, and opens devices. `begins`: gets that subvolume's name and its parent's UUID (null in full),
+ * and returns the parent's path. The end is held back until nothing follows. Errors: Refused.
+ */
+export class StreamCheck {
+  #rest = Buffer.alloc(0);
+  #protocol = 0;
+  #ended: Buffer | null = null;
+  #tree: Tree | null = null;
+  /** What may be cloned from, by UUID: itself, and its parent as it is on the disk. */
+  #sources = new Map<string, Tree>();
+  #opened: string | null = null; // most commands concern the path of the one before
+  constructor(readonly begins: (name: string, parent: string | null) => string | null) {}
+
+  /** Takes bytes, and returns those that may go on. */
+  push(chunk: Buffer): Buffer {
+    if (this.#ended !== null) refuse("something follows the stream's end");
+    const bytes = this.#rest.length === 0 ? chunk : Buffer.concat([this.#rest, chunk]);
+    let at = 0;
+    if (this.#protocol === 0) {
+      const known = Math.min(bytes.length, STREAM_MAGIC.length);
+      if (!bytes.subarray(0, known).equals(STREAM_MAGIC.subarray(0, known))) refuse("this is no send stream");
+      if (bytes.length < STREAM_MAGIC.length + 4) return this.#passing(bytes, 0);
+      this.#protocol = bytes.readUInt32LE(STREAM_MAGIC.length);
+      if (this.#protocol !== 1 && this.#protocol !== 2) refuse(`a stream of protocol ${this.#protocol}`);
+      at = STREAM_MAGIC.length + 4;
+    }
+    while (this.#ended === null && bytes.length - at >= STREAM_HEADER) {
+      const [length, code] = [bytes.readUInt32LE(at) + STREAM_HEADER, bytes.readUInt16LE(at + 4)];
+      if (length > (LONGEST_COMMAND[this.#protocol] as number)) refuse(`a command of ${length} bytes`);
+      if (bytes.length - at < length) break;
+      const command = STREAM_COMMANDS[code] ?? refuse(`the unknown command ${code}`);
+      this.#check(command, bytes.subarray(at + STREAM_HEADER, at + length));
+      if (command.how !== "end") at += length;
+      else if (bytes.length > at + length) refuse("something follows the stream's end");
+      else this.#ended = bytes.subarray(at);
+    }
+    return this.#passing(bytes, at);
+  }
+
+  /** What is left when the stream has ended. */
+  finish(): Buffer {
+    return this.#ended ?? refuse("the stream is not complete");
+  }
+
+  #passing(bytes: Buffer, end: number): Buffer {
+    this.#rest = Buffer.from(bytes.subarray(end));
+    return bytes.subarray(0, end);
+  }
+
+  #check({ name, how, needs, may }: StreamCommand, body: Buffer): void {
+    const values: Buffer[] = [];
+    let seen = 0;
+    for (let at = 0; at < body.length; ) {
+      // In protocol 2, data have no length of their own: they are the rest of the command.
+      const head = this.#protocol === 2 && body.length - at >= 2 && body.readUInt16LE(at) === ATTRIBUTE.data ? 2 : 4;
+      if (body.length - at < head) refuse(`${name}: an attribute is cut short`);
+      const type = body.readUInt16LE(at);
+      const end = head === 2 ? body.length : at + head + body.readUInt16LE(at + 2);
+      if (type < 1 || type > 31 || end > body.length || (seen & (1 << type)) !== 0) refuse(`${name}: an attribute that is unknown, cut short, or there twice`);
+      seen |= 1 << type;
+      values[type] = body.subarray(at + head, end);
+      at = end;
+    }
+    if ((seen & needs) !== needs || (seen & ~may) !== 0) refuse(`${name}: other attributes than it has`);
+    if (how === "end" && this.#tree !== null) return;
+    const value = (attribute: AttributeName) => values[ATTRIBUTE[attribute]] as Buffer;
+    const path = how === "end" ? "" : streamPath(value("path"));
+    if (how === "begin") {
+      if (this.#tree !== null) refuse("a second subvolume");
+      const parent = name === "snapshot" ? streamUuid(value("cloneUuid")) : null;
+      const origin = this.begins(Buffer.from(path, "latin1").toString(), parent);
+      this.#tree = new Tree(origin);
+      this.#sources = new Map([...(parent === null ? [] : [[parent, new Tree(origin)] as const]), [streamUuid(value("uuid")), this.#tree]]);
+      return;
+    }
+    const tree = this.#tree ?? refuse("it does not begin with a subvolume");
+    const plain = (place: Tree, at: string) => place.at(at).type === "other" || refuse(`${name}: ${JSON.stringify(at)} is no plain file`);
+    if (name === "clone") plain(this.#sources.get(streamUuid(value("cloneUuid"))) ?? refuse("clone: from another subvolume"), streamPath(value("clonePath")));
+    if (how === "open" || how === "change") {
+      if (path === this.#opened) return;
+      // Of what does not open it, only chmod follows a link.
+      if (how === "open") plain(tree, path);
+      else if (tree.at(path).type === "link" && name === "chmod") refuse(`${name}: ${JSON.stringify(path)} is a symbolic link`);
+      this.#opened = how === "open" ? path : null;
+      return;
+    }
+    this.#opened = null;
+    const to = name === "rename" ? streamPath(value("pathTo")) : path;
+    if (path === "" || to === "") refuse(`${name}: the subvolume itself`);
+    if (name === "mkfile") plain(tree, path); // creat(2) follows links
+    const what = name === "symlink" ? branch("link") : /^mk(nod|fifo|sock)$/.test(name) ? branch("special") : name === "rename" ? tree.at(path) : name === "link" ? branch(tree.at(streamPath(value("pathLink"))).type) : NOTHING;
+    if (how === "remove") tree.put(path, NOTHING);
+    tree.put(to, name === "link" && what.type === "other" ? NOTHING : what);
+  }
+}
+
+const streamUuid = (bytes: Buffer) => bytes.toString("hex").replace(/^(.{8})(.{4})(.{4})(.{4})(.{12})$/, "$1-$2-$3-$4-$5");
+
+/** A path below the subvolume that a stream makes, in latin1; empty for itself. Errors: Refused for all others. */
+function streamPath(bytes: Buffer): string {
+  const path = bytes.toString("latin1");
+  if (path.includes("\0") || path.length > 4096 || (path !== "" && path.split("/").some((name) => name === "" || name === "." || name === ".."))) refuse(`the path ${JSON.stringify(path.slice(0, 200))}`);
+  return path;
 }
 
 // ── 4. Locations ─────────────────────────────────────────────────────────────────────────
@@ -1296,7 +1509,7 @@ async function openFolder(location: Readable, path: string, opening: Opening): P
     const subvolumes = inspection.subvolumes
       .filter((s) => `/${s.path}`.startsWith(above) && inspection.entries.has(`/${s.path}`.slice(above.length)))
       .map((s) => ({ ...s, name: `/${s.path}`.slice(above.length), moment: null }));
-    const real = inspection.exists ? inspection.place.path : path;
+    const real = inspection.exists ? inspection.place.path : join(inspection.place.path, basename(path));
     return withPrefix({ ...inspection, id: location.id, host, hostName: inspection.host, path: real, store, standing: store?.streams ?? subvolumes, close: release }, prefix);
   } catch (error) {
     await release();
@@ -2329,6 +2542,7 @@ async function removing(id: string, names: readonly string[], reason: string, dr
 /** A location from a source's record, which only those may have written whose commands we would run anyway. */
 function recordedLocation(id: string, source: Folder): Location {
   if (!source.trusted) throw new Failure(`${source.path} or a file in it belongs to another user: its known destinations are not used, name them`);
+  if (source.chain.guarded) throw new Failure(`${source.path}: its known destinations were written by a guarded key: they are not used, name them`);
   try {
     return parseLocation(id);
   } catch (error) {
@@ -3171,6 +3385,257 @@ export async function unpin(o: UnpinOptions, report: Report): Promise<void> {
   }
 }
 
+export type GuardOptions = ReturnType<typeof guardOptions>;
+
+/** The verb and its arguments in the text that a run sent over ssh. Nothing else of it is used. Errors: Refused for any other text. */
+export function parseCommand(text: string): { name: string; sudo: boolean; args: string[] } {
+  const words: string[] = [];
+  const word = / '([^'\\!]*(?:'\\['\\!]'[^'\\!]*)*)'/y;
+  for (word.lastIndex = "sh -c".length; text.startsWith("sh -c") && word.lastIndex < text.length; ) {
+    const match = word.exec(text) ?? refuse("this is no command of btrfs-backup");
+    words.push((match[1] as string).replace(/'\\(.)'/g, "$1"));
+  }
+  const [, title = "", sudo = "", ...args] = words;
+  const name = /^btrfs-backup:([a-z-]+)$/.exec(title)?.[1];
+  if (name === undefined || !["", "sudo"].includes(sudo) || /[\n\r\0]/.test(text)) return refuse("this is no command of btrfs-backup");
+  return { name, sudo: sudo === "sudo", args };
+}
+
+/** What the arguments of a guarded verb have said so far. */
+type Guarded = { readonly o: GuardOptions; readonly sudo: boolean; folder: string; prefix: string };
+/** Checks an argument, and returns what is used in its place. Errors: Refused. */
+type ArgumentCheck = (value: string, said: Guarded) => string;
+
+const shown = (value: string) => JSON.stringify(value.length > 100 ? `${value.slice(0, 100)}…` : value);
+const like = (shape: RegExp): ArgumentCheck => (value) => (shape.test(value) ? value : refuse(`the argument ${shown(value)}`));
+const oneOf = (...words: readonly string[]): ArgumentCheck => (value) => (words.includes(value) ? value : refuse(`the argument ${shown(value)}`));
+
+/** A place that the key may use: below one of the paths, and not inside of a backup. */
+const placeArgument: ArgumentCheck = (value, said) => {
+  if (!value.startsWith("/") || /[\n\r\0]/.test(value) || value !== withoutSlash(normalize(value))) refuse(`the path ${shown(value)}`);
+  const real = resolvedPath(value);
+  const within = said.o.paths.map(resolvedPath).find((path) => isWithin(real, path)) ?? refuse(`${shown(value)} is not below ${said.o.paths.join(" or ")}`);
+  for (let at = real; at !== within; at = dirname(at)) if (prefixOf(basename(at)) !== null || isReadonlySubvolume(at)) refuse(`${shown(value)} is inside of a backup`);
+  return (said.folder = real);
+};
+
+/** A subvolume that can be backed up; the place stays what it was. */
+const sourceArgument: ArgumentCheck = (value, said) => {
+  const { folder } = said;
+  const source = value === "" ? "" : said.o.source ? placeArgument(value, said) : refuse("it is not for sources");
+  said.folder = folder;
+  return source;
+};
+
+const isSubvolume = (path: string) => {
+  const found = lstatSync(path, { throwIfNoEntry: false });
+  return found?.isDirectory() === true && found.ino === 256;
+};
+
+/** btrfs says EROFS of a read-only subvolume whoever asks. */
+function isReadonlySubvolume(path: string): boolean {
+  if (!isSubvolume(path)) return false;
+  try {
+    accessSync(path, constants.W_OK);
+    return false;
+  } catch (error) {
+    return (error as NodeJS.ErrnoException).code === "EROFS";
+  }
+}
+
+const prefixArgument: ArgumentCheck = (value, said) => (isPrefix(value) ? (said.prefix = value) : refuse(`the prefix ${shown(value)}`));
+const datedArgument: ArgumentCheck = (value) => (prefixOf(value) !== null && !/[/\n\r\0]/.test(value) ? value : refuse(`the name ${shown(value)}`));
+/** A read-only subvolume of the folder: no link, and nothing that is being received. */
+const standingArgument: ArgumentCheck = (value, { folder }) => (!/[/\n\r\0]/.test(value) && isReadonlySubvolume(join(folder, value)) ? value : refuse(`${shown(value)} is no snapshot in ${folder}`));
+const listedArgument: ArgumentCheck = (value, said) => (value.startsWith("./") ? `./${standingArgument(value.slice(2), said)}` : refuse(`the argument ${shown(value)}`));
+const objectArgument: ArgumentCheck = (value, { prefix }) => (isObject(value) && parseName(STREAM.exec(value)?.[1] ?? "", prefix) !== null ? value : refuse(`the object ${shown(value)}`));
+const isObject = (value: string) => STREAM.test(value) && !/[/\n\r\0]/.test(value);
+/** An object, what belongs to it, or was to become it. */
+const anyObjectArgument: ArgumentCheck = (value) => (isObject(value.replace(/^\.(.*)\.part$/s, "$1").replace(/\.sha256$/, "")) ? value : refuse(`the object ${shown(value)}`));
+const innerArgument: ArgumentCheck = (value) => (value.startsWith("/") && value === normalize(value) && !/[\n\r\0]/.test(value) ? value : refuse(`the path ${shown(value)}`));
+
+const [FSID, HOLDER, LEVEL, FLAG] = [like(/^[0-9a-f]{1,16}$/), like(/^\d{0,9}$/), like(/^(1?\d)?$/), oneOf("-q", "-vv")];
+/** What `record` replaces is checked as a whole. */
+const RECORDED: readonly ArgumentCheck[] = [oneOf("", RECORD_HEADER), like(/^(,"[^\n\r\0]*": )?$/), like(/^[^\n\r\0]*$/)];
+
+/** What a key may do, by the option that gives it the right. */
+const RIGHTS = { add: "a key without --source", source: "--source", read: "--allow-read", delete: "--allow-delete" } as const;
+type Right = keyof typeof RIGHTS;
+
+/** How a guarded key may use a verb: with one of these rights, and such arguments; `rest` for all that follow. */
+type Use = { readonly verb: Verb; readonly rights: readonly Right[]; readonly args: readonly ArgumentCheck[]; readonly rest?: ArgumentCheck };
+
+const use = (verb: Verb, rights: readonly Right[], args: readonly ArgumentCheck[], rest?: ArgumentCheck): [string, Use] => [verb.name, { verb, rights, args, ...(rest && { rest }) }];
+const AT = [placeArgument, FSID] as const;
+const GUARDED: ReadonlyMap<string, Use> = new Map([
+  use(OPEN, ["add", "source"], [like(/^[0-9a-f-]{36}$/), like(/^(look|\d{1,6})$/), placeArgument, prefixArgument, sourceArgument, oneOf("", "streams"), like(/^\d{1,4}$/)]),
+  use(CREATE, ["add", "source"], [...AT, prefixArgument]),
+  use(WRITE_RECORD, ["add", "source"], [...AT, ...RECORDED]),
+  use(RECEIVE, ["add"], [FLAG, ...AT, LEVEL, HOLDER, prefixArgument, ...RECORDED, like(/^[^\n\r\0]*$/)]),
+  use(DISCARD, ["add"], [...AT, prefixArgument, datedArgument, ...RECORDED]),
+  use(RAW.put, ["add"], [...AT, prefixArgument, objectArgument, HOLDER, oneOf("")]),
+  use(RAW.commit, ["add"], [...AT, prefixArgument, objectArgument, like(/^[0-9a-f]{64}$/), like(/^\d{1,18}$/)]),
+  use(RAW.delete, ["add", "delete"], [...AT, prefixArgument], anyObjectArgument),
+  use(RAW.get, ["read"], [...AT, oneOf("", "sum"), HOLDER], anyObjectArgument),
+  use(DELETE, ["delete", "source"], [oneOf("", "rw"), oneOf("", "sync"), ...AT], listedArgument),
+  use(RECEIVED, ["delete", "read"], AT, listedArgument),
+  use(SNAPSHOT, ["source"], [sourceArgument, ...AT, datedArgument]),
+  use(SEND, ["source", "read"], [FLAG, ...AT, LEVEL, like(/^[12]?$/), HOLDER, standingArgument, (value, said) => (value === "" ? "" : standingArgument(value, said))]),
+  use(ESTIMATE, ["source", "read"], [...AT, standingArgument, (value, said) => (value === "" ? "" : standingArgument(value, said))]),
+  use(SIZES, ["read"], AT, listedArgument),
+  use(DIGEST, ["read"], [...AT, standingArgument]),
+  use(LISTING, ["read"], [...AT, standingArgument, oneOf(STAT_FORMAT)]),
+  use(VERSIONS, ["read"], [...AT, oneOf(STAT_FORMAT), innerArgument], (value, said) => (value === "." && said.o.source ? value : standingArgument(value, said))),
+  use(TAKE, ["read"], [...AT, standingArgument, innerArgument]),
+  use(LOCATE, ["read"], [(value, said) => (placeArgument(dirname(value), said), innerArgument(value, said))]),
+]);
+
+/** A chain's record as a guarded key may write it. Errors: Refused for what would take anything away from what is there. */
+export function guardedRecord(text: string, { chain: now, entries, prefix }: Pick<Folder, "chain" | "entries" | "prefix">, source: boolean): ChainRecord {
+  const { chains, unreadable } = parseRecord(`${RECORD_HEADER}\n${recordKey(prefix)}${text}\n}`);
+  const chain = chains.get(prefix);
+  if (chain === undefined || unreadable !== null || Object.keys(chain).some((key) => !["owner", "receiving", "strangers", "destinations", "guarded"].includes(key))) return refuse("a record of another form");
+  const { receiving, strangers = [], destinations } = chain;
+  if (receiving !== undefined && receiving !== now.receiving && (parseName(receiving, prefix) === null || entries.has(receiving))) refuse(`an announcement of ${shown(receiving)}`);
+  if (now.strangers?.some((uuid) => !strangers.includes(uuid))) refuse("a record that makes another source's backups its own");
+  const same = JSON.stringify(destinations) === JSON.stringify(now.destinations);
+  if (!same && !source) refuse("a record with other destinations");
+  // They are the key's word only: nobody's --locked-dests may go by them.
+  return { ...chain, ...(now.guarded || !same ? { guarded: true as const } : {}) };
+}
+
+/** Reads what the folder of a guarded verb has. */
+async function lookedAt({ folder: path, prefix, sudo }: Guarded, kind: "folder" | "raw"): Promise<Folder> {
+  const folder = await openFolder({ kind, id: path, host: null, path }, path, { prefix, wait: "look", hosts: { sshOptions: [], sudo, sshSudo: false } });
+  await folder.close();
+  return folder;
+}
+
+/** Whether a path of a snapshot is reached there without following links. */
+const isInside = (snapshot: string, path: string) => path.split("/").slice(1, -1).every((_, i, all) => !lstatSync(join(snapshot, ...all.slice(0, i + 1)), { throwIfNoEntry: false })?.isSymbolicLink());
+
+/** What a verb gets of its arguments, each of which is allowed, as the place is now. Errors: Refused. */
+async function fitting(verb: Verb, args: string[], said: Guarded): Promise<string[]> {
+  const recorded = (folder: Folder, text: string) => JSON.stringify(guardedRecord(text, folder, said.o.source));
+  if (verb === WRITE_RECORD || verb === DISCARD) {
+    const [header, key = "", value = ""] = args.slice(-3);
+    if (verb === WRITE_RECORD) prefixArgument(/^,("(?:[^"\\]|\\.)*"): $/.test(key) ? (JSON.parse(key.slice(1, -2)) as string) : "/", said);
+    const folder = await lookedAt(said, "folder");
+    if (verb === DISCARD && folder.chain.receiving !== args[3]) refuse(`${args[3]} was not left by a broken transfer`);
+    return [...args.slice(0, -3), ...(header === "" ? ["", "", ""] : [RECORD_HEADER, recordKey(folder.prefix), recorded(folder, value)])];
+  }
+  if (verb === RAW.commit || verb === RAW.delete) {
+    const { entries, store } = await lookedAt(said, "raw");
+    const [object = "", ...others] = args.slice(3);
+    if (verb === RAW.commit && (entries.has(object) || entries.has(object + SUM))) refuse(`${object} is there`);
+    const debris = new Set([...(store?.debris.entries() ?? [])].flatMap(([name, objects]) => (parseName(name, said.prefix) === null ? [] : objects)));
+    if (verb === RAW.delete && !said.o.allowDelete) for (const one of [object, ...others]) if (!debris.has(one)) refuse(`${one} was not left by a broken transfer (--allow-delete)`);
+  }
+  if (verb === DELETE) {
+    const names = args.slice(4).map((name) => datedArgument(name.slice(2), said));
+    const { standing } = await lookedAt(said, "folder");
+    const newest = (prefix: string) => standing.filter(({ name, readonly }) => readonly && parseName(name, prefix) !== null).reduce((last, one) => (one.id > last.id ? one : last), NO_SUBVOLUME as Entry).name;
+    if (said.o.source) for (const name of names) if (newest(prefixOf(name) as string) === name) refuse(`${name} is the newest snapshot`);
+  }
+  if (verb === VERSIONS) return [...args.slice(0, 4), ...args.slice(4).filter((name) => isInside(join(said.folder, name), args[3] as string))];
+  return args;
+}
+
+/** Reads an ssh command, and checks all of it. Errors: Refused. */
+export async function permitted(text: string, o: GuardOptions): Promise<{ verb: Verb; args: string[]; said: Guarded }> {
+  const { name, sudo, args } = parseCommand(text);
+  const { verb, rights, args: checks, rest } = GUARDED.get(name) ?? refuse(`the verb ${name}`);
+  const granted: readonly Right[] = [o.source ? "source" : "add", ...(o.allowRead ? ["read" as const] : []), ...(o.allowDelete ? ["delete" as const] : [])];
+  if (!rights.some((right) => granted.includes(right))) refuse(`${name} needs ${rights.map((right) => RIGHTS[right]).join(" or ")}`);
+  if (args.length < checks.length || (args.length > checks.length && rest === undefined)) refuse(`${name} with ${args.length} arguments, as another version has them`);
+  const said: Guarded = { o, sudo, folder: "", prefix: "" };
+  const checked = args.map((value, i) => ((checks[i] ?? rest) as ArgumentCheck)(value, said));
+  return { verb, args: await fitting(verb, checked, said), said };
+}
+
+/** What `open` printed, without what concerns neither the folder nor the source. */
+export function narrowed(output: string, nonce: string, folder: string): string {
+  const { top, source, mounts, place } = parseInspection(output, nonce, folder);
+  const mount = placeOn(mounts, place.path).mount;
+  const ours = (path: string) => `/${path}` === mount.root || [top, ...(source === null ? [] : [source.top])].some((one) => isWithin(`/${path}`, one));
+  const near = (path: string) => [place.path, ...(source === null ? [] : [source.path])].some((one) => isWithin(one, path) || isWithin(path, one));
+  const lines: Record<string, (text: string) => string[]> = {
+    subvolumes: (text) => listedLines(text, LISTED).filter((match) => ours(match[5] as string)).map(([line]) => line),
+    readonly: (text) => listedLines(text, LISTED_READONLY).filter((match) => ours(match[2] as string)).map(([line]) => line),
+    mounts: (text) => text.split("\n").filter((line) => near(parseMounts(line)[0]?.path ?? "")),
+    filesystems: (text) => text.split("\n").filter((uuid) => uuid === place.filesystem || uuid === source?.filesystem),
+  };
+  const parts = output.split(`\n${nonce} `).map((part) => {
+    const [name = "", ...text] = part.replace(/\n$/, "").split("\n");
+    return lines[name] === undefined ? part : `${[name, ...lines[name](text.join("\n"))].join("\n")}\n`;
+  });
+  return parts.join(`\n${nonce} `);
+}
+
+/** Serves one command of an ssh key that may do no more than its options say. Returns the exit status. */
+export async function guard(o: GuardOptions): Promise<number> {
+  const text = process.env["SSH_ORIGINAL_COMMAND"] ?? "";
+  try {
+    const { verb, args, said } = await permitted(text, o);
+    const own = hostOf(null, { sshOptions: [], sudo: said.sudo, sshSudo: false });
+    const started = (args: readonly string[], stdin: "inherit" | "pipe", stdout: "inherit" | "pipe") => {
+      const child = shell({ stdio: [stdin, stdout, "inherit"], env: { PATH: process.env["PATH"] ?? "" } })`${`exec ${commandFor(own, verb, args)}`}`;
+      running.add(() => sendSignal(child.pid as number, "SIGTERM"));
+      return child;
+    };
+    if (verb === RECEIVE) return await guardedReceive(args, said, (args) => started(args, "pipe", "inherit"));
+    if (verb !== OPEN) return (await started(args, "inherit", "inherit")).exitCode ?? 1;
+    const child = started(args, "inherit", "pipe");
+    const [nonce = ""] = args;
+    const output = await printed(child, `\n${nonce} end\n`);
+    if (output !== null) process.stdout.write(narrowed(output, nonce, said.folder));
+    return (await child).exitCode ?? 1;
+  } catch (error) {
+    if (!(error instanceof Refused)) throw error;
+    const client = process.env["SSH_CONNECTION"]?.split(" ")[0] ?? "nobody";
+    await shell`${`exec logger -t btrfs-backup -p auth.warning -- ${quote(`guard refused ${client}: ${error.message}: ${JSON.stringify(text.slice(-300))}`)}`}`;
+    process.stderr.write(`btrfs-backup guard: refused: ${error.message.replace(/[\x00-\x1f\x7f]/g, "?")}\n`);
+    return 65;
+  }
+}
+
+/** Reads along a stream that is received. What is refused never gets to its end there. */
+async function guardedReceive([flag = "", path = "", fsid = "", level = "", holder = "", prefix = "", header = "", , beginning = "", rest = ""]: readonly string[], said: Guarded, started: (args: readonly string[]) => ProcessPromise): Promise<number> {
+  const folder = await lookedAt(said, "folder");
+  const announced = header === "" ? null : guardedRecord(beginning + rest, folder, false);
+  if (announced !== null && announced.receiving === undefined) refuse("a transfer without an announcement");
+  const { receiving: name, ...settled } = announced ?? {};
+  const check = new StreamCheck((subvolume, parent) => {
+    if (parseName(subvolume, prefix) === null || (name !== undefined && subvolume !== name) || folder.entries.has(subvolume)) refuse(`the subvolume ${shown(subvolume)}`);
+    if (parent === null) return null;
+    const [first, ...others] = folder.standing.filter(({ readonly, uuid, receivedUuid }) => readonly && [uuid, receivedUuid].includes(parent));
+    if (first === undefined || others.length > 0 || !isSubvolume(join(folder.path, first.name))) return refuse(`the parent ${parent}, ${others.length > 0 ? "which is there twice" : "which is not there"}`);
+    return Buffer.from(join(folder.path, first.name)).toString("latin1");
+  });
+  const record = announced === null ? ["", "", "", ""] : [RECORD_HEADER, recordKey(prefix), `{"receiving":${JSON.stringify(name)},`, JSON.stringify(settled).slice(1)];
+  const child = started([`${flag}C`, path, fsid, "", holder, prefix, ...record]);
+  let over = false;
+  const ended = child.then(() => (over = true));
+  const unzip = level === "" ? null : spawn("zstd", ["-q", "-d", "-c"], { stdio: ["inherit", "pipe", "inherit"] });
+  const unzipped = unzip === null ? null : new Promise<number | null>((done) => unzip.on("close", done).on("error", () => done(null)));
+  const input = unzip?.stdout ?? process.stdin;
+  child.stdin.on("error", () => {}); // its exit status tells
+  const pass = async (bytes: Buffer) => bytes.length === 0 || child.stdin.write(bytes) || (await Promise.race([ended, new Promise((drained) => child.stdin.once("drain", drained))]));
+  try {
+    for await (const chunk of input) {
+      await pass(check.push(chunk as Buffer));
+      if (over) break;
+    }
+    if (unzipped !== null && (await unzipped) !== 0) refuse("zstd cannot read the stream");
+    if (!over) await pass(check.finish());
+  } finally {
+    unzip?.kill();
+    child.stdin.end();
+    await child;
+  }
+  return (await child).exitCode ?? 1;
+}
+
 // ── 8. Command line ──────────────────────────────────────────────────────────────────────
 
 const HOST_ARGUMENTS = {
@@ -3229,7 +3694,7 @@ const positional = (description: string, required = true) => ({ type: "positiona
 const PLACE = "/path or ssh://[user@]host[:port]/path";
 const STORE = "raw:///path, raw+ssh://[user@]host[:port]/path or rclone://REMOTE:PATH";
 
-const REPEATABLE = new Set(["ssh-opt", "optional", "encrypt-to", "for"]);
+const REPEATABLE = new Set(["path", "ssh-opt", "optional", "encrypt-to", "for"]);
 /** Behind --for DEST, they count for DEST only. */
 const SCOPED = new Set(["num-backups", "full-every", "compress", "encrypt-to", "rate-limit"]);
 
@@ -3338,7 +3803,7 @@ function commonOptions(given: Given) {
   if (!Object.hasOwn(LEVELS, verbosity)) throw new UsageError(`--verbosity is one of ${Object.keys(LEVELS).join(", ")}, not "${verbosity}"`);
   log.level = LEVELS[verbosity as keyof typeof LEVELS];
   const prefix = given.value("snapshot-prefix") ?? "";
-  if (/[/\n\r\0]/.test(prefix) || Buffer.byteLength(prefix) > 200) throw new UsageError("a prefix is at most 200 bytes, without slashes and line breaks");
+  if (!isPrefix(prefix)) throw new UsageError("a prefix is at most 200 bytes, without slashes and line breaks");
   const snapshotFolder = given.value("snapshot-folder") ?? "snapshot";
   if (snapshotFolder.trim() === "" || snapshotFolder.includes("\0")) throw new UsageError("--snapshot-folder cannot be empty");
   const hosts: Hosts = { sshOptions: given.all("ssh-opt"), sudo: given.flag("sudo"), sshSudo: given.flag("ssh-sudo") };
@@ -3484,6 +3949,14 @@ export function versionsOptions(given: Given) {
   return { ...commonOptions(given), file, locations, get, to: to !== null && file.host === null ? resolve(to) : to, force: given.flag("force") };
 }
 
+/** Reads the command line of `guard`. */
+function guardOptions(given: Given) {
+  const paths = given.all("path");
+  if (given.positionals.length > 0) throw new UsageError(`too many arguments: ${given.positionals[0]}`);
+  if (paths.length === 0 || !paths.every((path) => path.startsWith("/"))) throw new UsageError("--path DIR, an absolute path, says what the key is for");
+  return { paths: paths.map((path) => withoutSlash(normalize(path))), source: given.flag("source"), allowRead: given.flag("allow-read"), allowDelete: given.flag("allow-delete") };
+}
+
 /** Reads the command line of `unpin`. */
 function unpinOptions(given: Given): UnpinOptions {
   const [first, ...rest] = given.positionals;
@@ -3500,7 +3973,7 @@ function copyOptions(given: Given) {
 }
 
 /** A command: how its arguments are read, and what it does then. */
-const command = <O>(name: string, description: string, args: ArgsDef, read: (given: Given) => O, work: (options: O, report: Report) => Promise<void>): CommandDef<any> =>
+const command = <O>(name: string, description: string, args: ArgsDef, read: (given: Given) => O, work: (options: O, report: Report) => Promise<void | number>): CommandDef<any> =>
   defineCommand({
     meta: { name: `btrfs-backup${name}`, version: VERSION, description },
     args,
@@ -3557,6 +4030,13 @@ const COMMANDS: Record<string, CommandDef<any>> = {
     ...ofRun("num-backups", "dry-run", "sync", "convert-rw", "wait"),
     ...HOST_ARGUMENTS,
   }, pruneOptions, prune),
+  guard: command(" guard", "Serve an ssh key that may do no more than these options say, as the command of its line in authorized_keys.", {
+    path: { type: "string", valueHint: "DIR", description: "Where the key may back up to, or with --source from (repeatable)" },
+    "allow-read": { type: "boolean", description: "It may read: restore from there, and verify" },
+    "allow-delete": { type: "boolean", description: "It may delete backups (default: only what a broken transfer left)" },
+    source: { type: "boolean", description: "It may pull: take snapshots, send them, and delete old ones, but store nothing" },
+    help: HOST_ARGUMENTS.help,
+  }, guardOptions, guard),
   unpin: command(" unpin", "Forget destinations, so that no snapshot is kept for them.", {
     source: positional("The subvolume that was backed up"),
     location: positional("Destinations to forget", false),
@@ -3567,17 +4047,16 @@ const COMMANDS: Record<string, CommandDef<any>> = {
 };
 
 /** Runs a command with its report, and returns the exit status. */
-async function concluded(given: Given, work: (report: Report) => Promise<void>): Promise<number> {
+async function concluded(given: Given, work: (report: Report) => Promise<void | number>): Promise<number> {
   const report = newReport(given.flag("json"), given.flag("dry-run"));
   try {
-    await work(report);
+    return (await work(report)) ?? (report.failed ? 1 : 0);
   } catch (error) {
     if (error instanceof UsageError || error instanceof Interrupted) throw error;
     report.error(null, error);
     report.event("summary", { ok: false });
     return error instanceof Busy ? 3 : 1;
   }
-  return report.failed ? 1 : 0;
 }
 
 /** The program, from its arguments to its exit status. */

@@ -323,7 +323,7 @@ test("another disk that is mounted in mid-run at a destination is neither writte
   const before = sh(`ls -A "$1"; cat "$1/.btrfs-backup.json"`, one.path);
   rmSync(gate);
   const result = await running.finished;
-  expect([result.status, result.stderr]).toEqual([1, expect.stringContaining("another filesystem is at")]);
+  expect([result.status, result.stderr]).toEqual([1, expect.stringContaining("another filesystem or directory is at")]);
   expect(sh(`ls -A "$1"; cat "$1/.btrfs-backup.json"`, one.path)).toBe(before);
   expect(snapshotNames(destination).length).toBe(1);
 });

@@ -54,7 +54,7 @@ test("a destination that becomes read-only in mid-transfer", async () => {
 test("umount -l in mid-transfer", async () => {
   const { destination, b, expectRepaired } = await underWay();
   sh(`umount -l "$1"`, b.path);
-  await expectRepaired(/another filesystem is at|is the disk mounted\?/, () => sh(`while ! mount -o loop,noatime "$1" "$2" 2>/dev/null; do sleep 0.1; done; [ -d "$3" ]`, b.image, b.path, destination));
+  await expectRepaired(/another filesystem or directory is at|is the disk mounted\?/, () => sh(`while ! mount -o loop,noatime "$1" "$2" 2>/dev/null; do sleep 0.1; done; [ -d "$3" ]`, b.image, b.path, destination));
 });
 
 test("a source that cannot be read: Input/output error", async () => {

@@ -184,7 +184,8 @@ function daemon(command: string, args: string[], env: Record<string, string> = {
   cleanups.push(() => void child.kill());
 }
 
-export type SshServer = { readonly options: string[]; readonly url: (path: string, user?: string) => string; readonly user: (name: string, shell: string, uid?: number) => void };
+/** `guarded`: the options to log in with a new key, whose forced command is the program with those arguments of `guard`. */
+export type SshServer = { readonly options: string[]; readonly guarded: (...args: string[]) => string[]; readonly url: (path: string, user?: string) => string; readonly user: (name: string, shell: string, uid?: number) => void };
 
 let server: Promise<SshServer> | null = null;
 /** One real sshd for all tests of a process, and a key of its own to log in with. */
@@ -220,7 +221,7 @@ async function startSshServer(address = "127.0.0.1", wrapper: string[] = []): Pr
   sh(`cd "$1"; ssh-keygen -q -t ed25519 -N "" -f host; ssh-keygen -q -t ed25519 -N "" -f key; mkdir -p /run/sshd`, directory);
   writeFileSync(
     join(directory, "config"),
-    [`Port ${port}`, `ListenAddress ${address}`, `HostKey ${directory}/host`, `AuthorizedKeysFile ${directory}/key.pub`, "StrictModes no", "PermitRootLogin yes", "UsePAM no", "MaxStartups 1000", "MaxSessions 100", "PidFile none"].join("\n"),
+    [`Port ${port}`, `ListenAddress ${address}`, `HostKey ${directory}/host`, `AuthorizedKeysFile ${directory}/key.pub ${directory}/guarded`, "StrictModes no", "PermitRootLogin yes", "UsePAM no", "MaxStartups 1000", "MaxSessions 100", "PidFile none"].join("\n"),
   );
   const [program = "", ...words] = [...wrapper, "/usr/sbin/sshd", "-D", "-f", join(directory, "config")];
   daemon(program, words);
@@ -231,9 +232,15 @@ async function startSshServer(address = "127.0.0.1", wrapper: string[] = []): Pr
     sh(`cp "/etc/$2" "$1/$2"; mount --bind "$1/$2" "/etc/$2"`, directory, file);
     cleanups.push(() => sh(`umount "/etc/$1"`, file));
   }
-  const options = [`IdentityFile=${directory}/key`, "IdentitiesOnly=yes", `UserKnownHostsFile=${directory}/known`].flatMap((option) => ["--ssh-opt", option]);
+  const optionsOf = (key: string) => [`IdentityFile=${directory}/${key}`, "IdentitiesOnly=yes", `UserKnownHostsFile=${directory}/known`].flatMap((option) => ["--ssh-opt", option]);
   return {
-    options,
+    options: optionsOf("key"),
+    guarded(...args) {
+      const key = `key-${Math.random().toString(36).slice(2)}`;
+      const command = [join(ROOT, "dist/btrfs-backup"), "guard", ...args].join(" ");
+      sh(`cd "$1"; ssh-keygen -q -t ed25519 -N "" -f "$2"; echo "command=\\"$3\\",restrict $(cat "$2.pub")" >>guarded`, directory, key, command);
+      return optionsOf(key);
+    },
     url: (path, user) => `ssh://${user === undefined ? "" : `${user}@`}${address}:${port}${path}`,
     user(name, shell, uid = 0) {
       const home = join(directory, `home-${uid}`);
