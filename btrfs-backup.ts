@@ -1229,9 +1229,11 @@ export function parseRecord(text: string): RecordFile {
   }
 }
 
-function checkChain({ owner, receiving, strangers, destinations, guarded }: ChainRecord): void {
+function checkChain(chain: ChainRecord): void {
+  const { owner, receiving, strangers, destinations, guarded } = chain;
   const isText = (value: unknown) => typeof value === "string";
   const fine =
+    Object.getPrototypeOf(chain) === Object.prototype &&
     (owner === undefined || [owner.uuid, owner.host, owner.path].every(isText)) &&
     (receiving === undefined || isText(receiving)) &&
     (guarded === undefined || guarded === true) &&
@@ -3537,6 +3539,7 @@ async function fitting(verb: Verb, args: string[], said: Guarded): Promise<strin
     const newest = (prefix: string) => standing.filter(({ name, readonly }) => readonly && parseName(name, prefix) !== null).reduce((last, one) => (one.id > last.id ? one : last), NO_SUBVOLUME as Entry).name;
     if (said.o.source) for (const name of names) if (newest(prefixOf(name) as string) === name) refuse(`${name} is the newest snapshot`);
   }
+  if (verb === RECEIVE && args[6] === "") return [...args.slice(0, 6), "", "", "", ""];
   if (verb === VERSIONS) return [...args.slice(0, 4), ...args.slice(4).filter((name) => isInside(join(said.folder, name), args[3] as string))];
   return args;
 }
