@@ -4,7 +4,7 @@
 
 import { spawn } from "node:child_process";
 import { createHash } from "node:crypto";
-import { accessSync, constants, lstatSync, mkdtempSync, readFileSync, realpathSync, rmSync } from "node:fs";
+import { accessSync, constants, createReadStream, lstatSync, mkdtempSync, openSync, readFileSync, realpathSync, rmSync } from "node:fs";
 import { tmpdir } from "node:os";
 import { basename, dirname, join, normalize, resolve } from "node:path";
 import { parseArgs } from "node:util";
@@ -90,6 +90,10 @@ export class UsageError extends Error {}
 export class Busy extends Error {}
 /** A place is not there just now, which is normal for an `--optional` destination. */
 export class Absent extends Failure {}
+/** A host cannot be reached, or no more. */
+export class Unreachable extends Absent {}
+/** The stream is not the one that a part of was kept. */
+class OtherStream extends Failure {}
 /** The name is taken. */
 class Taken extends Failure {}
 /** The transfer's receiving side has no space left. */
@@ -391,7 +395,7 @@ export function parseStreams(files: readonly StoredFile[], whole: boolean): { st
   const debris = new Map<string, string[]>();
   const add = (name: string, object: string) => debris.set(name, [...(debris.get(name) ?? []), object]);
   for (const { name } of files) {
-    const temporary = /^\.(.*?)(?:\.sha256)?\.part$/s.exec(name)?.[1];
+    const temporary = /^\.(.*?)(?:\.sha256|\.p[0-2]-\d*)?\.part$/s.exec(name)?.[1];
     const orphan = name.endsWith(SUM) && !names.has(name.slice(0, -SUM.length)) ? name.slice(0, -SUM.length) : undefined;
     const of = STREAM.exec(temporary ?? orphan ?? "")?.[1];
     if (of !== undefined && prefixOf(of) !== null) add(of, name);
@@ -533,8 +537,8 @@ function failureOf(host: Host, what: string, result: { exitCode: number | null; 
   if (result.exitCode === 75) return new Busy(message);
   if (result.exitCode === 76) return new Taken(message);
   if (result.exitCode === 66) return new Absent(message);
-  const unreachable = /No route|timed out|refused|not resolve|unreachable|Host is down|Connection (closed|reset)/i;
-  return host.ssh !== null && result.exitCode === 255 && unreachable.test(said) ? new Absent(message) : new Failure(message);
+  const unreachable = /No route|timed out|Timeout, server|refused|not resolve|unreachable|Host is down|Broken pipe|mux_client|Connection .*(closed|reset)/i;
+  return host.ssh !== null && result.exitCode === 255 && unreachable.test(said) ? new Unreachable(message) : new Failure(message);
 }
 
 /** Runs a verb for its output. Errors: Failure, Busy (exit 75), Absent (exit 66, host not reached). */
@@ -648,7 +652,8 @@ export async function pipeline(stages: readonly Stage[], environment: Record<str
   // What the others say is mostly that a pipe broke, but "mostly" is not enough to hide it.
   const said = [culprit, ...errors.keys()].filter((i, at, all) => all.indexOf(i) === at && errors[i]).map((i) => (i === culprit ? errors[i] : `(${stages[i]?.label}: ${errors[i]})`));
   const message = `${name} ${how}${said.length > 0 ? `: ${said.join(" ")}` : ""}`;
-  throw /No space left on device|quota exceeded/i.test(errors.join("\n")) ? new NoSpace(message) : new Failure(message);
+  if (/No space left on device|quota exceeded/i.test(errors.join("\n"))) throw new NoSpace(message);
+  throw status === 255 ? new Unreachable(message) : status === 77 ? new OtherStream(message) : new Failure(message);
 }
 
 /** Signals a process, or a group by its negative number. */
@@ -664,7 +669,7 @@ function sendSignal(pid: number, signal: NodeJS.Signals): void {
 // The verbs. Their scripts are one line each for the login shell's sake, and hold no `'`, `\`
 // or `!`. The first parameter is "sudo" or empty: btrfs alone runs under sudo, never flock,
 // which would run anything. Exit statuses: 64 usage, 65 refused, 66 absent, 69 a program is
-// missing, 75 a lock is busy, 76 the name is taken. A FOLDER comes with the FSID that it had when it
+// missing, 75 a lock is busy, 76 the name is taken, 77 another stream. A FOLDER comes with the FSID that it had when it
 // was opened: hours may have passed, and another disk may be mounted there (`at`).
 
 const verb = (name: string, ...lines: readonly string[]): Verb => ({ name, script: lines.join(" ") });
@@ -735,22 +740,29 @@ const SNAPSHOT = verb(
 );
 
 /**
- * send FLAG FOLDER FSID LEVEL PROTOCOL HOLDER NAME PARENT: the stream, on standard output; in full if PARENT is
+ * send FLAG FOLDER FSID LEVEL PROTOCOL HOLDER NAME PARENT SKIP SUM: the stream, on standard output; in full if PARENT is
  * empty, compressed unless LEVEL is, as long as HOLDER lives. Cut short it still ends well for zstd, but never for `btrfs receive`.
+ * Of SKIP bytes (a multiple of 64 KiB) that are kept over there with the SHA-256 SUM, only what follows is sent, if these are the same.
  */
 const SEND = verb(
   "send",
   PRELUDE,
   WATCH,
-  `watch "$6"; at "$2" "$3"; f=$1 z=$4 v=$5 n=$7 p=$8; case $v in 2) v="--proto 2 --compressed-data";; 1) v="--proto 1";; esac;`,
+  `watch "$6"; at "$2" "$3"; f=$1 z=$4 v=$5 n=$7 p=$8 k=$9; shift 9; case $v in 2) v="--proto 2 --compressed-data";; 1) v="--proto 1";; esac;`,
   `s() { if [ -n "$p" ]; then b send "$f" $v -p "$PWD/$p" "$PWD/$n"; else b send "$f" $v "$PWD/$n"; fi; };`,
   // What sudo runs is not ours to kill: it ends with the pipe that it writes to.
-  `if [ -z "$z$su" ]; then s; else c() { if [ -n "$z" ]; then zstd -q -c -T0 "-$z"; else cat; fi; }; exec 4>&1; r=$( { { s && echo ok >&3; } | c >&4; } 3>&1 ); [ "$r" = ok ]; fi`,
+  `c() { if [ -n "$z" ]; then zstd -q -c -T0 "-$z"; else cat; fi; }; rest() { h=$(dd bs=65536 count=$((k / 65536)) iflag=fullblock 2>/dev/null | sha256sum); if [ "$h" = "$1  -" ]; then cat; else echo other >&3; fi; };`,
+  `if [ -z "$z$su$k" ]; then s; else exec 4>&1; r=$( { { s && echo ok >&3; } | if [ -n "$k" ]; then c | rest "$1"; else c; fi >&4; } 3>&1 ); case $r in ok) ;; *other*) echo "it is another stream than before" >&2; exit 77;; *) exit 1;; esac; fi`,
 );
 
+/** complete PART SUM BYTES KEPT: whether a file has so many bytes, and those behind the KEPT ones have that SHA-256. */
+const COMPLETE =
+  `complete() { s=$(stat -c %s "$1"); [ "$s" = "$3" ] || { echo "only $s of $3 bytes arrived" >&2; exit 1; }; [ -z "$4" ] || [ "$(tail -c "+$(($4 + 1))" "$1" | sha256sum)" = "$2  -" ] || { echo "other bytes arrived than were sent" >&2; exit 1; }; };`;
+
 /**
- * receive FLAG FOLDER FSID LEVEL HOLDER PREFIX HEADER KEY BEGINNING REST: takes the stream, see `send`. The record
- * says BEGINNING and REST meanwhile, and { and REST afterwards: the announcement comes and goes.
+ * receive FLAG FOLDER FSID LEVEL HOLDER PREFIX HEADER KEY BEGINNING REST PART SUM BYTES KEPT: takes the stream, see `send`. The record
+ * says BEGINNING and REST meanwhile, and { and REST afterwards: the announcement comes and goes. Unless PART is empty, the
+ * stream is that file, if it is complete; with a FLAG of `guard` it comes from there all the same.
  */
 const RECEIVE = verb(
   "receive",
@@ -758,7 +770,8 @@ const RECEIVE = verb(
   RECORD,
   RECEIVING,
   WATCH,
-  `f=$1 d=$2 i=$3 z=$4; watch "$5"; at "$d" "$i"; shift 5; receiving "$1" 0; if [ -n "$2" ]; then record "$2" "$3" "$4$5"; fi;`,
+  COMPLETE,
+  `f=$1 d=$2 i=$3 z=$4; watch "$5"; at "$d" "$i"; shift 5; receiving "$1" 0; if [ -n "$6" ]; then complete "./.$6.part" "$7" "$8" "$9"; case $f in *C) ;; *) exec <"./.$6.part";; esac; fi; if [ -n "$2" ]; then record "$2" "$3" "$4$5"; fi;`,
   `c() { if [ -n "$z" ]; then zstd -q -d -c; else cat; fi; }; take() { if [ -z "$z$su" ]; then b receive "$f" "$PWD" >&2; else r=$( { { c && echo ok >&3; } | b receive "$f" "$PWD" >&2; } 3>&1 ) && [ "$r" = ok ]; fi; };`,
   // What is unmounted under its feet, btrfs receive calls a file that is not there.
   `take || { at "$d" "$i"; exit 1; };`,
@@ -784,6 +797,21 @@ const DELETE = verb(
   `rw=$1 sync=$2; at "$3" "$4"; shift 4; if [ "$rw" = rw ]; then for x; do b property set -f -ts "$x" ro false || :; done; fi;`,
   `b subvolume delete "$@" >/dev/null; if [ "$sync" = sync ]; then b filesystem sync .; b subvolume sync . >/dev/null; fi`,
 );
+
+/**
+ * kept FOLDER FSID PREFIX OBJECT: what a broken transfer left of a stream to go on from: its file `.OBJECT.pPROTOCOL-LEVEL.part`, how many bytes
+ * of it count, and their SHA-256. Where others can write, they could put a link in its place.
+ */
+const KEPT = verb(
+  "kept",
+  PRELUDE,
+  RECEIVING,
+  `at "$1" "$2"; receiving "$3" 10; case $(stat -c %A .) in ?????w*|????????w*) exit 0;; esac;`,
+  `for f in "./.$4.p"*.part; do if [ -f "$f" ] && [ -z "$(find "$f" -prune -type l)" ]; then n=$(($(stat -c %s "$f") / 65536 * 65536)); echo "$n $(head -c "$n" "$f" | sha256sum) $f"; fi; done`,
+);
+
+/** tidy FOLDER FSID PREFIX: removes all that was kept to go on from. */
+const TIDY = verb("tidy", PRELUDE, RECEIVING, `at "$1" "$2"; receiving "$3" 10; d="[0-9][0-9][0-9][0-9]"; p=$3; for f in ./.*.part; do case $f in "./.$p"$d$d-$d*_*_*_*_*_*.btrfs*.p[0-2]-*.part) rm -f "$f";; esac; done`);
 
 /** record FOLDER FSID HEADER KEY VALUE: see RECORD. */
 const WRITE_RECORD = verb("record", PRELUDE, RECORD, `at "$1" "$2"; record "$3" "$4" "$5"`);
@@ -936,8 +964,8 @@ const ESTIMATE = verb(
 );
 
 /**
- * Where streams are stored: `list` (which is `open` for a folder), and these. `put` PLACE FSID LOCK OBJECT HOLDER PART
- * takes a stream, `commit` PLACE FSID LOCK OBJECT SUM BYTES makes it complete, with its checksum object beside it; `get`
+ * Where streams are stored: `list` (which is `open` for a folder), and these. `put` PLACE FSID LOCK OBJECT HOLDER SIZE
+ * takes a stream (SIZE: of a part for S3; for a file, how much of it is kept), `commit` PLACE FSID LOCK OBJECT SUM BYTES [PART KEPT] makes it complete, with its checksum object beside it; `get`
  * PLACE FSID HOW HOLDER OBJECT… prints objects, or the checksum of one if HOW is `sum`; `delete` PLACE FSID LOCK OBJECT…
  * does so in the order given. LOCK, which those hold that write, is the prefix of a chain in a folder, and a file for a remote.
  */
@@ -948,14 +976,15 @@ const GET = `h=$3; shift 4; if [ "$h" = sum ]; then exec 4>&1; r=$( { { get "$1"
 
 /** A file has a temporary name until it is complete, and on the disk. Others may be able to write there: no link that they plant is followed. */
 const RAW: StoreVerbs = {
-  put: verb("store", PRELUDE, RECEIVING, WATCH, `watch "$5"; at "$1" "$2"; receiving "$3" 0; rm -f "./.$4.part"; set -C; cat >"./.$4.part"`),
+  put: verb("store", PRELUDE, RECEIVING, WATCH, `watch "$5"; at "$1" "$2"; receiving "$3" 0; p=./.$4.part; if [ "\${6:-0}" = 0 ]; then rm -f "$p"; set -C; cat >"$p"; else [ -f "$p" ]; truncate -s "$6" "$p"; cat >>"$p"; fi`),
   commit: verb(
     "commit",
     PRELUDE,
     RECEIVING,
     SUM_FILE,
-    `at "$1" "$2"; receiving "$3" 10; p=./.$4.part c=./.$4${SUM}.part; s=$(stat -c %s "$p"); [ "$s" = "$6" ] || { echo "only $s of $6 bytes arrived" >&2; exit 1; };`,
-    `rm -f "$c"; set -C; sumfile "$4" "$5" "$6" >"$c"; sync "$p" "$c"; mv -T "$c" "./$4${SUM}"; mv -T "$p" "./$4"; sync .`,
+    COMPLETE,
+    `at "$1" "$2"; receiving "$3" 10; p=./.\${7:-$4}.part c=./.$4${SUM}.part h=$5; complete "$p" "$5" "$6" "$8"; if [ "\${8:-0}" != 0 ]; then h=$(sha256sum <"$p"); fi;`,
+    `rm -f "$c"; set -C; sumfile "$4" "\${h%% *}" "$6" >"$c"; sync "$p" "$c"; mv -T "$c" "./$4${SUM}"; mv -T "$p" "./$4"; sync .`,
   ),
   get: verb("fetch", PRELUDE, WATCH, `watch "$4"; at "$1" "$2"; get() { cat "./$1"; }; ${GET}`),
   delete: verb("drop", PRELUDE, RECEIVING, `at "$1" "$2"; receiving "$3" 10; shift 3; for o; do rm -f "./$o"; done; sync .`),
@@ -1008,7 +1037,7 @@ const ASIDE = verb("aside", PRELUDE, `at "$1" "$2"; mv -f .btrfs-backup.json ".b
 const HOOK = verb("hook", `t=$(mktemp); sh -c "$2" >"$t" 2>&1 </dev/null && r=0 || r=$?; cat "$t" >&2; rm -f "$t"; [ $r = 0 ] || { echo "(exit status $r)" >&2; exit 1; }`);
 
 /** Every verb there is, for whoever must check that they hold nothing a login shell could trip over. */
-export const VERBS: readonly Verb[] = [OPEN, CREATE, SNAPSHOT, SEND, RECEIVE, DISCARD, DELETE, WRITE_RECORD, RESTORING, CLEAR, BUILD, FINISH, DIGEST, LISTING, RECEIVED, SIZES, LOCATE, VERSIONS, TAKE, PUT, ESTIMATE, ...Object.values(RAW), ...Object.values(RCLONE), ASIDE, HOOK];
+export const VERBS: readonly Verb[] = [OPEN, CREATE, SNAPSHOT, SEND, RECEIVE, KEPT, TIDY, DISCARD, DELETE, WRITE_RECORD, RESTORING, CLEAR, BUILD, FINISH, DIGEST, LISTING, RECEIVED, SIZES, LOCATE, VERSIONS, TAKE, PUT, ESTIMATE, ...Object.values(RAW), ...Object.values(RCLONE), ASIDE, HOOK];
 
 const uuidOrNull = (text: string) => (text === "-" ? null : text);
 const UUID = "-|[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}";
@@ -1657,10 +1686,13 @@ export type Standing = {
 };
 
 /** How a stream goes to one destination: `rate` in bytes a second; `protocol` null for what btrfs takes by itself. */
-export type Sending = Filters & { readonly rate: number | null; readonly protocol: string | null; readonly fullEvery: FullEvery | null };
+export type Sending = Filters & { readonly rate: number | null; readonly protocol: string | null; readonly fullEvery: FullEvery | null; readonly resume: boolean; readonly spaceCheck: boolean };
 
-/** Where a stream comes in. `stages`: the last ones of its pipeline; `level`: how it is compressed before; `finish` gets what they told, and returns the stored bytes. */
-type Incoming = { readonly level: string; readonly stages: readonly Stage[]; readonly environment?: Record<string, string>; readonly finish?: (told: string) => Promise<number> };
+/** What a broken transfer left over there to go on from: `bytes` of them with a SHA-256, of a stream that was made so. */
+type Begun = { readonly bytes: number; readonly sum: string; readonly protocol: string | null; readonly level: string };
+
+/** Where a stream comes in. `stages`: the last ones of its pipeline; `level`: how it is compressed before; `finish` gets what they told, and returns the stored bytes; `kept`: what is there already. */
+type Incoming = { readonly level: string; readonly stages: readonly Stage[]; readonly environment?: Record<string, string>; readonly finish?: (told: string) => Promise<number>; readonly kept?: Begun };
 
 /** A place that backups go to, whatever its kind. */
 export interface Destination {
@@ -1677,8 +1709,10 @@ export interface Destination {
   readonly receive: (source: Folder, transfer: Transfer) => Promise<Incoming>;
   /** What a snapshot's transfer has become there. */
   readonly arrived: (transfer: Transfer) => Backup;
-  /** Clears away what a failed transfer of that name left. */
+  /** Clears away what a failed transfer of that name left, but for what the next one can go on from. */
   readonly discard: (name: string) => Promise<void>;
+  /** Clears away what could be gone on from, if there is any. */
+  readonly tidy: () => Promise<void>;
   /** Deletes backups, in that order; `free`: waits until their space is free. */
   readonly remove: (backups: readonly Backup[], free: boolean) => Promise<void>;
   readonly close: () => Promise<void>;
@@ -1703,7 +1737,7 @@ export function standingIn(folder: Pick<Folder, "standing" | "snapshots" | "entr
   return { held, backups, copied, taken, chained: null };
 }
 
-type FolderOptions = Deletion & { readonly btrfsDebug: boolean; readonly level: string };
+type FolderOptions = Deletion & { readonly btrfsDebug: boolean; readonly sending: Sending };
 
 /** Streams between hosts are compressed, others never. Errors: Failure where zstd is missing. */
 function compressionBetween(source: Folder, target: Folder, level: string): string {
@@ -1713,16 +1747,54 @@ function compressionBetween(source: Folder, target: Folder, level: string): stri
 }
 
 /** The receiving end of a transfer into a folder. `chain`: what its record says, with the announcement meanwhile. */
-function receiving(folder: Folder, name: string, level: string, chain: ChainRecord | null, btrfsDebug: boolean): Stage {
+function receiving(folder: Folder, name: string, level: string, chain: ChainRecord | null, btrfsDebug: boolean, part: readonly string[] = []): Stage {
   const [header, key, value] = chain === null ? ["", "", ""] : recordArguments(folder, chain);
-  const args = [btrfsDebug ? "-vv" : "-q", ...at(folder), level, holderOf(folder), folder.prefix, header, key, `{"receiving":${JSON.stringify(name)},`, value.slice(1)];
+  const args = [btrfsDebug ? "-vv" : "-q", ...at(folder), level, holderOf(folder), folder.prefix, header, key, `{"receiving":${JSON.stringify(name)},`, value.slice(1), ...part];
   return { label: `btrfs receive${folder.host.label === "" ? "" : ` on ${folder.host.label}`}`, command: commandFor(folder.host, RECEIVE, args), shown: btrfsDebug };
 }
+
+const PART = /\.p([0-2])-(\d*)\.part$/;
+
+/**
+ * A stream that is kept as a file over there until it is whole, so that a later transfer can go on from what arrived. `taken`: uses
+ * the file; gets its name without dot and end, and what to check. Errors: NoSpace if that clearly takes more than there is.
+ */
+async function resumable(folder: Folder, source: Folder, transfer: Transfer, object: string, copies: number, sending: Sending, taken: (part: string, sum: string, bytes: number, kept: string) => Promise<void>): Promise<Incoming> {
+  const { host, prefix, id } = folder;
+  const found = /^(\d+) ([0-9a-f]{64})  - \.\/\.(.*)$/m.exec(await ask(host, KEPT, [...at(folder), prefix, object], `${id}: cannot look for what is kept`));
+  const [, protocol = sending.protocol ?? "0", level = sending.level] = PART.exec(found?.[3] ?? "") ?? [];
+  const kept: Begun = { bytes: Number(found?.[1] ?? 0), sum: found?.[2] ?? "", protocol: protocol === "0" ? null : protocol, level };
+  const size = await streamBytes(source, transfer);
+  const needed = Math.max(0, copies * size - kept.bytes);
+  log.info(`${id}: ${kept.bytes > 0 ? `${inBytes(kept.bytes)} of ${transfer.snapshot.name} are there already; ` : ""}the stream of some ${inBytes(size)} is kept there until it is whole, which takes ${inBytes(needed)} of ${inBytes(folder.free)}`);
+  if (sending.spaceCheck && needed > folder.free) throw new NoSpace(`${transfer.snapshot.name} takes ${inBytes(needed)} there with --resume, and only ${inBytes(folder.free)} are free; --skip-space-check tries all the same`);
+  const part = `${object}.p${protocol}-${level}`;
+  return {
+    level,
+    kept,
+    stages: [CHECKSUM, { label: `storing${host.label === "" ? "" : ` on ${host.label}`}`, command: commandFor(host, RAW.put, [...at(folder), prefix, part, holderOf(folder), String(kept.bytes)]) }],
+    async finish(told) {
+      const { sum, bytes } = readChecksum(told);
+      await taken(part, sum, kept.bytes + bytes, String(kept.bytes));
+      return kept.bytes + bytes;
+    },
+  };
+}
+
+/** Whether a transfer can break and be gone on with: it goes over ssh. */
+const canResume = (source: Folder, { host }: Folder, { resume }: Sending) => resume && (source.host.ssh !== null || host.ssh !== null);
+
+/** Removes what was kept to go on from, if a listing or this run knows of any. */
+const tidying = (folder: Folder, used: () => boolean) => async () => {
+  if (used() || [...folder.entries].some((name) => PART.test(name))) await ask(folder.host, TIDY, [...at(folder), folder.prefix], `${folder.id}: cannot remove what is kept of a broken transfer`);
+};
 
 /** A btrfs folder as a destination: `owned` is its record from now on, `announced` what 0.3.1 began. */
 function folderDestination(folder: Folder, owned: ChainRecord, announced: readonly string[], options: FolderOptions): Destination {
   const { host, prefix, id } = folder;
+  const { sending } = options;
   const { receiving: announcement, ...settled } = owned;
+  let parts = false;
   return {
     id,
     stream: null,
@@ -1730,11 +1802,19 @@ function folderDestination(folder: Folder, owned: ChainRecord, announced: readon
     free: folder.free,
     standing: standingIn(folder, settled, announcement === undefined ? announced : [...announced, announcement]),
     frozen: folder.record.unreadable === null ? null : `its .btrfs-backup.json cannot be read (${folder.record.unreadable}); move it aside and run once with --adopt`,
-    async receive(source, { snapshot }) {
-      const level = compressionBetween(source, folder, options.level);
-      return { level, stages: [receiving(folder, snapshot.name, level, settled, options.btrfsDebug)] };
+    async receive(source, transfer) {
+      const { name } = transfer.snapshot;
+      const level = compressionBetween(source, folder, sending.level);
+      const from = (part?: readonly string[], as = level) => [receiving(folder, name, as, settled, options.btrfsDebug, part)];
+      if (!canResume(source, folder, sending)) return { level, stages: from() };
+      parts = true;
+      const object = streamName(transfer, ownerOf(settled.owner as Identity), { level: "", recipients: [] });
+      return resumable(folder, source, transfer, object, 2, { ...sending, level }, async (part, sum, bytes, kept) => {
+        await pipeline(from([part, sum, String(bytes), kept], PART.exec(`${part}.part`)?.[2]));
+      });
     },
     arrived: ({ snapshot }) => arrived(snapshot),
+    tidy: tidying(folder, () => parts),
     async discard(name) {
       await ask(host, DISCARD, [...at(folder), prefix, name, ...recordArguments(folder, settled)], `${id}: cannot remove what the broken transfer of ${name} left`);
     },
@@ -1776,6 +1856,7 @@ function storeDestination(folder: Folder, store: Store, again: () => Promise<Fol
   const drop = async (objects: readonly string[]) => {
     for (const some of chunks(objects)) await ask(host, verbs.delete, [...place, ...some], `${id}: cannot delete ${count(some.length, "object")}`);
   };
+  let parts = false;
   const objects = new Map<string, string>();
   const inSource = dataFinder(standing.held);
   const nameOf = ({ snapshot, parent }: Transfer) => streamName({ snapshot, parent }, owner, sending);
@@ -1790,6 +1871,12 @@ function storeDestination(folder: Folder, store: Store, again: () => Promise<Fol
     async receive(source, transfer) {
       checkFilters(source, sending);
       const object = nameOf(transfer);
+      if (verbs === RAW && canResume(source, folder, sending)) {
+        parts = true;
+        return resumable(folder, source, transfer, object, 1, sending, async (part, sum, bytes, kept) => {
+          await ask(host, RAW.commit, [...place, object, sum, String(bytes), part, kept], `${id}: cannot complete ${object}`);
+        });
+      }
       const part = verbs === RCLONE ? await partFor(source, transfer, store, sending) : "";
       const put = commandFor(host, verbs.put, [...place, object, holderOf(folder), part]);
       const label = verbs === RCLONE ? "rclone" : `storing${host.label === "" ? "" : ` on ${host.label}`}`;
@@ -1809,8 +1896,10 @@ function storeDestination(folder: Folder, store: Store, again: () => Promise<Fol
       return { ...arrived(transfer.snapshot), uuid: object, parentUuid: transfer.parent && parentObject(transfer.parent) };
     },
     async discard(name) {
-      await drop((await again()).store?.debris.get(name) ?? []);
+      const debris = (await again()).store?.debris.get(name) ?? [];
+      await drop(debris.filter((object) => !sending.resume || !PART.test(object)));
     },
+    tidy: tidying(folder, () => parts),
     remove: (backups) => drop(backups.flatMap(({ uuid }) => [uuid, uuid + SUM])),
     close: folder.close,
   };
@@ -1835,10 +1924,14 @@ export const inBytes = (bytes: number) => {
 /** How many bytes a stream has that consists of what `estimate` printed; a command without data has some hundred. */
 export const estimatedBytes = (printed: string) => [...printed.matchAll(/^ *(\d+) (?: len=(\d+)|[a-z_]+)$/gm)].reduce((sum, [, times, length]) => sum + Number(times) * (length === undefined ? 200 : Number(length)), 0);
 
+/** How many bytes a stream will have, but for some hundred a command. */
+const streamBytes = async (source: Folder, { snapshot, parent }: Transfer) =>
+  estimatedBytes(await ask(source.host, ESTIMATE, [...at(source), snapshot.name, parent?.name ?? ""], `${source.id}: cannot estimate the stream of ${snapshot.name}`));
+
 /** The part size for a transfer to a remote, as rclone reads it. */
-async function partFor(source: Folder, { snapshot, parent }: Transfer, { type }: Store, { level }: Sending): Promise<string> {
-  const bytes = estimatedBytes(await ask(source.host, ESTIMATE, [...at(source), snapshot.name, parent?.name ?? ""], `${source.id}: cannot estimate the stream of ${snapshot.name}`));
-  log.debug(`the stream of ${snapshot.name} will have some ${inBytes(bytes)}`);
+async function partFor(source: Folder, transfer: Transfer, { type }: Store, { level }: Sending): Promise<string> {
+  const bytes = await streamBytes(source, transfer);
+  log.debug(`the stream of ${transfer.snapshot.name} will have some ${inBytes(bytes)}`);
   // What is compressed can be much smaller, and other remotes are not bound by the limits of S3.
   return `${partSize(type === "s3" && level === "" ? bytes : Math.min(bytes, S3_OBJECT)) / MIB}M`;
 }
@@ -1882,6 +1975,7 @@ function shellDestination(location: Location & { kind: "shell" }, last: Memory |
     },
     arrived: ({ snapshot }) => arrived(snapshot),
     discard: async () => {},
+    tidy: async () => {},
     remove: async () => {},
     close: async () => {},
   };
@@ -2260,10 +2354,12 @@ function meter(progress: boolean, rate: number | null, size: number | undefined,
 }
 
 /** Sends one snapshot to one destination, which is as before if it fails. Errors: those of `pipeline`. */
-async function transferTo(destination: Pick<Destination, "receive" | "discard">, source: Folder, transfer: Transfer, { rate, protocol }: Pick<Sending, "rate" | "protocol">, { progress, btrfsDebug, sizes }: Display): Promise<{ bytes: number | null; seconds: number }> {
+async function transferTo(destination: Pick<Destination, "receive" | "discard" | "tidy">, source: Folder, transfer: Transfer, sending: Pick<Sending, "rate" | "protocol">, display: Display): Promise<{ bytes: number | null; seconds: number }> {
   const { snapshot, parent } = transfer;
-  const { level, stages, environment, finish } = await destination.receive(source, transfer);
-  const send = commandFor(source.host, SEND, [btrfsDebug ? "-vv" : "-q", ...at(source), level, protocol ?? "", holderOf(source), snapshot.name, parent?.name ?? ""]);
+  const [{ rate, protocol }, { progress, btrfsDebug, sizes }] = [sending, display];
+  const { level, stages, environment, finish, kept } = await destination.receive(source, transfer);
+  const before = kept === undefined || kept.bytes === 0 ? ["", ""] : [String(kept.bytes), kept.sum];
+  const send = commandFor(source.host, SEND, [btrfsDebug ? "-vv" : "-q", ...at(source), level, (kept === undefined ? protocol : kept.protocol) ?? "", holderOf(source), snapshot.name, parent?.name ?? "", ...before]);
   const label = `btrfs send${level === "" ? "" : " or zstd"}${source.host.label === "" ? "" : ` on ${source.host.label}`}`;
   const metered = meter(progress, rate, parent === null && level === "" ? sizes.get(snapshot.uuid) : undefined);
   // How many bytes a compressed stream has is known only behind the host that compresses it.
@@ -2274,6 +2370,11 @@ async function transferTo(destination: Pick<Destination, "receive" | "discard">,
     const { bytes, told } = await pipeline([{ label, command: send, shown: btrfsDebug }, ...between, ...stages], environment);
     return { bytes: finish === undefined ? bytes : await finish(told), seconds: (Date.now() - began) / 1000 };
   } catch (error) {
+    if (error instanceof OtherStream && kept !== undefined) {
+      log.info(`${snapshot.name}: its stream has changed since the transfer broke, which begins anew`);
+      await destination.tidy();
+      return transferTo(destination, source, transfer, sending, display);
+    }
     // What stood in the way of the name is not what this transfer left.
     if (!/File exists/.test((error as Error).message))
       await whileCleaning(() => destination.discard(snapshot.name)).catch((problem: Error) => log.warn(`${problem.message} (the next run will)`));
@@ -2374,7 +2475,7 @@ async function openDestination({ location, sending }: Wanted, source: Source, kn
   const standing = folder.chain.owner !== undefined || folder.snapshots.some(isComplete);
   if (!o.dryRun && standing && JSON.stringify(folder.chain) !== JSON.stringify(owned)) await writeRecord(folder, owned);
   warnOfDuplicates(folder, report);
-  return folderDestination(folder, owned, known?.receiving ?? [], { ...o.deletion, btrfsDebug: o.btrfsDebug, level: sending.level });
+  return folderDestination(folder, owned, known?.receiving ?? [], { ...o.deletion, btrfsDebug: o.btrfsDebug, sending });
 }
 
 /** Opens a store after making sure that it is the right one. Errors: Absent, Busy, Failure. */
@@ -2487,6 +2588,7 @@ async function sendMissing(served: Served, source: Source, snapshots: readonly S
   for (const { name, why } of conflicts) report.error(id, new Failure(`${name} is not sent: ${why}; rename or remove it`));
   // All of them, since the next announcement replaces that of a leftover which is not sent again.
   for (const [name, what] of served.standing.taken) if (what === "leftover" && !o.dryRun) await destination.discard(name);
+  if (!wanted.sending.resume && !o.dryRun) await destination.tidy();
   if (transfers.length > 1 && served.standing.held.length === 0) log.info(`${id} is new: ${transfers.length} snapshots will be sent; --newest-only sends only the newest`);
   let { free } = destination;
   for (const [i, transfer] of transfers.entries()) {
@@ -2513,6 +2615,7 @@ async function sendMissing(served: Served, source: Source, snapshots: readonly S
     const { length } = chainOf<Entry>(backup, byUuid(served.standing.held));
     if (served.standing.chained !== null && length > 100 && wanted.sending.fullEvery?.count === 0) report.warning(`${id}: to restore ${snapshot.name} takes ${length} streams, each of them whole; --full-every begins a new chain`);
   }
+  if (wanted.sending.resume && !o.dryRun) await destination.tidy();
   return conflicts.length === 0;
 }
 
@@ -2597,11 +2700,52 @@ async function serve(served: Served, source: Source, snapshots: readonly Snapsho
 /** Takes a snapshot, sends every destination what it lacks, and keeps what should be kept. */
 export async function run(o: RunOptions, report: Report): Promise<void> {
   checkPlaces(o);
-  await backUp(await openSource(o), o, report);
+  let name: string | null = null;
+  await persistently(o, report, async (o, report) => {
+    const source = await openSource(o);
+    name = (await backUp(source, { ...o, snapshot: o.snapshot && name === null }, report)) ?? name;
+  });
+  concludeRun(o, report, name);
 }
 
-/** Sends every destination what it lacks of an opened source, and keeps on both sides what should be kept. Closes the source. */
-async function backUp(source: Source, o: RunOptions, report: Report): Promise<void> {
+/** Says what was done. */
+function concludeRun({ dryRun }: Pick<RunOptions, "dryRun">, report: Report, name: string | null): void {
+  const { snapshot = 0, transfer = 0, delete: deletions = 0 } = report.tally;
+  log.info(`${dryRun ? "Nothing was changed" : "Done"}: ${count(snapshot, "snapshot")}, ${count(transfer, "transfer")}, ${count(deletions, "deletion")}${report.failed ? ", with errors" : ""}`);
+  report.event("summary", { ok: !report.failed, snapshot: name, transfers: transfer, deletions });
+}
+
+/** Does something that can lose a connection, and again as often as asked for, until none is lost. */
+async function persistently(o: RunOptions, report: Report, attempt: (o: RunOptions, report: Report) => Promise<void>): Promise<void> {
+  const told = new Set<string>();
+  for (let left = o.retries; ; left--) {
+    let lost = false;
+    const error: Report["error"] = (destination, error) => {
+      const message = `${destination ?? ""} ${(error as Error).message}`;
+      if (error instanceof Unreachable && left > 0) {
+        lost = true;
+        report.warning(`${(error as Error).message}; ${left === 1 ? "one more try" : `${left} more tries`}`);
+      } else if (!told.has(message)) report.error(destination, error);
+      told.add(message);
+    };
+    // Over there, what the lost connection had locked is free when it has heard nothing for four beats.
+    const { beat } = hostOf(null, o.hosts);
+    const wait = left === o.retries ? o.wait : Math.max(o.wait, 5 * beat);
+    await attempt({ ...o, wait }, { ...report, error }).catch((problem: Error) => {
+      if (!(problem instanceof Unreachable) || left === 0) throw problem;
+      error(null, problem);
+    });
+    if (!lost) return;
+    await new Promise<void>((over) => {
+      running.add(over);
+      setTimeout(() => (running.delete(over), over()), (beat / 3) * 1000);
+    });
+    checkInterruption();
+  }
+}
+
+/** Sends every destination what it lacks of an opened source, and keeps on both sides what should be kept. Closes the source; returns the name of the snapshot that it took. */
+async function backUp(source: Source, o: RunOptions, report: Report): Promise<string | null> {
   const known = new Map(knownDestinations(source).map((destination) => [destination.location, destination]));
   const wanted = new Map(o.destinations.map((destination) => [destination.location.id, destination]));
   for (const id of o.lockedDestinations ? known.keys() : []) if (!wanted.has(id)) wanted.set(id, { location: recordedLocation(id, source), optional: false, policy: o.backupPolicy, sending: o.sendingTo(id) });
@@ -2653,9 +2797,7 @@ async function backUp(source: Source, o: RunOptions, report: Report): Promise<vo
       await source.close();
     });
   }
-  const { snapshot = 0, transfer = 0, delete: deletions = 0 } = report.tally;
-  log.info(`${o.dryRun ? "Nothing was changed" : "Done"}: ${count(snapshot, "snapshot")}, ${count(transfer, "transfer")}, ${count(deletions, "deletion")}${report.failed ? ", with errors" : ""}`);
-  report.event("summary", { ok: !report.failed, snapshot: taken?.name ?? null, transfers: transfer, deletions });
+  return taken?.name ?? null;
 }
 
 /** An optional destination that is not there is no failure, until it has been away for too long. */
@@ -2683,7 +2825,6 @@ async function pruneSource(source: Source, snapshots: readonly Snapshot[], wante
 
 /** Sends backups on, prefix by prefix: what `run` does from a source, with a folder of backups in its place. */
 export async function copy({ prefix, ...o }: Omit<RunOptions, "prefix"> & { readonly prefix: string | null }, report: Report): Promise<void> {
-  const wait = o.dryRun ? ("look" as const) : o.wait;
   const first = await openLocation(o.source, { ...o, prefix: prefix ?? "", wait: "look" });
   const prefixes = prefix === null ? prefixesIn(first.standing) : [prefix];
   if ([first.prefix, ...prefixes].some((one) => isSnapshotFolder(withPrefix(first, one)))) throw new UsageError(`${o.source.id} has snapshots of a source: "btrfs-backup run --no-snapshot" sends these`);
@@ -2692,14 +2833,17 @@ export async function copy({ prefix, ...o }: Omit<RunOptions, "prefix"> & { read
   checkPlaces(options);
   for (const one of prefixes)
     try {
-      const folder = await openFolder(o.source, o.source.path, { prefix: one, wait, hosts: o.hosts });
-      // Whose the backups are goes with them, so that their source can go on in the copy.
-      const identity = folder.chain.owner ?? { uuid: `${folder.place.filesystem}${folder.top}`, host: folder.hostName, path: folder.path };
-      await backUp({ ...folder, snapshots: wholeIn(folder), identity, subvolume: folder.path, owned: folder.chain }, { ...options, prefix: one }, report);
+      await persistently({ ...options, prefix: one }, report, async (o, report) => {
+        const folder = await openFolder(o.source, o.source.path, { prefix: one, wait: o.dryRun ? "look" : o.wait, hosts: o.hosts });
+        // Whose the backups are goes with them, so that their source can go on in the copy.
+        const identity = folder.chain.owner ?? { uuid: `${folder.place.filesystem}${folder.top}`, host: folder.hostName, path: folder.path };
+        await backUp({ ...folder, snapshots: wholeIn(folder), identity, subvolume: folder.path, owned: folder.chain }, o, report);
+      });
     } catch (error) {
       if (prefixes.length === 1 || error instanceof UsageError) throw error;
       report.error(o.source.id, error); // the other prefixes can still be copied
     }
+  concludeRun(o, report, null);
 }
 
 export type PruneOptions = ReturnType<typeof pruneOptions>;
@@ -2727,14 +2871,16 @@ export async function prune(o: PruneOptions, report: Report): Promise<void> {
   report.event("summary", { ok: !report.failed, deletions });
 }
 
+const NO_SENDING: Sending = { level: "", recipients: [], rate: null, protocol: null, fullEvery: null, resume: false, spaceCheck: true };
+
 /** A place of backups without a source: in a store, of all that the newest stream's source calls its own. */
 function pruned(folder: Folder, o: PruneOptions): Destination {
   const { store, prefix, id, chain } = folder;
-  if (store === null) return folderDestination(folder, chain, [], { ...o.deletion, btrfsDebug: false, level: "" });
+  if (store === null) return folderDestination(folder, chain, [], { ...o.deletion, btrfsDebug: false, sending: NO_SENDING });
   const ours = store.streams.filter(({ name }) => parseName(name, prefix) !== null);
   const owner = ours.at(-1)?.owner ?? ownerOf({ uuid: "", host: "", path: "" });
   const again = () => openFolder(o.location, folder.path, { prefix, wait: "look", hosts: o.hosts });
-  return storeDestination(folder, store, again, standingInStore(store, prefix, lineagesOf(ours, owner, [])), owner, lockFile(`${id}\n${prefix}`), { level: "", recipients: [], rate: null, protocol: null, fullEvery: null });
+  return storeDestination(folder, store, again, standingInStore(store, prefix, lineagesOf(ours, owner, [])), owner, lockFile(`${id}\n${prefix}`), NO_SENDING);
 }
 
 /**
@@ -2909,7 +3055,7 @@ export async function restore(o: RestoreOptions, report: Report): Promise<void> 
         else if (present === null) {
           const level = compressionBetween(location, target, o.sending.level);
           const receive = async () => ({ level, stages: [receiving(folder, chosen.name, level, null, o.btrfsDebug)] });
-          report.event("transfer", { ...transfer, ...(await transferTo({ receive, discard: async () => {} }, location, { snapshot: chosen, parent }, o.sending, display)) });
+          report.event("transfer", { ...transfer, ...(await transferTo({ receive, discard: async () => {}, tidy: async () => {} }, location, { snapshot: chosen, parent }, o.sending, display)) });
         }
         await ask(target.host, BUILD, [...at(target), work, origin, outside?.path ?? target.inside ?? "", chosen.name, how], `cannot build ${o.target.id}`);
         await settle(target, join(target.path, work, "tree"), outside, chains, chosen, came, o);
@@ -3453,7 +3599,9 @@ const listedArgument: ArgumentCheck = (value, said) => (value.startsWith("./") ?
 const objectArgument: ArgumentCheck = (value, { prefix }) => (isObject(value) && parseName(STREAM.exec(value)?.[1] ?? "", prefix) !== null ? value : refuse(`the object ${shown(value)}`));
 const isObject = (value: string) => STREAM.test(value) && !/[/\n\r\0]/.test(value);
 /** An object, what belongs to it, or was to become it. */
-const anyObjectArgument: ArgumentCheck = (value) => (isObject(value.replace(/^\.(.*)\.part$/s, "$1").replace(/\.sha256$/, "")) ? value : refuse(`the object ${shown(value)}`));
+const anyObjectArgument: ArgumentCheck = (value) => (isObject(value.replace(/^\.(.*)\.part$/s, "$1").replace(/\.sha256$|\.p[0-2]-\d*$/, "")) ? value : refuse(`the object ${shown(value)}`));
+/** A part of an object, or what it must be: numbers and a SHA-256. */
+const partArgument: ArgumentCheck = (value, said) => (/^(\d{1,18}|[0-9a-f]{64})$/.test(value) ? value : `${objectArgument(value.replace(/\.p[0-2]-\d*$/, ""), said)}${/\.p[0-2]-\d*$/.exec(value)?.[0] ?? ""}`);
 const innerArgument: ArgumentCheck = (value) => (value.startsWith("/") && value === normalize(value) && !/[\n\r\0]/.test(value) ? value : refuse(`the path ${shown(value)}`));
 
 const [FSID, HOLDER, LEVEL, FLAG] = [like(/^[0-9a-f]{1,16}$/), like(/^\d{0,9}$/), like(/^(1?\d)?$/), oneOf("-q", "-vv")];
@@ -3473,16 +3621,18 @@ const GUARDED: ReadonlyMap<string, Use> = new Map([
   use(OPEN, ["add", "source"], [like(/^[0-9a-f-]{36}$/), like(/^(look|\d{1,6})$/), placeArgument, prefixArgument, sourceArgument, oneOf("", "streams"), like(/^\d{1,4}$/)]),
   use(CREATE, ["add", "source"], [...AT, prefixArgument]),
   use(WRITE_RECORD, ["add", "source"], [...AT, ...RECORDED]),
-  use(RECEIVE, ["add"], [FLAG, ...AT, LEVEL, HOLDER, prefixArgument, ...RECORDED, like(/^[^\n\r\0]*$/)]),
+  use(RECEIVE, ["add"], [FLAG, ...AT, LEVEL, HOLDER, prefixArgument, ...RECORDED, like(/^[^\n\r\0]*$/)], partArgument),
+  use(KEPT, ["add"], [...AT, prefixArgument, objectArgument]),
+  use(TIDY, ["add"], [...AT, prefixArgument]),
   use(DISCARD, ["add"], [...AT, prefixArgument, datedArgument, ...RECORDED]),
-  use(RAW.put, ["add"], [...AT, prefixArgument, objectArgument, HOLDER, oneOf("")]),
-  use(RAW.commit, ["add"], [...AT, prefixArgument, objectArgument, like(/^[0-9a-f]{64}$/), like(/^\d{1,18}$/)]),
+  use(RAW.put, ["add"], [...AT, prefixArgument, (value, said) => partArgument(value, said), HOLDER, like(/^\d{0,18}$/)]),
+  use(RAW.commit, ["add"], [...AT, prefixArgument, objectArgument, like(/^[0-9a-f]{64}$/), like(/^\d{1,18}$/)], partArgument),
   use(RAW.delete, ["add", "delete"], [...AT, prefixArgument], anyObjectArgument),
   use(RAW.get, ["read"], [...AT, oneOf("", "sum"), HOLDER], anyObjectArgument),
   use(DELETE, ["delete", "source"], [oneOf("", "rw"), oneOf("", "sync"), ...AT], listedArgument),
   use(RECEIVED, ["delete", "read"], AT, listedArgument),
   use(SNAPSHOT, ["source"], [sourceArgument, ...AT, datedArgument]),
-  use(SEND, ["source", "read"], [FLAG, ...AT, LEVEL, like(/^[12]?$/), HOLDER, standingArgument, (value, said) => (value === "" ? "" : standingArgument(value, said))]),
+  use(SEND, ["source", "read"], [FLAG, ...AT, LEVEL, like(/^[12]?$/), HOLDER, standingArgument, (value, said) => (value === "" ? "" : standingArgument(value, said)), like(/^\d{0,18}$/), like(/^([0-9a-f]{64})?$/)]),
   use(ESTIMATE, ["source", "read"], [...AT, standingArgument, (value, said) => (value === "" ? "" : standingArgument(value, said))]),
   use(SIZES, ["read"], AT, listedArgument),
   use(DIGEST, ["read"], [...AT, standingArgument]),
@@ -3539,7 +3689,7 @@ async function fitting(verb: Verb, args: string[], said: Guarded): Promise<strin
     const newest = (prefix: string) => standing.filter(({ name, readonly }) => readonly && parseName(name, prefix) !== null).reduce((last, one) => (one.id > last.id ? one : last), NO_SUBVOLUME as Entry).name;
     if (said.o.source) for (const name of names) if (newest(prefixOf(name) as string) === name) refuse(`${name} is the newest snapshot`);
   }
-  if (verb === RECEIVE && args[6] === "") return [...args.slice(0, 6), "", "", "", ""];
+  if (verb === RECEIVE && args[6] === "") return [...args.slice(0, 6), "", "", "", "", ...args.slice(10)];
   if (verb === VERSIONS) return [...args.slice(0, 4), ...args.slice(4).filter((name) => isInside(join(said.folder, name), args[3] as string))];
   return args;
 }
@@ -3603,7 +3753,7 @@ export async function guard(o: GuardOptions): Promise<number> {
 }
 
 /** Reads along a stream that is received. What is refused never gets to its end there. */
-async function guardedReceive([flag = "", path = "", fsid = "", level = "", holder = "", prefix = "", header = "", , beginning = "", rest = ""]: readonly string[], said: Guarded, started: (args: readonly string[]) => ProcessPromise): Promise<number> {
+async function guardedReceive([flag = "", path = "", fsid = "", level = "", holder = "", prefix = "", header = "", , beginning = "", rest = "", ...part]: readonly string[], said: Guarded, started: (args: readonly string[]) => ProcessPromise): Promise<number> {
   const folder = await lookedAt(said, "folder");
   const announced = header === "" ? null : guardedRecord(beginning + rest, folder, false);
   if (announced !== null && announced.receiving === undefined) refuse("a transfer without an announcement");
@@ -3616,12 +3766,13 @@ async function guardedReceive([flag = "", path = "", fsid = "", level = "", hold
     return Buffer.from(join(folder.path, first.name)).toString("latin1");
   });
   const record = announced === null ? ["", "", "", ""] : [RECORD_HEADER, recordKey(prefix), `{"receiving":${JSON.stringify(name)},`, JSON.stringify(settled).slice(1)];
-  const child = started([`${flag}C`, path, fsid, "", holder, prefix, ...record]);
+  const file = part[0] === undefined ? "inherit" : PART.test(`${part[0]}.part`) ? openSync(join(path, `.${part[0]}.part`), constants.O_RDONLY | constants.O_NOFOLLOW) : refuse(`the file ${shown(part[0])}`);
+  const child = started([`${flag}C`, path, fsid, "", holder, prefix, ...record, ...part]);
   let over = false;
   const ended = child.then(() => (over = true));
-  const unzip = level === "" ? null : spawn("zstd", ["-q", "-d", "-c"], { stdio: ["inherit", "pipe", "inherit"] });
+  const unzip = level === "" ? null : spawn("zstd", ["-q", "-d", "-c"], { stdio: [file, "pipe", "inherit"] });
   const unzipped = unzip === null ? null : new Promise<number | null>((done) => unzip.on("close", done).on("error", () => done(null)));
-  const input = unzip?.stdout ?? process.stdin;
+  const input = unzip?.stdout ?? (file === "inherit" ? process.stdin : createReadStream("", { fd: file }));
   child.stdin.on("error", () => {}); // its exit status tells
   const pass = async (bytes: Buffer) => bytes.length === 0 || child.stdin.write(bytes) || (await Promise.race([ended, new Promise((drained) => child.stdin.once("drain", drained))]));
   try {
@@ -3682,6 +3833,8 @@ const RUN_ARGUMENTS = {
   compress: { type: "string", valueHint: "zstd[:LEVEL]", description: "Compress what travels between hosts, is stored as a stream, or goes to a command" },
   "encrypt-to": { type: "string", valueHint: "RECIPIENT", description: "Encrypt streams that are stored or go to a command with gpg's public key of RECIPIENT (repeatable)" },
   protocol: { type: "string", valueHint: "1|2", description: "Version of the send stream (default: what btrfs send takes by itself, which is 1)" },
+  resume: { type: "boolean", description: "Over ssh: go on where a transfer broke. The stream is kept as a file over there until it is whole" },
+  retries: { type: "string", valueHint: "N", description: "Try again up to N times in this run when a connection is lost (default: 0)" },
   "rate-limit": { type: "string", valueHint: "RATE", description: "Send at most so many bytes a second, with k, m or g for powers of 1024 (needs pv)" },
   "btrfs-debug": { type: "boolean", alias: "d", description: "Let btrfs send and receive tell everything (-vv)" },
   "no-progress": { type: "boolean", alias: "P", description: "Show no progress" },
@@ -3857,6 +4010,7 @@ export function runOptions(given: Given) {
     maxAge: ageOf(given),
     beforeSnapshot: given.value("before-snapshot"),
     afterSnapshot: given.value("after-snapshot"),
+    retries: wholeNumber(given.value("retries"), "--retries", 0),
     ...displayOptions(given),
     sendingTo: (id: string) => sendingOptions(given, parseLocation(id)),
   };
@@ -3913,6 +4067,8 @@ function sendingOptions(given: Options, location: Location | null): Sending {
   const [rate, compression, every, protocol] = ["rate-limit", "compress", "full-every", "protocol"].map(given.value);
   if (protocol && !/^[12]$/.test(protocol)) throw new UsageError(`--protocol is 1 or 2, not "${protocol}"`);
   const recipients = given.all("encrypt-to");
+  const resume = given.flag("resume");
+  if (resume && recipients.length > 0) throw new UsageError("--resume and --encrypt-to exclude each other: gpg's output is another one each time");
   if (location?.kind === "folder" && recipients.length > 0) throw new UsageError(`--encrypt-to: what is received on btrfs cannot be encrypted: ${location.id}. For another destination only: --for DEST --encrypt-to …`);
   const chained = location?.kind === "raw" || location?.kind === "rclone";
   return {
@@ -3921,6 +4077,8 @@ function sendingOptions(given: Options, location: Location | null): Sending {
     recipients,
     fullEvery: parseFullEvery(every ?? (chained ? FULL_EVERY : "0")),
     protocol: protocol ?? null,
+    resume,
+    spaceCheck: !given.flag("skip-space-check"),
   };
 }
 
@@ -4025,7 +4183,7 @@ const COMMANDS: Record<string, CommandDef<any>> = {
   copy: command(" copy", "Send backups on to other places, as run does from a source.", {
     location: positional(`Backups: ${PLACE}; all prefixes one after the other, unless -p is given`),
     dest: positional("Where to; any number"),
-    ...ofRun("num-backups", "newest-only", "no-incremental", "optional", "max-age", "make-room", "adopt", "dry-run", "sync", "convert-rw", "skip-fs-checks", "skip-space-check", "for", "full-every", "compress", "encrypt-to", "protocol", "rate-limit", "btrfs-debug", "no-progress", "wait"),
+    ...ofRun("num-backups", "newest-only", "no-incremental", "optional", "max-age", "make-room", "adopt", "dry-run", "sync", "convert-rw", "skip-fs-checks", "skip-space-check", "for", "full-every", "compress", "encrypt-to", "protocol", "resume", "retries", "rate-limit", "btrfs-debug", "no-progress", "wait"),
     ...HOST_ARGUMENTS,
   }, copyOptions, copy),
   prune: command(" prune", "Delete backups that a policy does not keep, by when they were received.", {

@@ -193,7 +193,7 @@ export const sshServer = () => (server ??= startSshServer());
 
 export type LinkedServer = SshServer & { readonly cut: () => void; readonly mend: () => void; readonly crossed: () => number };
 
-/** An sshd at the other end of a link that can be cut: in a network namespace of its own. `crossed`: bytes sent over it. */
+/** An sshd at the other end of a link that can be cut: in a network namespace of its own. `crossed`: bytes sent over it, both ways. */
 export async function linkedServer(): Promise<LinkedServer> {
   const number = Math.floor(Math.random() * 500); // another test run has other namespaces of processes, and the same of devices
   const [device, net] = [`bb${number}`, `198.${18 + (number % 2)}.${number >> 1}`];
@@ -211,7 +211,7 @@ export async function linkedServer(): Promise<LinkedServer> {
     ...server,
     cut: () => void sh(`nsenter --target "$2" --net ip link set "$1" down`, device, pid),
     mend: () => void sh(`nsenter --target "$2" --net ip link set "$1" up`, device, pid),
-    crossed: () => Number(readFileSync(`/sys/class/net/${device}/statistics/tx_bytes`, "utf8")),
+    crossed: () => ["tx", "rx"].reduce((sum, way) => sum + Number(readFileSync(`/sys/class/net/${device}/statistics/${way}_bytes`, "utf8")), 0),
   };
 }
 
