@@ -529,9 +529,13 @@ function start(host: Host, verb: Verb, args: readonly string[]): Started {
   return { process: child, stop: () => sendSignal(local ? -(child.pid as number) : (child.pid as number), "SIGTERM") };
 }
 
+const WITHOUT_ROOT = `(see "Without root" in the README)`;
+
 /** A verb's exit status other than 0 as an error that says where, what, and what it printed. */
 function failureOf(host: Host, what: string, result: { exitCode: number | null; signal: string | null; stdout: string; stderr: string }): Error {
-  const said = result.stderr.trim() || result.stdout.trim().slice(0, 500); // nologin(8) speaks on stdout
+  const printed = result.stderr.trim() || result.stdout.trim().slice(0, 500); // nologin(8) speaks on stdout
+  const denied = (host.sudo || (host.ssh === null && process.getuid?.() !== 0)) && /Permission denied|Operation not permitted/.test(printed);
+  const said = denied ? `${printed} ${WITHOUT_ROOT}` : printed;
   const message = `${host.label === "" ? "" : `${host.label}: `}${what}: ${said || `ended by ${result.signal ?? `exit status ${result.exitCode}`}`}`;
   if (result.exitCode === 64) return new UsageError(said);
   if (result.exitCode === 75) return new Busy(message);
@@ -682,7 +686,7 @@ const silence = (host: Host) => (host.ssh === null ? "" : String(4 * host.beat))
 const WATCH = `watch() { if [ -n "$1" ]; then ( while [ -d "/proc/$$" ]; do [ -d "/proc/$1" ] || kill -KILL 0; sleep 2; done ) >/dev/null 2>&1 </dev/null & fi; };`;
 
 const PRELUDE = `set -e; umask 077; unset CDPATH TAR_OPTIONS POSIXLY_CORRECT QUOTING_STYLE; PATH=$PATH:/usr/sbin:/sbin; LC_ALL=C; export PATH LC_ALL;
- su=$1; if [ "$1" = sudo ]; then b() { sudo -n btrfs "$@"; }; else b() { btrfs "$@"; }; fi; shift;
+ su=$1; if [ "$1" = sudo ]; then b() { sudo -n btrfs "$@"; }; else b() { btrfs "$@"; }; fi; shift; root() { [ -n "$su" ] || [ "$(id -u)" = 0 ]; };
  at() { cd -P -- "$1" || { echo "(is the disk mounted?)" >&2; exit 66; }; [ "$PWD" = "$1" ] && [ "$(stat -f -c %i .)" = "$2" ] || { echo "another filesystem or directory is at $1 now" >&2; exit 66; }; };`.replace(/\n/g, "");
 
 /**
@@ -713,7 +717,7 @@ const OPEN = verb(
   `flock -V 2>/dev/null | grep -q util-linux || { echo "flock not found: install util-linux" >&2; exit 69; };`,
   `place() { cd -P -- "$1"; pwd -P; stat -c %i .; stat -f -c %i .; if is_btrfs; then b inspect-internal rootid .; else echo -; fi; };`,
   `if [ -n "$s" ]; then [ -d "$s" ] || { echo "no such directory: $s" >&2; exit 64; };`,
-  `say source; place "$s"; if is_btrfs && [ "$(stat -c %i .)" = 256 ]; then say show; b subvolume show .; fi; fi;`,
+  `say source; place "$s"; if is_btrfs && [ "$(stat -c %i .)" = 256 ] && root; then say show; b subvolume show .; fi; fi;`,
   `say host; uname -n; say zstd; command -v zstd || :; say mounts; cat /proc/self/mountinfo; say filesystems; ls /sys/fs/btrfs 2>/dev/null || :;`,
   `space() { say space; stat -f -c "%a %S" .; }; if [ -d "$d" ]; then say folder; place "$d"; space; say owners; id -u; stat -c %u .;`,
   `for f in ".btrfs-backup.$p.lock" ".btrfs-backup.$p.receiving" .btrfs-backup.json .outstanding_transfers; do if [ -e "$f" ] || [ -L "$f" ]; then`,
@@ -722,7 +726,9 @@ const OPEN = verb(
   `if [ -f ".btrfs-backup.$p.receiving" ]; then ${RECEIVING} receiving "$p" "$w"; exec 8<&-; fi; say locked; echo $$; fi; fi;`,
   `say entries; ls -a; say record; if [ -e .btrfs-backup.json ]; then cat .btrfs-backup.json; fi;`,
   `say old; if [ -f .outstanding_transfers ]; then cat .outstanding_transfers; fi;`,
-  `if is_btrfs; then say subvolumes; b subvolume list -a -u -q -R .; say readonly; b subvolume list -a -r .; fi;`,
+  `if is_btrfs && root; then say subvolumes; b subvolume list -a -u -q -R .; say readonly; b subvolume list -a -r .; fi;`,
+  // Whoever is not root gets no list, and can only ask of each.
+  `if is_btrfs; then root || { say alone; for f in "./$p"[0-9]*-[0-9]*; do if [ "$(stat -c %i "$f" 2>/dev/null)" = 256 ]; then echo "$(b inspect-internal rootid "$f") $(b property get -ts "$f" ro) $f"; fi; done; }; fi;`,
   `if [ -n "$k" ]; then say files; find . -mindepth 1 -maxdepth 1 -type f -exec stat -c "%s/%Y %n" {} +; fi;`,
   `elif [ -e "$d" ] || [ -L "$d" ]; then echo "not a directory: $d" >&2; exit 65;`,
   `elif [ -d "\${d%/*}/" ]; then say missing; place "\${d%/*}/"; space; else echo "no such directory: \${d%/*} (is the disk mounted?)" >&2; exit 66; fi;`,
@@ -732,11 +738,11 @@ const OPEN = verb(
 /** create FOLDER FSID PREFIX: the folder (its last component only) and the chain's lock file; another first run may be faster. */
 const CREATE = verb("create", PRELUDE, `d=\${1%/*}; if [ -d "$1" ]; then :; else at "\${d:-/}" "$2"; mkdir "$1" || [ -d "$1" ]; fi; at "$1" "$2"; l=.btrfs-backup.$3.lock; [ -f "$l" ] || ( set -C; : >"$l" ) || [ -f "$l" ]`);
 
-/** snapshot SOURCE FOLDER FSID NAME: prints `subvolume show` of what it made. The kernel commits the transaction. */
+/** snapshot SOURCE FOLDER FSID NAME: prints `subvolume show` of what it made, or only the ID for whoever is not root. The kernel commits the transaction. */
 const SNAPSHOT = verb(
   "snapshot",
   PRELUDE,
-  `at "$2" "$3"; if [ -e "$4" ] || [ -L "$4" ]; then exit 76; fi; b subvolume snapshot -r "$1" "$PWD/$4" >/dev/null; b subvolume show -b "$PWD/$4"`,
+  `at "$2" "$3"; if [ -e "$4" ] || [ -L "$4" ]; then exit 76; fi; b subvolume snapshot -r "$1" "$PWD/$4" >/dev/null; if root; then b subvolume show -b "$PWD/$4"; else i=$(b inspect-internal rootid "$PWD/$4"); echo " UUID: id:$i"; echo " Subvolume ID: $i"; fi`,
 );
 
 /**
@@ -794,7 +800,7 @@ const DISCARD = verb(
 const DELETE = verb(
   "delete",
   PRELUDE,
-  `rw=$1 sync=$2; at "$3" "$4"; shift 4; if [ "$rw" = rw ]; then for x; do b property set -f -ts "$x" ro false || :; done; fi;`,
+  `rw=$1 sync=$2; at "$3" "$4"; shift 4; [ -z "$(find "$@" -prune -type l)" ] || { echo "a symbolic link has the name of a subvolume" >&2; exit 65; }; if [ "$rw" = rw ]; then for x; do b property set -f -ts "$x" ro false || :; done; fi;`,
   `b subvolume delete "$@" >/dev/null; if [ "$sync" = sync ]; then b filesystem sync .; b subvolume sync . >/dev/null; fi`,
 );
 
@@ -1136,7 +1142,9 @@ export type Inspection = {
   readonly top: string;
   readonly source: (Place & { readonly uuid: string; readonly top: string }) | null;
   readonly mounts: readonly Mount[];
+  /** All of its filesystem's; only those in the folder where we are not root (`alone`), and without UUIDs: what has a pin's name has its UUID. */
   readonly subvolumes: readonly Subvolume[];
+  readonly alone: boolean;
   readonly entries: ReadonlySet<string>;
   /** Plain files in it, where it is opened for stored streams. */
   readonly files: readonly StoredFile[];
@@ -1144,6 +1152,8 @@ export type Inspection = {
   readonly written: ReadonlyMap<string, number>;
   readonly record: RecordFile;
   readonly old: OldRecord;
+  /** Our user ID there. */
+  readonly user: string;
   /** The folder and what this program keeps in it belong to the user that we are there, or to root. */
   readonly trusted: boolean;
 };
@@ -1175,16 +1185,19 @@ export function parseInspection(output: string, nonce: string, folder: string): 
   const exists = sections.has("folder");
   const here = place(section(exists ? "folder" : "missing"));
   const { mount, top } = placeOn(mounts, here.path);
-  const subvolumes = parseSubvolumes(section("subvolumes"), section("readonly"));
+  const record = parseRecord(section("record"));
+  const alone = sections.has("alone");
+  const subvolumes = alone ? parseAlone(section("alone"), top, record) : parseSubvolumes(section("subvolumes"), section("readonly"));
   // Below a bind mount of a plain folder, btrfs receive cannot find the parent.
-  if (exists && here.filesystem !== null && mount.root !== "/" && !subvolumes.some(({ path }) => `/${path}` === mount.root))
+  if (exists && !alone && here.filesystem !== null && mount.root !== "/" && !subvolumes.some(({ path }) => `/${path}` === mount.root))
     throw new Failure(`${here.path} is below ${mount.path}, a bind mount of the plain folder ${mount.root} of its filesystem: use the path below that filesystem's own mount point`);
   const source = sections.has("source") ? place(section("source")) : null;
   const show = section("show");
-  const [self, ...owners] = section("owners").split("\n");
+  const [user = "", ...owners] = section("owners").split("\n");
   const [blocks, size] = section("space").split(" ").map(Number) as [number, number];
   return {
-    trusted: owners.every((owner) => owner === self || owner === "0"),
+    user,
+    trusted: owners.every((owner) => owner === user || owner === "0"),
     host: section("host"),
     zstd: section("zstd") !== "",
     exists,
@@ -1201,12 +1214,23 @@ export function parseInspection(output: string, nonce: string, folder: string): 
     },
     mounts,
     subvolumes,
+    alone,
     entries: new Set(section("entries").split("\n")),
     files,
     written: new Map(files.map(({ name, written }) => [name, written])),
-    record: parseRecord(section("record")),
+    record,
     old: parseOldRecord(section("old")),
   };
+}
+
+/** Reads what `open` tells whom btrfs gives no list. Errors: Failure for any other shape. */
+function parseAlone(text: string, top: string, { chains }: RecordFile): Subvolume[] {
+  const pins = new Map([...chains.values()].flatMap(({ destinations = [] }) => destinations.flatMap(({ pin }) => (pin === null ? [] : [[pin.name, pin.uuid] as const]))));
+  return (text === "" ? [] : text.split("\n")).map((line) => {
+    const [, id = "", ro, name = ""] = /^(\d+) ro=(true|false) \.\/(.*)$/.exec(line) ?? [];
+    if (id === "") throw new Failure(`"btrfs property get" printed something unknown: ${line}`);
+    return { id: Number(id), path: join(top, name).slice(1), uuid: pins.get(name) ?? `id:${id}`, parentUuid: null, receivedUuid: null, readonly: ro === "true" };
+  });
 }
 
 /** A destination that a source knows. `pin` is what both share; `receiving`: announced by 0.3.1. */
@@ -1555,8 +1579,8 @@ async function openRemote({ id }: Readable, path: string, { prefix, hosts, unver
   const [, type = "", files = ""] = /^(.*?)\n(?:\n)?(.*)$/s.exec(listed) ?? [];
   const store = { ...parseStreams(parseFiles(files), unverified), verbs: RCLONE, type: path.startsWith(":") ? (/^:([^,:]+)/.exec(path)?.[1] ?? "") : type };
   const place = { path, inode: 0, fsid: "", filesystem: null, root: 0 };
-  const nothing = { source: null, mounts: [], subvolumes: [], entries: new Set<string>(), record: parseRecord(""), old: parseOldRecord(""), written: new Map<string, number>(), zstd: false };
-  return withPrefix({ ...nothing, id, host, hostName: "", path, place, top: "", exists: true, locked: true, free: Infinity, holder: "", trusted: true, store, standing: store.streams, close: async () => {} }, prefix);
+  const nothing = { source: null, mounts: [], subvolumes: [], alone: false, entries: new Set<string>(), record: parseRecord(""), old: parseOldRecord(""), written: new Map<string, number>(), zstd: false };
+  return withPrefix({ ...nothing, id, host, hostName: "", path, place, top: "", exists: true, locked: true, free: Infinity, holder: "", user: "", trusted: true, store, standing: store.streams, close: async () => {} }, prefix);
 }
 
 /** Opens a place; if it was never locked before, makes it and its lock file once `check` has accepted what is there. */
@@ -1573,6 +1597,11 @@ async function openChecked(location: Readable, path: string, opening: Opening, c
     await folder.close();
     await ask(folder.host, CREATE, [folder.path, folder.place.fsid, opening.prefix], `cannot create ${path}`);
   }
+}
+
+/** Errors: Failure where btrfs would not let us do more than take and delete snapshots. */
+function needRoot({ alone, host, hostName }: Pick<Folder, "alone" | "host" | "hostName">, what: string): void {
+  if (alone) throw new Failure(`${host.label || hostName}: ${what} needs root: use --${host.ssh === null ? "" : "ssh-"}sudo, or be root ${WITHOUT_ROOT}`);
 }
 
 /** The prefixes of the names in a folder, sorted. */
@@ -1960,7 +1989,7 @@ function shellDestination(location: Location & { kind: "shell" }, last: Memory |
       checkFilters(source, sending);
       return {
         level: sending.level,
-        stages: [...encrypting(sending), { label: location.id, command: `flock -n -o -E 75 ${quote(lock)} ${run} -c ${quote(location.command)}` }],
+        stages: [...encrypting(sending), { label: location.id, command: `{ [ -f ${quote(lock)} ] || ( umask 077; set -C; : >${quote(lock)} ) || :; flock -n -o -E 75 ${quote(lock)} ${run} -c ${quote(location.command)}; }` }],
         environment: {
           BTRFS_BACKUP_NAME: snapshot.name,
           BTRFS_BACKUP_KIND: parent === null ? "full" : "incremental",
@@ -2396,7 +2425,10 @@ type Source = Folder & { readonly identity: Identity; readonly subvolume: string
 async function openSource(o: Pick<RunOptions, "source" | "snapshotFolder" | "prefix" | "hosts" | "wait" | "dryRun" | "adopt" | "fsChecks">): Promise<Source> {
   const path = withoutSlash(o.snapshotFolder.startsWith("/") ? normalize(o.snapshotFolder) : normalize(join(o.source.path, o.snapshotFolder)));
   const opening = { prefix: o.prefix, wait: o.dryRun ? ("look" as const) : o.wait, hosts: o.hosts, source: o.source.path };
-  const identityOf = ({ source, hostName }: Folder): Identity => ({ uuid: source?.uuid ?? "", host: hostName, path: source?.path ?? "" });
+  const identityOf = ({ source, hostName, alone, chain: { owner } }: Folder): Identity => {
+    const place = { host: hostName, path: source?.path ?? "" };
+    return { uuid: alone && owner?.host === place.host && owner.path === place.path ? owner.uuid : (source?.uuid ?? ""), ...place };
+  };
   let strangers: readonly string[] | null = null;
   const folder = await openChecked(o.source, path, opening, (folder) => {
     const { source, place, chain, snapshots } = folder;
@@ -2409,6 +2441,7 @@ async function openSource(o: Pick<RunOptions, "source" | "snapshotFolder" | "pre
     const claimed = isWithin(folder.top, source.top) ? null : claim(identityOf(folder), chain, snapshots, children, o.adopt);
     if (claimed?.accepted === false) throw new Failure(`${path}: ${claimed.why}`);
     strangers = claimed?.strangers ?? null;
+    if (folder.alone && strangers !== null && strangers.length > 0) needRoot(folder, "telling other sources' snapshots in that folder");
   });
   const identity = identityOf(folder);
   const others = new Set<string>(strangers ?? []);
@@ -2440,6 +2473,7 @@ const lockFile = (chain: string) => join(dirname(runtimeDirectory()), `btrfs-bac
 
 /** Opens a destination after making sure that it is the right place. Errors: UsageError, Absent, Busy, Failure. */
 async function openDestination({ location, sending }: Wanted, source: Source, known: KnownDestination | undefined, o: RunOptions, report: Report): Promise<Destination> {
+  needRoot(source, "sending");
   if (location.kind !== "folder") {
     // What cannot be locked where it is: its lock is the source's. A remote source's chain has no folder here.
     const lock = o.source.host === null ? join(source.path, `.btrfs-backup.${o.prefix}.receiving`) : lockFile(`${o.source.id}\n${o.prefix}`);
@@ -2451,6 +2485,7 @@ async function openDestination({ location, sending }: Wanted, source: Source, kn
   const opening = { prefix: o.prefix, wait: o.dryRun ? ("look" as const) : o.wait, hosts: o.hosts };
   const folder = await openChecked(location, location.path, opening, (folder) => {
     const { place, exists, chain, record, snapshots, top } = folder;
+    needRoot(folder, "receiving");
     const sameFilesystem = place.filesystem !== null && place.filesystem === source.place.filesystem;
     if (sameFilesystem && nested(top, source.top)) throw nestedError(location.id);
     if (place.filesystem === null && o.fsChecks) throw new Absent(`not on btrfs ${mounted}`);
@@ -2876,6 +2911,7 @@ const NO_SENDING: Sending = { level: "", recipients: [], rate: null, protocol: n
 /** A place of backups without a source: in a store, of all that the newest stream's source calls its own. */
 function pruned(folder: Folder, o: PruneOptions): Destination {
   const { store, prefix, id, chain } = folder;
+  needRoot(folder, "pruning");
   if (store === null) return folderDestination(folder, chain, [], { ...o.deletion, btrfsDebug: false, sending: NO_SENDING });
   const ours = store.streams.filter(({ name }) => parseName(name, prefix) !== null);
   const owner = ours.at(-1)?.owner ?? ownerOf({ uuid: "", host: "", path: "" });
@@ -2950,6 +2986,9 @@ async function openTarget(o: RestoreOptions, prefix: string): Promise<Target> {
   if (mount !== undefined) throw new Failure(mountAdvice(o.words, full, mount));
   if (!parent.exists) throw new Failure(`no such directory: ${parent.path}`);
   if (parent.place.filesystem === null) throw new Failure(`${parent.path} is not on btrfs`);
+  needRoot(parent, "restoring");
+  // Under sudo is only btrfs: files of others are in the way.
+  needRoot({ ...parent, alone: parent.host.sudo && parent.user !== "0" }, "restoring: --sudo is not enough;");
   const existing = parent.subvolumes.find((subvolume) => `/${subvolume.path}` === join(parent.top, name)) ?? null;
   if (parent.entries.has(name) && existing === null) throw new Failure(`${id} exists, and is not a subvolume`);
   if (existing !== null && !o.replace) throw new Failure(`${id} exists; --replace gives its name to the restored subvolume, and keeps the old one beside it`);
