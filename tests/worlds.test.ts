@@ -3,7 +3,7 @@
 import { expect, test } from "bun:test";
 import { mkdirSync, writeFileSync } from "node:fs";
 import { join } from "node:path";
-import { change, contentsDigest, events, expectRun, expectSound, filesystem, fill, generator, nextSecond, pair, ROOT, seeded, sh, snapshotAs, snapshotNames, soak, sshServer, subvolume, subvolumes, temporaryDirectory } from "./support/rig.ts";
+import { change, contentsDigest, events, expectRun, expectSound, filesystem, fill, generator, nextSecond, pair, ROOT, run, seeded, sh, snapshotAs, snapshotNames, soak, sshServer, subvolume, subvolumes, temporaryDirectory } from "./support/rig.ts";
 
 /** A directory with the newest btrfs-progs, which bring their own libraries. */
 function newestBtrfs(): string {
@@ -171,3 +171,26 @@ test("random clocks: the newest by ID and the pin always stay, and every transfe
   }
   expectSound(destination, snapshots);
 });
+
+test("two hosts that back up into one folder at a time, in loops: each with its own prefix, or one is refused", async () => {
+  const [a, b] = [filesystem(), filesystem()];
+  const destination = join(filesystem().path, "backup");
+  const sources = [a, b].map(({ path }) => subvolume(join(path, "home")));
+  for (const source of sources) fill(source);
+  const host = (i: number) => ({ wrapper: ["unshare", "--uts", "sh", "-c", `echo host-${i} >/proc/sys/kernel/hostname; exec "$@"`, "sh"] });
+  for (let round = 0; round < soak(4); round++) {
+    for (const [i, source] of sources.entries()) sh(`echo "$2" >>"$1/file"`, source, String(i));
+    await Promise.all(sources.map((source, i) => expectRun(0, ["-q", "-p", `host-${i}-`, "-N", "2", "-n", "2", source, destination], host(i))));
+    // Without a prefix there can be only one, whoever was first.
+    const both = await Promise.all(sources.map((source, i) => run(["-q", "-p", "both-", "--wait", "60", "-N", "2", "-n", "2", source, destination], host(i))));
+    expect(both.map(({ status }) => status).sort()).toEqual([0, 1]);
+    expect(both.find(({ status }) => status === 1)?.stderr).toContain("the backups there belong to host-");
+    await nextSecond();
+  }
+  const kept = Math.min(2, soak(4));
+  for (const [i, source] of sources.entries()) {
+    expect(snapshotNames(destination, `host-${i}-`).length).toBe(kept);
+    expectSound(destination, join(source, "snapshot"), `host-${i}-`);
+  }
+  expect(snapshotNames(destination, "both-").length).toBe(kept);
+}, 300_000);
