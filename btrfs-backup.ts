@@ -989,7 +989,7 @@ const RAW: StoreVerbs = {
     RECEIVING,
     SUM_FILE,
     COMPLETE,
-    `at "$1" "$2"; receiving "$3" 10; p=./.\${7:-$4}.part c=./.$4${SUM}.part h=$5; complete "$p" "$5" "$6" "$8"; if [ "\${8:-0}" != 0 ]; then h=$(sha256sum <"$p"); fi;`,
+    `at "$1" "$2"; receiving "$3" 10; p=./.\${7:-$4}.part c=./.$4${SUM}.part h=$5; complete "$p" "$5" "$6" "$8"; [ "\${8:-0}" = 0 ] || h=$(sha256sum <"$p");`,
     `rm -f "$c"; set -C; sumfile "$4" "\${h%% *}" "$6" >"$c"; sync "$p" "$c"; mv -T "$c" "./$4${SUM}"; mv -T "$p" "./$4"; sync .`,
   ),
   get: verb("fetch", PRELUDE, WATCH, `watch "$4"; at "$1" "$2"; get() { cat "./$1"; }; ${GET}`),
@@ -3639,8 +3639,10 @@ const objectArgument: ArgumentCheck = (value, { prefix }) => (isObject(value) &&
 const isObject = (value: string) => STREAM.test(value) && !/[/\n\r\0]/.test(value);
 /** An object, what belongs to it, or was to become it. */
 const anyObjectArgument: ArgumentCheck = (value) => (isObject(value.replace(/^\.(.*)\.part$/s, "$1").replace(/\.sha256$|\.p[0-2]-\d*$/, "")) ? value : refuse(`the object ${shown(value)}`));
-/** A part of an object, or what it must be: numbers and a SHA-256. */
-const partArgument: ArgumentCheck = (value, said) => (/^(\d{1,18}|[0-9a-f]{64})$/.test(value) ? value : `${objectArgument(value.replace(/\.p[0-2]-\d*$/, ""), said)}${/\.p[0-2]-\d*$/.exec(value)?.[0] ?? ""}`);
+/** An object, or what is kept of one to go on from. */
+const partArgument: ArgumentCheck = (value, said) => (objectArgument(value.replace(/\.p[0-2]-\d*$/, ""), said), value);
+/** Such a part, and what it must be: numbers and a SHA-256. */
+const completeArgument: ArgumentCheck = (value, said) => (/^(\d{1,18}|[0-9a-f]{64})$/.test(value) ? value : partArgument(value, said));
 const innerArgument: ArgumentCheck = (value) => (value.startsWith("/") && value === normalize(value) && !/[\n\r\0]/.test(value) ? value : refuse(`the path ${shown(value)}`));
 
 const [FSID, HOLDER, LEVEL, FLAG] = [like(/^[0-9a-f]{1,16}$/), like(/^\d{0,9}$/), like(/^(1?\d)?$/), oneOf("-q", "-vv")];
@@ -3660,12 +3662,12 @@ const GUARDED: ReadonlyMap<string, Use> = new Map([
   use(OPEN, ["add", "source"], [like(/^[0-9a-f-]{36}$/), like(/^(look|\d{1,6})$/), placeArgument, prefixArgument, sourceArgument, oneOf("", "streams"), like(/^\d{1,4}$/)]),
   use(CREATE, ["add", "source"], [...AT, prefixArgument]),
   use(WRITE_RECORD, ["add", "source"], [...AT, ...RECORDED]),
-  use(RECEIVE, ["add"], [FLAG, ...AT, LEVEL, HOLDER, prefixArgument, ...RECORDED, like(/^[^\n\r\0]*$/)], partArgument),
+  use(RECEIVE, ["add"], [FLAG, ...AT, LEVEL, HOLDER, prefixArgument, ...RECORDED, like(/^[^\n\r\0]*$/)], completeArgument),
   use(KEPT, ["add"], [...AT, prefixArgument, objectArgument]),
   use(TIDY, ["add"], [...AT, prefixArgument]),
   use(DISCARD, ["add"], [...AT, prefixArgument, datedArgument, ...RECORDED]),
-  use(RAW.put, ["add"], [...AT, prefixArgument, (value, said) => partArgument(value, said), HOLDER, like(/^\d{0,18}$/)]),
-  use(RAW.commit, ["add"], [...AT, prefixArgument, objectArgument, like(/^[0-9a-f]{64}$/), like(/^\d{1,18}$/)], partArgument),
+  use(RAW.put, ["add"], [...AT, prefixArgument, partArgument, HOLDER, like(/^\d{0,18}$/)]),
+  use(RAW.commit, ["add"], [...AT, prefixArgument, objectArgument, like(/^[0-9a-f]{64}$/), like(/^\d{1,18}$/)], completeArgument),
   use(RAW.delete, ["add", "delete"], [...AT, prefixArgument], anyObjectArgument),
   use(RAW.get, ["read"], [...AT, oneOf("", "sum"), HOLDER], anyObjectArgument),
   use(DELETE, ["delete", "source"], [oneOf("", "rw"), oneOf("", "sync"), ...AT], listedArgument),

@@ -29,6 +29,7 @@ async function server(...flags: string[]) {
   const log = join(temporaryDirectory(), "log");
   const tools = temporaryDirectory();
   writeFileSync(join(tools, "logger"), `#!/bin/sh\nprintf '%s\\n' "$*" >>"${log}"\n`, { mode: 0o755 });
+  writeFileSync(join(tools, "btrfs"), `#!/bin/sh\n[ "$1" != receive ] || echo "$@" >>"${log}.receive"\nexec ${sh("command -v btrfs")} "$@"\n`, { mode: 0o755 });
   const guard = (text: string, { input = Buffer.alloc(0) as Buffer, options = flags, env = {} as Record<string, string> } = {}) =>
     new Promise<{ status: number | null; stdout: string; stderr: string }>((done) => {
       const child = spawn(join(ROOT, "dist/btrfs-backup"), ["guard", "--path", mine, ...options], { cwd: tools, env: { PATH: `${tools}:${process.env["PATH"]}`, SSH_CONNECTION: "192.0.2.1 1 192.0.2.2 22", SSH_ORIGINAL_COMMAND: text, ...env } });
@@ -40,7 +41,9 @@ async function server(...flags: string[]) {
       child.stdin.end(input);
     });
   const logged = () => (existsSync(log) ? readFileSync(log, "utf8").trimEnd().split("\n") : []);
-  return { source, destination, b, mine, home, raw: join(mine, "raw"), name, guard, logged, tools, fsid: fsidOf(home) };
+  /** How it has run `btrfs receive`. */
+  const received = () => readFileSync(`${log}.receive`, "utf8");
+  return { source, destination, b, mine, received, home, raw: join(mine, "raw"), name, guard, logged, tools, fsid: fsidOf(home) };
 }
 /** Everything on a filesystem, to see whether anything has changed. */
 const state = (path: string) => sh(`cd "$1"; find . -inum 2 -prune -o -printf '%p %y %m %U %s %T@ %l\\n' | sort | sha256sum; btrfs subvolume list -u -R . | sha256sum; find . -name '.btrfs-backup*' -type f -exec sha256sum {} + | sort`, path);
@@ -116,7 +119,7 @@ test("hundreds of hostile commands: none runs, each is answered with one line, a
   expect(it.logged().length).toBe(commands.length);
   for (const line of it.logged()) expect(line).toMatch(/^-t btrfs-backup -p auth\.warning -- guard refused 192\.0\.2\.1: /);
   expect(state(it.b.path)).toBe(before);
-  expect(readdirSync(it.tools)).toEqual(["logger"]);
+  expect(readdirSync(it.tools).sort()).toEqual(["btrfs", "logger"]);
 }, 600_000);
 
 test("random commands over the grammar: what is let through is a verb of ours, with arguments inside of the path", async () => {
@@ -142,7 +145,7 @@ test("random commands over the grammar: what is let through is a verb of ours, w
     const o: GuardOptions = { paths: [it.mine], source: random() < 0.2, allowRead: random() < 0.2, allowDelete: random() < 0.2 };
     const result = await permitted(text, o).catch((error: Error) => error);
     if (result instanceof Error) {
-      expect([result.name, result.constructor.name, text]).toEqual(["Error", "Refused", text]);
+      expect([["Refused", "Absent"].includes(result.constructor.name), result.message, text]).toEqual([true, result.message, text]); // absent: below the path, but not there
       continue;
     }
     passed++;
@@ -298,6 +301,17 @@ test("what a key is told of the rest of the machine: nothing", async () => {
   expect(narrowed(stdout, nonce, it.home)).toBe(stdout);
 });
 
+test("a directory that becomes a link after it was checked is not gone into", async () => {
+  const it = await server();
+  symlinkSync(it.home, join(it.mine, "there"));
+  for (const [verb, ...args] of [["digest", it.name], ["delete", `./${it.name}`], ["create", ""]] as const) {
+    const through = verb === "delete" ? ["", "", join(it.mine, "there"), it.fsid, ...args] : [join(it.mine, "there"), it.fsid, ...args];
+    const result = spawnSync("sh", ["-c", sent(verb, ...through)], { encoding: "utf8" });
+    expect([verb, result.status, result.stderr]).toEqual([verb, 66, expect.stringContaining("another filesystem or directory is at")]);
+  }
+  expect(snapshotNames(it.home)).toEqual([it.name]);
+});
+
 test("a record over a guarded key can take nothing away", () => {
   const owner = { uuid: uuid(1), host: "h", path: "/p" };
   const known = [{ location: "/x", filesystem: null, pin: null, last: null }];
@@ -434,6 +448,7 @@ describe("a hostile stream", () => {
       const result = await it.guard(receive, { input: good });
       expect([result.status, result.stderr]).toEqual([0, expect.stringMatching(/^(Chroot to .*\n)?$/)]);
       expect(readFileSync(join(it.home, "20300101-000000/x"), "utf8")).toBe("hello");
+      for (const line of it.received().trim().split("\n")) expect(line).toBe(`receive -qC ${it.home}`); // in a chroot as well
       // It stands there now: neither again, nor removed, nor built on what is not in the folder.
       expect((await it.guard(receive, { input: good })).status).toBe(65);
       expect((await it.guard(clean)).status).toBe(65);
