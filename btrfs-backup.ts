@@ -1950,8 +1950,12 @@ export const inBytes = (bytes: number) => {
   return `${unit === 0 ? bytes : (bytes / 2 ** (10 * unit)).toFixed(1)}${"BKMGTP"[unit]}`;
 };
 
-/** How many bytes a stream has that consists of what `estimate` printed; a command without data has some hundred. */
-export const estimatedBytes = (printed: string) => [...printed.matchAll(/^ *(\d+) (?: len=(\d+)|[a-z_]+)$/gm)].reduce((sum, [, times, length]) => sum + Number(times) * (length === undefined ? 200 : Number(length)), 0);
+/** How many bytes a stream has that consists of what `estimate` printed; a command without data has some hundred. Errors: Failure for any other shape. */
+export function estimatedBytes(printed: string): number {
+  const lines = printed.split("\n").filter(Boolean).map((line) => /^ *(\d+) (?: len=(\d+)|([a-z_]+))$/.exec(line));
+  if (lines.includes(null) || !lines.some((line) => ["subvol", "snapshot"].includes(line?.[3] ?? ""))) throw new Failure(`"btrfs receive --dump" printed something unknown: ${printed.slice(0, 200)}`);
+  return lines.reduce((sum, line) => sum + Number(line?.[1]) * Number(line?.[2] ?? 200), 0);
+}
 
 /** How many bytes a stream will have, but for some hundred a command. */
 const streamBytes = async (source: Folder, { snapshot, parent }: Transfer) =>
@@ -3271,7 +3275,9 @@ async function sizesIn(folder: Folder): Promise<[string, number][]> {
   for (const names of chunks(whole.map(({ name }) => `./${name}`))) printed.push(await ask(folder.host, SIZES, [...at(folder), ...names], `${folder.id}: cannot tell sizes`));
   const lines = printed.join("\n").split("\n").map((line) => /^\s*(\d+)\s.*?\s\.\/(.*)$/.exec(line));
   const bytes = new Map(lines.filter((match) => match !== null).map(([, size, name]) => [name, Number(size)]));
-  return whole.map(({ uuid, name }) => [uuid, bytes.get(name) ?? 0]);
+  const unknown = whole.find(({ name }) => !bytes.has(name));
+  if (unknown !== undefined) throw new Failure(`"btrfs filesystem du" did not tell the size of ${unknown.name}: ${printed.join("\n").slice(0, 200)}`);
+  return whole.map(({ uuid, name }) => [uuid, bytes.get(name) as number]);
 }
 
 /** What `list` shows: for each snapshot, newest first, a mark for each location; null where that has nothing. */

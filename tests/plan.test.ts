@@ -938,8 +938,8 @@ describe("parts of an object in S3", () => {
   });
   test("what no object can hold is refused", () => expect(() => partSize(5.1 * tib)).toThrow("5.0T"));
   test("an estimate adds up data, and something for each command", () => {
-    expect(estimatedBytes("      3 chown\n      2  len=1000\n      1  len=48\n      2 update_extent\n")).toBe(2048 + 5 * 200);
-    expect(estimatedBytes("")).toBe(0);
+    expect(estimatedBytes("      3 chown\n      2  len=1000\n      1  len=48\n      1 snapshot\n      2 update_extent\n")).toBe(2048 + 6 * 200);
+    for (const unknown of ["", "3 chown\n", "1 subvol\nsomething else\n"]) expect(() => estimatedBytes(unknown)).toThrow("something unknown");
   });
 });
 
