@@ -1379,7 +1379,9 @@ class Tree {
     const known = parent.children.get(name);
     if (known !== undefined || parent.origin === null) return known ?? NOTHING;
     const path = `${parent.origin}/${name}`;
-    const found = lstatSync(Buffer.from(path, "latin1"), { throwIfNoEntry: false });
+    const bytes = Buffer.from(path, "latin1");
+    if ("Deno" in globalThis && bytes.toString().includes("\ufffd")) refuse(`the path ${JSON.stringify(path)}, which Deno cannot look at`);
+    const found = lstatSync(bytes, { throwIfNoEntry: false });
     return found === undefined || found.isFile() ? NOTHING : found.isDirectory() ? branch("other", path) : branch(found.isSymbolicLink() ? "link" : "special");
   }
   /** What a path leads to. Errors: Refused where it goes through a link. */
@@ -3778,12 +3780,12 @@ export async function guard(o: GuardOptions): Promise<number> {
   try {
     const { verb, args, said } = await permitted(text, o);
     const own = hostOf(null, { sshOptions: [], sudo: said.sudo, sshSudo: false });
-    const started = (args: readonly string[], stdin: "inherit" | "pipe", stdout: "inherit" | "pipe") => {
-      const child = shell({ stdio: [stdin, stdout, "inherit"], env: { PATH: process.env["PATH"] ?? "" } })`${`exec ${commandFor(own, verb, args)}`}`;
+    const started = (args: readonly string[], stdin: "inherit" | "pipe", stdout: "inherit" | "pipe", stderr: "inherit" | "pipe" = "inherit") => {
+      const child = shell({ stdio: [stdin, stdout, stderr], env: { PATH: process.env["PATH"] ?? "" } })`${`exec ${commandFor(own, verb, args)}`}`;
       running.add(() => sendSignal(child.pid as number, "SIGTERM"));
       return child;
     };
-    if (verb === RECEIVE) return await guardedReceive(args, said, (args) => started(args, "pipe", "inherit"));
+    if (verb === RECEIVE) return await guardedReceive(args, said, (args) => started(args, "pipe", "inherit", args[0] === "-qC" ? "pipe" : "inherit"));
     if (verb !== OPEN) return (await started(args, "inherit", "inherit")).exitCode ?? 1;
     const child = started(args, "inherit", "pipe");
     const [nonce = ""] = args;
@@ -3834,7 +3836,9 @@ async function guardedReceive([flag = "", path = "", fsid = "", level = "", hold
     child.stdin.end();
     await child;
   }
-  return (await child).exitCode ?? 1;
+  const { exitCode, stderr } = await child;
+  process.stderr.write(stderr.replace(/^Chroot to .*\n/, ""));
+  return exitCode ?? 1;
 }
 
 // ── 8. Command line ──────────────────────────────────────────────────────────────────────

@@ -429,7 +429,7 @@ describe("a hostile stream", () => {
       for (const [what, bytes, done, undo] of attacks) {
         const result = await it.guard(receive, { input: bytes, env: { } });
         expect([what, result.status, done()]).toEqual([what, 65, false]);
-        expect(result.stderr).toContain("guard: refused: ");
+        expect(result.stderr).toMatch(/^btrfs-backup guard: refused: [^\n]+\n$/);
         expect((await it.guard(clean)).status).toBe(0);
         expect(existsSync(join(it.home, "20300101-000000"))).toBe(false);
         if (what === "a sibling's name") continue; // it is read-only: a plain receive fails as well
@@ -446,7 +446,7 @@ describe("a hostile stream", () => {
       }
       expect(snapshotNames(it.home)).toEqual([it.name]);
       const result = await it.guard(receive, { input: good });
-      expect([result.status, result.stderr]).toEqual([0, expect.stringMatching(/^(Chroot to .*\n)?$/)]);
+      expect([result.status, result.stderr]).toEqual([0, ""]);
       expect(readFileSync(join(it.home, "20300101-000000/x"), "utf8")).toBe("hello");
       for (const line of it.received().trim().split("\n")) expect(line).toBe(`receive -qC ${it.home}`); // in a chroot as well
       // It stands there now: neither again, nor removed, nor built on what is not in the folder.
