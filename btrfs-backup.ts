@@ -153,7 +153,7 @@ export function parseName(name: string, prefix: string): number | null {
 }
 
 /** What can stand before the date. */
-const isPrefix = (text: string) => !/[/\n\r\0]/.test(text) && Buffer.byteLength(text) <= 200;
+const isPrefix = (text: string) => !/[/\x00-\x1f\x7f]/.test(text) && Buffer.byteLength(text) <= 200;
 
 /** What a name begins with that ends in a date as ours do; null for all others. */
 const prefixOf = (name: string) => (timeIn(name) === null ? null : name.slice(0, -15));
@@ -982,7 +982,7 @@ const GET = `h=$3; shift 4; if [ "$h" = sum ]; then exec 4>&1; r=$( { { get "$1"
 
 /** A file has a temporary name until it is complete, and on the disk. Others may be able to write there: no link that they plant is followed. */
 const RAW: StoreVerbs = {
-  put: verb("store", PRELUDE, RECEIVING, WATCH, `watch "$5"; at "$1" "$2"; receiving "$3" 0; p=./.$4.part; if [ "\${6:-0}" = 0 ]; then rm -f "$p"; set -C; cat >"$p"; else [ -f "$p" ]; truncate -s "$6" "$p"; cat >>"$p"; fi`),
+  put: verb("store", PRELUDE, RECEIVING, WATCH, `watch "$5"; at "$1" "$2"; receiving "$3" 0; p=./.$4.part; if [ "\${6:-0}" = 0 ]; then rm -f "$p"; set -C; cat >"$p"; else [ "$(stat -c %s "$p")" -ge "$6" ]; truncate -s "$6" "$p"; cat >>"$p"; fi`),
   commit: verb(
     "commit",
     PRELUDE,
@@ -1363,8 +1363,11 @@ const LONGEST_COMMAND = [0, 64 * 1024, 256 * 1024] as const;
 
 /** What a name in the tree that a stream builds stands for: where it comes from on the disk, and what the stream itself has put there. */
 type Branch = { readonly type: "link" | "special" | "other"; readonly origin: string | null; readonly children: Map<string, Branch> };
-const branch = (type: Branch["type"] = "other", origin: string | null = null): Branch => ({ type, origin, children: new Map() });
-const NOTHING: Branch = { type: "other", origin: null, children: new Map() };
+const directory = (origin: string | null): Branch => ({ type: "other", origin, children: new Map() });
+// There is nothing to look for behind these: each is one object, since a stream can have millions.
+const [NOTHING, LINK, SPECIAL] = (["other", "link", "special"] as const).map((type): Branch => ({ type, origin: null, children: new Map() })) as [Branch, Branch, Branch];
+
+const TREE_SIZE = 5_000_000; // paths put, of some 300 bytes each: a flood ends before the server's memory does
 
 /**
  * The symbolic links, devices, fifos and sockets of a tree that begins as the one at `origin` (a path in latin1,
@@ -1372,8 +1375,9 @@ const NOTHING: Branch = { type: "other", origin: null, children: new Map() };
  */
 class Tree {
   readonly #root: Branch;
+  #size = 0;
   constructor(origin: string | null) {
-    this.#root = branch("other", origin);
+    this.#root = directory(origin);
   }
   #child(parent: Branch, name: string): Branch {
     const known = parent.children.get(name);
@@ -1382,7 +1386,7 @@ class Tree {
     const bytes = Buffer.from(path, "latin1");
     if ("Deno" in globalThis && bytes.toString().includes("\ufffd")) refuse(`the path ${JSON.stringify(path)}, which Deno cannot look at`);
     const found = lstatSync(bytes, { throwIfNoEntry: false });
-    return found === undefined || found.isFile() ? NOTHING : found.isDirectory() ? branch("other", path) : branch(found.isSymbolicLink() ? "link" : "special");
+    return found === undefined || found.isFile() ? NOTHING : found.isDirectory() ? directory(path) : found.isSymbolicLink() ? LINK : SPECIAL;
   }
   /** What a path leads to. Errors: Refused where it goes through a link. */
   at(path: string): Branch {
@@ -1401,10 +1405,11 @@ class Tree {
     let here = this.#root;
     for (const name of names) {
       const next = this.#child(here, name);
-      const kept = next === NOTHING ? branch() : next;
+      const kept = next === NOTHING ? directory(null) : next;
       here.children.set(name, kept);
       here = kept;
     }
+    if (++this.#size > TREE_SIZE) refuse("more links and devices than can be remembered");
     if (what === NOTHING && here.origin === null) here.children.delete(last);
     else here.children.set(last, what);
   }
@@ -1502,9 +1507,9 @@ export class StreamCheck {
     const to = name === "rename" ? streamPath(value("pathTo")) : path;
     if (path === "" || to === "") refuse(`${name}: the subvolume itself`);
     if (name === "mkfile") plain(tree, path); // creat(2) follows links
-    const what = name === "symlink" ? branch("link") : /^mk(nod|fifo|sock)$/.test(name) ? branch("special") : name === "rename" ? tree.at(path) : name === "link" ? branch(tree.at(streamPath(value("pathLink"))).type) : NOTHING;
+    const what = name === "symlink" ? LINK : /^mk(nod|fifo|sock)$/.test(name) ? SPECIAL : name === "rename" ? tree.at(path) : name === "link" ? tree.at(streamPath(value("pathLink"))) : NOTHING;
     if (how === "remove") tree.put(path, NOTHING);
-    tree.put(to, name === "link" && what.type === "other" ? NOTHING : what);
+    tree.put(to, what);
   }
 }
 
@@ -3696,9 +3701,12 @@ export function guardedRecord(text: string, { chain: now, entries, prefix }: Pic
   const { chains, unreadable } = parseRecord(`${RECORD_HEADER}\n${recordKey(prefix)}${text}\n}`);
   const chain = chains.get(prefix);
   if (chain === undefined || unreadable !== null || Object.keys(chain).some((key) => !["owner", "receiving", "strangers", "destinations", "guarded"].includes(key))) return refuse("a record of another form");
-  const { receiving, strangers = [], destinations } = chain;
+  const { owner, receiving, strangers = [], destinations } = chain;
   if (receiving !== undefined && receiving !== now.receiving && (parseName(receiving, prefix) === null || entries.has(receiving))) refuse(`an announcement of ${shown(receiving)}`);
-  if (now.strangers?.some((uuid) => !strangers.includes(uuid))) refuse("a record that makes another source's backups its own");
+  // Whose the backups are, and which are not, is settled once; a restored source has another UUID.
+  const settled = now.owner !== undefined;
+  if (/[\x00-\x1f\x7f]/.test(`${owner?.host}${owner?.path}`) || (settled && (owner?.host !== now.owner?.host || owner?.path !== now.owner?.path))) refuse("a record with another owner: --adopt is for the server");
+  if (now.strangers?.some((uuid) => !strangers.includes(uuid)) || (settled && strangers.length !== (now.strangers ?? []).length)) refuse("a record with other strangers");
   const same = JSON.stringify(destinations) === JSON.stringify(now.destinations);
   if (!same && !source) refuse("a record with other destinations");
   // They are the key's word only: nobody's --locked-dests may go by them.
@@ -4010,7 +4018,7 @@ function commonOptions(given: Given) {
   if (!Object.hasOwn(LEVELS, verbosity)) throw new UsageError(`--verbosity is one of ${Object.keys(LEVELS).join(", ")}, not "${verbosity}"`);
   log.level = LEVELS[verbosity as keyof typeof LEVELS];
   const prefix = given.value("snapshot-prefix") ?? "";
-  if (!isPrefix(prefix)) throw new UsageError("a prefix is at most 200 bytes, without slashes and line breaks");
+  if (!isPrefix(prefix)) throw new UsageError("a prefix is at most 200 bytes, without slashes and control characters");
   const snapshotFolder = given.value("snapshot-folder") ?? "snapshot";
   if (snapshotFolder.trim() === "" || snapshotFolder.includes("\0")) throw new UsageError("--snapshot-folder cannot be empty");
   const hosts: Hosts = { sshOptions: given.all("ssh-opt"), sudo: given.flag("sudo"), sshSudo: given.flag("ssh-sudo") };
