@@ -1,8 +1,10 @@
 // Transfers that break and go on where they broke. The link is a real one, between two network namespaces.
 
 import { expect, test } from "bun:test";
+import { spawnSync } from "node:child_process";
 import { existsSync, readdirSync, statSync } from "node:fs";
 import { dirname, join } from "node:path";
+import { commandFor, VERBS, type Verb } from "../btrfs-backup.ts";
 import { events, expectRun, expectSound, filesystem, linkedServer, nextSecond, pair, seeded, sh, snapshotNames, soak, sshServer, start, subvolumes, temporaryDirectory, waitFor, type LinkedServer } from "./support/rig.ts";
 
 const FAST = ["--ssh-opt", "ServerAliveInterval=1", "--ssh-opt", "ConnectTimeout=2"];
@@ -162,4 +164,26 @@ test("--retries tries again only what a connection is needed for, and says what 
   expect(result.stderr.match(/is not a directory|not a directory/g)?.length).toBe(1);
   expect(snapshotNames(destination).length).toBe(1);
   expect((await expectRun(2, ["--retries", "x", source, destination])).stderr).toContain("--retries takes a whole number");
+});
+
+test("a part that is not what was sent is neither stored nor received", () => {
+  const folder = join(filesystem().path, "x");
+  sh(`mkdir "$1"`, folder);
+  const fsid = sh(`stat -f -c %i "$1"`, folder);
+  const object = "20260101-000000+0000_12345678_12345678_00000001-aaaa-bbbb-cccc-0123456789ab_00000002-aaaa-bbbb-cccc-0123456789ab_full.btrfs";
+  const part = `${object}.p0-3`;
+  const sumOf = (from: number) => sh(`tail -c +$(($2 + 1)) "$1" | sha256sum | cut -c -64`, join(folder, `.${part}.part`), String(from));
+  const runs = (verb: string, ...args: string[]) => spawnSync("sh", ["-c", commandFor({ label: "", ssh: null, sudo: false, beat: 15 }, VERBS.find(({ name }) => name === verb) as Verb, args)], { encoding: "utf8" });
+  sh(`head -c 200000 /dev/urandom >"$1/.$2.part"`, folder, part);
+  const right = [sumOf(65536), "200000", part, "65536"];
+  for (const [at, wrong] of [[0, sumOf(0)], [1, "200001"], [3, "131072"]] as const) {
+    const args = right.with(at, wrong);
+    expect([at, runs("commit", folder, fsid, "", object, args[0] as string, args[1] as string, args[2] as string, args[3] as string).status]).toEqual([at, 1]);
+    expect([at, runs("receive", "-q", folder, fsid, "", "", "", "", "", "", "", part, args[0] as string, args[1] as string, args[3] as string).status]).toEqual([at, 1]);
+  }
+  expect(readdirSync(folder).filter((name) => !name.startsWith("."))).toEqual([]);
+  const whole = sumOf(0);
+  const stored = runs("commit", folder, fsid, "", object, ...right);
+  expect([stored.status, stored.stderr]).toEqual([0, ""]);
+  expect(sh(`head -c 64 "$1/$2.sha256"; echo; sha256sum <"$1/$2" | cut -c -64`, folder, object)).toBe(`${whole}\n${whole}`);
 });
