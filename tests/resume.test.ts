@@ -71,7 +71,6 @@ test("the next run goes on: pushed, pulled, compressed, incremental, and over a 
   const key = server.guarded("--path", b.path);
   const pulling = server.guarded("--path", source, "--source");
   const cases: [how: string[], from: string, to: string, folder: string, again?: string[]][] = [
-    [server.options, source, server.url(destination), destination],
     [[...key, "--compress", "zstd:3"], source, server.url(destination), destination, ["--compress", "zstd:7"]],
     [[...key, "--full-every", "1", "--compress", "zstd:3", "--protocol", "2"], source, raw, stored, ["--protocol", "1"]],
     [pulling, server.url(source), destination, destination],
