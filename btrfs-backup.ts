@@ -3826,12 +3826,14 @@ async function guardedReceive([flag = "", path = "", fsid = "", level = "", hold
   const file = part[0] === undefined ? "inherit" : PART.test(`${part[0]}.part`) ? openSync(join(path, `.${part[0]}.part`), constants.O_RDONLY | constants.O_NOFOLLOW) : refuse(`the file ${shown(part[0])}`);
   const child = started([`${flag}C`, path, fsid, "", holder, prefix, ...record, ...part]);
   let over = false;
-  const ended = child.then(() => (over = true));
+  let wake = () => {};
+  child.stdin.on("drain", () => wake());
+  void child.then(() => ((over = true), wake()));
   const unzip = level === "" ? null : spawn("zstd", ["-q", "-d", "-c"], { stdio: [file, "pipe", "inherit"] });
   const unzipped = unzip === null ? null : new Promise<number | null>((done) => unzip.on("close", done).on("error", () => done(null)));
   const input = unzip?.stdout ?? (file === "inherit" ? process.stdin : createReadStream("", { fd: file }));
   child.stdin.on("error", () => {}); // its exit status tells
-  const pass = async (bytes: Buffer) => bytes.length === 0 || child.stdin.write(bytes) || (await Promise.race([ended, new Promise((drained) => child.stdin.once("drain", drained))]));
+  const pass = async (bytes: Buffer) => void (bytes.length === 0 || over || child.stdin.write(bytes) || (await new Promise<void>((done) => (wake = done))));
   try {
     for await (const chunk of input) {
       await pass(check.push(chunk as Buffer));

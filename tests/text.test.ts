@@ -10,6 +10,7 @@ import {
   expandFiles,
   Failure,
   filesystemOf,
+  hostOf,
   inBytes,
   inWords,
   log,
@@ -396,6 +397,14 @@ describe.each(SHELLS.map((shell) => [shell.join(" "), shell] as const))("quoting
 });
 
 describe("commands for other hosts", () => {
+  test("a dead link is noticed within a minute, or as the user says", () => {
+    const ssh = (...sshOptions: string[]) => hostOf({ user: null, name: "host", port: null }, { sshOptions, sudo: false, sshSudo: false });
+    expect(ssh().ssh?.filter((word) => /Alive|Timeout/.test(word))).toEqual(["ServerAliveInterval=15", "ServerAliveCountMax=2", "ConnectTimeout=15"]);
+    // ssh takes the first value that it is given.
+    expect(ssh("ConnectTimeout=99").ssh?.filter((word) => word.startsWith("ConnectTimeout"))[0]).toBe("ConnectTimeout=99");
+    expect([ssh().beat, ssh("ServerAliveInterval=60").beat, ssh("serveraliveinterval 7").beat, ssh("ServerAliveInterval=0").beat]).toEqual([15, 60, 7, 15]);
+  });
+
   const host = { label: "me@host", ssh: ["ssh", "-o", "Port=22", "--", "host"], sudo: true, beat: 15 };
   const verb: Verb = { name: "try", script: "exit 0" };
 
