@@ -439,7 +439,7 @@ test("part sizes follow the estimate, a variable of the user's wins, and what S3
   const [out, real] = [join(tools, "out"), sh("command -v btrfs")];
   writeFileSync(join(tools, "rclone"), `#!/bin/bash\n[ "$1" != rcat ] || echo "$RCLONE_S3_CHUNK_SIZE $RCLONE_S3_UPLOAD_CONCURRENCY" >>${out}\nexec ${sh("command -v rclone")} "$@"\n`, { mode: 0o755 });
   // What an estimate reads, of a stream that nobody has the disks for.
-  writeFileSync(join(tools, "btrfs"), `#!/bin/bash\nif [ "$1 $2" = "receive --dump" ] && [ -n "$LENGTH" ]; then cat >/dev/null; echo "update_extent   ./x/y   offset=0 len=$LENGTH"; exit; fi\nexec ${real} "$@"\n`, { mode: 0o755 });
+  writeFileSync(join(tools, "btrfs"), `#!/bin/bash\nif [ "$1 $2" = "receive --dump" ] && [ -n "$LENGTH" ]; then cat >/dev/null; echo "snapshot ./x"; echo "update_extent   ./x/y   offset=0 len=$LENGTH"; exit; fi\nexec ${real} "$@"\n`, { mode: 0o755 });
   const env = { ...s3.env, PATH: `${tools}:${s3.env["PATH"]}` };
   const parts = () => sh(`sed -n 1p "$1"; rm "$1"`, out); // the checksum's comes second
   await expectRun(0, [source, s3.url("s")], { env });
