@@ -4,7 +4,7 @@
 
 import { spawn } from "node:child_process";
 import { createHash } from "node:crypto";
-import { accessSync, constants, createReadStream, lstatSync, mkdtempSync, openSync, readFileSync, realpathSync, rmSync } from "node:fs";
+import { accessSync, constants, createReadStream, lstatSync, mkdtempSync, openSync, readFileSync, realpathSync, renameSync, rmSync, writeFileSync } from "node:fs";
 import { tmpdir } from "node:os";
 import { basename, dirname, join, normalize, resolve } from "node:path";
 import { parseArgs } from "node:util";
@@ -14,6 +14,15 @@ import { $, which, type ProcessPromise } from "zx/core";
 
 /** The same as in package.json; here, so that this file runs alone. */
 export const VERSION = "1.0.0";
+
+/** What scripts/build builds; nothing in the source itself. */
+declare const BUILT_FROM: string | undefined;
+/** Version, commit and runtime. */
+function versionText(): string {
+  const { bun, deno, node } = process.versions as Record<string, string | undefined>;
+  const runtime = deno !== undefined ? `Deno ${deno}` : bun !== undefined ? `Bun ${bun}` : `Node ${node}`;
+  return `btrfs-backup ${VERSION} (${typeof BUILT_FROM === "string" ? BUILT_FROM : "from source"}, ${runtime})`;
+}
 
 // ── 1. Vocabulary ────────────────────────────────────────────────────────────────────────
 
@@ -112,6 +121,8 @@ export type Report = {
   failed: boolean;
   /** How many events of each kind there were. */
   readonly tally: Record<string, number>;
+  /** What was done at each place; null is the source. */
+  readonly places: Map<string | null, PlaceMetrics>;
   readonly event: (event: string, fields: Record<string, unknown>) => void;
   readonly warning: (message: string) => void;
   readonly error: (destination: string | null, error: unknown) => void;
@@ -2342,15 +2353,24 @@ function ownedBy(owner: Identity, { strangers: _, ...chain }: ChainRecord, stran
 
 // ── 6. Transfer ──────────────────────────────────────────────────────────────────────────
 
+function placeIn(places: Report["places"], id: string | null): PlaceMetrics {
+  const place = places.get(id) ?? { bytes: 0, seconds: 0, errors: 0, kept: null, last: null };
+  places.set(id, place);
+  return place;
+}
+
 function newReport(json: boolean, dryRun: boolean): Report {
   const tally: Report["tally"] = {};
+  const places: Report["places"] = new Map();
   const event: Report["event"] = (name, fields) => {
     tally[name] = (tally[name] ?? 0) + 1;
+    if (name === "transfer") placeIn(places, fields["destination"] as string).bytes += (fields["bytes"] as number | null) ?? 0;
     if (json) process.stdout.write(`${JSON.stringify({ event: name, ...fields, ...(dryRun ? { dry_run: true } : {}) })}\n`);
   };
   const report: Report = {
     failed: false,
     tally,
+    places,
     event,
     warning(message) {
       log.warn(message);
@@ -2361,6 +2381,7 @@ function newReport(json: boolean, dryRun: boolean): Report {
       // Anything but our own errors is a mistake in this program, and its stack tells where.
       const message = error instanceof Failure || error instanceof Busy ? error.message : String((error as Error)?.stack ?? error);
       report.failed = true;
+      placeIn(places, destination).errors++;
       log.error(destination === null || message.startsWith(destination) ? message : `${destination}: ${message}`);
       event("error", { destination, message });
     },
@@ -2726,6 +2747,7 @@ async function serve(served: Served, source: Source, snapshots: readonly Snapsho
     await save();
   };
   let complete = false;
+  const began = Date.now();
   try {
     // All the memory there is of a command, so it is written after each of its streams.
     const sent = async (snapshot: Snapshot) => void (stream !== null && (await remember(snapshot, new Date().toISOString())));
@@ -2741,6 +2763,9 @@ async function serve(served: Served, source: Source, snapshots: readonly Snapsho
   } catch (error) {
     report.error(id, error);
   }
+  const place = placeIn(report.places, id);
+  place.seconds += (Date.now() - began) / 1000;
+  if (stream === null) place.kept = served.standing.backups.length;
 }
 
 /** Takes a snapshot, sends every destination what it lacks, and keeps what should be kept. */
@@ -2752,6 +2777,40 @@ export async function run(o: RunOptions, report: Report): Promise<void> {
     name = (await backUp(source, { ...o, snapshot: o.snapshot && name === null }, report)) ?? name;
   });
   concludeRun(o, report, name);
+  if (o.metrics !== null && !o.dryRun) writeMetrics(o.metrics, metricsOf(o.source.id, report.places, Date.now()));
+}
+
+/** What a run has done at a place: at its source, where `last` is nothing, and at each destination. */
+export type PlaceMetrics = { bytes: number; seconds: number; errors: number; kept: number | null; last: string | null };
+
+/** Prometheus' text format: what its node exporter's textfile collector reads. */
+export function metricsOf(source: string, places: ReadonlyMap<string | null, PlaceMetrics>, now: number): string {
+  const label = (text: string) => text.replace(/["\\\n]/g, (c) => (c === "\n" ? "\\n" : `\\${c}`));
+  const all = [...places].map(([id, place]) => ({ labels: `{source="${label(source)}"${id === null ? "" : `,destination="${label(id)}"`}}`, ...place }));
+  const metric = (name: string, help: string, value: (place: PlaceMetrics) => number | null) => {
+    const lines = all.map((place) => [place.labels, value(place)] as const).filter(([, number]) => number !== null && !Number.isNaN(number));
+    return lines.length === 0 ? "" : `# HELP btrfs_backup_${name} ${help}\n# TYPE btrfs_backup_${name} gauge\n${lines.map(([labels, number]) => `btrfs_backup_${name}${labels} ${number}\n`).join("")}`;
+  };
+  return [
+    metric("last_success_timestamp_seconds", "When the destination last had all that it should have.", ({ last }) => (last === null ? null : Date.parse(last) / 1000)),
+    metric("errors", "How many things went wrong in the last run.", ({ errors }) => errors),
+    metric("sent_bytes", "Bytes sent in the last run.", ({ bytes }) => bytes),
+    metric("duration_seconds", "How long the last run took there.", ({ seconds }) => seconds),
+    metric("snapshots", "Snapshots or backups kept.", ({ kept }) => kept),
+    metric("last_run_timestamp_seconds", "When the last run ended.", () => now / 1000),
+  ].join("");
+}
+
+/** Replaces a file, so that nobody reads half of it. Errors: Failure. */
+function writeMetrics(file: string, text: string): void {
+  const temporary = join(dirname(file), `.${basename(file)}.${process.pid}`);
+  try {
+    writeFileSync(temporary, text, { mode: 0o644, flag: "wx" });
+    renameSync(temporary, file);
+  } catch (error) {
+    rmSync(temporary, { force: true });
+    throw new Failure(`--metrics: cannot write ${file}: ${(error as Error).message}`);
+  }
 }
 
 /** Says what was done. */
@@ -2812,6 +2871,7 @@ async function backUp(source: Source, o: RunOptions, report: Report): Promise<st
     written = JSON.stringify(chain);
   };
   let taken: Snapshot | null = null;
+  const began = Date.now();
   try {
     const display = displayOf(o, [...wanted.values()].map(({ sending }) => sending.rate));
     warnOfNested(source, report);
@@ -2843,6 +2903,8 @@ async function backUp(source: Source, o: RunOptions, report: Report): Promise<st
       await source.close();
     });
   }
+  for (const id of wanted.keys()) placeIn(report.places, id).last = known.get(id)?.last ?? null;
+  placeIn(report.places, null).seconds += (Date.now() - began) / 1000;
   return taken?.name ?? null;
 }
 
@@ -2866,6 +2928,7 @@ async function pruneSource(source: Source, snapshots: readonly Snapshot[], wante
   });
   const going = explained(planSource(snapshots, o.sourcePolicy, o.removeLocks ? claimants.filter(({ pin }) => pin) : claimants, wallClock(new Date())), o.source.id, o.dryRun);
   const names = going.map(({ name }) => name);
+  placeIn(report.places, null).kept = snapshots.length - names.length;
   await removing(o.source.id, names, `not kept by "${o.sourcePolicy?.text}"`, o.dryRun, report, () => deleteFrom(source, names, o.deletion));
 }
 
@@ -3899,6 +3962,7 @@ const RUN_ARGUMENTS = {
   "rate-limit": { type: "string", valueHint: "RATE", description: "Send at most so many bytes a second, with k, m or g for powers of 1024 (needs pv)" },
   "btrfs-debug": { type: "boolean", alias: "d", description: "Let btrfs send and receive tell everything (-vv)" },
   "no-progress": { type: "boolean", alias: "P", description: "Show no progress" },
+  metrics: { type: "string", valueHint: "FILE", description: "Write metrics for Prometheus' node exporter (textfile collector)" },
   ...WAIT,
   ...HOST_ARGUMENTS,
   version: { type: "boolean", description: "Show the version" },
@@ -4071,6 +4135,7 @@ export function runOptions(given: Given) {
     maxAge: ageOf(given),
     beforeSnapshot: given.value("before-snapshot"),
     afterSnapshot: given.value("after-snapshot"),
+    metrics: given.value("metrics"),
     retries: wholeNumber(given.value("retries"), "--retries", 0),
     ...displayOptions(given),
     sendingTo: (id: string) => sendingOptions(given, parseLocation(id)),
@@ -4290,7 +4355,7 @@ export async function main(args: readonly string[]): Promise<number> {
     const { run: _, ...others } = COMMANDS;
     const given = readArguments(named ? words.slice(1) : words, command.args as ArgsDef);
     if (!named && Object.hasOwn(COMMANDS, given.positionals[0] ?? "")) throw new UsageError(`the command comes first: btrfs-backup ${given.positionals[0]} …`);
-    if (given.flag("version")) console.log(`btrfs-backup ${VERSION}`);
+    if (given.flag("version")) console.log(versionText());
     else if (given.flag("help") || words.length === 0) console.log(await renderUsage(command === COMMANDS["run"] ? { ...command, subCommands: others } : command));
     else return (await command.run?.({ rawArgs: [...words], args: { _: [] } as never, cmd: command, data: given })) as number;
     return words.length === 0 ? 2 : 0;

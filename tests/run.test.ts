@@ -1,9 +1,10 @@
 // The main job: snapshot, send the difference, keep what should be kept.
 
 import { expect, test } from "bun:test";
+import { spawnSync } from "node:child_process";
 import { existsSync, readdirSync, readFileSync, rmSync, writeFileSync } from "node:fs";
 import { join } from "node:path";
-import { events, expectRun, expectSameTree, expectSound, filesystem, fill, nextSecond, pair, pathWithout, run, sh, snapshotAs, snapshotNames, start, subvolume, subvolumes, temporaryDirectory, waitFor } from "./support/rig.ts";
+import { events, expectRun, expectSameTree, expectSound, filesystem, fill, nextSecond, pair, pathWithout, ROOT, run, sh, snapshotAs, snapshotNames, start, subvolume, subvolumes, temporaryDirectory, unmount, waitFor } from "./support/rig.ts";
 
 /** A `btrfs` first on the PATH that notes what it is called with. */
 function countingBtrfs(): { env: Record<string, string>; calls: () => string[] } {
@@ -384,4 +385,46 @@ test("a source on which no record can be written is pruned all the same, by the 
   sh(`rmdir "$1/.btrfs-backup.json.new"`, snapshots);
   await expectRun(0, ["-S", "-N", "1", source, destination]);
   expect(snapshotNames(snapshots)).toEqual(["20260105-000000"]);
+});
+
+test("--metrics writes what monitoring wants to know, whole or not at all, and a failure does not forget the last success", async () => {
+  const { source, destination, b } = pair();
+  const directory = temporaryDirectory();
+  const file = join(directory, "home.prom");
+  const odd = `/nowhere/q"uote\\`;
+  const args = ["-q", "--metrics", file, "-N", "2", "-n", "1", source, destination, odd, "shell://cat >/dev/null"];
+  const values = () => new Map(readFileSync(file, "utf8").split("\n").filter((line) => line !== "" && !line.startsWith("#")).map((line) => [line.slice(0, line.lastIndexOf(" ")).replace("btrfs_backup_", ""), Number(line.slice(line.lastIndexOf(" ") + 1))]));
+  const of = (name: string, place: string | null) => values().get(`${name}{source="${source}"${place === null ? "" : `,destination="${place.replace(/["\\]/g, "\\$&")}"`}}`);
+  for (let i = 0; i < 3; i++) {
+    await expectRun(1, args);
+    await nextSecond();
+  }
+  for (const line of readFileSync(file, "utf8").trimEnd().split("\n")) expect(line).toMatch(/^(# (HELP|TYPE) btrfs_backup_\w+ .+|btrfs_backup_\w+\{source="[^"]*"(,destination="([^"\\\n]|\\.)*")?\} [\d.]+)$/);
+  expect([of("errors", destination), of("errors", odd), of("errors", "shell://cat >/dev/null"), of("errors", null)]).toEqual([0, 1, 0, 0]);
+  expect([of("snapshots", null), of("snapshots", destination), of("snapshots", odd)]).toEqual([3, 1, undefined]); // nothing goes while a destination is not known yet
+  expect(of("sent_bytes", destination)).toBeGreaterThan(100);
+  expect(of("duration_seconds", destination)).toBeGreaterThan(0);
+  const last = of("last_success_timestamp_seconds", destination) as number;
+  expect(Math.abs(last - Date.now() / 1000)).toBeLessThan(60);
+  expect(of("last_success_timestamp_seconds", odd)).toBeUndefined();
+  expect(sh(`stat -c %a "$1"; ls -A "$(dirname "$1")"`, file)).toBe("644\nhome.prom");
+  unmount(b);
+  await expectRun(1, args);
+  expect([of("errors", destination), of("last_success_timestamp_seconds", destination), of("sent_bytes", destination)]).toEqual([1, last, 0]);
+  expect((await expectRun(1, ["-q", "--metrics", "/nowhere/x.prom", source])).stderr).toContain("--metrics: cannot write /nowhere/x.prom");
+});
+
+test("the script for cron.daily runs every argument file, and its status tells of a failure", async () => {
+  const { source, destination } = pair();
+  const directory = temporaryDirectory();
+  const script = readFileSync(join(ROOT, "scripts/cron.daily"), "utf8").replaceAll("/etc/btrfs-backup", directory).replace("/usr/local/sbin/btrfs-backup", join(ROOT, "dist/btrfs-backup"));
+  writeFileSync(join(directory, "a.args"), `--num-backups 3\n${source}\n${destination}\n`);
+  writeFileSync(join(directory, "empty.args"), "");
+  const cron = () => spawnSync("sh", ["-c", script], { encoding: "utf8" });
+  expect(cron()).toMatchObject({ status: 0, stdout: "", stderr: "" });
+  expect(snapshotNames(destination).length).toBe(1);
+  writeFileSync(join(directory, "0.args"), `${source}\n/nowhere/at/all\n`);
+  await nextSecond();
+  expect(cron()).toMatchObject({ status: 1, stderr: expect.stringContaining("/nowhere") });
+  expect(snapshotNames(destination).length).toBe(3); // a's, of all that there is
 });
