@@ -128,6 +128,17 @@ export type Report = {
   readonly error: (destination: string | null, error: unknown) => void;
 };
 
+/** Map.groupBy, which Node 20 has not. */
+function groupBy<K, T>(all: readonly T[], keyOf: (one: T) => K): Map<K, T[]> {
+  const groups = new Map<K, T[]>();
+  for (const one of all) {
+    const group = groups.get(keyOf(one));
+    if (group === undefined) groups.set(keyOf(one), [one]);
+    else group.push(one);
+  }
+  return groups;
+}
+
 const two = (n: number) => String(n).padStart(2, "0");
 
 /** `YYYYMMDD-HHMMSS` of a date in local time. */
@@ -393,7 +404,7 @@ export function parseStreams(files: readonly StoredFile[], whole: boolean): { st
     return [{ ...itself, moment, bytes, owner: { uuid: source, place, lineage }, from: from === "full" ? null : from, compressed: zst !== undefined, encrypted: gpg !== undefined, summed, stored: summed || whole }];
   });
   const stored = found.filter((stream) => stream.stored);
-  const children = Map.groupBy(stored, ({ from }) => from);
+  const children = groupBy(stored, ({ from }) => from);
   // From the full streams up, so that of two streams with the same data the one that needs less stands for both.
   const restorable = new Map<string, Stream>();
   const reached = new Set<string | null>();
@@ -412,7 +423,7 @@ export function parseStreams(files: readonly StoredFile[], whole: boolean): { st
     if (of !== undefined && prefixOf(of) !== null) add(of, name);
   }
   const unsummed: Stream[] = [];
-  for (const some of Map.groupBy(streams.filter((stream) => !stream.stored), ({ name }) => prefixOf(name)).values()) {
+  for (const some of groupBy(streams.filter((stream) => !stream.stored), ({ name }) => prefixOf(name)).values()) {
     const [first] = some;
     if (first !== undefined && some.length === 1 && !children.has(first.receivedUuid)) add(first.name, first.uuid);
     else unsummed.push(...some);
@@ -1667,7 +1678,7 @@ export function wholeIn(folder: Folder): Snapshot[] {
 /** Warns of read-only subvolumes with one received UUID, among which `btrfs receive` could take the wrong one for a parent. */
 function warnOfDuplicates({ standing, subvolumes, id }: Folder, report: Report): void {
   const ours = new Set(standing.map(({ receivedUuid }) => receivedUuid));
-  const byUuid = Map.groupBy(subvolumes.filter(({ readonly, receivedUuid }) => readonly && receivedUuid !== null && ours.has(receivedUuid)), ({ receivedUuid }) => receivedUuid);
+  const byUuid = groupBy(subvolumes.filter(({ readonly, receivedUuid }) => readonly && receivedUuid !== null && ours.has(receivedUuid)), ({ receivedUuid }) => receivedUuid);
   for (const same of byUuid.values())
     if (same.length > 1) report.warning(`${id}: ${same.length} read-only subvolumes of its filesystem have the same received UUID, which can confuse "btrfs receive"; keep one of ${same.map(({ path }) => path).join(", ")}`);
 }

@@ -30,10 +30,17 @@ async function wholeJob(options: Options): Promise<void> {
   expect((await running.finished).status).toBe(143);
 }
 
-for (const how of ["bun", "binary", "deno"] as How[]) test(`by ${how}`, () => wholeJob({ how }));
+for (const how of ["bun", "binary", "baseline", "deno", "one file by bun", "one file by deno", "one file by node"] as How[]) test(`by ${how}`, () => wholeJob({ how }));
 
 test("by Deno, in a clone without node_modules", async () => {
   const clone = join(temporaryDirectory(), "clone");
   sh(`mkdir "$2"; cd "$1"; cp btrfs-backup.ts package.json package-lock.json deno.json tsconfig.json "$2"`, ROOT, clone);
-  expect(sh(`cd "$2"; "$1/node_modules/.bin/deno" run -A btrfs-backup.ts --version 2>/dev/null; "$1/node_modules/.bin/deno" check --quiet btrfs-backup.ts; ls -d node_modules 2>/dev/null || :`, ROOT, clone)).toMatch(/^btrfs-backup \d+\.\d+\.\d+$/);
+  expect(sh(`cd "$2"; "$1/node_modules/.bin/deno" run -A btrfs-backup.ts --version 2>/dev/null; "$1/node_modules/.bin/deno" check --quiet btrfs-backup.ts; ls -d node_modules 2>/dev/null || :`, ROOT, clone)).toMatch(/^btrfs-backup \d+\.\d+\.\d+ \(from source, Deno [\d.]+\)$/);
+});
+
+test("a second build of the same commit, elsewhere, gives the same bytes for every machine", () => {
+  const elsewhere = temporaryDirectory();
+  sh(`cd "$1"; cp -r btrfs-backup.ts package.json package-lock.json tsconfig.json scripts .git "$2"; ln -s "$PWD/node_modules" "$2/node_modules"; cd "$2"; scripts/build all >/dev/null 2>&1`, ROOT, elsewhere);
+  expect(sh(`cat "$1/dist/SHA256SUMS"`, elsewhere)).toBe(sh(`cat "$1/dist/SHA256SUMS"`, ROOT));
+  expect(sh(`cd "$1/dist"; sha256sum --check --quiet SHA256SUMS; wc -l <SHA256SUMS; file -b btrfs-backup-linux-arm64 | grep -o aarch64 || :`, ROOT)).toMatch(/^6/);
 });

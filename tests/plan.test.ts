@@ -694,7 +694,7 @@ describe("restoring", () => {
 
 test("versions of a file: runs of snapshots in which it was the same", () => {
   const state = (size: string): FileState => ({ type: "file", mode: "644", owner: "0:0", mtime: "1.000000000", size });
-  const seen = (text: string) => text.split(" ").filter(Boolean).map((word, i) => ({ name: `n${i}`, state: word[0] === "-" ? null : state(word[0] as string), columns: [...word.slice(1)].map(Number) }));
+  const seen = (text: string) => text.split(" ").filter(Boolean).map((word, i) => ({ name: `n${i}`, state: word[0] === "-" ? null : state(word[0] as string), columns: Array.from(word.slice(1), Number) }));
   const shown = (text: string) => versionsAmong(seen(text)).map(({ first, last, state: is, columns, names }) => `${is?.size ?? "-"} ${first}..${last} ${names.length} ${[...columns].sort().join("")}`);
   expect(shown("")).toEqual([]);
   expect(shown("-0 -01")).toEqual([]); // never there

@@ -298,7 +298,8 @@ describe("a stream that is damaged, cut short, or gone", () => {
       const third = objects[2] as string;
       const put = (name: string, file: string) => (kind === "raw" ? sh(`cp "$1" "$2/$3"`, file, folder, name) : s3.rclone(`rclone rcat "$S/s/$2" <"$1"`, file, name));
       const original = join(temporaryDirectory(), "stream");
-      kind === "raw" ? sh(`cp "$1/$2" "$3"`, folder, third, original) : s3.rclone(`rclone cat "$S/s/$1" >"$2"`, third, original);
+      if (kind === "raw") sh(`cp "$1/$2" "$3"`, folder, third, original);
+      else s3.rclone(`rclone cat "$S/s/$1" >"$2"`, third, original);
       const damages: Record<string, string> = {
         "one byte": `cp "$1" "$2"; s=$(stat -c %s "$2"); o=$((s / 2)); b=$(od -An -tu1 -j $o -N 1 "$2" | tr -d ' '); printf "\\\\$(printf %o $((255 - b)))" | dd of="$2" bs=1 seek=$o conv=notrunc 2>/dev/null`,
         "the last byte, which belongs to a checksum of btrfs": `cp "$1" "$2"; printf '\\0' | dd of="$2" bs=1 seek=$(($(stat -c %s "$2") - 1)) conv=notrunc 2>/dev/null; printf x >>"$2"`,
@@ -320,7 +321,8 @@ describe("a stream that is damaged, cut short, or gone", () => {
       put(third, original);
       await expectRun(0, ["verify", store], s3);
       // Gone: said before the first byte moves.
-      kind === "raw" ? sh(`rm "$1/$2"`, folder, third) : s3.rclone(`rclone deletefile "$S/s/$1"`, third);
+      if (kind === "raw") sh(`rm "$1/$2"`, folder, third);
+      else s3.rclone(`rclone deletefile "$S/s/$1"`, third);
       expect([...(await listed(store, s3)).values()]).toEqual(["whole", "whole", "incomplete"]);
       const lost = await expectRun(1, ["restore", store, target], s3);
       expect(lost.stderr).toContain(`${objects[3]} builds on`);
