@@ -30,7 +30,7 @@ async function wholeJob(options: Options): Promise<void> {
   expect((await running.finished).status).toBe(143);
 }
 
-for (const how of ["bun", "binary", "baseline", "deno", "one file by bun", "one file by deno", "one file by node"] as How[]) test(`by ${how}`, () => wholeJob({ how }));
+for (const how of ["bun", "binary", "baseline", "arm64", "deno", "one file by bun", "one file by deno", "one file by node"] as How[]) test(`by ${how}`, () => wholeJob({ how }));
 
 test("by Deno, in a clone without node_modules", async () => {
   const clone = join(temporaryDirectory(), "clone");

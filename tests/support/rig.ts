@@ -123,12 +123,13 @@ export function pathWithout(missing: string): string {
 /** The names in a folder that are snapshots of a prefix. */
 export const snapshotNames = (folder: string, prefix = "") => [...subvolumes(folder).keys()].filter((name) => name.startsWith(prefix) && /^\d{8}-\d{6}$/.test(name.slice(prefix.length)));
 
-export type How = "bun" | "binary" | "baseline" | "deno" | "one file by bun" | "one file by deno" | "one file by node";
+export type How = "bun" | "binary" | "baseline" | "arm64" | "deno" | "one file by bun" | "one file by deno" | "one file by node";
 const BIN = join(ROOT, "node_modules/.bin");
 const PROGRAM: Record<How, string[]> = {
   bun: [join(BIN, "bun"), join(ROOT, "btrfs-backup.ts")],
   binary: [join(ROOT, "dist/btrfs-backup")],
   baseline: [join(ROOT, "dist/btrfs-backup-linux-x64-baseline")],
+  arm64: ["qemu-aarch64-static", "-L", "/usr/aarch64-linux-gnu", join(ROOT, "dist/btrfs-backup-linux-arm64")],
   deno: [join(BIN, "deno"), "run", "-A", join(ROOT, "btrfs-backup.ts")],
   "one file by bun": [join(BIN, "bun"), join(ROOT, "dist/btrfs-backup.js")],
   "one file by deno": [join(BIN, "deno"), "run", "-A", join(ROOT, "dist/btrfs-backup.js")],
