@@ -708,7 +708,7 @@ const silence = (host: Host) => (host.ssh === null ? "" : String(4 * host.beat))
 const WATCH = `watch() { if [ -n "$1" ]; then ( while [ -d "/proc/$$" ]; do [ -d "/proc/$1" ] || kill -KILL 0; sleep 2; done ) >/dev/null 2>&1 </dev/null & fi; };`;
 
 const PRELUDE = `set -e; umask 077; unset CDPATH TAR_OPTIONS POSIXLY_CORRECT QUOTING_STYLE; PATH=$PATH:/usr/sbin:/sbin; LC_ALL=C; export PATH LC_ALL;
- su=$1; if [ "$1" = sudo ]; then b() { sudo -n btrfs "$@"; }; else b() { btrfs "$@"; }; fi; shift; root() { [ -n "$su" ] || [ "$(id -u)" = 0 ]; };
+ su=$1; if [ "$1" = sudo ]; then b() { sudo -n btrfs "$@"; }; else b() { btrfs "$@"; }; fi; shift; u=; root() { [ -n "$su" ] || [ "\${u:=$(id -u)}" = 0 ]; };
  at() { cd -P -- "$1" || { echo "(is the disk mounted?)" >&2; exit 66; }; [ "$PWD" = "$1" ] && [ "$(stat -f -c %i .)" = "$2" ] || { echo "another filesystem or directory is at $1 now" >&2; exit 66; }; };`.replace(/\n/g, "");
 
 /**
@@ -716,8 +716,9 @@ const PRELUDE = `set -e; umask 077; unset CDPATH TAR_OPTIONS POSIXLY_CORRECT QUO
  * at all. Written by cat, which says what went wrong; dash knows only "I/O error".
  */
 const RECORD =
-  `record() { ( flock -w 60 7 || { echo "another run keeps $PWD locked" >&2; exit 75; }; f=.btrfs-backup.json; t=$f.new; o=; if [ -e $f ]; then o=$(cat $f); fi; rm -f $t; set -C;` +
-  ` { printf %s "$1"; echo; { printf %s "$o"; echo; } | grep "^," | grep -vF -- "$2" || :; printf %s "$2$3"; echo; echo "}"; } | cat >$t; sync $t; mv -f $t $f ) 7<.; };`;
+  `record() { ( h=$1 k=$2 v=$3; flock -w 60 7 || { echo "another run keeps $PWD locked" >&2; exit 75; }; f=.btrfs-backup.json; t=$f.new; set --;` +
+  ` if [ -e $f ]; then while IFS= read -r l; do case $l in "$k"*) ;; ,*) set -- "$@" "$l";; esac; done <$f; fi; if [ -e $t ] || [ -L $t ]; then rm -f $t; fi; set -C;` +
+  ` { for l in "$h" "$@" "$k$v" "}"; do printf %s "$l"; echo; done; } | cat >$t; sync $t; mv -f $t $f ) 7<.; };`;
 
 /** receiving PREFIX SECONDS: this process alone writes to the chain from here on. Opened for reading: a disk may be mounted so. */
 const RECEIVING =
@@ -734,27 +735,27 @@ const OPEN = verb(
   "open",
   PRELUDE,
   KEEP,
-  `n=$1 w=$2 d=$3 p=$4 s=$5 k=$6; say() { echo; echo "$n $1"; }; is_btrfs() { [ -z "$k" ] && [ "$(stat -f -c %t .)" = 9123683e ]; };`,
+  `n=$1 w=$2 d=$3 p=$4 s=$5 k=$6 q=$7; say() { echo; echo "$n $1"; };`,
   `[ -n "$k" ] || command -v btrfs >/dev/null || { echo "btrfs not found: install btrfs-progs" >&2; exit 69; };`,
-  `flock -V 2>/dev/null | grep -q util-linux || { echo "flock not found: install util-linux" >&2; exit 69; };`,
-  `place() { cd -P -- "$1"; pwd -P; stat -c %i .; stat -f -c %i .; if is_btrfs; then b inspect-internal rootid .; else echo -; fi; };`,
+  `case $(flock -V 2>/dev/null) in *util-linux*) ;; *) echo "flock not found: install util-linux" >&2; exit 69;; esac;`,
+  // A process costs a millisecond: what a shell can do itself, it does.
+  `place() { cd -P -- "$1"; pwd -P; i=$(stat -c %i .); set -- $(stat -f -c "%i %t %a %S" .); echo "$i"; echo "$1"; t= free="$3 $4"; if [ -z "$k" ] && [ "$2" = 9123683e ]; then t=btrfs; b inspect-internal rootid .; else echo -; fi; };`,
   `if [ -n "$s" ]; then [ -d "$s" ] || { echo "no such directory: $s" >&2; exit 64; };`,
-  `say source; place "$s"; if is_btrfs && [ "$(stat -c %i .)" = 256 ] && root; then say show; b subvolume show .; fi; fi;`,
-  `say host; uname -n; say zstd; command -v zstd || :; say mounts; cat /proc/self/mountinfo; say filesystems; ls /sys/fs/btrfs 2>/dev/null || :;`,
-  `space() { say space; stat -f -c "%a %S" .; }; if [ -d "$d" ]; then say folder; place "$d"; space; say owners; id -u; stat -c %u .;`,
-  `for f in ".btrfs-backup.$p.lock" ".btrfs-backup.$p.receiving" .btrfs-backup.json .outstanding_transfers; do if [ -e "$f" ] || [ -L "$f" ]; then`,
-  `stat -c %u "$f"; if [ -f "$f" ] && [ "$(stat -c %f "$f" | cut -c 1)" = 8 ]; then :; else echo "$PWD/$f is not a plain file" >&2; exit 65; fi; fi; done;`,
+  `say source; place "$s"; if [ "$t $i" = "btrfs 256" ] && root; then say show; b subvolume show .; fi; fi;`,
+  `say host; read -r h </proc/sys/kernel/hostname; echo "$h"; say zstd; command -v zstd || :; say mounts; cat /proc/self/mountinfo; say filesystems; for f in /sys/fs/btrfs/*; do echo "\${f##*/}"; done;`,
+  `if [ -d "$d" ]; then say folder; place "$d"; say space; echo "$free"; say owners; echo "\${u:=$(id -u)}"; set --; foul() { echo "$PWD/$1 is not a plain file" >&2; exit 65; };`,
+  `for f in ".btrfs-backup.$p.lock" ".btrfs-backup.$p.receiving" .btrfs-backup.json .outstanding_transfers; do if [ -L "$f" ]; then foul "$f"; elif [ -f "$f" ]; then set -- "$@" "$f"; elif [ -e "$f" ]; then foul "$f"; fi; done; stat -c %u . "$@";`,
   `if [ "$w" = look ] || [ -f ".btrfs-backup.$p.lock" ]; then if [ "$w" = look ]; then :; else exec 9<".btrfs-backup.$p.lock"; flock -w "$w" 9 || { echo "another run holds $PWD/.btrfs-backup.$p.lock" >&2; exit 75; };`,
   `if [ -f ".btrfs-backup.$p.receiving" ]; then ${RECEIVING} receiving "$p" "$w"; exec 8<&-; fi; say locked; echo $$; fi; fi;`,
   `say entries; ls -a; say record; if [ -e .btrfs-backup.json ]; then cat .btrfs-backup.json; fi;`,
   `say old; if [ -f .outstanding_transfers ]; then cat .outstanding_transfers; fi;`,
-  `if is_btrfs && root; then say subvolumes; b subvolume list -a -u -q -R .; say readonly; b subvolume list -a -r .; fi;`,
+  `if [ -z "$t" ]; then :; elif root; then say subvolumes; b subvolume list -a -u -q -R .; say readonly; b subvolume list -a -r .; else`,
   // Whoever is not root gets no list, and can only ask of each.
-  `if is_btrfs; then root || { say alone; for f in "./$p"[0-9]*-[0-9]*; do if [ "$(stat -c %i "$f" 2>/dev/null)" = 256 ]; then echo "$(b inspect-internal rootid "$f") $(b property get -ts "$f" ro) $f"; fi; done; }; fi;`,
+  `say alone; for f in "./$p"[0-9]*-[0-9]*; do if [ "$(stat -c %i "$f" 2>/dev/null)" = 256 ]; then echo "$(b inspect-internal rootid "$f") $(b property get -ts "$f" ro) $f"; fi; done; fi;`,
   `if [ -n "$k" ]; then say files; find . -mindepth 1 -maxdepth 1 -type f -exec stat -c "%s/%Y %n" {} +; fi;`,
   `elif [ -e "$d" ] || [ -L "$d" ]; then echo "not a directory: $d" >&2; exit 65;`,
-  `elif [ -d "\${d%/*}/" ]; then say missing; place "\${d%/*}/"; space; else echo "no such directory: \${d%/*} (is the disk mounted?)" >&2; exit 66; fi;`,
-  `echo; echo "$n end"; [ "$w" = look ] || keep "$7"`,
+  `elif [ -d "\${d%/*}/" ]; then say missing; place "\${d%/*}/"; say space; echo "$free"; else echo "no such directory: \${d%/*} (is the disk mounted?)" >&2; exit 66; fi;`,
+  `echo; echo "$n end"; [ "$w" = look ] || keep "$q"`,
 );
 
 /** create FOLDER FSID PREFIX: the folder (its last component only) and the chain's lock file; another first run may be faster. */
