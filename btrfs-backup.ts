@@ -8,7 +8,7 @@ import { accessSync, constants, createReadStream, lstatSync, mkdtempSync, openSy
 import { tmpdir } from "node:os";
 import { basename, dirname, join, normalize, resolve } from "node:path";
 import { parseArgs } from "node:util";
-import { defineCommand, renderUsage, type ArgDef, type ArgsDef, type CommandDef } from "citty";
+import { defineCommand, type ArgDef, type ArgsDef, type CommandDef } from "citty";
 import { createConsola } from "consola/basic";
 import { $, which, type ProcessPromise } from "zx/core";
 
@@ -1588,6 +1588,7 @@ async function openFolder(location: Readable, path: string, opening: Opening): P
   const nonce = crypto.randomUUID();
   const { output, release } = await hold(host, OPEN, [nonce, String(wait), path, prefix, source, location.kind === "raw" ? "streams" : "", silence(host)], `${nonce} end`, location.id);
   try {
+    if (wait === "look") await release(); // nothing of it is left in the directory
     const inspection = parseInspection(output, nonce, path);
     const store = location.kind === "raw" ? { ...parseStreams(inspection.files, true), verbs: RAW, type: null } : null;
     const above = inspection.top === "/" ? "/" : `${inspection.top}/`;
@@ -2734,17 +2735,33 @@ function recordedLocation(id: string, source: Folder): Location {
   }
 }
 
-/** Opens the destinations, in sorted order, so that two runs cannot wait for each other. `all` gets those that can be served. */
+/**
+ * Opens the destinations side by side, but those of one host after each other, since the first one's connection serves the others; and
+ * all of them in sorted order if locks are waited for, so that two runs cannot wait for each other. `all` gets those that can be served.
+ */
 async function openAll(all: Served[], wanted: ReadonlyMap<string, Wanted>, source: Source, known: Known["known"], o: RunOptions, report: Report): Promise<void> {
-  for (const [id, destination] of [...wanted].sort(([a], [b]) => (a < b ? -1 : 1)))
-    try {
-      const opened = await openDestination(destination, source, known.get(id), o, report);
-      all.push({ wanted: destination, destination: opened, standing: opened.standing, done: false });
-    } catch (error) {
-      if (error instanceof UsageError || error instanceof Interrupted) throw error;
-      if (error instanceof Absent && destination.optional) skip(id, error, known.get(id), o, report);
-      else report.error(id, error);
-    }
+  const sorted = [...wanted].sort(([a], [b]) => (a < b ? -1 : 1));
+  const queues = new Map<string, Promise<unknown>>();
+  const openings = sorted.map(([id, destination]) => {
+    const { location } = destination;
+    const queue = o.wait > 0 ? "" : location.kind === "shell" || location.host === null ? id : JSON.stringify(location.host);
+    const opening = (queues.get(queue) ?? Promise.resolve()).then(() => openDestination(destination, source, known.get(id), o, report));
+    queues.set(queue, opening.catch(() => {}));
+    return opening;
+  });
+  const results = await Promise.allSettled(openings);
+  for (const [i, [, destination]] of sorted.entries()) {
+    const result = results[i] as PromiseSettledResult<Destination>;
+    if (result.status === "fulfilled") all.push({ wanted: destination, destination: result.value, standing: result.value.standing, done: false });
+  }
+  for (const [i, [id, destination]] of sorted.entries()) {
+    const result = results[i] as PromiseSettledResult<Destination>;
+    if (result.status === "fulfilled") continue;
+    const error: unknown = result.reason;
+    if (error instanceof UsageError || error instanceof Interrupted) throw error;
+    if (error instanceof Absent && destination.optional) skip(id, error, known.get(id), o, report);
+    else report.error(id, error);
+  }
 }
 
 /** What a source knows of its destinations, and how to write it down. */
@@ -4283,7 +4300,7 @@ const command = <O>(name: string, description: string, args: ArgsDef, read: (giv
     },
   });
 
-const COMMANDS: Record<string, CommandDef<any>> = {
+export const COMMANDS: Record<string, CommandDef<any>> = {
   run: command("", "Incremental backups of btrfs subvolumes. The command can be left out: it is run.", { source: positional(`Subvolume to back up: ${PLACE}`), dest: positional(`Where to: ${PLACE}; streams to ${STORE}, or shell://COMMAND; any number`, false), ...RUN_ARGUMENTS }, runOptions, run),
   restore: command(" restore", "Make a subvolume again from a backup, or from a snapshot.", {
     location: positional(`Backups, or a source with its snapshots: ${PLACE}; or streams: ${STORE}`),
@@ -4345,6 +4362,48 @@ const COMMANDS: Record<string, CommandDef<any>> = {
   }, unpinOptions, unpin),
 };
 
+/** In which order options are told; what is in none of these is the command's own, and comes first. */
+const GROUPS: Readonly<Record<string, readonly string[]>> = {
+  "What is taken and kept": ["num-snapshots", "num-backups", "latest-only", "no-snapshot", "snapshot-folder", "snapshot-prefix", "before-snapshot", "after-snapshot", "convert-rw", "sync"],
+  "What is sent, and how": ["no-transfer", "no-incremental", "newest-only", "compress", "rate-limit", "resume", "retries", "protocol"],
+  "Several destinations": ["optional", "max-age", "for", "keep-unsent", "make-room", "locked-dests", "remove-locks", "adopt", "skip-fs-checks", "skip-space-check"],
+  "Stored streams": ["full-every", "encrypt-to", "unverified"],
+  "Other hosts, and rights": ["ssh-opt", "ssh-sudo", "sudo"],
+  "What it tells": ["dry-run", "wait", "verbosity", "quiet", "json", "metrics", "no-progress", "btrfs-debug", "help", "version"],
+};
+
+/** Words in lines of that many columns, each but the first after as many blanks as `first` is long. */
+function wrapped(first: string, text: string, columns: number): string {
+  const lines: string[] = [];
+  for (const word of text.split(" ")) {
+    const last = lines.at(-1);
+    if (last !== undefined && first.length + last.length + 1 + word.length <= columns) lines[lines.length - 1] = `${last} ${word}`;
+    else lines.push(word);
+  }
+  return lines.map((line, i) => `${i === 0 ? first : " ".repeat(first.length)}${line}\n`).join("");
+}
+
+/** What --help says of a command. */
+export function helpText(command: CommandDef<any>, columns: number): string {
+  const { name = "", description = "" } = command.meta as { name?: string; description?: string };
+  const all = Object.entries(command.args as Record<string, ArgDef & { alias?: string; valueHint?: string; required?: boolean }>);
+  const width = Math.min(columns, 100);
+  const row = (term: string, text: string) => (term.length > 24 ? `  ${term}\n${wrapped(" ".repeat(28), text, width)}` : wrapped(`  ${term}`.padEnd(28), text, width));
+  const positionals = all.filter(([, { type }]) => type === "positional");
+  const options = all.filter(([, { type }]) => type !== "positional");
+  const named = (names: readonly string[]) => names.flatMap((one) => options.filter(([option]) => option === one));
+  const grouped = Object.values(GROUPS).flat();
+  const groups = [["Options", options.filter(([option]) => !grouped.includes(option))], ...Object.entries(GROUPS).map(([title, names]) => [title, named(names)])] as [string, typeof options][];
+  const others = Object.entries(COMMANDS).filter(([other]) => other !== "run");
+  return [
+    wrapped("Usage: ", [name, "[OPTIONS]", ...positionals.map(([one, { required }]) => (required === false ? `[${one.toUpperCase()}…]` : one.toUpperCase()))].join(" "), width),
+    `\n${wrapped("", description, width)}`,
+    ...(positionals.length === 0 ? [] : ["\n", ...positionals.map(([one, { description = "" }]) => row(one.toUpperCase(), description))]),
+    ...(command === COMMANDS["run"] ? ["\nOther commands, each with its own --help:\n", ...others.map(([other, { meta }]) => row(other, (meta as { description: string }).description))] : []),
+    ...groups.filter(([, some]) => some.length > 0).flatMap(([title, some]) => [`\n${title}:\n`, ...some.map(([option, { alias, valueHint, description = "" }]) => row(`${alias === undefined ? "    " : `-${alias}, `}--${option}${valueHint === undefined ? "" : ` ${valueHint}`}`, description))]),
+  ].join("");
+}
+
 /** Runs a command with its report, and returns the exit status. */
 async function concluded(given: Given, work: (report: Report) => Promise<void | number>): Promise<number> {
   const report = newReport(given.flag("json"), given.flag("dry-run"));
@@ -4364,11 +4423,10 @@ export async function main(args: readonly string[]): Promise<number> {
     const words = expandFiles(args, (path) => readFileSync(path, "utf8"));
     const named = Object.hasOwn(COMMANDS, words[0] ?? "");
     const command = COMMANDS[named ? (words[0] as string) : "run"] as CommandDef<any>;
-    const { run: _, ...others } = COMMANDS;
     const given = readArguments(named ? words.slice(1) : words, command.args as ArgsDef);
     if (!named && Object.hasOwn(COMMANDS, given.positionals[0] ?? "")) throw new UsageError(`the command comes first: btrfs-backup ${given.positionals[0]} …`);
     if (given.flag("version")) console.log(versionText());
-    else if (given.flag("help") || words.length === 0) console.log(await renderUsage(command === COMMANDS["run"] ? { ...command, subCommands: others } : command));
+    else if (given.flag("help") || words.length === 0) process.stdout.write(helpText(command, process.stdout.columns || 80));
     else return (await command.run?.({ rawArgs: [...words], args: { _: [] } as never, cmd: command, data: given })) as number;
     return words.length === 0 ? 2 : 0;
   } catch (error) {

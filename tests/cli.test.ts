@@ -3,6 +3,8 @@
 import { expect, test } from "bun:test";
 import { existsSync, mkdirSync, readFileSync, writeFileSync } from "node:fs";
 import { join } from "node:path";
+import type { ArgsDef } from "citty";
+import { COMMANDS } from "../btrfs-backup.ts";
 import { expectRun, filesystem, pair, ROOT, run, sh, snapshotNames, subvolume, temporaryDirectory } from "./support/rig.ts";
 
 test("usage errors are one line, exit 2, and nothing is done", async () => {
@@ -21,7 +23,7 @@ test("usage errors are one line, exit 2, and nothing is done", async () => {
     [["-v", "loud", source], "--verbosity is one of"],
     [["--wait", "soon", source], "--wait takes a whole number"],
     [["-p", "a/b", source], "prefix"],
-    [[], "USAGE"],
+    [[], "Usage: "],
     [["-S"], "SOURCE is missing"],
     [[join(a.path, "plain"), destination], `not a subvolume: ${join(a.path, "plain")}`],
     [[join(a.path, "none"), destination], "no such directory"],
@@ -49,6 +51,16 @@ test("--help and --version answer on stdout", async () => {
   expect((await expectRun(0, ["--version"], { how: "binary" })).stdout).toBe(`btrfs-backup ${version} (${commit}, Bun ${Bun.version})\n`);
   expect((await expectRun(0, ["--help"])).stdout).toContain("--num-backups");
   expect((await expectRun(0, ["unpin", "--help"])).stdout).toContain("--all");
+  // All that there is, in a terminal's width, and the same words in the README.
+  const { stdout: main } = await expectRun(0, ["--help"]);
+  for (const [command, { args }] of Object.entries(COMMANDS)) {
+    const { stdout } = await expectRun(0, [command, "--help"]);
+    for (const line of stdout.split("\n")) expect([line.length <= 80, line]).toEqual([true, line.trimEnd()]);
+    if (command !== "run") expect(main).toContain(`\n  ${command} `);
+    const told = [...stdout.matchAll(/^ {2}(?:-\w, | {4})--([a-z-]+)/gm)].map(([, option]) => option as string);
+    const options = Object.entries(args as ArgsDef).filter(([, { type }]) => type !== "positional");
+    expect(told.toSorted()).toEqual(options.map(([option]) => option).sort());
+  }
 });
 
 test("deno.json imports what package.json pins", () => {

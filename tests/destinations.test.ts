@@ -3,7 +3,7 @@
 import { expect, test } from "bun:test";
 import { existsSync, mkdirSync, readdirSync, readFileSync, rmSync, writeFileSync } from "node:fs";
 import { join } from "node:path";
-import { events, expectRun, expectSound, filesystem, fill, nextSecond, pair, run, sh, snapshotAs, snapshotNames, start, subvolume, subvolumes, temporaryDirectory, waitFor } from "./support/rig.ts";
+import { events, expectRun, expectSound, filesystem, fill, nextSecond, pair, run, sh, snapshotAs, snapshotNames, sshServer, start, subvolume, subvolumes, temporaryDirectory, waitFor } from "./support/rig.ts";
 
 test("a second source is refused a folder with another's backups, before anything is written, and --adopt takes over", async () => {
   const { source, destination, a } = pair();
@@ -413,4 +413,23 @@ test("known destinations are not taken from a record that another user could hav
   sh(`chown 4711 "$1"`, join(snapshots, ".outstanding_transfers"));
   expect((await expectRun(1, ["-S", "--locked-dests", source])).stderr).toContain("belongs to another user");
   expect(existsSync(proof)).toBe(false);
+});
+
+test("destinations are opened side by side; each of one host uses the first one's connection", async () => {
+  const { source, b } = pair();
+  const { options, url } = await sshServer();
+  const tools = temporaryDirectory();
+  // Nobody goes on before all three are there, but for the source, which comes first.
+  writeFileSync(join(tools, "flock"), `#!/bin/bash\nif [ "$1" = -V ] && [ -e ${tools}/go ]; then : >"${tools}/here-$$"; for i in {1..400}; do [ "$(ls ${tools} | grep -c here)" -ge 3 ] && break; sleep 0.05; [ $i -lt 400 ] || exit 1; done; fi\n[ "$1" != -V ] || : >${tools}/go\nexec ${sh("command -v flock")} "$@"\n`, { mode: 0o755 });
+  const places = ["x", "y", "z"].map((name) => join(b.path, name));
+  for (const place of places) mkdirSync(place);
+  await expectRun(0, ["-q", "--dry-run", source, ...places], { env: { PATH: `${tools}:${process.env["PATH"]}` } });
+  // One connection for all.
+  const watched = temporaryDirectory();
+  writeFileSync(join(watched, "ssh"), `#!/bin/bash\nexec ${sh("command -v ssh")} -v "$@" 2> >(tee -a ${watched}/log >&2)\n`, { mode: 0o755 });
+  const ssh = ["-q", ...options, source, ...places.map((place) => url(place))];
+  await expectRun(0, ssh); // the folders' locks are made
+  await expectRun(0, [...ssh, "-S"], { env: { PATH: `${watched}:${process.env["PATH"]}` } });
+  expect(readFileSync(join(watched, "log"), "utf8").match(/Authenticated to/g)?.length).toBe(1);
+  for (const place of places) expect(snapshotNames(place).length).toBe(1);
 });
