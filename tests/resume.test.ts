@@ -19,6 +19,8 @@ async function broken(server: LinkedServer, args: string[], folder: string, byte
   const result = await running.finished;
   expect([result.status, result.stderr]).toEqual([1, expect.stringMatching(/connection is lost|cannot/)]);
   server.mend();
+  // What had arrived over there can still be written, as long as the silence lasts.
+  await waitFor("the other side", () => sh(`flock -n "$1/.btrfs-backup..receiving" echo free || :`, folder) === "free");
 }
 const resumed = (result: { stderr: string }) => /([\d.]+[KMG]) of \S+ are there already/.exec(result.stderr)?.[1];
 
