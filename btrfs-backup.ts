@@ -2,7 +2,7 @@
 // btrfs-backup: incremental backups of btrfs subvolumes. The README says what it does for
 // whom; this file is all of the program, in eight sections, each using only those above it.
 
-import { spawn } from "node:child_process";
+import { spawn, spawnSync } from "node:child_process";
 import { createHash } from "node:crypto";
 import { accessSync, constants, createReadStream, lstatSync, mkdtempSync, openSync, readFileSync, realpathSync, renameSync, rmSync, writeFileSync } from "node:fs";
 import { tmpdir } from "node:os";
@@ -1012,7 +1012,7 @@ const RAW: StoreVerbs = {
     RECEIVING,
     SUM_FILE,
     COMPLETE,
-    `at "$1" "$2"; receiving "$3" 10; p=./.\${7:-$4}.part c=./.$4${SUM}.part h=$5; complete "$p" "$5" "$6" "$8"; [ "\${8:-0}" = 0 ] || h=$(sha256sum <"$p");`,
+    `at "$1" "$2"; receiving "$3" 10; p=./.\${7:-$4}.part c=./.$4${SUM}.part h=$5; if [ -e "./$4" ] || [ -L "./$4" ]; then echo "$4 is there" >&2; exit 76; fi; complete "$p" "$5" "$6" "$8"; [ "\${8:-0}" = 0 ] || h=$(sha256sum <"$p");`,
     `rm -f "$c"; set -C; sumfile "$4" "\${h%% *}" "$6" >"$c"; sync "$p" "$c"; mv -T "$c" "./$4${SUM}"; mv -T "$p" "./$4"; sync .`,
   ),
   get: verb("fetch", PRELUDE, WATCH, `watch "$4"; at "$1" "$2"; get() { cat "./$1"; }; ${GET}`),
@@ -1390,7 +1390,7 @@ const directory = (origin: string | null): Branch => ({ type: "other", origin, c
 // There is nothing to look for behind these: each is one object, since a stream can have millions.
 const [NOTHING, LINK, SPECIAL] = (["other", "link", "special"] as const).map((type): Branch => ({ type, origin: null, children: new Map() })) as [Branch, Branch, Branch];
 
-const TREE_SIZE = 5_000_000; // paths put, of some 300 bytes each: a flood ends before the server's memory does
+const TREE_SIZE = 2_000_000; // names, of some 300 bytes each: a flood ends before the server's memory does
 
 /**
  * The symbolic links, devices, fifos and sockets of a tree that begins as the one at `origin` (a path in latin1,
@@ -1398,9 +1398,15 @@ const TREE_SIZE = 5_000_000; // paths put, of some 300 bytes each: a flood ends 
  */
 class Tree {
   readonly #root: Branch;
+  readonly #device: number | null;
   #size = 0;
   constructor(origin: string | null) {
     this.#root = directory(origin);
+    this.#device = origin === null ? null : lstatSync(Buffer.from(origin, "latin1")).dev;
+  }
+  /** Whether the subvolume that it began as is still the one by that name. */
+  isThere(): boolean {
+    return this.#root.origin === null || lstatSync(Buffer.from(this.#root.origin, "latin1"), { throwIfNoEntry: false })?.dev === this.#device;
   }
   #child(parent: Branch, name: string): Branch {
     const known = parent.children.get(name);
@@ -1429,6 +1435,7 @@ class Tree {
     for (const name of names) {
       const next = this.#child(here, name);
       const kept = next === NOTHING ? directory(null) : next;
+      if (here.children.get(name) !== kept) this.#size++;
       here.children.set(name, kept);
       here = kept;
     }
@@ -1440,7 +1447,7 @@ class Tree {
 
 /**
  * Reads along a send stream, and refuses what `btrfs send` would not send, and what could reach out of the one subvolume
- * that it makes: receive follows links, and opens devices. `begins`: gets that subvolume's name and its parent's UUID (null in full),
+ * that it makes: receive follows links, and opens devices. `begins`: gets that subvolume's name, its UUID, and its parent's (null in full),
  * and returns the parent's path. The end is held back until nothing follows. Errors: Refused.
  */
 export class StreamCheck {
@@ -1451,7 +1458,7 @@ export class StreamCheck {
   /** What may be cloned from, by UUID: itself, and its parent as it is on the disk. */
   #sources = new Map<string, Tree>();
   #opened: string | null = null; // most commands concern the path of the one before
-  constructor(readonly begins: (name: string, parent: string | null) => string | null) {}
+  constructor(readonly begins: (name: string, uuid: string, parent: string | null) => string | null) {}
 
   /** Takes bytes, and returns those that may go on. */
   push(chunk: Buffer): Buffer {
@@ -1510,14 +1517,25 @@ export class StreamCheck {
     if (how === "begin") {
       if (this.#tree !== null) refuse("a second subvolume");
       const parent = name === "snapshot" ? streamUuid(value("cloneUuid")) : null;
-      const origin = this.begins(Buffer.from(path, "latin1").toString(), parent);
+      const origin = this.begins(Buffer.from(path, "latin1").toString(), streamUuid(value("uuid")), parent);
       this.#tree = new Tree(origin);
       this.#sources = new Map([...(parent === null ? [] : [[parent, new Tree(origin)] as const]), [streamUuid(value("uuid")), this.#tree]]);
       return;
     }
     const tree = this.#tree ?? refuse("it does not begin with a subvolume");
     const plain = (place: Tree, at: string) => place.at(at).type === "other" || refuse(`${name}: ${JSON.stringify(at)} is no plain file`);
-    if (name === "clone") plain(this.#sources.get(streamUuid(value("cloneUuid"))) ?? refuse("clone: from another subvolume"), streamPath(value("clonePath")));
+    if (name === "clone") {
+      const from = this.#sources.get(streamUuid(value("cloneUuid"))) ?? refuse("clone: from another subvolume");
+      if (!from.isThere()) refuse("clone: its parent is gone");
+      plain(from, streamPath(value("clonePath")));
+    }
+    if (name === "encoded_write") {
+      // What the kernel does not take as it is, receive unpacks itself, and trusts the lengths; LZO it cannot unpack safely at all.
+      const [length, file, offset] = (["unencodedLength", "unencodedFileLength", "unencodedOffset"] as const).map((one) => streamNumber(value(one))) as [bigint, bigint, bigint];
+      const [compression, encryption] = (["compression", "encryption"] as const).map((one) => (values[ATTRIBUTE[one]] === undefined ? 0n : streamNumber(value(one))));
+      if (length < 1n || length > 131072n || offset + file > length || encryption !== 0n || compression === undefined || compression < 1n || compression > 2n)
+        refuse(`${name}: compression ${compression} of ${length} bytes (--protocol 1 sends without)`);
+    }
     if (how === "open" || how === "change") {
       if (path === this.#opened) return;
       // Of what does not open it, only chmod follows a link.
@@ -1531,10 +1549,14 @@ export class StreamCheck {
     if (path === "" || to === "") refuse(`${name}: the subvolume itself`);
     if (name === "mkfile") plain(tree, path); // creat(2) follows links
     const what = name === "symlink" ? LINK : /^mk(nod|fifo|sock)$/.test(name) ? SPECIAL : name === "rename" ? tree.at(path) : name === "link" ? tree.at(streamPath(value("pathLink"))) : NOTHING;
+    // Between two names of one inode rename(2) does nothing: what was there would stay, unknown. btrfs send makes the name free first.
+    if (name === "rename") plain(tree, to);
     if (how === "remove") tree.put(path, NOTHING);
     tree.put(to, what);
   }
 }
+
+const streamNumber = (bytes: Buffer) => (bytes.length === 8 ? bytes.readBigUInt64LE() : bytes.length === 4 ? BigInt(bytes.readUInt32LE()) : refuse("a number of another length"));
 
 const streamUuid = (bytes: Buffer) => bytes.toString("hex").replace(/^(.{8})(.{4})(.{4})(.{4})(.{12})$/, "$1-$2-$3-$4-$5");
 
@@ -3702,12 +3724,15 @@ const shown = (value: string) => JSON.stringify(value.length > 100 ? `${value.sl
 const like = (shape: RegExp): ArgumentCheck => (value) => (shape.test(value) ? value : refuse(`the argument ${shown(value)}`));
 const oneOf = (...words: readonly string[]): ArgumentCheck => (value) => (words.includes(value) ? value : refuse(`the argument ${shown(value)}`));
 
+const isOurs = (name: string) => /^\.btrfs-backup|^\.outstanding_transfers$|\.part$|\.btrfs(\.|$)/.test(name);
+
 /** A place that the key may use: below one of the paths, and not inside of a backup. */
 const placeArgument: ArgumentCheck = (value, said) => {
   if (!value.startsWith("/") || /[\n\r\0]/.test(value) || value !== withoutSlash(normalize(value))) refuse(`the path ${shown(value)}`);
   const real = resolvedPath(value);
   const within = said.o.paths.map(resolvedPath).find((path) => isWithin(real, path)) ?? refuse(`${shown(value)} is not below ${said.o.paths.join(" or ")}`);
-  for (let at = real; at !== within; at = dirname(at)) if (prefixOf(basename(at)) !== null || isReadonlySubvolume(at)) refuse(`${shown(value)} is inside of a backup`);
+  for (let at = real; at !== within; at = dirname(at)) if (isOurs(basename(at))) refuse(`${shown(value)} has a name that this program uses`);
+  else if (prefixOf(basename(at)) !== null || isReadonlySubvolume(at)) refuse(`${shown(value)} is inside of a backup`);
   return (said.folder = real);
 };
 
@@ -3794,10 +3819,12 @@ export function guardedRecord(text: string, { chain: now, entries, prefix }: Pic
   const chain = chains.get(prefix);
   if (chain === undefined || unreadable !== null || Object.keys(chain).some((key) => !["owner", "receiving", "strangers", "destinations", "guarded"].includes(key))) return refuse("a record of another form");
   const { owner, receiving, strangers = [], destinations } = chain;
+  // An administrator's terminal will show it.
+  if (/[\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069]|\\u00[01]|\\[bfnrt]/.test(text)) refuse("a record with control characters");
   if (receiving !== undefined && receiving !== now.receiving && (parseName(receiving, prefix) === null || entries.has(receiving))) refuse(`an announcement of ${shown(receiving)}`);
   // Whose the backups are, and which are not, is settled once; a restored source has another UUID.
   const settled = now.owner !== undefined;
-  if (/[\x00-\x1f\x7f]/.test(`${owner?.host}${owner?.path}`) || (settled && (owner?.host !== now.owner?.host || owner?.path !== now.owner?.path))) refuse("a record with another owner: --adopt is for the server");
+  if (settled && (owner?.host !== now.owner?.host || owner?.path !== now.owner?.path)) refuse("a record with another owner: --adopt is for the server");
   if (now.strangers?.some((uuid) => !strangers.includes(uuid)) || (settled && strangers.length !== (now.strangers ?? []).length)) refuse("a record with other strangers");
   const same = JSON.stringify(destinations) === JSON.stringify(now.destinations);
   if (!same && !source) refuse("a record with other destinations");
@@ -3815,9 +3842,14 @@ async function lookedAt({ folder: path, prefix, sudo }: Guarded, kind: "folder" 
 /** Whether a path of a snapshot is reached there without following links. */
 const isInside = (snapshot: string, path: string) => path.split("/").slice(1, -1).every((_, i, all) => !lstatSync(join(snapshot, ...all.slice(0, i + 1)), { throwIfNoEntry: false })?.isSymbolicLink());
 
+const GUARDED_CHAINS = 200;
+
 /** What a verb gets of its arguments, each of which is allowed, as the place is now. Errors: Refused. */
 async function fitting(verb: Verb, args: string[], said: Guarded): Promise<string[]> {
-  const recorded = (folder: Folder, text: string) => JSON.stringify(guardedRecord(text, folder, said.o.source));
+  const recorded = (folder: Folder, text: string) => {
+    if (folder.record.chains.size >= GUARDED_CHAINS && !folder.record.chains.has(folder.prefix)) refuse("more prefixes than a guarded key can have in a folder");
+    return JSON.stringify(guardedRecord(text, folder, said.o.source));
+  };
   if (verb === WRITE_RECORD || verb === DISCARD) {
     const [header, key = "", value = ""] = args.slice(-3);
     if (verb === WRITE_RECORD) prefixArgument(/^,("(?:[^"\\]|\\.)*"): $/.test(key) ? (JSON.parse(key.slice(1, -2)) as string) : "/", said);
@@ -3829,6 +3861,9 @@ async function fitting(verb: Verb, args: string[], said: Guarded): Promise<strin
     const { entries, store } = await lookedAt(said, "raw");
     const [object = "", ...others] = args.slice(3);
     if (verb === RAW.commit && (entries.has(object) || entries.has(object + SUM))) refuse(`${object} is there`);
+    // Of two streams with the same data either can stand for it, and what builds on it would build on the new one.
+    const uuid = STREAM.exec(object)?.[8];
+    if (verb === RAW.commit && store?.streams.some((stream) => stream.readonly && stream.receivedUuid === uuid)) refuse(`${uuid} is stored already`);
     const debris = new Set([...(store?.debris.entries() ?? [])].flatMap(([name, objects]) => (parseName(name, said.prefix) === null ? [] : objects)));
     if (verb === RAW.delete && !said.o.allowDelete) for (const one of [object, ...others]) if (!debris.has(one)) refuse(`${one} was not left by a broken transfer (--allow-delete)`);
   }
@@ -3901,18 +3936,34 @@ export async function guard(o: GuardOptions): Promise<number> {
   }
 }
 
+/** All subvolumes of a folder's filesystem, without giving way to anything else meanwhile. Errors: Refused. */
+function listedNow(folder: string, sudo: boolean): Subvolume[] {
+  const list = (...options: string[]) => {
+    const words = [...(sudo ? ["sudo", "-n"] : []), "btrfs", "subvolume", "list", "-a", ...options, folder];
+    const { status, stdout, stderr } = spawnSync(words[0] as string, words.slice(1), { encoding: "utf8", maxBuffer: 2 ** 30, env: { PATH: `${process.env["PATH"] ?? ""}:/usr/sbin:/sbin`, LC_ALL: "C" } });
+    return status === 0 ? stdout.replace(/\n$/, "") : refuse(`the subvolumes cannot be listed: ${stderr}`);
+  };
+  return parseSubvolumes(list("-u", "-q", "-R"), list("-r"));
+}
+
 /** Reads along a stream that is received. What is refused never gets to its end there. */
 async function guardedReceive([flag = "", path = "", fsid = "", level = "", holder = "", prefix = "", header = "", , beginning = "", rest = "", ...part]: readonly string[], said: Guarded, started: (args: readonly string[]) => ProcessPromise): Promise<number> {
   const folder = await lookedAt(said, "folder");
   const announced = header === "" ? null : guardedRecord(beginning + rest, folder, false);
   if (announced !== null && announced.receiving === undefined) refuse("a transfer without an announcement");
   const { receiving: name, ...settled } = announced ?? {};
-  const check = new StreamCheck((subvolume, parent) => {
+  const check = new StreamCheck((subvolume, uuid, parent) => {
     if (parseName(subvolume, prefix) === null || (name !== undefined && subvolume !== name) || folder.entries.has(subvolume)) refuse(`the subvolume ${shown(subvolume)}`);
+    // Now, not when the session began; and of the whole filesystem, since receive looks for UUIDs in all of it, whatever its chroot. What is
+    // received later by the same UUID comes behind: receive takes the first.
+    const all = listedNow(folder.path, said.sudo);
+    const having = (wanted: string) => all.filter((one) => one.uuid === wanted || one.receivedUuid === wanted);
+    if (having(uuid).length > 0) refuse(`the UUID ${uuid}, which is not new`);
     if (parent === null) return null;
-    const [first, ...others] = folder.standing.filter(({ readonly, uuid, receivedUuid }) => readonly && [uuid, receivedUuid].includes(parent));
-    if (first === undefined || others.length > 0 || !isSubvolume(join(folder.path, first.name))) return refuse(`the parent ${parent}, ${others.length > 0 ? "which is there twice" : "which is not there"}`);
-    return Buffer.from(join(folder.path, first.name)).toString("latin1");
+    const [first, ...others] = having(parent);
+    const inFolder = first?.receivedUuid === parent && first.readonly && dirname(`/${first.path}`) === folder.top;
+    if (first === undefined || others.length > 0 || !inFolder || !isSubvolume(join(folder.path, basename(first.path)))) return refuse(`the parent ${parent}, which is not in the folder, or not alone`);
+    return Buffer.from(join(folder.path, basename(first.path))).toString("latin1");
   });
   const record = announced === null ? ["", "", "", ""] : [RECORD_HEADER, recordKey(prefix), `{"receiving":${JSON.stringify(name)},`, JSON.stringify(settled).slice(1)];
   const file = part[0] === undefined ? "inherit" : PART.test(`${part[0]}.part`) ? openSync(join(path, `.${part[0]}.part`), constants.O_RDONLY | constants.O_NOFOLLOW) : refuse(`the file ${shown(part[0])}`);

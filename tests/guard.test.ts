@@ -383,6 +383,13 @@ describe("a hostile stream", () => {
       stream(begin, command("mkdir", P("d"), attribute.ino(1)), link("d/l", ".."), command("rename", P("d"), attribute.pathTo("e")), write("e/l/x"), end),
       stream(begin, file("x"), write("x"), command("rename", P("x"), attribute.pathTo("y")), link("x", "../z"), write("x"), end),
     ],
+    "a rename between two names of one link, which does nothing": [
+      stream(begin, link("l", "/x"), command("link", P("m"), attribute.pathLink("l")), command("rename", P("l"), attribute.pathTo("m")), write("l/y"), end),
+      stream(begin, node("d"), command("link", P("e"), attribute.pathLink("d")), command("rename", P("d"), attribute.pathTo("e")), write("d"), end),
+    ],
+    "encoded data that receive cannot unpack safely": [[16, 16, 0, 3], [4096, 32768, 0, 1], [131073, 131073, 0, 1], [4096, 4096, 1, 2], [0, 0, 0, 1], [4096, 4096, 0, 0], [4096, 4096, 0, 8]].map(([length, bytes, offset, how]) =>
+      stream(begin, file("x"), command("encoded_write", P("x"), attribute.offset(0), attribute.unencodedFileLength(bytes as number), attribute.unencodedLength(length as number), attribute.unencodedOffset(offset as number), attribute.compression(how as number), attribute.dataOf2("x")), end).fill(2, 13, 14),
+    ),
     "writing to a device": [stream(begin, node("d"), write("d"), end), stream(begin, node("d"), command("rename", P("d"), attribute.pathTo("e")), write("e"), end), stream(begin, node("d"), command("truncate", P("d"), attribute.size(0)), end), stream(begin, command("mkfifo", P("d"), attribute.ino(1), attribute.rdev(0), attribute.mode(0o10600)), write("d"), end)],
     "cloning from elsewhere": [uuid(7), uuid(2)].map((from) => stream(begin, file("x"), command("clone", attribute.offset(0), attribute.cloneLength(4096), P("x"), attribute.cloneUuid(from), attribute.cloneCtransid(1), attribute.clonePath("secret"), attribute.cloneOffset(0)), end)).concat([stream(begin, file("x"), link("l", "/etc/shadow"), command("clone", attribute.offset(0), attribute.cloneLength(4096), P("x"), attribute.cloneUuid(uuid(5)), attribute.cloneCtransid(1), attribute.clonePath("l"), attribute.cloneOffset(0)), end)]),
   };
@@ -455,14 +462,14 @@ describe("a hostile stream", () => {
       expect((await it.guard(receive, { input: good })).status).toBe(65);
       expect((await it.guard(clean)).status).toBe(65);
       const other = [...subvolumes(it.b.path)].find(([name]) => name === "victim")?.[1].uuid as string;
-      const on = (parent: string) => stream(command("snapshot", P("20300102-000000"), attribute.uuid(uuid(8)), attribute.ctransid(1), attribute.cloneUuid(parent), attribute.cloneCtransid(1)), end);
+      const on = (parent: string, own = uuid(8)) => stream(command("snapshot", P("20300102-000000"), attribute.uuid(own), attribute.ctransid(1), attribute.cloneUuid(parent), attribute.cloneCtransid(1)), end);
       const next = receive.replace("20300101-000000", "20300102-000000");
       expect((await it.guard(next, { input: on(other) })).stderr).toContain("the parent");
       expect((await it.guard(clean.replace("20300101-000000", "20300102-000000"))).status).toBe(0);
       expect((await it.guard(next, { input: on(uuid(5)) })).status).toBe(0);
       // Of two with one UUID it is not known which would be received on.
       sh(`btrfs -q subvolume snapshot -r "$1/20300101-000000" "$1/twin" >/dev/null`, it.home);
-      expect((await it.guard(receive.replace("20300101-000000", "20300103-000000"), { input: Buffer.from(on(uuid(5)).toString("latin1").replace("20300102", "20300103"), "latin1") })).stderr).toContain("which is there twice");
+      expect((await it.guard(receive.replace("20300101-000000", "20300103-000000"), { input: Buffer.from(on(uuid(5), uuid(9)).toString("latin1").replace("20300102", "20300103"), "latin1") })).stderr).toContain("not alone");
       expect(treeDigest(join(it.home, "20300102-000000"))).toBe(treeDigest(join(it.home, "20300101-000000")));
     } finally {
       sh(`losetup -d "$1"`, loop);
@@ -496,6 +503,37 @@ test("a folder in a store cannot be read, replaced or emptied by who may only ad
   expect((await it.guard(sent("commit", it.raw, it.fsid, prefix, object, "0".repeat(64), "4"))).status).toBe(65);
   expect((await it.guard(sent("drop", it.raw, it.fsid, prefix, `.${object}.part`))).status).toBe(0);
   expect(state(it.b.path).replace(/^.*\n/, "")).toBe(before.replace(/^.*\n/, ""));
+});
+
+test("an added stream does not stand for the data of one that is stored, and none is overwritten however sessions meet", async () => {
+  const it = await server();
+  const [object = ""] = readdirSync(it.raw).filter((file) => file.endsWith(".btrfs"));
+  const again = object.replace(/^\d{8}/, "20200101");
+  expect((await it.guard(sent("store", it.raw, it.fsid, "", again, "1", ""), { input: Buffer.from("evil") })).status).toBe(0);
+  expect((await it.guard(sent("commit", it.raw, it.fsid, "", again, "0".repeat(64), "4"))).stderr).toContain("is stored already");
+  // The verb itself looks again when it has the lock.
+  sh(`printf evil >"$1/.$2.part"`, it.raw, object);
+  const result = spawnSync("sh", ["-c", sent("commit", it.raw, it.fsid, "", object, "0".repeat(64), "4")], { encoding: "utf8" });
+  expect([result.status, result.stderr]).toEqual([76, `${object} is there\n`]);
+  await expectRun(0, ["verify", `raw://${it.raw}`]);
+});
+
+test("names of the program's own, and what would show in an administrator's terminal, are refused", async () => {
+  const it = await server();
+  for (const name of [".outstanding_transfers", ".btrfs-backup.json.new", ".btrfs-backup.x.lock", OBJECT, `.${OBJECT}.part`]) expect((await it.guard(sent("create", join(it.home, name), it.fsid, ""))).stderr).toContain("has a name that this program uses");
+  const now = { chain: {}, entries: new Set<string>(), prefix: "" };
+  for (const evil of ["\x1b[2J", "\x9b2J", "\u202e", "a\nb", "\x7f"]) for (const owner of [{ uuid: evil, host: "h", path: "/p" }, { uuid: "u", host: evil, path: "/p" }, { uuid: "u", host: "h", path: evil }]) expect(() => guardedRecord(JSON.stringify({ owner }), now, false)).toThrow();
+});
+
+test("a UUID that is on the filesystem already is nobody's new one, nor a parent that is not alone", async () => {
+  const it = await server();
+  const own = [...subvolumes(it.home).values()][0] as { uuid: string; receivedUuid: string };
+  const P = attribute.path;
+  const receive = sent("receive", "-q", it.home, it.fsid, "", "1", "", "", "", "", "");
+  for (const taken of [own.uuid, own.receivedUuid]) expect((await it.guard(receive, { input: stream(command("subvol", P("20300101-000000"), attribute.uuid(taken), attribute.ctransid(1)), command("end")) })).stderr).toContain("which is not new");
+  // Another folder has the same data: receive could take that one.
+  for (const parent of [own.uuid, own.receivedUuid]) expect((await it.guard(receive, { input: stream(command("snapshot", P("20300101-000000"), attribute.uuid(uuid(8)), attribute.ctransid(1), attribute.cloneUuid(parent), attribute.cloneCtransid(1)), command("end")) })).stderr).toContain("not in the folder, or not alone");
+  expect(snapshotNames(it.home)).toEqual([it.name]);
 });
 
 test("filesystems that are not btrfs have nothing to receive on", async () => {
