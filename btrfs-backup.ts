@@ -994,7 +994,7 @@ const ESTIMATE = verb(
 
 /**
  * Where streams are stored: `list` (which is `open` for a folder), and these. `put` PLACE FSID LOCK OBJECT HOLDER SIZE
- * takes a stream (SIZE: of a part for S3; for a file, how much of it is kept), `commit` PLACE FSID LOCK OBJECT SUM BYTES [PART KEPT] makes it complete, with its checksum object beside it; `get`
+ * takes a stream (SIZE: of a part for S3; for a file, how much of it is kept), `commit` PLACE FSID LOCK OBJECT SUM BYTES [PART KEPT NEW] makes it complete, with its checksum object beside it (NEW: never over one that is there); `get`
  * PLACE FSID HOW HOLDER OBJECT… prints objects, or the checksum of one if HOW is `sum`; `delete` PLACE FSID LOCK OBJECT…
  * does so in the order given. LOCK, which those hold that write, is the prefix of a chain in a folder, and a file for a remote.
  */
@@ -1012,7 +1012,7 @@ const RAW: StoreVerbs = {
     RECEIVING,
     SUM_FILE,
     COMPLETE,
-    `at "$1" "$2"; receiving "$3" 10; p=./.\${7:-$4}.part c=./.$4${SUM}.part h=$5; if [ -e "./$4" ] || [ -L "./$4" ]; then echo "$4 is there" >&2; exit 76; fi; complete "$p" "$5" "$6" "$8"; [ "\${8:-0}" = 0 ] || h=$(sha256sum <"$p");`,
+    `at "$1" "$2"; receiving "$3" 10; p=./.\${7:-$4}.part c=./.$4${SUM}.part h=$5; if [ -n "$9" ] && { [ -e "./$4" ] || [ -L "./$4" ]; }; then echo "$4 is there" >&2; exit 76; fi; complete "$p" "$5" "$6" "$8"; [ "\${8:-0}" = 0 ] || h=$(sha256sum <"$p");`,
     `rm -f "$c"; set -C; sumfile "$4" "\${h%% *}" "$6" >"$c"; sync "$p" "$c"; mv -T "$c" "./$4${SUM}"; mv -T "$p" "./$4"; sync .`,
   ),
   get: verb("fetch", PRELUDE, WATCH, `watch "$4"; at "$1" "$2"; get() { cat "./$1"; }; ${GET}`),
@@ -3867,6 +3867,7 @@ async function fitting(verb: Verb, args: string[], said: Guarded): Promise<strin
     const debris = new Set([...(store?.debris.entries() ?? [])].flatMap(([name, objects]) => (parseName(name, said.prefix) === null ? [] : objects)));
     if (verb === RAW.delete && !said.o.allowDelete) for (const one of [object, ...others]) if (!debris.has(one)) refuse(`${one} was not left by a broken transfer (--allow-delete)`);
   }
+  if (verb === RAW.commit) return [...args.slice(0, 6), args[6] ?? "", args[7] ?? "", "new"];
   if (verb === DELETE) {
     const names = args.slice(4).map((name) => datedArgument(name.slice(2), said));
     const { standing } = await lookedAt(said, "folder");

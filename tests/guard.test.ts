@@ -513,7 +513,7 @@ test("an added stream does not stand for the data of one that is stored, and non
   expect((await it.guard(sent("commit", it.raw, it.fsid, "", again, "0".repeat(64), "4"))).stderr).toContain("is stored already");
   // The verb itself looks again when it has the lock.
   sh(`printf evil >"$1/.$2.part"`, it.raw, object);
-  const result = spawnSync("sh", ["-c", sent("commit", it.raw, it.fsid, "", object, "0".repeat(64), "4")], { encoding: "utf8" });
+  const result = spawnSync("sh", ["-c", sent("commit", it.raw, it.fsid, "", object, "0".repeat(64), "4", "", "", "new")], { encoding: "utf8" });
   expect([result.status, result.stderr]).toEqual([76, `${object} is there\n`]);
   await expectRun(0, ["verify", `raw://${it.raw}`]);
 });
