@@ -765,7 +765,8 @@ const CREATE = verb("create", PRELUDE, `d=\${1%/*}; if [ -d "$1" ]; then :; else
 const SNAPSHOT = verb(
   "snapshot",
   PRELUDE,
-  `at "$2" "$3"; if [ -e "$4" ] || [ -L "$4" ]; then exit 76; fi; b subvolume snapshot -r "$1" "$PWD/$4" >/dev/null; if root; then b subvolume show -b "$PWD/$4"; else i=$(b inspect-internal rootid "$PWD/$4"); echo " UUID: id:$i"; echo " Subvolume ID: $i"; fi`,
+  `at "$2" "$3"; n=$PWD/$4; if [ -e "$n" ] || [ -L "$n" ]; then exit 76; fi; cd -P -- "$1"; [ "$PWD" = "$1" ] || { echo "$1 leads to $PWD now" >&2; exit 66; };`,
+  `b subvolume snapshot -r . "$n" >/dev/null; if root; then b subvolume show -b "$n"; else i=$(b inspect-internal rootid "$n"); echo " UUID: id:$i"; echo " Subvolume ID: $i"; fi`,
 );
 
 /**
@@ -994,9 +995,9 @@ const ESTIMATE = verb(
 
 /**
  * Where streams are stored: `list` (which is `open` for a folder), and these. `put` PLACE FSID LOCK OBJECT HOLDER SIZE
- * takes a stream (SIZE: of a part for S3; for a file, how much of it is kept), `commit` PLACE FSID LOCK OBJECT SUM BYTES [PART KEPT NEW] makes it complete, with its checksum object beside it (NEW: never over one that is there); `get`
+ * takes a stream (SIZE: of a part for S3; for a file, how much of it is kept), `commit` PLACE FSID LOCK OBJECT SUM BYTES [PART KEPT UUID] makes it complete, with its checksum object beside it (never if another has that UUID); `get`
  * PLACE FSID HOW HOLDER OBJECT… prints objects, or the checksum of one if HOW is `sum`; `delete` PLACE FSID LOCK OBJECT…
- * does so in the order given. LOCK, which those hold that write, is the prefix of a chain in a folder, and a file for a remote.
+ * does so in the order given, a checksum object only after its stream. LOCK, which those hold that write, is the prefix of a chain in a folder, and a file for a remote.
  */
 type StoreVerbs = Record<"put" | "commit" | "get" | "delete", Verb>;
 
@@ -1012,11 +1013,11 @@ const RAW: StoreVerbs = {
     RECEIVING,
     SUM_FILE,
     COMPLETE,
-    `at "$1" "$2"; receiving "$3" 10; p=./.\${7:-$4}.part c=./.$4${SUM}.part h=$5; if [ -n "$9" ] && { [ -e "./$4" ] || [ -L "./$4" ]; }; then echo "$4 is there" >&2; exit 76; fi; complete "$p" "$5" "$6" "$8"; [ "\${8:-0}" = 0 ] || h=$(sha256sum <"$p");`,
+    `at "$1" "$2"; receiving "$3" 10; p=./.\${7:-$4}.part c=./.$4${SUM}.part h=$5; if [ -n "$9" ]; then for f in ./*_"$9"_*; do if [ -e "$f" ]; then echo "$f is there" >&2; exit 76; fi; done; fi; complete "$p" "$5" "$6" "$8"; [ "\${8:-0}" = 0 ] || h=$(sha256sum <"$p");`,
     `rm -f "$c"; set -C; sumfile "$4" "\${h%% *}" "$6" >"$c"; sync "$p" "$c"; mv -T "$c" "./$4${SUM}"; mv -T "$p" "./$4"; sync .`,
   ),
   get: verb("fetch", PRELUDE, WATCH, `watch "$4"; at "$1" "$2"; get() { cat "./$1"; }; ${GET}`),
-  delete: verb("drop", PRELUDE, RECEIVING, `at "$1" "$2"; receiving "$3" 10; shift 3; for o; do rm -f "./$o"; done; sync .`),
+  delete: verb("drop", PRELUDE, RECEIVING, `at "$1" "$2"; receiving "$3" 10; shift 3; for o; do case $o in *${SUM}) if [ -e "./\${o%${SUM}}" ]; then continue; fi;; esac; rm -f "./$o"; done; sync .`),
 };
 
 const LOCKED = `locked() { [ -f "$1" ] || ( set -C; : >"$1" ) || :; exec 8<"$1"; flock -w "$2" 8 || { echo "an earlier transfer is still at work" >&2; exit 75; }; };`;
@@ -3862,12 +3863,12 @@ async function fitting(verb: Verb, args: string[], said: Guarded): Promise<strin
     const [object = "", ...others] = args.slice(3);
     if (verb === RAW.commit && (entries.has(object) || entries.has(object + SUM))) refuse(`${object} is there`);
     // Of two streams with the same data either can stand for it, and what builds on it would build on the new one.
-    const uuid = STREAM.exec(object)?.[8];
+    const uuid = STREAM.exec(object)?.[8] ?? "";
     if (verb === RAW.commit && store?.streams.some((stream) => stream.readonly && stream.receivedUuid === uuid)) refuse(`${uuid} is stored already`);
     const debris = new Set([...(store?.debris.entries() ?? [])].flatMap(([name, objects]) => (parseName(name, said.prefix) === null ? [] : objects)));
     if (verb === RAW.delete && !said.o.allowDelete) for (const one of [object, ...others]) if (!debris.has(one)) refuse(`${one} was not left by a broken transfer (--allow-delete)`);
+    if (verb === RAW.commit) return [...args.slice(0, 6), args[6] ?? "", args[7] ?? "", uuid];
   }
-  if (verb === RAW.commit) return [...args.slice(0, 6), args[6] ?? "", args[7] ?? "", "new"];
   if (verb === DELETE) {
     const names = args.slice(4).map((name) => datedArgument(name.slice(2), said));
     const { standing } = await lookedAt(said, "folder");

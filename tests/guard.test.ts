@@ -310,6 +310,27 @@ test("a directory that becomes a link after it was checked is not gone into", as
     expect([verb, result.status, result.stderr]).toEqual([verb, 66, expect.stringContaining("another filesystem or directory is at")]);
   }
   expect(snapshotNames(it.home)).toEqual([it.name]);
+  // Nor is what is to be snapshotted: its data would be in a folder that the key may read.
+  symlinkSync(it.source, join(it.mine, "source"));
+  const result = spawnSync("sh", ["-c", sent("snapshot", join(it.mine, "source"), join(it.source, "snapshot"), fsidOf(join(it.source, "snapshot")), "20300101-000000")], { encoding: "utf8" });
+  expect([result.status, result.stderr]).toEqual([66, expect.stringContaining("leads to")]);
+  expect(snapshotNames(join(it.source, "snapshot"))).toEqual([it.name]);
+});
+
+test("what became complete between a look and the lock is neither deleted nor doubled", async () => {
+  const it = await server();
+  const object = readdirSync(it.raw).find((name) => name.endsWith(".btrfs")) as string;
+  const before = state(it.b.path);
+  const verb = (name: string, ...args: string[]) => spawnSync("sh", ["-c", sent(name, it.raw, it.fsid, "", ...args)], { encoding: "utf8" });
+  expect(verb("drop", `${object}.sha256`).status).toBe(0);
+  expect(state(it.b.path)).toBe(before);
+  const [, stored = ""] = /_([0-9a-f-]{36})_full/.exec(object) ?? [];
+  const again = OBJECT.replace(uuid(2), stored);
+  expect(verb("store", again, "1", "").status).toBe(0);
+  expect(verb("commit", again, "0".repeat(64), "0", "", "", stored)).toMatchObject({ status: 76, stderr: expect.stringContaining("is there") });
+  expect(readdirSync(it.raw)).not.toContain(again);
+  expect(verb("drop", `.${again}.part`, object, `${object}.sha256`).status).toBe(0);
+  expect(readdirSync(it.raw).filter((name) => name.includes(stored))).toEqual([]);
 });
 
 test("a record over a guarded key can take nothing away", () => {
@@ -513,8 +534,8 @@ test("an added stream does not stand for the data of one that is stored, and non
   expect((await it.guard(sent("commit", it.raw, it.fsid, "", again, "0".repeat(64), "4"))).stderr).toContain("is stored already");
   // The verb itself looks again when it has the lock.
   sh(`printf evil >"$1/.$2.part"`, it.raw, object);
-  const result = spawnSync("sh", ["-c", sent("commit", it.raw, it.fsid, "", object, "0".repeat(64), "4", "", "", "new")], { encoding: "utf8" });
-  expect([result.status, result.stderr]).toEqual([76, `${object} is there\n`]);
+  const result = spawnSync("sh", ["-c", sent("commit", it.raw, it.fsid, "", object, "0".repeat(64), "4", "", "", object.split("_")[4] as string)], { encoding: "utf8" });
+  expect([result.status, result.stderr]).toEqual([76, `./${object} is there\n`]);
   await expectRun(0, ["verify", `raw://${it.raw}`]);
 });
 
