@@ -249,7 +249,13 @@ async function startSshServer(address = "127.0.0.1", wrapper: string[] = []): Pr
     url: (path, user) => `ssh://${user === undefined ? "" : `${user}@`}${address}:${port}${path}`,
     user(name, shell, uid = 0) {
       const home = join(directory, `home-${uid}`);
-      sh(`mkdir -p "$1"; chown "$2" "$1"; printf '%s:x:%s:%s::%s:%s\\n' "$3" "$2" "$2" "$1" "$4" >>/etc/passwd; printf '%s:*:19000::::::\\n' "$3" >>/etc/shadow`, home, String(uid), name, shell);
+      sh(`mkdir -p "$1"; chown "$2" "$1"`, home, String(uid));
+      // By the copies' own paths: once they are unmounted, the names in /etc would be those of the real ones.
+      for (const [file, line] of [["passwd", `${name}:x:${uid}:${uid}::${home}:${shell}`], ["shadow", `${name}:*:19000::::::`]] as const) {
+        const copy = join(directory, file);
+        const others = readFileSync(copy, "utf8").split("\n").filter((other) => !other.startsWith(`${name}:`));
+        writeFileSync(copy, [line, ...others].join("\n"));
+      }
     },
   };
 }
