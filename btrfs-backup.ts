@@ -2,9 +2,10 @@
 // btrfs-backup: incremental backups of btrfs subvolumes. The README says what it does for
 // whom; this file is all of the program, in eight sections, each using only those above it.
 
+import { AsyncLocalStorage } from "node:async_hooks";
 import { spawn, spawnSync } from "node:child_process";
 import { createHash } from "node:crypto";
-import { accessSync, constants, createReadStream, lstatSync, mkdtempSync, openSync, readFileSync, realpathSync, renameSync, rmSync, writeFileSync } from "node:fs";
+import { accessSync, constants, createReadStream, lstatSync, mkdtempSync, openSync, readFileSync, readlinkSync, realpathSync, renameSync, rmSync, writeFileSync } from "node:fs";
 import { tmpdir } from "node:os";
 import { basename, dirname, join, normalize, resolve } from "node:path";
 import { parseArgs } from "node:util";
@@ -103,6 +104,10 @@ export class Absent extends Failure {}
 export class Unreachable extends Absent {}
 /** The stream is not the one that a part of was kept. */
 class OtherStream extends Failure {}
+/** It kept others waiting for the stream that it shared with them. */
+class Stalled extends Failure {}
+/** A pipeline was killed, and did not fail by itself. */
+class Killed extends Failure {}
 /** The name is taken. */
 class Taken extends Failure {}
 /** The transfer's receiving side has no space left. */
@@ -173,6 +178,8 @@ export function parseName(name: string, prefix: string): number | null {
   const back = date.toISOString().replace(/[-:]|\..*/g, "").replace("T", "-");
   return back === name.slice(prefix.length) ? date.getTime() : null;
 }
+
+const digestOf = (text: string) => createHash("sha256").update(text).digest("hex");
 
 /** What can stand before the date. */
 const isPrefix = (text: string) => !/[/\x00-\x1f\x7f]/.test(text) && Buffer.byteLength(text) <= 200;
@@ -369,9 +376,8 @@ export const STREAM_PREFIX_BYTES = 70;
 
 /** What the names of streams say of a source; the top level of an old filesystem, and a folder that is copied from, may have no UUID of their own. */
 export function ownerOf({ uuid, host, path }: Identity): Owner {
-  const digest = (text: string) => createHash("sha256").update(text).digest("hex");
   const isUuid = /^[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}$/.test(uuid);
-  return { uuid: isUuid ? uuid : digest(uuid).replace(/^(.{8})(.{4})(.{4})(.{4})(.{12}).*$/, "$1-$2-$3-$4-$5"), place: digest(`${host}:${path}`).slice(0, 8), lineage: digest(uuid).slice(0, 8) };
+  return { uuid: isUuid ? uuid : digestOf(uuid).replace(/^(.{8})(.{4})(.{4})(.{4})(.{12}).*$/, "$1-$2-$3-$4-$5"), place: digestOf(`${host}:${path}`).slice(0, 8), lineage: digestOf(uuid).slice(0, 8) };
 }
 
 /** The name of a stored stream, which says all that list and restore must know: NAME+HHMM_PLACE_LINEAGE_SOURCE_UUID_PARENT.btrfs[.zst][.gpg]. */
@@ -458,8 +464,29 @@ export const quote = (word: string) => `'${word.replace(/['\\!]/g, (c) => `'\\${
 const shellWord = (word: string) => (/^[\w./:@+-]+$/.test(word) ? word : quote(word));
 
 const LEVELS = { error: 0, warning: 1, info: 3, debug: 4 } as const;
+
+/** Lines at the bottom of a terminal, one for each stream that is under way; whatever else is written goes above them. */
+class Terminal {
+  readonly #lines = new Map<object, string>();
+  #drawn = 0;
+  /** Shows a line for a stream, or none any more. */
+  show(stream: object, line: string | null): void {
+    if (line === null) this.#lines.delete(stream);
+    else this.#lines.set(stream, line);
+    this.write("");
+  }
+  write(text: string | Uint8Array): boolean {
+    if (this.#drawn > 0) process.stderr.write(`\x1b[${this.#drawn}A\x1b[J`);
+    if (text.length > 0) process.stderr.write(text);
+    for (const line of this.#lines.values()) process.stderr.write(`${line}\n`);
+    this.#drawn = this.#lines.size;
+    return true;
+  }
+}
+const terminal = new Terminal();
+
 /** The log: lines for people, on stderr. */
-export const log = createConsola({ level: LEVELS.info, stdout: process.stderr, stderr: process.stderr });
+export const log = createConsola({ level: LEVELS.info, stdout: terminal as unknown as NodeJS.WriteStream, stderr: terminal as unknown as NodeJS.WriteStream });
 
 /** zx as this program uses it: a POSIX shell, words quoted by us, exit statuses looked at by us. */
 const shell = $({ shell: "/bin/sh", prefix: "", postfix: "", quote: (word) => word, nothrow: true, quiet: true });
@@ -509,7 +536,7 @@ export function commandFor(host: Host, verb: Verb, args: readonly string[]): str
 /** Children that end when a signal ends the run; cleaning up must be able to outlive it. */
 const running = new Set<() => void>();
 let interruption: Interrupted | null = null;
-let cleaning = false;
+const cleaning = new AsyncLocalStorage<true>(); // one transfer cleans up while others go on
 
 /** Ends everything at the first signal, and gives up cleaning at the second. */
 export function stopOnSignals(): void {
@@ -523,19 +550,11 @@ export function stopOnSignals(): void {
 const SIGNAL_STATUS: Partial<Record<NodeJS.Signals, number>> = { SIGHUP: 129, SIGINT: 130, SIGTERM: 143 };
 
 function checkInterruption(): void {
-  if (interruption !== null && !cleaning) throw interruption;
+  if (interruption !== null && !cleaning.getStore()) throw interruption;
 }
 
 /** Runs what must still happen after a signal. */
-async function whileCleaning<T>(work: () => Promise<T>): Promise<T> {
-  const outer = cleaning;
-  cleaning = true;
-  try {
-    return await work();
-  } finally {
-    cleaning = outer;
-  }
-}
+const whileCleaning = <T>(work: () => Promise<T>): Promise<T> => cleaning.run(true, work);
 
 /** A verb that was started: its output as it comes, its end, and the way to end it. */
 type Started = { readonly process: ProcessPromise; readonly stop: () => void };
@@ -571,7 +590,7 @@ function failureOf(host: Host, what: string, result: { exitCode: number | null; 
 async function ask(host: Host, verb: Verb, args: readonly string[], what: string, input = ""): Promise<string> {
   const { process: child, stop } = start(host, verb, args);
   child.stdin.end(input);
-  if (!cleaning) running.add(stop);
+  if (!cleaning.getStore()) running.add(stop);
   const result = await child;
   running.delete(stop);
   checkInterruption();
@@ -623,9 +642,15 @@ function printed(child: ProcessPromise, end: string): Promise<string | null> {
 
 /**
  * One process of a pipeline. `shown`: its stderr goes to the terminal, not into the error; `measured`: its bytes
- * count, not the first one's; `tells`: what it writes to descriptor 5 is returned.
+ * count, not the first one's; `tells`: what it writes to descriptor 5 is returned; `counts`: gets the numbers that it writes to stderr, and null at the end.
  */
-export type Stage = { readonly label: string; readonly command: string; readonly shown?: boolean; readonly measured?: boolean; readonly tells?: boolean };
+export type Stage = { readonly label: string; readonly command: string; readonly shown?: boolean; readonly measured?: boolean; readonly tells?: boolean; readonly counts?: (bytes: number | null) => void };
+
+/** What a pipeline has to do with others: it reads from a file, or its last stage feeds process groups, which are killed before it ends badly. */
+type Joint = { readonly input?: string; readonly feeds?: readonly number[] };
+
+/** A pipeline at work. */
+type Flowing = { readonly group: number; readonly kill: () => void; readonly ended: Promise<{ bytes: number | null; told: string }> };
 
 /**
  * Runs stages as one pipeline in a process group of its own; returns the bytes that the measured
@@ -634,27 +659,43 @@ export type Stage = { readonly label: string; readonly command: string; readonly
  * dead. By SIGKILL: what catches another signal could still take the end of a dying neighbour's
  * output for the end of the stream. Errors: Failure naming the stage that failed first, NoSpace, Interrupted.
  */
-export async function pipeline(stages: readonly Stage[], environment: Record<string, string> = {}): Promise<{ bytes: number | null; told: string }> {
+export const pipeline = async (stages: readonly Stage[], environment: Record<string, string> = {}) => flow(stages, environment).ended;
+
+function flow(stages: readonly Stage[], environment: Record<string, string>, { input = "/dev/null", feeds = [] }: Joint = {}): Flowing {
   checkInterruption();
   const directory = mkdtempSync(join(runtimeDirectory(), "p"));
   const file = (name: string | number) => quote(`${directory}/${name}`);
   const measured = Math.max(0, stages.findIndex(({ measured }) => measured));
-  const texts = stages.map(({ command, shown, tells }, i) => {
+  const texts = stages.map(({ command, shown, tells, counts }, i) => {
     // A child's I/O is added to its parent's when it is waited for: proc(5), /proc/pid/io. A few bytes
     // of the verb's own are in it.
     const measure = i === measured ? `while read -r k v; do case $k in wchar:) echo "$v" >${file("bytes")};; esac; done </proc/self/io;` : "";
     const last = i === stages.length - 1 ? " >&2" : "";
-    return `{ { ${command}${last}; } 2>${shown ? "&3" : file(i)} 3>&-${tells ? ` 5>${file("told")}` : ""}; r=$?; ${measure} echo "${i} $r" >>${file("ended")}; [ $r = 0 ] || kill -KILL 0; }`;
+    const end = [...feeds.map((group) => `kill -KILL -${group};`), "kill -KILL 0;"].join(" ");
+    return `{ { ${command}${last}; } 2>${shown || counts ? "&3" : file(i)} 3>&-${tells ? ` 5>${file("told")}` : ""}; r=$?; ${measure} echo "${i} $r" >>${file("ended")}; [ $r = 0 ] || { ${end} }; }`;
   });
   log.debug(`pipeline: ${stages.map(({ command }) => command).join(" | ")}`);
-  const child = shell({ detached: true, stdio: ["ignore", "ignore", "pipe"], env: { ...process.env, ...environment } })`${`exec 3>&2; ${texts.join(" | ")}`}`;
-  // Passed on by us: pv is silent on a terminal whose foreground it is not in.
-  child.stderr.on("data", (chunk) => process.stderr.write(chunk));
-  const group = -(child.pid as number);
-  const kill = () => sendSignal(group, "SIGKILL");
+  const child = shell({ detached: true, stdio: ["ignore", "ignore", "pipe"], env: { ...process.env, ...environment } })`${`exec 3>&2 <${quote(input)}; ${texts.join(" | ")}`}`;
+  const counts = stages.find((stage) => stage.counts)?.counts;
+  child.stderr.on("data", (chunk: Buffer) => {
+    const numbers = counts === undefined ? null : /^(?:\d+\s+)+$/.exec(chunk.toString());
+    if (numbers === null) terminal.write(chunk);
+    else counts?.(Number(numbers[0].trim().split(/\s+/).at(-1)));
+  });
+  const group = child.pid as number;
+  const kill = () => sendSignal(-group, "SIGKILL");
   running.add(kill);
-  await child;
-  running.delete(kill);
+  const ended = async () => {
+    await child;
+    running.delete(kill);
+    counts?.(null);
+    return outcome(stages, directory, kill);
+  };
+  return { group, kill, ended: ended() };
+}
+
+/** What has become of a pipeline, by the files that its stages left in a directory. */
+function outcome(stages: readonly Stage[], directory: string, kill: () => void): { bytes: number | null; told: string } {
   const read = (name: string | number) => {
     try {
       return readFileSync(`${directory}/${name}`, "utf8").trim();
@@ -679,7 +720,7 @@ export async function pipeline(stages: readonly Stage[], environment: Record<str
   const said = [culprit, ...errors.keys()].filter((i, at, all) => all.indexOf(i) === at && errors[i]).map((i) => (i === culprit ? errors[i] : `(${stages[i]?.label}: ${errors[i]})`));
   const message = `${name} ${how}${said.length > 0 ? `: ${said.join(" ")}` : ""}`;
   if (/No space left on device|quota exceeded/i.test(errors.join("\n"))) throw new NoSpace(message);
-  throw status === 255 ? new Unreachable(message) : status === 77 ? new OtherStream(message) : new Failure(message);
+  throw status === 255 ? new Unreachable(message) : status === 77 ? new OtherStream(message) : culprit === -1 || status === 137 ? new Killed(message) : new Failure(message);
 }
 
 /** Signals a process, or a group by its negative number. */
@@ -742,11 +783,12 @@ const OPEN = verb(
   `place() { cd -P -- "$1"; pwd -P; i=$(stat -c %i .); set -- $(stat -f -c "%i %t %a %S" .); echo "$i"; echo "$1"; t= free="$3 $4"; if [ -z "$k" ] && [ "$2" = 9123683e ]; then t=btrfs; b inspect-internal rootid .; else echo -; fi; };`,
   `if [ -n "$s" ]; then [ -d "$s" ] || { echo "no such directory: $s" >&2; exit 64; };`,
   `say source; place "$s"; if [ "$t $i" = "btrfs 256" ] && root; then say show; b subvolume show .; fi; fi;`,
-  `say host; read -r h </proc/sys/kernel/hostname; echo "$h"; say zstd; command -v zstd || :; say mounts; cat /proc/self/mountinfo; say filesystems; for f in /sys/fs/btrfs/*; do echo "\${f##*/}"; done;`,
+  `say host; read -r h </proc/sys/kernel/hostname; echo "$h"; say zstd; command -v zstd || :; f=/sys/fs/btrfs/features/send_stream_version; say stream; if [ -z "$k" ] && [ -f $f ]; then cat $f; btrfs --version; fi; say mounts; cat /proc/self/mountinfo; say filesystems; for f in /sys/fs/btrfs/*; do echo "\${f##*/}"; done;`,
   `if [ -d "$d" ]; then say folder; place "$d"; say space; echo "$free"; say owners; echo "\${u:=$(id -u)}"; set --; foul() { echo "$PWD/$1 is not a plain file" >&2; exit 65; };`,
   `for f in ".btrfs-backup.$p.lock" ".btrfs-backup.$p.receiving" .btrfs-backup.json .outstanding_transfers; do if [ -L "$f" ]; then foul "$f"; elif [ -f "$f" ]; then set -- "$@" "$f"; elif [ -e "$f" ]; then foul "$f"; fi; done; stat -c %u . "$@";`,
   `if [ "$w" = look ] || [ -f ".btrfs-backup.$p.lock" ]; then if [ "$w" = look ]; then :; else exec 9<".btrfs-backup.$p.lock"; flock -w "$w" 9 || { echo "another run holds $PWD/.btrfs-backup.$p.lock" >&2; exit 75; };`,
-  `if [ -f ".btrfs-backup.$p.receiving" ]; then ${RECEIVING} receiving "$p" "$w"; exec 8<&-; fi; say locked; echo $$; fi; fi;`,
+  // The others are those of commands, and of remotes of rclone.
+  `${RECEIVING} for f in ".btrfs-backup.$p.receiving" ".btrfs-backup.$p".????????.receiving; do if [ -f "$f" ]; then f=\${f#.btrfs-backup.}; receiving "\${f%.receiving}" "$w"; exec 8<&-; fi; done; say locked; echo $$; fi; fi;`,
   `say entries; ls -a; say record; if [ -e .btrfs-backup.json ]; then cat .btrfs-backup.json; fi;`,
   `say old; if [ -f .outstanding_transfers ]; then cat .outstanding_transfers; fi;`,
   `if [ -z "$t" ]; then :; elif root; then say subvolumes; b subvolume list -a -u -q -R .; say readonly; b subvolume list -a -r .; else`,
@@ -1155,6 +1197,8 @@ export type Inspection = {
   readonly host: string;
   /** Whether zstd is installed there. */
   readonly zstd: boolean;
+  /** The newest protocol of send streams that kernel and btrfs-progs know. */
+  readonly protocol: number;
   readonly exists: boolean;
   readonly locked: boolean;
   /** Bytes that are free there. */
@@ -1224,6 +1268,7 @@ export function parseInspection(output: string, nonce: string, folder: string): 
     trusted: owners.every((owner) => owner === user || owner === "0"),
     host: section("host"),
     zstd: section("zstd") !== "",
+    protocol: parseProtocol(section("stream")),
     exists,
     locked: sections.has("locked"),
     free: blocks * size,
@@ -1245,6 +1290,12 @@ export function parseInspection(output: string, nonce: string, folder: string): 
     record,
     old: parseOldRecord(section("old")),
   };
+}
+
+/** Reads the kernel's send_stream_version, and `btrfs --version`: btrfs-progs know protocol 2 since 6.0 (CHANGES). */
+function parseProtocol(text: string): number {
+  const [, kernel = "1", progs = "0"] = /^(\d+)\nbtrfs-progs v(\d+)/.exec(text) ?? [];
+  return Number(kernel) >= 2 && Number(progs) >= 6 ? 2 : 1;
 }
 
 /** Reads what `open` tells whom btrfs gives no list. Errors: Failure for any other shape. */
@@ -1633,7 +1684,7 @@ async function openRemote({ id }: Readable, path: string, { prefix, hosts, unver
   const [, type = "", files = ""] = /^(.*?)\n(?:\n)?(.*)$/s.exec(listed) ?? [];
   const store = { ...parseStreams(parseFiles(files), unverified), verbs: RCLONE, type: path.startsWith(":") ? (/^:([^,:]+)/.exec(path)?.[1] ?? "") : type };
   const place = { path, inode: 0, fsid: "", filesystem: null, root: 0 };
-  const nothing = { source: null, mounts: [], subvolumes: [], alone: false, entries: new Set<string>(), record: parseRecord(""), old: parseOldRecord(""), written: new Map<string, number>(), zstd: false };
+  const nothing = { source: null, mounts: [], subvolumes: [], alone: false, entries: new Set<string>(), record: parseRecord(""), old: parseOldRecord(""), written: new Map<string, number>(), zstd: false, protocol: 1 };
   return withPrefix({ ...nothing, id, host, hostName: "", path, place, top: "", exists: true, locked: true, free: Infinity, holder: "", user: "", trusted: true, store, standing: store.streams, close: async () => {} }, prefix);
 }
 
@@ -1771,11 +1822,14 @@ export type Standing = {
 /** How a stream goes to one destination: `rate` in bytes a second; `protocol` null for what btrfs takes by itself. */
 export type Sending = Filters & { readonly rate: number | null; readonly protocol: string | null; readonly fullEvery: FullEvery | null; readonly resume: boolean; readonly spaceCheck: boolean };
 
-/** What a broken transfer left over there to go on from: `bytes` of them with a SHA-256, of a stream that was made so. */
-type Begun = { readonly bytes: number; readonly sum: string; readonly protocol: string | null; readonly level: string };
+/** How a stream is made: those that are made alike are the same. `chosen`: the protocol was not asked for. */
+type Form = Pick<Sending, "rate" | "level" | "protocol"> & { readonly chosen?: boolean };
 
-/** Where a stream comes in. `stages`: the last ones of its pipeline; `level`: how it is compressed before; `finish` gets what they told, and returns the stored bytes; `kept`: what is there already. */
-type Incoming = { readonly level: string; readonly stages: readonly Stage[]; readonly environment?: Record<string, string>; readonly finish?: (told: string) => Promise<number>; readonly kept?: Begun };
+/** What a broken transfer left over there to go on from: `bytes` of them with a SHA-256. */
+type Begun = Form & { readonly bytes: number; readonly sum: string };
+
+/** Where a stream comes in. `stages`: the last ones of its pipeline; `finish` gets what they told, and returns the stored bytes; `kept`: what is there already. */
+type Incoming = { readonly stages: readonly Stage[]; readonly environment?: Record<string, string>; readonly finish?: (told: string) => Promise<number>; readonly kept?: Begun };
 
 /** A place that backups go to, whatever its kind. */
 export interface Destination {
@@ -1788,6 +1842,8 @@ export interface Destination {
   readonly free: number;
   /** Why nothing may be deleted there in this run. */
   readonly frozen: string | null;
+  /** Null where each transfer has to look what it can go on from. */
+  readonly form: (source: Folder) => Form | null;
   /** Errors: Failure for what makes the transfer impossible. */
   readonly receive: (source: Folder, transfer: Transfer) => Promise<Incoming>;
   /** What a snapshot's transfer has become there. */
@@ -1829,6 +1885,12 @@ function compressionBetween(source: Folder, target: Folder, level: string): stri
   return level;
 }
 
+/** How a stream between two folders is made: with the newest protocol that both understand, if none is asked for. */
+function formBetween(source: Folder, target: Folder, { level, rate, protocol }: Pick<Sending, "level" | "rate" | "protocol">): Form {
+  const newest = source.protocol > 1 && target.protocol > 1 ? "2" : null;
+  return { level: compressionBetween(source, target, level), rate, protocol: protocol ?? newest, chosen: protocol === null && newest !== null };
+}
+
 /** The receiving end of a transfer into a folder. `chain`: what its record says, with the announcement meanwhile. */
 function receiving(folder: Folder, name: string, level: string, chain: ChainRecord | null, btrfsDebug: boolean, part: readonly string[] = []): Stage {
   const [header, key, value] = chain === null ? ["", "", ""] : recordArguments(folder, chain);
@@ -1846,14 +1908,13 @@ async function resumable(folder: Folder, source: Folder, transfer: Transfer, obj
   const { host, prefix, id } = folder;
   const found = /^(\d+) ([0-9a-f]{64})  - \.\/\.(.*)$/m.exec(await ask(host, KEPT, [...at(folder), prefix, object], `${id}: cannot look for what is kept`));
   const [, protocol = sending.protocol ?? "0", level = sending.level] = PART.exec(found?.[3] ?? "") ?? [];
-  const kept: Begun = { bytes: Number(found?.[1] ?? 0), sum: found?.[2] ?? "", protocol: protocol === "0" ? null : protocol, level };
+  const kept: Begun = { bytes: Number(found?.[1] ?? 0), sum: found?.[2] ?? "", protocol: protocol === "0" ? null : protocol, level, rate: sending.rate };
   const size = await streamBytes(source, transfer);
   const needed = Math.max(0, copies * size - kept.bytes);
   log.info(`${id}: ${kept.bytes > 0 ? `${inBytes(kept.bytes)} of ${transfer.snapshot.name} are there already; ` : ""}the stream of some ${inBytes(size)} is kept there until it is whole, which takes ${inBytes(needed)} of ${inBytes(folder.free)}`);
   if (sending.spaceCheck && needed > folder.free) throw new NoSpace(`${transfer.snapshot.name} takes ${inBytes(needed)} there with --resume, and only ${inBytes(folder.free)} are free; --skip-space-check tries all the same`);
   const part = `${object}.p${protocol}-${level}`;
   return {
-    level,
     kept,
     stages: [CHECKSUM, { label: `storing${host.label === "" ? "" : ` on ${host.label}`}`, command: commandFor(host, RAW.put, [...at(folder), prefix, part, holderOf(folder), String(kept.bytes)]) }],
     async finish(told) {
@@ -1885,14 +1946,14 @@ function folderDestination(folder: Folder, owned: ChainRecord, announced: readon
     free: folder.free,
     standing: standingIn(folder, settled, announcement === undefined ? announced : [...announced, announcement]),
     frozen: folder.record.unreadable === null ? null : `its .btrfs-backup.json cannot be read (${folder.record.unreadable}); move it aside and run once with --adopt`,
+    form: (source) => (canResume(source, folder, sending) ? null : formBetween(source, folder, sending)),
     async receive(source, transfer) {
-      const { name } = transfer.snapshot;
-      const level = compressionBetween(source, folder, sending.level);
-      const from = (part?: readonly string[], as = level) => [receiving(folder, name, as, settled, options.btrfsDebug, part)];
-      if (!canResume(source, folder, sending)) return { level, stages: from() };
+      const form = formBetween(source, folder, sending);
+      const from = (part?: readonly string[], level = form.level) => [receiving(folder, transfer.snapshot.name, level, settled, options.btrfsDebug, part)];
+      if (!canResume(source, folder, sending)) return { stages: from() };
       parts = true;
       const object = streamName(transfer, ownerOf(settled.owner as Identity), { level: "", recipients: [] });
-      return resumable(folder, source, transfer, object, 2, { ...sending, level }, async (part, sum, bytes, kept) => {
+      return resumable(folder, source, transfer, object, 2, { ...sending, ...form }, async (part, sum, bytes, kept) => {
         await pipeline(from([part, sum, String(bytes), kept], PART.exec(`${part}.part`)?.[2]));
       });
     },
@@ -1918,6 +1979,9 @@ function checkFilters({ zstd, host, hostName }: Pick<Folder, "zstd" | "host" | "
   if (level !== "" && !zstd) throw new Failure(`${host.label || hostName}: zstd not found: install zstd`);
   if (recipients.length > 0 && which.sync("gpg", { nothrow: true }) === null) throw new Failure("gpg not found: install gnupg");
 }
+
+/** What is stored is meant to be understood for long: without being asked, by the protocol that btrfs send takes by itself. */
+const storedForm = ({ level, rate, protocol }: Sending): Form => ({ level, rate, protocol });
 
 /** What stands in a store, for a source that owns the streams of some lineages. */
 function standingInStore({ streams, debris }: Store, prefix: string, lineages: ReadonlySet<string>): Standing {
@@ -1951,6 +2015,7 @@ function storeDestination(folder: Folder, store: Store, again: () => Promise<Fol
     free: folder.free,
     standing,
     frozen: unsummed.length === 0 ? null : `${count(unsummed.length, "stream")} there ${unsummed.length === 1 ? "has" : "have"} no checksum object, first ${unsummed[0]?.uuid}: if these were lost, make them again (see the README), else delete the streams`,
+    form: (source) => (verbs === RAW && canResume(source, folder, sending) ? null : storedForm(sending)),
     async receive(source, transfer) {
       checkFilters(source, sending);
       const object = nameOf(transfer);
@@ -1964,7 +2029,6 @@ function storeDestination(folder: Folder, store: Store, again: () => Promise<Fol
       const put = commandFor(host, verbs.put, [...place, object, holderOf(folder), part]);
       const label = verbs === RCLONE ? "rclone" : `storing${host.label === "" ? "" : ` on ${host.label}`}`;
       return {
-        level: sending.level,
         stages: [...encrypting(sending), CHECKSUM, { label, command: put }],
         async finish(told) {
           const { sum, bytes } = readChecksum(told);
@@ -2043,10 +2107,10 @@ function shellDestination(location: Location & { kind: "shell" }, last: Memory |
     free: Infinity,
     standing: { held: [], backups: [], copied: new Map(), taken: new Map(), chained: null },
     frozen: null,
+    form: () => storedForm(sending),
     async receive(source, { snapshot, parent }) {
       checkFilters(source, sending);
       return {
-        level: sending.level,
         stages: [...encrypting(sending), { label: location.id, command: `{ [ -f ${quote(lock)} ] || ( umask 077; set -C; : >${quote(lock)} ) || :; flock -n -o -E 75 ${quote(lock)} ${run} -c ${quote(location.command)}; }` }],
         environment: {
           BTRFS_BACKUP_NAME: snapshot.name,
@@ -2443,39 +2507,141 @@ function displayOf({ progress, btrfsDebug }: Omit<Display, "sizes">, rates: read
   return { progress: progress && canShowProgress(), btrfsDebug, sizes: new Map() };
 }
 
-/** The stage that draws a bar up to `size` bytes, and slows down. */
-function meter(progress: boolean, rate: number | null, size: number | undefined, name = ""): Stage[] {
-  if (!progress && rate === null) return [];
-  const shown = !progress ? "-q" : `-f -w ${process.stderr.columns || 80} ${name === "" ? "" : `-N ${name} `}${size === undefined ? "-trb" : `-ptreb -s ${size}`}`;
-  return [{ label: "pv", command: `pv ${shown}${rate === null ? "" : ` -L ${rate}`}`, shown: progress }];
+/** One line about a stream: `bytes` of `size`, where that is known, after so many seconds. */
+export function progressLine(what: string, bytes: number, size: number | undefined, seconds: number, columns: number): string {
+  const rate = bytes / Math.max(seconds, 1);
+  const clock = (s: number) => `${Math.floor(s / 3600)}:${two(Math.floor(s / 60) % 60)}:${two(Math.floor(s) % 60)}`;
+  const done = Math.min(1, bytes / (size ?? Infinity));
+  const bar = size === undefined ? "" : ` ${`${"=".repeat(Math.floor(done * 19))}>`.padEnd(20)} ${String(Math.floor(done * 100)).padStart(3)}% ${clock(rate === 0 ? 0 : Math.max(0, size - bytes) / rate)} left`;
+  const figures = ` ${inBytes(bytes).padStart(7)} ${inBytes(Math.floor(rate)).padStart(7)}/s ${clock(seconds)}${bar}`;
+  const room = columns - 1 - figures.length;
+  return `${what.length > room ? `${what.slice(0, Math.max(0, room - 1))}…` : what.padEnd(Math.min(room, 40))}${figures}`;
 }
 
+/** The stage that counts bytes for a line about a stream, up to `size` of them, and slows down. */
+function meter(what: string, { progress }: Pick<Display, "progress">, rate: number | null, size?: number): Stage[] {
+  const limit = rate === null ? "" : ` -L ${rate}`;
+  if (!progress) return rate === null ? [] : [{ label: "pv", command: `pv -q${limit}` }];
+  const [stream, began] = [{}, Date.now()];
+  const line = (bytes: number) => progressLine(what, bytes, size, (Date.now() - began) / 1000, process.stderr.columns || 80);
+  return [{ label: "pv", command: `pv -n -b -i 0.5${limit}`, counts: (bytes) => terminal.show(stream, bytes === null ? null : line(bytes)) }];
+}
+
+/** What a destination got of one snapshot. */
+type Sent = { readonly bytes: number | null; readonly seconds: number };
+
+/** Where a stream goes: a destination, or what stands for one. */
+type Receiver = Pick<Destination, "id" | "form" | "receive" | "discard" | "tidy">;
+
 /** Sends one snapshot to one destination, which is as before if it fails. Errors: those of `pipeline`. */
-async function transferTo(destination: Pick<Destination, "receive" | "discard" | "tidy">, source: Folder, transfer: Transfer, sending: Pick<Sending, "rate" | "protocol">, display: Display): Promise<{ bytes: number | null; seconds: number }> {
-  const { snapshot, parent } = transfer;
-  const [{ rate, protocol }, { progress, btrfsDebug, sizes }] = [sending, display];
-  const { level, stages, environment, finish, kept } = await destination.receive(source, transfer);
-  const before = kept === undefined || kept.bytes === 0 ? ["", ""] : [String(kept.bytes), kept.sum];
-  const send = commandFor(source.host, SEND, [btrfsDebug ? "-vv" : "-q", ...at(source), level, (kept === undefined ? protocol : kept.protocol) ?? "", holderOf(source), snapshot.name, parent?.name ?? "", ...before]);
-  const label = `btrfs send${level === "" ? "" : " or zstd"}${source.host.label === "" ? "" : ` on ${source.host.label}`}`;
-  const metered = meter(progress, rate, parent === null && level === "" ? sizes.get(snapshot.uuid) : undefined);
-  // How many bytes a compressed stream has is known only behind the host that compresses it.
-  const [counted = { label: "cat", command: "cat" }, ...others] = metered;
-  const between = level === "" || finish !== undefined ? metered : [{ ...counted, measured: true }, ...others];
+async function transferTo(receiver: Receiver, source: Folder, transfer: Transfer, display: Display): Promise<Sent> {
+  const [result] = await transferToAll([receiver], source, transfer, display);
+  if (result?.status === "fulfilled") return result.value;
+  throw result?.reason;
+}
+
+/** Sends one snapshot to destinations that take the same stream: it is made once. Where it fails, all is as before; tells each one's outcome. */
+async function transferToAll(receivers: readonly Receiver[], source: Folder, transfer: Transfer, display: Display): Promise<PromiseSettledResult<Sent>[]> {
   const began = Date.now();
-  try {
-    const { bytes, told } = await pipeline([{ label, command: send, shown: btrfsDebug }, ...between, ...stages], environment);
-    return { bytes: finish === undefined ? bytes : await finish(told), seconds: (Date.now() - began) / 1000 };
-  } catch (error) {
-    if (error instanceof OtherStream && kept !== undefined) {
-      log.info(`${snapshot.name}: its stream has changed since the transfer broke, which begins anew`);
-      await destination.tidy();
-      return transferTo(destination, source, transfer, sending, display);
+  const ready = await Promise.allSettled(receivers.map((receiver) => receiver.receive(source, transfer)));
+  const incoming = new Map(receivers.flatMap((receiver, i): [Receiver, Incoming][] => (ready[i]?.status === "fulfilled" ? [[receiver, ready[i].value]] : [])));
+  const flowing = incoming.size === 0 ? [] : await stream([...incoming], source, transfer, display);
+  const outcomes = new Map([...incoming.keys()].map((receiver, i) => [receiver, flowing[i]]));
+  return Promise.allSettled(
+    receivers.map(async (receiver, i): Promise<Sent> => {
+      if (ready[i]?.status === "rejected") throw ready[i].reason;
+      const { finish } = incoming.get(receiver) as Incoming;
+      try {
+        const outcome = outcomes.get(receiver) as PromiseSettledResult<{ bytes: number | null; told: string }>;
+        if (outcome.status === "rejected") throw outcome.reason;
+        const { bytes, told } = outcome.value;
+        return { bytes: finish === undefined ? bytes : await finish(told), seconds: (Date.now() - began) / 1000 };
+      } catch (error) {
+        return again(receiver, error as Error, source, transfer, display);
+      }
+    }),
+  );
+}
+
+/** What follows a broken transfer: it is cleared away, and made once more if it can end otherwise. Errors: the one that broke it. */
+async function again(receiver: Receiver, error: Error, source: Folder, transfer: Transfer, display: Display): Promise<Sent> {
+  const { name } = transfer.snapshot;
+  if (error instanceof OtherStream) {
+    log.info(`${name}: its stream has changed since the transfer broke, which begins anew`);
+    await receiver.tidy();
+    return transferTo(receiver, source, transfer, display);
+  }
+  // What stood in the way of the name is not what this transfer left.
+  if (!/File exists/.test(error.message))
+    await whileCleaning(() => receiver.discard(name)).catch((problem: Error) => log.warn(`${problem.message} (the next run will)`));
+  checkInterruption();
+  if (error instanceof Stalled) return transferTo(receiver, source, transfer, display);
+  const form = receiver.form(source);
+  if (form?.chosen && /encoded.write|--protocol 1/i.test(error.message)) {
+    log.info(`${name}: ${error.message}; once more with protocol 1`);
+    return transferTo({ ...receiver, form: () => ({ ...form, protocol: "1", chosen: false }) }, source, transfer, display);
+  }
+  throw error;
+}
+
+/** Makes the stream, and lets it flow to all who take it. */
+async function stream(incoming: readonly (readonly [Receiver, Incoming])[], source: Folder, { snapshot, parent }: Transfer, display: Display): Promise<PromiseSettledResult<{ bytes: number | null; told: string }>[]> {
+  const [[first, { kept, stages, environment }]] = incoming as [readonly [Receiver, Incoming]];
+  const { level, protocol, rate } = kept ?? (first.form(source) as Form);
+  const before = kept === undefined || kept.bytes === 0 ? ["", ""] : [String(kept.bytes), kept.sum];
+  const command = commandFor(source.host, SEND, [display.btrfsDebug ? "-vv" : "-q", ...at(source), level, protocol ?? "", holderOf(source), snapshot.name, parent?.name ?? "", ...before]);
+  const send = { label: `btrfs send${level === "" ? "" : " or zstd"}${source.host.label === "" ? "" : ` on ${source.host.label}`}`, command, shown: display.btrfsDebug };
+  const others = incoming.length === 1 ? "" : ` and ${incoming.length - 1} more`;
+  const metered = meter(`${snapshot.name} to ${first.id}${others}`, display, rate, parent === null && level === "" ? display.sizes.get(snapshot.uuid) : undefined);
+  // How many bytes a compressed stream has is known only behind the host that compresses it.
+  const [counted = { label: "cat", command: "cat" }, ...behind] = metered;
+  const between = level === "" || incoming.every(([, { finish }]) => finish) ? metered : [{ ...counted, measured: true }, ...behind];
+  if (incoming.length === 1) return Promise.allSettled([pipeline([send, ...between, ...stages], environment)]);
+  return fanOut([send, ...between], incoming.map(([, one]) => one), 20e3 * source.host.beat);
+}
+
+/**
+ * Runs the stages of one stream, and what follows of each who takes it as a pipeline of its own, so that one that fails drops out. What
+ * takes nothing for `patience` ms while the others wait drops out as well. Where the stream itself fails, all are killed before their input closes.
+ */
+async function fanOut(stages: readonly Stage[], takers: readonly Incoming[], patience: number): Promise<PromiseSettledResult<{ bytes: number | null; told: string }>[]> {
+  const directory = mkdtempSync(join(runtimeDirectory(), "f"));
+  const pipes = takers.map((_, i) => `${directory}/${i}`);
+  spawnSync("mkfifo", pipes);
+  const branches = takers.map(({ stages, environment }, i) => flow(stages, environment ?? {}, { input: pipes[i] as string }));
+  const [pipe = "", ...rest] = pipes.map(quote);
+  const pid = `${directory}/tee`;
+  const tee = { label: "tee", command: `( read -r p r </proc/self/stat; echo "$p" >${quote(pid)}; exec tee -p ${rest.join(" ")} >${pipe} )` };
+  const trunk = flow([...stages, tee], {}, { feeds: branches.map(({ group }) => group) });
+  const stalled = new Set<number>();
+  let [taken, since] = ["", Date.now()];
+  const watch = setInterval(() => {
+    const waiting = waitingFor(pid, pipes);
+    if (waiting.taken !== taken) [taken, since] = [waiting.taken, Date.now()];
+    else if (waiting.pipe >= 0 && Date.now() - since > patience) {
+      stalled.add(waiting.pipe);
+      branches[waiting.pipe]?.kill();
     }
-    // What stood in the way of the name is not what this transfer left.
-    if (!/File exists/.test((error as Error).message))
-      await whileCleaning(() => destination.discard(snapshot.name)).catch((problem: Error) => log.warn(`${problem.message} (the next run will)`));
-    throw error;
+  }, Math.min(1000, patience / 4));
+  const [stem, ...ends] = await Promise.allSettled([trunk.ended, ...branches.map(({ ended }) => ended)]);
+  clearInterval(watch);
+  rmSync(directory, { recursive: true, force: true });
+  return ends.map((end, i) => {
+    const failed = (reason: unknown) => ({ status: "rejected" as const, reason });
+    if (stalled.has(i)) return failed(new Stalled(`it took nothing for ${patience / 1000} s`));
+    if (stem.status === "rejected" && (end.status === "fulfilled" || end.reason instanceof Killed)) return failed(stem.reason);
+    return end.status === "rejected" || stem.status === "rejected" ? end : { ...end, value: { ...end.value, bytes: stem.value.bytes } };
+  });
+}
+
+/** How much a `tee` has read and written, and which of its pipes is full: proc(5), /proc/pid/io and /proc/pid/syscall. */
+function waitingFor(pidFile: string, pipes: readonly string[]): { taken: string; pipe: number } {
+  try {
+    const process = `/proc/${readFileSync(pidFile, "utf8").trim()}`;
+    const [, descriptor = ""] = /^\d+ (0x[0-9a-f]+)/.exec(readFileSync(`${process}/syscall`, "utf8")) ?? [];
+    return { taken: readFileSync(`${process}/io`, "utf8"), pipe: pipes.indexOf(readlinkSync(`${process}/fd/${Number(descriptor)}`)) };
+  } catch {
+    return { taken: "", pipe: -1 }; // it has not begun, or has ended
   }
 }
 
@@ -2537,14 +2703,14 @@ function knownDestinations({ chain, old, snapshots, prefix }: Folder): KnownDest
 }
 
 /** A lock among the runtime files, for a chain that has no folder here. */
-const lockFile = (chain: string) => join(dirname(runtimeDirectory()), `btrfs-backup.${createHash("sha256").update(chain).digest("hex").slice(0, 32)}.receiving`);
+const lockFile = (chain: string) => join(dirname(runtimeDirectory()), `btrfs-backup.${digestOf(chain).slice(0, 32)}.receiving`);
 
 /** Opens a destination after making sure that it is the right place. Errors: UsageError, Absent, Busy, Failure. */
 async function openDestination({ location, sending }: Wanted, source: Source, known: KnownDestination | undefined, o: RunOptions, report: Report): Promise<Destination> {
   needRoot(source, "sending");
   if (location.kind !== "folder") {
-    // What cannot be locked where it is: its lock is the source's. A remote source's chain has no folder here.
-    const lock = o.source.host === null ? join(source.path, `.btrfs-backup.${o.prefix}.receiving`) : lockFile(`${o.source.id}\n${o.prefix}`);
+    // What cannot be locked where it is: its lock is at the source. A remote source's chain has no folder here.
+    const lock = o.source.host === null ? join(source.path, `.btrfs-backup.${o.prefix}.${digestOf(location.id).slice(0, 8)}.receiving`) : lockFile(`${o.source.id}\n${o.prefix}\n${location.id}`);
     if (location.kind === "shell") return shellDestination(location, known?.pin ?? null, await commandShell(report), lock, { prefix: o.prefix, source: o.source.id }, sending);
     return openStore(location, sending, lock, source, known, o, report);
   }
@@ -2676,50 +2842,116 @@ function explained<T extends Dated>(decisions: readonly Decision<T>[], id: strin
   return decisions.filter(({ reasons }) => reasons.length === 0).map(({ entry }) => entry);
 }
 
-/** One run's view of a destination that could be opened. */
-type Served = { readonly wanted: Wanted; readonly destination: Destination; standing: Standing; done: boolean };
+/** One run's view of a destination that could be opened. `todo`: what is still to be sent; `complete`: nothing that should have been sent was not. */
+type Served = { readonly wanted: Wanted; readonly destination: Destination; standing: Standing; todo: readonly Transfer[]; complete: boolean; done: boolean; free: number };
 
-/** Sends what a destination lacks. Whether all of it could be sent. Errors: those of a transfer. */
-async function sendMissing(served: Served, source: Source, snapshots: readonly Snapshot[], o: RunOptions, report: Report, display: Display, sent: (snapshot: Snapshot) => Promise<void>): Promise<boolean> {
-  const { destination, wanted } = served;
+/** What serving destinations takes. `jobs`: how many streams flow at a time. */
+type Serving = { readonly source: Source; readonly snapshots: readonly Snapshot[]; readonly memory: Known; readonly o: RunOptions; readonly report: Report; readonly display: Display; readonly began: number; readonly jobs: <T>(work: () => Promise<T>) => Promise<T> };
+
+/** Decides what a destination gets, and clears away what broken transfers left. Errors: those of `discard`. */
+async function begin(served: Served, { snapshots, o, report }: Serving): Promise<void> {
+  const { destination, wanted, standing } = served;
   const { id } = destination;
-  const now = wallClock(new Date());
+  if (!o.transfer) return;
   const { transfers, conflicts } =
     destination.stream !== null
       ? { transfers: planStreams(snapshots, destination.stream.last, o), conflicts: [] }
-      : planTransfers(snapshots, served.standing, { policy: wanted.policy, incremental: o.incremental, newestOnly: o.newestOnly, now, fullEvery: wanted.sending.fullEvery });
+      : planTransfers(snapshots, standing, { policy: wanted.policy, incremental: o.incremental, newestOnly: o.newestOnly, now: wallClock(new Date()), fullEvery: wanted.sending.fullEvery });
   for (const { name, why } of conflicts) report.error(id, new Failure(`${name} is not sent: ${why}; rename or remove it`));
+  if (conflicts.length > 0) served.complete = false;
   // All of them, since the next announcement replaces that of a leftover which is not sent again.
-  for (const [name, what] of served.standing.taken) if (what === "leftover" && !o.dryRun) await destination.discard(name);
+  for (const [name, what] of standing.taken) if (what === "leftover" && !o.dryRun) await destination.discard(name);
   if (!wanted.sending.resume && !o.dryRun) await destination.tidy();
-  if (transfers.length > 1 && served.standing.held.length === 0) log.info(`${id} is new: ${transfers.length} snapshots will be sent; --newest-only sends only the newest`);
-  let { free } = destination;
-  for (const [i, transfer] of transfers.entries()) {
-    const { snapshot, parent } = transfer;
-    const how = parent !== null ? `difference to ${parent.name}` : !o.incremental ? "in full, as asked" : newestShared(snapshots.slice(0, snapshots.indexOf(snapshot)), served.standing.held) !== null ? "in full: a new chain" : "in full: no earlier snapshot is on both sides";
+  if (transfers.length > 1 && standing.held.length === 0) log.info(`${id} is new: ${transfers.length} snapshots will be sent; --newest-only sends only the newest`);
+  served.todo = transfers;
+}
+
+/** Sends the next snapshot to destinations that need the same stream. What fails is reported, and is the end for that destination. */
+async function sendNext(all: readonly Served[], transfer: Transfer, serving: Serving): Promise<void> {
+  const { source, snapshots, o, report, display } = serving;
+  const { snapshot, parent } = transfer;
+  const now = wallClock(new Date());
+  const lacking = new Map<Served, NoSpace>();
+  for (const served of all) {
+    const { destination: { id }, wanted, standing, free } = served;
+    const how = parent !== null ? `difference to ${parent.name}` : !o.incremental ? "in full, as asked" : newestShared(snapshots.slice(0, snapshots.indexOf(snapshot)), standing.held) !== null ? "in full: a new chain" : "in full: no earlier snapshot is on both sides";
     log.info(`${o.dryRun ? "Would send" : "Sending"} ${snapshot.name} to ${id} (${how})`);
-    const attempt = () => transferTo(destination, source, transfer, wanted.sending, display);
     // Quotas tell how large a full stream is; what is compressed on the way can need less.
     const size = parent === null && wanted.sending.level === "" ? (display.sizes.get(snapshot.uuid) ?? 0) : 0;
-    const lacking = o.spaceCheck && size > free ? new NoSpace(`${snapshot.name} takes ${inBytes(size)}, and only ${inBytes(free)} are free there; --skip-space-check tries all the same`) : null;
-    const result = o.dryRun ? { bytes: null, seconds: 0 } : await (lacking === null ? attempt() : Promise.reject(lacking)).catch(async (error) => {
-      if (!(error instanceof NoSpace) || !o.makeRoom || destination.frozen !== null) throw error;
-      const going = planRoom(snapshots, served.standing, transfers.slice(i), wanted.policy, now);
-      if (going.length === 0) throw error;
-      await removeFrom(served, going, "to make room", o, report, true);
-      await destination.discard(snapshot.name); // there may not have been the space to clear away
-      return attempt();
-    });
-    free -= result.bytes ?? 0;
-    const backup = destination.arrived(transfer);
-    served.standing = { ...served.standing, held: [...served.standing.held, backup], backups: [...served.standing.backups, backup] };
-    report.event("transfer", { destination: id, name: snapshot.name, parent: parent?.name ?? null, ...result });
-    await sent(snapshot);
-    const { length } = chainOf<Entry>(backup, byUuid(served.standing.held));
-    if (served.standing.chained !== null && length > 100 && wanted.sending.fullEvery?.count === 0) report.warning(`${id}: to restore ${snapshot.name} takes ${length} streams, each of them whole; --full-every begins a new chain`);
+    if (o.spaceCheck && size > free) lacking.set(served, new NoSpace(`${snapshot.name} takes ${inBytes(size)}, and only ${inBytes(free)} are free there; --skip-space-check tries all the same`));
   }
-  if (wanted.sending.resume && !o.dryRun) await destination.tidy();
-  return conflicts.length === 0;
+  const fitting = all.filter((served) => !lacking.has(served));
+  const results = o.dryRun ? [] : await transferToAll(fitting.map(({ destination }) => destination), source, transfer, display);
+  const sent = new Map(fitting.map((served, i) => [served, results[i]]));
+  for (const served of all) {
+    const { destination, wanted } = served;
+    const { id } = destination;
+    const outcome = lacking.has(served) ? { status: "rejected" as const, reason: lacking.get(served) } : (sent.get(served) ?? { status: "fulfilled" as const, value: { bytes: null, seconds: 0 } });
+    try {
+      const result = outcome.status === "fulfilled" ? outcome.value : await withRoom(served, outcome.reason, serving, now);
+      served.free -= result.bytes ?? 0;
+      const backup = destination.arrived(transfer);
+      served.standing = { ...served.standing, held: [...served.standing.held, backup], backups: [...served.standing.backups, backup] };
+      served.todo = served.todo.slice(1);
+      report.event("transfer", { destination: id, name: snapshot.name, parent: parent?.name ?? null, ...result });
+      // All the memory there is of a command, so it is written after each of its streams.
+      if (destination.stream !== null) await remember(served, snapshot, new Date().toISOString(), serving);
+      const { length } = chainOf<Entry>(backup, byUuid(served.standing.held));
+      if (served.standing.chained !== null && length > 100 && wanted.sending.fullEvery?.count === 0) report.warning(`${id}: to restore ${snapshot.name} takes ${length} streams, each of them whole; --full-every begins a new chain`);
+    } catch (error) {
+      served.todo = [];
+      served.complete = false;
+      report.error(id, error);
+    }
+  }
+}
+
+/** Where there was no space for a transfer, deletes what the policy would delete afterwards, and sends once more. Errors: the one that was given, those of a transfer. */
+async function withRoom(served: Served, error: unknown, { source, snapshots, o, report, display }: Serving, now: number): Promise<Sent> {
+  const { destination, wanted, todo } = served;
+  const going = error instanceof NoSpace && o.makeRoom && destination.frozen === null ? planRoom(snapshots, served.standing, todo, wanted.policy, now) : [];
+  if (going.length === 0 || o.dryRun) throw error;
+  const [transfer] = todo as [Transfer];
+  await removeFrom(served, going, "to make room", o, report, true);
+  await destination.discard(transfer.snapshot.name); // there may not have been the space to clear away
+  return transferTo(destination, source, transfer, display);
+}
+
+/** Sends destinations what they lack: what is the same stream once, others side by side. */
+async function sendAll(all: readonly Served[], serving: Serving): Promise<void> {
+  const ready = all.filter(({ todo }) => todo.length > 0);
+  const alike = groupBy(ready, ({ todo: [next], destination }) => {
+    const form = destination.form(serving.source);
+    return JSON.stringify([next?.snapshot.uuid, next?.parent?.uuid, ...(form === null ? [destination.id] : [form.level, form.protocol, form.rate])]);
+  });
+  await together([...alike.values()], async (some) => {
+    const [{ todo: [next] }] = some as [Served];
+    await serving.jobs(() => sendNext(some, next as Transfer, serving));
+    await sendAll(some, serving);
+  });
+  await together(all.filter((served) => !ready.includes(served)), (served) => conclude(served, serving));
+}
+
+/** Works on all at a time, and is over when all are. Errors: the first one. */
+async function together<T>(all: readonly T[], work: (one: T) => Promise<void>): Promise<void> {
+  for (const result of await Promise.allSettled(all.map(work))) if (result.status === "rejected") throw result.reason;
+}
+
+/** Lets only so many of what it is given work at a time. */
+function limited(most: number): Serving["jobs"] {
+  let free = most;
+  const waiting: (() => void)[] = [];
+  return async (work) => {
+    if (free > 0) free--;
+    else await new Promise<void>((turn) => waiting.push(turn));
+    try {
+      return await work();
+    } finally {
+      const next = waiting.shift();
+      if (next === undefined) free++;
+      else next();
+    }
+  };
 }
 
 /** Deletes what a destination's policy does not keep. */
@@ -2775,7 +3007,7 @@ async function openAll(all: Served[], wanted: ReadonlyMap<string, Wanted>, sourc
   const results = await Promise.allSettled(openings);
   for (const [i, [, destination]] of sorted.entries()) {
     const result = results[i] as PromiseSettledResult<Destination>;
-    if (result.status === "fulfilled") all.push({ wanted: destination, destination: result.value, standing: result.value.standing, done: false });
+    if (result.status === "fulfilled") all.push({ wanted: destination, destination: result.value, standing: result.value.standing, todo: [], complete: true, done: false, free: result.value.free });
   }
   for (const [i, [id, destination]] of sorted.entries()) {
     const result = results[i] as PromiseSettledResult<Destination>;
@@ -2790,26 +3022,33 @@ async function openAll(all: Served[], wanted: ReadonlyMap<string, Wanted>, sourc
 /** What a source knows of its destinations, and how to write it down. */
 type Known = { readonly known: Map<string, KnownDestination>; readonly save: () => Promise<void> };
 
-/** Sends a destination what it lacks, remembers what both share now, and prunes it. What fails is reported. */
-async function serve(served: Served, source: Source, snapshots: readonly Snapshot[], { known, save }: Known, o: RunOptions, report: Report, display: Display): Promise<void> {
-  const { id, stream, filesystem } = served.destination;
-  const before = known.get(id);
-  const remember = async (pin: Memory | null, last: string | null) => {
-    if (pin !== null || before !== undefined) known.set(id, { location: id, filesystem, pin: pin && { name: pin.name, uuid: pin.uuid }, last });
-    await save();
-  };
-  let complete = false;
-  const began = Date.now();
+/** Writes down what a destination shares with the source now. */
+async function remember({ destination: { id, filesystem } }: Served, pin: Memory | null, last: string | null, { memory: { known, save } }: Serving): Promise<void> {
+  if (pin !== null || known.has(id)) known.set(id, { location: id, filesystem, pin: pin && { name: pin.name, uuid: pin.uuid }, last });
+  await save();
+}
+
+/** Sends all destinations what they lack, remembers what both share now, and prunes them. What fails is reported. */
+async function serve(all: readonly Served[], serving: Serving): Promise<void> {
+  await together(all, async (served) => {
+    try {
+      await begin(served, serving);
+    } catch (error) {
+      served.complete = false;
+      serving.report.error(served.destination.id, error);
+    }
+  });
+  await sendAll(all, serving);
+}
+
+/** Ends the service of a destination. */
+async function conclude(served: Served, serving: Serving): Promise<void> {
+  const { destination: { id, stream, tidy }, standing, wanted, complete } = served;
+  const { snapshots, o, report, began, memory: { known } } = serving;
   try {
-    // All the memory there is of a command, so it is written after each of its streams.
-    const sent = async (snapshot: Snapshot) => void (stream !== null && (await remember(snapshot, new Date().toISOString())));
-    complete = !o.transfer || (await sendMissing(served, source, snapshots, o, report, display, sent));
-  } catch (error) {
-    report.error(id, error);
-  }
-  try {
+    if (o.transfer && complete && wanted.sending.resume && !o.dryRun) await tidy();
     // Before anything is deleted there: were the run to end here, the source would go by an old pin.
-    if (stream === null) await remember(newestShared(snapshots, served.standing.held), o.transfer && complete ? new Date().toISOString() : (before?.last ?? null));
+    if (stream === null) await remember(served, newestShared(snapshots, standing.held), o.transfer && complete ? new Date().toISOString() : (known.get(id)?.last ?? null), serving);
     if (complete) await pruneDestination(served, snapshots, o, report);
     served.done = complete;
   } catch (error) {
@@ -2914,7 +3153,13 @@ async function backUp(source: Source, o: RunOptions, report: Report): Promise<st
   }
   const all: Served[] = [];
   let written = JSON.stringify(source.chain);
-  const saveKnown = async () => {
+  let saving: Promise<unknown> = Promise.resolve();
+  const saveKnown = () => {
+    const saved = saving.then(saveNow);
+    saving = saved.catch(() => {});
+    return saved;
+  };
+  const saveNow = async () => {
     const chain = { ...source.owned, ...(known.size > 0 || source.chain.destinations ? { destinations: [...known.values()] } : {}) };
     // What 0.3.1 made has no owner until a run has said whose it is, and a copy cannot; a disk of backups can be mounted read-only.
     const silent = source.source === null && (source.owned.owner === undefined || placeOn(source.mounts, source.path).mount.readonly);
@@ -2944,7 +3189,7 @@ async function backUp(source: Source, o: RunOptions, report: Report): Promise<st
       } catch (error) {
         report.error(null, error);
       }
-    for (const served of all) await serve(served, source, snapshots, { known, save: saveKnown }, o, report, display);
+    await serve(all, { source, snapshots, memory: { known, save: saveKnown }, o, report, display, began: Date.now(), jobs: limited(o.jobs) });
     // A full disk can keep the record from being written: then what it says still holds as well.
     const saved = await saveKnown().then(() => true, (error) => report.error(null, error));
     if (unreadable === null) await pruneSource(source, snapshots, wanted, [...known.values(), ...(saved ? [] : (source.chain.destinations ?? []))], all, o, report);
@@ -3218,9 +3463,10 @@ export async function restore(o: RestoreOptions, report: Report): Promise<void> 
         const folder = { ...target, path: join(target.path, work), holder: output.split("\n")[0] as string };
         if (location.store !== null) await receivePieces(location, location.store, pieces, sums, folder, display, o, report);
         else if (present === null) {
-          const level = compressionBetween(location, target, o.sending.level);
-          const receive = async () => ({ level, stages: [receiving(folder, chosen.name, level, null, o.btrfsDebug)] });
-          report.event("transfer", { ...transfer, ...(await transferTo({ receive, discard: async () => {}, tidy: async () => {} }, location, { snapshot: chosen, parent }, o.sending, display)) });
+          const form = formBetween(location, target, o.sending);
+          const receive = async () => ({ stages: [receiving(folder, chosen.name, form.level, null, o.btrfsDebug)] });
+          const discard = async () => void (await ask(target.host, DISCARD, [...at(folder), folder.prefix, chosen.name, "", "", ""], `cannot remove what was received of ${chosen.name}`));
+          report.event("transfer", { ...transfer, ...(await transferTo({ id: o.target.id, form: () => form, receive, discard, tidy: async () => {} }, location, { snapshot: chosen, parent }, display)) });
         }
         await ask(target.host, BUILD, [...at(target), work, origin, outside?.path ?? target.inside ?? "", chosen.name, how], `cannot build ${o.target.id}`);
         await settle(target, join(target.path, work, "tree"), outside, chains, chosen, came, o);
@@ -3274,7 +3520,7 @@ async function receivePieces(location: Folder, { verbs, streams }: Store, pieces
     const decrypt = encrypted ? [{ label: "gpg", command: "gpg --batch --no-tty --quiet --decrypt" }] : [];
     const began = Date.now();
     log.debug(`Receiving ${object}`);
-    const { told } = await pipeline([fetch, ...meter(display.progress, o.sending.rate, size, `${i + 1}/${pieces.length}`), CHECKSUM, ...decrypt, receiving(work, name, compressed ? "1" : "", null, o.btrfsDebug)]).catch((error: Error) => {
+    const { told } = await pipeline([fetch, ...meter(`${i + 1}/${pieces.length} ${name}`, display, o.sending.rate, size), CHECKSUM, ...decrypt, receiving(work, name, compressed ? "1" : "", null, o.btrfsDebug)]).catch((error: Error) => {
       if (error instanceof Failure && !(error instanceof NoSpace)) throw new Failure(`${location.id}: ${object}: ${error.message}. If it is damaged: ${without(piece)}`);
       throw error;
     });
@@ -4038,8 +4284,9 @@ const RUN_ARGUMENTS = {
   "full-every": { type: "string", valueHint: "N|DURATION", description: "Stored streams: begin a new chain with a full one after N, or after a time like 30d; 0 is never (default: 30)" },
   compress: { type: "string", valueHint: "zstd[:LEVEL]", description: "Compress what travels between hosts, is stored as a stream, or goes to a command" },
   "encrypt-to": { type: "string", valueHint: "RECIPIENT", description: "Encrypt streams that are stored or go to a command with gpg's public key of RECIPIENT (repeatable)" },
-  protocol: { type: "string", valueHint: "1|2", description: "Version of the send stream (default: what btrfs send takes by itself, which is 1)" },
+  protocol: { type: "string", valueHint: "1|2", description: "Version of the send stream (default: 2, with data as they are compressed on the disk, where both sides know it; 1 for what is stored)" },
   resume: { type: "boolean", description: "Over ssh: go on where a transfer broke. The stream is kept as a file over there until it is whole" },
+  jobs: { type: "string", valueHint: "N", description: "Send at most N streams at a time; destinations that need the same stream get it together (default: all)" },
   retries: { type: "string", valueHint: "N", description: "Try again up to N times in this run when a connection is lost (default: 0)" },
   "rate-limit": { type: "string", valueHint: "RATE", description: "Send at most so many bytes a second, with k, m or g for powers of 1024 (needs pv)" },
   "btrfs-debug": { type: "boolean", alias: "d", description: "Let btrfs send and receive tell everything (-vv)" },
@@ -4139,9 +4386,9 @@ export function expandFiles(args: readonly string[], read: (path: string) => str
 }
 
 /** The value of an option that must be a whole number. */
-function wholeNumber(text: string | null, option: string, otherwise: number): number {
+function wholeNumber(text: string | null, option: string, otherwise: number, least = 0): number {
   if (text === null) return otherwise;
-  if (!/^\d{1,9}$/.test(text)) throw new UsageError(`${option} takes a whole number, not "${text}"`);
+  if (!/^\d{1,9}$/.test(text) || Number(text) < least) throw new UsageError(`${option} takes a whole number${least > 0 ? ` from ${least}` : ""}, not "${text}"`);
   return Number(text);
 }
 
@@ -4215,6 +4462,7 @@ export function runOptions(given: Given) {
     keepUnsent: given.flag("keep-unsent"),
     makeRoom: given.flag("make-room"),
     maxAge: ageOf(given),
+    jobs: wholeNumber(given.value("jobs"), "--jobs", Infinity, 1),
     beforeSnapshot: given.value("before-snapshot"),
     afterSnapshot: given.value("after-snapshot"),
     metrics: given.value("metrics"),
@@ -4363,7 +4611,7 @@ export const COMMANDS: Record<string, CommandDef<any>> = {
     unverified: { type: "boolean", description: "Restore stored streams without their checksum objects" },
     replace: { type: "boolean", description: "TARGET exists: keep it beside as TARGET.before-YYYYMMDD-HHMMSS" },
     "parent-from": { type: "string", valueHint: "DIR", description: "Where snapshots are that the transfer can build on (default: beside TARGET, and in its snapshot folder)" },
-    ...ofRun("dry-run", "compress", "rate-limit", "btrfs-debug", "no-progress", "wait"),
+    ...ofRun("dry-run", "compress", "protocol", "rate-limit", "btrfs-debug", "no-progress", "wait"),
     ...HOST_ARGUMENTS,
   }, restoreOptions, restore),
   list: command(" list", "Show what there is of each snapshot, at a source and its destinations.", {
@@ -4391,7 +4639,7 @@ export const COMMANDS: Record<string, CommandDef<any>> = {
   copy: command(" copy", "Send backups on to other places, as run does from a source.", {
     location: positional(`Backups: ${PLACE}; all prefixes one after the other, unless -p is given`),
     dest: positional("Where to; any number"),
-    ...ofRun("num-backups", "newest-only", "no-incremental", "optional", "max-age", "make-room", "adopt", "dry-run", "sync", "convert-rw", "skip-fs-checks", "skip-space-check", "for", "full-every", "compress", "encrypt-to", "protocol", "resume", "retries", "rate-limit", "btrfs-debug", "no-progress", "wait"),
+    ...ofRun("num-backups", "newest-only", "no-incremental", "optional", "max-age", "make-room", "adopt", "dry-run", "sync", "convert-rw", "skip-fs-checks", "skip-space-check", "for", "full-every", "compress", "encrypt-to", "protocol", "resume", "retries", "jobs", "rate-limit", "btrfs-debug", "no-progress", "wait"),
     ...HOST_ARGUMENTS,
   }, copyOptions, copy),
   prune: command(" prune", "Delete backups that a policy does not keep, by when they were received.", {
@@ -4419,7 +4667,7 @@ export const COMMANDS: Record<string, CommandDef<any>> = {
 const GROUPS: Readonly<Record<string, readonly string[]>> = {
   "What is taken and kept": ["num-snapshots", "num-backups", "latest-only", "no-snapshot", "snapshot-folder", "snapshot-prefix", "before-snapshot", "after-snapshot", "convert-rw", "sync"],
   "What is sent, and how": ["no-transfer", "no-incremental", "newest-only", "compress", "rate-limit", "resume", "retries", "protocol"],
-  "Several destinations": ["optional", "max-age", "for", "keep-unsent", "make-room", "locked-dests", "remove-locks", "adopt", "skip-fs-checks", "skip-space-check"],
+  "Several destinations": ["optional", "max-age", "for", "jobs", "keep-unsent", "make-room", "locked-dests", "remove-locks", "adopt", "skip-fs-checks", "skip-space-check"],
   "Stored streams": ["full-every", "encrypt-to", "unverified"],
   "Other hosts, and rights": ["ssh-opt", "ssh-sudo", "sudo"],
   "What it tells": ["dry-run", "wait", "verbosity", "quiet", "json", "metrics", "no-progress", "btrfs-debug", "help", "version"],
