@@ -486,7 +486,17 @@ class Terminal {
 const terminal = new Terminal();
 
 /** The log: lines for people, on stderr. */
-export const log = createConsola({ level: LEVELS.info, stdout: terminal as unknown as NodeJS.WriteStream, stderr: terminal as unknown as NodeJS.WriteStream });
+export const log = createConsola({
+  level: LEVELS.info,
+  reporters: [
+    {
+      log({ type, args }) {
+        const colour = !process.stderr.isTTY || process.env["NO_COLOR"] ? null : ({ error: "31", warn: "33", debug: "2" }[type as string] ?? "36");
+        terminal.write(`${colour === null ? `[${type}]` : `\x1b[${colour}m[${type}]\x1b[0m`} ${args.join(" ")}\n`);
+      },
+    },
+  ],
+});
 
 /** zx as this program uses it: a POSIX shell, words quoted by us, exit statuses looked at by us. */
 const shell = $({ shell: "/bin/sh", prefix: "", postfix: "", quote: (word) => word, nothrow: true, quiet: true });
@@ -748,18 +758,19 @@ const silence = (host: Host) => (host.ssh === null ? "" : String(4 * host.beat))
 /** watch PID: ends this process group when that process, which holds our lock over the same link, is gone. */
 const WATCH = `watch() { if [ -n "$1" ]; then ( while [ -d "/proc/$$" ]; do [ -d "/proc/$1" ] || kill -KILL 0; sleep 2; done ) >/dev/null 2>&1 </dev/null & fi; };`;
 
+// A process costs more than a millisecond: what a shell can do itself, it does.
 const PRELUDE = `set -e; umask 077; unset CDPATH TAR_OPTIONS POSIXLY_CORRECT QUOTING_STYLE; PATH=$PATH:/usr/sbin:/sbin; LC_ALL=C; export PATH LC_ALL;
- su=$1; if [ "$1" = sudo ]; then b() { sudo -n btrfs "$@"; }; else b() { btrfs "$@"; }; fi; shift; u=; root() { [ -n "$su" ] || [ "\${u:=$(id -u)}" = 0 ]; };
+ su=$1; if [ "$1" = sudo ]; then b() { sudo -n btrfs "$@"; }; else b() { btrfs "$@"; }; fi; shift; uid() { while read -r k x u r; do if [ "$k" = Uid: ]; then return; fi; done </proc/self/status; }; root() { [ -n "$su" ] || { uid; [ "$u" = 0 ]; }; };
  at() { cd -P -- "$1" || { echo "(is the disk mounted?)" >&2; exit 66; }; [ "$PWD" = "$1" ] && [ "$(stat -f -c %i .)" = "$2" ] || { echo "another filesystem or directory is at $1 now" >&2; exit 66; }; };`.replace(/\n/g, "");
 
 /**
  * record HEADER KEY VALUE: replaces one line of the record in the current directory, whole or not
- * at all. Written by cat, which says what went wrong; dash knows only "I/O error".
+ * at all. Written by dd, which says what went wrong, and syncs it; dash knows only "I/O error".
  */
 const RECORD =
   `record() { ( h=$1 k=$2 v=$3; flock -w 60 7 || { echo "another run keeps $PWD locked" >&2; exit 75; }; f=.btrfs-backup.json; t=$f.new; set --;` +
   ` if [ -e $f ]; then while IFS= read -r l; do case $l in "$k"*) ;; ,*) set -- "$@" "$l";; esac; done <$f; fi; if [ -e $t ] || [ -L $t ]; then rm -f $t; fi; set -C;` +
-  ` { for l in "$h" "$@" "$k$v" "}"; do printf %s "$l"; echo; done; } | cat >$t; sync $t; mv -f $t $f ) 7<.; };`;
+  ` { for l in "$h" "$@" "$k$v" "}"; do printf %s "$l"; echo; done; } | dd iflag=fullblock bs=64k conv=fsync status=none >$t; mv -f $t $f ) 7<.; };`;
 
 /** receiving PREFIX SECONDS: this process alone writes to the chain from here on. Opened for reading: a disk may be mounted so. */
 const RECEIVING =
@@ -778,17 +789,18 @@ const OPEN = verb(
   KEEP,
   `n=$1 w=$2 d=$3 p=$4 s=$5 k=$6 q=$7; say() { echo; echo "$n $1"; };`,
   `[ -n "$k" ] || command -v btrfs >/dev/null || { echo "btrfs not found: install btrfs-progs" >&2; exit 69; };`,
-  `case $(flock -V 2>/dev/null) in *util-linux*) ;; *) echo "flock not found: install util-linux" >&2; exit 69;; esac;`,
-  // A process costs a millisecond: what a shell can do itself, it does.
-  `place() { cd -P -- "$1"; pwd -P; i=$(stat -c %i .); set -- $(stat -f -c "%i %t %a %S" .); echo "$i"; echo "$1"; t= free="$3 $4"; if [ -z "$k" ] && [ "$2" = 9123683e ]; then t=btrfs; b inspect-internal rootid .; else echo -; fi; };`,
+  `real() { case $(flock -V 2>/dev/null) in *util-linux*) ;; *) echo "flock not found: install util-linux" >&2; exit 69;; esac; };`,
+  // The fsid tells subvolumes apart as well: what has the same has the same root.
+  `place() { cd -P -- "$1"; pwd -P; i=$(stat -c %i .); set -- $(stat -f -c "%i %t %a %S" .); echo "$i"; echo "$1"; t= free="$3 $4"; if [ -z "$k" ] && [ "$2" = 9123683e ]; then t=btrfs; [ "$1" = "$last" ] || r=$(b inspect-internal rootid .); echo "$r"; else echo -; fi; last=$1; }; last=;`,
   `if [ -n "$s" ]; then [ -d "$s" ] || { echo "no such directory: $s" >&2; exit 64; };`,
-  `say source; place "$s"; if [ "$t $i" = "btrfs 256" ] && root; then say show; b subvolume show .; fi; fi;`,
-  `say host; read -r h </proc/sys/kernel/hostname; echo "$h"; say zstd; command -v zstd || :; f=/sys/fs/btrfs/features/send_stream_version; say stream; if [ -z "$k" ] && [ -f $f ]; then cat $f; btrfs --version; fi; say mounts; cat /proc/self/mountinfo; say filesystems; for f in /sys/fs/btrfs/*; do echo "\${f##*/}"; done;`,
-  `if [ -d "$d" ]; then say folder; place "$d"; say space; echo "$free"; say owners; echo "\${u:=$(id -u)}"; set --; foul() { echo "$PWD/$1 is not a plain file" >&2; exit 65; };`,
+  // The top level is not in the list.
+  `say source; place "$s"; if [ "$t $i $r" = "btrfs 256 5" ] && root; then say show; b subvolume show .; fi; fi;`,
+  `say host; read -r h </proc/sys/kernel/hostname; echo "$h"; say zstd; command -v zstd || :; f=/sys/fs/btrfs/features/send_stream_version; say stream; if [ -z "$k" ] && [ -f $f ]; then read -r v <$f; echo "$v"; btrfs --version; fi; say mounts; cat /proc/self/mountinfo; say filesystems; for f in /sys/fs/btrfs/*; do echo "\${f##*/}"; done;`,
+  `if [ -d "$d" ]; then say folder; place "$d"; say space; echo "$free"; say owners; uid; echo "$u"; set --; foul() { echo "$PWD/$1 is not a plain file" >&2; exit 65; };`,
   `for f in ".btrfs-backup.$p.lock" ".btrfs-backup.$p.receiving" .btrfs-backup.json .outstanding_transfers; do if [ -L "$f" ]; then foul "$f"; elif [ -f "$f" ]; then set -- "$@" "$f"; elif [ -e "$f" ]; then foul "$f"; fi; done; stat -c %u . "$@";`,
-  `if [ "$w" = look ] || [ -f ".btrfs-backup.$p.lock" ]; then if [ "$w" = look ]; then :; else exec 9<".btrfs-backup.$p.lock"; flock -w "$w" 9 || { echo "another run holds $PWD/.btrfs-backup.$p.lock" >&2; exit 75; };`,
-  // The others are those of commands, and of remotes of rclone.
-  `${RECEIVING} for f in ".btrfs-backup.$p.receiving" ".btrfs-backup.$p".????????.receiving; do if [ -f "$f" ]; then f=\${f#.btrfs-backup.}; receiving "\${f%.receiving}" "$w"; exec 8<&-; fi; done; say locked; echo $$; fi; fi;`,
+  // The other locks are those of commands, and of remotes of rclone.
+  `if [ "$w" = look ]; then :; elif [ -f ".btrfs-backup.$p.lock" ]; then exec 9<".btrfs-backup.$p.lock"; flock -w "$w" 9 || { real; echo "another run holds $PWD/.btrfs-backup.$p.lock" >&2; exit 75; };`,
+  `${RECEIVING} for f in ".btrfs-backup.$p.receiving" ".btrfs-backup.$p".????????.receiving; do if [ -f "$f" ]; then f=\${f#.btrfs-backup.}; receiving "\${f%.receiving}" "$w"; exec 8<&-; fi; done; say locked; echo $$; else real; fi;`,
   `say entries; ls -a; say record; if [ -e .btrfs-backup.json ]; then cat .btrfs-backup.json; fi;`,
   `say old; if [ -f .outstanding_transfers ]; then cat .outstanding_transfers; fi;`,
   `if [ -z "$t" ]; then :; elif root; then say subvolumes; b subvolume list -a -u -q -R .; say readonly; b subvolume list -a -r .; else`,
@@ -866,7 +878,7 @@ const DISCARD = verb(
 const DELETE = verb(
   "delete",
   PRELUDE,
-  `rw=$1 sync=$2; at "$3" "$4"; shift 4; [ -z "$(find "$@" -prune -type l)" ] || { echo "a symbolic link has the name of a subvolume" >&2; exit 65; }; if [ "$rw" = rw ]; then for x; do b property set -f -ts "$x" ro false || :; done; fi;`,
+  `rw=$1 sync=$2; at "$3" "$4"; shift 4; for x; do if [ -L "$x" ]; then echo "a symbolic link has the name of a subvolume" >&2; exit 65; fi; done; if [ "$rw" = rw ]; then for x; do b property set -f -ts "$x" ro false || :; done; fi;`,
   `b subvolume delete "$@" >/dev/null; if [ "$sync" = sync ]; then b filesystem sync .; b subvolume sync . >/dev/null; fi`,
 );
 
@@ -1278,7 +1290,7 @@ export function parseInspection(output: string, nonce: string, folder: string): 
     source: source && {
       ...source,
       // Top levels made by old versions of mkfs have no UUID: the filesystem's stands in.
-      uuid: show === "" ? "" : (uuidOrNull(shownField(show, "UUID")) ?? source.filesystem ?? ""),
+      uuid: (show === "" ? subvolumes.find(({ id }) => id === source.root && !alone)?.uuid : (uuidOrNull(shownField(show, "UUID")) ?? source.filesystem)) ?? "",
       top: placeOn(mounts, source.path).top,
     },
     mounts,
@@ -2454,7 +2466,7 @@ function ownedBy(owner: Identity, { strangers: _, ...chain }: ChainRecord, stran
 // ── 6. Transfer ──────────────────────────────────────────────────────────────────────────
 
 function placeIn(places: Report["places"], id: string | null): PlaceMetrics {
-  const place = places.get(id) ?? { bytes: 0, seconds: 0, errors: 0, kept: null, last: null };
+  const place = places.get(id) ?? { sent: 0, bytes: 0, seconds: 0, deleted: 0, errors: 0, kept: null, last: null };
   places.set(id, place);
   return place;
 }
@@ -2464,7 +2476,11 @@ function newReport(json: boolean, dryRun: boolean): Report {
   const places: Report["places"] = new Map();
   const event: Report["event"] = (name, fields) => {
     tally[name] = (tally[name] ?? 0) + 1;
-    if (name === "transfer") placeIn(places, fields["destination"] as string).bytes += (fields["bytes"] as number | null) ?? 0;
+    if (name === "transfer") {
+      const place = placeIn(places, fields["destination"] as string);
+      place.sent++;
+      place.bytes += (fields["bytes"] as number | null) ?? 0;
+    }
     if (json) process.stdout.write(`${JSON.stringify({ event: name, ...fields, ...(dryRun ? { dry_run: true } : {}) })}\n`);
   };
   const report: Report = {
@@ -2967,6 +2983,7 @@ async function pruneDestination(served: Pick<Served, "destination" | "standing">
 async function removeFrom(served: Pick<Served, "destination" | "standing"> & { standing: Standing }, backups: readonly Backup[], reason: string, o: Pick<RunOptions, "dryRun">, report: Report, free: boolean): Promise<void> {
   const ordered = deletionOrder(backups, served.standing);
   await removing(served.destination.id, ordered.map(({ name }) => name), reason, o.dryRun, report, () => served.destination.remove(ordered, free));
+  placeIn(report.places, served.destination.id).deleted += ordered.length;
   const gone = new Set(ordered.map(({ uuid }) => uuid));
   const stays = ({ uuid }: Subvolume) => !gone.has(uuid);
   served.standing = { ...served.standing, held: served.standing.held.filter(stays), backups: served.standing.backups.filter(stays) };
@@ -3072,7 +3089,7 @@ export async function run(o: RunOptions, report: Report): Promise<void> {
 }
 
 /** What a run has done at a place: at its source, where `last` is nothing, and at each destination. */
-export type PlaceMetrics = { bytes: number; seconds: number; errors: number; kept: number | null; last: string | null };
+export type PlaceMetrics = { sent: number; bytes: number; seconds: number; deleted: number; errors: number; kept: number | null; last: string | null };
 
 /** Prometheus' text format: what its node exporter's textfile collector reads. */
 export function metricsOf(source: string, places: ReadonlyMap<string | null, PlaceMetrics>, now: number): string {
@@ -3104,10 +3121,24 @@ function writeMetrics(file: string, text: string): void {
   }
 }
 
+/** What was done at each place, the source first. */
+export function summaryOf(source: string, places: ReadonlyMap<string | null, PlaceMetrics>): string {
+  const rows = [...places]
+    .sort(([a], [b]) => Number(b === null) - Number(a === null))
+    .map(([id, { sent, bytes, seconds, deleted, kept, errors }]) => [id ?? source, ...(id === null ? ["", ""] : [String(sent), inBytes(bytes)]), `${seconds.toFixed(1)} s`, String(deleted), kept === null ? "" : String(kept), errors > 0 ? "failed" : ""]);
+  return table([["", "sent", "bytes", "time", "deleted", "kept", ""], ...rows]).trimEnd();
+}
+
+/** Columns as wide as their widest cell. */
+export function table(rows: readonly (readonly string[])[]): string {
+  const widths = rows.reduce<number[]>((wide, row) => row.map((cell, i) => Math.max(wide[i] ?? 0, cell.length)), []);
+  return rows.map((row) => `${row.map((cell, i) => cell.padEnd(widths[i] ?? 0)).join("  ").trimEnd()}\n`).join("");
+}
+
 /** Says what was done. */
-function concludeRun({ dryRun }: Pick<RunOptions, "dryRun">, report: Report, name: string | null): void {
+function concludeRun({ dryRun, source }: Pick<RunOptions, "dryRun" | "source">, report: Report, name: string | null): void {
   const { snapshot = 0, transfer = 0, delete: deletions = 0 } = report.tally;
-  log.info(`${dryRun ? "Nothing was changed" : "Done"}: ${count(snapshot, "snapshot")}, ${count(transfer, "transfer")}, ${count(deletions, "deletion")}${report.failed ? ", with errors" : ""}`);
+  log.info(`${dryRun ? "Nothing was changed" : "Done"}: ${count(snapshot, "snapshot")}, ${count(transfer, "transfer")}, ${count(deletions, "deletion")}${report.failed ? ", with errors" : ""}\n${summaryOf(source.id, report.places)}`);
   report.event("summary", { ok: !report.failed, snapshot: name, transfers: transfer, deletions });
 }
 
@@ -3195,10 +3226,7 @@ async function backUp(source: Source, o: RunOptions, report: Report): Promise<st
     if (unreadable === null) await pruneSource(source, snapshots, wanted, [...known.values(), ...(saved ? [] : (source.chain.destinations ?? []))], all, o, report);
     if (!saved) await saveKnown();
   } finally {
-    await whileCleaning(async () => {
-      for (const { destination } of all) await destination.close();
-      await source.close();
-    });
+    await whileCleaning(() => together([source, ...all.map(({ destination }) => destination)], ({ close }) => close()));
   }
   for (const id of wanted.keys()) placeIn(report.places, id).last = known.get(id)?.last ?? null;
   placeIn(report.places, null).seconds += (Date.now() - began) / 1000;
@@ -3225,8 +3253,10 @@ async function pruneSource(source: Source, snapshots: readonly Snapshot[], wante
   });
   const going = explained(planSource(snapshots, o.sourcePolicy, o.removeLocks ? claimants.filter(({ pin }) => pin) : claimants, wallClock(new Date())), o.source.id, o.dryRun);
   const names = going.map(({ name }) => name);
-  placeIn(report.places, null).kept = snapshots.length - names.length;
   await removing(o.source.id, names, `not kept by "${o.sourcePolicy?.text}"`, o.dryRun, report, () => deleteFrom(source, names, o.deletion));
+  const place = placeIn(report.places, null);
+  place.kept = snapshots.length - names.length;
+  place.deleted += names.length;
 }
 
 /** Sends backups on, prefix by prefix: what `run` does from a source, with a folder of backups in its place. */
@@ -3249,6 +3279,7 @@ export async function copy({ prefix, ...o }: Omit<RunOptions, "prefix"> & { read
       if (prefixes.length === 1 || error instanceof UsageError) throw error;
       report.error(o.source.id, error); // the other prefixes can still be copied
     }
+  if (prefixes.length > 1) for (const place of report.places.values()) place.kept = null; // it is that of the last one
   concludeRun(o, report, null);
 }
 
@@ -3696,12 +3727,6 @@ function checkAge(columns: readonly Column[], { maxAge, json, prefix }: { maxAge
 
 /** What a column is called below its legend. */
 const letter = (i: number) => (i < 26 ? String.fromCharCode(65 + i) : String(i));
-
-/** Columns as wide as their widest cell. */
-export function table(rows: readonly (readonly string[])[]): string {
-  const widths = rows.reduce<number[]>((wide, row) => row.map((cell, i) => Math.max(wide[i] ?? 0, cell.length)), []);
-  return rows.map((row) => `${row.map((cell, i) => cell.padEnd(widths[i] ?? 0)).join("  ").trimEnd()}\n`).join("");
-}
 
 export type VerifyOptions = ReturnType<typeof verifyOptions>;
 

@@ -355,13 +355,17 @@ test("progress is drawn on a terminal with pv, and only there", async () => {
   const log = join(temporaryDirectory(), "typescript");
   const command = (...args: string[]) => sh(`log=$1; shift; script -qec "$*" "$log" >/dev/null || { cat "$log" >&2; exit 9; }; cat "$log"`, log, ...args);
   const program = `${join(import.meta.dir, "../node_modules/.bin/bun")} ${join(import.meta.dir, "../btrfs-backup.ts")}`;
-  expect(command(program, source, destination)).toMatch(/ 30\.\dM +\d+\.\dM\/s 0:00:0\d\r\n\x1b\[1A\x1b\[J\[info\]/);
+  expect(command(program, source, destination)).toMatch(/ 30\.\dM +\d+\.\dM\/s 0:00:0\d\r\n\x1b\[1A\x1b\[J\x1b\[36m\[info\]\x1b\[0m Done/);
   await nextSecond();
   expect(command(program, "-P", source, destination)).not.toMatch(/[BM]\/s 0:/);
   await nextSecond();
   expect((await expectRun(0, [source, destination])).stderr).not.toMatch(/[BM]\/s 0:/);
   expect(command(program, "restore", destination, join(filesystem().path, "back"))).toMatch(/M\/s 0:/);
   expect(command(program, "restore", "-P", destination, join(filesystem().path, "back"))).not.toMatch(/[BM]\/s 0:/);
+  // So are colours, unless they are not wanted.
+  expect(command(program, "-S", "-P", source, "/nowhere/x")).toContain("\x1b[31m[error]\x1b[0m /nowhere/x");
+  expect(command(`env NO_COLOR=1 ${program}`, "-S", "-P", source, "/nowhere/x")).not.toContain("\x1b");
+  expect((await run(["-S", source, "/nowhere/x"])).stderr).not.toContain("\x1b");
   // Where quotas tell the size of a full stream, the bar has an end.
   sh(`btrfs quota enable "$1"; btrfs quota rescan -w "$1" >/dev/null`, source);
   await nextSecond();
@@ -411,6 +415,24 @@ test("--metrics writes what monitoring wants to know, whole or not at all, and a
   await expectRun(1, args);
   expect([of("errors", destination), of("last_success_timestamp_seconds", destination), of("sent_bytes", destination)]).toEqual([1, last, 0]);
   expect((await expectRun(1, ["-q", "--metrics", "/nowhere/x.prom", source])).stderr).toContain("--metrics: cannot write /nowhere/x.prom");
+});
+
+test("the summary says what was sent where, how much, what was deleted, and what is kept", async () => {
+  const { source, destination } = pair();
+  const other = join(filesystem().path, "other");
+  const args = ["-N", "2", "-n", "1", source, destination, other];
+  await expectRun(0, args);
+  await nextSecond();
+  const { stderr } = await expectRun(1, [...args, "/nowhere/x"]);
+  const lines = stderr.split("\n");
+  const at = lines.findIndex((line) => line.includes("Done: 1 snapshot, 2 transfers, 2 deletions, with errors"));
+  const rows = new Map(lines.slice(at + 2).map((line) => [line.split(" ")[0], line.trim().split(/ {2,}/).slice(1)]));
+  expect(lines[at + 1]?.trim().split(/ +/)).toEqual(["sent", "bytes", "time", "deleted", "kept"]);
+  const [figures, seconds] = [expect.stringMatching(/^[\d.]+[BK]$/), expect.stringMatching(/^\d+\.\d s$/)];
+  expect(rows.get(source)).toEqual([seconds, "0", "2"]);
+  for (const place of [destination, other]) expect(rows.get(place)).toEqual(["1", figures, seconds, "1", "1"]);
+  expect(rows.get("/nowhere/x")).toEqual(["0", "0B", seconds, "0", "failed"]);
+  expect((await expectRun(0, ["-q", source, destination])).stderr).toBe("");
 });
 
 test("the script for cron.daily runs every argument file, and its status tells of a failure", async () => {
