@@ -47,7 +47,7 @@ test("ten random changes to every kind of store, with each filter, in one run ea
     const result = await expectRun(0, args, options);
     const name = events(result).find(({ event }) => event === "snapshot")?.["name"];
     states.set(name, contentsDigest(source));
-    expect(transfers(result).map(({ destination, name: sent, parent }) => [destination, sent, parent === null])).toEqual(stores.map(({ id }) => id).sort().map((id) => [id, name, i % 4 === 0]));
+    expect(transfers(result).map(({ destination, name: sent, parent }) => [destination, sent, parent === null]).sort()).toEqual(stores.map(({ id }) => id).sort().map((id) => [id, name, i % 4 === 0]));
     change(source, random);
   }
   reformat(a); // no source, no snapshot folder, no record

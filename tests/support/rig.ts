@@ -253,8 +253,8 @@ async function startSshServer(address = "127.0.0.1", wrapper: string[] = []): Pr
       // By the copies' own paths: once they are unmounted, the names in /etc would be those of the real ones.
       for (const [file, line] of [["passwd", `${name}:x:${uid}:${uid}::${home}:${shell}`], ["shadow", `${name}:*:19000::::::`]] as const) {
         const copy = join(directory, file);
-        const others = readFileSync(copy, "utf8").split("\n").filter((other) => !other.startsWith(`${name}:`));
-        writeFileSync(copy, [line, ...others].join("\n"));
+        const others = readFileSync(copy, "utf8").trimEnd().split("\n").filter((other) => !other.startsWith(`${name}:`));
+        writeFileSync(copy, `${[...others, line].join("\n")}\n`); // behind root, whose name ssh takes
       }
     },
   };
