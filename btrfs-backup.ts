@@ -808,7 +808,7 @@ const OPEN = verb(
   `say alone; for f in "./$p"[0-9]*-[0-9]*; do if [ "$(stat -c %i "$f" 2>/dev/null)" = 256 ]; then echo "$(b inspect-internal rootid "$f") $(b property get -ts "$f" ro) $f"; fi; done; fi;`,
   `if [ -n "$k" ]; then say files; find . -mindepth 1 -maxdepth 1 -type f -exec stat -c "%s/%Y %n" {} +; fi;`,
   `elif [ -e "$d" ] || [ -L "$d" ]; then echo "not a directory: $d" >&2; exit 65;`,
-  `elif [ -d "\${d%/*}/" ]; then say missing; place "\${d%/*}/"; say space; echo "$free"; else echo "no such directory: \${d%/*} (is the disk mounted?)" >&2; exit 66; fi;`,
+  `elif [ -d "\${d%/*}/" ]; then [ "$w" = look ] || real; say missing; place "\${d%/*}/"; say space; echo "$free"; else echo "no such directory: \${d%/*} (is the disk mounted?)" >&2; exit 66; fi;`,
   `echo; echo "$n end"; [ "$w" = look ] || keep "$q"`,
 );
 
