@@ -760,7 +760,7 @@ const WATCH = `watch() { if [ -n "$1" ]; then ( while [ -d "/proc/$$" ]; do [ -d
 
 // A process costs more than a millisecond: what a shell can do itself, it does.
 const PRELUDE = `set -e; umask 077; unset CDPATH TAR_OPTIONS POSIXLY_CORRECT QUOTING_STYLE; PATH=$PATH:/usr/sbin:/sbin; LC_ALL=C; export PATH LC_ALL;
- su=$1; if [ "$1" = sudo ]; then b() { sudo -n btrfs "$@"; }; else b() { btrfs "$@"; }; fi; shift; uid() { while read -r k x u r; do if [ "$k" = Uid: ]; then return; fi; done </proc/self/status; }; root() { [ -n "$su" ] || { uid; [ "$u" = 0 ]; }; };
+ su=$1; if [ "$1" = sudo ]; then b() { sudo -n btrfs "$@"; }; else b() { btrfs "$@"; }; fi; shift; uid() { while read -r key real u others; do if [ "$key" = Uid: ]; then return; fi; done </proc/self/status; }; root() { [ -n "$su" ] || { uid; [ "$u" = 0 ]; }; };
  at() { cd -P -- "$1" || { echo "(is the disk mounted?)" >&2; exit 66; }; [ "$PWD" = "$1" ] && [ "$(stat -f -c %i .)" = "$2" ] || { echo "another filesystem or directory is at $1 now" >&2; exit 66; }; };`.replace(/\n/g, "");
 
 /**
