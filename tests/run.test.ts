@@ -364,7 +364,7 @@ test("progress is drawn on a terminal with pv, and only there", async () => {
   expect(command(program, "restore", "-P", destination, join(filesystem().path, "back"))).not.toMatch(/[BM]\/s 0:/);
   // So are colours, unless they are not wanted.
   expect(command(program, "-S", "-P", source, "/nowhere/x", "|| :")).toContain("\x1b[31m[error]\x1b[0m /nowhere/x");
-  expect(command(`${program.replace("-u NO_COLOR", "NO_COLOR=1")}`, "-S", "-P", source, "/nowhere/x", "|| :")).not.toContain("\x1b");
+  expect(command(program.replace("-u NO_COLOR", "NO_COLOR=1"), "-S", "-P", source, "/nowhere/x", "|| :")).not.toContain("\x1b");
   expect((await run(["-S", source, "/nowhere/x"])).stderr).not.toContain("\x1b");
   // Where quotas tell the size of a full stream, the bar has an end.
   sh(`btrfs quota enable "$1"; btrfs quota rescan -w "$1" >/dev/null`, source);

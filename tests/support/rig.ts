@@ -12,19 +12,22 @@ import { join, resolve } from "node:path";
 // A certificate of the machine's own is of no use on loopback, and keeps rclone's S3 from starting.
 delete process.env["AWS_CA_BUNDLE"];
 
-if (process.env["BTRFS_BACKUP_RIG"] !== "1") throw new Error("run the tests with scripts/test: they need namespaces of their own");
+const rig = process.env["BTRFS_BACKUP_RIG"];
+if (rig !== "test" && rig !== "bench") throw new Error("run this with scripts/test or scripts/bench: it needs namespaces of its own");
 
 export const ROOT = resolve(import.meta.dir, "../..");
 
 const cleanups: (() => void)[] = [];
-afterAll(() => {
+/** Takes away what was made here, the newest first. */
+export function cleanUp(): void {
   for (const cleanup of cleanups.splice(0).reverse())
     try {
       cleanup();
     } catch (error) {
       console.error(String(error)); // the namespaces end what is left
     }
-});
+}
+if (rig === "test") afterAll(cleanUp);
 
 /** Runs a bash script with positional parameters; its standard output. Throws what it wrote to stderr. */
 export function sh(script: string, ...args: string[]): string {

@@ -1,0 +1,367 @@
+// Measures the program against the bare commands and its peers, each pair in turn on the same fresh filesystems, and prints
+// medians and what the time is spent on. It is for people: a missed aim is said, not punished. See scripts/bench.
+
+import { mkdirSync, readdirSync, readFileSync, writeFileSync } from "node:fs";
+import { cpus } from "node:os";
+import { join } from "node:path";
+import { cleanUp, events, expectRun, filesystem, linkedServer, nextSecond, ROOT, sh, sshServer, start, subvolume, temporaryDirectory } from "../tests/support/rig.ts";
+
+const BINARY = [join(ROOT, "dist/btrfs-backup")];
+const ROUNDS = 5;
+const MiB = 1 << 20;
+
+const median = (values: readonly number[]) => [...values].sort((a, b) => a - b)[values.length >> 1] as number;
+const ms = (value: number) => (Math.abs(value) < 10_000 ? `${value.toFixed(0)} ms` : `${(value / 1000).toFixed(1)} s`);
+const times = (value: number) => `× ${value.toFixed(2)}`;
+
+/** What is told of a case: both sides, how they compare, what is aimed at, and whether it is reached. */
+type Row = readonly [what: string, ours: string, other: string, result: string, aim: string, met: boolean];
+const slower = (what: string, ours: number, other: number, most: number): Row => [what, ms(ours), ms(other), ms(ours - other), `≤ ${most} ms more`, ours - other <= most];
+const ratio = (what: string, ours: number, other: number, most: number): Row => [what, ms(ours), ms(other), times(ours / other), `≤ ${most}`, ours / other <= most];
+
+const ours = (args: readonly string[]) => expectRun(0, args, { how: BINARY, env: { TERM: "dumb" } });
+const shell = (script: string, ...args: string[]) => async () => void sh(script, ...args);
+
+type Timed = { readonly before?: () => unknown; readonly work: () => Promise<unknown> };
+/** Medians of several things in ms, done in turn; the first round warms up. What comes `before` is not counted. */
+async function inTurn(all: readonly Timed[], rounds = ROUNDS): Promise<number[]> {
+  const taken = all.map((): number[] => []);
+  for (let round = 0; round <= rounds; round++)
+    for (const [i, { before, work }] of all.entries()) {
+      await before?.();
+      sh("sync");
+      await nextSecond(); // names are of a second
+      const began = performance.now();
+      await work();
+      if (round > 0) taken[i]?.push(performance.now() - began);
+    }
+  return taken.map(median);
+}
+
+/** A source with files of about 4 KiB, and a change of 4 KiB in it. */
+function manyFiles(count: number): { source: string; change: () => void } {
+  const source = subvolume(join(filesystem({ size: "4G" }).path, "home"));
+  sh(`cd "$1"; mkdir $(seq 1 100); head -c $((4096 * $2)) /dev/urandom | split -a 4 -b 4096 - f; i=0; for f in f*; do echo "$f $((i++ % 100 + 1))"; done | awk '{ print "mv " $1 " " $2 "/" }' | sh`, source, String(count));
+  return { source, change: () => sh(`head -c 4096 /dev/urandom >"$1/1/new"`, source) };
+}
+
+/** A source with one file of random bytes, and a change of all of them. */
+function oneFile(bytes: number): { source: string; rewrite: () => void } {
+  const source = subvolume(join(filesystem({ size: "8G" }).path, "home"));
+  const rewrite = () => void sh(`head -c "$2" /dev/urandom >"$1/file"`, source, String(bytes));
+  rewrite();
+  return { source, rewrite };
+}
+
+const place = (name: string, size = "8G") => join(filesystem({ size }).path, name);
+
+/** The shell script of a whole run with bare commands: a snapshot, the difference, and the old ones deleted. */
+const BARE = `cd "$1"; old=$(ls -d bare/* | tail -n 1); new=bare/$(date +%s%N); btrfs -q subvolume snapshot -r . "$new" >/dev/null
+  btrfs -q send -p "$old" "$new" 2>/dev/null | btrfs -q receive "$2"; btrfs -q subvolume delete "$old" "$2/\${old#bare/}" >/dev/null`;
+const BARE_FIRST = `cd "$1"; mkdir -p bare "$2"; btrfs -q subvolume snapshot -r . bare/1 >/dev/null; btrfs -q send bare/1 2>/dev/null | btrfs -q receive "$2"`;
+
+/** btrbk does the same with this configuration: it keeps the newest only. */
+function btrbk(source: string, target: string, more: readonly string[] = [], env = ""): Timed["work"] {
+  mkdirSync(join(source, "btrbk"));
+  const file = join(temporaryDirectory(), "btrbk.conf");
+  const lines = ["timestamp_format long-iso", "snapshot_preserve_min latest", "snapshot_preserve no", "target_preserve_min latest", "target_preserve no", "lockfile /dev/null", ...more, `volume ${source}`, "  subvolume .", "    snapshot_name home", "    snapshot_dir btrbk", `    target ${target}`];
+  writeFileSync(file, `${lines.join("\n")}\n`);
+  return shell(`${env} btrbk -q -c "$1" run >&2`, file);
+}
+
+const installed = (program: string) => Bun.which(program) !== null;
+const missing = (what: string, program: string): Row => [what, "", `${program} is not installed`, "", "", true];
+
+/** All processes of a running program, itself included. */
+function tree(pid: number): number[] {
+  const parents = readdirSync("/proc").filter((name) => /^\d+$/.test(name)).flatMap((name) => {
+    try {
+      return [[Number(name), Number(/\) \S (\d+)/.exec(readFileSync(`/proc/${name}/stat`, "utf8"))?.[1])] as const];
+    } catch {
+      return []; // it has ended meanwhile
+    }
+  });
+  const below = (one: number): number[] => [one, ...parents.filter(([, parent]) => parent === one).flatMap(([child]) => below(child))];
+  return below(pid);
+}
+
+/** Runs the program, and tells how much memory all of its processes took at most together (PSS, in bytes), looked at all the time. */
+async function memory(args: readonly string[]): Promise<number> {
+  const running = start(args, { how: BINARY });
+  let most = 0;
+  let ended = false;
+  void running.finished.finally(() => (ended = true));
+  while (!ended) {
+    const taken = tree(running.pid).map((pid) => {
+      try {
+        return Number(/^Pss:\s+(\d+) kB/m.exec(readFileSync(`/proc/${pid}/smaps_rollup`, "utf8"))?.[1] ?? 0) * 1024;
+      } catch {
+        return 0;
+      }
+    });
+    most = Math.max(most, taken.reduce((sum, one) => sum + one, 0));
+    await Bun.sleep(10);
+  }
+  const { status, stderr } = await running.finished;
+  if (status !== 0) throw new Error(stderr);
+  return most;
+}
+
+/** The user and system time of a command and all it waited for, in ms, and how long it took. */
+async function processor(command: string[]): Promise<{ cpu: number; elapsed: number }> {
+  const began = performance.now();
+  const child = Bun.spawn(command, { stdout: "ignore", stderr: "ignore" });
+  if ((await child.exited) !== 0) throw new Error(command.join(" "));
+  return { cpu: Number(child.resourceUsage()?.cpuTime.total ?? 0n) / 1000, elapsed: performance.now() - began };
+}
+
+/** As many processes as have been started so far. */
+const processes = () => Number(/^processes (\d+)$/m.exec(readFileSync("/proc/stat", "utf8"))?.[1]);
+
+/** Snapshots and backups of them made by nothing but ioctls (linux/btrfs.h): one an hour, FROM to TO; sending so many would take hours. */
+const HISTORY = `perl -MPOSIX -e '
+  my ($source, $base, $snapshots, $backups, $from, $to) = @ARGV;
+  sub dir { open(my $d, "<", $_[0]) or die "$_[0]: $!"; $d }
+  my ($s, $b, $ss, $bb) = map { dir($_) } ($source, $base, $snapshots, $backups);
+  for my $i ($from .. $to) {
+    my $name = strftime("%Y%m%d-%H%M%S", gmtime(1262304000 + 3600 * $i));
+    my $args = sub { pack("q Q Q x32 a4040", fileno($_[0]), 0, $_[1], $name) };
+    ioctl($ss, 0x50009417, $args->($s, 2)) or die "snapshot: $!"; # SNAP_CREATE_V2, read-only
+    ioctl($bb, 0x50009417, $args->($b, 0)) or die "snapshot: $!";
+    my $info = chr(0) x 504; ioctl(dir("$snapshots/$name"), 0x81F8943C, $info) or die "info: $!"; # GET_SUBVOL_INFO
+    my $backup = dir("$backups/$name");
+    my $received = substr($info, 296, 16) . chr(0) x 184; ioctl($backup, 0xC0C89425, $received) or die "received: $!"; # SET_RECEIVED_SUBVOL
+    my $flags = pack("Q", 2); ioctl($backup, 0x4008941A, $flags) or die "flags: $!"; # SUBVOL_SETFLAGS, read-only
+  }' "$@"`;
+
+const cases: Record<string, () => Promise<Row[]>> = {
+  async start() {
+    const taken: number[] = [];
+    for (let i = 0; i < 30; i++) {
+      const began = performance.now();
+      sh(`"$1" --version`, ...BINARY);
+      const whole = performance.now() - began;
+      const empty = performance.now();
+      sh(":");
+      taken.push(whole - (performance.now() - empty));
+    }
+    return [["start: --version", ms(median(taken)), "", "", "≤ 40 ms", median(taken) <= 40]];
+  },
+
+  async local() {
+    const { source, change } = manyFiles(20_000);
+    const [mine, bare, peer, python] = [place("ours"), place("bare"), place("btrbk"), place("python")];
+    const args = ["-N", "1", "-n", "1", source, mine];
+    await ours(args);
+    sh(BARE_FIRST, source, bare);
+    const all: Timed[] = [{ before: change, work: () => ours(args) }, { before: change, work: shell(BARE, source, bare) }];
+    if (installed("btrbk")) {
+      mkdirSync(peer);
+      all.push({ before: change, work: btrbk(source, peer) });
+    }
+    const old = process.env["BTRFS_BACKUP_PY"];
+    if (old !== undefined) {
+      mkdirSync(python);
+      all.push({ before: change, work: shell(`${old} -q -f python -N 1 -n 1 "$1" "$2" >&2`, source, python) });
+    }
+    const [own = 0, commands = 0, ...peers] = await inTurn(all, 9);
+    const what = "local incremental run, 20,000 files, 4 KiB changed";
+    const rows = [slower(`${what}: bare commands`, own, commands, 60)];
+    rows.push(installed("btrbk") ? ratio("the same: btrbk", own, peers.shift() as number, 0.6) : missing("the same: btrbk", "btrbk"));
+    if (old !== undefined) rows.push(ratio("the same: btrfs-backup 0.3.1", own, peers.shift() as number, 1));
+    change();
+    profiled = await profile(args);
+    return rows;
+  },
+
+  async ssh() {
+    const { source, change } = manyFiles(20_000);
+    const [mine, peer] = [place("ours"), place("btrbk")];
+    const { options, url } = await sshServer();
+    const args = ["-N", "1", "-n", "1", ...options, source, url(mine)];
+    await ours(args);
+    const wrapper = temporaryDirectory();
+    const log = join(wrapper, "log");
+    // btrbk knows nothing of known_hosts elsewhere; and what ssh is asked to do is counted.
+    const chosen = options.filter((option) => option !== "--ssh-opt").map((option) => `-o ${option}`).join(" ");
+    writeFileSync(join(wrapper, "ssh"), `#!/bin/sh\necho "$*" >>${log}\nexec /usr/bin/ssh ${chosen} "$@"\n`, { mode: 0o755 });
+    const all: Timed[] = [{ before: change, work: () => ours(args) }];
+    if (installed("btrbk")) {
+      mkdirSync(peer);
+      all.push({ before: change, work: btrbk(source, url(peer), ["ssh_user root"], `PATH=${wrapper}:$PATH`) });
+    }
+    const [own = 0, other = 0] = await inTurn(all);
+    change();
+    await nextSecond();
+    writeFileSync(log, "");
+    await expectRun(0, args, { how: BINARY, env: { PATH: `${wrapper}:${process.env["PATH"]}` } });
+    const commands = readFileSync(log, "utf8").trim().split("\n");
+    const connections = new Set(commands.map((line) => /ControlPath=(\S+)/.exec(line)?.[1])).size;
+    return [
+      installed("btrbk") ? ratio("the same over ssh: btrbk", own, other, 0.25) : missing("the same over ssh: btrbk", "btrbk"),
+      ["the same over ssh: commands over one connection", `${commands.length} over ${connections}`, "", "", "≤ 3 over 1", commands.length <= 3 && connections === 1],
+    ];
+  },
+
+  async full() {
+    const { source } = oneFile(2048 * MiB);
+    const [mine, bare] = [place("ours"), place("bare")];
+    const args = ["-P", "-I", "-N", "1", "-n", "1", source, mine];
+    sh(`mkdir "$1" "$2/bare"`, bare, source);
+    const plain = `cd "$1"; new=bare/$(date +%s%N); btrfs -q subvolume snapshot -r . "$new" >/dev/null; btrfs -q send --proto 2 --compressed-data "$new" 2>/dev/null | btrfs -q receive "$2"`;
+    const before = () => sh(`for s in "$1"/bare/* "$1"/snapshot/* "$2"/* "$3"/*; do [ ! -d "$s" ] || btrfs -q subvolume delete "$s" >/dev/null; done; btrfs subvolume sync "$1"; btrfs subvolume sync "$2"; btrfs subvolume sync "\${3%/*}"`, source, bare, mine);
+    const used = { ours: [] as number[], bare: [] as number[], elapsed: [] as number[] };
+    const [own = 0, commands = 0] = await inTurn([
+      { before, work: async () => { const { cpu, elapsed } = await processor([...BINARY, ...args]); used.ours.push(cpu); used.elapsed.push(elapsed); } },
+      { before, work: async () => void used.bare.push((await processor(["bash", "-c", plain, "sh", source, bare])).cpu) },
+    ]);
+    const share = ((median(used.ours) - median(used.bare)) / median(used.elapsed)) * 100;
+    return [ratio("full backup of 2 GiB: btrfs send | btrfs receive", own, commands, 1.03), ["the same: CPU besides btrfs", `${share.toFixed(1)} % of the time`, "", "", "< 2 %", share < 2]];
+  },
+
+  async compressed() {
+    const mount = "noatime,compress=zstd";
+    const source = subvolume(join(filesystem({ size: "4G", mount }).path, "home"));
+    sh(`for i in 1 2 3 4; do seq $((i * 1000000)) $((i * 1000000 + 16000000)) | head -c 128M >"$1/$i"; done`, source);
+    const [two, one] = [1, 2].map(() => join(filesystem({ size: "4G", mount }).path, "backup")) as [string, string];
+    const bytes = { two: 0, one: 0 };
+    const sent = async (key: keyof typeof bytes, args: string[]) => void (bytes[key] = events(await ours(["--json", "-P", "-I", "-N", "1", "-n", "1", ...args])).find(({ event }) => event === "transfer")?.["bytes"]);
+    const [own = 0, other = 0] = await inTurn([{ work: () => sent("two", [source, two]) }, { work: () => sent("one", ["--protocol", "1", source, one]) }]);
+    const share = bytes.two / bytes.one;
+    return [["zstd on both sides, 512 MiB of text: bytes, protocol 1", `${(bytes.two / MiB).toFixed(0)} MiB`, `${(bytes.one / MiB).toFixed(0)} MiB`, times(share), "≤ 0.6", share <= 0.6], ratio("the same: time", own, other, 1)];
+  },
+
+  async two() {
+    const { source } = oneFile(512 * MiB);
+    const all = [1, 2, 3, 4].map((i) => place(`backup${i}`, "4G"));
+    const args = ["-P", "-I", "-N", "1", "-n", "1", source];
+    const [own = 0, other = 0] = await inTurn([
+      { work: () => ours([...args, ...all.slice(0, 2)]) },
+      { work: async () => { await ours([...args, all[2] as string]); await ours(["-S", ...args, all[3] as string]); } },
+    ]);
+    return [ratio("two destinations that need the same 512 MiB: two runs", own, other, 0.75)];
+  },
+
+  async links() {
+    const { source, rewrite } = oneFile(64 * MiB);
+    const servers = await Promise.all([1, 2, 3].map(async () => ({ ...(await linkedServer()), path: place("backup") })));
+    for (const { url } of servers) sh(`tc qdisc add dev "$(ip -o route get "$1" | sed 's/.* dev \\([^ ]*\\).*/\\1/')" root tbf rate 400mbit burst 256kb latency 50ms`, /@?([\d.]+):/.exec(url(""))?.[1] ?? "");
+    const options = servers.flatMap(({ options }) => options.filter((option) => option !== "--ssh-opt")).filter((option) => option.startsWith("IdentityFile")).flatMap((option) => ["--ssh-opt", option]);
+    const known = join(temporaryDirectory(), "known");
+    writeFileSync(known, servers.map(({ options }) => readFileSync(/UserKnownHostsFile=(.*)/.exec(options.at(-1) ?? "")?.[1] ?? "", "utf8")).join(""));
+    const args = ["-P", "--newest-only", "-N", "3", ...options, "--ssh-opt", `UserKnownHostsFile=${known}`, source];
+    const urls = servers.map(({ url, path }) => url(path));
+    await ours([...args, ...urls]);
+    // Each in turn, so that no two have the same newest snapshot.
+    const before = async () => {
+      for (const one of urls.slice(1)) {
+        await nextSecond();
+        await ours([...args, one]);
+      }
+      rewrite();
+    };
+    const [alone = 0, own = 0] = await inTurn([{ before, work: () => ours([...args, urls[0] as string]) }, { before, work: () => ours([...args, ...urls]) }]);
+    return [ratio("three ssh destinations at 50 MB/s, nothing in common, 64 MiB each: one of them alone", own, alone, 1.1)];
+  },
+
+  async history() {
+    const measured = [];
+    for (const count of [10, 10_000]) {
+      const { source, rewrite } = oneFile(4096);
+      const backups = place("backup");
+      const args = ["-N", String(count), "-n", String(count), source, backups];
+      await ours(args);
+      sh(HISTORY, source, sh(`ls -d "$1"/2*`, backups), join(source, "snapshot"), backups, "1", String(count - 1));
+      sh("sync");
+      const [taken = 0] = await inTurn([{ before: rewrite, work: () => ours(args) }]);
+      await nextSecond();
+      const began = processes();
+      await ours(args);
+      measured.push({ taken, started: processes() - began });
+    }
+    const [few, many] = measured as [(typeof measured)[0], (typeof measured)[0]];
+    const more = many.started - few.started;
+    return [slower("10,000 snapshots on both sides, one taken, one pruned: 10 snapshots", many.taken, few.taken, 300), ["the same: processes and threads", String(many.started), String(few.started), `${more} more`, "the same", Math.abs(more) < 20]];
+  },
+
+  async fleet() {
+    const night = async (count: number) => {
+      const [a, b] = [filesystem({ size: "4G" }).path, filesystem({ size: "4G" }).path];
+      const sources = Array.from({ length: count }, (_, i) => subvolume(join(a, `host${i}`)));
+      for (const source of sources) writeFileSync(join(source, "file"), "x".repeat(100_000));
+      const all = async () => {
+        const taken: number[] = [];
+        const waiting = [...sources];
+        const began = performance.now();
+        await Promise.all([1, 2, 3, 4].map(async () => {
+          for (let source = waiting.shift(); source !== undefined; source = waiting.shift()) {
+            const began = performance.now();
+            await ours(["-q", "-N", "1", "-n", "1", source, join(b, source.slice(source.lastIndexOf("/") + 1))]);
+            taken.push(performance.now() - began);
+          }
+        }));
+        return { one: median(taken), whole: performance.now() - began };
+      };
+      await all(); // in full
+      const nights = [];
+      for (let i = 0; i < (count > 4 ? 1 : ROUNDS); i++) {
+        for (const source of sources) writeFileSync(join(source, "file"), "y".repeat(100_000));
+        sh("sync");
+        await nextSecond();
+        nights.push(await all());
+      }
+      return { one: median(nights.map(({ one }) => one)), whole: median(nights.map(({ whole }) => whole)) };
+    };
+    const [few, many] = [await night(4), await night(200)];
+    return [ratio(`200 sources, 4 runs at a time, ${ms(many.whole)} in all; time of a run: 4 sources`, many.one, few.one, 1.3)];
+  },
+
+  async memory() {
+    // A command is sent what compresses well as it is, so that 10 GiB take little of the disk.
+    const source = subvolume(join(filesystem({ size: "4G", mount: "noatime,compress=zstd:1" }).path, "home"));
+    const sizes = [];
+    for (const size of ["10M", "10G"]) {
+      sh(`yes "$2" | head -c "$2" >"$1/file" || :`, source, size);
+      await nextSecond();
+      sizes.push(await memory(["-P", "-I", "--newest-only", source, "shell://cat >/dev/null"]));
+    }
+    const [few = 0, many = 0] = sizes;
+    return [["memory of all processes, 10 GiB stream: 10 MiB", `${(many / 1e6).toFixed(0)} MB`, `${(few / 1e6).toFixed(0)} MB`, `${((many - few) / 1e6).toFixed(0)} MB more`, "the same, < 120 MB", many < 120e6 && many - few < 15e6]];
+  },
+};
+
+let profiled = "";
+/** What a run's time is spent on: when it said what, by its debug log, in ms since its start. */
+async function profile(args: readonly string[]): Promise<string> {
+  await nextSecond();
+  const began = performance.now();
+  const child = Bun.spawn([...BINARY, "-v", "debug", ...args], { stdout: "ignore", stderr: "pipe" });
+  const lines: string[] = [];
+  const decoder = new TextDecoder();
+  for await (const chunk of child.stderr) lines.push(...decoder.decode(chunk).split("\n").filter(Boolean).map((line) => `${(performance.now() - began).toFixed(0).padStart(6)}  ${line.slice(0, 110)}`));
+  await child.exited;
+  return [...lines, `${(performance.now() - began).toFixed(0).padStart(6)}  ended`].join("\n");
+}
+
+const asked = process.argv.slice(2);
+const unknown = asked.find((name) => !Object.hasOwn(cases, name));
+if (unknown !== undefined) {
+  console.error(`there is no row ${unknown}: ${Object.keys(cases).join(", ")}`);
+  process.exit(2);
+}
+const rows: Row[] = [["case: compared with", "ours", "other", "result", "aim", true]];
+try {
+  for (const [name, measure] of Object.entries(cases)) {
+    if (asked.length > 0 && !asked.includes(name)) continue;
+    const began = performance.now();
+    rows.push(...(await measure()));
+    console.error(`${name}: ${ms(performance.now() - began)}`);
+    cleanUp();
+  }
+} finally {
+  cleanUp();
+}
+const widths = [0, 1, 2, 3, 4].map((column) => Math.max(...rows.map((row) => String(row[column]).length)));
+for (const row of rows) console.log(`${row.slice(0, 5).map((cell, column) => String(cell).padEnd(widths[column] as number)).join("  ")}  ${row === rows[0] ? "" : row[5] ? "reached" : "MISSED"}`.trimEnd());
+console.log(`\n${cpus().length} × ${cpus()[0]?.model}, ${sh("uname -sr; btrfs --version").replaceAll("\n", ", ")}, filesystems in ${process.env["TMPDIR"]?.split("/").slice(0, 3).join("/")}`);
+if (profiled !== "") console.log(`\nA local incremental run, by what it says and when (ms):\n${profiled}`);
