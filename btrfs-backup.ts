@@ -463,7 +463,7 @@ export const quote = (word: string) => `'${word.replace(/['\\!]/g, (c) => `'\\${
 /** A word of a command that is shown, quoted only if it must be. */
 const shellWord = (word: string) => (/^[\w./:@+-]+$/.test(word) ? word : quote(word));
 
-const LEVELS = { error: 0, warning: 1, info: 3, debug: 4 } as const;
+export const LEVELS = { error: 0, warning: 1, info: 3, debug: 4 } as const;
 
 /** Lines at the bottom of a terminal, one for each stream that is under way; whatever else is written goes above them. */
 class Terminal {
@@ -4709,24 +4709,34 @@ function wrapped(first: string, text: string, columns: number): string {
   return lines.map((line, i) => `${i === 0 ? first : " ".repeat(first.length)}${line}\n`).join("");
 }
 
-/** What --help says of a command. */
-export function helpText(command: CommandDef<any>, columns: number): string {
+/** An argument as help, the man page and completions tell it: an option as it is given, or the name of a positional. */
+export type Told = { readonly name: string; readonly short: string | null; readonly hint: string | null; readonly description: string; readonly required: boolean; readonly repeatable: boolean };
+
+/** What there is to tell of a command; `groups` are its options in the order of GROUPS, its own first. */
+export function told(command: CommandDef<any>): { usage: string; description: string; positionals: Told[]; groups: [title: string, options: Told[]][] } {
   const { name = "", description = "" } = command.meta as { name?: string; description?: string };
   const all = Object.entries(command.args as Record<string, ArgDef & { alias?: string; valueHint?: string; required?: boolean }>);
+  const tell = ([name, { alias, valueHint, description = "", required }]: (typeof all)[number]): Told => ({ name, short: alias ?? null, hint: valueHint ?? null, description, required: required !== false, repeatable: REPEATABLE.has(name) || SCOPED.has(name) });
+  const positionals = all.filter(([, { type }]) => type === "positional").map(tell);
+  const options = all.filter(([, { type }]) => type !== "positional").map(tell);
+  const grouped = Object.values(GROUPS).flat();
+  const groups: [string, Told[]][] = [["Options", options.filter(({ name }) => !grouped.includes(name))], ...Object.entries(GROUPS).map(([title, names]): [string, Told[]] => [title, names.flatMap((one) => options.filter(({ name }) => name === one))])];
+  const usage = [name, "[OPTIONS]", ...positionals.map(({ name, required }) => (required ? name.toUpperCase() : `[${name.toUpperCase()}…]`))].join(" ");
+  return { usage, description, positionals, groups: groups.filter(([, options]) => options.length > 0) };
+}
+
+/** What --help says of a command. */
+export function helpText(command: CommandDef<any>, columns: number): string {
+  const { usage, description, positionals, groups } = told(command);
   const width = Math.min(columns, 100);
   const row = (term: string, text: string) => (term.length > 24 ? `  ${term}\n${wrapped(" ".repeat(28), text, width)}` : wrapped(`  ${term}`.padEnd(28), text, width));
-  const positionals = all.filter(([, { type }]) => type === "positional");
-  const options = all.filter(([, { type }]) => type !== "positional");
-  const named = (names: readonly string[]) => names.flatMap((one) => options.filter(([option]) => option === one));
-  const grouped = Object.values(GROUPS).flat();
-  const groups = [["Options", options.filter(([option]) => !grouped.includes(option))], ...Object.entries(GROUPS).map(([title, names]) => [title, named(names)])] as [string, typeof options][];
   const others = Object.entries(COMMANDS).filter(([other]) => other !== "run");
   return [
-    wrapped("Usage: ", [name, "[OPTIONS]", ...positionals.map(([one, { required }]) => (required === false ? `[${one.toUpperCase()}…]` : one.toUpperCase()))].join(" "), width),
+    wrapped("Usage: ", usage, width),
     `\n${wrapped("", description, width)}`,
-    ...(positionals.length === 0 ? [] : ["\n", ...positionals.map(([one, { description = "" }]) => row(one.toUpperCase(), description))]),
+    ...(positionals.length === 0 ? [] : ["\n", ...positionals.map(({ name, description }) => row(name.toUpperCase(), description))]),
     ...(command === COMMANDS["run"] ? ["\nOther commands, each with its own --help:\n", ...others.map(([other, { meta }]) => row(other, (meta as { description: string }).description))] : []),
-    ...groups.filter(([, some]) => some.length > 0).flatMap(([title, some]) => [`\n${title}:\n`, ...some.map(([option, { alias, valueHint, description = "" }]) => row(`${alias === undefined ? "    " : `-${alias}, `}--${option}${valueHint === undefined ? "" : ` ${valueHint}`}`, description))]),
+    ...groups.flatMap(([title, options]) => [`\n${title}:\n`, ...options.map(({ name, short, hint, description }) => row(`${short === null ? "    " : `-${short}, `}--${name}${hint === null ? "" : ` ${hint}`}`, description))]),
   ].join("");
 }
 
