@@ -19,18 +19,25 @@ type Row = readonly [what: string, ours: string, other: string, result: string, 
 const slower = (what: string, ours: number, other: number, most: number): Row => [what, ms(ours), ms(other), ms(ours - other), `≤ ${most} ms more`, ours - other <= most];
 const ratio = (what: string, ours: number, other: number, most: number): Row => [what, ms(ours), ms(other), times(ours / other), `≤ ${most}`, ours / other <= most];
 
-const ours = (args: readonly string[]) => expectRun(0, args, { how: BINARY, env: { TERM: "dumb" } });
+const second = () => Math.floor(Date.now() / 1000);
+let named = 0;
+/** Runs the program; snapshots are named by the second, so that the next one has to wait for another. */
+async function ours(args: readonly string[]) {
+  const result = await expectRun(0, args, { how: BINARY, env: { TERM: "dumb" } });
+  named = second();
+  return result;
+}
 const shell = (script: string, ...args: string[]) => async () => void sh(script, ...args);
 
 type Timed = { readonly before?: () => unknown; readonly work: () => Promise<unknown> };
 /** Medians of several things in ms, done in turn; the first round warms up. What comes `before` is not counted. */
-async function inTurn(all: readonly Timed[], rounds = ROUNDS): Promise<number[]> {
+async function inTurn(all: readonly Timed[]): Promise<number[]> {
   const taken = all.map((): number[] => []);
-  for (let round = 0; round <= rounds; round++)
+  for (let round = 0; round <= ROUNDS; round++)
     for (const [i, { before, work }] of all.entries()) {
       await before?.();
       sh("sync");
-      await nextSecond(); // names are of a second
+      if (second() === named) await nextSecond();
       const began = performance.now();
       await work();
       if (round > 0) taken[i]?.push(performance.now() - began);
@@ -41,7 +48,7 @@ async function inTurn(all: readonly Timed[], rounds = ROUNDS): Promise<number[]>
 /** A source with files of about 4 KiB, and a change of 4 KiB in it. */
 function manyFiles(count: number): { source: string; change: () => void } {
   const source = subvolume(join(filesystem({ size: "4G" }).path, "home"));
-  sh(`cd "$1"; mkdir $(seq 1 100); head -c $((4096 * $2)) /dev/urandom | split -a 4 -b 4096 - f; i=0; for f in f*; do echo "$f $((i++ % 100 + 1))"; done | awk '{ print "mv " $1 " " $2 "/" }' | sh`, source, String(count));
+  sh(`cd "$1"; for d in $(seq 1 100); do mkdir $d; head -c $((4096 * $2 / 100)) /dev/urandom | split -a 3 -b 4096 - $d/f; done`, source, String(count));
   return { source, change: () => sh(`head -c 4096 /dev/urandom >"$1/1/new"`, source) };
 }
 
@@ -164,7 +171,7 @@ const cases: Record<string, () => Promise<Row[]>> = {
       mkdirSync(python);
       all.push({ before: change, work: shell(`${old} -q -f python -N 1 -n 1 "$1" "$2" >&2`, source, python) });
     }
-    const [own = 0, commands = 0, ...peers] = await inTurn(all, 9);
+    const [own = 0, commands = 0, ...peers] = await inTurn(all);
     const what = "local incremental run, 20,000 files, 4 KiB changed";
     const rows = [slower(`${what}: bare commands`, own, commands, 60)];
     rows.push(installed("btrbk") ? ratio("the same: btrbk", own, peers.shift() as number, 0.6) : missing("the same: btrbk", "btrbk"));
@@ -209,7 +216,7 @@ const cases: Record<string, () => Promise<Row[]>> = {
     const args = ["-P", "-I", "-N", "1", "-n", "1", source, mine];
     sh(`mkdir "$1" "$2/bare"`, bare, source);
     const plain = `cd "$1"; new=bare/$(date +%s%N); btrfs -q subvolume snapshot -r . "$new" >/dev/null; btrfs -q send --proto 2 --compressed-data "$new" 2>/dev/null | btrfs -q receive "$2"`;
-    const before = () => sh(`for s in "$1"/bare/* "$1"/snapshot/* "$2"/* "$3"/*; do [ ! -d "$s" ] || btrfs -q subvolume delete "$s" >/dev/null; done; btrfs subvolume sync "$1"; btrfs subvolume sync "$2"; btrfs subvolume sync "\${3%/*}"`, source, bare, mine);
+    const before = () => sh(`for s in "$1"/bare/* "$1"/snapshot/* "$2"/* "$3"/*; do [ ! -d "$s" ] || btrfs -q subvolume delete "$s" >/dev/null; done; for s in "$1" "$2" "$3"; do btrfs filesystem sync "\${s%/*}"; done`, source, bare, mine);
     const used = { ours: [] as number[], bare: [] as number[], elapsed: [] as number[] };
     const [own = 0, commands = 0] = await inTurn([
       { before, work: async () => { const { cpu, elapsed } = await processor([...BINARY, ...args]); used.ours.push(cpu); used.elapsed.push(elapsed); } },
@@ -222,7 +229,7 @@ const cases: Record<string, () => Promise<Row[]>> = {
   async compressed() {
     const mount = "noatime,compress=zstd";
     const source = subvolume(join(filesystem({ size: "4G", mount }).path, "home"));
-    sh(`for i in 1 2 3 4; do seq $((i * 1000000)) $((i * 1000000 + 16000000)) | head -c 128M >"$1/$i"; done`, source);
+    sh(`set +o pipefail; for i in 1 2 3 4; do seq $((i * 1000000)) $((i * 1000000 + 16000000)) | head -c 128M >"$1/$i"; done`, source);
     const [two, one] = [1, 2].map(() => join(filesystem({ size: "4G", mount }).path, "backup")) as [string, string];
     const bytes = { two: 0, one: 0 };
     const sent = async (key: keyof typeof bytes, args: string[]) => void (bytes[key] = events(await ours(["--json", "-P", "-I", "-N", "1", "-n", "1", ...args])).find(({ event }) => event === "transfer")?.["bytes"]);
@@ -232,14 +239,14 @@ const cases: Record<string, () => Promise<Row[]>> = {
   },
 
   async two() {
-    const { source } = oneFile(512 * MiB);
+    const { source } = oneFile(256 * MiB);
     const all = [1, 2, 3, 4].map((i) => place(`backup${i}`, "4G"));
     const args = ["-P", "-I", "-N", "1", "-n", "1", source];
     const [own = 0, other = 0] = await inTurn([
       { work: () => ours([...args, ...all.slice(0, 2)]) },
       { work: async () => { await ours([...args, all[2] as string]); await ours(["-S", ...args, all[3] as string]); } },
     ]);
-    return [ratio("two destinations that need the same 512 MiB: two runs", own, other, 0.75)];
+    return [ratio("two destinations that need the same 256 MiB: two runs", own, other, 0.75)];
   },
 
   async links() {
@@ -251,8 +258,9 @@ const cases: Record<string, () => Promise<Row[]>> = {
     writeFileSync(known, servers.map(({ options }) => readFileSync(/UserKnownHostsFile=(.*)/.exec(options.at(-1) ?? "")?.[1] ?? "", "utf8")).join(""));
     const args = ["-P", "--newest-only", "-N", "3", ...options, "--ssh-opt", `UserKnownHostsFile=${known}`, source];
     const urls = servers.map(({ url, path }) => url(path));
-    await ours([...args, ...urls]);
-    // Each in turn, so that no two have the same newest snapshot.
+    const fourth = `${urls[0]}-alone`;
+    await ours([...args, ...urls, fourth]);
+    // Two of them get one more snapshot each, so that no two have the same newest one.
     const before = async () => {
       for (const one of urls.slice(1)) {
         await nextSecond();
@@ -260,7 +268,7 @@ const cases: Record<string, () => Promise<Row[]>> = {
       }
       rewrite();
     };
-    const [alone = 0, own = 0] = await inTurn([{ before, work: () => ours([...args, urls[0] as string]) }, { before, work: () => ours([...args, ...urls]) }]);
+    const [own = 0, alone = 0] = await inTurn([{ before, work: () => ours([...args, ...urls]) }, { work: () => ours([...args, fourth]) }]);
     return [ratio("three ssh destinations at 50 MB/s, nothing in common, 64 MiB each: one of them alone", own, alone, 1.1)];
   },
 
@@ -269,9 +277,10 @@ const cases: Record<string, () => Promise<Row[]>> = {
     for (const count of [10, 10_000]) {
       const { source, rewrite } = oneFile(4096);
       const backups = place("backup");
-      const args = ["-N", String(count), "-n", String(count), source, backups];
+      const snapshots = `${source}.snapshots`;
+      const args = ["-N", String(count), "-n", String(count), "-f", snapshots, source, backups];
       await ours(args);
-      sh(HISTORY, source, sh(`ls -d "$1"/2*`, backups), join(source, "snapshot"), backups, "1", String(count - 1));
+      sh(HISTORY, source, sh(`ls -d "$1"/2*`, backups), snapshots, backups, "1", String(count - 1));
       sh("sync");
       const [taken = 0] = await inTurn([{ before: rewrite, work: () => ours(args) }]);
       await nextSecond();
