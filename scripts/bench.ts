@@ -126,7 +126,7 @@ async function processor(command: string[]): Promise<{ cpu: number; elapsed: num
 const processes = () => Number(/^processes (\d+)$/m.exec(readFileSync("/proc/stat", "utf8"))?.[1]);
 
 /** Snapshots and backups of them made by nothing but ioctls (linux/btrfs.h): one an hour, as many as asked for; sending so many would take hours. Eight at a time share the commits. */
-const HISTORY = `for part in 0 1 2 3 4 5 6 7; do perl -MPOSIX -e '
+const HISTORY = `all=; for part in 0 1 2 3 4 5 6 7; do perl -MPOSIX -e '
   my ($source, $base, $snapshots, $backups, $count, $part) = @ARGV;
   sub dir { open(my $d, "<", $_[0]) or die "$_[0]: $!"; $d }
   my ($s, $b, $ss, $bb) = map { dir($_) } ($source, $base, $snapshots, $backups);
@@ -139,7 +139,7 @@ const HISTORY = `for part in 0 1 2 3 4 5 6 7; do perl -MPOSIX -e '
     my $backup = dir("$backups/$name");
     my $received = substr($info, 296, 16) . chr(0) x 184; ioctl($backup, 0xC0C89425, $received) or die "received: $!"; # SET_RECEIVED_SUBVOL
     my $flags = pack("Q", 2); ioctl($backup, 0x4008941A, $flags) or die "flags: $!"; # SUBVOL_SETFLAGS, read-only
-  }' "$@" "$part" & done; for part in 0 1 2 3 4 5 6 7; do wait -n; done`;
+  }' "$@" "$part" & all="$all $!"; done; for one in $all; do wait $one; done`;
 
 const cases: Record<string, () => Promise<Row[]>> = {
   async start() {
