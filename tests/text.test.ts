@@ -15,9 +15,9 @@ import {
   inWords,
   log,
   parseCompression,
+  parseInspection,
   parseListing,
   parseLocation,
-  parseInspection,
   parseMounts,
   parseName,
   parseOldRecord,
@@ -26,14 +26,17 @@ import {
   parseStats,
   parseSubvolumes,
   parseWhen,
+  type PlaceMetrics,
   placeOn,
+  progressLine,
   quote,
   readArguments,
   runOptions,
+  summaryOf,
   table,
   UsageError,
-  VERBS,
   type Verb,
+  VERBS,
 } from "../btrfs-backup.ts";
 
 const U = (n: number) => `${String(n).padStart(8, "0")}-aaaa-bbbb-cccc-0123456789ab`;
@@ -506,4 +509,30 @@ describe("what a tree holds", () => {
     expect(listing.get("./a")).toMatchObject({ contents: "0".repeat(64), attributes: "user.x=0x01 user.y=0x02", mtime: "-5.000000001" });
     expect(listing.get(name)).toMatchObject({ "hard link to": "./a", contents: "1".repeat(64), attributes: "user.z=0x03" });
   });
+});
+
+test("a line about a stream fits the terminal, whatever it is called and however much is known", () => {
+  const MiB = 1 << 20;
+  for (const columns of [80, 120, 200])
+    for (const size of [undefined, 0, 100 * MiB])
+      for (const what of ["short", `20260101-120000 to ssh://root@${"server".repeat(30)}/backup`]) {
+        const line = progressLine(what, 50 * MiB, size, 10, columns);
+        expect(line.length).toBeLessThan(columns);
+        expect(line).toContain("0:00:10");
+        expect(line.startsWith(what.slice(0, 5))).toBe(true);
+      }
+  expect(progressLine("a", 50 * MiB, 100 * MiB, 10, 120)).toContain(" 50% 0:00:10 left");
+  expect(progressLine("a", 0, 100 * MiB, 0, 120)).toContain("  0% 0:00:00 left");
+  expect(progressLine("a", 200 * MiB, 100 * MiB, 10, 120)).toContain(" 100% 0:00:00 left");
+});
+
+test("the summary has a line for each place, the source first", () => {
+  const place = (more: Partial<PlaceMetrics>): PlaceMetrics => ({ sent: 0, bytes: 0, seconds: 0, deleted: 0, errors: 0, kept: null, last: null, ...more });
+  const text = summaryOf("/home", new Map<string | null, PlaceMetrics>([["/backup", place({ sent: 2, bytes: 3 << 20, seconds: 1.26, deleted: 1, kept: 7 })], [null, place({ kept: 3 })], ["shell://cat", place({ errors: 1 })]]));
+  expect(text.split("\n").map((line) => line.trim().split(/ {2,}/))).toEqual([
+    ["sent", "bytes", "time", "deleted", "kept"],
+    ["/home", "0.0 s", "0", "3"],
+    ["/backup", "2", "3.0M", "1.3 s", "1", "7"],
+    ["shell://cat", "0", "0B", "0.0 s", "0", "failed"],
+  ]);
 });
