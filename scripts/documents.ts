@@ -17,7 +17,33 @@ const items = (all: readonly Told[]) => all.map((option) => item(spelled(option)
 const positionals = (all: readonly Told[]) => all.map(({ name, description }) => item(`\\fI${name.toUpperCase()}\\fR`, description)).join("");
 const synopsis = (usage: string) => usage.replace(/^(btrfs-backup(?: [a-z]+)?) (.*)$/, (_, name: string, rest: string) => `.B ${roff(name)}\n.RI ${rest.split(" ").map((word) => `"${roff(word)}"`).join(' " " ')}\n`);
 const [run, ...others] = commands as [(typeof commands)[number], ...typeof commands];
-const isOfRun = ({ name, description }: Told) => optionsOf(run).some((one) => one.name === name && one.description === description);
+/** Whether a command has just this option: one of that name can mean something else. */
+const has = (command: (typeof commands)[number], { name, description }: Told) => optionsOf(command).some((one) => one.name === name && one.description === description);
+
+const STATUS = {
+  "0": "All is done.",
+  "1": "Something failed; what could be done is done.",
+  "2": "The command line makes no sense; nothing was done.",
+  "3": "Another run holds the lock; nothing was done.",
+  "129, 130, 143": "Ended by SIGHUP, SIGINT or SIGTERM, after cleaning up.",
+};
+const ENVIRONMENT = {
+  NO_COLOR: "No colours, on terminals either.",
+  XDG_RUNTIME_DIR: "Where the sockets of ssh connections are, if it is set; else /run, or /tmp.",
+};
+const FILES = {
+  ".btrfs-backup.json": "Beside snapshots and backups: to whom they belong, and what destinations still need.",
+  ".btrfs-backup.PREFIX.lock": "The lock of a folder and prefix.",
+  "/etc/btrfs-backup/NAME.args": "Arguments of the systemd unit btrfs-backup@NAME.service.",
+};
+const EXAMPLES = {
+  "Snapshot and back up, and keep a calendar of backups on the disk:": "btrfs-backup -N 7 -n '14d+ 8w 12m' /home /backup/home",
+  "To another host as well, which may be away for three days:": "btrfs-backup -n 30 --optional ssh://root@nas/backup/home --max-age 3d /home /backup/home",
+  "Encrypted, to an object store:": "btrfs-backup --compress zstd --encrypt-to me@example.org -n 60d+ /home rclone://s3:bucket/home",
+  "Make it again:": "btrfs-backup restore /backup/home /home",
+  "One file as it was:": "btrfs-backup versions --get '2026-01-31 12:00' /home/me/letter",
+};
+const list = (entries: Readonly<Record<string, string>>) => Object.entries(entries).map(([term, text]) => item(bold(term), text)).join("");
 
 const manual = () => `.TH BTRFS\\-BACKUP 8 "" "btrfs\\-backup ${VERSION}" "System Administration"
 .SH NAME
@@ -31,19 +57,19 @@ ${roff("An argument @FILE stands for the arguments in FILE: one option with its 
 ${positionals(run.positionals)}.SH OPTIONS
 ${run.groups.map(([title, options]) => `.SS "${roff(title)}"\n${items(options)}`).join("")}.SH OTHER COMMANDS
 ${roff("Options that they share with run mean the same; those of their own are told in full.")}
-${others.map((command) => `.SS "${roff(command.name)}"\n${roff(command.description)}\n${positionals(command.positionals)}${items(optionsOf(command).filter((option) => !isOfRun(option)))}${shared(command)}`).join("")}.SH RETENTION
+${others.map((command) => `.SS "${roff(command.name)}"\n${roff(command.description)}\n${positionals(command.positionals)}${items(optionsOf(command).filter((option) => !has(run, option)))}${shared(command)}`).join("")}.SH RETENTION
 ${roff("A POLICY is a number of the newest to keep, or words: 24h 7d 4w 12m 10y keep the first of each of so many hours, days, weeks, months and years; 14d+ keeps all of 14 days; * stands for all. What a destination still needs is never deleted at the source.")}
 .SH EXIT STATUS
-${[["0", "All is done."], ["1", "Something failed; what could be done is done."], ["2", "The command line makes no sense; nothing was done."], ["3", "Another run holds the lock; nothing was done."], ["129, 130, 143", "Ended by SIGHUP, SIGINT or SIGTERM, after cleaning up."]].map(([status, text]) => item(bold(status as string), text as string)).join("")}.SH ENVIRONMENT
-${item(bold("NO_COLOR"), "No colours, on terminals either.")}${item(bold("XDG_RUNTIME_DIR"), "Where the sockets of ssh connections are, if it is set; else /run, or /tmp.")}.SH FILES
-${item(bold(".btrfs-backup.json"), "Beside snapshots and backups: to whom they belong, and what destinations still need.")}${item(bold(".btrfs-backup.PREFIX.lock"), "The lock of a folder and prefix.")}${item(bold("/etc/btrfs-backup/NAME.args"), "Arguments of the systemd unit btrfs-backup@NAME.service.")}.SH EXAMPLES
-${[["Snapshot and back up, and keep a calendar of backups on the disk:", "btrfs-backup -N 7 -n '14d+ 8w 12m' /home /backup/home"], ["To another host as well, which may be away for three days:", "btrfs-backup -n 30 --optional ssh://root@nas/backup/home --max-age 3d /home /backup/home"], ["Encrypted, to an object store:", "btrfs-backup --compress zstd --encrypt-to me@example.org -n 60d+ /home rclone://s3:bucket/home"], ["Make it again:", "btrfs-backup restore /backup/home /home"], ["One file as it was:", "btrfs-backup versions --get '2026-01-31 12:00' /home/me/letter"]].map(([text, line]) => `${roff(text as string)}\n.PP\n.in +4n\n.EX\n${roff(line as string)}\n.EE\n.in\n.PP\n`).join("")}.SH SEE ALSO
+${list(STATUS)}.SH ENVIRONMENT
+${list(ENVIRONMENT)}.SH FILES
+${list(FILES)}.SH EXAMPLES
+${Object.entries(EXAMPLES).map(([text, line]) => `${roff(text)}\n.PP\n.in +4n\n.EX\n${roff(line)}\n.EE\n.in\n.PP\n`).join("")}.SH SEE ALSO
 ${["btrfs-subvolume", "btrfs-send", "btrfs-receive", "ssh", "rclone", "gpg"].map((name) => `.BR ${roff(name)} (${name.startsWith("btrfs") ? 8 : 1})`).join(",\n")}
 `;
 
 /** Which of the options of `run` another command understands. */
 function shared(command: (typeof commands)[number]): string {
-  const names = optionsOf(command).filter(isOfRun).map(({ name }) => bold(`--${name}`));
+  const names = optionsOf(command).filter((option) => has(run, option)).map(({ name }) => bold(`--${name}`));
   return names.length === 0 ? "" : `.PP\nAs for run: ${names.join(", ")}\n`;
 }
 
@@ -51,13 +77,11 @@ function shared(command: (typeof commands)[number]): string {
 
 const CHOICES: Readonly<Record<string, readonly string[]>> = { LEVEL: Object.keys(LEVELS), "zstd[:LEVEL]": ["zstd"], "1|2": ["1", "2"] };
 
-/** What the value of an option, or a positional, is. */
+/** What the value of an option is. */
 type Kind = "snapshot" | "directory" | "file" | "choice" | "other";
 function kindOf({ name, hint }: Told): Kind {
-  if (hint === null) return name === "file" ? "file" : "directory";
-  if (Object.hasOwn(CHOICES, hint)) return "choice";
   if (name === "snapshot" || name === "get") return "snapshot";
-  return { DIR: "directory", DEST: "directory", PATH: "file", FILE: "file" }[hint] as Kind | undefined ?? "other";
+  return { DIR: "directory", DEST: "directory", PATH: "file", FILE: "file" }[hint ?? ""] as Kind | undefined ?? (Object.hasOwn(CHOICES, hint ?? "") ? "choice" : "other");
 }
 const choicesOf = ({ hint }: Told) => CHOICES[hint ?? ""] ?? [];
 
@@ -93,7 +117,6 @@ _btrfs_backup() {
   local command=run options current=\${COMP_WORDS[COMP_CWORD]} before=\${COMP_WORDS[COMP_CWORD - 1]} IFS=$' \\t\\n'
   case \${COMP_WORDS[1]} in
   ${others.map(({ name }) => name).join(" | ")}) [ "$COMP_CWORD" = 1 ] || command=\${COMP_WORDS[1]} ;;
-  run) [ "$COMP_CWORD" = 1 ] || command=run ;;
   esac
   # readline takes --option=value for three words, and @file for two, of which it replaces both
   if [ "$current" = = ]; then current=; elif [ "$before" = = ]; then before=\${COMP_WORDS[COMP_CWORD - 2]}; fi
@@ -124,7 +147,8 @@ function bashValue(key: string): string {
   const [kind, ...choices] = key.split(" ");
   const reply = (from: string) => `mapfile -t COMPREPLY < <(${from})`;
   if (kind === "choice") return reply(`compgen -W "${choices.join(" ")}" -- "$current"`);
-  if (kind === "snapshot") return reply(`compgen -W "$(_btrfs_backup_snapshots "$command" "\${COMP_WORDS[@]:2}")" -- "$current"`);
+  // Whoever may add backups chooses their names: compgen -W would expand them, and the shell what is inserted unquoted.
+  if (kind === "snapshot") return reply(`_btrfs_backup_snapshots "$command" "\${COMP_WORDS[@]:2}" | while IFS= read -r name; do name=$(printf %q "$name"); [[ $name != "$current"* ]] || echo "$name"; done`);
   if (kind === "other") return ":";
   return `compopt -o filenames; ${reply(`compgen ${kind === "file" ? "-f" : "-d"} -- "$current"`)}`;
 }
@@ -185,7 +209,7 @@ _btrfs_backup "$@"
 const fishText = (text: string) => `'${text.replace(/[\\']/g, "\\$&")}'`;
 function fishOption(option: Told): string {
   const { name, short, hint, description } = option;
-  const used = commands.filter((command) => optionsOf(command).some((one) => one.name === name && one.description === description)).map((command) => command.name);
+  const used = commands.filter((command) => has(command, option)).map((command) => command.name);
   const value = hint === null ? "" : { snapshot: " -x -k -a '(__btrfs_backup_snapshots)'", directory: " -x -a '(__fish_complete_directories (commandline -ct))'", file: " -r -F", choice: ` -x -a ${fishText(choicesOf(option).join(" "))}`, other: " -x" }[kindOf(option)];
   return `complete -c btrfs-backup -n ${fishText(`__btrfs_backup_is ${used.join(" ")}`)}${short === null ? "" : ` -s ${short}`} -l ${name}${value} -d ${fishText(description)}`;
 }

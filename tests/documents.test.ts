@@ -1,7 +1,7 @@
 // The man page and the completions that scripts/build makes of the program's own definitions, in the real man and shells.
 
 import { expect, test } from "bun:test";
-import { mkdirSync } from "node:fs";
+import { existsSync, mkdirSync } from "node:fs";
 import { join } from "node:path";
 import { COMMANDS, told } from "../btrfs-backup.ts";
 import { pair, expectRun, nextSecond, ROOT, sh, snapshotNames, temporaryDirectory } from "./support/rig.ts";
@@ -83,6 +83,17 @@ for (const shell of ["bash", "zsh"] as const)
     expect(await typed(shell, `verify ${source} --snapshot 2`)).toBe(`<verify><${source}><--snapshot><${name}>`);
     expect(await typed(shell, `versions ${source}/some/file --get 2`)).toBe(`<versions><${source}/some/file><--get><${name}>`);
   });
+
+test("a snapshot's name is never run, whatever whoever made it called it", async () => {
+  const { source, destination } = pair();
+  const directory = temporaryDirectory();
+  const prefix = "$(touch run)`touch run`;touch run;'\"-";
+  await expectRun(0, ["-p", prefix, source, destination]);
+  const [name = ""] = snapshotNames(destination, prefix);
+  for (const shell of ["bash", "zsh"] as const) expect(await typed(shell, `restore ${destination} /target --snapshot `, directory)).toBe(`<restore><${destination}></target><--snapshot><${name}>`);
+  expect(offered(`restore ${destination} /target --snapshot `, directory)).toEqual([name]);
+  expect(existsSync(join(directory, "run"))).toBe(false);
+});
 
 test("fish completes commands, options, choices, paths, and snapshots' names, the newest first", async () => {
   const { source, destination, name } = await backedUp();
