@@ -534,10 +534,12 @@ export function hostOf(name: HostName | null, options: { sshOptions: readonly st
 
 const sameHost = (a: Host, b: Host) => JSON.stringify(a.ssh) === JSON.stringify(b.ssh);
 
+/** What a verb's script gets: the first word says whether btrfs is to run under sudo. */
+const parametersOf = (host: Host, args: readonly string[]) => [host.sudo ? "sudo" : "", ...args].map(quote).join(" ");
+
 /** The shell text that runs a verb on a host. Local and ssh differ nowhere else. */
 export function commandFor(host: Host, verb: Verb, args: readonly string[]): string {
-  const words = ["sh", "-c", verb.script, `btrfs-backup:${verb.name}`, host.sudo ? "sudo" : "", ...args];
-  const text = words.map((word, i) => (i < 2 ? word : quote(word))).join(" ");
+  const text = `sh -c ${quote(verb.script)} ${quote(`btrfs-backup:${verb.name}`)} ${parametersOf(host, args)}`;
   if (host.ssh === null) return text;
   if (/[\n\r]/.test(text)) throw new Failure(`${host.label}: a name with a line break cannot be used on another host`);
   return [...host.ssh, text].map(quote).join(" ");
@@ -575,7 +577,7 @@ function start(host: Host, verb: Verb, args: readonly string[]): Started {
   // Ctrl-C at a terminal reaches every child there: these are ended by us, after cleaning up. A
   // verb has a process group of its own; ssh stays where it can ask for a passphrase.
   const local = host.ssh === null;
-  const child = shell({ stdio: ["pipe", "pipe", "pipe"], detached: local })`${`trap "" INT HUP; exec ${commandFor(host, verb, args)}`}`;
+  const child = shell({ stdio: ["pipe", "pipe", "pipe"], detached: local })`${`trap "" INT HUP; ${local ? `set -- ${parametersOf(host, args)}; ${verb.script}` : `exec ${commandFor(host, verb, args)}`}`}`;
   child.stdin.on("error", () => {}); // gone before we were: its exit status tells
   return { process: child, stop: () => sendSignal(local ? -(child.pid as number) : (child.pid as number), "SIGTERM") };
 }
@@ -611,11 +613,16 @@ async function ask(host: Host, verb: Verb, args: readonly string[], what: string
 /** A verb that holds something (a lock) until it is told to let go. */
 type Held = { readonly output: string; readonly release: () => Promise<void> };
 
+/** What is exchanged with a verb on the way: the `first` line that it waits for, and is ended without; and what is done when a line of its output is `seen`. */
+type Signals = { readonly first?: Promise<string> | undefined; readonly seen?: Seen | undefined };
+type Seen = { readonly line: string; readonly tell: () => void };
+
 /** Starts a verb that prints until a line that is `end`, and then waits for its input to close. */
-async function hold(host: Host, verb: Verb, args: readonly string[], end: string, what: string): Promise<Held> {
+async function hold(host: Host, verb: Verb, args: readonly string[], end: string, what: string, { first, seen }: Signals = {}): Promise<Held> {
   const { process: child, stop } = start(host, verb, args);
   running.add(stop);
-  const output = await printed(child, `\n${end}\n`);
+  first?.then((line) => child.stdin.write(`${line}\n`), stop);
+  const output = await printed(child, `\n${end}\n`, seen);
   running.delete(stop);
   const beats = host.ssh === null ? undefined : setInterval(() => child.stdin.write("."), host.beat * 1000);
   void child.then(() => clearInterval(beats));
@@ -637,14 +644,16 @@ async function hold(host: Host, verb: Verb, args: readonly string[], end: string
 }
 
 /** What a verb prints until its output ends so; null if it ends before. */
-function printed(child: ProcessPromise, end: string): Promise<string | null> {
+function printed(child: ProcessPromise, end: string, seen?: Seen): Promise<string | null> {
   return new Promise((done) => {
     const chunks: string[] = [];
     let tail = "";
     child.stdout.setEncoding("utf8").on("data", (chunk: string) => {
       chunks.push(chunk);
-      tail = (tail + chunk).slice(-end.length);
-      if (tail === end) done(chunks.join(""));
+      const last = tail + chunk;
+      if (seen !== undefined && last.includes(`\n${seen.line}\n`)) seen.tell();
+      tail = last.slice(-end.length);
+      if (last.endsWith(end)) done(chunks.join(""));
     });
     void child.then(() => done(null));
   });
@@ -747,7 +756,10 @@ function sendSignal(pid: number, signal: NodeJS.Signals): void {
 // or `!`. The first parameter is "sudo" or empty: btrfs alone runs under sudo, never flock,
 // which would run anything. Exit statuses: 64 usage, 65 refused, 66 absent, 69 a program is
 // missing, 75 a lock is busy, 76 the name is taken, 77 another stream. A FOLDER comes with the FSID that it had when it
-// was opened: hours may have passed, and another disk may be mounted there (`at`).
+// was opened, and the process that holds it locked: hours may have passed, and another disk may be mounted there (`at`).
+
+/** What statfs(2) calls btrfs, in hexadecimal: linux/magic.h. */
+const BTRFS_MAGIC = "9123683e";
 
 const verb = (name: string, ...lines: readonly string[]): Verb => ({ name, script: lines.join(" ") });
 
@@ -761,7 +773,7 @@ const WATCH = `watch() { if [ -n "$1" ]; then ( while [ -d "/proc/$$" ]; do [ -d
 // A process costs more than a millisecond: what a shell can do itself, it does.
 const PRELUDE = `set -e; umask 077; unset CDPATH TAR_OPTIONS POSIXLY_CORRECT QUOTING_STYLE; PATH=$PATH:/usr/sbin:/sbin; LC_ALL=C; export PATH LC_ALL;
  su=$1; if [ "$1" = sudo ]; then b() { sudo -n btrfs "$@"; }; else b() { btrfs "$@"; }; fi; shift; uid() { while read -r key real u others; do if [ "$key" = Uid: ]; then return; fi; done </proc/self/status; }; root() { [ -n "$su" ] || { uid; [ "$u" = 0 ]; }; };
- at() { cd -P -- "$1" || { echo "(is the disk mounted?)" >&2; exit 66; }; [ "$PWD" = "$1" ] && [ "$(stat -f -c %i .)" = "$2" ] || { echo "another filesystem or directory is at $1 now" >&2; exit 66; }; };`.replace(/\n/g, "");
+ at() { cd -P -- "$1" || { echo "(is the disk mounted?)" >&2; exit 66; }; [ "$PWD" = "$1" ] && { [ . -ef "/proc/\${2#*/}/cwd" ] || [ "$(stat -f -c %i .)" = "\${2%/*}" ]; } || { echo "another filesystem or directory is at $1 now" >&2; exit 66; }; };`.replace(/\n/g, "");
 
 /**
  * record HEADER KEY VALUE: replaces one line of the record in the current directory, whole or not
@@ -777,10 +789,10 @@ const RECEIVING =
   `receiving() { [ -f ".btrfs-backup.$1.receiving" ] || ( set -C; : >".btrfs-backup.$1.receiving" ) || :; exec 8<".btrfs-backup.$1.receiving"; flock -w "$2" 8 || { echo "an earlier transfer is still being received in $PWD" >&2; exit 75; }; };`;
 
 /**
- * open NONCE WAIT FOLDER PREFIX SOURCE STREAMS SILENCE: prints all that there is to know of a folder (and of the SOURCE
- * whose snapshot folder it is, or of the files in it if it is for STREAMS), in sections that begin with a NONCE
- * no listing can contain.
- * WAIT is `look`, or the seconds to wait for the lock, which is then held until the input closes.
+ * open NONCE WAIT FOLDER PREFIX SOURCE KIND SILENCE: prints all that there is to know of a folder (and of the SOURCE
+ * whose snapshot folder it is), in sections that begin with a NONCE no listing can contain. KIND is `streams` for
+ * a folder of stored streams, and `known` where the protocol need not be asked for.
+ * WAIT is `look`, or the seconds to wait for the lock, which is then held until the input closes; or `later`: one of these comes as a line of input.
  * A folder without a lock file is not locked: nothing is written before it is known to be ours.
  */
 const OPEN = verb(
@@ -788,28 +800,28 @@ const OPEN = verb(
   PRELUDE,
   KEEP,
   `n=$1 w=$2 d=$3 p=$4 s=$5 k=$6 q=$7; say() { echo; echo "$n $1"; };`,
-  `[ -n "$k" ] || command -v btrfs >/dev/null || { echo "btrfs not found: install btrfs-progs" >&2; exit 69; };`,
+  `[ "$k" = streams ] || command -v btrfs >/dev/null || { echo "btrfs not found: install btrfs-progs" >&2; exit 69; };`,
   `real() { case $(flock -V 2>/dev/null) in *util-linux*) ;; *) echo "flock not found: install util-linux" >&2; exit 69;; esac; };`,
-  // The fsid tells subvolumes apart as well: what has the same has the same root.
-  `place() { cd -P -- "$1"; pwd -P; i=$(stat -c %i .); set -- $(stat -f -c "%i %t %a %S" .); echo "$i"; echo "$1"; t= free="$3 $4"; if [ -z "$k" ] && [ "$2" = 9123683e ]; then t=btrfs; [ "$1" = "$last" ] || r=$(b inspect-internal rootid .); echo "$r"; else echo -; fi; last=$1; }; last=;`,
-  `if [ -n "$s" ]; then [ -d "$s" ] || { echo "no such directory: $s" >&2; exit 64; };`,
-  // The top level is not in the list.
-  `say source; place "$s"; if [ "$t $i $r" = "btrfs 256 5" ] && root; then say show; b subvolume show .; fi; fi;`,
-  `say host; read -r h </proc/sys/kernel/hostname; echo "$h"; say zstd; command -v zstd || :; f=/sys/fs/btrfs/features/send_stream_version; say stream; if [ -z "$k" ] && [ -f $f ]; then read -r v <$f; echo "$v"; btrfs --version; fi; say mounts; cat /proc/self/mountinfo; say filesystems; for f in /sys/fs/btrfs/*; do echo "\${f##*/}"; done;`,
-  `if [ -d "$d" ]; then say folder; place "$d"; say space; echo "$free"; say owners; uid; echo "$u"; set --; foul() { echo "$PWD/$1 is not a plain file" >&2; exit 65; };`,
-  `for f in ".btrfs-backup.$p.lock" ".btrfs-backup.$p.receiving" .btrfs-backup.json .outstanding_transfers; do if [ -L "$f" ]; then foul "$f"; elif [ -f "$f" ]; then set -- "$@" "$f"; elif [ -e "$f" ]; then foul "$f"; fi; done; stat -c %u . "$@";`,
-  // The other locks are those of commands, and of remotes of rclone.
-  `if [ "$w" = look ]; then :; elif [ -f ".btrfs-backup.$p.lock" ]; then exec 9<".btrfs-backup.$p.lock"; flock -w "$w" 9 || { real; echo "another run holds $PWD/.btrfs-backup.$p.lock" >&2; exit 75; };`,
-  `${RECEIVING} for f in ".btrfs-backup.$p.receiving" ".btrfs-backup.$p".????????.receiving; do if [ -f "$f" ]; then f=\${f#.btrfs-backup.}; receiving "\${f%.receiving}" "$w"; exec 8<&-; fi; done; say locked; echo $$; else real; fi;`,
-  `say entries; ls -a; say record; if [ -e .btrfs-backup.json ]; then cat .btrfs-backup.json; fi;`,
-  `say old; if [ -f .outstanding_transfers ]; then cat .outstanding_transfers; fi;`,
-  `if [ -z "$t" ]; then :; elif root; then say subvolumes; b subvolume list -a -u -q -R .; say readonly; b subvolume list -a -r .; else`,
-  // Whoever is not root gets no list, and can only ask of each.
-  `say alone; for f in "./$p"[0-9]*-[0-9]*; do if [ "$(stat -c %i "$f" 2>/dev/null)" = 256 ]; then echo "$(b inspect-internal rootid "$f") $(b property get -ts "$f" ro) $f"; fi; done; fi;`,
-  `if [ -n "$k" ]; then say files; find . -mindepth 1 -maxdepth 1 -type f -exec stat -c "%s/%Y %n" {} +; fi;`,
+  `if [ -n "$s" ]; then [ -d "$s" ] || { echo "no such directory: $s" >&2; exit 64; }; cd -P -- "$s"; say source; pwd -P; s=$PWD; fi;`,
+  `say host; read -r h </proc/sys/kernel/hostname; echo "$h"; say zstd; command -v zstd || :; f=/sys/fs/btrfs/features/send_stream_version; say stream; if [ -z "$k" ] && [ -f $f ]; then read -r v <$f; echo "$v"; btrfs --version; fi; say filesystems; for f in /sys/fs/btrfs/*; do echo "\${f##*/}"; done; set --;`,
+  `if [ -d "$d" ]; then cd -P -- "$d"; say folder; pwd -P; foul() { echo "$PWD/$1 is not a plain file" >&2; exit 65; };`,
+  `for f in ".btrfs-backup.$p.lock" ".btrfs-backup.$p.receiving" .btrfs-backup.json .outstanding_transfers; do if [ -L "$f" ]; then foul "$f"; elif [ -f "$f" ]; then set -- "$@" "$f"; elif [ -e "$f" ]; then foul "$f"; fi; done;`,
   `elif [ -e "$d" ] || [ -L "$d" ]; then echo "not a directory: $d" >&2; exit 65;`,
-  `elif [ -d "\${d%/*}/" ]; then [ "$w" = look ] || real; say missing; place "\${d%/*}/"; say space; echo "$free"; else echo "no such directory: \${d%/*} (is the disk mounted?)" >&2; exit 66; fi;`,
-  `echo; echo "$n end"; [ "$w" = look ] || keep "$q"`,
+  `elif [ -d "\${d%/*}/" ]; then cd -P -- "\${d%/*}/"; say missing; pwd -P; else echo "no such directory: \${d%/*} (is the disk mounted?)" >&2; exit 66; fi;`,
+  // One process for all that is of the same kind. Of files only the owner counts.
+  `say user; uid; echo "$u"; say inodes; stat -c "%i %u" \${s:+"$s"} . "$@"; f=$(stat -f -c "%i %t %a %S" \${s:+"$s"} .); say places; echo "$f"; set -- $f; [ $# = 4 ] || shift 4; t=; if [ "$k" = streams ]; then :; elif [ "$2" = ${BTRFS_MAGIC} ]; then t=btrfs; fi;`,
+  `if [ "$w" = later ]; then read -r w; fi; see() { f=; if [ -d "$d" ] && [ -e .btrfs-backup.json ]; then f=.btrfs-backup.json; fi; m=$( { echo; echo "$n record"; } | cat /proc/self/mountinfo - $f ); };`,
+  `if [ -d "$d" ]; then if [ "$w" = look ]; then see; elif [ -f ".btrfs-backup.$p.lock" ]; then exec 9<".btrfs-backup.$p.lock"; flock -w "$w" 9 || { real; echo "another run holds $PWD/.btrfs-backup.$p.lock" >&2; exit 75; }; see;`,
+  // What was announced may still be received. The other locks are those of commands, and of remotes of rclone.
+  `${RECEIVING} r=; case $k\${m#*"$n record"} in streams*|*receiving*) r=.btrfs-backup.$p.receiving; esac; for f in \${r:+"$r"} ".btrfs-backup.$p".????????.receiving; do if [ -f "$f" ]; then f=\${f#.btrfs-backup.}; receiving "\${f%.receiving}" "$w"; exec 8<&-; r=again; fi; done; [ -z "$r" ] || see; say locked; echo $$; else real; see; fi;`,
+  `set -- .* *; IFS=$(echo; echo x); IFS=\${IFS%x}; say entries; printf %s "$*"; echo; unset IFS;`,
+  `say old; if [ -f .outstanding_transfers ]; then cat .outstanding_transfers; fi;`,
+  `if [ "$k" = streams ]; then say files; find . -mindepth 1 -maxdepth 1 -type f -exec stat -c "%s/%Y %n" {} +; fi; else [ "$w" = look ] || real; see; fi; if [ -z "$t" ]; then :; elif root; then`,
+  // The top level of a filesystem is not in the list. It is seen only where it is mounted; mountinfo writes space, #, backslash and the like in another way.
+  `case $s in "") r=;; *[[:space:]#Z-^]*) r=show;; *) case $m in *" / $s "*) r=show;; *) r=;; esac;; esac; [ -z "$r" ] || { say show; b subvolume show "$s" || :; }; { b subvolume list -a -r . || say failed; } | { say subvolumes; b subvolume list -a -u -q -R .; say readonly; cat; }; else`,
+  // Whoever is not root gets no list, and can only ask of each.
+  `say roots; for f in \${s:+"$s"} .; do b inspect-internal rootid "$f" || :; done; say alone; for f in "./$p"[0-9]*-[0-9]*; do if [ "$(stat -c %i "$f" 2>/dev/null)" = 256 ]; then echo "$(b inspect-internal rootid "$f") $(b property get -ts "$f" ro) $f"; fi; done; fi;`,
+  `say mounts; printf %s "$m"; echo; echo; echo "$n end"; [ "$w" = look ] || keep "$q"`,
 );
 
 /** create FOLDER FSID PREFIX: the folder (its last component only) and the chain's lock file; another first run may be faster. */
@@ -1201,20 +1213,24 @@ export function filesystemOf(fsid: string, root: number, uuids: readonly string[
   );
 }
 
-/** A directory that was looked at. `filesystem` is null where it is not btrfs; `fsid` is the kernel's, of its subvolume. */
-export type Place = { readonly path: string; readonly inode: number; readonly fsid: string; readonly filesystem: string | null; readonly root: number };
+/** The ID of the subvolume that a path from the filesystem's top level is in. */
+function rootOf(top: string, subvolumes: readonly Subvolume[]): number {
+  const above = subvolumes.filter(({ path }) => isWithin(top, `/${path}`));
+  return above.reduce((deepest, one) => (one.path.length > deepest.path.length ? one : deepest), { id: 5, path: "" }).id;
+}
+
+/** A directory that was looked at. `filesystem` is null where it is not btrfs; `fsid` is the kernel's, of its subvolume; `free`: bytes there. */
+export type Place = { readonly path: string; readonly inode: number; readonly fsid: string; readonly filesystem: string | null; readonly root: number; readonly free: number };
 
 /** All that `open` tells. `exists` is false for a folder that would have to be made; then `place` is its parent. */
 export type Inspection = {
   readonly host: string;
   /** Whether zstd is installed there. */
   readonly zstd: boolean;
-  /** The newest protocol of send streams that kernel and btrfs-progs know. */
+  /** The newest protocol of send streams that kernel and btrfs-progs know; 1 where it was not asked for. */
   readonly protocol: number;
   readonly exists: boolean;
   readonly locked: boolean;
-  /** Bytes that are free there. */
-  readonly free: number;
   /** The process that holds the lock there. */
   readonly holder: string;
   readonly place: Place;
@@ -1250,48 +1266,48 @@ export function parseInspection(output: string, nonce: string, folder: string): 
     sections.set(part.slice(0, at), part.slice(at + 1).replace(/\n$/, ""));
   }
   const section = (name: string) => sections.get(name) ?? "";
-  const uuids = section("filesystems").split("\n");
+  if (sections.has("failed")) throw new Failure(`"btrfs subvolume list" failed below ${folder}`);
   const mounts = parseMounts(section("mounts"));
-  const place = (text: string): Place => {
-    // A path may contain line breaks: the last three lines are the rest. An fsid can have digits only.
-    const match = /^(.*)\n(\d+)\n([0-9a-f]+)\n(\d+|-)$/s.exec(text);
-    if (!match) throw new Failure(`cannot read what "stat" printed: ${text}`);
-    const [, path = "", inode, fsid = "", root] = match;
-    const filesystem = root === "-" ? null : filesystemOf(fsid, Number(root), uuids);
-    if (root !== "-" && filesystem === null) throw new Failure(`${path}: its filesystem is not in /sys/fs/btrfs`);
-    return { path, inode: Number(inode), fsid, filesystem, root: root === "-" ? 0 : Number(root) };
-  };
+  const record = parseRecord(section("record"));
   const files = parseFiles(section("files"));
   const exists = sections.has("folder");
-  const here = place(section(exists ? "folder" : "missing"));
-  const { mount, top } = placeOn(mounts, here.path);
-  const record = parseRecord(section("record"));
+  const paths = [...(sections.has("source") ? [section("source")] : []), section(exists ? "folder" : "missing")];
+  const seen = paths.map((path) => placeOn(mounts, path));
+  const { mount, top } = seen.at(-1) as (typeof seen)[0];
   const alone = sections.has("alone");
   const subvolumes = alone ? parseAlone(section("alone"), top, record) : parseSubvolumes(section("subvolumes"), section("readonly"));
+  const [inodes, shown] = (["inodes", "places"] as const).map((name) => section(name).split("\n").map((line) => line.split(" "))) as [string[][], string[][]];
+  const roots = alone ? section("roots").split("\n").map(Number) : seen.map(({ top }) => rootOf(top, subvolumes));
+  const places = paths.map((path, i): Place => {
+    const [[inode = ""] = [], [fsid = "", type, blocks, size] = []] = [inodes[i], shown[i]];
+    if (path === "" || !/^\d+$/.test(inode) || !/^[0-9a-f]+$/.test(fsid)) throw new Failure(`cannot read what "stat" printed of ${path}: ${inode} ${fsid}`);
+    const root = type === BTRFS_MAGIC && !sections.has("files") ? (roots[i] ?? 0) : 0;
+    // SOURCE can lie on another filesystem than the one whose subvolumes were listed, which is an error anyway.
+    const filesystem = root === 0 ? null : (filesystemOf(fsid, root, section("filesystems").split("\n")) ?? (i === 0 && paths.length > 1 ? `with the ID ${fsid}` : null));
+    if (root !== 0 && filesystem === null) throw new Failure(`${path}: its filesystem is not in /sys/fs/btrfs`);
+    return { path, inode: Number(inode), fsid, filesystem, root, free: Number(blocks) * Number(size) };
+  });
+  const here = places.at(-1) as Place;
+  const source = places.length > 1 ? { ...(places[0] as Place), top: seen[0]?.top as string } : null;
   // Below a bind mount of a plain folder, btrfs receive cannot find the parent.
   if (exists && !alone && here.filesystem !== null && mount.root !== "/" && !subvolumes.some(({ path }) => `/${path}` === mount.root))
     throw new Failure(`${here.path} is below ${mount.path}, a bind mount of the plain folder ${mount.root} of its filesystem: use the path below that filesystem's own mount point`);
-  const source = sections.has("source") ? place(section("source")) : null;
-  const show = section("show");
-  const [user = "", ...owners] = section("owners").split("\n");
-  const [blocks, size] = section("space").split(" ").map(Number) as [number, number];
+  const user = section("user");
   return {
     user,
-    trusted: owners.every((owner) => owner === user || owner === "0"),
+    trusted: inodes.slice(source === null ? 0 : 1).every(([, owner]) => owner === user || owner === "0"),
     host: section("host"),
     zstd: section("zstd") !== "",
     protocol: parseProtocol(section("stream")),
     exists,
     locked: sections.has("locked"),
-    free: blocks * size,
     holder: section("locked"),
     place: here,
     top: exists ? top : `${top === "/" ? "" : top}${folder.slice(folder.lastIndexOf("/"))}`,
     source: source && {
       ...source,
       // Top levels made by old versions of mkfs have no UUID: the filesystem's stands in.
-      uuid: (show === "" ? subvolumes.find(({ id }) => id === source.root && !alone)?.uuid : (uuidOrNull(shownField(show, "UUID")) ?? source.filesystem)) ?? "",
-      top: placeOn(mounts, source.path).top,
+      uuid: (alone ? "" : source.root === 5 ? (uuidOrNull(shownField(section("show"), "UUID")) ?? source.filesystem) : subvolumes.find(({ id }) => id === source.root)?.uuid) ?? "",
     },
     mounts,
     subvolumes,
@@ -1655,8 +1671,12 @@ export type Store = ReturnType<typeof parseStreams> & { readonly verbs: StoreVer
 
 type Hosts = { readonly sshOptions: readonly string[]; readonly sudo: boolean; readonly sshSudo: boolean };
 
-/** How to open a place: `look` locks nothing; else the seconds to wait for its lock. `unverified`: streams need no checksum object. */
-type Opening = { readonly prefix: string; readonly wait: "look" | number; readonly hosts: Hosts; readonly source?: string; readonly unverified?: boolean };
+/**
+ * How to open a place: `look` locks nothing; else the seconds to wait for its lock. `unverified`: streams need no checksum object; `peer`: a host
+ * whose protocol is asked for anyway; `turn`: until then, what must be locked is not looked at, and it is given up if that fails; `locked` is
+ * called as soon as it is, if not later.
+ */
+type Opening = { readonly prefix: string; readonly wait: "look" | number; readonly hosts: Hosts; readonly source?: string; readonly unverified?: boolean; readonly peer?: Host; readonly turn?: Promise<void>; readonly locked?: () => void };
 
 /** An opened folder as it looks to a prefix. */
 const withPrefix = (folder: Omit<Folder, "prefix" | "snapshots" | "chain">, prefix: string): Folder => ({
@@ -1669,10 +1689,11 @@ const withPrefix = (folder: Omit<Folder, "prefix" | "snapshots" | "chain">, pref
 /** Opens a place: one command that locks it, and tells all there is to know. Errors: those of `ask`. */
 async function openFolder(location: Readable, path: string, opening: Opening): Promise<Folder> {
   if (location.kind === "rclone") return openRemote(location, path, opening);
-  const { prefix, wait, hosts, source = "" } = opening;
+  const { prefix, wait, hosts, source = "", peer, turn, locked } = opening;
   const host = hostOf(location.host, hosts);
+  const kind = location.kind === "raw" ? "streams" : peer !== undefined && sameHost(peer, host) ? "known" : "";
   const nonce = crypto.randomUUID();
-  const { output, release } = await hold(host, OPEN, [nonce, String(wait), path, prefix, source, location.kind === "raw" ? "streams" : "", silence(host)], `${nonce} end`, location.id);
+  const { output, release } = await hold(host, OPEN, [nonce, turn === undefined ? String(wait) : "later", path, prefix, source, kind, silence(host)], `${nonce} end`, location.id, { first: turn?.then(() => String(wait)), seen: locked && { line: `${nonce} locked`, tell: locked } });
   try {
     if (wait === "look") await release(); // nothing of it is left in the directory
     const inspection = parseInspection(output, nonce, path);
@@ -1695,15 +1716,15 @@ async function openRemote({ id }: Readable, path: string, { prefix, hosts, unver
   const listed = await ask(host, RCLONE.list, [path], id);
   const [, type = "", files = ""] = /^(.*?)\n(?:\n)?(.*)$/s.exec(listed) ?? [];
   const store = { ...parseStreams(parseFiles(files), unverified), verbs: RCLONE, type: path.startsWith(":") ? (/^:([^,:]+)/.exec(path)?.[1] ?? "") : type };
-  const place = { path, inode: 0, fsid: "", filesystem: null, root: 0 };
+  const place = { path, inode: 0, fsid: "", filesystem: null, root: 0, free: Infinity };
   const nothing = { source: null, mounts: [], subvolumes: [], alone: false, entries: new Set<string>(), record: parseRecord(""), old: parseOldRecord(""), written: new Map<string, number>(), zstd: false, protocol: 1 };
-  return withPrefix({ ...nothing, id, host, hostName: "", path, place, top: "", exists: true, locked: true, free: Infinity, holder: "", user: "", trusted: true, store, standing: store.streams, close: async () => {} }, prefix);
+  return withPrefix({ ...nothing, id, host, hostName: "", path, place, top: "", exists: true, locked: true, holder: "", user: "", trusted: true, store, standing: store.streams, close: async () => {} }, prefix);
 }
 
-/** Opens a place; if it was never locked before, makes it and its lock file once `check` has accepted what is there. */
-async function openChecked(location: Readable, path: string, opening: Opening, check: (folder: Folder) => void): Promise<Folder> {
-  for (;;) {
-    const folder = await openFolder(location, path, opening);
+/** Opens a place, or goes on with what has begun to; if it was never locked before, makes it and its lock file once `check` has accepted what is there. */
+async function openChecked(location: Readable, path: string, opening: Opening, check: (folder: Folder) => void, begun?: Promise<Folder>): Promise<Folder> {
+  for (let first = begun; ; first = undefined) {
+    const folder = await (first ?? openFolder(location, path, opening));
     try {
       check(folder);
     } catch (error) {
@@ -1712,7 +1733,7 @@ async function openChecked(location: Readable, path: string, opening: Opening, c
     }
     if (folder.locked || opening.wait === "look") return folder;
     await folder.close();
-    await ask(folder.host, CREATE, [folder.path, folder.place.fsid, opening.prefix], `cannot create ${path}`);
+    await ask(folder.host, CREATE, [...at(folder), opening.prefix], `cannot create ${path}`);
   }
 }
 
@@ -1775,7 +1796,7 @@ function warnOfDuplicates({ standing, subvolumes, id }: Folder, report: Report):
 const holderOf = ({ host, holder }: Pick<Folder, "host" | "holder">) => (host.ssh === null ? "" : holder);
 
 /** A folder's path, and what must still be there when a verb uses it. */
-const at = ({ path, place }: Folder): [path: string, fsid: string] => [path, place.fsid];
+const at = ({ path, place, holder }: Folder): [path: string, fsid: string] => [path, `${place.fsid}/${holder}`];
 
 const RECORD_BYTES = 90 * 1024; // a pipeline with it must fit into one argument of 128 KiB: execve(2)
 
@@ -1899,7 +1920,7 @@ function compressionBetween(source: Folder, target: Folder, level: string): stri
 
 /** How a stream between two folders is made: with the newest protocol that both understand, if none is asked for. */
 function formBetween(source: Folder, target: Folder, { level, rate, protocol }: Pick<Sending, "level" | "rate" | "protocol">): Form {
-  const newest = source.protocol > 1 && target.protocol > 1 ? "2" : null;
+  const newest = source.protocol > 1 && (target.protocol > 1 || sameHost(source.host, target.host)) ? "2" : null;
   return { level: compressionBetween(source, target, level), rate, protocol: protocol ?? newest, chosen: protocol === null && newest !== null };
 }
 
@@ -1923,8 +1944,8 @@ async function resumable(folder: Folder, source: Folder, transfer: Transfer, obj
   const kept: Begun = { bytes: Number(found?.[1] ?? 0), sum: found?.[2] ?? "", protocol: protocol === "0" ? null : protocol, level, rate: sending.rate };
   const size = await streamBytes(source, transfer);
   const needed = Math.max(0, copies * size - kept.bytes);
-  log.info(`${id}: ${kept.bytes > 0 ? `${inBytes(kept.bytes)} of ${transfer.snapshot.name} are there already; ` : ""}the stream of some ${inBytes(size)} is kept there until it is whole, which takes ${inBytes(needed)} of ${inBytes(folder.free)}`);
-  if (sending.spaceCheck && needed > folder.free) throw new NoSpace(`${transfer.snapshot.name} takes ${inBytes(needed)} there with --resume, and only ${inBytes(folder.free)} are free; --skip-space-check tries all the same`);
+  log.info(`${id}: ${kept.bytes > 0 ? `${inBytes(kept.bytes)} of ${transfer.snapshot.name} are there already; ` : ""}the stream of some ${inBytes(size)} is kept there until it is whole, which takes ${inBytes(needed)} of ${inBytes(folder.place.free)}`);
+  if (sending.spaceCheck && needed > folder.place.free) throw new NoSpace(`${transfer.snapshot.name} takes ${inBytes(needed)} there with --resume, and only ${inBytes(folder.place.free)} are free; --skip-space-check tries all the same`);
   const part = `${object}.p${protocol}-${level}`;
   return {
     kept,
@@ -1955,7 +1976,7 @@ function folderDestination(folder: Folder, owned: ChainRecord, announced: readon
     id,
     stream: null,
     filesystem: folder.place.filesystem,
-    free: folder.free,
+    free: folder.place.free,
     standing: standingIn(folder, settled, announcement === undefined ? announced : [...announced, announcement]),
     frozen: folder.record.unreadable === null ? null : `its .btrfs-backup.json cannot be read (${folder.record.unreadable}); move it aside and run once with --adopt`,
     form: (source) => (canResume(source, folder, sending) ? null : formBetween(source, folder, sending)),
@@ -2024,7 +2045,7 @@ function storeDestination(folder: Folder, store: Store, again: () => Promise<Fol
     id,
     stream: null,
     filesystem: null,
-    free: folder.free,
+    free: folder.place.free,
     standing,
     frozen: unsummed.length === 0 ? null : `${count(unsummed.length, "stream")} there ${unsummed.length === 1 ? "has" : "have"} no checksum object, first ${unsummed[0]?.uuid}: if these were lost, make them again (see the README), else delete the streams`,
     form: (source) => (verbs === RAW && canResume(source, folder, sending) ? null : storedForm(sending)),
@@ -2672,9 +2693,9 @@ export type RunOptions = ReturnType<typeof runOptions>;
 type Source = Folder & { readonly identity: Identity; readonly subvolume: string; readonly owned: ChainRecord };
 
 /** Opens SOURCE and locks its snapshot folder. Errors: UsageError for a SOURCE that cannot be one, Busy. */
-async function openSource(o: Pick<RunOptions, "source" | "snapshotFolder" | "prefix" | "hosts" | "wait" | "dryRun" | "adopt" | "fsChecks">): Promise<Source> {
+async function openSource(o: Pick<RunOptions, "source" | "snapshotFolder" | "prefix" | "hosts" | "wait" | "dryRun" | "adopt" | "fsChecks">, locked?: () => void): Promise<Source> {
   const path = withoutSlash(o.snapshotFolder.startsWith("/") ? normalize(o.snapshotFolder) : normalize(join(o.source.path, o.snapshotFolder)));
-  const opening = { prefix: o.prefix, wait: o.dryRun ? ("look" as const) : o.wait, hosts: o.hosts, source: o.source.path };
+  const opening = { prefix: o.prefix, wait: o.dryRun ? ("look" as const) : o.wait, hosts: o.hosts, source: o.source.path, ...(locked && { locked }) };
   const identityOf = ({ source, hostName, alone, chain: { owner } }: Folder): Identity => {
     const place = { host: hostName, path: source?.path ?? "" };
     return { uuid: alone && owner?.host === place.host && owner.path === place.path ? owner.uuid : (source?.uuid ?? ""), ...place };
@@ -2721,19 +2742,41 @@ function knownDestinations({ chain, old, snapshots, prefix }: Folder): KnownDest
 /** A lock among the runtime files, for a chain that has no folder here. */
 const lockFile = (chain: string) => join(dirname(runtimeDirectory()), `btrfs-backup.${digestOf(chain).slice(0, 32)}.receiving`);
 
+/** How destinations are opened. */
+const destinationOpening = (o: RunOptions): Opening => ({ prefix: o.prefix, wait: o.dryRun ? "look" : o.wait, hosts: o.hosts, peer: hostOf(o.source.host, o.hosts) });
+
+/** A destination that begins to be opened while the source is: it locks and looks after `go`, and ends with `giveUp`. */
+type Ahead = { readonly folder: Promise<Folder>; readonly go: () => void; readonly giveUp: () => void };
+
+/** Begins with those destinations that need no connection of another's. */
+function beginOpening(o: RunOptions): Map<string, Ahead> {
+  const hosts = new Set([JSON.stringify(o.source.host)]);
+  const ahead = new Map<string, Ahead>();
+  for (const { location } of [...o.destinations].sort((a, b) => (a.location.id < b.location.id ? -1 : 1))) {
+    if (location.kind === "shell" || location.kind === "rclone" || (location.host !== null && hosts.has(JSON.stringify(location.host)))) continue;
+    hosts.add(JSON.stringify(location.host));
+    let [go, giveUp] = [() => {}, () => {}];
+    const turn = new Promise<void>((yes, no) => ([go, giveUp] = [yes, () => no(new Failure(`${location.id} is not opened`))]));
+    const folder = openFolder(location, location.path, { ...destinationOpening(o), turn });
+    folder.catch(() => {}); // told when it is its turn
+    ahead.set(location.id, { folder, go, giveUp });
+  }
+  return ahead;
+}
+
 /** Opens a destination after making sure that it is the right place. Errors: UsageError, Absent, Busy, Failure. */
-async function openDestination({ location, sending }: Wanted, source: Source, known: KnownDestination | undefined, o: RunOptions, report: Report): Promise<Destination> {
+async function openDestination({ location, sending }: Wanted, source: Source, known: KnownDestination | undefined, o: RunOptions, report: Report, ahead: Ahead | undefined): Promise<Destination> {
   needRoot(source, "sending");
+  ahead?.go();
   if (location.kind !== "folder") {
     // What cannot be locked where it is: its lock is at the source. A remote source's chain has no folder here.
     const lock = o.source.host === null ? join(source.path, `.btrfs-backup.${o.prefix}.${digestOf(location.id).slice(0, 8)}.receiving`) : lockFile(`${o.source.id}\n${o.prefix}\n${location.id}`);
     if (location.kind === "shell") return shellDestination(location, known?.pin ?? null, await commandShell(report), lock, { prefix: o.prefix, source: o.source.id }, sending);
-    return openStore(location, sending, lock, source, known, o, report);
+    return openStore(location, sending, lock, source, known, o, report, ahead);
   }
   const mounted = "(is the disk mounted?)";
   let claimed: Claim = { accepted: true, strangers: [] };
-  const opening = { prefix: o.prefix, wait: o.dryRun ? ("look" as const) : o.wait, hosts: o.hosts };
-  const folder = await openChecked(location, location.path, opening, (folder) => {
+  const folder = await openChecked(location, location.path, destinationOpening(o), (folder) => {
     const { place, exists, chain, record, snapshots, top } = folder;
     needRoot(folder, "receiving");
     const sameFilesystem = place.filesystem !== null && place.filesystem === source.place.filesystem;
@@ -2751,7 +2794,7 @@ async function openDestination({ location, sending }: Wanted, source: Source, kn
     claimed = claim(source.identity, chain, complete, complete.filter((backup) => here(backup) !== undefined), o.adopt);
     if (!claimed.accepted) throw new Failure(claimed.why);
     compressionBetween(source, folder, sending.level);
-  });
+  }, ahead?.folder);
   const { receiving, ...chain } = folder.chain;
   // An announcement outlives its transfer only as long as there is a leftover to be recognised by it.
   const broken = folder.snapshots.some(({ name, readonly }) => name === receiving && !readonly);
@@ -2764,10 +2807,10 @@ async function openDestination({ location, sending }: Wanted, source: Source, kn
 }
 
 /** Opens a store after making sure that it is the right one. Errors: Absent, Busy, Failure. */
-async function openStore(location: Readable, sending: Sending, lock: string, source: Source, known: KnownDestination | undefined, o: RunOptions, report: Report): Promise<Destination> {
+async function openStore(location: Readable, sending: Sending, lock: string, source: Source, known: KnownDestination | undefined, o: RunOptions, report: Report, ahead: Ahead | undefined): Promise<Destination> {
   let owner = ownerOf(source.identity);
   let lineages: ReadonlySet<string> = new Set();
-  const opening = { prefix: o.prefix, wait: o.dryRun ? ("look" as const) : o.wait, hosts: o.hosts };
+  const opening = destinationOpening(o);
   const folder = await openChecked(location, location.path, opening, (folder) => {
     checkFilters(source, sending);
     const ours = folder.standing.filter(({ name }) => parseName(name, o.prefix) !== null) as Stream[];
@@ -2780,7 +2823,7 @@ async function openStore(location: Readable, sending: Sending, lock: string, sou
       throw new Failure(`the streams there belong to ${own.length === 0 ? "another source" : "this source as it was elsewhere"} (subvolume ${(own.at(-1) ?? ours.at(-1))?.owner.uuid}); this one is ${source.identity.host}:${source.identity.path} (subvolume ${owner.uuid}). Use a prefix (-p) or another place; --adopt ${own.length === 0 ? "stores beside them" : "goes on with them"}`);
     if (!o.adopt && sending.recipients.length === 0 && own.at(-1)?.encrypted) throw new Failure("what is stored there is encrypted, and this would not be: --encrypt-to is missing (--adopt stores in the clear)");
     owner = { ...owner, lineage: own.at(-1)?.owner.lineage ?? owner.lineage };
-  });
+  }, ahead?.folder);
   const store = folder.store as Store;
   const standing = standingInStore(store, o.prefix, lineages);
   const broken = store.streams.filter((stream) => stream.stored && !stream.readonly);
@@ -2858,8 +2901,8 @@ function explained<T extends Dated>(decisions: readonly Decision<T>[], id: strin
   return decisions.filter(({ reasons }) => reasons.length === 0).map(({ entry }) => entry);
 }
 
-/** One run's view of a destination that could be opened. `todo`: what is still to be sent; `complete`: nothing that should have been sent was not. */
-type Served = { readonly wanted: Wanted; readonly destination: Destination; standing: Standing; todo: readonly Transfer[]; complete: boolean; done: boolean; free: number };
+/** One run's view of a destination that could be opened. `todo`: what is still to be sent; `complete`: nothing that should have been sent was not; `pruning`: of its backups, which goes on beside other work. */
+type Served = { readonly wanted: Wanted; readonly destination: Destination; standing: Standing; todo: readonly Transfer[]; complete: boolean; done: boolean; pruning: Promise<void>; free: number };
 
 /** What serving destinations takes. `jobs`: how many streams flow at a time. */
 type Serving = { readonly source: Source; readonly snapshots: readonly Snapshot[]; readonly memory: Known; readonly o: RunOptions; readonly report: Report; readonly display: Display; readonly began: number; readonly jobs: <T>(work: () => Promise<T>) => Promise<T> };
@@ -3011,20 +3054,20 @@ function recordedLocation(id: string, source: Folder): Location {
  * Opens the destinations side by side, but those of one host after each other, since the first one's connection serves the others; and
  * all of them in sorted order if locks are waited for, so that two runs cannot wait for each other. `all` gets those that can be served.
  */
-async function openAll(all: Served[], wanted: ReadonlyMap<string, Wanted>, source: Source, known: Known["known"], o: RunOptions, report: Report): Promise<void> {
+async function openAll(all: Served[], wanted: ReadonlyMap<string, Wanted>, source: Source, known: Known["known"], ahead: ReadonlyMap<string, Ahead>, o: RunOptions, report: Report): Promise<void> {
   const sorted = [...wanted].sort(([a], [b]) => (a < b ? -1 : 1));
   const queues = new Map<string, Promise<unknown>>();
   const openings = sorted.map(([id, destination]) => {
     const { location } = destination;
     const queue = o.wait > 0 ? "" : location.kind === "shell" || location.host === null ? id : JSON.stringify(location.host);
-    const opening = (queues.get(queue) ?? Promise.resolve()).then(() => openDestination(destination, source, known.get(id), o, report));
+    const opening = (queues.get(queue) ?? Promise.resolve()).then(() => openDestination(destination, source, known.get(id), o, report, ahead.get(id)));
     queues.set(queue, opening.catch(() => {}));
     return opening;
   });
   const results = await Promise.allSettled(openings);
   for (const [i, [, destination]] of sorted.entries()) {
     const result = results[i] as PromiseSettledResult<Destination>;
-    if (result.status === "fulfilled") all.push({ wanted: destination, destination: result.value, standing: result.value.standing, todo: [], complete: true, done: false, free: result.value.free });
+    if (result.status === "fulfilled") all.push({ wanted: destination, destination: result.value, standing: result.value.standing, todo: [], complete: true, done: false, pruning: Promise.resolve(), free: result.value.free });
   }
   for (const [i, [id, destination]] of sorted.entries()) {
     const result = results[i] as PromiseSettledResult<Destination>;
@@ -3066,14 +3109,22 @@ async function conclude(served: Served, serving: Serving): Promise<void> {
     if (o.transfer && complete && wanted.sending.resume && !o.dryRun) await tidy();
     // Before anything is deleted there: were the run to end here, the source would go by an old pin.
     if (stream === null) await remember(served, newestShared(snapshots, standing.held), o.transfer && complete ? new Date().toISOString() : (known.get(id)?.last ?? null), serving);
-    if (complete) await pruneDestination(served, snapshots, o, report);
     served.done = complete;
   } catch (error) {
     report.error(id, error);
   }
-  const place = placeIn(report.places, id);
-  place.seconds += (Date.now() - began) / 1000;
-  if (stream === null) place.kept = served.standing.backups.length;
+  const prune = async () => {
+    try {
+      if (served.done) await pruneDestination(served, snapshots, o, report);
+    } catch (error) {
+      report.error(id, error);
+    }
+    const place = placeIn(report.places, id);
+    place.seconds += (Date.now() - began) / 1000;
+    if (stream === null) place.kept = served.standing.backups.length;
+  };
+  served.pruning = prune();
+  served.pruning.catch(() => {}); // told when all are done
 }
 
 /** Takes a snapshot, sends every destination what it lacks, and keeps what should be kept. */
@@ -3081,8 +3132,7 @@ export async function run(o: RunOptions, report: Report): Promise<void> {
   checkPlaces(o);
   let name: string | null = null;
   await persistently(o, report, async (o, report) => {
-    const source = await openSource(o);
-    name = (await backUp(source, { ...o, snapshot: o.snapshot && name === null }, report)) ?? name;
+    name = (await backUp((locked) => openSource(o, locked), { ...o, snapshot: o.snapshot && name === null }, report)) ?? name;
   });
   concludeRun(o, report, name);
   if (o.metrics !== null && !o.dryRun) writeMetrics(o.metrics, metricsOf(o.source.id, report.places, Date.now()));
@@ -3171,8 +3221,22 @@ async function persistently(o: RunOptions, report: Report, attempt: (o: RunOptio
   }
 }
 
-/** Sends every destination what it lacks of an opened source, and keeps on both sides what should be kept. Closes the source; returns the name of the snapshot that it took. */
-async function backUp(source: Source, o: RunOptions, report: Report): Promise<string | null> {
+/** Sends every destination what it lacks of a source, and keeps on both sides what should be kept. Returns the name of the snapshot that it took. */
+async function backUp(open: (locked: () => void) => Promise<Source>, o: RunOptions, report: Report): Promise<string | null> {
+  let ahead = new Map<string, Ahead>();
+  // Nobody waits for another's lock then, whatever the order.
+  const opening = open(() => o.wait === 0 && ahead.forEach(({ go }) => go()));
+  if (o.transfer || !o.removeLocks) ahead = beginOpening(o);
+  stamp(new Date()); // the first local time takes long, since zones are loaded for it: meanwhile
+  try {
+    return await backUpOpened(await opening, ahead, o, report);
+  } finally {
+    for (const { giveUp } of ahead.values()) giveUp();
+    await Promise.allSettled([...ahead.values()].map(({ folder }) => folder));
+  }
+}
+
+async function backUpOpened(source: Source, ahead: ReadonlyMap<string, Ahead>, o: RunOptions, report: Report): Promise<string | null> {
   const known = new Map(knownDestinations(source).map((destination) => [destination.location, destination]));
   const wanted = new Map(o.destinations.map((destination) => [destination.location.id, destination]));
   for (const id of o.lockedDestinations ? known.keys() : []) if (!wanted.has(id)) wanted.set(id, { location: recordedLocation(id, source), optional: false, policy: o.backupPolicy, sending: o.sendingTo(id) });
@@ -3204,11 +3268,11 @@ async function backUp(source: Source, o: RunOptions, report: Report): Promise<st
     const display = displayOf(o, [...wanted.values()].map(({ sending }) => sending.rate));
     warnOfNested(source, report);
     warnOfDuplicates(source, report);
-    const ahead = source.snapshots.filter(({ time }) => time > wallClock(new Date()) + DURATION.d);
-    if (ahead.length > 0) report.warning(`${count(ahead.length, "snapshot")} of ${o.source.id} ${ahead.length === 1 ? "is" : "are"} dated in the future: ${ahead.slice(0, 3).map(({ name }) => name).join(", ")}${ahead.length > 3 ? ", …" : ""}; is the clock right?`);
+    const future = source.snapshots.filter(({ time }) => time > wallClock(new Date()) + DURATION.d);
+    if (future.length > 0) report.warning(`${count(future.length, "snapshot")} of ${o.source.id} ${future.length === 1 ? "is" : "are"} dated in the future: ${future.slice(0, 3).map(({ name }) => name).join(", ")}${future.length > 3 ? ", …" : ""}; is the clock right?`);
     const { unreadable } = source.record;
     if (unreadable !== null) report.error(null, new Failure(`${source.path}/.btrfs-backup.json cannot be read (${unreadable}): nothing is deleted at the source; "btrfs-backup unpin --all ${o.source.id}" moves it aside`));
-    if (o.transfer || !o.removeLocks) await openAll(all, wanted, source, known, o, report);
+    if (o.transfer || !o.removeLocks) await openAll(all, wanted, source, known, ahead, o, report);
     const snapshots = source.snapshots.filter(({ readonly }) => readonly);
     for (const { name, readonly } of source.snapshots) if (!readonly) report.warning(`${source.path}/${name} is writable: it is not sent, not counted and not deleted`);
     if (o.snapshot)
@@ -3223,9 +3287,11 @@ async function backUp(source: Source, o: RunOptions, report: Report): Promise<st
     await serve(all, { source, snapshots, memory: { known, save: saveKnown }, o, report, display, began: Date.now(), jobs: limited(o.jobs) });
     // A full disk can keep the record from being written: then what it says still holds as well.
     const saved = await saveKnown().then(() => true, (error) => report.error(null, error));
-    if (unreadable === null) await pruneSource(source, snapshots, wanted, [...known.values(), ...(saved ? [] : (source.chain.destinations ?? []))], all, o, report);
+    const atSource = () => pruneSource(source, snapshots, wanted, [...known.values(), ...(saved ? [] : (source.chain.destinations ?? []))], all, o, report);
+    await together([...(unreadable === null ? [atSource] : []), ...all.map(({ pruning }) => () => pruning)], (prune) => prune());
     if (!saved) await saveKnown();
   } finally {
+    await Promise.allSettled(all.map(({ pruning }) => pruning));
     await whileCleaning(() => together([source, ...all.map(({ destination }) => destination)], ({ close }) => close()));
   }
   for (const id of wanted.keys()) placeIn(report.places, id).last = known.get(id)?.last ?? null;
@@ -3270,10 +3336,13 @@ export async function copy({ prefix, ...o }: Omit<RunOptions, "prefix"> & { read
   for (const one of prefixes)
     try {
       await persistently({ ...options, prefix: one }, report, async (o, report) => {
-        const folder = await openFolder(o.source, o.source.path, { prefix: one, wait: o.dryRun ? "look" : o.wait, hosts: o.hosts });
-        // Whose the backups are goes with them, so that their source can go on in the copy.
-        const identity = folder.chain.owner ?? { uuid: `${folder.place.filesystem}${folder.top}`, host: folder.hostName, path: folder.path };
-        await backUp({ ...folder, snapshots: wholeIn(folder), identity, subvolume: folder.path, owned: folder.chain }, o, report);
+        const open = async () => {
+          const folder = await openFolder(o.source, o.source.path, { prefix: one, wait: o.dryRun ? "look" : o.wait, hosts: o.hosts });
+          // Whose the backups are goes with them, so that their source can go on in the copy.
+          const identity = folder.chain.owner ?? { uuid: `${folder.place.filesystem}${folder.top}`, host: folder.hostName, path: folder.path };
+          return { ...folder, snapshots: wholeIn(folder), identity, subvolume: folder.path, owned: folder.chain };
+        };
+        await backUp(open, o, report);
       });
     } catch (error) {
       if (prefixes.length === 1 || error instanceof UsageError) throw error;
@@ -3906,7 +3975,7 @@ export async function versions(o: VersionsOptions, report: Report): Promise<void
   if (o.get !== null) return getVersion(o, o.get, host, path, columns, seen, report);
   const rows = versionsAmong(seen).reverse().map((row) => ({ ...row, columns: [...row.columns].sort((a, b) => a - b) }));
   const live = columns[0]?.folder?.source;
-  const now = live ? ((await statesIn(host, [live.path, live.fsid], path, ["."])).get(".") ?? null) : undefined;
+  const now = live ? ((await statesIn(host, [live.path, `${live.fsid}/`], path, ["."])).get(".") ?? null) : undefined;
   for (const { first, last, state, columns: at, names } of rows) report.event("version", { first, last, state, snapshots: names, locations: at.map((i) => columns[i]?.id) });
   if (!o.json && rows.length > 0) {
     const cells = rows.map(({ first, last, state, columns: at }, i) => {
@@ -4047,7 +4116,7 @@ const partArgument: ArgumentCheck = (value, said) => (objectArgument(value.repla
 const completeArgument: ArgumentCheck = (value, said) => (/^(\d{1,18}|[0-9a-f]{64})$/.test(value) ? value : partArgument(value, said));
 const innerArgument: ArgumentCheck = (value) => (value.startsWith("/") && value === normalize(value) && !/[\n\r\0]/.test(value) ? value : refuse(`the path ${shown(value)}`));
 
-const [FSID, HOLDER, LEVEL, FLAG] = [like(/^[0-9a-f]{1,16}$/), like(/^\d{0,9}$/), like(/^(1?\d)?$/), oneOf("-q", "-vv")];
+const [FSID, HOLDER, LEVEL, FLAG] = [like(/^[0-9a-f]{1,16}(\/\d{0,9})?$/), like(/^\d{0,9}$/), like(/^(1?\d)?$/), oneOf("-q", "-vv")];
 /** What `record` replaces is checked as a whole. */
 const RECORDED: readonly ArgumentCheck[] = [oneOf("", RECORD_HEADER), like(/^(,"[^\n\r\0]*": )?$/), like(/^[^\n\r\0]*$/)];
 
@@ -4061,7 +4130,7 @@ type Use = { readonly verb: Verb; readonly rights: readonly Right[]; readonly ar
 const use = (verb: Verb, rights: readonly Right[], args: readonly ArgumentCheck[], rest?: ArgumentCheck): [string, Use] => [verb.name, { verb, rights, args, ...(rest && { rest }) }];
 const AT = [placeArgument, FSID] as const;
 const GUARDED: ReadonlyMap<string, Use> = new Map([
-  use(OPEN, ["add", "source"], [like(/^[0-9a-f-]{36}$/), like(/^(look|\d{1,6})$/), placeArgument, prefixArgument, sourceArgument, oneOf("", "streams"), like(/^\d{1,4}$/)]),
+  use(OPEN, ["add", "source"], [like(/^[0-9a-f-]{36}$/), like(/^(look|later|\d{1,6})$/), placeArgument, prefixArgument, sourceArgument, oneOf("", "streams", "known"), like(/^\d{1,4}$/)]),
   use(CREATE, ["add", "source"], [...AT, prefixArgument]),
   use(WRITE_RECORD, ["add", "source"], [...AT, ...RECORDED]),
   use(RECEIVE, ["add"], [FLAG, ...AT, LEVEL, HOLDER, prefixArgument, ...RECORDED, like(/^[^\n\r\0]*$/)], completeArgument),
@@ -4167,7 +4236,7 @@ export async function permitted(text: string, o: GuardOptions): Promise<{ verb: 
 export function narrowed(output: string, nonce: string, folder: string): string {
   const { top, source, mounts, place } = parseInspection(output, nonce, folder);
   const mount = placeOn(mounts, place.path).mount;
-  const ours = (path: string) => `/${path}` === mount.root || [top, ...(source === null ? [] : [source.top])].some((one) => isWithin(`/${path}`, one));
+  const ours = (path: string) => `/${path}` === mount.root || [top, ...(source === null ? [] : [source.top])].some((one) => isWithin(`/${path}`, one) || isWithin(one, `/${path}`));
   const near = (path: string) => [place.path, ...(source === null ? [] : [source.path])].some((one) => isWithin(one, path) || isWithin(path, one));
   const lines: Record<string, (text: string) => string[]> = {
     subvolumes: (text) => listedLines(text, LISTED).filter((match) => ours(match[5] as string)).map(([line]) => line),

@@ -445,7 +445,8 @@ test("a place whose fsid has only decimal digits is on btrfs all the same", () =
   const [a, b, c, d] = [0x12345678, 0x90123456, 0, 0];
   const fsid = (((BigInt(a) ^ BigInt(c)) << 32n) | (BigInt(b) ^ BigInt(d))) ^ 0n;
   const section = (name: string, text: string) => `\nN ${name}\n${text}\n`;
-  const output = section("mounts", "44 27 0:41 / /mnt rw - btrfs /dev/loop1 rw") + section("filesystems", uuid) + section("folder", `/mnt\n256\n${(fsid ^ 0x100n).toString(16)}\n256`) + section("end", "");
+  const listed = `ID 256 gen 7 top level 5 parent_uuid -${" ".repeat(35)} received_uuid -${" ".repeat(35)} uuid ${U(1)} path mnt`;
+  const output = section("mounts", "44 27 0:41 /mnt /mnt rw - btrfs /dev/loop1 rw") + section("filesystems", uuid) + section("folder", "/mnt") + section("inodes", "256 0") + section("places", `${(fsid ^ 0x100n).toString(16)} 9123683e 10 4096`) + section("subvolumes", listed) + section("end", "");
   expect((fsid ^ 0x100n).toString(16)).toMatch(/^\d+$/);
   expect(parseInspection(output, "N", "/mnt").place).toMatchObject({ path: "/mnt", inode: 256, filesystem: uuid, root: 256 });
 });
