@@ -158,9 +158,8 @@ export const wallClock = (date: Date) => parseName(stamp(date), "") as number;
 /** When a local clock showed `time`, in ms since 1970; the second time, if it did so twice and the first was before `earliest`. */
 export function momentOf(time: number, earliest = -Infinity): number {
   const utc = new Date(time);
-  const local = new Date(0);
-  local.setFullYear(utc.getUTCFullYear(), utc.getUTCMonth(), utc.getUTCDate());
-  local.setHours(utc.getUTCHours(), utc.getUTCMinutes(), utc.getUTCSeconds());
+  const local = new Date(utc.getUTCFullYear(), utc.getUTCMonth(), utc.getUTCDate(), utc.getUTCHours(), utc.getUTCMinutes(), utc.getUTCSeconds());
+  if (utc.getUTCFullYear() < 100) local.setFullYear(utc.getUTCFullYear()); // it was taken for one of the 20th century
   const first = local.getTime();
   const again = first >= earliest ? undefined : [30, 60].map((minutes) => first + minutes * 60e3).find((later) => wallClock(new Date(later)) === time);
   return again ?? first;
@@ -168,15 +167,16 @@ export function momentOf(time: number, earliest = -Infinity): number {
 
 /** The time in a snapshot's name, or null if the name is not exactly PREFIX and a real date. */
 export function parseName(name: string, prefix: string): number | null {
-  const match = name.startsWith(prefix) && /^(\d{4})(\d\d)(\d\d)-(\d\d)(\d\d)(\d\d)$/.exec(name.slice(prefix.length));
-  if (!match) return null;
-  const [year, month, day, hour, minute, second] = match.slice(1).map(Number) as [number, number, number, number, number, number];
-  const date = new Date(0);
-  date.setUTCFullYear(year, month - 1, day);
-  date.setUTCHours(hour, minute, second);
-  // A field out of range rolls over into the next one: only real dates survive the way back.
-  const back = date.toISOString().replace(/[-:]|\..*/g, "").replace("T", "-");
-  return back === name.slice(prefix.length) ? date.getTime() : null;
+  const text = name.slice(prefix.length);
+  if (!name.startsWith(prefix) || !/^\d{8}-\d{6}$/.test(text)) return null;
+  const [date, time] = [Number(text.slice(0, 8)), Number(text.slice(9))];
+  const [month, day] = [Math.floor(date / 100) % 100, date % 100];
+  const [hour, minute, second] = [Math.floor(time / 10_000), Math.floor(time / 100) % 100, time % 100];
+  // The calendar is the same every 400 years, and Date takes years below 100 for those of the 20th century.
+  const moment = new Date(Date.UTC(Math.floor(date / 10_000) + 400, month - 1, day, hour, minute, second));
+  // A field out of range rolls over into the next one.
+  if (hour > 23 || minute > 59 || second > 59 || moment.getUTCDate() !== day || moment.getUTCMonth() !== month - 1) return null;
+  return moment.getTime() - 146_097 * DURATION.d;
 }
 
 const digestOf = (text: string) => createHash("sha256").update(text).digest("hex");
@@ -338,9 +338,9 @@ type Dated = { readonly name: string; readonly time: number };
  * by subvolume ID) stand in that order among themselves: names repeat when clocks go back.
  */
 export function arrange<T extends { readonly moment: number }>(entries: readonly T[], rank: (entry: T) => number | undefined): T[] {
-  const byTime = [...entries].sort((a, b) => a.moment - b.moment);
-  const ranked = byTime.filter((entry) => rank(entry) !== undefined).sort((a, b) => (rank(a) as number) - (rank(b) as number));
-  return byTime.map((entry) => (rank(entry) === undefined ? entry : (ranked.shift() as T)));
+  const byTime = entries.map((entry) => ({ entry, rank: rank(entry) })).sort((a, b) => a.entry.moment - b.entry.moment);
+  const ranked = byTime.filter((one) => one.rank !== undefined).sort((a, b) => (a.rank as number) - (b.rank as number)).values();
+  return byTime.map((one) => (one.rank === undefined ? one : (ranked.next().value as typeof one)).entry);
 }
 
 /**
@@ -357,7 +357,12 @@ export function snapshotsAmong(entries: readonly Entry[], prefix: string, source
   const earlier = arrange(ours.filter((entry) => !taken(entry)), ({ id, receivedUuid }) => (receivedUuid === null ? id : undefined));
   const said = new Set(entries.filter(({ moment }) => moment !== null).map(({ uuid }) => uuid));
   let last = -Infinity;
-  return [...earlier, ...ours.filter(taken).sort((a, b) => a.id - b.id)].map((entry) => (said.has(entry.uuid) ? entry : { ...entry, moment: (last = momentOf(entry.time, last)) }));
+  return [...earlier, ...ours.filter(taken).sort((a, b) => a.id - b.id)].map((entry) => {
+    if (said.has(entry.uuid)) return entry;
+    const { moment } = entry;
+    last = moment >= last ? moment : momentOf(entry.time, last);
+    return moment === last ? entry : { ...entry, moment: last };
+  });
 }
 
 const count = (n: number, noun: string) => `${n} ${noun}${n === 1 ? "" : "s"}`;
@@ -1142,13 +1147,14 @@ const LISTED_READONLY = /^ID (\d+) gen \d+ top level \d+ path (?:<FS_TREE>\/)?(.
 
 /** The entries of `btrfs subvolume list`. A line of no known shape continues a path with a line break. */
 function listedLines(text: string, shape: RegExp): RegExpExecArray[] {
-  const lines: string[] = [];
+  const found: RegExpExecArray[] = [];
   for (const line of text === "" ? [] : text.split("\n")) {
-    if (shape.test(line)) lines.push(line);
-    else if (lines.length === 0) throw new Failure(`"btrfs subvolume list" printed something unknown: ${line}`);
-    else lines[lines.length - 1] += `\n${line}`;
+    const last = found.at(-1);
+    const match = shape.exec(line) ?? (last === undefined ? null : shape.exec(`${found.pop()?.[0]}\n${line}`));
+    if (match === null) throw new Failure(`"btrfs subvolume list" printed something unknown: ${line}`);
+    found.push(match);
   }
-  return lines.map((line) => shape.exec(line) as RegExpExecArray);
+  return found;
 }
 
 /**
@@ -1157,14 +1163,14 @@ function listedLines(text: string, shape: RegExp): RegExpExecArray[] {
  */
 export function parseSubvolumes(all: string, readonlyOnes: string): Subvolume[] {
   const readonly = new Set(listedLines(readonlyOnes, LISTED_READONLY).map(([, id, path]) => `${id} ${path}`));
-  const seen = new Set<string>();
+  const seen = [new Set<string>(), new Set<string>(), new Set<string>()] as const;
   return listedLines(all, LISTED).map((match) => {
     const [, id, parent, received, uuid, path] = match as unknown as [string, string, string, string, string, string];
     // Any user can make subvolumes, and a name with a line break could pass for a subvolume of its own:
     // one that matters would need a path, an ID or a UUID that is somebody's already.
-    for (const key of [id, uuid, `/${path}`]) {
-      if (seen.has(key)) throw new Failure(`"btrfs subvolume list" tells of ${key} twice; is there a line break in the name of a subvolume? See ${path}`);
-      seen.add(key);
+    for (const [i, key] of [id, uuid, path].entries()) {
+      if (seen[i]?.has(key)) throw new Failure(`"btrfs subvolume list" tells of ${key} twice; is there a line break in the name of a subvolume? See ${path}`);
+      seen[i]?.add(key);
     }
     return { id: Number(id), path, uuid, parentUuid: uuidOrNull(parent), receivedUuid: uuidOrNull(received), readonly: readonly.has(`${id} ${path}`) };
   });
@@ -2232,7 +2238,7 @@ export function planTransfers(snapshots: readonly Snapshot[], { held, backups, t
   const newest = snapshots.at(-1);
   const transfers: Transfer[] = [];
   const conflicts: Conflict[] = [];
-  const standing = byUuid(held);
+  const standing = byUuid(chained === null ? [] : held);
   let parent: Snapshot | null = null;
   let chain = { length: 0, since: 0 }; // the parent's
   for (const snapshot of snapshots) {
@@ -2287,8 +2293,8 @@ export function planDestination(snapshots: readonly Snapshot[], { backups, copie
     const backup = find(snapshot);
     if (backup !== undefined) rank.set(backup.uuid, i);
   });
-  const pin = newestShared(snapshots, backups);
-  const pinned = pin === null ? undefined : find(pin);
+  const pin = snapshots.findLast((snapshot) => find(snapshot) !== undefined);
+  const pinned = pin && find(pin);
   const decisions = retain(
     arrange(backups, ({ uuid }) => rank.get(uuid)),
     policy,
@@ -2303,9 +2309,10 @@ export function planDestination(snapshots: readonly Snapshot[], { backups, copie
 
 /** By UUID, all that some backups, and the streams of others, build on, and the name of one that does. */
 function neededBy(kept: readonly Backup[], { backups, chained }: Pick<Standing, "backups" | "chained">): Map<string, string> {
-  const standing = byUuid(backups);
   const needed = new Map<string, string>();
-  for (const one of chained === null ? [] : [...kept, ...chained])
+  if (chained === null) return needed;
+  const standing = byUuid(backups);
+  for (const one of [...kept, ...chained])
     for (let need = standing.get(one.parentUuid ?? ""); need !== undefined && !needed.has(need.uuid); need = standing.get(need.parentUuid ?? "")) needed.set(need.uuid, one.name);
   return needed;
 }
@@ -2897,7 +2904,7 @@ async function takeSnapshot(source: Source, all: readonly Served[], o: RunOption
 /** Tells what retention decided, and returns what goes. */
 function explained<T extends Dated>(decisions: readonly Decision<T>[], id: string, dryRun: boolean): T[] {
   const tell = dryRun ? log.info : log.debug;
-  for (const { entry, reasons } of decisions) tell(`${id}: ${entry.name} ${reasons.length > 0 ? `stays: ${reasons.join(", ")}` : "goes"}`);
+  for (const { entry, reasons } of dryRun || log.level >= LEVELS.debug ? decisions : []) tell(`${id}: ${entry.name} ${reasons.length > 0 ? `stays: ${reasons.join(", ")}` : "goes"}`);
   return decisions.filter(({ reasons }) => reasons.length === 0).map(({ entry }) => entry);
 }
 
@@ -2955,8 +2962,8 @@ async function sendNext(all: readonly Served[], transfer: Transfer, serving: Ser
       report.event("transfer", { destination: id, name: snapshot.name, parent: parent?.name ?? null, ...result });
       // All the memory there is of a command, so it is written after each of its streams.
       if (destination.stream !== null) await remember(served, snapshot, new Date().toISOString(), serving);
-      const { length } = chainOf<Entry>(backup, byUuid(served.standing.held));
-      if (served.standing.chained !== null && length > 100 && wanted.sending.fullEvery?.count === 0) report.warning(`${id}: to restore ${snapshot.name} takes ${length} streams, each of them whole; --full-every begins a new chain`);
+      const length = served.standing.chained === null ? 0 : chainOf<Entry>(backup, byUuid(served.standing.held)).length;
+      if (length > 100 && wanted.sending.fullEvery?.count === 0) report.warning(`${id}: to restore ${snapshot.name} takes ${length} streams, each of them whole; --full-every begins a new chain`);
     } catch (error) {
       served.todo = [];
       served.complete = false;
