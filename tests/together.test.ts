@@ -1,15 +1,15 @@
 // One stream for several destinations, and several streams at a time.
 
-import { expect, test } from "bun:test";
+import { describe, expect, test } from "bun:test";
 import { existsSync, readFileSync, rmSync, writeFileSync } from "node:fs";
 import { join } from "node:path";
-import { contentsDigest, events, expectRun, expectSound, filesystem, fill, nextSecond, pair, sh, snapshotAs, snapshotNames, sshServer, start, subvolume, subvolumes, temporaryDirectory, waitFor } from "./support/rig.ts";
+import { contentsDigest, events, expectRun, expectSound, filesystem, fill, nextSecond, pair, pathWithout, sh, snapshotAs, snapshotNames, sshServer, start, subvolume, subvolumes, temporaryDirectory, waitFor } from "./support/rig.ts";
 
 /** A PATH on which every call of btrfs is written down, and `calls` to count those that begin so. */
-function counted(): { env: Record<string, string>; calls: (words: string) => number } {
+function counted(path = process.env["PATH"]): { env: Record<string, string>; calls: (words: string) => number } {
   const tools = temporaryDirectory();
   writeFileSync(join(tools, "btrfs"), `#!/bin/sh\necho "$*" >>${tools}/log\nexec ${sh("command -v btrfs")} "$@"\n`, { mode: 0o755 });
-  return { env: { PATH: `${tools}:${process.env["PATH"]}` }, calls: (words) => readFileSync(join(tools, "log"), "utf8").split("\n").filter((line) => line.startsWith(words)).length };
+  return { env: { PATH: `${tools}:${path}` }, calls: (words) => readFileSync(join(tools, "log"), "utf8").split("\n").filter((line) => line.startsWith(words)).length };
 }
 /** What a run says of each destination's transfers. */
 const transfers = (all: Record<string, any>[], destination: string) => all.filter((one) => one["event"] === "transfer" && one["destination"] === destination);
@@ -41,57 +41,62 @@ test("destinations that need the same stream get it from one btrfs send, here an
   for (const name of snapshotNames(snapshots)) expect(sh(`btrfs receive --dump <"$1/$2" | grep -c ^ || :`, out, name)).not.toBe("0");
 });
 
-test("one that fails drops out: the others get all, and it gets its own next time", async () => {
-  const { source, snapshots, destination } = pair();
-  sh(`head -c 40M /dev/urandom >"$1/large"`, source);
-  const small = filesystem({ size: "110M", mkfs: ["--mixed"] });
-  sh(`head -c 90M /dev/urandom >"$1/ballast"`, small.path);
-  const [full, third] = [join(small.path, "full"), join(filesystem().path, "third")];
-  const { env, calls } = counted();
-  const failed = await expectRun(1, ["--json", source, destination, full, third], { env });
-  expect(calls("send")).toBe(1);
-  expect(failed.stderr).toContain(`${full}: btrfs receive failed with exit status 1`);
-  expect(failed.stderr).toContain("No space left on device");
-  for (const place of [destination, third]) {
-    expect(transfers(events(failed), place).length).toBe(1);
-    expectSound(place, snapshots);
-  }
-  expect([...subvolumes(full).keys()]).toEqual([]);
-  rmSync(join(small.path, "ballast"));
-  sh(`sync -f "$1"`, small.path);
-  await nextSecond();
-  await expectRun(0, [source, destination, full, third]);
-  for (const place of [destination, full, third]) expectSound(place, snapshots);
-});
+// The stream is multiplied by perl, or by tee where there is none.
+const multiplied = describe.each<[string, () => string | undefined]>([["with perl", () => process.env["PATH"]], ["without perl", () => pathWithout("perl")]]);
 
-test("when the stream itself breaks, none of those who share it sees an end", async () => {
-  const { source, snapshots } = pair();
-  sh(`head -c 50M /dev/urandom >"$1/large"`, source);
-  const directory = temporaryDirectory();
-  const sink = (name: string) => `shell://{ head -c 1000000 >/dev/null; touch ${directory}/${name}.began; exec pv -q -L 2m; } | { cat >/dev/null; touch ${directory}/${name}.ended; }`;
-  const { env, calls } = counted();
-  const running = start([source, sink("a"), sink("b"), sink("c")], { env });
-  await waitFor("the stream to begin", () => ["a", "b", "c"].every((name) => existsSync(join(directory, `${name}.began`))));
-  expect(calls("send")).toBe(1);
-  sh(`pkill -KILL -f "btrfs send -q $1"`, snapshots);
-  const { status, stderr } = await running.finished;
-  expect(status).toBe(1);
-  expect(stderr.match(/btrfs send was killed by signal 9/g)?.length).toBe(3);
-  for (const name of ["a", "b", "c"]) expect(existsSync(join(directory, `${name}.ended`))).toBe(false);
-  await waitFor("all to be gone", () => sh(`pgrep -af "$1" | grep -v "pgrep -af" || :`, directory) === "");
-});
+multiplied("%s", (_, path) => {
+  test("one that fails drops out: the others get all, and it gets its own next time", async () => {
+    const { source, snapshots, destination } = pair();
+    sh(`head -c 40M /dev/urandom >"$1/large"`, source);
+    const small = filesystem({ size: "110M", mkfs: ["--mixed"] });
+    sh(`head -c 90M /dev/urandom >"$1/ballast"`, small.path);
+    const [full, third] = [join(small.path, "full"), join(filesystem().path, "third")];
+    const { env, calls } = counted(path());
+    const failed = await expectRun(1, ["--json", source, destination, full, third], { env });
+    expect(calls("send")).toBe(1);
+    expect(failed.stderr).toContain(`${full}: btrfs receive failed with exit status 1`);
+    expect(failed.stderr).toContain("No space left on device");
+    for (const place of [destination, third]) {
+      expect(transfers(events(failed), place).length).toBe(1);
+      expectSound(place, snapshots);
+    }
+    expect([...subvolumes(full).keys()]).toEqual([]);
+    rmSync(join(small.path, "ballast"));
+    sh(`sync -f "$1"`, small.path);
+    await nextSecond();
+    await expectRun(0, [source, destination, full, third]);
+    for (const place of [destination, full, third]) expectSound(place, snapshots);
+  });
 
-test("one that stalls leaves the stream that others wait for, and gets one of its own", async () => {
-  const { source } = pair();
-  sh(`head -c 5M /dev/urandom >"$1/large"`, source);
-  const directory = temporaryDirectory();
-  // It reads nothing the first time, until it is ended; a beat of a second makes it twenty of patience instead of five minutes.
-  const slow = `shell://if [ -e ${directory}/tried ]; then cat >${directory}/slow; else touch ${directory}/tried; sleep 1000; fi`;
-  const { env, calls } = counted();
-  const all = events(await expectRun(0, ["--json", "--ssh-opt", "ServerAliveInterval=1", source, slow, `shell://cat >${directory}/quick`], { env }));
-  expect(calls("send")).toBe(2);
-  expect(sh(`cmp "$1/slow" "$1/quick"; stat -c %s "$1/slow"`, directory)).toMatch(/^5\d{6}$/);
-  expect(all.at(-1)).toMatchObject({ ok: true, transfers: 2 });
+  test("when the stream itself breaks, none of those who share it sees an end", async () => {
+    const { source, snapshots } = pair();
+    sh(`head -c 50M /dev/urandom >"$1/large"`, source);
+    const directory = temporaryDirectory();
+    const sink = (name: string) => `shell://{ head -c 1000000 >/dev/null; touch ${directory}/${name}.began; exec pv -q -L 2m; } | { cat >/dev/null; touch ${directory}/${name}.ended; }`;
+    const { env, calls } = counted(path());
+    const running = start([source, sink("a"), sink("b"), sink("c")], { env });
+    await waitFor("the stream to begin", () => ["a", "b", "c"].every((name) => existsSync(join(directory, `${name}.began`))));
+    expect(calls("send")).toBe(1);
+    sh(`pkill -KILL -f "btrfs send -q $1"`, snapshots);
+    const { status, stderr } = await running.finished;
+    expect(status).toBe(1);
+    expect(stderr.match(/btrfs send was killed by signal 9/g)?.length).toBe(3);
+    for (const name of ["a", "b", "c"]) expect(existsSync(join(directory, `${name}.ended`))).toBe(false);
+    await waitFor("all to be gone", () => sh(`pgrep -af "$1" | grep -v "pgrep -af" || :`, directory) === "");
+  });
+
+  test("one that stalls leaves the stream that others wait for, and gets one of its own", async () => {
+    const { source } = pair();
+    sh(`head -c 5M /dev/urandom >"$1/large"`, source);
+    const directory = temporaryDirectory();
+    // It reads nothing the first time, until it is ended; a beat of a second makes it twenty of patience instead of five minutes.
+    const slow = `shell://if [ -e ${directory}/tried ]; then cat >${directory}/slow; else touch ${directory}/tried; sleep 1000; fi`;
+    const { env, calls } = counted(path());
+    const all = events(await expectRun(0, ["--json", "--ssh-opt", "ServerAliveInterval=1", source, slow, `shell://cat >${directory}/quick`], { env }));
+    expect(calls("send")).toBe(2);
+    expect(sh(`cmp "$1/slow" "$1/quick"; stat -c %s "$1/slow"`, directory)).toMatch(/^5\d{6}$/);
+    expect(all.at(-1)).toMatchObject({ ok: true, transfers: 2 });
+  });
 });
 
 test("a stream that is slow, but flows, is not taken for one that stalls", async () => {
