@@ -626,7 +626,7 @@ type Seen = { readonly line: string; readonly tell: () => void };
 async function hold(host: Host, verb: Verb, args: readonly string[], end: string, what: string, { first, seen }: Signals = {}): Promise<Held> {
   const { process: child, stop } = start(host, verb, args);
   running.add(stop);
-  first?.then((line) => child.stdin.write(`${line}\n`), stop);
+  first?.then((line) => child.stdin.write(`${line}\n`), () => running.has(stop) && stop());
   const output = await printed(child, `\n${end}\n`, seen);
   running.delete(stop);
   const beats = host.ssh === null ? undefined : setInterval(() => child.stdin.write("."), host.beat * 1000);

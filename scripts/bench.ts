@@ -122,7 +122,7 @@ async function processor(command: string[]): Promise<{ cpu: number; elapsed: num
   return { cpu: Number(child.resourceUsage()?.cpuTime.total ?? 0n) / 1000, elapsed: performance.now() - began };
 }
 
-/** As many processes as have been started so far. */
+/** As many processes and threads as have been started so far. */
 const processes = () => Number(/^processes (\d+)$/m.exec(readFileSync("/proc/stat", "utf8"))?.[1]);
 
 /** Snapshots and backups of them made by nothing but ioctls (linux/btrfs.h): one an hour, as many as asked for; sending so many would take hours. Eight at a time share the commits. */
@@ -176,8 +176,7 @@ const cases: Record<string, () => Promise<Row[]>> = {
     const rows = [slower(`${what}: bare commands`, own, commands, 60)];
     rows.push(installed("btrbk") ? ratio("the same: btrbk", own, peers.shift() as number, 0.6) : missing("the same: btrbk", "btrbk"));
     if (old !== undefined) rows.push(ratio("the same: btrfs-backup 0.3.1", own, peers.shift() as number, 1));
-    change();
-    profiled = await profile(args);
+    profiled = await profile(args, change);
     return rows;
   },
 
@@ -250,13 +249,14 @@ const cases: Record<string, () => Promise<Row[]>> = {
   },
 
   async links() {
-    const { source, rewrite } = oneFile(64 * MiB);
+    const { source, rewrite } = oneFile(128 * MiB);
     const servers = await Promise.all([1, 2, 3].map(async () => ({ ...(await linkedServer()), path: place("backup") })));
     for (const { url } of servers) sh(`tc qdisc add dev "$(ip -o route get "$1" | sed 's/.* dev \\([^ ]*\\).*/\\1/')" root tbf rate 400mbit burst 256kb latency 50ms`, /@?([\d.]+):/.exec(url(""))?.[1] ?? "");
     const options = servers.flatMap(({ options }) => options.filter((option) => option !== "--ssh-opt")).filter((option) => option.startsWith("IdentityFile")).flatMap((option) => ["--ssh-opt", option]);
     const known = join(temporaryDirectory(), "known");
     writeFileSync(known, servers.map(({ options }) => readFileSync(/UserKnownHostsFile=(.*)/.exec(options.at(-1) ?? "")?.[1] ?? "", "utf8")).join(""));
-    const args = ["-P", "--newest-only", "-N", "3", ...options, "--ssh-opt", `UserKnownHostsFile=${known}`, source];
+    // Four hosts share the processors here: a cipher that takes little of them.
+    const args = ["-P", "--newest-only", "-N", "3", ...options, "--ssh-opt", `UserKnownHostsFile=${known}`, "--ssh-opt", "Ciphers=aes128-gcm@openssh.com", source];
     const urls = servers.map(({ url, path }) => url(path));
     const fourth = `${urls[0]}-alone`;
     await ours([...args, ...urls, fourth]);
@@ -269,7 +269,7 @@ const cases: Record<string, () => Promise<Row[]>> = {
       rewrite();
     };
     const [own = 0, alone = 0] = await inTurn([{ before, work: () => ours([...args, ...urls]) }, { work: () => ours([...args, fourth]) }]);
-    return [ratio("three ssh destinations at 50 MB/s, nothing in common, 64 MiB each: one of them alone", own, alone, 1.1)];
+    return [ratio("three ssh destinations at 50 MB/s, nothing in common, 128 MiB each: one of them alone", own, alone, 1.1)];
   },
 
   async history() {
@@ -340,16 +340,36 @@ const cases: Record<string, () => Promise<Row[]>> = {
 };
 
 let profiled = "";
-/** What a run's time is spent on: when it said what, by its debug log, in ms since its start. */
-async function profile(args: readonly string[]): Promise<string> {
-  await nextSecond();
-  const began = performance.now();
-  const child = Bun.spawn([...BINARY, "-v", "debug", ...args], { stdout: "ignore", stderr: "pipe" });
-  const lines: string[] = [];
-  const decoder = new TextDecoder();
-  for await (const chunk of child.stderr) lines.push(...decoder.decode(chunk).split("\n").filter(Boolean).map((line) => `${(performance.now() - began).toFixed(0).padStart(6)}  ${line.slice(0, 110)}`));
-  await child.exited;
-  return [...lines, `${(performance.now() - began).toFixed(0).padStart(6)}  ended`].join("\n");
+/** What begins with the line of the debug log that matches: what the time of a local run is spent on. */
+const PHASES: readonly (readonly [what: string, begins: RegExp])[] = [
+  ["starting: the runtime, and what it imports", /^/],
+  ["looking at both sides, and locking them", /\] open /],
+  ["the snapshot", /\] snapshot /],
+  ["send | receive, announced before and found complete after", /\] pipeline:/],
+  ["the record of what both sides share", /\] record /],
+  ["deleting on both sides, and letting go of the locks", /\] delete /],
+];
+/** Medians of the phases of some runs, each in ms, and how many processes a run starts. */
+async function profile(args: readonly string[], change: () => void): Promise<string> {
+  const taken = PHASES.map((): number[] => []);
+  let started = 0;
+  for (let round = 0; round < ROUNDS; round++) {
+    change();
+    sh("sync");
+    await nextSecond();
+    const before = processes();
+    const began = performance.now();
+    const child = Bun.spawn([...BINARY, "-v", "debug", ...args], { stdout: "ignore", stderr: "pipe" });
+    const at = PHASES.map((_, i) => (i === 0 ? 0 : NaN));
+    const decoder = new TextDecoder();
+    for await (const chunk of child.stderr)
+      for (const line of decoder.decode(chunk).split("\n")) for (const [i, [, begins]] of PHASES.entries()) if (Number.isNaN(at[i]) && begins.test(line)) at[i] = performance.now() - began;
+    await child.exited;
+    started = processes() - before;
+    at.push(performance.now() - began);
+    taken.forEach((all, i) => all.push((at[i + 1] as number) - (at[i] as number)));
+  }
+  return [...PHASES.map(([what], i) => `${ms(median(taken[i] as number[])).padStart(8)}  ${what}`), `${String(started).padStart(8)}  processes and threads`].join("\n");
 }
 
 const asked = process.argv.slice(2);
@@ -373,4 +393,4 @@ try {
 const widths = [0, 1, 2, 3, 4].map((column) => Math.max(...rows.map((row) => String(row[column]).length)));
 for (const row of rows) console.log(`${row.slice(0, 5).map((cell, column) => String(cell).padEnd(widths[column] as number)).join("  ")}  ${row === rows[0] ? "" : row[5] ? "reached" : "MISSED"}`.trimEnd());
 console.log(`\n${cpus().length} × ${cpus()[0]?.model}, ${sh("uname -sr; btrfs --version").replaceAll("\n", ", ")}, filesystems in ${process.env["TMPDIR"]?.split("/").slice(0, 3).join("/")}`);
-if (profiled !== "") console.log(`\nA local incremental run, by what it says and when (ms):\n${profiled}`);
+if (profiled !== "") console.log(`\nWhat a local incremental run spends its time on, medians:\n${profiled}`);

@@ -105,6 +105,28 @@ test("a busy source is exit 3, a busy destination is its own failure, and --wait
   atDestination.kill();
 });
 
+test("destinations are opened beside the source, but nothing of them is locked before it is, and nothing is left of them if it cannot be", async () => {
+  const { source, snapshots, destination } = pair();
+  const other = join(filesystem().path, "other");
+  await expectRun(0, [source, destination, other]);
+  const tools = temporaryDirectory();
+  writeFileSync(join(tools, "flock"), `#!/bin/sh\n[ "$3" != 9 ] || pwd -P >>${tools}/log\nexec ${sh("command -v flock")} "$@"\n`, { mode: 0o755 });
+  const locked = () => (existsSync(join(tools, "log")) ? readFileSync(join(tools, "log"), "utf8").trim().split("\n") : []);
+  const env = { PATH: `${tools}:${process.env["PATH"]}` };
+  const holder = holdLock(snapshots, ".btrfs-backup..lock");
+  await waitFor("the lock", () => sh(`flock -n "$1" true && echo free || echo held`, join(snapshots, ".btrfs-backup..lock")) === "held");
+  for (const wait of [["--wait", "1"], []]) await expectRun(3, [...wait, source, other, destination], { env });
+  expect(locked()).toEqual([snapshots, snapshots]);
+  expect(sh(`pgrep -f "btrfs-backup.* $1" || :`, destination)).toBe("");
+  expect(snapshotNames(snapshots).length).toBe(1);
+  holder.kill();
+  await nextSecond();
+  await expectRun(0, ["--wait", "1", source, other, destination], { env });
+  expect(locked().slice(2)).toEqual([snapshots, ...[destination, other].sort()]);
+  expect((await expectRun(2, [join(source, "plain"), destination], { env })).stderr).toContain("not a subvolume");
+  expect(locked().length).toBe(5);
+});
+
 test("after kill -9 of the program alone, the next run does not race its pipeline", async () => {
   const { source, snapshots, destination, running } = await transferUnderWay();
   running.child.kill("SIGKILL");
