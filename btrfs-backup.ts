@@ -539,12 +539,15 @@ export function hostOf(name: HostName | null, options: { sshOptions: readonly st
 
 const sameHost = (a: Host, b: Host) => JSON.stringify(a.ssh) === JSON.stringify(b.ssh);
 
+/** What tells a verb's process from others, as in ps(1). */
+const titleOf = ({ name }: Verb) => quote(`btrfs-backup:${name}`);
+
 /** What a verb's script gets: the first word says whether btrfs is to run under sudo. */
 const parametersOf = (host: Host, args: readonly string[]) => [host.sudo ? "sudo" : "", ...args].map(quote).join(" ");
 
 /** The shell text that runs a verb on a host. Local and ssh differ nowhere else. */
 export function commandFor(host: Host, verb: Verb, args: readonly string[]): string {
-  const text = `sh -c ${quote(verb.script)} ${quote(`btrfs-backup:${verb.name}`)} ${parametersOf(host, args)}`;
+  const text = `sh -c ${quote(verb.script)} ${titleOf(verb)} ${parametersOf(host, args)}`;
   if (host.ssh === null) return text;
   if (/[\n\r]/.test(text)) throw new Failure(`${host.label}: a name with a line break cannot be used on another host`);
   return [...host.ssh, text].map(quote).join(" ");
@@ -582,7 +585,7 @@ function start(host: Host, verb: Verb, args: readonly string[]): Started {
   // Ctrl-C at a terminal reaches every child there: these are ended by us, after cleaning up. A
   // verb has a process group of its own; ssh stays where it can ask for a passphrase.
   const local = host.ssh === null;
-  const child = shell({ stdio: ["pipe", "pipe", "pipe"], detached: local })`${`trap "" INT HUP; ${local ? `set -- ${parametersOf(host, args)}; ${verb.script}` : `exec ${commandFor(host, verb, args)}`}`}`;
+  const child = shell({ stdio: ["pipe", "pipe", "pipe"], detached: local })`${`trap "" INT HUP; ${local ? `: ${titleOf(verb)}; set -- ${parametersOf(host, args)}; ${verb.script}` : `exec ${commandFor(host, verb, args)}`}`}`;
   child.stdin.on("error", () => {}); // gone before we were: its exit status tells
   return { process: child, stop: () => sendSignal(local ? -(child.pid as number) : (child.pid as number), "SIGTERM") };
 }
@@ -3311,7 +3314,8 @@ async function backUpOpened(source: Source, ahead: ReadonlyMap<string, Ahead>, o
     if (!saved) await saveKnown();
   } finally {
     await Promise.allSettled(all.map(({ pruning }) => pruning));
-    await whileCleaning(() => together([source, ...all.map(({ destination }) => destination)], ({ close }) => close()));
+    // The source last: whoever has it finds the others free.
+    await whileCleaning(() => together(all, ({ destination }) => destination.close()).finally(source.close));
   }
   for (const id of wanted.keys()) placeIn(report.places, id).last = known.get(id)?.last ?? null;
   placeIn(report.places, null).seconds += (Date.now() - began) / 1000;
