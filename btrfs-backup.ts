@@ -828,7 +828,7 @@ const OPEN = verb(
   `say old; if [ -f .outstanding_transfers ]; then cat .outstanding_transfers; fi;`,
   `if [ "$k" = streams ]; then say files; find . -mindepth 1 -maxdepth 1 -type f -exec stat -c "%s/%Y %n" {} +; fi; else [ "$w" = look ] || real; see; fi; if [ -z "$t" ]; then :; elif root; then`,
   // The top level of a filesystem is not in the list. It is seen only where it is mounted; mountinfo writes space, #, backslash and the like in another way.
-  `case $s in "") r=;; *[[:space:]#Z-^]*) r=show;; *) case $m in *" / $s "*) r=show;; *) r=;; esac;; esac; [ -z "$r" ] || { say show; b subvolume show "$s" || :; }; { b subvolume list -a -r . || say failed; } | { say subvolumes; b subvolume list -a -u -q -R .; say readonly; cat; }; else`,
+  `case $s in "") r=;; *[[:space:]#[-^]*) r=show;; *) case $m in *" / $s "*) r=show;; *) r=;; esac;; esac; [ -z "$r" ] || { say show; b subvolume show "$s" || :; }; { b subvolume list -a -r . || say failed; } | { say subvolumes; b subvolume list -a -u -q -R .; say readonly; cat; }; else`,
   // Whoever is not root gets no list, and can only ask of each.
   `say roots; for f in \${s:+"$s"} .; do b inspect-internal rootid "$f" || :; done; say alone; for f in "./$p"[0-9]*-[0-9]*; do if [ "$(stat -c %i "$f" 2>/dev/null)" = 256 ]; then echo "$(b inspect-internal rootid "$f") $(b property get -ts "$f" ro) $f"; fi; done; fi;`,
   `say mounts; printf %s "$m"; echo; echo; echo "$n end"; [ "$w" = look ] || keep "$q"`,
@@ -1317,8 +1317,8 @@ export function parseInspection(output: string, nonce: string, folder: string): 
     top: exists ? top : `${top === "/" ? "" : top}${folder.slice(folder.lastIndexOf("/"))}`,
     source: source && {
       ...source,
-      // Top levels made by old versions of mkfs have no UUID: the filesystem's stands in.
-      uuid: (alone ? "" : source.root === 5 ? (uuidOrNull(shownField(section("show"), "UUID")) ?? source.filesystem) : subvolumes.find(({ id }) => id === source.root)?.uuid) ?? "",
+      // Top levels made by old versions of mkfs have no UUID: the filesystem's stands in. What is no subvolume, or elsewhere, has none.
+      uuid: (alone || source.inode !== 256 || source.filesystem !== here.filesystem ? "" : source.root === 5 ? (uuidOrNull(shownField(section("show"), "UUID")) ?? source.filesystem) : subvolumes.find(({ id }) => id === source.root)?.uuid) ?? "",
     },
     mounts,
     subvolumes,

@@ -9,7 +9,7 @@ import { expectRun, filesystem, pair, ROOT, run, sh, snapshotNames, subvolume, t
 
 test("usage errors are one line, exit 2, and nothing is done", async () => {
   const { source, snapshots, destination, a } = pair();
-  mkdirSync(join(a.path, "plain"));
+  for (const plain of ["plain", "a plain # Z"]) mkdirSync(join(a.path, plain));
   const off = temporaryDirectory();
   const wrong: [string[], string][] = [
     [["--json", "list", source], "the command comes first: btrfs-backup list …"],
@@ -26,6 +26,8 @@ test("usage errors are one line, exit 2, and nothing is done", async () => {
     [[], "Usage: "],
     [["-S"], "SOURCE is missing"],
     [[join(a.path, "plain"), destination], `not a subvolume: ${join(a.path, "plain")}`],
+    [[join(a.path, "a plain # Z"), destination], `not a subvolume: ${join(a.path, "a plain # Z")}`],
+    [["-f", join(destination, "../snapshots"), a.path], "is not on the filesystem"],
     [[join(a.path, "none"), destination], "no such directory"],
     [[off, destination], `not on btrfs: ${off}`],
     [[source, "s3://bucket/x"], '"s3://" is no kind of location'],

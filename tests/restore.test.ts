@@ -569,7 +569,7 @@ test("names that could be syntax", async () => {
 describe("interruptions", () => {
   test("kill -9 at random moments: TARGET is complete or not there, and the next restore cleans up", async () => {
     const random = seeded();
-    const { source, destination, a } = pair();
+    const { source, destination, a, b } = pair();
     sh(`head -c 30M /dev/urandom >"$1/large"`, source);
     const states = await history(2, [source, destination], source);
     const name = [...states.keys()].at(-1) ?? "";
@@ -586,7 +586,7 @@ describe("interruptions", () => {
       running.child.kill("SIGKILL");
       await running.finished;
       // What was started goes on for a while.
-      await waitFor("its children to end", () => sh(`pgrep -f "$1" || :`, `btrfs-backup[:].*${a.path}|btrfs (send|receive).*${a.path}`) === "");
+      await waitFor("its children to end", () => sh(`pgrep -f "$1" || :`, `(btrfs-backup[:]|btrfs (send|receive)).*(${a.path}|${b.path})`) === "");
       if (existsSync(target)) {
         whole++;
         expectRestored(target, name, states.get(name));
@@ -604,7 +604,7 @@ describe("interruptions", () => {
   }, 300_000);
 
   test("kill -9 while the snapshots move: all are where TARGET is, old or new", async () => {
-    const { source, snapshots, destination, a } = pair();
+    const { source, snapshots, destination, a, b } = pair();
     await history(4, [source, destination], source);
     const all = snapshotNames(snapshots);
     for (let i = 0; i < soak(8); i++) {
@@ -612,7 +612,7 @@ describe("interruptions", () => {
       const running = start(["restore", "--replace", source, source]);
       sh(`while kill -0 "$1" 2>/dev/null; do if pgrep -f "btrfs-backup[:]finish.*$2" >/dev/null; then sleep 0.00$3; kill -9 "$1"; break; fi; done`, String(running.pid), a.path, String(i % 8));
       await running.finished;
-      await waitFor("its children to end", () => sh(`pgrep -f "$1" || :`, `btrfs-backup[:].*${a.path}`) === "");
+      await waitFor("its children to end", () => sh(`pgrep -f "$1" || :`, `btrfs-backup[:].*(${a.path}|${b.path})`) === "");
       expect(snapshotNames(snapshots)).toEqual(all);
       expect([...subvolumes(snapshots).values()].every(({ readonly }) => readonly)).toBe(true);
     }

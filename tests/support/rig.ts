@@ -145,7 +145,7 @@ export type Result = { readonly status: number | null; readonly signal: string |
 export type Running = { readonly child: ChildProcess; readonly pid: number; readonly finished: Promise<Result>; readonly stderr: () => string };
 
 /** Starts the program; `group`: in a process group of its own. */
-export function start(args: readonly string[], { how = "bun", env = {}, cwd = ROOT, wrapper = [], group = false }: Options = {}): Running {
+export function start(args: readonly string[], { how = "binary", env = {}, cwd = ROOT, wrapper = [], group = false }: Options = {}): Running {
   const [program, ...words] = [...wrapper, ...(typeof how === "string" ? PROGRAM[how] : how), ...args] as [string, ...string[]];
   const child = spawn(program, words, { cwd, env: { ...process.env, NODE_ENV: undefined, NO_COLOR: "1", ...env }, stdio: ["ignore", "pipe", "pipe"], detached: group });
   let stdout = "";
