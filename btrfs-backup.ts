@@ -158,9 +158,10 @@ export const wallClock = (date: Date) => parseName(stamp(date), "") as number;
 /** When a local clock showed `time`, in ms since 1970; the second time, if it did so twice and the first was before `earliest`. */
 export function momentOf(time: number, earliest = -Infinity): number {
   const utc = new Date(time);
-  const local = new Date(utc.getUTCFullYear(), utc.getUTCMonth(), utc.getUTCDate(), utc.getUTCHours(), utc.getUTCMinutes(), utc.getUTCSeconds());
-  if (utc.getUTCFullYear() < 100) local.setFullYear(utc.getUTCFullYear()); // it was taken for one of the 20th century
-  const first = local.getTime();
+  // The calendar is the same every 400 years, and Date takes years below 100 for those of the 20th century.
+  const shift = utc.getUTCFullYear() < 100 ? 400 : 0;
+  const local = new Date(utc.getUTCFullYear() + shift, utc.getUTCMonth(), utc.getUTCDate(), utc.getUTCHours(), utc.getUTCMinutes(), utc.getUTCSeconds());
+  const first = local.getTime() - shift * (146_097 / 400) * DURATION.d;
   const again = first >= earliest ? undefined : [30, 60].map((minutes) => first + minutes * 60e3).find((later) => wallClock(new Date(later)) === time);
   return again ?? first;
 }
@@ -172,9 +173,8 @@ export function parseName(name: string, prefix: string): number | null {
   const [date, time] = [Number(text.slice(0, 8)), Number(text.slice(9))];
   const [month, day] = [Math.floor(date / 100) % 100, date % 100];
   const [hour, minute, second] = [Math.floor(time / 10_000), Math.floor(time / 100) % 100, time % 100];
-  // The calendar is the same every 400 years, and Date takes years below 100 for those of the 20th century.
   const moment = new Date(Date.UTC(Math.floor(date / 10_000) + 400, month - 1, day, hour, minute, second));
-  // A field out of range rolls over into the next one.
+  // A field out of range rolls over into the next one. The shift is as in `momentOf`.
   if (hour > 23 || minute > 59 || second > 59 || moment.getUTCDate() !== day || moment.getUTCMonth() !== month - 1) return null;
   return moment.getTime() - 146_097 * DURATION.d;
 }
@@ -621,15 +621,16 @@ async function ask(host: Host, verb: Verb, args: readonly string[], what: string
 /** A verb that holds something (a lock) until it is told to let go. */
 type Held = { readonly output: string; readonly release: () => Promise<void> };
 
-/** What is exchanged with a verb on the way: the `first` line that it waits for, and is ended without; and what is done when a line of its output is `seen`. */
-type Signals = { readonly first?: Promise<string> | undefined; readonly seen?: Seen | undefined };
+/** What is exchanged with a verb on the way: the `first` line that it waits for; that it is `unwanted`, and is ended; and what is done when a line of its output is `seen`. */
+type Signals = { readonly first?: Promise<string> | undefined; readonly unwanted?: AbortSignal | undefined; readonly seen?: Seen | undefined };
 type Seen = { readonly line: string; readonly tell: () => void };
 
 /** Starts a verb that prints until a line that is `end`, and then waits for its input to close. */
-async function hold(host: Host, verb: Verb, args: readonly string[], end: string, what: string, { first, seen }: Signals = {}): Promise<Held> {
+async function hold(host: Host, verb: Verb, args: readonly string[], end: string, what: string, { first, unwanted, seen }: Signals = {}): Promise<Held> {
   const { process: child, stop } = start(host, verb, args);
   running.add(stop);
-  first?.then((line) => child.stdin.write(`${line}\n`), () => running.has(stop) && stop());
+  void first?.then((line) => child.stdin.write(`${line}\n`));
+  unwanted?.addEventListener("abort", () => running.has(stop) && stop());
   const output = await printed(child, `\n${end}\n`, seen);
   running.delete(stop);
   const beats = host.ssh === null ? undefined : setInterval(() => child.stdin.write("."), host.beat * 1000);
@@ -779,7 +780,7 @@ const silence = (host: Host) => (host.ssh === null ? "" : String(4 * host.beat))
 const WATCH = `watch() { if [ -n "$1" ]; then ( while [ -d "/proc/$$" ]; do [ -d "/proc/$1" ] || kill -KILL 0; sleep 2; done ) >/dev/null 2>&1 </dev/null & fi; };`;
 
 // A process costs more than a millisecond: what a shell can do itself, it does.
-const PRELUDE = `set -e; umask 077; unset CDPATH TAR_OPTIONS POSIXLY_CORRECT QUOTING_STYLE; PATH=$PATH:/usr/sbin:/sbin; LC_ALL=C; export PATH LC_ALL;
+const PRELUDE = `set -e +f; umask 077; unset CDPATH GLOBIGNORE TAR_OPTIONS POSIXLY_CORRECT QUOTING_STYLE; PATH=$PATH:/usr/sbin:/sbin; LC_ALL=C; export PATH LC_ALL;
  su=$1; if [ "$1" = sudo ]; then b() { sudo -n btrfs "$@"; }; else b() { btrfs "$@"; }; fi; shift; uid() { while read -r key real u others; do if [ "$key" = Uid: ]; then return; fi; done </proc/self/status; }; root() { [ -n "$su" ] || { uid; [ "$u" = 0 ]; }; };
  at() { cd -P -- "$1" || { echo "(is the disk mounted?)" >&2; exit 66; }; [ "$PWD" = "$1" ] && { [ . -ef "/proc/\${2#*/}/cwd" ] || [ "$(stat -f -c %i .)" = "\${2%/*}" ]; } || { echo "another filesystem or directory is at $1 now" >&2; exit 66; }; };`.replace(/\n/g, "");
 
@@ -813,29 +814,30 @@ const OPEN = verb(
   `if [ -n "$s" ]; then [ -d "$s" ] || { echo "no such directory: $s" >&2; exit 64; }; cd -P -- "$s"; say source; pwd -P; s=$PWD; fi;`,
   `say host; read -r h </proc/sys/kernel/hostname; echo "$h"; say zstd; command -v zstd || :; f=/sys/fs/btrfs/features/send_stream_version; say stream; if [ -z "$k" ] && [ -f $f ]; then read -r v <$f; echo "$v"; btrfs --version; fi;`,
   // Whatever can change while others have the lock comes after this.
-  `if [ "$w" = later ]; then read -r w; fi; say filesystems; for f in /sys/fs/btrfs/*; do echo "\${f##*/}"; done; set --;`,
-  `if [ -d "$d" ]; then cd -P -- "$d"; say folder; pwd -P; foul() { echo "$PWD/$1 is not a plain file" >&2; exit 65; };`,
+  `if [ "$w" = later ]; then read -r w; fi; say filesystems; for f in /sys/fs/btrfs/*; do echo "\${f##*/}"; done; set --; e=;`,
+  `if [ -d "$d" ]; then e=folder; cd -P -- "$d"; say folder; pwd -P; [ -r . ] || { echo "$PWD: Permission denied" >&2; exit 1; }; foul() { echo "$PWD/$1 is not a plain file" >&2; exit 65; };`,
   `for f in ".btrfs-backup.$p.lock" ".btrfs-backup.$p.receiving" .btrfs-backup.json .outstanding_transfers; do if [ -L "$f" ]; then foul "$f"; elif [ -f "$f" ]; then set -- "$@" "$f"; elif [ -e "$f" ]; then foul "$f"; fi; done;`,
   `elif [ -e "$d" ] || [ -L "$d" ]; then echo "not a directory: $d" >&2; exit 65;`,
   `elif [ -d "\${d%/*}/" ]; then cd -P -- "\${d%/*}/"; say missing; pwd -P; else echo "no such directory: \${d%/*} (is the disk mounted?)" >&2; exit 66; fi;`,
   // One process for all that is of the same kind. Of files only the owner counts.
   `say user; uid; echo "$u"; say inodes; stat -c "%i %u" \${s:+"$s"} . "$@"; f=$(stat -f -c "%i %t %a %S" \${s:+"$s"} .); say places; echo "$f"; set -- $f; [ $# = 4 ] || shift 4; t=; if [ "$k" = streams ]; then :; elif [ "$2" = ${BTRFS_MAGIC} ]; then t=btrfs; fi;`,
-  `see() { f=; if [ -d "$d" ] && [ -e .btrfs-backup.json ]; then f=.btrfs-backup.json; fi; m=$( { echo; echo "$n record"; } | cat /proc/self/mountinfo - $f ); };`,
-  `if [ -d "$d" ]; then if [ "$w" = look ]; then see; elif [ -f ".btrfs-backup.$p.lock" ]; then exec 9<".btrfs-backup.$p.lock"; flock -w "$w" 9 || { real; echo "another run holds $PWD/.btrfs-backup.$p.lock" >&2; exit 75; }; see;`,
-  // What was announced may still be received. The other locks are those of commands, and of remotes of rclone.
-  `${RECEIVING} r=; case $k\${m#*"$n record"} in streams*|*receiving*) r=.btrfs-backup.$p.receiving; esac; for f in \${r:+"$r"} ".btrfs-backup.$p".????????.receiving; do if [ -f "$f" ]; then f=\${f#.btrfs-backup.}; receiving "\${f%.receiving}" "$w"; exec 8<&-; r=again; fi; done; [ -z "$r" ] || see; say locked; echo $$; else real; see; fi;`,
-  `set -- .* *; IFS=$(echo; echo x); IFS=\${IFS%x}; say entries; printf %s "$*"; echo; unset IFS;`,
-  `say old; if [ -f .outstanding_transfers ]; then cat .outstanding_transfers; fi;`,
-  `if [ "$k" = streams ]; then say files; find . -mindepth 1 -maxdepth 1 -type f -exec stat -c "%s/%Y %n" {} +; fi; else [ "$w" = look ] || real; see; fi; if [ -z "$t" ]; then :; elif root; then`,
-  // The top level of a filesystem is not in the list. It is seen only where it is mounted; mountinfo writes space, #, backslash and the like in another way.
-  `case $s in "") r=;; *[[:space:]#[-^]*) r=show;; *) case $m in *" / $s "*) r=show;; *) r=;; esac;; esac; [ -z "$r" ] || { say show; b subvolume show "$s" || :; }; { b subvolume list -a -r . || say failed; } | { say subvolumes; b subvolume list -a -u -q -R .; say readonly; cat; }; else`,
+  // The other locks are those of commands, and of remotes of rclone.
+  `if [ "$w" = look ]; then :; elif [ -n "$e" ] && [ -f ".btrfs-backup.$p.lock" ]; then exec 9<".btrfs-backup.$p.lock"; flock -w "$w" 9 || { real; echo "another run holds $PWD/.btrfs-backup.$p.lock" >&2; exit 75; };`,
+  `${RECEIVING} for f in ".btrfs-backup.$p.receiving" ".btrfs-backup.$p".????????.receiving; do if [ -f "$f" ]; then f=\${f#.btrfs-backup.}; receiving "\${f%.receiving}" "$w"; exec 8<&-; fi; done; say locked; echo $$; else real; fi;`,
+  `f=; if [ -n "$e" ] && [ -e .btrfs-backup.json ]; then f=.btrfs-backup.json; fi; say mounts; { echo; echo "$n record"; } | cat /proc/self/mountinfo - $f;`,
+  `if [ -n "$e" ]; then set -- .* *; IFS=$(echo; echo x); IFS=\${IFS%x}; say entries; printf %s "$*"; echo; unset IFS; say old; if [ -f .outstanding_transfers ]; then cat .outstanding_transfers; fi;`,
+  `if [ "$k" = streams ]; then say files; find . -mindepth 1 -maxdepth 1 -type f -exec stat -c "%s/%Y %n" {} +; fi; fi;`,
+  `if [ -z "$t" ]; then :; elif root; then say subvolumes; b subvolume list -a -u -q -R .; say readonly; b subvolume list -a -r .; else`,
   // Whoever is not root gets no list, and can only ask of each.
-  `say roots; for f in \${s:+"$s"} .; do b inspect-internal rootid "$f" || :; done; say alone; for f in "./$p"[0-9]*-[0-9]*; do if [ "$(stat -c %i "$f" 2>/dev/null)" = 256 ]; then echo "$(b inspect-internal rootid "$f") $(b property get -ts "$f" ro) $f"; fi; done; fi;`,
-  `say mounts; printf %s "$m"; echo; echo; echo "$n end"; [ "$w" = look ] || keep "$q"`,
+  `say roots; for f in \${s:+"$s"} .; do b inspect-internal rootid "$f" || echo 0; done; say alone; for f in "./$p"[0-9]*-[0-9]*; do if [ "$(stat -c %i "$f" 2>/dev/null)" = 256 ]; then echo "$(b inspect-internal rootid "$f") $(b property get -ts "$f" ro) $f"; fi; done; fi;`,
+  `echo; echo "$n end"; [ "$w" = look ] || keep "$q"`,
 );
 
 /** create FOLDER FSID PREFIX: the folder (its last component only) and the chain's lock file; another first run may be faster. */
 const CREATE = verb("create", PRELUDE, `d=\${1%/*}; if [ -d "$1" ]; then :; else at "\${d:-/}" "$2"; mkdir "$1" || [ -d "$1" ]; fi; at "$1" "$2"; l=.btrfs-backup.$3.lock; [ -f "$l" ] || ( set -C; : >"$l" ) || [ -f "$l" ]`);
+
+/** show FOLDER FSID: what the list of subvolumes does not tell of the top level. */
+const SHOW = verb("show", PRELUDE, `at "$1" "$2"; b subvolume show .`);
 
 /** snapshot SOURCE FOLDER FSID NAME: prints `subvolume show` of what it made, or only the ID for whoever is not root. The kernel commits the transaction. */
 const SNAPSHOT = verb(
@@ -1143,7 +1145,7 @@ const ASIDE = verb("aside", PRELUDE, `at "$1" "$2"; mv -f .btrfs-backup.json ".b
 const HOOK = verb("hook", `t=$(mktemp); sh -c "$2" >"$t" 2>&1 </dev/null && r=0 || r=$?; cat "$t" >&2; rm -f "$t"; [ $r = 0 ] || { echo "(exit status $r)" >&2; exit 1; }`);
 
 /** Every verb there is, for whoever must check that they hold nothing a login shell could trip over. */
-export const VERBS: readonly Verb[] = [OPEN, CREATE, SNAPSHOT, SEND, RECEIVE, KEPT, TIDY, DISCARD, DELETE, WRITE_RECORD, RESTORING, CLEAR, BUILD, FINISH, DIGEST, LISTING, RECEIVED, SIZES, LOCATE, VERSIONS, TAKE, PUT, ESTIMATE, ...Object.values(RAW), ...Object.values(RCLONE), ASIDE, HOOK];
+export const VERBS: readonly Verb[] = [OPEN, SHOW, CREATE, SNAPSHOT, SEND, RECEIVE, KEPT, TIDY, DISCARD, DELETE, WRITE_RECORD, RESTORING, CLEAR, BUILD, FINISH, DIGEST, LISTING, RECEIVED, SIZES, LOCATE, VERSIONS, TAKE, PUT, ESTIMATE, ...Object.values(RAW), ...Object.values(RCLONE), ASIDE, HOOK];
 
 const uuidOrNull = (text: string) => (text === "-" ? null : text);
 const UUID = "-|[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}";
@@ -1188,7 +1190,7 @@ function shownField(text: string, field: string): string {
   return value;
 }
 
-export type Mount = { readonly root: string; readonly path: string; readonly device: string; readonly readonly: boolean };
+export type Mount = { readonly id: string; readonly parent: string; readonly root: string; readonly path: string; readonly device: string; readonly readonly: boolean };
 
 /** Reads /proc/self/mountinfo (proc(5)): `root` is the path on the filesystem of `device` that is mounted at `path`. */
 export function parseMounts(text: string): Mount[] {
@@ -1196,13 +1198,21 @@ export function parseMounts(text: string): Mount[] {
   return text.split("\n").map((line) => {
     const words = line.split(" ");
     const readonly = [words[5], words.at(-1)].some((options) => options?.split(",").includes("ro"));
-    return { root: unescape(words[3]), path: unescape(words[4]), device: unescape(words[words.indexOf("-") + 2]), readonly };
+    return { id: words[0] ?? "", parent: words[1] ?? "", root: unescape(words[3]), path: unescape(words[4]), device: unescape(words[words.indexOf("-") + 2]), readonly };
   });
 }
 
 /** The path from the filesystem's top level ("/…") of a resolved path, and the mount it is seen through. */
 export function placeOn(mounts: readonly Mount[], path: string): { mount: Mount; top: string } {
-  const mount = mounts.filter((m) => isWithin(path, m.path)).reduce<Mount | null>((best, m) => (best === null || m.path.length >= best.path.length ? m : best), null);
+  const known = new Set(mounts.map(({ id }) => id));
+  const above = mounts.filter((m) => isWithin(path, m.path));
+  let mount: Mount | null = null;
+  // As the kernel walks: what is mounted over a folder hides what was mounted below it.
+  for (let next: Mount | undefined = undefined; ; mount = next) {
+    const here = above.filter((m) => (mount === null ? !known.has(m.parent) || m.parent === m.id : m.parent === mount.id && m.id !== m.parent));
+    next = here.reduce<Mount | undefined>((first, m) => (first === undefined || m.path.length <= first.path.length ? m : first), undefined);
+    if (next === undefined) break;
+  }
   if (mount === null) throw new Failure(`${path}: not found among the mounts`);
   const rest = mount.path === "/" ? path : path.slice(mount.path.length);
   return { mount, top: withoutSlash(normalize(`${mount.root}/${rest}`)) };
@@ -1277,7 +1287,6 @@ export function parseInspection(output: string, nonce: string, folder: string): 
     sections.set(part.slice(0, at), part.slice(at + 1).replace(/\n$/, ""));
   }
   const section = (name: string) => sections.get(name) ?? "";
-  if (sections.has("failed")) throw new Failure(`"btrfs subvolume list" failed below ${folder}`);
   const mounts = parseMounts(section("mounts"));
   const record = parseRecord(section("record"));
   const files = parseFiles(section("files"));
@@ -1317,8 +1326,7 @@ export function parseInspection(output: string, nonce: string, folder: string): 
     top: exists ? top : `${top === "/" ? "" : top}${folder.slice(folder.lastIndexOf("/"))}`,
     source: source && {
       ...source,
-      // Top levels made by old versions of mkfs have no UUID: the filesystem's stands in. What is no subvolume, or elsewhere, has none.
-      uuid: (alone || source.inode !== 256 || source.filesystem !== here.filesystem ? "" : source.root === 5 ? (uuidOrNull(shownField(section("show"), "UUID")) ?? source.filesystem) : subvolumes.find(({ id }) => id === source.root)?.uuid) ?? "",
+      uuid: (alone || source.filesystem !== here.filesystem ? undefined : subvolumes.find(({ id }) => id === source.root)?.uuid) ?? "",
     },
     mounts,
     subvolumes,
@@ -1684,10 +1692,17 @@ type Hosts = { readonly sshOptions: readonly string[]; readonly sudo: boolean; r
 
 /**
  * How to open a place: `look` locks nothing; else the seconds to wait for its lock. `unverified`: streams need no checksum object; `peer`: a host
- * whose protocol is asked for anyway; `turn`: until then, what must be locked is not looked at, and it is given up if that fails; `locked` is
+ * whose protocol is asked for anyway; `ahead`: it begins to be opened, and locks and looks in its `turn`, unless it is `unwanted`; `locked` is
  * called as soon as it is, if not later.
  */
-type Opening = { readonly prefix: string; readonly wait: "look" | number; readonly hosts: Hosts; readonly source?: string; readonly unverified?: boolean; readonly peer?: Host; readonly turn?: Promise<void>; readonly locked?: () => void };
+type Opening = { readonly prefix: string; readonly wait: "look" | number; readonly hosts: Hosts; readonly source?: string; readonly unverified?: boolean; readonly peer?: Host; readonly ahead?: { readonly turn: Promise<void>; readonly unwanted: AbortSignal }; readonly locked?: () => void };
+
+/** A source's UUID. The top level is not in the list of subvolumes. */
+async function uuidOfSource(host: Host, { source, place, alone }: Inspection): Promise<string> {
+  if (source?.root !== 5 || source.inode !== 256 || source.filesystem !== place.filesystem || alone) return source?.uuid ?? "";
+  const shown = await ask(host, SHOW, [source.path, `${source.fsid}/`], source.path);
+  return uuidOrNull(shownField(shown, "UUID")) ?? place.filesystem ?? ""; // old versions of mkfs gave it none
+}
 
 /** An opened folder as it looks to a prefix. */
 const withPrefix = (folder: Omit<Folder, "prefix" | "snapshots" | "chain">, prefix: string): Folder => ({
@@ -1700,11 +1715,11 @@ const withPrefix = (folder: Omit<Folder, "prefix" | "snapshots" | "chain">, pref
 /** Opens a place: one command that locks it, and tells all there is to know. Errors: those of `ask`. */
 async function openFolder(location: Readable, path: string, opening: Opening): Promise<Folder> {
   if (location.kind === "rclone") return openRemote(location, path, opening);
-  const { prefix, wait, hosts, source = "", peer, turn, locked } = opening;
+  const { prefix, wait, hosts, source = "", peer, ahead, locked } = opening;
   const host = hostOf(location.host, hosts);
   const kind = location.kind === "raw" ? "streams" : peer !== undefined && sameHost(peer, host) ? "known" : "";
   const nonce = crypto.randomUUID();
-  const { output, release } = await hold(host, OPEN, [nonce, turn === undefined ? String(wait) : "later", path, prefix, source, kind, silence(host)], `${nonce} end`, location.id, { first: turn?.then(() => String(wait)), seen: locked && { line: `${nonce} locked`, tell: locked } });
+  const { output, release } = await hold(host, OPEN, [nonce, ahead === undefined ? String(wait) : "later", path, prefix, source, kind, silence(host)], `${nonce} end`, location.id, { first: ahead?.turn.then(() => String(wait)), unwanted: ahead?.unwanted, seen: locked && { line: `${nonce} locked`, tell: locked } });
   try {
     if (wait === "look") await release(); // nothing of it is left in the directory
     const inspection = parseInspection(output, nonce, path);
@@ -1714,7 +1729,8 @@ async function openFolder(location: Readable, path: string, opening: Opening): P
       .filter((s) => `/${s.path}`.startsWith(above) && inspection.entries.has(`/${s.path}`.slice(above.length)))
       .map((s) => ({ ...s, name: `/${s.path}`.slice(above.length), moment: null }));
     const real = inspection.exists ? inspection.place.path : join(inspection.place.path, basename(path));
-    return withPrefix({ ...inspection, id: location.id, host, hostName: inspection.host, path: real, store, standing: store?.streams ?? subvolumes, close: release }, prefix);
+    const folder = { ...inspection, source: inspection.source && { ...inspection.source, uuid: await uuidOfSource(host, inspection) } };
+    return withPrefix({ ...folder, id: location.id, host, hostName: inspection.host, path: real, store, standing: store?.streams ?? subvolumes, close: release }, prefix);
   } catch (error) {
     await release();
     throw error;
@@ -2653,9 +2669,9 @@ async function stream(incoming: readonly (readonly [Receiver, Incoming])[], sour
  * What `tee -p` does, in perl: in blocks of 256 KiB, through pipes of 1 MiB (1031 is F_SETPIPE_SZ of fcntl(2)). That of coreutils copies
  * 8 KiB at a time (seen with 9.1), which takes longer than to make a second stream.
  */
-const TEE = `$SIG{PIPE} = "IGNORE"; my @to = map { open(my $to, ">", $_) or die "$_: $!"; fcntl($to, 1031, 1 << 20); $to } @ARGV;
+const TEE = `$SIG{PIPE} = "IGNORE"; my @to = map { open(my $to, ">", $_) or do { print STDERR "$_: $!\n"; exit 1 }; fcntl($to, 1031, 1 << 20); $to } @ARGV;
 while (@to) {
-  my $n = sysread(STDIN, my $block, 1 << 18) // die "$!";
+  my $n = sysread(STDIN, my $block, 1 << 18) // do { print STDERR "$!\n"; exit 1 };
   last if $n == 0;
   @to = grep { my $at = 0; while (defined $at and $at < $n) { my $w = syswrite($_, $block, $n - $at, $at); $at = defined $w ? $at + $w : undef } defined $at } @to;
 }`;
@@ -2671,7 +2687,7 @@ async function fanOut(stages: readonly Stage[], takers: readonly Incoming[], pat
   const branches = takers.map(({ stages, environment }, i) => flow(stages, environment ?? {}, { input: pipes[i] as string }));
   const [pipe = "", ...rest] = pipes.map(quote);
   const pid = `${directory}/tee`;
-  const either = `if command -v perl >/dev/null; then exec perl -e ${quote(TEE)} ${pipe} ${rest.join(" ")}; else exec tee -p ${rest.join(" ")} >${pipe}; fi`;
+  const either = `if command -v perl >/dev/null; then exec env -i "$(command -v perl)" -e ${quote(TEE)} ${pipe} ${rest.join(" ")}; else exec tee -p ${rest.join(" ")} >${pipe}; fi`;
   const tee = { label: "tee", command: `( read -r p r </proc/self/stat; echo "$p" >${quote(pid)}; ${either} )` };
   const trunk = flow([...stages, tee], {}, { feeds: branches.map(({ group }) => group) });
   const stalled = new Set<number>();
@@ -2769,34 +2785,43 @@ const lockFile = (chain: string) => join(dirname(runtimeDirectory()), `btrfs-bac
 /** How destinations are opened. */
 const destinationOpening = (o: RunOptions): Opening => ({ prefix: o.prefix, wait: o.dryRun ? "look" : o.wait, hosts: o.hosts, peer: hostOf(o.source.host, o.hosts) });
 
-/** A destination that begins to be opened while the source is: it locks and looks after `go`, and ends with `giveUp`. */
-type Ahead = { readonly folder: Promise<Folder>; readonly go: () => void; readonly giveUp: () => void };
+/** A destination that begins to be opened while the source is: it locks and looks after `go`; `drop` ends it, or closes what was opened. */
+type Ahead = { readonly folder: Promise<Folder>; readonly go: () => void; readonly drop: () => Promise<void> };
 
-/** Begins with those destinations that need no connection of another's. */
+/** Begins with those destinations that need no connection of another's, unless locks are waited for. Two hosts at once could ask for passwords at once. */
 function beginOpening(o: RunOptions): Map<string, Ahead> {
-  const hosts = new Set([JSON.stringify(o.source.host)]);
+  const hosts = new Set<string>();
   const ahead = new Map<string, Ahead>();
+  if (o.wait > 0) return ahead;
   for (const { location } of [...o.destinations].sort((a, b) => (a.location.id < b.location.id ? -1 : 1))) {
-    if (location.kind === "shell" || location.kind === "rclone" || (location.host !== null && hosts.has(JSON.stringify(location.host)))) continue;
+    if (location.kind === "shell" || location.kind === "rclone" || (location.host !== null && (o.source.host !== null || hosts.has(JSON.stringify(location.host))))) continue;
     hosts.add(JSON.stringify(location.host));
-    let [go, giveUp] = [() => {}, () => {}];
-    const turn = new Promise<void>((yes, no) => ([go, giveUp] = [yes, () => no(new Failure(`${location.id} is not opened`))]));
-    const folder = openFolder(location, location.path, { ...destinationOpening(o), turn });
+    const controller = new AbortController();
+    let go = () => {};
+    const turn = new Promise<void>((resolve) => (go = resolve));
+    const folder = openFolder(location, location.path, { ...destinationOpening(o), ahead: { turn, unwanted: controller.signal } });
+    const drop = () => {
+      controller.abort();
+      const ended = folder.then((folder) => folder.close(), () => {});
+      return Promise.race([ended, new Promise<void>((over) => setTimeout(over, 5000))]); // on a dead disk nothing ends
+    };
     folder.catch(() => {}); // told when it is its turn
-    ahead.set(location.id, { folder, go, giveUp });
+    ahead.set(location.id, { folder, go, drop });
   }
   return ahead;
 }
 
 /** Opens a destination after making sure that it is the right place. Errors: UsageError, Absent, Busy, Failure. */
-async function openDestination({ location, sending }: Wanted, source: Source, known: KnownDestination | undefined, o: RunOptions, report: Report, ahead: Ahead | undefined): Promise<Destination> {
+async function openDestination({ location, sending }: Wanted, source: Source, known: KnownDestination | undefined, o: RunOptions, report: Report, ahead: Map<string, Ahead>): Promise<Destination> {
   needRoot(source, "sending");
-  ahead?.go();
+  const begun = ahead.get(location.id);
+  begun?.go();
+  ahead.delete(location.id); // whoever opens it closes it
   if (location.kind !== "folder") {
     // What cannot be locked where it is: its lock is at the source. A remote source's chain has no folder here.
     const lock = o.source.host === null ? join(source.path, `.btrfs-backup.${o.prefix}.${digestOf(location.id).slice(0, 8)}.receiving`) : lockFile(`${o.source.id}\n${o.prefix}\n${location.id}`);
     if (location.kind === "shell") return shellDestination(location, known?.pin ?? null, await commandShell(report), lock, { prefix: o.prefix, source: o.source.id }, sending);
-    return openStore(location, sending, lock, source, known, o, report, ahead);
+    return openStore(location, sending, lock, source, known, o, report, begun);
   }
   const mounted = "(is the disk mounted?)";
   let claimed: Claim = { accepted: true, strangers: [] };
@@ -2818,7 +2843,7 @@ async function openDestination({ location, sending }: Wanted, source: Source, kn
     claimed = claim(source.identity, chain, complete, complete.filter((backup) => here(backup) !== undefined), o.adopt);
     if (!claimed.accepted) throw new Failure(claimed.why);
     compressionBetween(source, folder, sending.level);
-  }, ahead?.folder);
+  }, begun?.folder);
   const { receiving, ...chain } = folder.chain;
   // An announcement outlives its transfer only as long as there is a leftover to be recognised by it.
   const broken = folder.snapshots.some(({ name, readonly }) => name === receiving && !readonly);
@@ -2831,7 +2856,7 @@ async function openDestination({ location, sending }: Wanted, source: Source, kn
 }
 
 /** Opens a store after making sure that it is the right one. Errors: Absent, Busy, Failure. */
-async function openStore(location: Readable, sending: Sending, lock: string, source: Source, known: KnownDestination | undefined, o: RunOptions, report: Report, ahead: Ahead | undefined): Promise<Destination> {
+async function openStore(location: Readable, sending: Sending, lock: string, source: Source, known: KnownDestination | undefined, o: RunOptions, report: Report, begun: Ahead | undefined): Promise<Destination> {
   let owner = ownerOf(source.identity);
   let lineages: ReadonlySet<string> = new Set();
   const opening = destinationOpening(o);
@@ -2847,7 +2872,7 @@ async function openStore(location: Readable, sending: Sending, lock: string, sou
       throw new Failure(`the streams there belong to ${own.length === 0 ? "another source" : "this source as it was elsewhere"} (subvolume ${(own.at(-1) ?? ours.at(-1))?.owner.uuid}); this one is ${source.identity.host}:${source.identity.path} (subvolume ${owner.uuid}). Use a prefix (-p) or another place; --adopt ${own.length === 0 ? "stores beside them" : "goes on with them"}`);
     if (!o.adopt && sending.recipients.length === 0 && own.at(-1)?.encrypted) throw new Failure("what is stored there is encrypted, and this would not be: --encrypt-to is missing (--adopt stores in the clear)");
     owner = { ...owner, lineage: own.at(-1)?.owner.lineage ?? owner.lineage };
-  }, ahead?.folder);
+  }, begun?.folder);
   const store = folder.store as Store;
   const standing = standingInStore(store, o.prefix, lineages);
   const broken = store.streams.filter((stream) => stream.stored && !stream.readonly);
@@ -3078,13 +3103,13 @@ function recordedLocation(id: string, source: Folder): Location {
  * Opens the destinations side by side, but those of one host after each other, since the first one's connection serves the others; and
  * all of them in sorted order if locks are waited for, so that two runs cannot wait for each other. `all` gets those that can be served.
  */
-async function openAll(all: Served[], wanted: ReadonlyMap<string, Wanted>, source: Source, known: Known["known"], ahead: ReadonlyMap<string, Ahead>, o: RunOptions, report: Report): Promise<void> {
+async function openAll(all: Served[], wanted: ReadonlyMap<string, Wanted>, source: Source, known: Known["known"], ahead: Map<string, Ahead>, o: RunOptions, report: Report): Promise<void> {
   const sorted = [...wanted].sort(([a], [b]) => (a < b ? -1 : 1));
   const queues = new Map<string, Promise<unknown>>();
   const openings = sorted.map(([id, destination]) => {
     const { location } = destination;
     const queue = o.wait > 0 ? "" : location.kind === "shell" || location.host === null ? id : JSON.stringify(location.host);
-    const opening = (queues.get(queue) ?? Promise.resolve()).then(() => openDestination(destination, source, known.get(id), o, report, ahead.get(id)));
+    const opening = (queues.get(queue) ?? Promise.resolve()).then(() => openDestination(destination, source, known.get(id), o, report, ahead));
     queues.set(queue, opening.catch(() => {}));
     return opening;
   });
@@ -3248,19 +3273,17 @@ async function persistently(o: RunOptions, report: Report, attempt: (o: RunOptio
 /** Sends every destination what it lacks of a source, and keeps on both sides what should be kept. Returns the name of the snapshot that it took. */
 async function backUp(open: (locked: () => void) => Promise<Source>, o: RunOptions, report: Report): Promise<string | null> {
   let ahead = new Map<string, Ahead>();
-  // Nobody waits for another's lock then, whatever the order.
-  const opening = open(() => o.wait === 0 && ahead.forEach(({ go }) => go()));
+  const opening = open(() => ahead.forEach(({ go }) => go()));
   if (o.transfer || !o.removeLocks) ahead = beginOpening(o);
   stamp(new Date()); // the first local time takes long, since zones are loaded for it: meanwhile
   try {
     return await backUpOpened(await opening, ahead, o, report);
   } finally {
-    for (const { giveUp } of ahead.values()) giveUp();
-    await Promise.allSettled([...ahead.values()].map(({ folder }) => folder));
+    await whileCleaning(() => together([...ahead.values()], ({ drop }) => drop()));
   }
 }
 
-async function backUpOpened(source: Source, ahead: ReadonlyMap<string, Ahead>, o: RunOptions, report: Report): Promise<string | null> {
+async function backUpOpened(source: Source, ahead: Map<string, Ahead>, o: RunOptions, report: Report): Promise<string | null> {
   const known = new Map(knownDestinations(source).map((destination) => [destination.location, destination]));
   const wanted = new Map(o.destinations.map((destination) => [destination.location.id, destination]));
   for (const id of o.lockedDestinations ? known.keys() : []) if (!wanted.has(id)) wanted.set(id, { location: recordedLocation(id, source), optional: false, policy: o.backupPolicy, sending: o.sendingTo(id) });
@@ -4168,6 +4191,7 @@ const GUARDED: ReadonlyMap<string, Use> = new Map([
   use(RAW.get, ["read"], [...AT, oneOf("", "sum"), HOLDER], anyObjectArgument),
   use(DELETE, ["delete", "source"], [oneOf("", "rw"), oneOf("", "sync"), ...AT], listedArgument),
   use(RECEIVED, ["delete", "read"], AT, listedArgument),
+  use(SHOW, ["source"], [...AT]),
   use(SNAPSHOT, ["source"], [sourceArgument, ...AT, datedArgument]),
   use(SEND, ["source", "read"], [FLAG, ...AT, LEVEL, like(/^[12]?$/), HOLDER, standingArgument, (value, said) => (value === "" ? "" : standingArgument(value, said)), like(/^\d{0,18}$/), like(/^([0-9a-f]{64})?$/)]),
   use(ESTIMATE, ["source", "read"], [...AT, standingArgument, (value, said) => (value === "" ? "" : standingArgument(value, said))]),

@@ -27,7 +27,7 @@ test("usage errors are one line, exit 2, and nothing is done", async () => {
     [["-S"], "SOURCE is missing"],
     [[join(a.path, "plain"), destination], `not a subvolume: ${join(a.path, "plain")}`],
     [[join(a.path, "a plain # Z"), destination], `not a subvolume: ${join(a.path, "a plain # Z")}`],
-    [["-f", join(destination, "../snapshots"), a.path], "is not on the filesystem"],
+    ...[source, a.path].map((source): [string[], string] => [["-f", join(destination, "../snapshots"), source], "is not on the filesystem"]),
     [[join(a.path, "none"), destination], "no such directory"],
     [[off, destination], `not on btrfs: ${off}`],
     [[source, "s3://bucket/x"], '"s3://" is no kind of location'],

@@ -4,7 +4,7 @@
 import { expect, test } from "bun:test";
 import { existsSync, readFileSync, writeFileSync } from "node:fs";
 import { join } from "node:path";
-import { change, events, expectRun, expectSound, filesystem, generator, nextSecond, pair, run, seeded, sh, snapshotNames, soak, sshServer, start, subvolumes, temporaryDirectory, waitFor } from "./support/rig.ts";
+import { change, events, expectRun, expectSound, filesystem, generator, nextSecond, pair, run, seeded, sh, snapshotNames, soak, sshServer, start, subvolume, subvolumes, temporaryDirectory, waitFor } from "./support/rig.ts";
 
 /** A `pv` in front of every `btrfs receive`, so that a transfer takes its time. */
 function slowReceive(): { env: Record<string, string> } {
@@ -125,6 +125,65 @@ test("destinations are opened beside the source, but nothing of them is locked b
   expect(locked().slice(2)).toEqual([snapshots, ...[destination, other].sort()]);
   expect((await expectRun(2, [join(source, "plain"), destination], { env })).stderr).toContain("not a subvolume");
   expect(locked().length).toBe(5);
+});
+
+test("what was opened beside a source that is refused after all is let go, and not waited for where it hangs", async () => {
+  const { source, snapshots, destination, a } = pair();
+  const { options, url } = await sshServer();
+  await expectRun(0, [source, destination]);
+  const tools = temporaryDirectory();
+  const env = { PATH: `${tools}:${process.env["PATH"]}` };
+  // The snapshot folder is another source's: that is known when it is locked.
+  const stranger = subvolume(join(a.path, "stranger"));
+  const hanging = join(filesystem().path, "hanging");
+  await expectRun(0, [stranger, hanging]);
+  writeFileSync(join(tools, "stat"), `#!/bin/sh\n[ "$PWD" != ${hanging} ] || { : >${tools}/hangs; exec sleep infinity; }\nexec ${sh("command -v stat")} "$@"\n`, { mode: 0o755 });
+  expect((await expectRun(1, ["-f", snapshots, stranger, hanging], { env })).stderr).toContain("belong");
+  expect(sh(`pgrep -f "$1" || :`, `btrfs-backup[:].*${hanging}`)).toBe("");
+  // A connection that is lost just then: the next try finds all free.
+  writeFileSync(join(tools, "ssh"), `#!/bin/bash
+    if [[ \${!#} == *btrfs-backup:open* ]] && mkdir ${tools}/lost 2>/dev/null; then
+      /usr/bin/ssh "$@" | sed "/ locked$/q"
+      until pgrep -P $PPID -x cat >/dev/null; do sleep 0.01; done
+      echo "client_loop: send disconnect: Broken pipe" >&2; exit 255
+    fi
+    exec /usr/bin/ssh "$@"\n`, { mode: 0o755 });
+  await nextSecond();
+  await expectRun(0, [...options, "--ssh-opt", "ServerAliveInterval=1", "--retries", "1", url(source), destination], { env });
+  expect(existsSync(join(tools, "lost"))).toBe(true);
+  expect(snapshotNames(destination).length).toBe(2);
+  expectSound(destination, snapshots);
+});
+
+test("a folder that another run makes meanwhile is not mixed up with the one above", async () => {
+  const { source, destination, a } = pair();
+  await expectRun(0, [source, destination]);
+  const other = subvolume(join(a.path, "other"));
+  const tools = temporaryDirectory();
+  const inner = join(destination, "inner");
+  writeFileSync(join(tools, "stat"), `#!/bin/sh\n[ "$PWD" != ${destination} ] || mkdir -p ${inner}\nexec ${sh("command -v stat")} "$@"\n`, { mode: 0o755 });
+  const before = readFileSync(join(destination, ".btrfs-backup.json"), "utf8");
+  await expectRun(0, [other, inner], { env: { PATH: `${tools}:${process.env["PATH"]}` } });
+  expectSound(inner, join(other, "snapshot"));
+  expect(existsSync(join(inner, ".btrfs-backup..lock"))).toBe(true);
+  expect(readFileSync(join(destination, ".btrfs-backup.json"), "utf8")).toBe(before);
+});
+
+test("whether something is still received there is asked of its lock, whatever the record says", async () => {
+  const { source, snapshots, destination } = pair();
+  await expectRun(0, [source, destination]);
+  writeFileSync(join(destination, ".btrfs-backup.json"), "nonsense");
+  const lock = join(destination, ".btrfs-backup..receiving");
+  const holder = holdLock(destination, ".btrfs-backup..receiving");
+  await waitFor("the lock", () => sh(`flock -n "$1" true && echo free || echo held`, lock) === "held");
+  await nextSecond();
+  expect((await expectRun(1, ["--adopt", source, destination])).stderr).toContain("an earlier transfer is still being received");
+  const waiting = start(["-S", "--adopt", "--wait", "100", source, destination]);
+  await waitFor("the run to wait", () => sh(`pgrep -f "^flock -w 100 8$" || :`) !== "");
+  holder.kill();
+  await waiting.finished;
+  expectSound(destination, snapshots);
+  expect(snapshotNames(destination).length).toBe(2);
 });
 
 test("after kill -9 of the program alone, the next run does not race its pipeline", async () => {

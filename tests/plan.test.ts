@@ -673,11 +673,11 @@ describe("restoring", () => {
   });
 
   test("advice for a mount point has the user's own names", () => {
-    const subvolume = mountAdvice(["--before=2026-01-15 12:00", "/mnt/b/home"], "/home", { root: "/@home", path: "/home", device: "/dev/sda2", readonly: false });
+    const subvolume = mountAdvice(["--before=2026-01-15 12:00", "/mnt/b/home"], "/home", { id: "2", parent: "1", root: "/@home", path: "/home", device: "/dev/sda2", readonly: false });
     for (const words of ["mount -o subvolid=5 '/dev/sda2' /mnt", "restore --replace '--before=2026-01-15 12:00' '/mnt/b/home' '/mnt/@home'", "umount '/home' && mount '/home'", "subvol=@home"]) expect(subvolume).toContain(words);
-    const root = mountAdvice(["ssh://nas/b"], "/", { root: "/@", path: "/", device: "/dev/vda1", readonly: false });
+    const root = mountAdvice(["ssh://nas/b"], "/", { id: "2", parent: "1", root: "/@", path: "/", device: "/dev/vda1", readonly: false });
     for (const words of ["restore --replace 'ssh://nas/b' '/mnt/@'", "reboot"]) expect(root).toContain(words);
-    const top = mountAdvice(["/b"], "/data", { root: "/", path: "/data", device: "/dev/sdb", readonly: false });
+    const top = mountAdvice(["/b"], "/data", { id: "2", parent: "1", root: "/", path: "/data", device: "/dev/sdb", readonly: false });
     for (const words of ["top level of /dev/sdb", "restore '/b' /mnt/restored", "btrfs subvolume set-default /mnt/restored"]) expect(top).toContain(words);
   });
 

@@ -276,6 +276,25 @@ test("a record that cannot be read stops all deletion there, not the transfers; 
   expect(snapshotNames(destination).length).toBe(4);
 });
 
+test("a record full of zeros, as a loss of power leaves one, is not taken for none", async () => {
+  const { source, snapshots, destination } = pair();
+  const away = filesystem();
+  for (const day of [1, 2]) snapshotAs(source, `2026010${day}-000000`);
+  await expectRun(0, ["-S", source, destination, join(away.path, "away")]);
+  snapshotAs(source, "20260103-000000");
+  unmount(away);
+  for (const [text, folder] of [["\0".repeat(300), snapshots], ["{\"/\": 1\0\n}\n", snapshots], ["\0".repeat(300), destination]] as const) {
+    const record = join(folder, ".btrfs-backup.json");
+    const before = readFileSync(record);
+    writeFileSync(record, text);
+    const { stderr } = await expectRun(1, ["-S", folder === snapshots ? "-N" : "-n", "1", source, destination]);
+    expect(stderr).toContain(".btrfs-backup.json cannot be read");
+    expect(readFileSync(record, "utf8")).toBe(text);
+    writeFileSync(record, before);
+    expect(snapshotNames(folder).length).toBe(3);
+  }
+});
+
 test("unpin, --remove-locks and --locked-dests", async () => {
   const { source, snapshots, destination } = pair();
   const other = join(filesystem().path, "other");

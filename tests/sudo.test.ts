@@ -48,6 +48,9 @@ test("an ordinary user with the README's sudoers line backs up, here and over ss
   expect(restoring.stderr).toContain("--sudo is not enough");
   expect(existsSync(join(a.path, "back"))).toBe(false);
   expect((await expectRun(1, ["verify", "--sudo", source, destination], { how, wrapper, cwd: "/" })).stderr).toContain("Without root");
+  sh(`: >"$1/sudoers"`, directory);
+  const nothing = await expectRun(1, ["-S", "--sudo", source], { how, wrapper, cwd: "/" });
+  expect(nothing.stderr.match(/sudo: .*required/g)?.length).toBe(1);
   sh(`umount /etc/sudoers`);
 });
 
@@ -74,6 +77,10 @@ test("an ordinary user without sudo takes snapshots, and deletes what the policy
   expect(existsSync(other)).toBe(false);
   expect((await expectRun(1, ["restore", source, join(directory, "back")], options)).stderr).toContain("needs root");
   expect((await expectRun(0, ["list", source], options)).stdout).toContain(names[0] as string);
+  // What is in a folder that it may not read is unknown, not nothing.
+  sh(`chmod 311 "$1"`, snapshots);
+  expect((await expectRun(1, [source], options)).stderr).toContain(`${snapshots}: Permission denied`);
+  sh(`chmod 700 "$1"`, snapshots);
   // Deleting needs the mount option, and -w, which touches only what goes.
   expect((await expectRun(1, ["-S", "-N", "2", source], options)).stderr).toMatch(/Operation not permitted|Read-only file system/);
   expect(snapshotNames(snapshots)).toEqual(names);

@@ -80,6 +80,10 @@ describe("mounts", () => {
       "32 22 0:30 /a\\040b\\134c /with\\040blank\\011tab\\012line rw - btrfs /dev/sdb rw",
       "33 22 0:31 / /over rw - tmpfs tmpfs rw",
       "34 22 0:32 /on/top /over rw - btrfs /dev/sdc rw",
+      "35 33 0:33 /beside /over/below rw - btrfs /dev/sdd rw",
+      "36 22 0:34 / /s/a rw - btrfs /dev/sde rw",
+      "37 22 0:35 / /s rw - btrfs /dev/sdf rw",
+      "38 37 0:36 /x /s/b rw - btrfs /dev/sdg rw",
     ].join("\n"),
   );
   test.each<[string, string]>([
@@ -92,6 +96,9 @@ describe("mounts", () => {
     ["/mnt/homes", "/homes"], // a beginning, but not a folder above
     ["/with blank\ttab\nline/d", "/a b\\c/d"],
     ["/over/d", "/on/top/d"], // the last one mounted there
+    ["/over/below/d", "/on/top/below/d"], // what was mounted below it is not seen any more
+    ["/s/a/src", "/a/src"],
+    ["/s/b/src", "/x/src"],
   ])("%j is %j on its filesystem", (path, top) => expect(placeOn(mounts, path).top).toBe(top));
 
   test("read-only is the mount or its filesystem", () => expect(["rw - btrfs d rw", "ro - btrfs d rw", "rw,noatime - btrfs d ro,ssd", "rw,errors=ro - btrfs d rw"].map((rest) => parseMounts(`1 2 0:3 / /mnt ${rest}`)[0]?.readonly)).toEqual([false, true, true, false]));
