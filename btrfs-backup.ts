@@ -812,17 +812,16 @@ const OPEN = verb(
   `[ "$k" = streams ] || command -v btrfs >/dev/null || { echo "btrfs not found: install btrfs-progs" >&2; exit 69; };`,
   `real() { case $(flock -V 2>/dev/null) in *util-linux*) ;; *) echo "flock not found: install util-linux" >&2; exit 69;; esac; };`,
   `if [ -n "$s" ]; then [ -d "$s" ] || { echo "no such directory: $s" >&2; exit 64; }; cd -P -- "$s"; say source; pwd -P; s=$PWD; fi;`,
-  `say host; read -r h </proc/sys/kernel/hostname; echo "$h"; say zstd; command -v zstd || :; f=/sys/fs/btrfs/features/send_stream_version; say stream; if [ -z "$k" ] && [ -f $f ]; then read -r v <$f; echo "$v"; btrfs --version; fi;`,
-  // Whatever can change while others have the lock comes after this.
-  `if [ "$w" = later ]; then read -r w; fi; say filesystems; for f in /sys/fs/btrfs/*; do echo "\${f##*/}"; done; set --; e=;`,
+  `say host; read -r h </proc/sys/kernel/hostname; echo "$h"; say zstd; command -v zstd || :;`,
+  `say filesystems; for f in /sys/fs/btrfs/*; do echo "\${f##*/}"; done; set --; e=;`,
   `if [ -d "$d" ]; then e=folder; cd -P -- "$d"; say folder; pwd -P; [ -r . ] || { echo "$PWD: Permission denied" >&2; exit 1; }; foul() { echo "$PWD/$1 is not a plain file" >&2; exit 65; };`,
   `for f in ".btrfs-backup.$p.lock" ".btrfs-backup.$p.receiving" .btrfs-backup.json .outstanding_transfers; do if [ -L "$f" ]; then foul "$f"; elif [ -f "$f" ]; then set -- "$@" "$f"; elif [ -e "$f" ]; then foul "$f"; fi; done;`,
   `elif [ -e "$d" ] || [ -L "$d" ]; then echo "not a directory: $d" >&2; exit 65;`,
   `elif [ -d "\${d%/*}/" ]; then cd -P -- "\${d%/*}/"; say missing; pwd -P; else echo "no such directory: \${d%/*} (is the disk mounted?)" >&2; exit 66; fi;`,
   // One process for all that is of the same kind. Of files only the owner counts.
   `say user; uid; echo "$u"; say inodes; stat -c "%i %u" \${s:+"$s"} . "$@"; f=$(stat -f -c "%i %t %a %S" \${s:+"$s"} .); say places; echo "$f"; set -- $f; [ $# = 4 ] || shift 4; t=; if [ "$k" = streams ]; then :; elif [ "$2" = ${BTRFS_MAGIC} ]; then t=btrfs; fi;`,
-  // The other locks are those of commands, and of remotes of rclone.
-  `if [ "$w" = look ]; then :; elif [ -n "$e" ] && [ -f ".btrfs-backup.$p.lock" ]; then exec 9<".btrfs-backup.$p.lock"; flock -w "$w" 9 || { real; echo "another run holds $PWD/.btrfs-backup.$p.lock" >&2; exit 75; };`,
+  // Whatever can change while others have the lock comes after this. The other locks are those of commands, and of remotes of rclone.
+  `if [ "$w" = later ]; then read -r w; fi; if [ "$w" = look ]; then :; elif [ -n "$e" ] && [ -f ".btrfs-backup.$p.lock" ]; then exec 9<".btrfs-backup.$p.lock"; flock -w "$w" 9 || { real; echo "another run holds $PWD/.btrfs-backup.$p.lock" >&2; exit 75; };`,
   `${RECEIVING} for f in ".btrfs-backup.$p.receiving" ".btrfs-backup.$p".????????.receiving; do if [ -f "$f" ]; then f=\${f#.btrfs-backup.}; receiving "\${f%.receiving}" "$w"; exec 8<&-; fi; done; say locked; echo $$; else real; fi;`,
   `f=; if [ -n "$e" ] && [ -e .btrfs-backup.json ]; then f=.btrfs-backup.json; fi; say mounts; { echo; echo "$n record"; } | cat /proc/self/mountinfo - $f;`,
   `if [ -n "$e" ]; then set -- .* *; IFS=$(echo; echo x); IFS=\${IFS%x}; say entries; printf %s "$*"; echo; unset IFS; say old; if [ -f .outstanding_transfers ]; then cat .outstanding_transfers; fi;`,
@@ -830,6 +829,7 @@ const OPEN = verb(
   `if [ -z "$t" ]; then :; elif root; then say subvolumes; b subvolume list -a -u -q -R .; say readonly; b subvolume list -a -r .; else`,
   // Whoever is not root gets no list, and can only ask of each.
   `say roots; for f in \${s:+"$s"} .; do b inspect-internal rootid "$f" || echo 0; done; say alone; for f in "./$p"[0-9]*-[0-9]*; do if [ "$(stat -c %i "$f" 2>/dev/null)" = 256 ]; then echo "$(b inspect-internal rootid "$f") $(b property get -ts "$f" ro) $f"; fi; done; fi;`,
+  `f=/sys/fs/btrfs/features/send_stream_version; say stream; if [ -z "$k" ] && [ -f $f ]; then read -r v <$f; echo "$v"; btrfs --version; fi;`,
   `echo; echo "$n end"; [ "$w" = look ] || keep "$q"`,
 );
 
