@@ -652,17 +652,22 @@ async function hold(host: Host, verb: Verb, args: readonly string[], end: string
   return { output, release };
 }
 
-/** What a verb prints until its output ends so; null if it ends before. */
+/** What a verb prints until its output ends so; null if it ends before. Decoded at once: lists of subvolumes can be long. */
 function printed(child: ProcessPromise, end: string, seen?: Seen): Promise<string | null> {
   return new Promise((done) => {
-    const chunks: string[] = [];
-    let tail = "";
-    child.stdout.setEncoding("utf8").on("data", (chunk: string) => {
+    const chunks: Buffer[] = [];
+    const line = `\n${seen?.line}\n`;
+    let tail = Buffer.alloc(0);
+    let tell = seen?.tell;
+    child.stdout.on("data", (chunk: Buffer) => {
       chunks.push(chunk);
-      const last = tail + chunk;
-      if (seen !== undefined && last.includes(`\n${seen.line}\n`)) seen.tell();
-      tail = last.slice(-end.length);
-      if (last.endsWith(end)) done(chunks.join(""));
+      const last = Buffer.concat([tail, chunk]);
+      if (tell !== undefined && last.includes(line)) {
+        tell();
+        tell = undefined;
+      }
+      tail = last.subarray(-Math.max(end.length, line.length));
+      if (tail.subarray(-end.length).equals(Buffer.from(end))) done(Buffer.concat(chunks).toString());
     });
     void child.then(() => done(null));
   });
