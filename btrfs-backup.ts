@@ -656,18 +656,18 @@ async function hold(host: Host, verb: Verb, args: readonly string[], end: string
 function printed(child: ProcessPromise, end: string, seen?: Seen): Promise<string | null> {
   return new Promise((done) => {
     const chunks: Buffer[] = [];
-    const line = `\n${seen?.line}\n`;
+    const [line, last] = [Buffer.from(`\n${seen?.line}\n`), Buffer.from(end)];
     let tail = Buffer.alloc(0);
     let tell = seen?.tell;
     child.stdout.on("data", (chunk: Buffer) => {
       chunks.push(chunk);
-      const last = Buffer.concat([tail, chunk]);
-      if (tell !== undefined && last.includes(line)) {
+      const fresh = Buffer.concat([tail, chunk]);
+      if (tell !== undefined && fresh.includes(line)) {
         tell();
         tell = undefined;
       }
-      tail = last.subarray(-Math.max(end.length, line.length));
-      if (tail.subarray(-end.length).equals(Buffer.from(end))) done(Buffer.concat(chunks).toString());
+      tail = fresh.subarray(-Math.max(last.length, line.length));
+      if (tail.subarray(-last.length).equals(last)) done(Buffer.concat(chunks).toString());
     });
     void child.then(() => done(null));
   });
@@ -1211,14 +1211,12 @@ export function parseMounts(text: string): Mount[] {
 export function placeOn(mounts: readonly Mount[], path: string): { mount: Mount; top: string } {
   const known = new Set(mounts.map(({ id }) => id));
   const above = mounts.filter((m) => isWithin(path, m.path));
-  let mount: Mount | null = null;
   // As the kernel walks: what is mounted over a folder hides what was mounted below it.
-  for (let next: Mount | undefined = undefined; ; mount = next) {
-    const here = above.filter((m) => (mount === null ? !known.has(m.parent) || m.parent === m.id : m.parent === mount.id && m.id !== m.parent));
-    next = here.reduce<Mount | undefined>((first, m) => (first === undefined || m.path.length <= first.path.length ? m : first), undefined);
-    if (next === undefined) break;
-  }
-  if (mount === null) throw new Failure(`${path}: not found among the mounts`);
+  const next = (mount?: Mount) =>
+    above.filter((m) => (mount === undefined ? !known.has(m.parent) || m.parent === m.id : m.parent === mount.id && m !== mount)).reduce<Mount | undefined>((first, m) => (first === undefined || m.path.length <= first.path.length ? m : first), undefined);
+  let mount = next();
+  for (let inner = mount; inner !== undefined; inner = next(inner)) mount = inner;
+  if (mount === undefined) throw new Failure(`${path}: not found among the mounts`);
   const rest = mount.path === "/" ? path : path.slice(mount.path.length);
   return { mount, top: withoutSlash(normalize(`${mount.root}/${rest}`)) };
 }
