@@ -23,7 +23,7 @@ const second = () => Math.floor(Date.now() / 1000);
 let named = 0;
 /** Runs the program; snapshots are named by the second, so that the next one has to wait for another. */
 async function ours(args: readonly string[]) {
-  const result = await expectRun(0, args, { how: BINARY, env: { TERM: "dumb" } });
+  const result = await expectRun(0, args, { env: { TERM: "dumb" } });
   named = second();
   return result;
 }
@@ -95,7 +95,7 @@ function tree(pid: number): number[] {
 
 /** Runs the program, and tells how much memory all of its processes took at most together (PSS, in bytes), looked at all the time. */
 async function memory(args: readonly string[]): Promise<number> {
-  const running = start(args, { how: BINARY });
+  const running = start(args);
   let most = 0;
   let ended = false;
   void running.finished.finally(() => (ended = true));
@@ -208,7 +208,7 @@ const cases: Record<string, () => Promise<Row[]>> = {
     change();
     await nextSecond();
     writeFileSync(log, "");
-    await expectRun(0, args, { how: BINARY, env: { PATH: `${wrapper}:${process.env["PATH"]}` } });
+    await expectRun(0, args, { env: { PATH: `${wrapper}:${process.env["PATH"]}` } });
     const commands = readFileSync(log, "utf8").trim().split("\n");
     const connections = new Set(commands.map((line) => /ControlPath=(\S+)/.exec(line)?.[1])).size;
     return [

@@ -137,7 +137,7 @@ test("what was opened beside a source that is refused after all is let go, and n
   const stranger = subvolume(join(a.path, "stranger"));
   const hanging = join(filesystem().path, "hanging");
   await expectRun(0, [stranger, hanging]);
-  writeFileSync(join(tools, "stat"), `#!/bin/sh\n[ "$PWD" != ${hanging} ] || { : >${tools}/hangs; exec sleep infinity; }\nexec ${sh("command -v stat")} "$@"\n`, { mode: 0o755 });
+  writeFileSync(join(tools, "stat"), `#!/bin/sh\ncase $PWD in ${snapshots}) until [ -e ${tools}/hangs ]; do sleep 0.01; done;; ${hanging}) : >${tools}/hangs; exec sleep infinity;; esac\nexec ${sh("command -v stat")} "$@"\n`, { mode: 0o755 });
   expect((await expectRun(1, ["-f", snapshots, stranger, hanging], { env })).stderr).toContain("belong");
   expect(sh(`pgrep -f "$1" || :`, `btrfs-backup[:].*${hanging}`)).toBe("");
   // A connection that is lost just then: the next try finds all free.
@@ -181,7 +181,8 @@ test("whether something is still received there is asked of its lock, whatever t
   const waiting = start(["-S", "--adopt", "--wait", "100", source, destination]);
   await waitFor("the run to wait", () => sh(`pgrep -f "^flock -w 100 8$" || :`) !== "");
   holder.kill();
-  await waiting.finished;
+  const { status, stderr } = await waiting.finished;
+  expect([status, stderr]).toEqual([1, expect.stringContaining("nothing is deleted there: its .btrfs-backup.json cannot be read")]);
   expectSound(destination, snapshots);
   expect(snapshotNames(destination).length).toBe(2);
 });

@@ -184,7 +184,7 @@ describe("verify", () => {
         expect(result.stderr).toMatch(message);
       });
     test("and without getfattr it says that it is an attribute", async () => {
-      const { stderr } = await expectRun(1, ["verify", source, `${destination}2`], { env: { PATH: pathWithout("getfattr") }, how: "binary" });
+      const { stderr } = await expectRun(1, ["verify", source, `${destination}2`], { env: { PATH: pathWithout("getfattr") } });
       expect(stderr).toMatch(/attributes/);
       expect(b.path).not.toBe("");
     });
