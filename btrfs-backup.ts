@@ -171,12 +171,12 @@ export function parseName(name: string, prefix: string): number | null {
   const text = name.slice(prefix.length);
   if (!name.startsWith(prefix) || !/^\d{8}-\d{6}$/.test(text)) return null;
   const [date, time] = [Number(text.slice(0, 8)), Number(text.slice(9))];
+  const year = Math.floor(date / 10_000) + 400; // as in `momentOf`
   const [month, day] = [Math.floor(date / 100) % 100, date % 100];
   const [hour, minute, second] = [Math.floor(time / 10_000), Math.floor(time / 100) % 100, time % 100];
-  const moment = new Date(Date.UTC(Math.floor(date / 10_000) + 400, month - 1, day, hour, minute, second));
-  // A field out of range rolls over into the next one. The shift is as in `momentOf`.
-  if (hour > 23 || minute > 59 || second > 59 || moment.getUTCDate() !== day || moment.getUTCMonth() !== month - 1) return null;
-  return moment.getTime() - 146_097 * DURATION.d;
+  if (month < 1 || month > 12 || day < 1 || hour > 23 || minute > 59 || second > 59) return null;
+  if (day > 28 && day > new Date(Date.UTC(year, month, 0)).getUTCDate()) return null;
+  return Date.UTC(year, month - 1, day, hour, minute, second) - 146_097 * DURATION.d;
 }
 
 const digestOf = (text: string) => createHash("sha256").update(text).digest("hex");
@@ -195,9 +195,10 @@ const timeIn = (name: string) => parseName(name, name.slice(0, -15));
  * names: it was received from the snapshot, or from where the snapshot was, or the snapshot from it.
  */
 export function dataFinder<T extends Subvolume>(held: readonly T[]): (snapshot: Subvolume) => T | undefined {
-  const received = new Map(held.filter((h) => h.receivedUuid !== null).map((h) => [h.receivedUuid, h]));
-  const own = new Map(held.map((h) => [h.uuid, h]));
-  return ({ uuid, receivedUuid }) => received.get(uuid) ?? (receivedUuid === null ? undefined : (received.get(receivedUuid) ?? own.get(receivedUuid)));
+  const received = new Map<string, T>();
+  for (const one of held) if (one.receivedUuid !== null) received.set(one.receivedUuid, one);
+  let own: Map<string, T> | undefined; // mostly not needed
+  return ({ uuid, receivedUuid }) => received.get(uuid) ?? (receivedUuid === null ? undefined : (received.get(receivedUuid) ?? (own ??= byUuid(held)).get(receivedUuid)));
 }
 
 /** `btrfs receive` sets both, as its last act. */
@@ -449,7 +450,11 @@ export function chainOf<T extends Subvolume>(backup: T, backups: ReadonlyMap<str
   return chain;
 }
 
-const byUuid = <T extends Subvolume>(all: readonly T[]) => new Map(all.map((one) => [one.uuid, one]));
+function byUuid<T extends Subvolume>(all: readonly T[]): Map<string, T> {
+  const found = new Map<string, T>();
+  for (const one of all) found.set(one.uuid, one);
+  return found;
+}
 
 // ── 2. Hosts ─────────────────────────────────────────────────────────────────────────────
 
@@ -1175,17 +1180,17 @@ function listedLines(text: string, shape: RegExp): RegExpExecArray[] {
  */
 export function parseSubvolumes(all: string, readonlyOnes: string): Subvolume[] {
   const readonly = new Set(listedLines(readonlyOnes, LISTED_READONLY).map(([, id, path]) => `${id} ${path}`));
-  const seen = [new Set<string>(), new Set<string>(), new Set<string>()] as const;
-  return listedLines(all, LISTED).map((match) => {
+  const subvolumes = listedLines(all, LISTED).map((match): Subvolume => {
     const [, id, parent, received, uuid, path] = match as unknown as [string, string, string, string, string, string];
-    // Any user can make subvolumes, and a name with a line break could pass for a subvolume of its own:
-    // one that matters would need a path, an ID or a UUID that is somebody's already.
-    for (const [i, key] of [id, uuid, path].entries()) {
-      if (seen[i]?.has(key)) throw new Failure(`"btrfs subvolume list" tells of ${key} twice; is there a line break in the name of a subvolume? See ${path}`);
-      seen[i]?.add(key);
-    }
     return { id: Number(id), path, uuid, parentUuid: uuidOrNull(parent), receivedUuid: uuidOrNull(received), readonly: readonly.has(`${id} ${path}`) };
   });
+  // Any user can make subvolumes, and a name with a line break could pass for a subvolume of its own:
+  // one that matters would need a path, an ID or a UUID that is somebody's already.
+  for (const key of ["id", "uuid", "path"] as const) {
+    const seen = new Set<Subvolume[typeof key]>();
+    for (const one of subvolumes) if (seen.size === seen.add(one[key]).size) throw new Failure(`"btrfs subvolume list" tells of ${one[key]} twice; is there a line break in the name of a subvolume? See ${one.path}`);
+  }
+  return subvolumes;
 }
 
 /** A field of `btrfs subvolume show`. */
@@ -1729,8 +1734,9 @@ async function openFolder(location: Readable, path: string, opening: Opening): P
     const store = location.kind === "raw" ? { ...parseStreams(inspection.files, true), verbs: RAW, type: null } : null;
     const above = inspection.top === "/" ? "/" : `${inspection.top}/`;
     const subvolumes = inspection.subvolumes
-      .filter((s) => `/${s.path}`.startsWith(above) && inspection.entries.has(`/${s.path}`.slice(above.length)))
-      .map((s) => ({ ...s, name: `/${s.path}`.slice(above.length), moment: null }));
+      .filter(({ path }) => `/${path}`.startsWith(above))
+      .map((s) => ({ ...s, name: s.path.slice(above.length - 1), moment: null }))
+      .filter(({ name }) => inspection.entries.has(name));
     const real = inspection.exists ? inspection.place.path : join(inspection.place.path, basename(path));
     const folder = { ...inspection, source: inspection.source && { ...inspection.source, uuid: await uuidOfSource(host, inspection) } };
     return withPrefix({ ...folder, id: location.id, host, hostName: inspection.host, path: real, store, standing: store?.streams ?? subvolumes, close: release }, prefix);
@@ -2222,7 +2228,8 @@ export function retain<T extends Dated>(entries: readonly T[], policy: Policy | 
   reasons.at(-1)?.push("newest");
   if (policy === null) reasons.forEach((r) => r.push("everything is kept"));
   else if (newest !== undefined) {
-    if (policy.newest > 0) for (const r of reasons.slice(-policy.newest)) r.push(`one of the newest ${policy.newest}`);
+    const newestOnes = `one of the newest ${policy.newest}`;
+    if (policy.newest > 0) for (const r of reasons.slice(-policy.newest)) r.push(newestOnes);
     for (const { unit, count } of policy.firstOf) {
       const firsts = new Map<number, number>();
       entries.forEach(({ time }, i) => firsts.has(period(time, unit)) || firsts.set(period(time, unit), i));
@@ -2267,20 +2274,19 @@ export function planTransfers(snapshots: readonly Snapshot[], { held, backups, t
   let chain = { length: 0, since: 0 }; // the parent's
   for (const snapshot of snapshots) {
     const there = find(snapshot);
-    const missing = there === undefined;
-    // The newest always: a backup that is dated in the future must not stand in its place.
-    const asked = snapshot === newest || (!options.newestOnly && wanted.has(snapshot.uuid));
-    const obstacle = taken.get(snapshot.name);
-    if (missing && !asked) continue;
-    if (missing && obstacle !== undefined && obstacle !== "leftover") {
-      conflicts.push({ name: snapshot.name, why: obstacle });
-      continue;
-    }
-    const due = chained !== null && options.fullEvery !== null && chainEnds(chain, snapshot.time, options.fullEvery);
-    const transfer: Transfer = { snapshot, parent: options.incremental && !due ? parent : null };
-    if (missing) transfers.push(transfer);
-    if (missing) chain = transfer.parent === null ? { length: 1, since: snapshot.time } : { ...chain, length: chain.length + 1 };
-    else if (chained !== null) {
+    if (there === undefined) {
+      // The newest always: a backup that is dated in the future must not stand in its place.
+      if (snapshot !== newest && (options.newestOnly || !wanted.has(snapshot.uuid))) continue;
+      const obstacle = taken.get(snapshot.name);
+      if (obstacle !== undefined && obstacle !== "leftover") {
+        conflicts.push({ name: snapshot.name, why: obstacle });
+        continue;
+      }
+      const due = chained !== null && options.fullEvery !== null && chainEnds(chain, snapshot.time, options.fullEvery);
+      if (due || !options.incremental) parent = null;
+      transfers.push({ snapshot, parent });
+      chain = parent === null ? { length: 1, since: snapshot.time } : { ...chain, length: chain.length + 1 };
+    } else if (chained !== null) {
       const streams = chainOf(there, standing);
       chain = { length: streams.length, since: timeIn(streams[0]?.name ?? "") ?? 0 };
     }
@@ -3318,7 +3324,8 @@ async function backUpOpened(source: Source, ahead: Map<string, Ahead>, o: RunOpt
     const display = displayOf(o, [...wanted.values()].map(({ sending }) => sending.rate));
     warnOfNested(source, report);
     warnOfDuplicates(source, report);
-    const future = source.snapshots.filter(({ time }) => time > wallClock(new Date()) + DURATION.d);
+    const tomorrow = wallClock(new Date()) + DURATION.d;
+    const future = source.snapshots.filter(({ time }) => time > tomorrow);
     if (future.length > 0) report.warning(`${count(future.length, "snapshot")} of ${o.source.id} ${future.length === 1 ? "is" : "are"} dated in the future: ${future.slice(0, 3).map(({ name }) => name).join(", ")}${future.length > 3 ? ", …" : ""}; is the clock right?`);
     const { unreadable } = source.record;
     if (unreadable !== null) report.error(null, new Failure(`${source.path}/.btrfs-backup.json cannot be read (${unreadable}): nothing is deleted at the source; "btrfs-backup unpin --all ${o.source.id}" moves it aside`));

@@ -53,15 +53,15 @@ function manyFiles(count: number): { source: string; change: () => void } {
 }
 
 /** A source with one file, of the same random bytes again and again, and a change of all of them. */
-function oneFile(bytes: number): { source: string; rewrite: () => void } {
-  const source = subvolume(join(filesystem({ size: "8G" }).path, "home"));
+function oneFile(bytes: number, mkfs: string[] = []): { source: string; rewrite: () => void } {
+  const source = subvolume(join(filesystem({ size: "8G", mkfs }).path, "home"));
   const block = Math.min(bytes, 16 * MiB);
   const rewrite = () => void sh(`head -c "$2" /dev/urandom >"$4"; for i in $(seq "$3"); do cat "$4"; done >"$1/file"`, source, String(block), String(bytes / block), join(temporaryDirectory(), "block"));
   rewrite();
   return { source, rewrite };
 }
 
-const place = (name: string, size = "8G") => join(filesystem({ size }).path, name);
+const place = (name: string, size = "8G", mkfs: string[] = []) => join(filesystem({ size, mkfs }).path, name);
 
 /** The shell script of a whole run with bare commands: a snapshot, the difference, and the old ones deleted. */
 const BARE = `cd "$1"; old=$(ls -d bare/* | tail -n 1); new=bare/$(date +%s%N); btrfs -q subvolume snapshot -r . "$new" >/dev/null
@@ -70,7 +70,7 @@ const BARE_FIRST = `cd "$1"; mkdir -p bare "$2"; btrfs -q subvolume snapshot -r 
 
 /** btrbk does the same with this configuration: it keeps the newest only. */
 function btrbk(source: string, target: string, more: readonly string[] = [], env = ""): Timed["work"] {
-  mkdirSync(join(source, "btrbk"));
+  mkdirSync(join(source, "btrbk"), { recursive: true });
   const file = join(temporaryDirectory(), "btrbk.conf");
   const lines = ["timestamp_format long-iso", "snapshot_preserve_min latest", "snapshot_preserve no", "target_preserve_min latest", "target_preserve no", "lockfile /dev/null", ...more, `volume ${source}`, "  subvolume .", "    snapshot_name home", "    snapshot_dir btrbk", `    target ${target}`];
   writeFileSync(file, `${lines.join("\n")}\n`);
@@ -123,9 +123,8 @@ async function besidesBtrfs(args: readonly string[]): Promise<number> {
   const child = Bun.spawn([...BINARY, ...args], { stdout: "ignore", stderr: "ignore", env: { ...process.env, PATH: `${tools}:${process.env["PATH"]}` } });
   if ((await child.exited) !== 0) throw new Error(args.join(" "));
   const elapsed = performance.now() - began;
-  // Two lines each time, the second for the children: user and system time, as 0m0.01s.
-  const children = readFileSync(join(tools, "times"), "utf8").trim().split("\n").filter((_, i) => i % 2 === 1).join(" ");
-  const btrfs = [...children.matchAll(/(\d+)m([\d.]+)s/g)].reduce((sum, [, minutes, seconds]) => sum + Number(minutes) * 60e3 + Number(seconds) * 1e3, 0);
+  // User and system time, as 0m0.01s: of the shell, which is only there to measure, and of its child.
+  const btrfs = [...readFileSync(join(tools, "times"), "utf8").matchAll(/(\d+)m([\d.]+)s/g)].reduce((sum, [, minutes, seconds]) => sum + Number(minutes) * 60e3 + Number(seconds) * 1e3, 0);
   return ((Number(child.resourceUsage()?.cpuTime.total ?? 0n) / 1000 - btrfs) / elapsed) * 100;
 }
 
@@ -133,21 +132,48 @@ async function besidesBtrfs(args: readonly string[]): Promise<number> {
 const processes = () => Number(/^processes (\d+)$/m.exec(readFileSync("/proc/stat", "utf8"))?.[1]);
 
 /**
- * Snapshots and backups of them made by nothing but ioctls (linux/btrfs.h): one an hour, as many as asked for; sending so many would take hours. A
- * read-only snapshot has the received UUID of what it is taken of. Eight at a time share the commits.
+ * Snapshots, one an hour, as many as asked for, and backups of them, made by nothing but ioctls (linux/btrfs.h): sending so many would take hours. The
+ * base of the backups gets the UUID of a snapshot as its received UUID, and what is taken of it has that too.
  */
-const HISTORY = `all=; for part in 0 1 2 3 4 5 6 7; do btrfs -q subvolume snapshot "$2" "$4.$part" >/dev/null; perl -MPOSIX -e '
-  my ($source, $base, $snapshots, $backups, $count, $part) = @ARGV;
-  sub dir { open(my $d, "<", $_[0]) or die "$_[0]: $!"; $d }
-  my ($s, $b, $ss, $bb) = map { dir($_) } ($source, "$backups.$part", $snapshots, $backups);
-  for (my $i = $part + 1; $i <= $count; $i += 8) {
-    my $name = strftime("%Y%m%d-%H%M%S", gmtime(1262304000 + 3600 * $i));
-    my $args = sub { pack("q Q Q x32 a4040", fileno($_[0]), 0, 2, $name) };
-    ioctl($ss, 0x50009417, $args->($s)) or die "snapshot: $!"; # SNAP_CREATE_V2, read-only
-    my $info = chr(0) x 504; ioctl(dir("$snapshots/$name"), 0x81F8943C, $info) or die "info: $!"; # GET_SUBVOL_INFO
-    my $received = substr($info, 296, 16) . chr(0) x 184; ioctl($b, 0xC0C89425, $received) or die "received: $!"; # SET_RECEIVED_SUBVOL
-    ioctl($bb, 0x50009417, $args->($b)) or die "snapshot: $!";
-  }' "$@" "$part" & all="$all $!"; done; for one in $all; do wait $one; done; btrfs -q subvolume delete "$4".? >/dev/null`;
+const HISTORY = `snapshot='sub dir { open(my $d, "<", $_[0]) or die "$_[0]: $!"; $d }
+    sub snapshot { ioctl($_[0], 0x50009417, pack("q Q Q x32 a4040", fileno($_[1]), 0, 2, $_[2])) or die "snapshot: $!" }' # SNAP_CREATE_V2, read-only
+  perl -MPOSIX -e "$snapshot"'
+    my ($source, $snapshots, $count) = @ARGV; my ($s, $in) = (dir($source), dir($snapshots)); $| = 1;
+    for my $i (1 .. $count) {
+      my $name = strftime("%Y%m%d-%H%M%S", gmtime(1262304000 + 3600 * $i));
+      snapshot($in, $s, $name);
+      my $info = chr(0) x 504; ioctl(dir("$snapshots/$name"), 0x81F8943C, $info) or die "info: $!"; # GET_SUBVOL_INFO
+      print "$name ", unpack("H32", substr($info, 296)), "\\n";
+    }' "$1" "$2" "$3" | perl -e "$snapshot"'
+    my ($base, $backups) = @ARGV; my ($b, $in) = (dir($base), dir($backups));
+    while (my ($name, $uuid) = split(" ", <STDIN> // "")) {
+      my $received = pack("H32 x184", $uuid); ioctl($b, 0xC0C89425, $received) or die "received: $!"; # SET_RECEIVED_SUBVOL
+      snapshot($in, $b, $name);
+    }' "$4" "$5"`;
+
+/** The rows of the same over ssh, where each destination has already what it had without. */
+async function overSsh(source: string, change: () => void, mine: string, peer: string): Promise<Row[]> {
+  const { options, url } = await sshServer();
+  const args = ["-N", "1", "-n", "1", ...options, source, url(mine)];
+  const wrapper = temporaryDirectory();
+  const log = join(wrapper, "log");
+  // btrbk knows nothing of known_hosts elsewhere; and what ssh is asked to do is counted.
+  const chosen = options.filter((option) => option !== "--ssh-opt").map((option) => `-o ${option}`).join(" ");
+  writeFileSync(join(wrapper, "ssh"), `#!/bin/sh\necho "$*" >>${log}\nexec /usr/bin/ssh ${chosen} "$@"\n`, { mode: 0o755 });
+  const all: Timed[] = [{ before: change, work: () => ours(args) }];
+  if (installed("btrbk")) all.push({ before: change, work: btrbk(source, url(peer), ["ssh_user root"], `PATH=${wrapper}:$PATH`) });
+  const [own = 0, other = 0] = await inTurn(all);
+  change();
+  await nextSecond();
+  writeFileSync(log, "");
+  await expectRun(0, args, { env: { PATH: `${wrapper}:${process.env["PATH"]}` } });
+  const commands = readFileSync(log, "utf8").trim().split("\n");
+  const connections = new Set(commands.map((line) => /ControlPath=(\S+)/.exec(line)?.[1])).size;
+  return [
+    installed("btrbk") ? ratio("the same over ssh: btrbk", own, other, 0.25) : missing("the same over ssh: btrbk", "btrbk"),
+    ["the same over ssh: commands over one connection", `${commands.length} over ${connections}`, "", "", "≤ 3 over 1", commands.length <= 3 && connections === 1],
+  ];
+}
 
 const cases: Record<string, () => Promise<Row[]>> = {
   async start() {
@@ -185,36 +211,7 @@ const cases: Record<string, () => Promise<Row[]>> = {
     rows.push(installed("btrbk") ? ratio("the same: btrbk", own, peers.shift() as number, 0.6) : missing("the same: btrbk", "btrbk"));
     if (old !== undefined) rows.push(ratio("the same: btrfs-backup 0.3.1", own, peers.shift() as number, 1));
     profiled = await profile(args, change);
-    return rows;
-  },
-
-  async ssh() {
-    const { source, change } = manyFiles(20_000);
-    const [mine, peer] = [place("ours"), place("btrbk")];
-    const { options, url } = await sshServer();
-    const args = ["-N", "1", "-n", "1", ...options, source, url(mine)];
-    await ours(args);
-    const wrapper = temporaryDirectory();
-    const log = join(wrapper, "log");
-    // btrbk knows nothing of known_hosts elsewhere; and what ssh is asked to do is counted.
-    const chosen = options.filter((option) => option !== "--ssh-opt").map((option) => `-o ${option}`).join(" ");
-    writeFileSync(join(wrapper, "ssh"), `#!/bin/sh\necho "$*" >>${log}\nexec /usr/bin/ssh ${chosen} "$@"\n`, { mode: 0o755 });
-    const all: Timed[] = [{ before: change, work: () => ours(args) }];
-    if (installed("btrbk")) {
-      mkdirSync(peer);
-      all.push({ before: change, work: btrbk(source, url(peer), ["ssh_user root"], `PATH=${wrapper}:$PATH`) });
-    }
-    const [own = 0, other = 0] = await inTurn(all);
-    change();
-    await nextSecond();
-    writeFileSync(log, "");
-    await expectRun(0, args, { env: { PATH: `${wrapper}:${process.env["PATH"]}` } });
-    const commands = readFileSync(log, "utf8").trim().split("\n");
-    const connections = new Set(commands.map((line) => /ControlPath=(\S+)/.exec(line)?.[1])).size;
-    return [
-      installed("btrbk") ? ratio("the same over ssh: btrbk", own, other, 0.25) : missing("the same over ssh: btrbk", "btrbk"),
-      ["the same over ssh: commands over one connection", `${commands.length} over ${connections}`, "", "", "≤ 3 over 1", commands.length <= 3 && connections === 1],
-    ];
+    return [...rows, ...(await overSsh(source, change, mine, peer))];
   },
 
   async full() {
@@ -262,16 +259,16 @@ const cases: Record<string, () => Promise<Row[]>> = {
     const known = join(temporaryDirectory(), "known");
     writeFileSync(known, servers.map(({ options }) => readFileSync(/UserKnownHostsFile=(.*)/.exec(options.at(-1) ?? "")?.[1] ?? "", "utf8")).join(""));
     // Four hosts share the processors here: a cipher that takes little of them.
-    const args = ["-P", "--newest-only", "-N", "3", ...options, "--ssh-opt", `UserKnownHostsFile=${known}`, "--ssh-opt", "Ciphers=aes128-gcm@openssh.com", source];
+    const args = ["-P", "--newest-only", ...options, "--ssh-opt", `UserKnownHostsFile=${known}`, "--ssh-opt", "Ciphers=aes128-gcm@openssh.com", source];
     const urls = servers.map(({ url, path }) => url(path));
     const fourth = `${urls[0]}-alone`;
-    await ours([...args, ...urls, fourth]);
-    // Two of them get one more snapshot each, so that no two have the same newest one.
-    const before = async () => {
-      for (const one of urls.slice(1)) {
-        await nextSecond();
-        await ours([...args, one]);
-      }
+    for (let i = 0; i < 3; i++) {
+      await ours([...args, ...urls, fourth]);
+      await nextSecond();
+    }
+    // One of them keeps all of its backups, one the oldest two, one the oldest, so that no two have the same newest one.
+    const before = () => {
+      for (const [i, { path }] of servers.entries()) if (i > 0) sh(`cd "$1"; btrfs -q subvolume delete $(ls -d 2* | tail -n "+$2") >/dev/null`, path, String(4 - i));
       rewrite();
     };
     const [own = 0, alone = 0] = await inTurn([{ before, work: () => ours([...args, ...urls]) }, { work: () => ours([...args, fourth]) }]);
@@ -281,12 +278,15 @@ const cases: Record<string, () => Promise<Row[]>> = {
   async history() {
     const measured = [];
     for (const count of [10, 10_000]) {
-      const { source, rewrite } = oneFile(4096);
-      const backups = place("backup");
+      const mkfs = ["--metadata", "single"]; // made in less time than what is written twice
+      const { source, rewrite } = oneFile(4096, mkfs);
+      const backups = place("backup", "8G", mkfs);
       const snapshots = `${source}.snapshots`;
       const args = ["-N", String(count), "-n", String(count), "-f", snapshots, source, backups];
       await ours(args);
-      sh(HISTORY, source, sh(`ls -d "$1"/2*`, backups), snapshots, backups, String(count - 1));
+      const base = `${backups}.base`;
+      sh(`btrfs -q subvolume snapshot "$1"/2* "$2" >/dev/null`, backups, base);
+      sh(HISTORY, source, snapshots, String(count - 1), base, backups);
       sh("sync");
       const [taken = 0] = await inTurn([{ before: rewrite, work: () => ours(args) }]);
       await nextSecond();
