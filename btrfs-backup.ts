@@ -1,4 +1,4 @@
-#!/usr/bin/env bun
+#!/usr/bin/env -S bun --config=/dev/null --env-file=/dev/null --tsconfig-override=/dev/null
 // btrfs-backup: incremental backups of btrfs subvolumes. The README says what it does for
 // whom; this file is all of the program, in eight sections, each using only those above it.
 
