@@ -5,8 +5,8 @@
 import { AsyncLocalStorage } from "node:async_hooks";
 import { spawn, spawnSync } from "node:child_process";
 import { createHash } from "node:crypto";
-import { accessSync, constants, createReadStream, lstatSync, mkdtempSync, openSync, readFileSync, readlinkSync, realpathSync, renameSync, rmSync, writeFileSync } from "node:fs";
-import { tmpdir } from "node:os";
+import { accessSync, chmodSync, constants, createReadStream, lstatSync, mkdtempSync, openSync, readFileSync, readlinkSync, realpathSync, renameSync, rmSync, writeFileSync } from "node:fs";
+import { constants as osConstants, tmpdir } from "node:os";
 import { basename, dirname, join, normalize, resolve } from "node:path";
 import { parseArgs } from "node:util";
 import { defineCommand, type ArgDef, type ArgsDef, type CommandDef } from "citty";
@@ -347,7 +347,7 @@ export function arrange<T extends { readonly moment: number }>(entries: readonly
 /**
  * The entries that are ours by name, oldest first. What was taken of the source as it is now is newer
  * than all that came with it when it was restored, and IDs tell its order; those of received
- * snapshots tell when they arrived.
+ * snapshots tell when they arrived, but what they were received as a difference to is older.
  */
 export function snapshotsAmong(entries: readonly Entry[], prefix: string, source: string | null): Snapshot[] {
   const ours = entries.flatMap((entry): Snapshot[] => {
@@ -355,7 +355,7 @@ export function snapshotsAmong(entries: readonly Entry[], prefix: string, source
     return time === null ? [] : [{ ...entry, time, moment: entry.moment ?? momentOf(time) }];
   });
   const taken = (entry: Subvolume) => source !== null && entry.parentUuid === source;
-  const earlier = arrange(ours.filter((entry) => !taken(entry)), ({ id, receivedUuid }) => (receivedUuid === null ? id : undefined));
+  const earlier = behindParents(arrange(ours.filter((entry) => !taken(entry)), ({ id, receivedUuid }) => (receivedUuid === null ? id : undefined)));
   const said = new Set(entries.filter(({ moment }) => moment !== null).map(({ uuid }) => uuid));
   let last = -Infinity;
   return [...earlier, ...ours.filter(taken).sort((a, b) => a.id - b.id)].map((entry) => {
@@ -364,6 +364,18 @@ export function snapshotsAmong(entries: readonly Entry[], prefix: string, source
     last = moment >= last ? moment : momentOf(entry.time, last);
     return moment === last ? entry : { ...entry, moment: last };
   });
+}
+
+/** Moves what stands before its parent to behind it: a difference is newer than what it was made against, whatever the names say. */
+function behindParents<T extends Subvolume>(entries: readonly T[]): T[] {
+  const standing = byUuid(entries);
+  const placed = new Set<T>();
+  for (const entry of entries) {
+    const line = [entry];
+    for (let one = standing.get(entry.parentUuid ?? ""); one !== undefined && !placed.has(one) && !line.includes(one); one = standing.get(one.parentUuid ?? "")) line.unshift(one);
+    for (const one of line) placed.add(one);
+  }
+  return [...placed];
 }
 
 const count = (n: number, noun: string) => `${n} ${noun}${n === 1 ? "" : "s"}`;
@@ -563,14 +575,25 @@ const running = new Set<() => void>();
 let interruption: Interrupted | null = null;
 const cleaning = new AsyncLocalStorage<true>(); // one transfer cleans up while others go on
 
-/** Ends everything at the first signal, and gives up cleaning at the second. */
+/** Ends everything at the first signal, and gives up cleaning at the second; but not at one that we were started to ignore, as by nohup(1). */
 export function stopOnSignals(): void {
+  const ignored = BigInt(`0x${/^SigIgn:\s*(\w+)/m.exec(readFileSync("/proc/self/status", "utf8"))?.[1] ?? "0"}`); // a bit each: proc_pid_status(5)
+  const isIgnored = (signal: NodeJS.Signals) => ((ignored >> BigInt(osConstants.signals[signal] - 1)) & 1n) === 1n;
+  if (isIgnored("SIGCHLD")) process.on("SIGCHLD", () => {}); // else the kernel tells nobody how a child has ended
   for (const signal of ["SIGINT", "SIGTERM", "SIGHUP"] as const)
-    process.on(signal, () => {
-      if (interruption !== null) process.exit(SIGNAL_STATUS[signal]);
-      interruption = new Interrupted(signal);
-      for (const stop of running) stop();
-    });
+    if (signal === "SIGTERM" || !isIgnored(signal))
+      process.on(signal, () => {
+        if (interruption !== null) process.exit(SIGNAL_STATUS[signal]);
+        interruption = new Interrupted(signal);
+        for (const stop of running) stop();
+      });
+}
+
+/** Lets nothing in the environment decide whose programs we run, though we enter other users' directories, nor how a shell reads our scripts. */
+export function settleEnvironment(environment: Record<string, string | undefined>): void {
+  const folders = (environment["PATH"] ?? "").split(":").filter((folder) => folder.startsWith("/"));
+  environment["PATH"] = folders.join(":") || "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
+  for (const name of ["SHELLOPTS", "BASHOPTS"]) delete environment[name];
 }
 const SIGNAL_STATUS: Partial<Record<NodeJS.Signals, number>> = { SIGHUP: 129, SIGINT: 130, SIGTERM: 143 };
 
@@ -1110,24 +1133,29 @@ const RAW: StoreVerbs = {
 
 const LOCKED = `locked() { [ -f "$1" ] || ( set -C; : >"$1" ) || :; exec 8<"$1"; flock -w "$2" 8 || { echo "an earlier transfer is still at work" >&2; exit 75; }; };`;
 
+/** Filters would hide from us what is stored, and whoever does not see a stream stores it again, over the old one. */
+const ALL_OBJECTS = `unset RCLONE_FILTER RCLONE_FILTER_FROM RCLONE_INCLUDE RCLONE_INCLUDE_FROM RCLONE_EXCLUDE RCLONE_EXCLUDE_FROM RCLONE_EXCLUDE_IF_PRESENT RCLONE_FILES_FROM RCLONE_FILES_FROM_RAW RCLONE_MAX_AGE RCLONE_MIN_AGE RCLONE_MAX_SIZE RCLONE_MIN_SIZE RCLONE_MAX_DEPTH RCLONE_IGNORE_CASE RCLONE_DRY_RUN RCLONE_INTERACTIVE RCLONE_FORMAT RCLONE_SEPARATOR RCLONE_CSV RCLONE_OFFSET RCLONE_COUNT RCLONE_HEAD RCLONE_TAIL RCLONE_DISCARD;`;
+
 /** Objects of a remote cannot be renamed everywhere: without a checksum object, one is not complete. */
 const RCLONE: StoreVerbs & { readonly list: Verb } = {
   list: verb(
     "rclone-list",
     PRELUDE,
+    ALL_OBJECTS,
     `command -v rclone >/dev/null || { echo "rclone not found: install rclone" >&2; exit 69; }; r=\${1%%[:,]*}; rclone listremotes --long | { while read -r n t; do if [ "$n" = "$r:" ]; then echo "$t"; fi; done; echo; };`,
     `e=$(mktemp); r=0; rclone lsf --files-only --format sp --separator " " -- "$1" 2>"$e" || r=$?; m=$(cat "$e"); rm -f "$e"; case $r/$m in 0/*|3/*) ;; *) echo "$m" >&2; case $m in *"no such host"*|*refused*|*unreachable*|*timeout*|*"timed out"*) exit 66;; esac; exit 1;; esac`,
   ),
-  put: verb("rclone-put", PRELUDE, LOCKED, `locked "$3" 0; RCLONE_S3_CHUNK_SIZE=\${RCLONE_S3_CHUNK_SIZE:-$6} RCLONE_S3_UPLOAD_CONCURRENCY=\${RCLONE_S3_UPLOAD_CONCURRENCY:-2}; export RCLONE_S3_CHUNK_SIZE RCLONE_S3_UPLOAD_CONCURRENCY; exec rclone rcat -- "$1$4"`),
+  put: verb("rclone-put", PRELUDE, ALL_OBJECTS, LOCKED, `locked "$3" 0; RCLONE_S3_CHUNK_SIZE=\${RCLONE_S3_CHUNK_SIZE:-$6} RCLONE_S3_UPLOAD_CONCURRENCY=\${RCLONE_S3_UPLOAD_CONCURRENCY:-2}; export RCLONE_S3_CHUNK_SIZE RCLONE_S3_UPLOAD_CONCURRENCY; exec rclone rcat -- "$1$4"`),
   commit: verb(
     "rclone-commit",
     PRELUDE,
+    ALL_OBJECTS,
     LOCKED,
     SUM_FILE,
     `locked "$3" 10; s=$(rclone lsf --format s -- "$1$4"); [ "$s" = "$6" ] || { echo "only \${s:-none} of $6 bytes arrived" >&2; exit 1; }; sumfile "$4" "$5" "$6" | rclone rcat -- "$1$4${SUM}"`,
   ),
-  get: verb("rclone-get", PRELUDE, `p=$1; get() { rclone cat -- "$p$1"; }; ${GET}`),
-  delete: verb("rclone-delete", PRELUDE, LOCKED, `locked "$3" 10; p=$1; shift 3; for o; do rclone deletefile -- "$p$o"; done`),
+  get: verb("rclone-get", PRELUDE, ALL_OBJECTS, `p=$1; get() { rclone cat -- "$p$1"; }; ${GET}`),
+  delete: verb("rclone-delete", PRELUDE, ALL_OBJECTS, LOCKED, `locked "$3" 10; p=$1; shift 3; for o; do rclone deletefile -- "$p$o"; done`),
 };
 
 /** Passes bytes on, and tells the SHA-256 and the number of them. Where one part fails, all of it does. */
@@ -1152,7 +1180,7 @@ export const parseSums = (text: string) => new Map([...text.matchAll(/^([0-9a-f]
 const ASIDE = verb("aside", PRELUDE, `at "$1" "$2"; mv -f .btrfs-backup.json ".btrfs-backup.json.$3"`);
 
 /** hook COMMAND: the user's own, before or after a snapshot. What it leaves running must not keep us waiting for our pipes. */
-const HOOK = verb("hook", `t=$(mktemp); sh -c "$2" >"$t" 2>&1 </dev/null && r=0 || r=$?; cat "$t" >&2; rm -f "$t"; [ $r = 0 ] || { echo "(exit status $r)" >&2; exit 1; }`);
+const HOOK = verb("hook", `t=$(mktemp) || t=; sh -c "$2" >"\${t:-/dev/null}" 2>&1 </dev/null && r=0 || r=$?; if [ -n "$t" ]; then cat "$t" >&2; rm -f "$t"; fi; [ $r = 0 ] || { echo "(exit status $r)" >&2; exit 1; }`);
 
 /** Every verb there is, for whoever must check that they hold nothing a login shell could trip over. */
 export const VERBS: readonly Verb[] = [OPEN, SHOW, CREATE, SNAPSHOT, SEND, RECEIVE, KEPT, TIDY, DISCARD, DELETE, WRITE_RECORD, RESTORING, CLEAR, BUILD, FINISH, DIGEST, LISTING, RECEIVED, SIZES, LOCATE, VERSIONS, TAKE, PUT, ESTIMATE, ...Object.values(RAW), ...Object.values(RCLONE), ASIDE, HOOK];
@@ -1824,8 +1852,9 @@ export function wholeIn(folder: Folder): Snapshot[] {
 function warnOfDuplicates({ standing, subvolumes, id }: Folder, report: Report): void {
   const ours = new Set(standing.map(({ receivedUuid }) => receivedUuid));
   const byUuid = groupBy(subvolumes.filter(({ readonly, receivedUuid }) => readonly && receivedUuid !== null && ours.has(receivedUuid)), ({ receivedUuid }) => receivedUuid);
-  for (const same of byUuid.values())
-    if (same.length > 1) report.warning(`${id}: ${same.length} read-only subvolumes of its filesystem have the same received UUID, which can confuse "btrfs receive"; keep one of ${same.map(({ path }) => path).join(", ")}`);
+  const [same, ...more] = [...byUuid.values()].filter(({ length }) => length > 1);
+  const others = more.length === 0 ? "" : ` (and ${count(more.length, "time")} more such)`;
+  if (same) report.warning(`${id}: ${same.length} read-only subvolumes of its filesystem have the same received UUID, which can confuse "btrfs receive"; keep one of ${same.map(({ path }) => path).join(", ")}${others}`);
 }
 
 /** The process whose end is the end of what we do in a folder on another host; here, our own process groups see to that. */
@@ -2995,7 +3024,8 @@ async function sendNext(all: readonly Served[], transfer: Transfer, serving: Ser
     log.info(`${o.dryRun ? "Would send" : "Sending"} ${snapshot.name} to ${id} (${how})`);
     // Quotas tell how large a full stream is; what is compressed on the way can need less.
     const size = parent === null && wanted.sending.level === "" ? (display.sizes.get(snapshot.uuid) ?? 0) : 0;
-    if (o.spaceCheck && size > free) lacking.set(served, new NoSpace(`${snapshot.name} takes ${inBytes(size)}, and only ${inBytes(free)} are free there; --skip-space-check tries all the same`));
+    const room = Math.max(0, free); // what was sent counts in full, and can have become less on the disk
+    if (o.spaceCheck && size > room) lacking.set(served, new NoSpace(`${snapshot.name} takes ${inBytes(size)}, and only ${inBytes(room)} are free there; --skip-space-check tries all the same`));
   }
   const fitting = all.filter((served) => !lacking.has(served));
   const results = o.dryRun ? [] : await transferToAll(fitting.map(({ destination }) => destination), source, transfer, display);
@@ -3221,7 +3251,8 @@ export function metricsOf(source: string, places: ReadonlyMap<string | null, Pla
 function writeMetrics(file: string, text: string): void {
   const temporary = join(dirname(file), `.${basename(file)}.${process.pid}`);
   try {
-    writeFileSync(temporary, text, { mode: 0o644, flag: "wx" });
+    writeFileSync(temporary, text, { flag: "wx" });
+    chmodSync(temporary, 0o644); // for the exporter, which is another user
     renameSync(temporary, file);
   } catch (error) {
     rmSync(temporary, { force: true });
@@ -3775,7 +3806,7 @@ export async function list(o: ListOptions, report: Report): Promise<void> {
   const { maxAge } = o;
   // What cannot be read is told in the one line of its own.
   const columns = await openColumns(first, others, others.length === 0 && maxAge === null, { ...o, prefix: o.prefix ?? "" }, maxAge === null ? report : { ...report, error: () => {} });
-  if (maxAge !== null) return checkAge(columns, { ...o, maxAge }, now, report);
+  if (maxAge !== null) return checkAge(columns, { ...o, maxAge }, Date.now(), report);
   const prefixes = new Set(o.prefix !== null ? [o.prefix] : columns.flatMap(({ folder }) => prefixesIn(folder?.standing ?? [])));
   for (const prefix of prefixes.size === 0 ? [""] : prefixes) {
     const shown = columns.map((column) => ({ ...column, folder: column.folder && withPrefix(column.folder, prefix) }));
@@ -3842,13 +3873,13 @@ function checkAge(columns: readonly Column[], { maxAge, json, prefix }: { maxAge
   for (const { id, folder, problem } of columns) {
     const prefixes = prefix !== null || folder === null ? [prefix ?? ""] : prefixesIn(folder.standing);
     // What is dated in the future (more than time zones differ) would be young for ever.
-    const newestOf = (one: string) => folder && (wholeIn(withPrefix(folder, one)).filter(({ time }) => time < now + DURATION.d).sort((a, b) => b.time - a.time)[0] ?? null);
+    const newestOf = (one: string) => folder && (wholeIn(withPrefix(folder, one)).filter(({ moment }) => moment < now + DURATION.d).sort((a, b) => b.moment - a.moment)[0] ?? null);
     const newests = prefixes.map(newestOf);
-    const newest = newests.includes(null) ? null : (newests.toSorted((a, b) => (a?.time ?? 0) - (b?.time ?? 0))[0] ?? null);
-    const ok = newest !== null && newest.time >= before(now, maxAge.count, maxAge.unit);
+    const newest = newests.includes(null) ? null : (newests.toSorted((a, b) => (a?.moment ?? 0) - (b?.moment ?? 0))[0] ?? null);
+    const ok = newest !== null && newest.moment >= before(now, maxAge.count, maxAge.unit);
     if (!ok) report.failed = true;
     report.event("age", { location: id, ok, newest: newest?.name ?? null, error: problem });
-    if (!json) process.stdout.write(`${ok ? "OK" : problem === null ? "TOO OLD" : "UNKNOWN"}: ${id}: ${newest === null ? (problem ?? "no complete backup") : `the newest backup is ${newest.name}, ${inWords(now - newest.time)} old`} (at most ${maxAge.text})\n`);
+    if (!json) process.stdout.write(`${ok ? "OK" : problem === null ? "TOO OLD" : "UNKNOWN"}: ${id}: ${newest === null ? (problem ?? "no complete backup") : `the newest backup is ${newest.name}, ${inWords(now - newest.moment)} old`} (at most ${maxAge.text})\n`);
   }
 }
 
@@ -4881,9 +4912,19 @@ async function concluded(given: Given, work: (report: Report) => Promise<void | 
   }
 }
 
+function canEnter(path: string): boolean {
+  try {
+    accessSync(path, constants.X_OK);
+    return true;
+  } catch {
+    return false;
+  }
+}
+
 /** The program, from its arguments to its exit status. */
 export async function main(args: readonly string[]): Promise<number> {
   try {
+    if (!canEnter(".")) throw new UsageError("this user cannot enter the current directory: start in another, such as /");
     const words = expandFiles(args, (path) => readFileSync(path, "utf8"));
     const named = Object.hasOwn(COMMANDS, words[0] ?? "");
     const command = COMMANDS[named ? (words[0] as string) : "run"] as CommandDef<any>;
@@ -4905,6 +4946,7 @@ export async function main(args: readonly string[]): Promise<number> {
 }
 
 if (import.meta.main) {
+  settleEnvironment(process.env);
   stopOnSignals();
   // Nobody reads the events any more: the work is done all the same, but not reported as well done.
   let unheard = false;

@@ -5,7 +5,7 @@ import { existsSync, mkdirSync, readFileSync, writeFileSync } from "node:fs";
 import { join } from "node:path";
 import type { ArgsDef } from "citty";
 import { COMMANDS } from "../btrfs-backup.ts";
-import { type How, expectRun, filesystem, pair, ROOT, run, sh, snapshotNames, subvolume, temporaryDirectory } from "./support/rig.ts";
+import { expectRun, filesystem, pair, ROOT, run, sh, snapshotNames, subvolume, temporaryDirectory } from "./support/rig.ts";
 
 test("usage errors are one line, exit 2, and nothing is done", async () => {
   const { source, snapshots, destination, a } = pair();
@@ -62,25 +62,6 @@ test("--help and --version answer on stdout", async () => {
     const told = [...stdout.matchAll(/^ {2}(?:-\w, | {4})--([a-z-]+)/gm)].map(([, option]) => option as string);
     const options = Object.entries(args as ArgsDef).filter(([, { type }]) => type !== "positional");
     expect(told.toSorted()).toEqual(options.map(([option]) => option).sort());
-  }
-});
-
-test("nothing in the current directory is run, or comes into the environment", async () => {
-  const { source } = pair();
-  await expectRun(0, [source]);
-  const foul = temporaryDirectory();
-  const ran = join(foul, "ran");
-  writeFileSync(join(foul, "foul.ts"), `require("node:fs").writeFileSync(${JSON.stringify(ran)}, "");`);
-  writeFileSync(join(foul, "bunfig.toml"), `preload = ["./foul.ts"]\n`);
-  for (const file of [".env", ".env.local", ".env.production", ".env.development"]) writeFileSync(join(foul, file), "FOUL=yes\n");
-  const config = { imports: { "zx/core": "./foul.ts", citty: "./foul.ts" }, compilerOptions: { paths: { "*": ["./foul.ts"] } } };
-  for (const file of ["deno.json", "package.json", "tsconfig.json"]) writeFileSync(join(foul, file), JSON.stringify(config));
-  const path = `${join(ROOT, "node_modules/.bin")}:${process.env["PATH"]}`;
-  const all: How[] = ["binary", "baseline", "deno", "one file by deno", "one file by node"];
-  for (const how of [...all, [join(ROOT, "btrfs-backup.ts")], [join(ROOT, "dist/btrfs-backup.js")]]) {
-    const told = join(temporaryDirectory(), "environment");
-    await expectRun(0, ["-S", source, `shell://cat >/dev/null; env >${told}`], { how, cwd: foul, env: { PATH: path } });
-    expect([how, existsSync(ran), /^PATH/m.test(readFileSync(told, "utf8")), /^FOUL/m.test(readFileSync(told, "utf8"))]).toEqual([how, false, true, false]);
   }
 });
 

@@ -2,8 +2,9 @@
 // destinations are served, and the next run after the repair is ordinary and incremental.
 
 import { expect, test } from "bun:test";
+import { writeFileSync } from "node:fs";
 import { join } from "node:path";
-import { events, expectRun, expectSound, filesystem, mountImage, nextSecond, pair, sh, snapshotNames, start, subvolumes, unmount, waitFor, type Result } from "./support/rig.ts";
+import { events, expectRun, expectSound, filesystem, mountImage, nextSecond, pair, sh, snapshotNames, start, subvolume, subvolumes, unmount, waitFor, type Result } from "./support/rig.ts";
 
 const transfers = (result: Result) => events(result).filter(({ event }) => event === "transfer");
 const incomplete = (folder: string) => [...subvolumes(folder)].find(([, { readonly }]) => !readonly);
@@ -79,6 +80,17 @@ test("a source that cannot be read: Input/output error", async () => {
   const again = await expectRun(0, ["--json", source, destination, other]);
   expect(transfers(again).map(({ parent }) => parent === null)).toEqual([false, false, false, false]);
   for (const folder of [destination, other]) expectSound(folder, snapshots);
+});
+
+test("a stream that becomes smaller on the disk leaves the room for the next one", async () => {
+  const source = subvolume(join(filesystem({ mount: "compress=zstd" }).path, "home"));
+  const small = join(filesystem({ size: "150M", mount: "compress=zstd" }).path, "small");
+  sh(`head -c 300M /dev/zero >"$1/zeros"`, source);
+  await expectRun(0, [source]);
+  await nextSecond();
+  writeFileSync(join(source, "another"), "");
+  await expectRun(0, ["--protocol", "1", source, small]);
+  expect(snapshotNames(small).length).toBe(2);
 });
 
 test("what clearly lacks the space is refused with both figures, and tried only with --skip-space-check", async () => {

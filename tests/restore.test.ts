@@ -35,6 +35,32 @@ function expectNoDuplicates(path: string): void {
   expect(received).toEqual([...new Set(received)]);
 }
 
+test("the newest is what was made last, whatever clocks and time zones made of its name", async () => {
+  const env = { TZ: "Europe/Berlin" };
+  // One run with a clock that is years ahead; the hour that comes twice; a flight to the west, with the zone of the ticket.
+  for (const [i, [before, after]] of [["20361123-051100", null], ["20241027-025000", "20241027-021000"], ["20240601-140000", "20240601-090000"]].entries()) {
+    const { source, destination, a, b } = pair();
+    const places = [destination, `raw://${temporaryDirectory()}/s`];
+    const send = () => expectRun(0, ["-S", "-q", source, ...places], { env });
+    snapshotAs(source, "20240101-000000");
+    snapshotAs(source, before as string);
+    await send();
+    writeFileSync(join(source, "important"), "yes");
+    if (after === null) await expectRun(0, ["-q", source, ...places], { env });
+    else snapshotAs(source, after as string), await send();
+    const [newest] = snapshotNames(join(source, "snapshot")).filter((name) => existsSync(join(source, "snapshot", name as string, "important")));
+    for (const [j, place] of places.entries()) {
+      const target = join(a.path, `again${j}`);
+      await expectRun(0, ["restore", place, target], { env });
+      expect([i, j, existsSync(join(target, "important"))]).toEqual([i, j, true]);
+    }
+    const other = join(filesystem().path, "other");
+    await expectRun(0, ["copy", "-q", "--newest-only", destination, other], { env });
+    expect([i, snapshotNames(other)]).toEqual([i, [newest as string]]);
+    for (const one of [a, b]) unmount(one);
+  }
+});
+
 test("the whole disaster over ssh: three backups, mkfs, restore, and the next backup is incremental", async () => {
   const { source, snapshots, destination, a } = pair();
   const { options, url } = await sshServer();
