@@ -48,12 +48,11 @@ test("what the shell is told by its environment does not change what verbs do", 
 
 test("nohup protects a run, and one is told how its children end where they are ignored", async () => {
   const { source, destination } = pair();
-  const fifo = join(temporaryDirectory(), "fifo");
-  sh(`mkfifo "$1"`, fifo);
-  const running = start([source, `shell://cat >/dev/null; cat ${fifo}`], { wrapper: ["env", "--ignore-signal=HUP"] });
+  const go = join(temporaryDirectory(), "go");
+  const running = start([source, `shell://cat >/dev/null; until [ -e ${go} ]; do sleep 0.1; done`], { wrapper: ["env", "--ignore-signal=HUP"] });
   while (!running.stderr().includes("Sending")) await Bun.sleep(10);
   running.child.kill("SIGHUP");
-  writeFileSync(fifo, "");
+  writeFileSync(go, "");
   expect(await running.finished).toMatchObject({ status: 0 });
   await nextSecond();
   await expectRun(0, ["-q", source, destination], { wrapper: ["env", "--ignore-signal=CHLD"] });
