@@ -46,8 +46,8 @@ test("the newest is what was made last, whatever clocks and time zones made of i
     snapshotAs(source, before as string);
     await send();
     writeFileSync(join(source, "important"), "yes");
-    if (after === null) await expectRun(0, ["-q", source, ...places], { env });
-    else snapshotAs(source, after as string), await send();
+    if (after !== null) snapshotAs(source, after as string);
+    await (after === null ? expectRun(0, ["-q", source, ...places], { env }) : send());
     const [newest] = snapshotNames(join(source, "snapshot")).filter((name) => existsSync(join(source, "snapshot", name as string, "important")));
     for (const [j, place] of places.entries()) {
       const target = join(a.path, `again${j}`);

@@ -90,6 +90,14 @@ test("filters in rclone's environment hide no stream, which would be stored agai
   await expectRun(0, ["verify", "-q", store]);
 });
 
+test("how old a stored stream is, is told by its name, whatever the time zone is here", async () => {
+  const { source } = pair();
+  const store = `raw://${temporaryDirectory()}/s`;
+  await expectRun(0, ["-q", source, store], { env: { TZ: "Asia/Tokyo" } });
+  for (const TZ of ["America/New_York", "Asia/Tokyo", "Pacific/Auckland"])
+    expect((await expectRun(0, ["list", "--max-age", "1h", store], { env: { TZ } })).stdout).toMatch(/^OK: .*, \d+ (seconds?|minutes?) old/);
+});
+
 test("a user who cannot enter the current directory is told so", async () => {
   const closed = temporaryDirectory();
   chmodSync(closed, 0o700);
