@@ -588,14 +588,14 @@ export function stopOnSignals(): void {
         for (const stop of running) stop();
       });
 }
+const SIGNAL_STATUS: Partial<Record<NodeJS.Signals, number>> = { SIGHUP: 129, SIGINT: 130, SIGTERM: 143 };
 
 /** Lets nothing in the environment decide whose programs we run, though we enter other users' directories, nor how a shell reads our scripts. */
-export function settleEnvironment(environment: Record<string, string | undefined>): void {
+function settleEnvironment(environment: Record<string, string | undefined>): void {
   const folders = (environment["PATH"] ?? "").split(":").filter((folder) => folder.startsWith("/"));
   environment["PATH"] = folders.join(":") || "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
   for (const name of ["SHELLOPTS", "BASHOPTS"]) delete environment[name];
 }
-const SIGNAL_STATUS: Partial<Record<NodeJS.Signals, number>> = { SIGHUP: 129, SIGINT: 130, SIGTERM: 143 };
 
 function checkInterruption(): void {
   if (interruption !== null && !cleaning.getStore()) throw interruption;
@@ -1133,8 +1133,15 @@ const RAW: StoreVerbs = {
 
 const LOCKED = `locked() { [ -f "$1" ] || ( set -C; : >"$1" ) || :; exec 8<"$1"; flock -w "$2" 8 || { echo "an earlier transfer is still at work" >&2; exit 75; }; };`;
 
-/** Filters would hide from us what is stored, and whoever does not see a stream stores it again, over the old one. */
-const ALL_OBJECTS = `unset RCLONE_FILTER RCLONE_FILTER_FROM RCLONE_INCLUDE RCLONE_INCLUDE_FROM RCLONE_EXCLUDE RCLONE_EXCLUDE_FROM RCLONE_EXCLUDE_IF_PRESENT RCLONE_FILES_FROM RCLONE_FILES_FROM_RAW RCLONE_MAX_AGE RCLONE_MIN_AGE RCLONE_MAX_SIZE RCLONE_MIN_SIZE RCLONE_MAX_DEPTH RCLONE_IGNORE_CASE RCLONE_DRY_RUN RCLONE_INTERACTIVE RCLONE_FORMAT RCLONE_SEPARATOR RCLONE_CSV RCLONE_OFFSET RCLONE_COUNT RCLONE_HEAD RCLONE_TAIL RCLONE_DISCARD;`;
+/**
+ * Filters, and what changes how names are listed or bytes are printed, would hide from us what is stored (rclone(1), its options as variables);
+ * and whoever does not see a stream stores it again, over the old one.
+ */
+const ALL_OBJECTS = `unset ${[
+  ...["", "METADATA_"].flatMap((of) => ["FILTER", "INCLUDE", "EXCLUDE"].flatMap((how) => [`${of}${how}`, `${of}${how}_FROM`])),
+  "HASH_FILTER", "EXCLUDE_IF_PRESENT", "FILES_FROM", "FILES_FROM_RAW", "MAX_AGE", "MIN_AGE", "MAX_SIZE", "MIN_SIZE", "MAX_DEPTH", "IGNORE_CASE", "DRY_RUN", "INTERACTIVE",
+  "FORMAT", "SEPARATOR", "CSV", "ABSOLUTE", "RECURSIVE", "DIRS_ONLY", "OFFSET", "COUNT", "HEAD", "TAIL", "DISCARD",
+].map((name) => `RCLONE_${name}`).join(" ")};`;
 
 /** Objects of a remote cannot be renamed everywhere: without a checksum object, one is not complete. */
 const RCLONE: StoreVerbs & { readonly list: Verb } = {

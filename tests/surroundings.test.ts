@@ -1,7 +1,7 @@
 // What stands around a run: the environment, signals, limits. None of it decides what becomes of backups.
 
 import { expect, test } from "bun:test";
-import { chmodSync, existsSync, mkdirSync, readdirSync, readFileSync, rmSync, statSync, writeFileSync } from "node:fs";
+import { chmodSync, existsSync, mkdirSync, readdirSync, readFileSync, statSync, writeFileSync } from "node:fs";
 import { join } from "node:path";
 import { expectRun, nextSecond, pair, ROOT, sh, snapshotNames, start, temporaryDirectory, type How } from "./support/rig.ts";
 
@@ -81,12 +81,12 @@ test("filters in rclone's environment hide no stream, which would be stored agai
   const stored = () => sh(`cd "$1"; ls *_full.btrfs*; sha256sum --check --quiet ./*.sha256`, folder);
   await expectRun(0, ["-q", source, store]);
   const first = stored();
-  for (const [name, value] of [["EXCLUDE", "*_full*"], ["MIN_SIZE", "1k"], ["FILTER", "- *.sha256"], ["MAX_AGE", "1ms"], ["INCLUDE", "*.txt"], ["DRY_RUN", "true"]]) {
+  for (const [name, value] of [["EXCLUDE", "*_full*"], ["MIN_SIZE", "1k"], ["FILTER", "- *.sha256"], ["MAX_AGE", "1ms"], ["INCLUDE", "*.txt"], ["DRY_RUN", "true"], ["ABSOLUTE", "true"], ["DIRS_ONLY", "true"], ["SEPARATOR", ";"]]) {
     await nextSecond();
     await expectRun(0, ["-q", source, store], { env: { [`RCLONE_${name}`]: value as string } });
     expect([name, stored()]).toEqual([name, first]);
   }
-  expect(readdirSync(folder).length).toBe(14);
+  expect(readdirSync(folder).length).toBe(20);
   await expectRun(0, ["verify", "-q", store]);
 });
 
@@ -105,5 +105,4 @@ test("a user who cannot enter the current directory is told so", async () => {
   sh(`cp "$1/dist/btrfs-backup" "$2"; chmod 755 "$2" "\${2%/*}"`, ROOT, program);
   const { stderr } = await expectRun(2, ["list", "/nowhere"], { how: [program], cwd: closed, wrapper: ["setpriv", "--reuid", "65534", "--regid", "65534", "--clear-groups"] });
   expect(stderr).toBe("btrfs-backup: this user cannot enter the current directory: start in another, such as /\n");
-  rmSync(program);
 });
