@@ -328,7 +328,8 @@ test("a run that ends between two destinations leaves the source with the first 
   rmSync(gate);
   await running.finished;
   snapshotAs(source, "20260103-000000");
-  await expectRun(0, ["-S", "-N", "1", source]);
+  // The killed run's command may not have seen yet that the gate is gone: until then it holds its lock.
+  await expectRun(0, ["-S", "--wait", "100", "-N", "1", source]);
   expect(snapshotNames(snapshots)).toEqual(["20260102-000000", "20260103-000000"]);
 });
 
