@@ -1,6 +1,6 @@
 #!/usr/bin/env -S bun --config=/dev/null --env-file=/dev/null --tsconfig-override=/dev/null
 // btrfs-backup: incremental backups of btrfs subvolumes. The README says what it does for
-// whom; this file is all of the program, in eight sections, each using only those above it.
+// whom; this file is all of the program, in nine sections, each using only those above it.
 
 import { AsyncLocalStorage } from "node:async_hooks";
 import { spawn, spawnSync } from "node:child_process";
@@ -476,6 +476,70 @@ export type Host = { readonly label: string; readonly ssh: readonly string[] | n
 /** A constant POSIX script; what it works on comes as positional parameters. */
 export type Verb = { readonly name: string; readonly script: string };
 
+/** A line behind which a line break is a blank, since the shell expects more; elsewhere it is a `;`. The last: a pattern of `case` alone. */
+const GOES_ON = /[{(|&;]$|(?:^|[\s;])(?:do|then|else|in)$|^[^()]*[^\s()]\)$/;
+
+/** A script as it goes over the wire: one line, without indentation and comments. */
+export function oneLine(written: string): string {
+  const lines = written.split("\n").map((line) => line.trim()).filter((line) => line !== "" && !line.startsWith("#"));
+  let joined = "";
+  let last = "{";
+  for (const line of lines) {
+    if (joined !== "") joined += GOES_ON.test(last) || line.startsWith(";;") ? " " : "; ";
+    joined += line;
+    last = line;
+  }
+  return joined;
+}
+
+/** What a line of a script cannot hold: the three characters that login shells differ about (see `quote`), and a comment behind code. */
+const UNFIT = /['\\!]|[\s;&|(]#/;
+
+/**
+ * A POSIX shell script, or a piece of one, written over many lines. Nothing but other pieces may be put
+ * into it. Errors: what would not survive a login shell, or would hide what follows it in one line.
+ */
+export function sh(text: TemplateStringsArray, ...pieces: readonly string[]): string {
+  const written = String.raw({ raw: text }, ...pieces);
+  for (const line of written.split("\n"))
+    if (UNFIT.test(line) && !/^\s*#/.test(line)) throw new Error(`a shell script cannot hold ${UNFIT.exec(line)?.[0]} in ${line}`);
+  return written;
+}
+
+/** The words of "folder fsid names...". */
+type Words<S extends string> = S extends `${infer First} ${infer Others}` ? First | Words<Others> : S;
+
+/**
+ * The parameters of a verb by name: `name` must be given; `name?` may be left out, with all that follow; `names...` are
+ * any number, and the last.
+ */
+type Named<S extends string> = {
+  readonly [W in Words<S> as W extends `${string}?` | `${string}...` ? never : W]: string;
+} & {
+  readonly [W in Words<S> as W extends `${infer Name}?` ? Name : never]?: string | undefined;
+} & {
+  readonly [W in Words<S> as W extends `${infer Name}...` ? Name : never]: readonly string[];
+};
+
+/** A verb that was declared: `takes` names its parameters, and `written` is its script as a person reads it. */
+export type Declared<S extends string = string> = Verb & { readonly takes: S; readonly written: string };
+export type ArgumentsOf<V> = V extends { readonly takes: infer S extends string } ? Named<S> : never;
+
+/** A verb's parameters, in order; `kind` is what stands behind the name: nothing, `?`, or `...`. */
+export const parametersOf = ({ takes }: Pick<Declared, "takes">) =>
+  takes.split(" ").map((word) => {
+    const [, name = "", kind = ""] = /^(\w+)(\?|\.\.\.)?$/.exec(word) ?? [];
+    return { name, kind };
+  });
+
+/** A verb's arguments as they go over the wire. */
+export function wordsFor<V extends Declared>(verb: V, given: ArgumentsOf<V>): string[] {
+  const values = given as Readonly<Record<string, string | readonly string[] | undefined>>;
+  const all = parametersOf(verb).map(({ name }) => values[name]);
+  const end = all.findLastIndex((value) => value !== undefined);
+  return all.slice(0, end + 1).flatMap((value) => value ?? "");
+}
+
 /**
  * A word for any login shell. `'`, `\` and `!` stand outside the quotes behind a backslash:
  * fish reads `\'` inside quotes, csh expands `!` there.
@@ -560,15 +624,18 @@ const sameHost = (a: Host, b: Host) => JSON.stringify(a.ssh) === JSON.stringify(
 const titleOf = ({ name }: Verb) => quote(`btrfs-backup:${name}`);
 
 /** What a verb's script gets: the first word says whether btrfs is to run under sudo. */
-const parametersOf = (host: Host, args: readonly string[]) => [host.sudo ? "sudo" : "", ...args].map(quote).join(" ");
+const scriptArguments = (host: Host, args: readonly string[]) => [host.sudo ? "sudo" : "", ...args].map(quote).join(" ");
 
 /** The shell text that runs a verb on a host. Local and ssh differ nowhere else. */
 export function commandFor(host: Host, verb: Verb, args: readonly string[]): string {
-  const text = `sh -c ${quote(verb.script)} ${titleOf(verb)} ${parametersOf(host, args)}`;
+  const text = `sh -c ${quote(verb.script)} ${titleOf(verb)} ${scriptArguments(host, args)}`;
   if (host.ssh === null) return text;
   if (/[\n\r]/.test(text)) throw new Failure(`${host.label}: a name with a line break cannot be used on another host`);
   return [...host.ssh, text].map(quote).join(" ");
 }
+
+/** The shell text that runs a verb on a host with arguments by name, as a stage of a pipeline. */
+const commandWith = <V extends Declared>(host: Host, verb: V, given: ArgumentsOf<V>) => commandFor(host, verb, wordsFor(verb, given));
 
 /** Children that end when a signal ends the run; cleaning up must be able to outlive it. */
 const running = new Set<() => void>();
@@ -607,13 +674,14 @@ const whileCleaning = <T>(work: () => Promise<T>): Promise<T> => cleaning.run(tr
 /** A verb that was started: its output as it comes, its end, and the way to end it. */
 type Started = { readonly process: ProcessPromise; readonly stop: () => void };
 
-function start(host: Host, verb: Verb, args: readonly string[]): Started {
+function start<V extends Declared>(host: Host, verb: V, given: ArgumentsOf<V>): Started {
+  const args = wordsFor(verb, given);
   checkInterruption();
   log.debug(`${host.label === "" ? "" : `${host.label}: `}${verb.name} ${args.map(shellWord).join(" ")}`);
   // Ctrl-C at a terminal reaches every child there: these are ended by us, after cleaning up. A
   // verb has a process group of its own; ssh stays where it can ask for a passphrase.
   const local = host.ssh === null;
-  const child = shell({ stdio: ["pipe", "pipe", "pipe"], detached: local })`${`trap "" INT HUP; ${local ? `: ${titleOf(verb)}; set -- ${parametersOf(host, args)}; ${verb.script}` : `exec ${commandFor(host, verb, args)}`}`}`;
+  const child = shell({ stdio: ["pipe", "pipe", "pipe"], detached: local })`${`trap "" INT HUP; ${local ? `: ${titleOf(verb)}; set -- ${scriptArguments(host, args)}; ${verb.script}` : `exec ${commandFor(host, verb, args)}`}`}`;
   child.stdin.on("error", () => {}); // gone before we were: its exit status tells
   return { process: child, stop: () => sendSignal(local ? -(child.pid as number) : (child.pid as number), "SIGTERM") };
 }
@@ -635,8 +703,8 @@ function failureOf(host: Host, what: string, result: { exitCode: number | null; 
 }
 
 /** Runs a verb for its output. Errors: Failure, Busy (exit 75), Absent (exit 66, host not reached). */
-async function ask(host: Host, verb: Verb, args: readonly string[], what: string, input = ""): Promise<string> {
-  const { process: child, stop } = start(host, verb, args);
+async function ask<V extends Declared>(host: Host, verb: V, given: ArgumentsOf<V>, what: string, input = ""): Promise<string> {
+  const { process: child, stop } = start(host, verb, given);
   child.stdin.end(input);
   if (!cleaning.getStore()) running.add(stop);
   const result = await child;
@@ -654,8 +722,8 @@ type Signals = { readonly first?: Promise<string> | undefined; readonly unwanted
 type Seen = { readonly line: string; readonly tell: () => void };
 
 /** Starts a verb that prints until a line that is `end`, and then waits for its input to close. */
-async function hold(host: Host, verb: Verb, args: readonly string[], end: string, what: string, { first, unwanted, seen }: Signals = {}): Promise<Held> {
-  const { process: child, stop } = start(host, verb, args);
+async function hold<V extends Declared>(host: Host, verb: V, given: ArgumentsOf<V>, end: string, what: string, { first, unwanted, seen }: Signals = {}): Promise<Held> {
+  const { process: child, stop } = start(host, verb, given);
   running.add(stop);
   void first?.then((line) => child.stdin.write(`${line}\n`));
   unwanted?.addEventListener("abort", () => running.has(stop) && stop());
@@ -794,375 +862,962 @@ function sendSignal(pid: number, signal: NodeJS.Signals): void {
 }
 
 // ── 3. Btrfs ─────────────────────────────────────────────────────────────────────────────
-// The verbs. Their scripts are one line each for the login shell's sake, and hold no `'`, `\`
-// or `!`. The first parameter is "sudo" or empty: btrfs alone runs under sudo, never flock,
-// which would run anything. Exit statuses: 64 usage, 65 refused, 66 absent, 69 a program is
-// missing, 75 a lock is busy, 76 the name is taken, 77 another stream. A FOLDER comes with the FSID that it had when it
-// was opened, and the process that holds it locked: hours may have passed, and another disk may be mounted there (`at`).
+// The verbs: constant POSIX scripts that get their values as parameters, what they print, and
+// the send stream. A verb is declared once, with the names of its parameters in the order that
+// they have on the wire; its script, those who call it, and guard know them by these names.
+//
+// btrfs alone runs under sudo, never flock, which would run anything. Exit statuses: 64 usage,
+// 65 refused, 66 absent, 69 a program is missing, 75 a lock is busy, 76 the name is taken, 77
+// another stream. A `folder` comes with the `fsid` that it had when it was opened, and the
+// process that holds it locked: hours may have passed, and another disk may be mounted there.
 
 /** What statfs(2) calls btrfs, in hexadecimal: linux/magic.h. */
 const BTRFS_MAGIC = "9123683e";
 
-const verb = (name: string, ...lines: readonly string[]): Verb => ({ name, script: lines.join(" ") });
+// ── pieces that verbs share ──
+
+/**
+ * What every verb begins with. A process costs more than a millisecond: what a shell can do itself, it does.
+ * `b` is btrfs; `user_id` sets $user to the effective user's ID; `root` tells whether btrfs runs with root's rights; and
+ * `at FOLDER FSID` enters a folder that was opened before, unless another filesystem or directory is there by now.
+ */
+const PRELUDE = sh`
+  set -e +f
+  umask 077
+  unset CDPATH GLOBIGNORE TAR_OPTIONS POSIXLY_CORRECT QUOTING_STYLE
+  PATH=$PATH:/usr/sbin:/sbin
+  LC_ALL=C
+  export PATH LC_ALL
+
+  # The first parameter of every verb is "sudo" or empty.
+  su=$1
+  if [ "$1" = sudo ]; then
+    b() { sudo -n btrfs "$@"; }
+  else
+    b() { btrfs "$@"; }
+  fi
+  shift
+
+  user_id() {
+    while read -r field real user others; do
+      if [ "$field" = Uid: ]; then return; fi
+    done </proc/self/status
+  }
+  root() { [ -n "$su" ] || { user_id; [ "$user" = 0 ]; }; }
+
+  at() {
+    cd -P -- "$1" || { echo "(is the disk mounted?)" >&2; exit 66; }
+    # Behind the FSID stands the process that holds the folder locked, and is in it.
+    [ "$PWD" = "$1" ] && { [ . -ef "/proc/\${2#*/}/cwd" ] || [ "$(stat -f -c %i .)" = "\${2%/*}" ]; } ||
+      { echo "another filesystem or directory is at $1 now" >&2; exit 66; }
+  }`;
+
+const declared: Declared[] = [];
+/** Every verb that there is. */
+export const VERBS: readonly Declared[] = declared;
+
+/** Declares a verb. Its script finds the parameters under their names, and those of `names...` as "$@". */
+function verb<const S extends string>(name: string, takes: S, script: string, prelude = PRELUDE): Declared<S> {
+  const parameters = parametersOf({ takes });
+  const one = parameters.filter(({ kind }) => kind !== "...");
+  const named = one.map(({ name }, i) => `${name}=${i < 9 ? `$${i + 1}` : `\${${i + 1}}`}`).join(" ");
+  const shifted = one.length < parameters.length ? `shift ${one.length}` : "";
+  const written = `${prelude}\n${named}\n${shifted}\n${script}`;
+  const made = { name, takes, written, script: oneLine(written) };
+  declared.push(made);
+  return made;
+}
 
 /** keep SECONDS: until the input closes, or is silent for so long: a dead link tells the other side nothing. */
-const KEEP = `keep() { if [ -n "$1" ] && command -v timeout >/dev/null; then while [ -n "$(timeout "$1" dd bs=1 count=1 2>/dev/null 8<&- 9<&-)" ]; do :; done; else exec cat >/dev/null; fi; };`;
+const KEEP = sh`
+  keep() {
+    if [ -n "$1" ] && command -v timeout >/dev/null; then
+      while [ -n "$(timeout "$1" dd bs=1 count=1 2>/dev/null 8<&- 9<&-)" ]; do :; done
+    else
+      exec cat >/dev/null
+    fi
+  }`;
+
+/** For `keep`: how many seconds a host waits for our next beat. */
 const silence = (host: Host) => (host.ssh === null ? "" : String(4 * host.beat));
 
 /** watch PID: ends this process group when that process, which holds our lock over the same link, is gone. */
-const WATCH = `watch() { if [ -n "$1" ]; then ( while [ -d "/proc/$$" ]; do [ -d "/proc/$1" ] || kill -KILL 0; sleep 2; done ) >/dev/null 2>&1 </dev/null & fi; };`;
-
-// A process costs more than a millisecond: what a shell can do itself, it does.
-const PRELUDE = `set -e +f; umask 077; unset CDPATH GLOBIGNORE TAR_OPTIONS POSIXLY_CORRECT QUOTING_STYLE; PATH=$PATH:/usr/sbin:/sbin; LC_ALL=C; export PATH LC_ALL;
- su=$1; if [ "$1" = sudo ]; then b() { sudo -n btrfs "$@"; }; else b() { btrfs "$@"; }; fi; shift; uid() { while read -r key real u others; do if [ "$key" = Uid: ]; then return; fi; done </proc/self/status; }; root() { [ -n "$su" ] || { uid; [ "$u" = 0 ]; }; };
- at() { cd -P -- "$1" || { echo "(is the disk mounted?)" >&2; exit 66; }; [ "$PWD" = "$1" ] && { [ . -ef "/proc/\${2#*/}/cwd" ] || [ "$(stat -f -c %i .)" = "\${2%/*}" ]; } || { echo "another filesystem or directory is at $1 now" >&2; exit 66; }; };`.replace(/\n/g, "");
+const WATCH = sh`
+  watch() {
+    if [ -n "$1" ]; then
+      ( while [ -d "/proc/$$" ]; do [ -d "/proc/$1" ] || kill -KILL 0; sleep 2; done ) >/dev/null 2>&1 </dev/null &
+    fi
+  }`;
 
 /**
  * record HEADER KEY VALUE: replaces one line of the record in the current directory, whole or not
  * at all. Written by dd, which says what went wrong, and syncs it; dash knows only "I/O error".
  */
-const RECORD =
-  `record() { ( h=$1 k=$2 v=$3; flock -w 60 7 || { echo "another run keeps $PWD locked" >&2; exit 75; }; f=.btrfs-backup.json; t=$f.new; set --;` +
-  ` if [ -e $f ]; then while IFS= read -r l; do case $l in "$k"*) ;; ,*) set -- "$@" "$l";; esac; done <$f; fi; if [ -e $t ] || [ -L $t ]; then rm -f $t; fi; set -C;` +
-  ` { for l in "$h" "$@" "$k$v" "}"; do printf %s "$l"; echo; done; } | dd iflag=fullblock bs=64k conv=fsync status=none >$t; mv -f $t $f ) 7<.; };`;
+const RECORD = sh`
+  record() { (
+    first=$1 start=$2 own=$2$3
+    flock -w 60 7 || { echo "another run keeps $PWD locked" >&2; exit 75; }
+    file=.btrfs-backup.json
+    new=$file.new
+    set --
+    if [ -e $file ]; then
+      while IFS= read -r line; do
+        case $line in
+          "$start"*) ;;
+          ,*) set -- "$@" "$line";;
+        esac
+      done <$file
+    fi
+    if [ -e $new ] || [ -L $new ]; then rm -f $new; fi
+    set -C
+    { for line in "$first" "$@" "$own" "}"; do printf %s "$line"; echo; done; } |
+      dd iflag=fullblock bs=64k conv=fsync status=none >$new
+    mv -f $new $file
+  ) 7<.; }`;
 
 /** receiving PREFIX SECONDS: this process alone writes to the chain from here on. Opened for reading: a disk may be mounted so. */
-const RECEIVING =
-  `receiving() { [ -f ".btrfs-backup.$1.receiving" ] || ( set -C; : >".btrfs-backup.$1.receiving" ) || :; exec 8<".btrfs-backup.$1.receiving"; flock -w "$2" 8 || { echo "an earlier transfer is still being received in $PWD" >&2; exit 75; }; };`;
+const RECEIVING = sh`
+  receiving() {
+    [ -f ".btrfs-backup.$1.receiving" ] || ( set -C; : >".btrfs-backup.$1.receiving" ) || :
+    exec 8<".btrfs-backup.$1.receiving"
+    flock -w "$2" 8 || { echo "an earlier transfer is still being received in $PWD" >&2; exit 75; }
+  }`;
+
+/** is_complete FILE SUM BYTES KEPT: whether a file has so many bytes, and those behind the KEPT ones have that SHA-256. */
+const COMPLETE = sh`
+  is_complete() {
+    size=$(stat -c %s "$1")
+    [ "$size" = "$3" ] || { echo "only $size of $3 bytes arrived" >&2; exit 1; }
+    [ -z "$4" ] || [ "$(tail -c "+$(($4 + 1))" "$1" | sha256sum)" = "$2  -" ] ||
+      { echo "other bytes arrived than were sent" >&2; exit 1; }
+  }`;
+
+// ── places: looking at them, making them, and what is remembered there ──
 
 /**
- * open NONCE WAIT FOLDER PREFIX SOURCE KIND SILENCE: prints all that there is to know of a folder (and of the SOURCE
- * whose snapshot folder it is), in sections that begin with a NONCE no listing can contain. KIND is `streams` for
- * a folder of stored streams, and `known` where the protocol need not be asked for.
- * WAIT is `look`, or the seconds to wait for the lock, which is then held until the input closes; or `later`: one of these comes as a line of input.
- * A folder without a lock file is not locked: nothing is written before it is known to be ours.
+ * Prints all that there is to know of a folder (and of the SOURCE whose snapshot folder it is), in sections that begin with a
+ * NONCE no listing can contain: see parseInspection. `kind` is `streams` for a folder of stored streams, and `known` where the
+ * protocol need not be asked for. `wait` is `look`, or the seconds to wait for the lock, which is then held until the input
+ * closes; or `later`: one of these comes as a line of input.
  */
-const OPEN = verb(
-  "open",
-  PRELUDE,
-  KEEP,
-  `n=$1 w=$2 d=$3 p=$4 s=$5 k=$6 q=$7; say() { echo; echo "$n $1"; };`,
-  `[ "$k" = streams ] || command -v btrfs >/dev/null || { echo "btrfs not found: install btrfs-progs" >&2; exit 69; };`,
-  `real() { case $(flock -V 2>/dev/null) in *util-linux*) ;; *) echo "flock not found: install util-linux" >&2; exit 69;; esac; };`,
-  `if [ -n "$s" ]; then [ -d "$s" ] || { echo "no such directory: $s" >&2; exit 64; }; cd -P -- "$s"; say source; pwd -P; s=$PWD; fi;`,
-  `say host; read -r h </proc/sys/kernel/hostname; echo "$h"; say zstd; command -v zstd || :;`,
-  `say filesystems; for f in /sys/fs/btrfs/*; do echo "\${f##*/}"; done; set --; e=;`,
-  `if [ -d "$d" ]; then e=folder; cd -P -- "$d"; say folder; pwd -P; [ -r . ] || { echo "$PWD: Permission denied" >&2; exit 1; }; foul() { echo "$PWD/$1 is not a plain file" >&2; exit 65; };`,
-  `for f in ".btrfs-backup.$p.lock" ".btrfs-backup.$p.receiving" .btrfs-backup.json .outstanding_transfers; do if [ -L "$f" ]; then foul "$f"; elif [ -f "$f" ]; then set -- "$@" "$f"; elif [ -e "$f" ]; then foul "$f"; fi; done;`,
-  `elif [ -e "$d" ] || [ -L "$d" ]; then echo "not a directory: $d" >&2; exit 65;`,
-  `elif [ -d "\${d%/*}/" ]; then cd -P -- "\${d%/*}/"; say missing; pwd -P; else echo "no such directory: \${d%/*} (is the disk mounted?)" >&2; exit 66; fi;`,
-  // One process for all that is of the same kind. Of files only the owner counts.
-  `say user; uid; echo "$u"; say inodes; stat -c "%i %u" \${s:+"$s"} . "$@"; f=$(stat -f -c "%i %t %a %S" \${s:+"$s"} .); say places; echo "$f"; set -- $f; [ $# = 4 ] || shift 4; t=; if [ "$k" = streams ]; then :; elif [ "$2" = ${BTRFS_MAGIC} ]; then t=btrfs; fi;`,
-  // Whatever can change while others have the lock comes after this. The other locks are those of commands, and of remotes of rclone.
-  `if [ "$w" = later ]; then read -r w; fi; if [ "$w" = look ]; then :; elif [ -n "$e" ] && [ -f ".btrfs-backup.$p.lock" ]; then exec 9<".btrfs-backup.$p.lock"; flock -w "$w" 9 || { real; echo "another run holds $PWD/.btrfs-backup.$p.lock" >&2; exit 75; };`,
-  `${RECEIVING} for f in ".btrfs-backup.$p.receiving" ".btrfs-backup.$p".????????.receiving; do if [ -f "$f" ]; then f=\${f#.btrfs-backup.}; receiving "\${f%.receiving}" "$w"; exec 8<&-; fi; done; say locked; echo $$; else real; fi;`,
-  `f=; if [ -n "$e" ] && [ -e .btrfs-backup.json ]; then f=.btrfs-backup.json; fi; say mounts; { echo; echo "$n record"; } | cat /proc/self/mountinfo - $f;`,
-  `if [ -n "$e" ]; then set -- .* *; IFS=$(echo; echo x); IFS=\${IFS%x}; say entries; printf %s "$*"; echo; unset IFS; say old; if [ -f .outstanding_transfers ]; then cat .outstanding_transfers; fi;`,
-  `if [ "$k" = streams ]; then say files; find . -mindepth 1 -maxdepth 1 -type f -exec stat -c "%s/%Y %n" {} +; fi; fi;`,
-  `if [ -z "$t" ]; then :; elif root; then say subvolumes; b subvolume list -a -u -q -R .; say readonly; b subvolume list -a -r .; else`,
-  // Whoever is not root gets no list, and can only ask of each.
-  `say roots; for f in \${s:+"$s"} .; do b inspect-internal rootid "$f" || echo 0; done; say alone; for f in "./$p"[0-9]*-[0-9]*; do if [ "$(stat -c %i "$f" 2>/dev/null)" = 256 ]; then echo "$(b inspect-internal rootid "$f") $(b property get -ts "$f" ro) $f"; fi; done; fi;`,
-  `f=/sys/fs/btrfs/features/send_stream_version; say stream; if [ -z "$k" ] && [ -f $f ]; then read -r v <$f; echo "$v"; btrfs --version; fi;`,
-  `echo; echo "$n end"; [ "$w" = look ] || keep "$q"`,
-);
+const OPEN = verb("open", "nonce wait folder prefix source kind silence", sh`
+  ${KEEP}
+  say() { echo; echo "$nonce $1"; }
 
-/** create FOLDER FSID PREFIX: the folder (its last component only) and the chain's lock file; another first run may be faster. */
-const CREATE = verb("create", PRELUDE, `d=\${1%/*}; if [ -d "$1" ]; then :; else at "\${d:-/}" "$2"; mkdir "$1" || [ -d "$1" ]; fi; at "$1" "$2"; l=.btrfs-backup.$3.lock; [ -f "$l" ] || ( set -C; : >"$l" ) || [ -f "$l" ]`);
+  [ "$kind" = streams ] || command -v btrfs >/dev/null || { echo "btrfs not found: install btrfs-progs" >&2; exit 69; }
+  need_flock() {
+    case $(flock -V 2>/dev/null) in
+      *util-linux*) ;;
+      *) echo "flock not found: install util-linux" >&2; exit 69;;
+    esac
+  }
 
-/** show FOLDER FSID: what the list of subvolumes does not tell of the top level. */
-const SHOW = verb("show", PRELUDE, `at "$1" "$2"; b subvolume show .`);
+  # SOURCE, if there is one: from here on by its real path.
+  if [ -n "$source" ]; then
+    [ -d "$source" ] || { echo "no such directory: $source" >&2; exit 64; }
+    cd -P -- "$source"
+    say source; pwd -P
+    source=$PWD
+  fi
 
-/** snapshot SOURCE FOLDER FSID NAME: prints `subvolume show` of what it made, or only the ID for whoever is not root. The kernel commits the transaction. */
-const SNAPSHOT = verb(
-  "snapshot",
-  PRELUDE,
-  `at "$2" "$3"; n=$PWD/$4; if [ -e "$n" ] || [ -L "$n" ]; then exit 76; fi; cd -P -- "$1"; [ "$PWD" = "$1" ] || { echo "$1 leads to $PWD now" >&2; exit 66; };`,
-  `b subvolume snapshot -r . "$n" >/dev/null; if root; then b subvolume show -b "$n"; else i=$(b inspect-internal rootid "$n"); echo " UUID: id:$i"; echo " Subvolume ID: $i"; fi`,
-);
+  say host; read -r host </proc/sys/kernel/hostname; echo "$host"
+  say zstd; command -v zstd || :
+  say filesystems
+  for file in /sys/fs/btrfs/*; do echo "\${file##*/}"; done
+
+  # Enter the folder, or the one above where it is not there. "$@" are our own files in it, which must be plain ones.
+  set --
+  exists=
+  if [ -d "$folder" ]; then
+    exists=folder
+    cd -P -- "$folder"
+    say folder; pwd -P
+    [ -r . ] || { echo "$PWD: Permission denied" >&2; exit 1; }
+    foul() { echo "$PWD/$1 is not a plain file" >&2; exit 65; }
+    for file in ".btrfs-backup.$prefix.lock" ".btrfs-backup.$prefix.receiving" .btrfs-backup.json .outstanding_transfers; do
+      if [ -L "$file" ]; then foul "$file"
+      elif [ -f "$file" ]; then set -- "$@" "$file"
+      elif [ -e "$file" ]; then foul "$file"
+      fi
+    done
+  elif [ -e "$folder" ] || [ -L "$folder" ]; then
+    echo "not a directory: $folder" >&2; exit 65
+  elif [ -d "\${folder%/*}/" ]; then
+    cd -P -- "\${folder%/*}/"
+    say missing; pwd -P
+  else
+    echo "no such directory: \${folder%/*} (is the disk mounted?)" >&2; exit 66
+  fi
+
+  # One process for all that is of the same kind. Of files only the owner counts.
+  say user; user_id; echo "$user"
+  say inodes; stat -c "%i %u" \${source:+"$source"} . "$@"
+  places=$(stat -f -c "%i %t %a %S" \${source:+"$source"} .)
+  say places; echo "$places"
+  # shellcheck disable=SC2086 # four words a line, and those of SOURCE come first
+  set -- $places
+  [ $# = 4 ] || shift 4
+  btrfs=
+  if [ "$kind" = streams ]; then :; elif [ "$2" = ${BTRFS_MAGIC} ]; then btrfs=btrfs; fi
+
+  # Whatever can change while others have the lock comes after this. The other .receiving locks are those of commands,
+  # and of remotes of rclone. A folder without a lock file is not locked: nothing is written before it is known to be ours.
+  if [ "$wait" = later ]; then read -r wait; fi
+  if [ "$wait" = look ]; then
+    :
+  elif [ -n "$exists" ] && [ -f ".btrfs-backup.$prefix.lock" ]; then
+    exec 9<".btrfs-backup.$prefix.lock"
+    flock -w "$wait" 9 || { need_flock; echo "another run holds $PWD/.btrfs-backup.$prefix.lock" >&2; exit 75; }
+    ${RECEIVING}
+    for file in ".btrfs-backup.$prefix.receiving" ".btrfs-backup.$prefix".????????.receiving; do
+      if [ -f "$file" ]; then
+        file=\${file#.btrfs-backup.}
+        receiving "\${file%.receiving}" "$wait"
+        exec 8<&-
+      fi
+    done
+    say locked; echo $$
+  else
+    need_flock
+  fi
+
+  record=
+  if [ -n "$exists" ] && [ -e .btrfs-backup.json ]; then record=.btrfs-backup.json; fi
+  say mounts
+  { echo; echo "$nonce record"; } | cat /proc/self/mountinfo - $record
+
+  if [ -n "$exists" ]; then
+    set -- .* *
+    # IFS is a line break.
+    IFS=$(echo; echo x)
+    IFS=\${IFS%x}
+    say entries; printf %s "$*"; echo
+    unset IFS
+    say old
+    if [ -f .outstanding_transfers ]; then cat .outstanding_transfers; fi
+    if [ "$kind" = streams ]; then
+      say files; find . -mindepth 1 -maxdepth 1 -type f -exec stat -c "%s/%Y %n" {} +
+    fi
+  fi
+
+  if [ -z "$btrfs" ]; then
+    :
+  elif root; then
+    say subvolumes; b subvolume list -a -u -q -R .
+    say readonly; b subvolume list -a -r .
+  else
+    # Whoever is not root gets no list, and can only ask of each.
+    say roots
+    for file in \${source:+"$source"} .; do b inspect-internal rootid "$file" || echo 0; done
+    say alone
+    for file in "./$prefix"[0-9]*-[0-9]*; do
+      if [ "$(stat -c %i "$file" 2>/dev/null)" = 256 ]; then
+        echo "$(b inspect-internal rootid "$file") $(b property get -ts "$file" ro) $file"
+      fi
+    done
+  fi
+
+  version=/sys/fs/btrfs/features/send_stream_version
+  say stream
+  if [ -z "$kind" ] && [ -f $version ]; then read -r version <$version; echo "$version"; btrfs --version; fi
+  echo; echo "$nonce end"
+  [ "$wait" = look ] || keep "$silence"
+`);
+
+/** Makes the folder (its last component only) and the chain's lock file; another first run may be faster. */
+const CREATE = verb("create", "folder fsid prefix", sh`
+  above=\${folder%/*}
+  if [ -d "$folder" ]; then
+    :
+  else
+    at "\${above:-/}" "$fsid"
+    mkdir "$folder" || [ -d "$folder" ]
+  fi
+  at "$folder" "$fsid"
+  lock=.btrfs-backup.$prefix.lock
+  [ -f "$lock" ] || ( set -C; : >"$lock" ) || [ -f "$lock" ]
+`);
+
+/** Replaces one line of the record: see RECORD. */
+const WRITE_RECORD = verb("record", "folder fsid header key value", sh`
+  ${RECORD}
+  at "$folder" "$fsid"
+  record "$header" "$key" "$value"
+`);
+
+/** Moves a record out of the way. */
+const ASIDE = verb("aside", "folder fsid suffix", sh`
+  at "$folder" "$fsid"
+  mv -f .btrfs-backup.json ".btrfs-backup.json.$suffix"
+`);
+
+/** Prints what the list of subvolumes does not tell of the top level. */
+const SHOW = verb("show", "folder fsid", sh`
+  at "$folder" "$fsid"
+  b subvolume show .
+`);
+
+// ── snapshots, and the way that they go ──
+
+/** The user's own command, before or after a snapshot. What it leaves running must not keep us waiting for our pipes. */
+const HOOK = verb("hook", "command", sh`
+  output=$(mktemp) || output=
+  sh -c "$command" >"\${output:-/dev/null}" 2>&1 </dev/null && result=0 || result=$?
+  if [ -n "$output" ]; then cat "$output" >&2; rm -f "$output"; fi
+  [ "$result" = 0 ] || { echo "(exit status $result)" >&2; exit 1; }
+`, "shift"); // the user's own environment
+
+/** Takes the snapshot `name`. Prints `subvolume show` of it, or only the ID for whoever is not root. The kernel commits the transaction. */
+const SNAPSHOT = verb("snapshot", "source folder fsid name", sh`
+  at "$folder" "$fsid"
+  snapshot=$PWD/$name
+  if [ -e "$snapshot" ] || [ -L "$snapshot" ]; then exit 76; fi
+  cd -P -- "$source"
+  [ "$PWD" = "$source" ] || { echo "$source leads to $PWD now" >&2; exit 66; }
+  b subvolume snapshot -r . "$snapshot" >/dev/null
+  if root; then
+    b subvolume show -b "$snapshot"
+  else
+    id=$(b inspect-internal rootid "$snapshot")
+    echo " UUID: id:$id"
+    echo " Subvolume ID: $id"
+  fi
+`);
 
 /**
- * send FLAG FOLDER FSID LEVEL PROTOCOL HOLDER NAME PARENT SKIP SUM: the stream, on standard output; in full if PARENT is
- * empty, compressed unless LEVEL is, as long as HOLDER lives. Cut short it still ends well for zstd, but never for `btrfs receive`.
- * Of SKIP bytes (a multiple of 64 KiB) that are kept over there with the SHA-256 SUM, only what follows is sent, if these are the same.
+ * The stream of `snapshot`, on standard output; in full if `parent` is empty, compressed unless `level` is, as long as `holder`
+ * lives. Cut short it still ends well for zstd, but never for `btrfs receive`. Of `skip` bytes (a multiple of 64 KiB) that are
+ * kept over there with the SHA-256 `sum`, only what follows is sent, if these are the same.
  */
-const SEND = verb(
-  "send",
-  PRELUDE,
-  WATCH,
-  `watch "$6"; at "$2" "$3"; f=$1 z=$4 v=$5 n=$7 p=$8 k=$9; shift 9; case $v in 2) v="--proto 2 --compressed-data";; 1) v="--proto 1";; esac;`,
-  `s() { if [ -n "$p" ]; then b send "$f" $v -p "$PWD/$p" "$PWD/$n"; else b send "$f" $v "$PWD/$n"; fi; };`,
-  // What sudo runs is not ours to kill: it ends with the pipe that it writes to.
-  `c() { if [ -n "$z" ]; then zstd -q -c -T0 "-$z"; else cat; fi; }; rest() { h=$(dd bs=65536 count=$((k / 65536)) iflag=fullblock 2>/dev/null | sha256sum); if [ "$h" = "$1  -" ]; then cat; else echo other >&3; fi; };`,
-  `if [ -z "$z$su$k" ]; then s; else exec 4>&1; r=$( { { s && echo ok >&3; } | if [ -n "$k" ]; then c | rest "$1"; else c; fi >&4; } 3>&1 ); case $r in ok) ;; *other*) echo "it is another stream than before" >&2; exit 77;; *) exit 1;; esac; fi`,
-);
-
-/** complete PART SUM BYTES KEPT: whether a file has so many bytes, and those behind the KEPT ones have that SHA-256. */
-const COMPLETE =
-  `complete() { s=$(stat -c %s "$1"); [ "$s" = "$3" ] || { echo "only $s of $3 bytes arrived" >&2; exit 1; }; [ -z "$4" ] || [ "$(tail -c "+$(($4 + 1))" "$1" | sha256sum)" = "$2  -" ] || { echo "other bytes arrived than were sent" >&2; exit 1; }; };`;
+const SEND = verb("send", "flag folder fsid level protocol holder snapshot parent skip sum", sh`
+  ${WATCH}
+  watch "$holder"
+  at "$folder" "$fsid"
+  case $protocol in
+    2) protocol="--proto 2 --compressed-data";;
+    1) protocol="--proto 1";;
+  esac
+  # shellcheck disable=SC2086 # the protocol is several words
+  stream() {
+    if [ -n "$parent" ]; then
+      b send "$flag" $protocol -p "$PWD/$parent" "$PWD/$snapshot"
+    else
+      b send "$flag" $protocol "$PWD/$snapshot"
+    fi
+  }
+  pack() { if [ -n "$level" ]; then zstd -q -c -T0 "-$level"; else cat; fi; }
+  rest() {
+    kept=$(dd bs=65536 count=$((skip / 65536)) iflag=fullblock 2>/dev/null | sha256sum)
+    if [ "$kept" = "$sum  -" ]; then cat; else echo other >&3; fi
+  }
+  # What sudo runs is not ours to kill: it ends with the pipe that it writes to.
+  if [ -z "$level$su$skip" ]; then
+    stream
+  else
+    exec 4>&1
+    told=$( { { stream && echo ok >&3; } | if [ -n "$skip" ]; then pack | rest; else pack; fi >&4; } 3>&1 )
+    case $told in
+      ok) ;;
+      *other*) echo "it is another stream than before" >&2; exit 77;;
+      *) exit 1;;
+    esac
+  fi
+`);
 
 /**
- * receive FLAG FOLDER FSID LEVEL HOLDER PREFIX HEADER KEY BEGINNING REST PART SUM BYTES KEPT: takes the stream, see `send`. The record
- * says BEGINNING and REST meanwhile, and { and REST afterwards: the announcement comes and goes. Unless PART is empty, the
- * stream is that file, if it is complete; with a FLAG of `guard` it comes from there all the same.
+ * What a stream consists of: how often each command is in it, and how often data of each length (` len=N`), which
+ * are not read for it.
  */
-const RECEIVE = verb(
-  "receive",
-  PRELUDE,
-  RECORD,
-  RECEIVING,
-  WATCH,
-  COMPLETE,
-  `f=$1 d=$2 i=$3 z=$4; watch "$5"; at "$d" "$i"; shift 5; receiving "$1" 0; if [ -n "$6" ]; then complete "./.$6.part" "$7" "$8" "$9"; case $f in *C) ;; *) exec <"./.$6.part";; esac; fi; if [ -n "$2" ]; then record "$2" "$3" "$4$5"; fi;`,
-  `c() { if [ -n "$z" ]; then zstd -q -d -c; else cat; fi; }; take() { if [ -z "$z$su" ]; then b receive "$f" "$PWD" >&2; else r=$( { { c && echo ok >&3; } | b receive "$f" "$PWD" >&2; } 3>&1 ) && [ "$r" = ok ]; fi; };`,
-  // What is unmounted under its feet, btrfs receive calls a file that is not there.
-  `take || { at "$d" "$i"; exit 1; };`,
-  `if [ -n "$2" ]; then record "$2" "$3" "{$5"; fi`,
-);
+const ESTIMATE = verb("estimate", "folder fsid snapshot parent", sh`
+  at "$folder" "$fsid"
+  stream() {
+    if [ -n "$parent" ]; then
+      b send -q --no-data -p "$PWD/$parent" "$PWD/$snapshot"
+    else
+      b send -q --no-data "$PWD/$snapshot"
+    fi
+  }
+  stream | btrfs receive --dump | grep -o -e "^[a-z_]*" -e " len=[0-9]*$" | sort | uniq -c
+`);
 
 /**
- * discard FOLDER FSID PREFIX NAME HEADER KEY VALUE: removes what a broken transfer left, unless it is
- * read-only (an orphaned receive completed it after all), and its announcement.
+ * Takes the stream, see `send`. The record says `beginning` and `rest` meanwhile, and { and `rest` afterwards: the announcement
+ * comes and goes. Unless `part` is empty, the stream is that file, if it is complete; with a `flag` of guard's (one that
+ * ends in C) it comes from there all the same.
  */
-const DISCARD = verb(
-  "discard",
-  PRELUDE,
-  RECORD,
-  RECEIVING,
-  `at "$1" "$2"; receiving "$3" 10; if [ -e "$4" ] && [ "$(b property get -ts "$PWD/$4" ro)" = ro=false ]; then b subvolume delete "$PWD/$4" >&2; b filesystem sync .; fi; if [ -n "$7" ]; then record "$5" "$6" "$7"; fi`,
-);
+const RECEIVE = verb("receive", "flag folder fsid level holder prefix header key beginning rest part? sum? bytes? kept?", sh`
+  ${RECORD}
+  ${RECEIVING}
+  ${WATCH}
+  ${COMPLETE}
+  watch "$holder"
+  at "$folder" "$fsid"
+  receiving "$prefix" 0
+  if [ -n "$part" ]; then
+    is_complete "./.$part.part" "$sum" "$bytes" "$kept"
+    case $flag in
+      *C) ;;
+      *) exec <"./.$part.part";;
+    esac
+  fi
+  if [ -n "$header" ]; then record "$header" "$key" "$beginning$rest"; fi
 
-/** delete RW SYNC FOLDER FSID ./NAME…: many at once. The cleaner sleeps for up to 30 s unless a sync wakes it. */
-const DELETE = verb(
-  "delete",
-  PRELUDE,
-  `rw=$1 sync=$2; at "$3" "$4"; shift 4; for x; do if [ -L "$x" ]; then echo "a symbolic link has the name of a subvolume" >&2; exit 65; fi; done; if [ "$rw" = rw ]; then for x; do b property set -f -ts "$x" ro false || :; done; fi;`,
-  `b subvolume delete "$@" >/dev/null; if [ "$sync" = sync ]; then b filesystem sync .; b subvolume sync . >/dev/null; fi`,
-);
+  unpack() { if [ -n "$level" ]; then zstd -q -d -c; else cat; fi; }
+  take() {
+    if [ -z "$level$su" ]; then
+      b receive "$flag" "$PWD" >&2
+    else
+      told=$( { { unpack && echo ok >&3; } | b receive "$flag" "$PWD" >&2; } 3>&1 ) && [ "$told" = ok ]
+    fi
+  }
+  # What is unmounted under its feet, btrfs receive calls a file that is not there.
+  take || { at "$folder" "$fsid"; exit 1; }
+  if [ -n "$header" ]; then record "$header" "$key" "{$rest"; fi
+`);
 
 /**
- * kept FOLDER FSID PREFIX OBJECT: what a broken transfer left of a stream to go on from: its file `.OBJECT.pPROTOCOL-LEVEL.part`, how many bytes
+ * What a broken transfer left of the stream `object` to go on from: its file `.OBJECT.pPROTOCOL-LEVEL.part`, how many bytes
  * of it count, and their SHA-256. Where others can write, they could put a link in its place.
  */
-const KEPT = verb(
-  "kept",
-  PRELUDE,
-  RECEIVING,
-  `at "$1" "$2"; receiving "$3" 10; case $(stat -c %A .) in ?????w*|????????w*) exit 0;; esac;`,
-  `for f in "./.$4.p"*.part; do if [ -f "$f" ] && [ -z "$(find "$f" -prune -type l)" ]; then n=$(($(stat -c %s "$f") / 65536 * 65536)); echo "$n $(head -c "$n" "$f" | sha256sum) $f"; fi; done`,
-);
+const KEPT = verb("kept", "folder fsid prefix object", sh`
+  ${RECEIVING}
+  at "$folder" "$fsid"
+  receiving "$prefix" 10
+  case $(stat -c %A .) in
+    ?????w*|????????w*) exit 0;;
+  esac
+  for file in "./.$object.p"*.part; do
+    if [ -f "$file" ] && [ -z "$(find "$file" -prune -type l)" ]; then
+      size=$(($(stat -c %s "$file") / 65536 * 65536))
+      echo "$size $(head -c "$size" "$file" | sha256sum) $file"
+    fi
+  done
+`);
 
-/** tidy FOLDER FSID PREFIX: removes all that was kept to go on from. */
-const TIDY = verb("tidy", PRELUDE, RECEIVING, `at "$1" "$2"; receiving "$3" 10; d="[0-9][0-9][0-9][0-9]"; p=$3; for f in ./.*.part; do case $f in "./.$p"$d$d-$d*_*_*_*_*_*.btrfs*.p[0-2]-*.part) rm -f "$f";; esac; done`);
-
-/** record FOLDER FSID HEADER KEY VALUE: see RECORD. */
-const WRITE_RECORD = verb("record", PRELUDE, RECORD, `at "$1" "$2"; record "$3" "$4" "$5"`);
-
-/** restoring FOLDER FSID WORK END SILENCE: makes the directory that a restore works in, marks it as ours, and holds it locked; see CLEAR. */
-const RESTORING = verb("restoring", PRELUDE, KEEP, `at "$1" "$2"; mkdir "./$3"; exec 9<"./$3"; flock -n 9; : >"./$3/.btrfs-backup.restoring"; echo $$; echo "$4"; keep "$5"`);
-
-/** clear FOLDER FSID WORK ./PATH…: removes what an interrupted restore left: those subvolumes, and the directory. */
-const CLEAR = verb(
-  "clear",
-  PRELUDE,
-  `at "$1" "$2"; w=$3; shift 3; if [ -d "./$w" ] && [ -z "$(find "./$w" -prune -type l)" ]; then :; else exit 0; fi;`,
-  `[ -f "./$w/.btrfs-backup.restoring" ] || { rmdir "./$w" 2>/dev/null || echo "$PWD/$w is not from a restore, and stays" >&2; exit 0; };`,
-  `( cd -P -- "./$w"; exec 9<.; flock -n 9 || { echo "another restore is at work in $PWD" >&2; exit 75; };`,
-  `for f in .btrfs-backup.*.receiving; do if [ -f "$f" ]; then exec 8<"$f"; flock -w 10 8 || { echo "what an interrupted restore began is still being received in $PWD" >&2; exit 75; }; fi; done;`,
-  `if [ $# -gt 0 ]; then b subvolume delete "$@" >/dev/null; fi; rm -f .btrfs-backup.*; cd ..; rmdir "./$w" )`,
-);
-
-/**
- * build FOLDER FSID WORK ORIGIN DIR NAME HOW: makes WORK/tree, a writable snapshot of ORIGIN (empty:
- * of WORK/NAME, which was received), and in DIR, a folder of it unless absolute, the snapshot NAME:
- * `keep`: with ORIGIN's received UUID; `plain`: without one; or none. The tree is a user's, who may have
- * put a symbolic link there. Stubs of snapshots that were nested in the source go (inode 2, which is rmdir's).
- */
-const BUILD = verb(
-  "build",
-  PRELUDE,
-  `at "$1" "$2"; cd -P -- "./$3"; w=$PWD o=$4 d=$5 n=$6 h=$7; [ -n "$o" ] || o=$w/$n; b subvolume snapshot "$o" "$w/tree" >/dev/null;`,
-  `real() { cd -P -- "$1" && [ "$PWD" = "$1" ] || { echo "$1 is not a plain folder in this backup" >&2; exit 65; }; };`,
-  `case $d in /*) cd -P -- "$d";; *) find "$w/tree" -mindepth 1 -maxdepth 1 -inum 2 -exec rmdir {} +; d=$w/tree/$d; real "\${d%/*}"; if [ -d "$d" ] && [ "$(stat -c %i "$d")" = 2 ]; then rmdir "$d"; fi; [ -d "$d" ] || mkdir "$d"; real "$d"; find . -mindepth 1 -maxdepth 1 -inum 2 -exec rmdir {} +;; esac;`,
-  `case $h in none) ;; *) if [ -e "./$n" ] || [ -L "./$n" ]; then exit 76; fi;; esac;`,
-  `case $h in keep) b subvolume snapshot -r "$o" "$PWD/$n" >/dev/null;; plain) b subvolume snapshot "$o" "$PWD/$n" >/dev/null; b property set -ts "$PWD/$n" ro true;; esac;`,
-  `if [ "$o" = "$w/$n" ]; then b subvolume delete "$o" >/dev/null; fi`,
-);
+/** Removes all that was kept to go on from. */
+const TIDY = verb("tidy", "folder fsid prefix", sh`
+  ${RECEIVING}
+  at "$folder" "$fsid"
+  receiving "$prefix" 10
+  digits="[0-9][0-9][0-9][0-9]"
+  for file in ./.*.part; do
+    case $file in
+      "./.$prefix"$digits$digits-$digits*_*_*_*_*_*.btrfs*.p[0-2]-*.part) rm -f "$file";;
+    esac
+  done
+`);
 
 /**
- * finish FOLDER FSID WORK TARGET BEFORE FROM TO: gives WORK/tree its name, and what had it the name BEFORE,
- * unless that is empty. Then each NAME of standard input moves from FROM to TO, two lines each, "end" last: a
- * snapshot that is made writable for it keeps its UUID; one that was received would lose the received UUID, so
- * it is replaced by a `copy`. All in one verb, which goes on when the program is killed, and begins only when it
- * knows everything; one that is being sent cannot be made writable, and ends it before that. Prints what could not move.
+ * Removes what a broken transfer left, unless it is read-only (an orphaned receive completed it after all),
+ * and its announcement.
  */
-const FINISH = verb(
-  "finish",
-  PRELUDE,
-  `at "$1" "$2"; w=$3 t=$4 o=$5 f=$6 d=$7 how=; shift $#; while read -r how; do if [ "$how" = end ]; then break; fi; IFS= read -r n; set -- "$@" "$how" "$n"; done; [ "$how" = end ];`,
-  `each() { g=$1; shift; while [ $# -gt 0 ]; do "$g" "$1" "$2"; shift 2; done; };`,
-  `try() { [ "$1" = copy ] || { b property set -ts "$f/$2" ro false; b property set -ts "$f/$2" ro true; }; }; each try "$@";`,
-  `free() { if [ -e "./$1" ] || [ -L "./$1" ]; then echo "$PWD/$1 exists" >&2; exit 76; fi; };`,
-  `if [ -n "$o" ]; then free "$o"; mv -T -- "./$t" "./$o"; fi; free "$t"; mv -T -- "./$w/tree" "./$t" || { [ -z "$o" ] || mv -T -- "./$o" "./$t"; exit 1; };`,
-  `case $f/ in "$PWD/$t"/*) [ -z "$o" ] || f=$PWD/$o\${f#"$PWD/$t"};; esac; rm -f "./$w"/.btrfs-backup.*; rmdir "./$w" || :;`,
-  `carry() { if [ "$1" = copy ]; then b subvolume snapshot -r "$f/$2" "$d/$2" >&2 && b subvolume delete "$f/$2" >&2;`,
-  `elif b property set -ts "$f/$2" ro false; then if mv -T -- "$f/$2" "$d/$2"; then b property set -ts "$d/$2" ro true; else b property set -ts "$f/$2" ro true; false; fi; else false; fi || echo "$2"; };`,
-  `each carry "$@"; b filesystem sync . >/dev/null`,
-);
+const DISCARD = verb("discard", "folder fsid prefix name header key value", sh`
+  ${RECORD}
+  ${RECEIVING}
+  at "$folder" "$fsid"
+  receiving "$prefix" 10
+  if [ -e "$name" ] && [ "$(b property get -ts "$PWD/$name" ro)" = ro=false ]; then
+    b subvolume delete "$PWD/$name" >&2
+    b filesystem sync .
+  fi
+  if [ -n "$value" ]; then record "$header" "$key" "$value"; fi
+`);
+
+/** Deletes many at once, as ./NAME. The cleaner sleeps for up to 30 s unless a sync wakes it. */
+const DELETE = verb("delete", "convert sync folder fsid names...", sh`
+  at "$folder" "$fsid"
+  for name; do
+    if [ -L "$name" ]; then echo "a symbolic link has the name of a subvolume" >&2; exit 65; fi
+  done
+  if [ "$convert" = rw ]; then
+    for name; do b property set -f -ts "$name" ro false || :; done
+  fi
+  b subvolume delete "$@" >/dev/null
+  if [ "$sync" = sync ]; then
+    b filesystem sync .
+    b subvolume sync . >/dev/null
+  fi
+`);
+
+// ── restoring ──
+
+/** Makes the directory `work` that a restore works in, marks it as ours, and holds it locked; see CLEAR. */
+const RESTORING = verb("restoring", "folder fsid work end silence", sh`
+  ${KEEP}
+  at "$folder" "$fsid"
+  mkdir "./$work"
+  exec 9<"./$work"
+  flock -n 9
+  : >"./$work/.btrfs-backup.restoring"
+  echo $$
+  echo "$end"
+  keep "$silence"
+`);
+
+/** Removes what an interrupted restore left: the subvolumes ./PATH, and the directory `work`. */
+const CLEAR = verb("clear", "folder fsid work paths...", sh`
+  at "$folder" "$fsid"
+  if [ -d "./$work" ] && [ -z "$(find "./$work" -prune -type l)" ]; then :; else exit 0; fi
+  [ -f "./$work/.btrfs-backup.restoring" ] ||
+    { rmdir "./$work" 2>/dev/null || echo "$PWD/$work is not from a restore, and stays" >&2; exit 0; }
+  (
+    cd -P -- "./$work"
+    exec 9<.
+    flock -n 9 || { echo "another restore is at work in $PWD" >&2; exit 75; }
+    for file in .btrfs-backup.*.receiving; do
+      if [ -f "$file" ]; then
+        exec 8<"$file"
+        flock -w 10 8 || { echo "what an interrupted restore began is still being received in $PWD" >&2; exit 75; }
+      fi
+    done
+    if [ $# -gt 0 ]; then b subvolume delete "$@" >/dev/null; fi
+    rm -f .btrfs-backup.*
+    cd ..
+    rmdir "./$work"
+  )
+`);
+
+/**
+ * Makes WORK/tree, a writable snapshot of `origin` (empty: of WORK/NAME, which was received), and in `target`, a folder of it
+ * unless absolute, the snapshot `name`: `how` is `keep`: with the origin's received UUID; `plain`: without one; or `none`. The
+ * tree is a user's, who may have put a symbolic link there. Stubs of snapshots that were nested in the source go (inode 2,
+ * which is rmdir's).
+ */
+const BUILD = verb("build", "folder fsid work origin target name how", sh`
+  at "$folder" "$fsid"
+  cd -P -- "./$work"
+  work=$PWD
+  [ -n "$origin" ] || origin=$work/$name
+  b subvolume snapshot "$origin" "$work/tree" >/dev/null
+  enter() { cd -P -- "$1" && [ "$PWD" = "$1" ] || { echo "$1 is not a plain folder in this backup" >&2; exit 65; }; }
+  case $target in
+    /*)
+      cd -P -- "$target"
+      ;;
+    *)
+      find "$work/tree" -mindepth 1 -maxdepth 1 -inum 2 -exec rmdir {} +
+      target=$work/tree/$target
+      enter "\${target%/*}"
+      if [ -d "$target" ] && [ "$(stat -c %i "$target")" = 2 ]; then rmdir "$target"; fi
+      [ -d "$target" ] || mkdir "$target"
+      enter "$target"
+      find . -mindepth 1 -maxdepth 1 -inum 2 -exec rmdir {} +
+      ;;
+  esac
+  case $how in
+    none) ;;
+    *) if [ -e "./$name" ] || [ -L "./$name" ]; then exit 76; fi;;
+  esac
+  case $how in
+    keep)
+      b subvolume snapshot -r "$origin" "$PWD/$name" >/dev/null
+      ;;
+    plain)
+      b subvolume snapshot "$origin" "$PWD/$name" >/dev/null
+      b property set -ts "$PWD/$name" ro true
+      ;;
+  esac
+  if [ "$origin" = "$work/$name" ]; then b subvolume delete "$origin" >/dev/null; fi
+`);
+
+/**
+ * Gives WORK/tree its name `target`, and what had it the name `before`, unless that is empty. Then each NAME of standard
+ * input moves between the folders `from` and `to`: two lines each, `move` or `copy` and the name, "end" last. A snapshot that
+ * is made writable for it keeps its UUID; one that was received would lose the received UUID, so it is replaced by a
+ * `copy`. All in one verb, which goes on when the program is killed, and begins only when it knows everything; one that is
+ * being sent cannot be made writable, and ends it before that. Prints what could not move.
+ */
+const FINISH = verb("finish", "folder fsid work target before from to", sh`
+  at "$folder" "$fsid"
+  how=
+  set --
+  while read -r how; do
+    if [ "$how" = end ]; then break; fi
+    IFS= read -r name
+    set -- "$@" "$how" "$name"
+  done
+  [ "$how" = end ]
+
+  # each COMMAND HOW NAME...
+  each() {
+    command=$1
+    shift
+    while [ $# -gt 0 ]; do "$command" "$1" "$2"; shift 2; done
+  }
+  try() {
+    [ "$1" = copy ] || { b property set -ts "$from/$2" ro false; b property set -ts "$from/$2" ro true; }
+  }
+  each try "$@"
+
+  free() { if [ -e "./$1" ] || [ -L "./$1" ]; then echo "$PWD/$1 exists" >&2; exit 76; fi; }
+  if [ -n "$before" ]; then
+    free "$before"
+    mv -T -- "./$target" "./$before"
+  fi
+  free "$target"
+  mv -T -- "./$work/tree" "./$target" || { [ -z "$before" ] || mv -T -- "./$before" "./$target"; exit 1; }
+  case $from/ in
+    "$PWD/$target"/*) [ -z "$before" ] || from=$PWD/$before\${from#"$PWD/$target"};;
+  esac
+  rm -f "./$work"/.btrfs-backup.*
+  rmdir "./$work" || :
+
+  # carry HOW NAME: moves one, and prints its name if it could not.
+  carry() {
+    if [ "$1" = copy ]; then
+      b subvolume snapshot -r "$from/$2" "$to/$2" >&2 && b subvolume delete "$from/$2" >&2
+    elif b property set -ts "$from/$2" ro false; then
+      if mv -T -- "$from/$2" "$to/$2"; then
+        b property set -ts "$to/$2" ro true
+      else
+        b property set -ts "$from/$2" ro true
+        false
+      fi
+    else
+      false
+    fi || echo "$2"
+  }
+  each carry "$@"
+  b filesystem sync . >/dev/null
+`);
+
+// ── looking into trees ──
 
 /**
  * What every digest and listing of a tree is made of: its paths but for the top and for stubs of nested
  * subvolumes (inode 2), which are not sent. The top's own mtime is not carried by incremental streams.
  */
-const PATHS = `paths() { { find . -mindepth 1 "(" -inum 2 -prune -o "$@" -print0 ")" || echo failed >&3; } | { sort -z || echo failed >&3; }; };`;
+const PATHS = sh`
+  paths() {
+    { find . -mindepth 1 "(" -inum 2 -prune -o "$@" -print0 ")" || echo failed >&3; } | { sort -z || echo failed >&3; }
+  }`;
 
 const ATTRIBUTES = `--numeric-owner --xattrs --xattrs-include="*"`;
 
 /**
- * digest FOLDER FSID NAME: SHA-256 of a tree with all that a stream carries. GNU tar gives the same bytes for the
- * same tree in POSIX format without atime, ctime and its process ID, but leaves sockets out. ACLs come as the
- * attributes that they are: with --acls, tar would write the names that users have on this host.
+ * SHA-256 of a tree with all that a stream carries. GNU tar gives the same bytes for the same tree in POSIX format
+ * without atime, ctime and its process ID, but leaves sockets out. ACLs come as the attributes that they are: with
+ * --acls, tar would write the names that users have on this host.
  */
-const DIGEST = verb(
-  "digest",
-  PRELUDE,
-  PATHS,
-  `at "$1" "$2"; cd -P -- "./$3"; tar --version 2>/dev/null | grep -q "GNU tar" || { echo "GNU tar not found: install tar" >&2; exit 69; };`,
-  `command -v sha256sum >/dev/null || { echo "sha256sum not found: install coreutils" >&2; exit 69; };`,
-  `pack() { tar --create --format=posix --pax-option="exthdr.name=%d/PaxHeaders/%f,delete=atime,delete=ctime" ${ATTRIBUTES} --no-recursion --warning=no-file-ignored "$@" || echo failed >&3; };`,
-  `sockets() { paths -type s | xargs -0 -r stat --printf "%n %a %u:%g %.9Y/" || echo failed >&3; };`,
-  `exec 4>&1; bad=$( { { pack --mtime=@0 .; sockets; paths | pack --null --verbatim-files-from -T -; } | sha256sum >&4; } 3>&1 ); [ -z "$bad" ]`,
-);
+const DIGEST = verb("digest", "folder fsid snapshot", sh`
+  ${PATHS}
+  at "$folder" "$fsid"
+  cd -P -- "./$snapshot"
+  tar --version 2>/dev/null | grep -q "GNU tar" || { echo "GNU tar not found: install tar" >&2; exit 69; }
+  command -v sha256sum >/dev/null || { echo "sha256sum not found: install coreutils" >&2; exit 69; }
+  pack() {
+    tar --create --format=posix --pax-option="exthdr.name=%d/PaxHeaders/%f,delete=atime,delete=ctime" ${ATTRIBUTES} --no-recursion --warning=no-file-ignored "$@" ||
+      echo failed >&3
+  }
+  sockets() { paths -type s | xargs -0 -r stat --printf "%n %a %u:%g %.9Y/" || echo failed >&3; }
+  exec 4>&1
+  bad=$( { { pack --mtime=@0 .; sockets; paths | pack --null --verbatim-files-from -T -; } | sha256sum >&4; } 3>&1 )
+  [ -z "$bad" ]
+`);
 
 /**
- * listing FOLDER FSID NAME FORMAT: what differs is found in: `stat --printf FORMAT` of every path, the SHA-256 of every
- * file, and where getfattr is installed all extended attributes, each part ended by an empty word; in base64,
- * since names are bytes and not always text.
+ * What differs is found in: `stat --printf FORMAT` of every path, the SHA-256 of every file, and where getfattr is installed
+ * all extended attributes, each part ended by an empty word; in base64, since names are bytes and not always text.
  */
-const LISTING = verb(
-  "listing",
-  PRELUDE,
-  PATHS,
-  `at "$1" "$2"; cd -P -- "./$3"; f=$4; list() { stat --printf "$f" .; paths | xargs -0 -r stat --printf "$f"; head -c 1 /dev/zero; paths -type f | xargs -0 -r sha256sum -z; head -c 1 /dev/zero;`,
-  `if command -v getfattr >/dev/null; then getfattr -h -d -m - -e hex .; paths | xargs -0 -r getfattr -h -d -m - -e hex; else echo missing; fi; echo done >&3; };`,
-  `exec 4>&1; r=$( { list | base64 -w 0 >&4; } 3>&1 ); [ "$r" = done ]`,
-);
+const LISTING = verb("listing", "folder fsid snapshot format", sh`
+  ${PATHS}
+  at "$folder" "$fsid"
+  cd -P -- "./$snapshot"
+  list() {
+    stat --printf "$format" .
+    paths | xargs -0 -r stat --printf "$format"
+    head -c 1 /dev/zero
+    paths -type f | xargs -0 -r sha256sum -z
+    head -c 1 /dev/zero
+    if command -v getfattr >/dev/null; then
+      getfattr -h -d -m - -e hex .
+      paths | xargs -0 -r getfattr -h -d -m - -e hex
+    else
+      echo missing
+    fi
+    echo whole >&3
+  }
+  exec 4>&1
+  told=$( { list | base64 -w 0 >&4; } 3>&1 )
+  [ "$told" = whole ]
+`);
 
-/** received FOLDER FSID ./NAME…: of each a line with its name, and one with its creation time. */
-const RECEIVED = verb("received", PRELUDE, `at "$1" "$2"; shift 2; for n; do echo "$n"; b subvolume show "$n" | grep "Creation time:"; done`);
+/** Of each ./NAME a line with the name, and one with the creation time. */
+const RECEIVED = verb("received", "folder fsid names...", sh`
+  at "$folder" "$fsid"
+  for name; do
+    echo "$name"
+    b subvolume show "$name" | grep "Creation time:"
+  done
+`);
 
-/** sizes FOLDER FSID ./NAME…: bytes referenced by each, as `btrfs filesystem du -s --raw` tells. */
-const SIZES = verb("sizes", PRELUDE, `at "$1" "$2"; shift 2; b filesystem sync . >/dev/null; b filesystem du -s --raw "$@"`);
+/** Bytes referenced by each ./NAME, as `btrfs filesystem du -s --raw` tells. */
+const SIZES = verb("sizes", "folder fsid names...", sh`
+  at "$folder" "$fsid"
+  b filesystem sync . >/dev/null
+  b filesystem du -s --raw "$@"
+`);
 
-/** locate PATH: the subvolume that PATH is, or was, in, and the path in it. Of PATH only the last component is taken as it is. */
-const LOCATE = verb(
-  "locate",
-  PRELUDE,
-  `d=\${1%/*} r=/\${1##*/}; until [ -d "$d/" ]; do r=/\${d##*/}$r; d=\${d%/*}; done; cd -P -- "$d/"; d=\${PWD%/};`,
-  `until [ "$(stat -c %i .)" = 256 ] || [ "$PWD" = / ]; do cd ..; done; printf %s "$PWD"; head -c 1 /dev/zero; p=\${PWD%/}; printf %s "\${d#"$p"}$r"`,
-);
+/** The subvolume that `file` is, or was, in, and the path in it. Of its path only the last component is taken as it is. */
+const LOCATE = verb("locate", "file", sh`
+  above=\${file%/*}
+  rest=/\${file##*/}
+  until [ -d "$above/" ]; do
+    rest=/\${above##*/}$rest
+    above=\${above%/*}
+  done
+  cd -P -- "$above/"
+  above=\${PWD%/}
+  until [ "$(stat -c %i .)" = 256 ] || [ "$PWD" = / ]; do cd ..; done
+  printf %s "$PWD"
+  head -c 1 /dev/zero
+  top=\${PWD%/}
+  printf %s "\${above#"$top"}$rest"
+`);
 
 /**
- * versions FOLDER FSID FORMAT PATH NAME…: `stat --printf FORMAT` of PATH and of each directory above it in every
- * subvolume that has it, with one process for each level: a symbolic link may lead out of a snapshot.
+ * `stat --printf FORMAT` of `inner`, a path, and of each directory above it, in every subvolume that has it, with one process
+ * for each level: a symbolic link may lead out of a snapshot.
  */
-const VERSIONS = verb(
-  "versions",
-  PRELUDE,
-  `at "$1" "$2"; f=$3 p=\${4#/}; shift 4; stat --printf x . >/dev/null || { echo "GNU stat not found: install coreutils" >&2; exit 69; };`,
-  `set -f; IFS=/; for c in $p; do for n; do set -- "$@" "$n/$c"; shift; done;`,
-  `{ { stat --printf "$f" -- "$@" 2>&1 >&3 || :; } | { if grep -v -e ": No such file or directory" -e ": Not a directory" -e ": Too many levels of symbolic links" >&2; then exit 1; fi; }; } 3>&1; done`,
-);
+const VERSIONS = verb("versions", "folder fsid format inner names...", sh`
+  at "$folder" "$fsid"
+  inner=\${inner#/}
+  stat --printf x . >/dev/null || { echo "GNU stat not found: install coreutils" >&2; exit 69; }
+  set -f
+  IFS=/
+  for component in $inner; do
+    for name; do
+      set -- "$@" "$name/$component"
+      shift
+    done
+    {
+      { stat --printf "$format" -- "$@" 2>&1 >&3 || :; } | {
+        if grep -v -e ": No such file or directory" -e ": Not a directory" -e ": Too many levels of symbolic links" >&2; then
+          exit 1
+        fi
+      }
+    } 3>&1
+  done
+`);
 
-const ORIGIN = `origin() { at "$1" "$2"; s=$PWD/$3 q=$PWD/$3$4; cd -P -- "\${q%/*}"; case $PWD/ in "$s"/*) ;; *) echo "$s$4 is reached through a symbolic link" >&2; exit 65;; esac; };`;
+/** origin: enters the directory that `inner` is in, in a snapshot. Its parameters are those of TAKE. */
+const ORIGIN = sh`
+  origin() {
+    at "$folder" "$fsid"
+    top=$PWD/$snapshot
+    file=$top$inner
+    cd -P -- "\${file%/*}"
+    case $PWD/ in
+      "$top"/*) ;;
+      *) echo "$file is reached through a symbolic link" >&2; exit 65;;
+    esac
+  }`;
 
-/** take FOLDER FSID NAME PATH: a file or directory out of a subvolume, as a tar archive. */
-const TAKE = verb("take", PRELUDE, ORIGIN, `origin "$@"; tar --create --format=posix --sparse ${ATTRIBUTES} -- "./\${4##*/}"`);
+/** A file or directory out of a subvolume, as a tar archive. */
+const TAKE = verb("take", "folder fsid snapshot inner", sh`
+  ${ORIGIN}
+  origin
+  tar --create --format=posix --sparse ${ATTRIBUTES} -- "./\${inner##*/}"
+`);
 
 /**
- * put DIR NAME FORCE BASE [FOLDER FSID NAME PATH]: DIR/NAME becomes what is called BASE in the archive on standard
- * input, or PATH of a subvolume here; whole or not at all, and over another file only with FORCE.
+ * DIRECTORY/NAME becomes what is called `base` in the archive on standard input, or `inner` of a subvolume here; whole or not
+ * at all, and over another file only with `force`.
  */
-const PUT = verb(
-  "put",
-  PRELUDE,
-  ORIGIN,
-  `[ -d "$1" ] || { echo "no such directory: $1 (--to names another place)" >&2; exit 65; }; cd -P -- "$1"; d=$PWD n=$2 f=$3 b=$4; shift 4;`,
-  `if [ -d "./$n" ] && [ -z "$(find "./$n" -prune -type l)" ]; then echo "$d/$n is a directory: --to names what is to be made" >&2; exit 65; fi;`,
-  `if [ -e "./$n" ] || [ -L "./$n" ]; then if [ -z "$f" ]; then echo "$d/$n exists: --force replaces it" >&2; exit 65; fi; fi;`,
-  `t=; gone() { [ -z "$t" ] || rm -rf "$t"; }; trap gone EXIT; t=$(mktemp -d "$d/.btrfs-backup.XXXXXX");`,
-  `if [ $# -gt 0 ]; then ( origin "$@"; cp -a --reflink=auto -- "./$b" "$t/$b" ); else tar --extract --preserve-permissions --same-owner ${ATTRIBUTES} -C "$t" -f -; fi; mv -T -- "$t/$b" "./$n"`,
-);
+const PUT = verb("put", "directory name force base folder? fsid? snapshot? inner?", sh`
+  ${ORIGIN}
+  [ -d "$directory" ] || { echo "no such directory: $directory (--to names another place)" >&2; exit 65; }
+  cd -P -- "$directory"
+  directory=$PWD
+  if [ -d "./$name" ] && [ -z "$(find "./$name" -prune -type l)" ]; then
+    echo "$directory/$name is a directory: --to names what is to be made" >&2; exit 65
+  fi
+  if [ -e "./$name" ] || [ -L "./$name" ]; then
+    if [ -z "$force" ]; then echo "$directory/$name exists: --force replaces it" >&2; exit 65; fi
+  fi
+  temporary=
+  gone() { [ -z "$temporary" ] || rm -rf "$temporary"; }
+  trap gone EXIT
+  temporary=$(mktemp -d "$directory/.btrfs-backup.XXXXXX")
+  if [ -n "$folder" ]; then
+    ( origin; cp -a --reflink=auto -- "./$base" "$temporary/$base" )
+  else
+    tar --extract --preserve-permissions --same-owner ${ATTRIBUTES} -C "$temporary" -f -
+  fi
+  mv -T -- "$temporary/$base" "./$name"
+`);
 
+// ── stored streams ──
+
+/** Takes a stream. `size`: of a part for S3; for a file, how much of it is kept. */
+type PutVerb = Declared<"folder fsid lock object holder size">;
+/** Makes a stream complete, with its checksum object beside it; never if another stream has the UUID. */
+type CommitVerb = Declared<"folder fsid lock object sum bytes part? kept? uuid?">;
+/** Prints objects, or the checksum of one if `how` is `sum`. */
+type GetVerb = Declared<"folder fsid how holder objects...">;
+/** Deletes objects in the order given, a checksum object only after its stream. */
+type DropVerb = Declared<"folder fsid lock objects...">;
 /**
- * estimate FOLDER FSID NAME PARENT: what a stream consists of: how often each command is in it, and how often data of
- * each length (` len=N`), which are not read for it.
+ * Where streams are stored: `list` (which is `open` for a folder), and these. `lock`, which those hold that write, is the
+ * prefix of a chain in a folder, and a file for a remote.
  */
-const ESTIMATE = verb(
-  "estimate",
-  PRELUDE,
-  `at "$1" "$2"; n=$3 p=$4; s() { if [ -n "$p" ]; then b send -q --no-data -p "$PWD/$p" "$PWD/$n"; else b send -q --no-data "$PWD/$n"; fi; };`,
-  `s | btrfs receive --dump | grep -o -e "^[a-z_]*" -e " len=[0-9]*$" | sort | uniq -c`,
-);
+type StoreVerbs = { readonly put: PutVerb; readonly commit: CommitVerb; readonly get: GetVerb; readonly delete: DropVerb };
 
-/**
- * Where streams are stored: `list` (which is `open` for a folder), and these. `put` PLACE FSID LOCK OBJECT HOLDER SIZE
- * takes a stream (SIZE: of a part for S3; for a file, how much of it is kept), `commit` PLACE FSID LOCK OBJECT SUM BYTES [PART KEPT UUID] makes it complete, with its checksum object beside it (never if another has that UUID); `get`
- * PLACE FSID HOW HOLDER OBJECT… prints objects, or the checksum of one if HOW is `sum`; `delete` PLACE FSID LOCK OBJECT…
- * does so in the order given, a checksum object only after its stream. LOCK, which those hold that write, is the prefix of a chain in a folder, and a file for a remote.
- */
-type StoreVerbs = Record<"put" | "commit" | "get" | "delete", Verb>;
+/** sumfile OBJECT SUM BYTES: the text of a checksum object. */
+const SUM_FILE = sh`
+  sumfile() { printf %s "$2  $1"; echo; echo "# $3 bytes"; }`;
 
-const SUM_FILE = `sumfile() { printf %s "$2  $1"; echo; echo "# $3 bytes"; };`;
-const GET = `h=$3; shift 4; if [ "$h" = sum ]; then exec 4>&1; r=$( { { get "$1" && echo ok >&3; } | sha256sum >&4; } 3>&1 ); [ "$r" = ok ]; else for o; do get "$o"; done; fi`;
+/** What both kinds of `get` do with a function `get OBJECT`. */
+const GET = sh`
+  if [ "$how" = sum ]; then
+    exec 4>&1
+    told=$( { { get "$1" && echo ok >&3; } | sha256sum >&4; } 3>&1 )
+    [ "$told" = ok ]
+  else
+    for object; do get "$object"; done
+  fi`;
 
 /** A file has a temporary name until it is complete, and on the disk. Others may be able to write there: no link that they plant is followed. */
 const RAW: StoreVerbs = {
-  put: verb("store", PRELUDE, RECEIVING, WATCH, `watch "$5"; at "$1" "$2"; receiving "$3" 0; p=./.$4.part; if [ "\${6:-0}" = 0 ]; then rm -f "$p"; set -C; cat >"$p"; else [ "$(stat -c %s "$p")" -ge "$6" ]; truncate -s "$6" "$p"; cat >>"$p"; fi`),
-  commit: verb(
-    "commit",
-    PRELUDE,
-    RECEIVING,
-    SUM_FILE,
-    COMPLETE,
-    `at "$1" "$2"; receiving "$3" 10; p=./.\${7:-$4}.part c=./.$4${SUM}.part h=$5; if [ -n "$9" ]; then for f in ./*_"$9"_*; do if [ -e "$f" ]; then echo "$f is there" >&2; exit 76; fi; done; fi; complete "$p" "$5" "$6" "$8"; [ "\${8:-0}" = 0 ] || h=$(sha256sum <"$p");`,
-    `rm -f "$c"; set -C; sumfile "$4" "\${h%% *}" "$6" >"$c"; sync "$p" "$c"; mv -T "$c" "./$4${SUM}"; mv -T "$p" "./$4"; sync .`,
-  ),
-  get: verb("fetch", PRELUDE, WATCH, `watch "$4"; at "$1" "$2"; get() { cat "./$1"; }; ${GET}`),
-  delete: verb("drop", PRELUDE, RECEIVING, `at "$1" "$2"; receiving "$3" 10; shift 3; for o; do case $o in *${SUM}) if [ -e "./\${o%${SUM}}" ]; then continue; fi;; esac; rm -f "./$o"; done; sync .`),
+  put: verb("store", "folder fsid lock object holder size", sh`
+    ${RECEIVING}
+    ${WATCH}
+    watch "$holder"
+    at "$folder" "$fsid"
+    receiving "$lock" 0
+    part=./.$object.part
+    if [ "\${size:-0}" = 0 ]; then
+      rm -f "$part"
+      set -C
+      cat >"$part"
+    else
+      [ "$(stat -c %s "$part")" -ge "$size" ]
+      truncate -s "$size" "$part"
+      cat >>"$part"
+    fi
+  `),
+  commit: verb("commit", "folder fsid lock object sum bytes part? kept? uuid?", sh`
+    ${RECEIVING}
+    ${SUM_FILE}
+    ${COMPLETE}
+    at "$folder" "$fsid"
+    receiving "$lock" 10
+    part=./.\${part:-$object}.part
+    checksum=./.$object${SUM}.part
+    if [ -n "$uuid" ]; then
+      for file in ./*_"$uuid"_*; do
+        if [ -e "$file" ]; then echo "$file is there" >&2; exit 76; fi
+      done
+    fi
+    is_complete "$part" "$sum" "$bytes" "$kept"
+    [ "\${kept:-0}" = 0 ] || sum=$(sha256sum <"$part")
+    rm -f "$checksum"
+    set -C
+    sumfile "$object" "\${sum%% *}" "$bytes" >"$checksum"
+    sync "$part" "$checksum"
+    mv -T "$checksum" "./$object${SUM}"
+    mv -T "$part" "./$object"
+    sync .
+  `),
+  get: verb("fetch", "folder fsid how holder objects...", sh`
+    ${WATCH}
+    watch "$holder"
+    at "$folder" "$fsid"
+    get() { cat "./$1"; }
+    ${GET}
+  `),
+  delete: verb("drop", "folder fsid lock objects...", sh`
+    ${RECEIVING}
+    at "$folder" "$fsid"
+    receiving "$lock" 10
+    for object; do
+      case $object in
+        *${SUM}) if [ -e "./\${object%${SUM}}" ]; then continue; fi;;
+      esac
+      rm -f "./$object"
+    done
+    sync .
+  `),
 };
 
-const LOCKED = `locked() { [ -f "$1" ] || ( set -C; : >"$1" ) || :; exec 8<"$1"; flock -w "$2" 8 || { echo "an earlier transfer is still at work" >&2; exit 75; }; };`;
+/** locked FILE SECONDS: this process alone writes to the remote from here on. */
+const LOCKED = sh`
+  locked() {
+    [ -f "$1" ] || ( set -C; : >"$1" ) || :
+    exec 8<"$1"
+    flock -w "$2" 8 || { echo "an earlier transfer is still at work" >&2; exit 75; }
+  }`;
 
 /**
  * Filters, and what changes how names are listed or bytes are printed, would hide from us what is stored (rclone(1), its options as variables);
  * and whoever does not see a stream stores it again, over the old one.
  */
-const ALL_OBJECTS = `unset ${[
+const HIDING = [
   ...["", "METADATA_"].flatMap((of) => ["FILTER", "INCLUDE", "EXCLUDE"].flatMap((how) => [`${of}${how}`, `${of}${how}_FROM`])),
-  "HASH_FILTER", "EXCLUDE_IF_PRESENT", "FILES_FROM", "FILES_FROM_RAW", "MAX_AGE", "MIN_AGE", "MAX_SIZE", "MIN_SIZE", "MAX_DEPTH", "IGNORE_CASE", "DRY_RUN", "INTERACTIVE",
-  "FORMAT", "SEPARATOR", "CSV", "ABSOLUTE", "RECURSIVE", "DIRS_ONLY", "OFFSET", "COUNT", "HEAD", "TAIL", "DISCARD",
-].map((name) => `RCLONE_${name}`).join(" ")};`;
+  ..."HASH_FILTER EXCLUDE_IF_PRESENT FILES_FROM FILES_FROM_RAW MAX_AGE MIN_AGE MAX_SIZE MIN_SIZE MAX_DEPTH IGNORE_CASE".split(" "),
+  ..."DRY_RUN INTERACTIVE FORMAT SEPARATOR CSV ABSOLUTE RECURSIVE DIRS_ONLY OFFSET COUNT HEAD TAIL DISCARD".split(" "),
+];
+const ALL_OBJECTS = sh`
+  unset ${HIDING.map((name) => `RCLONE_${name}`).join(" ")}`;
 
 /** Objects of a remote cannot be renamed everywhere: without a checksum object, one is not complete. */
-const RCLONE: StoreVerbs & { readonly list: Verb } = {
-  list: verb(
-    "rclone-list",
-    PRELUDE,
-    ALL_OBJECTS,
-    `command -v rclone >/dev/null || { echo "rclone not found: install rclone" >&2; exit 69; }; r=\${1%%[:,]*}; rclone listremotes --long | { while read -r n t; do if [ "$n" = "$r:" ]; then echo "$t"; fi; done; echo; };`,
-    `e=$(mktemp); r=0; rclone lsf --files-only --format sp --separator " " -- "$1" 2>"$e" || r=$?; m=$(cat "$e"); rm -f "$e"; case $r/$m in 0/*|3/*) ;; *) echo "$m" >&2; case $m in *"no such host"*|*refused*|*unreachable*|*timeout*|*"timed out"*) exit 66;; esac; exit 1;; esac`,
-  ),
-  put: verb("rclone-put", PRELUDE, ALL_OBJECTS, LOCKED, `locked "$3" 0; RCLONE_S3_CHUNK_SIZE=\${RCLONE_S3_CHUNK_SIZE:-$6} RCLONE_S3_UPLOAD_CONCURRENCY=\${RCLONE_S3_UPLOAD_CONCURRENCY:-2}; export RCLONE_S3_CHUNK_SIZE RCLONE_S3_UPLOAD_CONCURRENCY; exec rclone rcat -- "$1$4"`),
-  commit: verb(
-    "rclone-commit",
-    PRELUDE,
-    ALL_OBJECTS,
-    LOCKED,
-    SUM_FILE,
-    `locked "$3" 10; s=$(rclone lsf --format s -- "$1$4"); [ "$s" = "$6" ] || { echo "only \${s:-none} of $6 bytes arrived" >&2; exit 1; }; sumfile "$4" "$5" "$6" | rclone rcat -- "$1$4${SUM}"`,
-  ),
-  get: verb("rclone-get", PRELUDE, ALL_OBJECTS, `p=$1; get() { rclone cat -- "$p$1"; }; ${GET}`),
-  delete: verb("rclone-delete", PRELUDE, ALL_OBJECTS, LOCKED, `locked "$3" 10; p=$1; shift 3; for o; do rclone deletefile -- "$p$o"; done`),
+const RCLONE: StoreVerbs & { readonly list: Declared<"folder"> } = {
+  list: verb("rclone-list", "folder", sh`
+    ${ALL_OBJECTS}
+    command -v rclone >/dev/null || { echo "rclone not found: install rclone" >&2; exit 69; }
+    remote=\${folder%%[:,]*}
+    rclone listremotes --long | {
+      while read -r name type; do
+        if [ "$name" = "$remote:" ]; then echo "$type"; fi
+      done
+      echo
+    }
+    errors=$(mktemp)
+    result=0
+    rclone lsf --files-only --format sp --separator " " -- "$folder" 2>"$errors" || result=$?
+    said=$(cat "$errors")
+    rm -f "$errors"
+    # 3: there is no such directory yet.
+    case $result/$said in
+      0/*|3/*) ;;
+      *)
+        echo "$said" >&2
+        case $said in
+          *"no such host"*|*refused*|*unreachable*|*timeout*|*"timed out"*) exit 66;;
+        esac
+        exit 1
+        ;;
+    esac
+  `),
+  put: verb("rclone-put", "folder fsid lock object holder size", sh`
+    ${ALL_OBJECTS}
+    ${LOCKED}
+    locked "$lock" 0
+    RCLONE_S3_CHUNK_SIZE=\${RCLONE_S3_CHUNK_SIZE:-$size}
+    RCLONE_S3_UPLOAD_CONCURRENCY=\${RCLONE_S3_UPLOAD_CONCURRENCY:-2}
+    export RCLONE_S3_CHUNK_SIZE RCLONE_S3_UPLOAD_CONCURRENCY
+    exec rclone rcat -- "$folder$object"
+  `),
+  commit: verb("rclone-commit", "folder fsid lock object sum bytes part? kept? uuid?", sh`
+    ${ALL_OBJECTS}
+    ${LOCKED}
+    ${SUM_FILE}
+    locked "$lock" 10
+    size=$(rclone lsf --format s -- "$folder$object")
+    [ "$size" = "$bytes" ] || { echo "only \${size:-none} of $bytes bytes arrived" >&2; exit 1; }
+    sumfile "$object" "$sum" "$bytes" | rclone rcat -- "$folder$object${SUM}"
+  `),
+  get: verb("rclone-get", "folder fsid how holder objects...", sh`
+    ${ALL_OBJECTS}
+    get() { rclone cat -- "$folder$1"; }
+    ${GET}
+  `),
+  delete: verb("rclone-delete", "folder fsid lock objects...", sh`
+    ${ALL_OBJECTS}
+    ${LOCKED}
+    locked "$lock" 10
+    for object; do rclone deletefile -- "$folder$object"; done
+  `),
 };
 
 /** Passes bytes on, and tells the SHA-256 and the number of them. Where one part fails, all of it does. */
@@ -1182,15 +1837,6 @@ function readChecksum(told: string): { sum: string; bytes: number } {
 
 /** The checksum objects in a text of several, by the name of what they are of. */
 export const parseSums = (text: string) => new Map([...text.matchAll(/^([0-9a-f]{64}) [ *]([^\n]*)/gm)].map(([, sum = "", object = ""]) => [object, sum]));
-
-/** aside FOLDER FSID SUFFIX: moves a record out of the way. */
-const ASIDE = verb("aside", PRELUDE, `at "$1" "$2"; mv -f .btrfs-backup.json ".btrfs-backup.json.$3"`);
-
-/** hook COMMAND: the user's own, before or after a snapshot. What it leaves running must not keep us waiting for our pipes. */
-const HOOK = verb("hook", `t=$(mktemp) || t=; sh -c "$2" >"\${t:-/dev/null}" 2>&1 </dev/null && r=0 || r=$?; if [ -n "$t" ]; then cat "$t" >&2; rm -f "$t"; fi; [ $r = 0 ] || { echo "(exit status $r)" >&2; exit 1; }`);
-
-/** Every verb there is, for whoever must check that they hold nothing a login shell could trip over. */
-export const VERBS: readonly Verb[] = [OPEN, SHOW, CREATE, SNAPSHOT, SEND, RECEIVE, KEPT, TIDY, DISCARD, DELETE, WRITE_RECORD, RESTORING, CLEAR, BUILD, FINISH, DIGEST, LISTING, RECEIVED, SIZES, LOCATE, VERSIONS, TAKE, PUT, ESTIMATE, ...Object.values(RAW), ...Object.values(RCLONE), ASIDE, HOOK];
 
 const uuidOrNull = (text: string) => (text === "-" ? null : text);
 const UUID = "-|[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}";
@@ -1481,234 +2127,6 @@ export function parseOldRecord(text: string): OldRecord {
   return { receiving, parents };
 }
 
-const refuse = (why: string): never => {
-  throw new Refused(why);
-};
-
-// The commands of a send stream and their attributes: linux/fs/btrfs/send.h, and what send.c puts into each.
-const ATTRIBUTE = { uuid: 1, ctransid: 2, ino: 3, size: 4, mode: 5, uid: 6, gid: 7, rdev: 8, ctime: 9, mtime: 10, atime: 11, otime: 12, xattrName: 13, xattrData: 14, path: 15, pathTo: 16, pathLink: 17, offset: 18, data: 19, cloneUuid: 20, cloneCtransid: 21, clonePath: 22, cloneOffset: 23, cloneLength: 24, fallocateMode: 25, flags: 26, unencodedFileLength: 27, unencodedLength: 28, unencodedOffset: 29, compression: 30, encryption: 31 } as const;
-type AttributeName = keyof typeof ATTRIBUTE;
-
-/** How a command deals with its path: makes it, removes it, opens it (and follows a link for it), or changes it as it is. */
-type StreamCommand = { readonly name: string; readonly how: "begin" | "make" | "remove" | "open" | "change" | "end"; readonly needs: number; readonly may: number };
-const streamCommand = (name: string, how: StreamCommand["how"], needs: readonly AttributeName[], may: readonly AttributeName[] = []): StreamCommand => {
-  const bits = (names: readonly AttributeName[]) => names.reduce((sum, one) => sum | (1 << ATTRIBUTE[one]), 0);
-  return { name, how, needs: bits(needs), may: bits([...needs, ...may]) };
-};
-const STREAM_COMMANDS: Readonly<Record<number, StreamCommand>> = {
-  1: streamCommand("subvol", "begin", ["path", "uuid", "ctransid"]),
-  2: streamCommand("snapshot", "begin", ["path", "uuid", "ctransid", "cloneUuid", "cloneCtransid"]),
-  3: streamCommand("mkfile", "make", ["path"], ["ino"]),
-  4: streamCommand("mkdir", "make", ["path"], ["ino"]),
-  5: streamCommand("mknod", "make", ["path", "rdev", "mode"], ["ino"]),
-  6: streamCommand("mkfifo", "make", ["path"], ["ino", "rdev", "mode"]),
-  7: streamCommand("mksock", "make", ["path"], ["ino", "rdev", "mode"]),
-  8: streamCommand("symlink", "make", ["path", "pathLink"], ["ino"]),
-  9: streamCommand("rename", "remove", ["path", "pathTo"]),
-  10: streamCommand("link", "make", ["path", "pathLink"]),
-  11: streamCommand("unlink", "remove", ["path"]),
-  12: streamCommand("rmdir", "remove", ["path"]),
-  13: streamCommand("set_xattr", "change", ["path", "xattrName", "xattrData"]),
-  14: streamCommand("remove_xattr", "change", ["path", "xattrName"]),
-  15: streamCommand("write", "open", ["path", "offset", "data"]),
-  16: streamCommand("clone", "open", ["path", "offset", "cloneLength", "cloneUuid", "cloneCtransid", "clonePath", "cloneOffset"]),
-  17: streamCommand("truncate", "open", ["path", "size"]),
-  18: streamCommand("chmod", "change", ["path", "mode"]),
-  19: streamCommand("chown", "change", ["path", "uid", "gid"]),
-  20: streamCommand("utimes", "change", ["path", "atime", "mtime", "ctime"], ["otime"]),
-  21: streamCommand("end", "end", []),
-  23: streamCommand("fallocate", "open", ["path", "fallocateMode", "offset", "size"]),
-  24: streamCommand("fileattr", "open", ["path", "flags"]),
-  25: streamCommand("encoded_write", "open", ["path", "offset", "unencodedFileLength", "unencodedLength", "unencodedOffset", "data"], ["compression", "encryption"]),
-};
-const STREAM_HEADER = 10; // bytes: length, command, CRC
-const STREAM_MAGIC = Buffer.from("btrfs-stream\0");
-/** The longest command in bytes, by protocol: 64 KiB, and for protocol 2 what encoded data of 128 KiB need at any page size. */
-const LONGEST_COMMAND = [0, 64 * 1024, 256 * 1024] as const;
-
-/** What a name in the tree that a stream builds stands for: where it comes from on the disk, and what the stream itself has put there. */
-type Branch = { readonly type: "link" | "special" | "other"; readonly origin: string | null; readonly children: Map<string, Branch> };
-const directory = (origin: string | null): Branch => ({ type: "other", origin, children: new Map() });
-// There is nothing to look for behind these: each is one object, since a stream can have millions.
-const [NOTHING, LINK, SPECIAL] = (["other", "link", "special"] as const).map((type): Branch => ({ type, origin: null, children: new Map() })) as [Branch, Branch, Branch];
-
-const TREE_SIZE = 2_000_000; // names, of some 300 bytes each: a flood ends before the server's memory does
-
-/**
- * The symbolic links, devices, fifos and sockets of a tree that begins as the one at `origin` (a path in latin1,
- * null for an empty one), and is changed by a stream's commands. All else need not be remembered.
- */
-class Tree {
-  readonly #root: Branch;
-  readonly #device: number | null;
-  #size = 0;
-  constructor(origin: string | null) {
-    this.#root = directory(origin);
-    this.#device = origin === null ? null : lstatSync(Buffer.from(origin, "latin1")).dev;
-  }
-  /** Whether the subvolume that it began as is still the one by that name. */
-  isThere(): boolean {
-    return this.#root.origin === null || lstatSync(Buffer.from(this.#root.origin, "latin1"), { throwIfNoEntry: false })?.dev === this.#device;
-  }
-  #child(parent: Branch, name: string): Branch {
-    const known = parent.children.get(name);
-    if (known !== undefined || parent.origin === null) return known ?? NOTHING;
-    const path = `${parent.origin}/${name}`;
-    const bytes = Buffer.from(path, "latin1");
-    if ("Deno" in globalThis && bytes.toString().includes("\ufffd")) refuse(`the path ${JSON.stringify(path)}, which Deno cannot look at`);
-    const found = lstatSync(bytes, { throwIfNoEntry: false });
-    return found === undefined || found.isFile() ? NOTHING : found.isDirectory() ? directory(path) : found.isSymbolicLink() ? LINK : SPECIAL;
-  }
-  /** What a path leads to. Errors: Refused where it goes through a link. */
-  at(path: string): Branch {
-    let here = this.#root;
-    for (const name of path === "" ? [] : path.split("/")) {
-      if (here.type !== "other") refuse(`${JSON.stringify(path)} leads through a symbolic link`);
-      here = this.#child(here, name);
-    }
-    return here;
-  }
-  /** Puts something at a path, or nothing. */
-  put(path: string, what: Branch): void {
-    const names = path.split("/");
-    const last = names.pop() as string;
-    if (this.at(path) === NOTHING && what === NOTHING) return;
-    let here = this.#root;
-    for (const name of names) {
-      const next = this.#child(here, name);
-      const kept = next === NOTHING ? directory(null) : next;
-      if (here.children.get(name) !== kept) this.#size++;
-      here.children.set(name, kept);
-      here = kept;
-    }
-    if (++this.#size > TREE_SIZE) refuse("more links and devices than can be remembered");
-    if (what === NOTHING && here.origin === null) here.children.delete(last);
-    else here.children.set(last, what);
-  }
-}
-
-/**
- * Reads along a send stream, and refuses what `btrfs send` would not send, and what could reach out of the one subvolume
- * that it makes: receive follows links, and opens devices. `begins`: gets that subvolume's name, its UUID, and its parent's (null in full),
- * and returns the parent's path. The end is held back until nothing follows. Errors: Refused.
- */
-export class StreamCheck {
-  #rest = Buffer.alloc(0);
-  #protocol = 0;
-  #ended: Buffer | null = null;
-  #tree: Tree | null = null;
-  /** What may be cloned from, by UUID: itself, and its parent as it is on the disk. */
-  #sources = new Map<string, Tree>();
-  #opened: string | null = null; // most commands concern the path of the one before
-  constructor(readonly begins: (name: string, uuid: string, parent: string | null) => string | null) {}
-
-  /** Takes bytes, and returns those that may go on. */
-  push(chunk: Buffer): Buffer {
-    if (this.#ended !== null) refuse("something follows the stream's end");
-    const bytes = this.#rest.length === 0 ? chunk : Buffer.concat([this.#rest, chunk]);
-    let at = 0;
-    if (this.#protocol === 0) {
-      const known = Math.min(bytes.length, STREAM_MAGIC.length);
-      if (!bytes.subarray(0, known).equals(STREAM_MAGIC.subarray(0, known))) refuse("this is no send stream");
-      if (bytes.length < STREAM_MAGIC.length + 4) return this.#passing(bytes, 0);
-      this.#protocol = bytes.readUInt32LE(STREAM_MAGIC.length);
-      if (this.#protocol !== 1 && this.#protocol !== 2) refuse(`a stream of protocol ${this.#protocol}`);
-      at = STREAM_MAGIC.length + 4;
-    }
-    while (this.#ended === null && bytes.length - at >= STREAM_HEADER) {
-      const [length, code] = [bytes.readUInt32LE(at) + STREAM_HEADER, bytes.readUInt16LE(at + 4)];
-      if (length > (LONGEST_COMMAND[this.#protocol] as number)) refuse(`a command of ${length} bytes`);
-      if (bytes.length - at < length) break;
-      const command = STREAM_COMMANDS[code] ?? refuse(`the unknown command ${code}`);
-      this.#check(command, bytes.subarray(at + STREAM_HEADER, at + length));
-      if (command.how !== "end") at += length;
-      else if (bytes.length > at + length) refuse("something follows the stream's end");
-      else this.#ended = bytes.subarray(at);
-    }
-    return this.#passing(bytes, at);
-  }
-
-  /** What is left when the stream has ended. */
-  finish(): Buffer {
-    return this.#ended ?? refuse("the stream is not complete");
-  }
-
-  #passing(bytes: Buffer, end: number): Buffer {
-    this.#rest = Buffer.from(bytes.subarray(end));
-    return bytes.subarray(0, end);
-  }
-
-  #check({ name, how, needs, may }: StreamCommand, body: Buffer): void {
-    const values: Buffer[] = [];
-    let seen = 0;
-    for (let at = 0; at < body.length; ) {
-      // In protocol 2, data have no length of their own: they are the rest of the command.
-      const head = this.#protocol === 2 && body.length - at >= 2 && body.readUInt16LE(at) === ATTRIBUTE.data ? 2 : 4;
-      if (body.length - at < head) refuse(`${name}: an attribute is cut short`);
-      const type = body.readUInt16LE(at);
-      const end = head === 2 ? body.length : at + head + body.readUInt16LE(at + 2);
-      if (type < 1 || type > 31 || end > body.length || (seen & (1 << type)) !== 0) refuse(`${name}: an attribute that is unknown, cut short, or there twice`);
-      seen |= 1 << type;
-      values[type] = body.subarray(at + head, end);
-      at = end;
-    }
-    if ((seen & needs) !== needs || (seen & ~may) !== 0) refuse(`${name}: other attributes than it has`);
-    if (how === "end" && this.#tree !== null) return;
-    const value = (attribute: AttributeName) => values[ATTRIBUTE[attribute]] as Buffer;
-    const path = how === "end" ? "" : streamPath(value("path"));
-    if (how === "begin") {
-      if (this.#tree !== null) refuse("a second subvolume");
-      const parent = name === "snapshot" ? streamUuid(value("cloneUuid")) : null;
-      const origin = this.begins(Buffer.from(path, "latin1").toString(), streamUuid(value("uuid")), parent);
-      this.#tree = new Tree(origin);
-      this.#sources = new Map([...(parent === null ? [] : [[parent, new Tree(origin)] as const]), [streamUuid(value("uuid")), this.#tree]]);
-      return;
-    }
-    const tree = this.#tree ?? refuse("it does not begin with a subvolume");
-    const plain = (place: Tree, at: string) => place.at(at).type === "other" || refuse(`${name}: ${JSON.stringify(at)} is no plain file`);
-    if (name === "clone") {
-      const from = this.#sources.get(streamUuid(value("cloneUuid"))) ?? refuse("clone: from another subvolume");
-      if (!from.isThere()) refuse("clone: its parent is gone");
-      plain(from, streamPath(value("clonePath")));
-    }
-    if (name === "encoded_write") {
-      // What the kernel does not take as it is, receive unpacks itself, and trusts the lengths; LZO it cannot unpack safely at all.
-      const [length, file, offset] = (["unencodedLength", "unencodedFileLength", "unencodedOffset"] as const).map((one) => streamNumber(value(one))) as [bigint, bigint, bigint];
-      const [compression, encryption] = (["compression", "encryption"] as const).map((one) => (values[ATTRIBUTE[one]] === undefined ? 0n : streamNumber(value(one))));
-      if (length < 1n || length > 131072n || offset + file > length || encryption !== 0n || compression === undefined || compression < 1n || compression > 2n)
-        refuse(`${name}: compression ${compression} of ${length} bytes (--protocol 1 sends without)`);
-    }
-    if (how === "open" || how === "change") {
-      if (path === this.#opened) return;
-      // Of what does not open it, only chmod follows a link.
-      if (how === "open") plain(tree, path);
-      else if (tree.at(path).type === "link" && name === "chmod") refuse(`${name}: ${JSON.stringify(path)} is a symbolic link`);
-      this.#opened = how === "open" ? path : null;
-      return;
-    }
-    this.#opened = null;
-    const to = name === "rename" ? streamPath(value("pathTo")) : path;
-    if (path === "" || to === "") refuse(`${name}: the subvolume itself`);
-    if (name === "mkfile") plain(tree, path); // creat(2) follows links
-    const what = name === "symlink" ? LINK : /^mk(nod|fifo|sock)$/.test(name) ? SPECIAL : name === "rename" ? tree.at(path) : name === "link" ? tree.at(streamPath(value("pathLink"))) : NOTHING;
-    // Between two names of one inode rename(2) does nothing: what was there would stay, unknown. btrfs send makes the name free first.
-    if (name === "rename") plain(tree, to);
-    if (how === "remove") tree.put(path, NOTHING);
-    tree.put(to, what);
-  }
-}
-
-const streamNumber = (bytes: Buffer) => (bytes.length === 8 ? bytes.readBigUInt64LE() : bytes.length === 4 ? BigInt(bytes.readUInt32LE()) : refuse("a number of another length"));
-
-const streamUuid = (bytes: Buffer) => bytes.toString("hex").replace(/^(.{8})(.{4})(.{4})(.{4})(.{12})$/, "$1-$2-$3-$4-$5");
-
-/** A path below the subvolume that a stream makes, in latin1; empty for itself. Errors: Refused for all others. */
-function streamPath(bytes: Buffer): string {
-  const path = bytes.toString("latin1");
-  if (path.includes("\0") || path.length > 4096 || (path !== "" && path.split("/").some((name) => name === "" || name === "." || name === ".."))) refuse(`the path ${JSON.stringify(path.slice(0, 200))}`);
-  return path;
-}
-
 // ── 4. Locations ─────────────────────────────────────────────────────────────────────────
 
 /** A place that was opened for one prefix: a snapshot folder, or where backups stand, or streams are stored. */
@@ -1743,7 +2161,7 @@ type Opening = { readonly prefix: string; readonly wait: "look" | number; readon
 /** A source's UUID. The top level is not in the list of subvolumes. */
 async function uuidOfSource(host: Host, { source, place, alone }: Inspection): Promise<string> {
   if (source?.root !== 5 || source.inode !== 256 || source.filesystem !== place.filesystem || alone) return source?.uuid ?? "";
-  const shown = await ask(host, SHOW, [source.path, `${source.fsid}/`], source.path);
+  const shown = await ask(host, SHOW, { folder: source.path, fsid: `${source.fsid}/` }, source.path);
   return uuidOrNull(shownField(shown, "UUID")) ?? place.filesystem ?? ""; // old versions of mkfs gave it none
 }
 
@@ -1762,7 +2180,9 @@ async function openFolder(location: Readable, path: string, opening: Opening): P
   const host = hostOf(location.host, hosts);
   const kind = location.kind === "raw" ? "streams" : peer !== undefined && sameHost(peer, host) ? "known" : "";
   const nonce = crypto.randomUUID();
-  const { output, release } = await hold(host, OPEN, [nonce, ahead === undefined ? String(wait) : "later", path, prefix, source, kind, silence(host)], `${nonce} end`, location.id, { first: ahead?.turn.then(() => String(wait)), unwanted: ahead?.unwanted, seen: locked && { line: `${nonce} locked`, tell: locked } });
+  const asked = { nonce, wait: ahead === undefined ? String(wait) : "later", folder: path, prefix, source, kind, silence: silence(host) };
+  const seen = locked && { line: `${nonce} locked`, tell: locked };
+  const { output, release } = await hold(host, OPEN, asked, `${nonce} end`, location.id, { first: ahead?.turn.then(() => String(wait)), unwanted: ahead?.unwanted, seen });
   try {
     if (wait === "look") await release(); // nothing of it is left in the directory
     const inspection = parseInspection(output, nonce, path);
@@ -1784,7 +2204,7 @@ async function openFolder(location: Readable, path: string, opening: Opening): P
 /** Lists a remote of rclone, which nothing locks. Errors: those of `ask`. */
 async function openRemote({ id }: Readable, path: string, { prefix, hosts, unverified = false }: Opening): Promise<Folder> {
   const host = { ...hostOf(null, hosts), sudo: false };
-  const listed = await ask(host, RCLONE.list, [path], id);
+  const listed = await ask(host, RCLONE.list, { folder: path }, id);
   const [, type = "", files = ""] = /^(.*?)\n(?:\n)?(.*)$/s.exec(listed) ?? [];
   const store = { ...parseStreams(parseFiles(files), unverified), verbs: RCLONE, type: path.startsWith(":") ? (/^:([^,:]+)/.exec(path)?.[1] ?? "") : type };
   const place = { path, inode: 0, fsid: "", filesystem: null, root: 0, free: Infinity };
@@ -1804,7 +2224,7 @@ async function openChecked(location: Readable, path: string, opening: Opening, c
     }
     if (folder.locked || opening.wait === "look") return folder;
     await folder.close();
-    await ask(folder.host, CREATE, [...at(folder), opening.prefix], `cannot create ${path}`);
+    await ask(folder.host, CREATE, { ...at(folder), prefix: opening.prefix }, `cannot create ${path}`);
   }
 }
 
@@ -1868,20 +2288,22 @@ function warnOfDuplicates({ standing, subvolumes, id }: Folder, report: Report):
 const holderOf = ({ host, holder }: Pick<Folder, "host" | "holder">) => (host.ssh === null ? "" : holder);
 
 /** A folder's path, and what must still be there when a verb uses it. */
-const at = ({ path, place, holder }: Folder): [path: string, fsid: string] => [path, `${place.fsid}/${holder}`];
+const at = ({ path, place, holder }: Pick<Folder, "path" | "place" | "holder">) => ({ folder: path, fsid: `${place.fsid}/${holder}` });
 
 const RECORD_BYTES = 90 * 1024; // a pipeline with it must fit into one argument of 128 KiB: execve(2)
 
+const NO_RECORD = { header: "", key: "", value: "" } as const;
+
 /** What the record verbs need to make a chain's line say `chain`: nothing if the file is not ours to write. */
-function recordArguments(folder: Folder, chain: ChainRecord): [header: string, key: string, value: string] {
+function recordArguments(folder: Folder, chain: ChainRecord): { header: string; key: string; value: string } {
   const value = JSON.stringify(chain);
   if (Buffer.byteLength(value) > RECORD_BYTES) throw new Failure(`${folder.id}: its record would be larger than ${RECORD_BYTES} bytes`);
-  return folder.record.unreadable === null ? [RECORD_HEADER, recordKey(folder.prefix), value] : ["", "", ""];
+  return folder.record.unreadable === null ? { header: RECORD_HEADER, key: recordKey(folder.prefix), value } : NO_RECORD;
 }
 
 async function writeRecord(folder: Folder, chain: ChainRecord): Promise<void> {
-  const args = recordArguments(folder, chain);
-  if (args[0] !== "") await ask(folder.host, WRITE_RECORD, [...at(folder), ...args], `${folder.id}: cannot write .btrfs-backup.json`);
+  const line = recordArguments(folder, chain);
+  if (line.header !== "") await ask(folder.host, WRITE_RECORD, { ...at(folder), ...line }, `${folder.id}: cannot write .btrfs-backup.json`);
 }
 
 /** Arguments in as few commands as they fit into; each will have `extra` bytes more there. */
@@ -1906,7 +2328,7 @@ async function deleteFrom(folder: Folder, names: readonly string[], { convertRw,
   const batches = chunks(names.map((name) => `./${name}`));
   for (const [i, batch] of batches.entries()) {
     const last = sync && i === batches.length - 1;
-    await ask(folder.host, DELETE, [convertRw ? "rw" : "", last ? "sync" : "", ...at(folder), ...batch], `${folder.id}: cannot delete ${count(batch.length, "subvolume")}`);
+    await ask(folder.host, DELETE, { convert: convertRw ? "rw" : "", sync: last ? "sync" : "", ...at(folder), names: batch }, `${folder.id}: cannot delete ${count(batch.length, "subvolume")}`);
   }
 }
 
@@ -1997,21 +2419,25 @@ function formBetween(source: Folder, target: Folder, { level, rate, protocol }: 
 }
 
 /** The receiving end of a transfer into a folder. `chain`: what its record says, with the announcement meanwhile. */
-function receiving(folder: Folder, name: string, level: string, chain: ChainRecord | null, btrfsDebug: boolean, part: readonly string[] = []): Stage {
-  const [header, key, value] = chain === null ? ["", "", ""] : recordArguments(folder, chain);
-  const args = [btrfsDebug ? "-vv" : "-q", ...at(folder), level, holderOf(folder), folder.prefix, header, key, `{"receiving":${JSON.stringify(name)},`, value.slice(1), ...part];
-  return { label: `btrfs receive${folder.host.label === "" ? "" : ` on ${folder.host.label}`}`, command: commandFor(folder.host, RECEIVE, args), shown: btrfsDebug };
+function receiving(folder: Folder, name: string, level: string, chain: ChainRecord | null, btrfsDebug: boolean, kept: Partial<Part> = {}): Stage {
+  const { header, key, value } = chain === null ? NO_RECORD : recordArguments(folder, chain);
+  const announced = { header, key, beginning: `{"receiving":${JSON.stringify(name)},`, rest: value.slice(1) };
+  const given = { flag: btrfsDebug ? "-vv" : "-q", ...at(folder), level, holder: holderOf(folder), prefix: folder.prefix, ...announced, ...kept };
+  return { label: `btrfs receive${folder.host.label === "" ? "" : ` on ${folder.host.label}`}`, command: commandWith(folder.host, RECEIVE, given), shown: btrfsDebug };
 }
+
+/** A file that a stream was kept in: its name without dot and end, and what it must be (see COMPLETE). */
+type Part = { readonly part: string; readonly sum: string; readonly bytes: string; readonly kept: string };
 
 const PART = /\.p([0-2])-(\d*)\.part$/;
 
 /**
  * A stream that is kept as a file over there until it is whole, so that a later transfer can go on from what arrived. `taken`: uses
- * the file; gets its name without dot and end, and what to check. Errors: NoSpace if that clearly takes more than there is.
+ * the file. Errors: NoSpace if that clearly takes more than there is.
  */
-async function resumable(folder: Folder, source: Folder, transfer: Transfer, object: string, copies: number, sending: Sending, taken: (part: string, sum: string, bytes: number, kept: string) => Promise<void>): Promise<Incoming> {
+async function resumable(folder: Folder, source: Folder, transfer: Transfer, object: string, copies: number, sending: Sending, taken: (part: Part) => Promise<void>): Promise<Incoming> {
   const { host, prefix, id } = folder;
-  const found = /^(\d+) ([0-9a-f]{64})  - \.\/\.(.*)$/m.exec(await ask(host, KEPT, [...at(folder), prefix, object], `${id}: cannot look for what is kept`));
+  const found = /^(\d+) ([0-9a-f]{64})  - \.\/\.(.*)$/m.exec(await ask(host, KEPT, { ...at(folder), prefix, object }, `${id}: cannot look for what is kept`));
   const [, protocol = sending.protocol ?? "0", level = sending.level] = PART.exec(found?.[3] ?? "") ?? [];
   const kept: Begun = { bytes: Number(found?.[1] ?? 0), sum: found?.[2] ?? "", protocol: protocol === "0" ? null : protocol, level, rate: sending.rate };
   const size = await streamBytes(source, transfer);
@@ -2021,10 +2447,10 @@ async function resumable(folder: Folder, source: Folder, transfer: Transfer, obj
   const part = `${object}.p${protocol}-${level}`;
   return {
     kept,
-    stages: [CHECKSUM, { label: `storing${host.label === "" ? "" : ` on ${host.label}`}`, command: commandFor(host, RAW.put, [...at(folder), prefix, part, holderOf(folder), String(kept.bytes)]) }],
+    stages: [CHECKSUM, { label: `storing${host.label === "" ? "" : ` on ${host.label}`}`, command: commandWith(host, RAW.put, { ...at(folder), lock: prefix, object: part, holder: holderOf(folder), size: String(kept.bytes) }) }],
     async finish(told) {
       const { sum, bytes } = readChecksum(told);
-      await taken(part, sum, kept.bytes + bytes, String(kept.bytes));
+      await taken({ part, sum, bytes: String(kept.bytes + bytes), kept: String(kept.bytes) });
       return kept.bytes + bytes;
     },
   };
@@ -2035,7 +2461,7 @@ const canResume = (source: Folder, { host }: Folder, { resume }: Sending) => res
 
 /** Removes what was kept to go on from, if a listing or this run knows of any. */
 const tidying = (folder: Folder, used: () => boolean) => async () => {
-  if (used() || [...folder.entries].some((name) => PART.test(name))) await ask(folder.host, TIDY, [...at(folder), folder.prefix], `${folder.id}: cannot remove what is kept of a broken transfer`);
+  if (used() || [...folder.entries].some((name) => PART.test(name))) await ask(folder.host, TIDY, { ...at(folder), prefix: folder.prefix }, `${folder.id}: cannot remove what is kept of a broken transfer`);
 };
 
 /** A btrfs folder as a destination: `owned` is its record from now on, `announced` what 0.3.1 began. */
@@ -2054,18 +2480,18 @@ function folderDestination(folder: Folder, owned: ChainRecord, announced: readon
     form: (source) => (canResume(source, folder, sending) ? null : formBetween(source, folder, sending)),
     async receive(source, transfer) {
       const form = formBetween(source, folder, sending);
-      const from = (part?: readonly string[], level = form.level) => [receiving(folder, transfer.snapshot.name, level, settled, options.btrfsDebug, part)];
+      const from = (part?: Part, level = form.level) => [receiving(folder, transfer.snapshot.name, level, settled, options.btrfsDebug, part)];
       if (!canResume(source, folder, sending)) return { stages: from() };
       parts = true;
       const object = streamName(transfer, ownerOf(settled.owner as Identity), { level: "", recipients: [] });
-      return resumable(folder, source, transfer, object, 2, { ...sending, ...form }, async (part, sum, bytes, kept) => {
-        await pipeline(from([part, sum, String(bytes), kept], PART.exec(`${part}.part`)?.[2]));
+      return resumable(folder, source, transfer, object, 2, { ...sending, ...form }, async (part) => {
+        await pipeline(from(part, PART.exec(`${part.part}.part`)?.[2]));
       });
     },
     arrived: ({ snapshot }) => arrived(snapshot),
     tidy: tidying(folder, () => parts),
     async discard(name) {
-      await ask(host, DISCARD, [...at(folder), prefix, name, ...recordArguments(folder, settled)], `${id}: cannot remove what the broken transfer of ${name} left`);
+      await ask(host, DISCARD, { ...at(folder), prefix, name, ...recordArguments(folder, settled) }, `${id}: cannot remove what the broken transfer of ${name} left`);
     },
     remove: (backups, free) => deleteFrom(folder, backups.map(({ name }) => name), { ...options, sync: options.sync || free }),
     close: folder.close,
@@ -2103,10 +2529,10 @@ function standingInStore({ streams, debris }: Store, prefix: string, lineages: R
 function storeDestination(folder: Folder, store: Store, again: () => Promise<Folder>, standing: Standing, owner: Owner, lock: string, sending: Sending): Destination {
   const { id, host } = folder;
   const { verbs } = store;
-  const place = [...at(folder), verbs === RCLONE ? lock : folder.prefix];
+  const place = { ...at(folder), lock: verbs === RCLONE ? lock : folder.prefix };
   const unsummed = store.unsummed.filter(({ name }) => parseName(name, folder.prefix) !== null);
   const drop = async (objects: readonly string[]) => {
-    for (const some of chunks(objects)) await ask(host, verbs.delete, [...place, ...some], `${id}: cannot delete ${count(some.length, "object")}`);
+    for (const some of chunks(objects)) await ask(host, verbs.delete, { ...place, objects: some }, `${id}: cannot delete ${count(some.length, "object")}`);
   };
   let parts = false;
   const objects = new Map<string, string>();
@@ -2126,18 +2552,18 @@ function storeDestination(folder: Folder, store: Store, again: () => Promise<Fol
       const object = nameOf(transfer);
       if (verbs === RAW && canResume(source, folder, sending)) {
         parts = true;
-        return resumable(folder, source, transfer, object, 1, sending, async (part, sum, bytes, kept) => {
-          await ask(host, RAW.commit, [...place, object, sum, String(bytes), part, kept], `${id}: cannot complete ${object}`);
+        return resumable(folder, source, transfer, object, 1, sending, async (part) => {
+          await ask(host, RAW.commit, { ...place, object, ...part }, `${id}: cannot complete ${object}`);
         });
       }
       const part = verbs === RCLONE ? await partFor(source, transfer, store, sending) : "";
-      const put = commandFor(host, verbs.put, [...place, object, holderOf(folder), part]);
+      const put = commandWith(host, verbs.put, { ...place, object, holder: holderOf(folder), size: part });
       const label = verbs === RCLONE ? "rclone" : `storing${host.label === "" ? "" : ` on ${host.label}`}`;
       return {
         stages: [...encrypting(sending), CHECKSUM, { label, command: put }],
         async finish(told) {
           const { sum, bytes } = readChecksum(told);
-          await ask(host, verbs.commit, [...place, object, sum, String(bytes)], `${id}: cannot complete ${object}`);
+          await ask(host, verbs.commit, { ...place, object, sum, bytes: String(bytes) }, `${id}: cannot complete ${object}`);
           return bytes;
         },
       };
@@ -2182,7 +2608,7 @@ export function estimatedBytes(printed: string): number {
 
 /** How many bytes a stream will have, but for some hundred a command. */
 const streamBytes = async (source: Folder, { snapshot, parent }: Transfer) =>
-  estimatedBytes(await ask(source.host, ESTIMATE, [...at(source), snapshot.name, parent?.name ?? ""], `${source.id}: cannot estimate the stream of ${snapshot.name}`));
+  estimatedBytes(await ask(source.host, ESTIMATE, { ...at(source), snapshot: snapshot.name, parent: parent?.name ?? "" }, `${source.id}: cannot estimate the stream of ${snapshot.name}`));
 
 /** The part size for a transfer to a remote, as rclone reads it. */
 async function partFor(source: Folder, transfer: Transfer, { type }: Store, { level }: Sending): Promise<string> {
@@ -2698,8 +3124,9 @@ async function again(receiver: Receiver, error: Error, source: Folder, transfer:
 async function stream(incoming: readonly (readonly [Receiver, Incoming])[], source: Folder, { snapshot, parent }: Transfer, display: Display): Promise<PromiseSettledResult<{ bytes: number | null; told: string }>[]> {
   const [[first, { kept, stages, environment }]] = incoming as [readonly [Receiver, Incoming]];
   const { level, protocol, rate } = kept ?? (first.form(source) as Form);
-  const before = kept === undefined || kept.bytes === 0 ? ["", ""] : [String(kept.bytes), kept.sum];
-  const command = commandFor(source.host, SEND, [display.btrfsDebug ? "-vv" : "-q", ...at(source), level, protocol ?? "", holderOf(source), snapshot.name, parent?.name ?? "", ...before]);
+  const before = kept === undefined || kept.bytes === 0 ? { skip: "", sum: "" } : { skip: String(kept.bytes), sum: kept.sum };
+  const sent = { level, protocol: protocol ?? "", holder: holderOf(source), snapshot: snapshot.name, parent: parent?.name ?? "", ...before };
+  const command = commandWith(source.host, SEND, { flag: display.btrfsDebug ? "-vv" : "-q", ...at(source), ...sent });
   const send = { label: `btrfs send${level === "" ? "" : " or zstd"}${source.host.label === "" ? "" : ` on ${source.host.label}`}`, command, shown: display.btrfsDebug };
   const others = incoming.length === 1 ? "" : ` and ${incoming.length - 1} more`;
   const metered = meter(`${snapshot.name} to ${first.id}${others}`, display, rate, parent === null && level === "" ? display.sizes.get(snapshot.uuid) : undefined);
@@ -2961,7 +3388,7 @@ function warnOfNested({ source, subvolumes, top, subvolume }: Source, report: Re
 /** Takes the snapshot, between the user's own commands. Errors: Failure. */
 async function takeSnapshot(source: Source, all: readonly Served[], o: RunOptions, report: Report, { sizes }: Display): Promise<Snapshot> {
   const hook = async (command: string | null, option: string) => {
-    if (command !== null && !o.dryRun) log.debug((await ask(source.host, HOOK, [command], `${option} failed`)).trim());
+    if (command !== null && !o.dryRun) log.debug((await ask(source.host, HOOK, { command }, `${option} failed`)).trim());
   };
   try {
     await hook(o.beforeSnapshot, "--before-snapshot");
@@ -2973,7 +3400,7 @@ async function takeSnapshot(source: Source, all: readonly Served[], o: RunOption
         // When clocks go back, a destination can still have the name.
         if (source.entries.has(name) || all.some(({ standing }) => standing.taken.has(name))) throw new Taken(name);
         if (o.dryRun) return { ...made, id: Number.MAX_SAFE_INTEGER, uuid: crypto.randomUUID() };
-        const shown = await ask(source.host, SNAPSHOT, [source.subvolume, ...at(source), name], `cannot take a snapshot of ${source.subvolume}`);
+        const shown = await ask(source.host, SNAPSHOT, { source: source.subvolume, ...at(source), name }, `cannot take a snapshot of ${source.subvolume}`);
         const uuid = shownField(shown, "UUID");
         const size = /^\s+Usage referenced:\s+(\d+)/m.exec(shown)?.[1];
         if (size !== undefined) sizes.set(uuid, Number(size));
@@ -3494,7 +3921,7 @@ async function asReceived(folder: Folder, backups: readonly Backup[]): Promise<B
   const times = new Map<string, number>(folder.written);
   if (folder.store === null)
     for (const names of chunks(backups.map(({ name }) => `./${name}`)))
-      for (const [, name = "", date, time, zone] of (await ask(folder.host, RECEIVED, [...at(folder), ...names], `${folder.id}: cannot tell when backups were received`)).matchAll(/^\.\/(.*)\n\s+Creation time:\s+(\S+) (\S+) ([+-]\d{4})$/gm)) times.set(name, Date.parse(`${date}T${time}${zone}`));
+      for (const [, name = "", date, time, zone] of (await ask(folder.host, RECEIVED, { ...at(folder), names }, `${folder.id}: cannot tell when backups were received`)).matchAll(/^\.\/(.*)\n\s+Creation time:\s+(\S+) (\S+) ([+-]\d{4})$/gm)) times.set(name, Date.parse(`${date}T${time}${zone}`));
   let last = -Infinity;
   return [...backups]
     .sort((a, b) => a.id - b.id)
@@ -3589,7 +4016,7 @@ async function clearLeftovers(target: Target, only: string | null, o: RestoreOpt
   for (const [name, paths] of leftoversOf(target.name, now)) {
     if (only !== null && name !== only) continue;
     if (only === null) log.info(`${o.dryRun ? "Would remove" : "Removing"} what an interrupted restore left: ${join(target.path, name)}`);
-    if (!o.dryRun) await ask(target.host, CLEAR, [...at(target), name, ...paths], `cannot remove ${join(target.path, name)}, which an interrupted restore left`);
+    if (!o.dryRun) await ask(target.host, CLEAR, { ...at(target), work: name, paths }, `cannot remove ${join(target.path, name)}, which an interrupted restore left`);
   }
 }
 
@@ -3654,22 +4081,22 @@ export async function restore(o: RestoreOptions, report: Report): Promise<void> 
     if (moved.length > 0) log.info(`${o.dryRun ? "Would move" : "Moving"} ${count(moved.length, "snapshot")} from ${location.path}, so that every destination goes on from ${o.target.id}`);
     const transfer = { destination: o.target.id, name: chosen.name, parent: parent?.name ?? null };
     if (!o.dryRun) {
-      const { output, release } = await hold(target.host, RESTORING, [...at(target), work, `${work} end`, silence(target.host)], `${work} end`, o.target.id);
+      const { output, release } = await hold(target.host, RESTORING, { ...at(target), work, end: `${work} end`, silence: silence(target.host) }, `${work} end`, o.target.id);
       try {
         const folder = { ...target, path: join(target.path, work), holder: output.split("\n")[0] as string };
         if (location.store !== null) await receivePieces(location, location.store, pieces, sums, folder, display, o, report);
         else if (present === null) {
           const form = formBetween(location, target, o.sending);
           const receive = async () => ({ stages: [receiving(folder, chosen.name, form.level, null, o.btrfsDebug)] });
-          const discard = async () => void (await ask(target.host, DISCARD, [...at(folder), folder.prefix, chosen.name, "", "", ""], `cannot remove what was received of ${chosen.name}`));
+          const discard = async () => void (await ask(target.host, DISCARD, { ...at(folder), prefix: folder.prefix, name: chosen.name, ...NO_RECORD }, `cannot remove what was received of ${chosen.name}`));
           report.event("transfer", { ...transfer, ...(await transferTo({ id: o.target.id, form: () => form, receive, discard, tidy: async () => {} }, location, { snapshot: chosen, parent }, display)) });
         }
-        await ask(target.host, BUILD, [...at(target), work, origin, outside?.path ?? target.inside ?? "", chosen.name, how], `cannot build ${o.target.id}`);
+        await ask(target.host, BUILD, { ...at(target), work, origin, target: outside?.path ?? target.inside ?? "", name: chosen.name, how }, `cannot build ${o.target.id}`);
         await settle(target, join(target.path, work, "tree"), outside, chains, chosen, came, o);
         // From here on there is no way back, only one forward.
         checkInterruption();
         const names = moved.map(({ name, receivedUuid }) => `${receivedUuid === null ? "move" : "copy"}\n${name}\n`);
-        const stuck = await whileCleaning(() => ask(target.host, FINISH, [...at(target), work, target.name, before, from, to], `cannot finish ${o.target.id}`, `${names.join("")}end\n`));
+        const stuck = await whileCleaning(() => ask(target.host, FINISH, { ...at(target), work, target: target.name, before, from, to }, `cannot finish ${o.target.id}`, `${names.join("")}end\n`));
         await release();
         if (stuck !== "") report.error(o.target.id, new Failure(`it is restored, but these snapshots could not move from ${left}: ${stuck.trim().split("\n").join(" ")}`));
         if (moved.some(({ receivedUuid }) => receivedUuid !== null)) await settle(target, target.full, outside, chains, chosen, null, o);
@@ -3703,7 +4130,7 @@ async function readyPieces(location: Folder, { verbs }: Store, pieces: readonly 
 /** The checksum objects of streams. */
 async function readSums(location: Folder, verbs: StoreVerbs, streams: readonly Stream[]): Promise<Map<string, string>> {
   const texts: string[] = [];
-  for (const some of chunks(streams.map(({ uuid }) => uuid + SUM))) texts.push(await ask(location.host, verbs.get, [...at(location), "", "", ...some], `${location.id}: cannot read checksum objects`));
+  for (const some of chunks(streams.map(({ uuid }) => uuid + SUM))) texts.push(await ask(location.host, verbs.get, { ...at(location), how: "", holder: "", objects: some }, `${location.id}: cannot read checksum objects`));
   return parseSums(texts.join(""));
 }
 
@@ -3712,7 +4139,7 @@ async function receivePieces(location: Folder, { verbs, streams }: Store, pieces
   const without = ({ uuid }: Stream) => instead(location, wholeIn(location).filter((one) => !chainOf(one as Entry as Stream, byUuid(streams)).some((piece) => piece.uuid === uuid)));
   for (const [i, piece] of pieces.entries()) {
     const { uuid: object, name, bytes: size, compressed, encrypted } = piece;
-    const fetch = { label: `reading${location.host.label === "" ? "" : ` on ${location.host.label}`}`, command: commandFor(location.host, verbs.get, [...at(location), "", holderOf(location), object]) };
+    const fetch = { label: `reading${location.host.label === "" ? "" : ` on ${location.host.label}`}`, command: commandWith(location.host, verbs.get, { ...at(location), how: "", holder: holderOf(location), objects: [object] }) };
     const decrypt = encrypted ? [{ label: "gpg", command: "gpg --batch --no-tty --quiet --decrypt" }] : [];
     const began = Date.now();
     log.debug(`Receiving ${object}`);
@@ -3836,7 +4263,7 @@ async function sizesIn(folder: Folder): Promise<[string, number][]> {
   const whole = wholeIn(folder);
   if (folder.store !== null) return folder.store.streams.map(({ uuid, bytes }) => [uuid, bytes]);
   const printed: string[] = [];
-  for (const names of chunks(whole.map(({ name }) => `./${name}`))) printed.push(await ask(folder.host, SIZES, [...at(folder), ...names], `${folder.id}: cannot tell sizes`));
+  for (const names of chunks(whole.map(({ name }) => `./${name}`))) printed.push(await ask(folder.host, SIZES, { ...at(folder), names }, `${folder.id}: cannot tell sizes`));
   const lines = printed.join("\n").split("\n").map((line) => /^\s*(\d+)\s.*?\s\.\/(.*)$/.exec(line));
   const bytes = new Map(lines.filter((match) => match !== null).map(([, size, name]) => [name, Number(size)]));
   const unknown = whole.find(({ name }) => !bytes.has(name));
@@ -3917,7 +4344,7 @@ export async function verify(o: VerifyOptions, report: Report): Promise<void> {
     if (wanted.length === 0) report.error(id, new Failure(o.snapshot === null ? `nothing complete is shared with ${left.id}` : `${o.snapshot} is not complete on both sides, or not the same snapshot`));
     for (const { name, cells } of wanted) {
       const [ours, theirs] = cells.map((cell) => cell?.entry) as [Snapshot, Snapshot];
-      const digest = (folder: Folder, entry: Snapshot) => ask(folder.host, DIGEST, [...at(folder), entry.name], `${folder.id}: cannot read ${entry.name}`);
+      const digest = (folder: Folder, entry: Snapshot) => ask(folder.host, DIGEST, { ...at(folder), snapshot: entry.name }, `${folder.id}: cannot read ${entry.name}`);
       try {
         log.info(`Reading ${name} in ${left.id} and ${id}`);
         if (!digests.has(ours.uuid)) digests.set(ours.uuid, digest(left, ours));
@@ -3957,7 +4384,7 @@ async function verifyStreams(folder: Folder, store: Store, o: VerifyOptions, rep
   const sums = await readSums(folder, verbs, summed);
   for (const stream of summed) {
     log.info(`Reading ${stream.name} in ${id}`);
-    const read = await ask(host, verbs.get, [...at(folder), "sum", "", stream.uuid], `${id}: cannot read ${stream.uuid}`).catch((error: Error) => (checkInterruption(), failed(stream, error.message), null));
+    const read = await ask(host, verbs.get, { ...at(folder), how: "sum", holder: "", objects: [stream.uuid] }, `${id}: cannot read ${stream.uuid}`).catch((error: Error) => (checkInterruption(), failed(stream, error.message), null));
     if (read === null) continue;
     const sha256 = read.slice(0, 64);
     const equal = sha256 === sums.get(stream.uuid);
@@ -4015,7 +4442,7 @@ const asText = (latin1: string) => Buffer.from(latin1, "latin1").toString();
 
 /** What differs between two trees, and how: a line for each path. */
 async function compare(...sides: readonly [Folder, Snapshot][]): Promise<string[]> {
-  const listed = async ([folder, { name }]: [Folder, Snapshot]) => Buffer.from(await ask(folder.host, LISTING, [...at(folder), name, STAT_FORMAT], `${folder.id}: cannot list ${name}`), "base64").toString("latin1");
+  const listed = async ([folder, { name }]: [Folder, Snapshot]) => Buffer.from(await ask(folder.host, LISTING, { ...at(folder), snapshot: name, format: STAT_FORMAT }, `${folder.id}: cannot list ${name}`), "base64").toString("latin1");
   const texts = await Promise.all(sides.map(listed));
   const [a, b] = texts.map(parseListing) as [ReturnType<typeof parseListing>, ReturnType<typeof parseListing>];
   const lines = [...new Set([...a.keys(), ...b.keys()])].sort().flatMap((path) => {
@@ -4052,7 +4479,7 @@ export type VersionsOptions = ReturnType<typeof versionsOptions>;
 /** Shows every version of a file that a snapshot or backup still has, or copies one back. */
 export async function versions(o: VersionsOptions, report: Report): Promise<void> {
   const host = hostOf(o.file.host, o.hosts);
-  const [root = "", inner = ""] = (await ask(host, LOCATE, [o.file.path], `${o.file.id}: cannot find its subvolume`)).split("\0");
+  const [root = "", inner = ""] = (await ask(host, LOCATE, { file: o.file.path }, `${o.file.id}: cannot find its subvolume`)).split("\0");
   const source = { ...o.file, path: root, id: o.file.id.slice(0, o.file.id.length - o.file.path.length) + root };
   // One place that has the version is enough to give it back.
   const heard = o.get === null ? report : { ...report, error: (_: unknown, { message }: Error) => report.warning(message) };
@@ -4071,7 +4498,7 @@ export async function versions(o: VersionsOptions, report: Report): Promise<void
   if (o.get !== null) return getVersion(o, o.get, host, path, columns, seen, report);
   const rows = versionsAmong(seen).reverse().map((row) => ({ ...row, columns: [...row.columns].sort((a, b) => a - b) }));
   const live = columns[0]?.folder?.source;
-  const now = live ? ((await statesIn(host, [live.path, `${live.fsid}/`], path, ["."])).get(".") ?? null) : undefined;
+  const now = live ? ((await statesIn(host, { folder: live.path, fsid: `${live.fsid}/` }, path, ["."])).get(".") ?? null) : undefined;
   for (const { first, last, state, columns: at, names } of rows) report.event("version", { first, last, state, snapshots: names, locations: at.map((i) => columns[i]?.id) });
   if (!o.json && rows.length > 0) {
     const cells = rows.map(({ first, last, state, columns: at }, i) => {
@@ -4086,10 +4513,10 @@ export async function versions(o: VersionsOptions, report: Report): Promise<void
 }
 
 /** What `stat` says of a path in many subvolumes of a folder; nothing where it is not. */
-async function statesIn(host: Host, folder: [path: string, fsid: string], path: string, names: readonly string[]): Promise<Map<string, FileState>> {
+async function statesIn(host: Host, folder: ReturnType<typeof at>, path: string, names: readonly string[]): Promise<Map<string, FileState>> {
   const found = new Map<string, FileState>();
   for (const some of chunks(names, Buffer.byteLength(path)))
-    for (const { path: there, state } of parseStats((await ask(host, VERSIONS, [...folder, STAT_FORMAT, path, ...some], `cannot look for ${path}`)).split("\0").slice(0, -1))) found.set(there, state);
+    for (const { path: there, state } of parseStats((await ask(host, VERSIONS, { ...folder, format: STAT_FORMAT, inner: path, names: some }, `cannot look for ${path}`)).split("\0").slice(0, -1))) found.set(there, state);
   const above = [...path.matchAll(/\//g)].map(({ index }) => path.slice(0, index)).slice(1);
   const has = (name: string) => above.every((directory) => found.get(name + directory)?.type === "directory") && found.has(name + path);
   return new Map(names.filter(has).map((name) => [name, found.get(name + path) as FileState]));
@@ -4103,10 +4530,10 @@ async function getVersion(o: VersionsOptions, get: string, host: Host, path: str
   const having = found.columns.map((i) => columns[i]?.folder as Folder);
   const folder = having.find((one) => sameHost(one.host, host)) ?? (having[0] as Folder);
   const to = o.to ?? `${o.file.path}.${found.name}`;
-  const put = [dirname(to), basename(to), o.force ? "force" : "", basename(path)];
-  const take = [...at(folder), found.name, path];
-  if (sameHost(folder.host, host)) await ask(host, PUT, [...put, ...take], `cannot copy ${o.file.id} back`);
-  else await pipeline([{ label: `tar on ${folder.host.label}`, command: commandFor(folder.host, TAKE, take) }, { label: "tar", command: commandFor(host, PUT, put) }]);
+  const put = { directory: dirname(to), name: basename(to), force: o.force ? "force" : "", base: basename(path) };
+  const take = { ...at(folder), snapshot: found.name, inner: path };
+  if (sameHost(folder.host, host)) await ask(host, PUT, { ...put, ...take }, `cannot copy ${o.file.id} back`);
+  else await pipeline([{ label: `tar on ${folder.host.label}`, command: commandWith(folder.host, TAKE, take) }, { label: "tar", command: commandWith(host, PUT, put) }]);
   log.info(`Copied ${path.slice(1)} as it was in ${found.name} of ${folder.id} to ${to}`);
   report.event("get", { location: folder.id, name: found.name, path: to });
   report.event("summary", { ok: !report.failed });
@@ -4121,7 +4548,7 @@ export async function unpin(o: UnpinOptions, report: Report): Promise<void> {
     if (source.record.unreadable !== null) {
       if (!o.all) throw new Failure(`${source.path}/.btrfs-backup.json cannot be read (${source.record.unreadable}); --all moves it aside`);
       const suffix = stamp(new Date());
-      await ask(source.host, ASIDE, [...at(source), suffix], `cannot move ${source.path}/.btrfs-backup.json aside`);
+      await ask(source.host, ASIDE, { ...at(source), suffix }, `cannot move ${source.path}/.btrfs-backup.json aside`);
       log.info(`Moved ${source.path}/.btrfs-backup.json to .btrfs-backup.json.${suffix}`);
       return;
     }
@@ -4136,7 +4563,16 @@ export async function unpin(o: UnpinOptions, report: Report): Promise<void> {
   }
 }
 
-export type GuardOptions = ReturnType<typeof guardOptions>;
+// ── 8. Guard ─────────────────────────────────────────────────────────────────────────────
+// The forced command of an ssh key that may do no more than its options say. All of the boundary is here, in the order in
+// which it meets a command: reading it, the rules of arguments, the rules of verbs and what they look at again, what is
+// left out of an answer, and the stream. Whatever does not fit is refused before anything has run.
+
+const refuse = (why: string): never => {
+  throw new Refused(why);
+};
+
+// ── reading a command ──
 
 /** The verb and its arguments in the text that a run sent over ssh. Nothing else of it is used. Errors: Refused for any other text. */
 export function parseCommand(text: string): { name: string; sudo: boolean; args: string[] } {
@@ -4152,34 +4588,49 @@ export function parseCommand(text: string): { name: string; sudo: boolean; args:
   return { name, sudo: sudo === "sudo", args };
 }
 
+/** What a key may do, by the option that gives it the right. */
+const RIGHTS = { add: "a key without --source", source: "--source", read: "--allow-read", delete: "--allow-delete" } as const;
+type Right = keyof typeof RIGHTS;
+
+export type GuardOptions = ReturnType<typeof guardOptions>;
+
 /** What the arguments of a guarded verb have said so far. */
 type Guarded = { readonly o: GuardOptions; readonly sudo: boolean; folder: string; prefix: string };
+
+/** Reads an ssh command, and checks all of it; `serve` runs it, and returns the exit status. Errors: Refused. */
+export async function permitted(text: string, o: GuardOptions): Promise<{ verb: Declared; args: string[]; serve: () => Promise<number> }> {
+  const { name, sudo, args } = parseCommand(text);
+  const { verb, rights, least, most, check } = GUARDED.get(name) ?? refuse(`the verb ${name}`);
+  const granted: readonly Right[] = [o.source ? "source" : "add", ...(o.allowRead ? ["read" as const] : []), ...(o.allowDelete ? ["delete" as const] : [])];
+  if (!rights.some((right) => granted.includes(right))) refuse(`${name} needs ${rights.map((right) => RIGHTS[right]).join(" or ")}`);
+  if (args.length < least || args.length > most) refuse(`${name} with ${args.length} arguments, as another version has them`);
+  return { verb, ...(await check(args, { o, sudo, folder: "", prefix: "" })) };
+}
+
+// ── rules of arguments ──
+
 /** Checks an argument, and returns what is used in its place. Errors: Refused. */
-type ArgumentCheck = (value: string, said: Guarded) => string;
+type ArgumentRule = (value: string, said: Guarded) => string;
 
 const shown = (value: string) => JSON.stringify(value.length > 100 ? `${value.slice(0, 100)}…` : value);
-const like = (shape: RegExp): ArgumentCheck => (value) => (shape.test(value) ? value : refuse(`the argument ${shown(value)}`));
-const oneOf = (...words: readonly string[]): ArgumentCheck => (value) => (words.includes(value) ? value : refuse(`the argument ${shown(value)}`));
+const like = (shape: RegExp): ArgumentRule => (value) => (shape.test(value) ? value : refuse(`the argument ${shown(value)}`));
+const oneOf = (...words: readonly string[]): ArgumentRule => (value) => (words.includes(value) ? value : refuse(`the argument ${shown(value)}`));
+/** An argument may be empty, or else is bound to a rule. */
+const perhaps = (rule: ArgumentRule): ArgumentRule => (value, said) => (value === "" ? "" : rule(value, said));
+const notGiven: ArgumentRule = (value) => refuse(`the argument ${shown(value)}`);
+
+const NONCE = like(/^[0-9a-f-]{36}$/);
+const LOCK_WAIT = like(/^(look|later|\d{1,6})$/);
+const SECONDS = like(/^\d{1,4}$/);
+const FSID = like(/^[0-9a-f]{1,16}(\/\d{0,9})?$/);
+const HOLDER = like(/^\d{0,9}$/);
+const LEVEL = like(/^(1?\d)?$/);
+const FLAG = oneOf("-q", "-vv");
+const BYTES = like(/^\d{1,18}$/);
+const SHA256 = like(/^[0-9a-f]{64}$/);
+const ONE_LINE = like(/^[^\n\r\0]*$/);
 
 const isOurs = (name: string) => /^\.btrfs-backup|^\.outstanding_transfers$|\.part$|\.btrfs(\.|$)/.test(name);
-
-/** A place that the key may use: below one of the paths, and not inside of a backup. */
-const placeArgument: ArgumentCheck = (value, said) => {
-  if (!value.startsWith("/") || /[\n\r\0]/.test(value) || value !== withoutSlash(normalize(value))) refuse(`the path ${shown(value)}`);
-  const real = resolvedPath(value);
-  const within = said.o.paths.map(resolvedPath).find((path) => isWithin(real, path)) ?? refuse(`${shown(value)} is not below ${said.o.paths.join(" or ")}`);
-  for (let at = real; at !== within; at = dirname(at)) if (isOurs(basename(at))) refuse(`${shown(value)} has a name that this program uses`);
-  else if (prefixOf(basename(at)) !== null || isReadonlySubvolume(at)) refuse(`${shown(value)} is inside of a backup`);
-  return (said.folder = real);
-};
-
-/** A subvolume that can be backed up; the place stays what it was. */
-const sourceArgument: ArgumentCheck = (value, said) => {
-  const { folder } = said;
-  const source = value === "" ? "" : said.o.source ? placeArgument(value, said) : refuse("it is not for sources");
-  said.folder = folder;
-  return source;
-};
 
 const isSubvolume = (path: string) => {
   const found = lstatSync(path, { throwIfNoEntry: false });
@@ -4197,59 +4648,118 @@ function isReadonlySubvolume(path: string): boolean {
   }
 }
 
-const prefixArgument: ArgumentCheck = (value, said) => (isPrefix(value) ? (said.prefix = value) : refuse(`the prefix ${shown(value)}`));
-const datedArgument: ArgumentCheck = (value) => (prefixOf(value) !== null && !/[/\n\r\0]/.test(value) ? value : refuse(`the name ${shown(value)}`));
+/** A place that the key may use: below one of the paths, and not inside of a backup. */
+const PLACE_RULE: ArgumentRule = (value, said) => {
+  if (!value.startsWith("/") || /[\n\r\0]/.test(value) || value !== withoutSlash(normalize(value))) refuse(`the path ${shown(value)}`);
+  const real = resolvedPath(value);
+  const within = said.o.paths.map(resolvedPath).find((path) => isWithin(real, path));
+  if (within === undefined) return refuse(`${shown(value)} is not below ${said.o.paths.join(" or ")}`);
+  for (let at = real; at !== within; at = dirname(at)) {
+    if (isOurs(basename(at))) refuse(`${shown(value)} has a name that this program uses`);
+    if (prefixOf(basename(at)) !== null || isReadonlySubvolume(at)) refuse(`${shown(value)} is inside of a backup`);
+  }
+  said.folder = real;
+  return real;
+};
+
+/** A subvolume that can be backed up; the place stays what it was. */
+const SOURCE_RULE: ArgumentRule = (value, said) => {
+  const { folder } = said;
+  if (!said.o.source) refuse("it is not for sources");
+  const source = PLACE_RULE(value, said);
+  said.folder = folder;
+  return source;
+};
+
+const PREFIX_RULE: ArgumentRule = (value, said) => {
+  if (!isPrefix(value)) refuse(`the prefix ${shown(value)}`);
+  said.prefix = value;
+  return value;
+};
+
+const DATED: ArgumentRule = (value) => (prefixOf(value) !== null && !/[/\n\r\0]/.test(value) ? value : refuse(`the name ${shown(value)}`));
+
 /** A read-only subvolume of the folder: no link, and nothing that is being received. */
-const standingArgument: ArgumentCheck = (value, { folder }) => (!/[/\n\r\0]/.test(value) && isReadonlySubvolume(join(folder, value)) ? value : refuse(`${shown(value)} is no snapshot in ${folder}`));
-const listedArgument: ArgumentCheck = (value, said) => (value.startsWith("./") ? `./${standingArgument(value.slice(2), said)}` : refuse(`the argument ${shown(value)}`));
-const objectArgument: ArgumentCheck = (value, { prefix }) => (isObject(value) && parseName(STREAM.exec(value)?.[1] ?? "", prefix) !== null ? value : refuse(`the object ${shown(value)}`));
+const STANDING: ArgumentRule = (value, { folder }) => (!/[/\n\r\0]/.test(value) && isReadonlySubvolume(join(folder, value)) ? value : refuse(`${shown(value)} is no snapshot in ${folder}`));
+const LISTED_NAME: ArgumentRule = (value, said) => (value.startsWith("./") ? `./${STANDING(value.slice(2), said)}` : refuse(`the argument ${shown(value)}`));
+
 const isObject = (value: string) => STREAM.test(value) && !/[/\n\r\0]/.test(value);
+const OBJECT: ArgumentRule = (value, { prefix }) => (isObject(value) && parseName(STREAM.exec(value)?.[1] ?? "", prefix) !== null ? value : refuse(`the object ${shown(value)}`));
 /** An object, what belongs to it, or was to become it. */
-const anyObjectArgument: ArgumentCheck = (value) => (isObject(value.replace(/^\.(.*)\.part$/s, "$1").replace(/\.sha256$|\.p[0-2]-\d*$/, "")) ? value : refuse(`the object ${shown(value)}`));
+const ANY_OBJECT: ArgumentRule = (value) => (isObject(value.replace(/^\.(.*)\.part$/s, "$1").replace(/\.sha256$|\.p[0-2]-\d*$/, "")) ? value : refuse(`the object ${shown(value)}`));
 /** An object, or what is kept of one to go on from. */
-const partArgument: ArgumentCheck = (value, said) => (objectArgument(value.replace(/\.p[0-2]-\d*$/, ""), said), value);
-/** Such a part, and what it must be: numbers and a SHA-256. */
-const completeArgument: ArgumentCheck = (value, said) => (/^(\d{1,18}|[0-9a-f]{64})$/.test(value) ? value : partArgument(value, said));
-const innerArgument: ArgumentCheck = (value) => (value.startsWith("/") && value === normalize(value) && !/[\n\r\0]/.test(value) ? value : refuse(`the path ${shown(value)}`));
+const PART_RULE: ArgumentRule = (value, said) => {
+  OBJECT(value.replace(/\.p[0-2]-\d*$/, ""), said);
+  return value;
+};
 
-const [FSID, HOLDER, LEVEL, FLAG] = [like(/^[0-9a-f]{1,16}(\/\d{0,9})?$/), like(/^\d{0,9}$/), like(/^(1?\d)?$/), oneOf("-q", "-vv")];
-/** What `record` replaces is checked as a whole. */
-const RECORDED: readonly ArgumentCheck[] = [oneOf("", RECORD_HEADER), like(/^(,"[^\n\r\0]*": )?$/), like(/^[^\n\r\0]*$/)];
+/** A path in a snapshot. */
+const INNER: ArgumentRule = (value) => (value.startsWith("/") && value === normalize(value) && !/[\n\r\0]/.test(value) ? value : refuse(`the path ${shown(value)}`));
 
-/** What a key may do, by the option that gives it the right. */
-const RIGHTS = { add: "a key without --source", source: "--source", read: "--allow-read", delete: "--allow-delete" } as const;
-type Right = keyof typeof RIGHTS;
+/** A folder that was opened. */
+const AT = { folder: PLACE_RULE, fsid: FSID };
+/** A line of the record: what `record` replaces is checked as a whole. */
+const RECORDED = { header: oneOf("", RECORD_HEADER), key: like(/^(,"[^\n\r\0]*": )?$/), value: ONE_LINE };
 
-/** How a guarded key may use a verb: with one of these rights, and such arguments; `rest` for all that follow. */
-type Use = { readonly verb: Verb; readonly rights: readonly Right[]; readonly args: readonly ArgumentCheck[]; readonly rest?: ArgumentCheck };
+// ── rules of verbs ──
 
-const use = (verb: Verb, rights: readonly Right[], args: readonly ArgumentCheck[], rest?: ArgumentCheck): [string, Use] => [verb.name, { verb, rights, args, ...(rest && { rest }) }];
-const AT = [placeArgument, FSID] as const;
-const GUARDED: ReadonlyMap<string, Use> = new Map([
-  use(OPEN, ["add", "source"], [like(/^[0-9a-f-]{36}$/), like(/^(look|later|\d{1,6})$/), placeArgument, prefixArgument, sourceArgument, oneOf("", "streams", "known"), like(/^\d{1,4}$/)]),
-  use(CREATE, ["add", "source"], [...AT, prefixArgument]),
-  use(WRITE_RECORD, ["add", "source"], [...AT, ...RECORDED]),
-  use(RECEIVE, ["add"], [FLAG, ...AT, LEVEL, HOLDER, prefixArgument, ...RECORDED, like(/^[^\n\r\0]*$/)], completeArgument),
-  use(KEPT, ["add"], [...AT, prefixArgument, objectArgument]),
-  use(TIDY, ["add"], [...AT, prefixArgument]),
-  use(DISCARD, ["add"], [...AT, prefixArgument, datedArgument, ...RECORDED]),
-  use(RAW.put, ["add"], [...AT, prefixArgument, partArgument, HOLDER, like(/^\d{0,18}$/)]),
-  use(RAW.commit, ["add"], [...AT, prefixArgument, objectArgument, like(/^[0-9a-f]{64}$/), like(/^\d{1,18}$/)], completeArgument),
-  use(RAW.delete, ["add", "delete"], [...AT, prefixArgument], anyObjectArgument),
-  use(RAW.get, ["read"], [...AT, oneOf("", "sum"), HOLDER], anyObjectArgument),
-  use(DELETE, ["delete", "source"], [oneOf("", "rw"), oneOf("", "sync"), ...AT], listedArgument),
-  use(RECEIVED, ["delete", "read"], AT, listedArgument),
-  use(SHOW, ["source"], [...AT]),
-  use(SNAPSHOT, ["source"], [sourceArgument, ...AT, datedArgument]),
-  use(SEND, ["source", "read"], [FLAG, ...AT, LEVEL, like(/^[12]?$/), HOLDER, standingArgument, (value, said) => (value === "" ? "" : standingArgument(value, said)), like(/^\d{0,18}$/), like(/^([0-9a-f]{64})?$/)]),
-  use(ESTIMATE, ["source", "read"], [...AT, standingArgument, (value, said) => (value === "" ? "" : standingArgument(value, said))]),
-  use(SIZES, ["read"], AT, listedArgument),
-  use(DIGEST, ["read"], [...AT, standingArgument]),
-  use(LISTING, ["read"], [...AT, standingArgument, oneOf(STAT_FORMAT)]),
-  use(VERSIONS, ["read"], [...AT, oneOf(STAT_FORMAT), innerArgument], (value, said) => (value === "." && said.o.source ? value : standingArgument(value, said))),
-  use(TAKE, ["read"], [...AT, standingArgument, innerArgument]),
-  use(LOCATE, ["read"], [(value, said) => (placeArgument(dirname(value), said), innerArgument(value, said))]),
-]);
+/** A rule for every parameter of a verb; that of `names...` is for each. */
+type Rules<V> = { readonly [Name in keyof ArgumentsOf<V>]-?: ArgumentRule };
+
+/**
+ * What a verb is bound to beyond the shape of its arguments. `again`: what is looked at again, as the place is now; it returns
+ * the arguments that are used. `serve`: how it is run, if not as it is. Errors: Refused.
+ */
+type Beyond<V> = {
+  readonly again?: (given: ArgumentsOf<V>, said: Guarded) => Promise<ArgumentsOf<V>>;
+  readonly serve?: (given: ArgumentsOf<V>, said: Guarded) => Promise<number>;
+};
+
+/** How a guarded key may use a verb: with one of these rights, and so many arguments, if `check` accepts them. */
+type Use = {
+  readonly verb: Declared;
+  readonly rights: readonly Right[];
+  readonly least: number;
+  readonly most: number;
+  readonly check: (words: readonly string[], said: Guarded) => Promise<{ args: string[]; serve: () => Promise<number> }>;
+};
+
+function use<V extends Declared>(verb: V, rights: readonly Right[], rules: Rules<V>, beyond: Beyond<V> = {}): [string, Use] {
+  const parameters = parametersOf(verb);
+  const ruleOf = (name: string) => rules[name as keyof Rules<V>];
+  const serve = beyond.serve ?? (async (given, said) => (await started(verb, given, said)).exitCode ?? 1);
+  const check = async (words: readonly string[], said: Guarded) => {
+    const checked: Record<string, string | string[]> = {};
+    for (const [i, { name, kind }] of parameters.entries()) {
+      const [word] = words.slice(i);
+      if (kind === "...") checked[name] = words.slice(i).map((one) => ruleOf(name)(one, said));
+      else if (word !== undefined) checked[name] = ruleOf(name)(word, said);
+    }
+    const given = checked as ArgumentsOf<V>;
+    const used = beyond.again === undefined ? given : await beyond.again(given, said);
+    return { args: wordsFor(verb, used), serve: () => serve(used, said) };
+  };
+  const least = parameters.filter(({ kind }) => kind === "").length;
+  const most = parameters.some(({ kind }) => kind === "...") ? Infinity : parameters.length;
+  return [verb.name, { verb, rights, least, most, check }];
+}
+
+/** Runs a verb for a guarded key. */
+function started<V extends Declared>(verb: V, given: ArgumentsOf<V>, { sudo }: Guarded, [stdin, stdout, stderr]: readonly ("inherit" | "pipe")[] = []): ProcessPromise {
+  const host = hostOf(null, { sshOptions: [], sudo, sshSudo: false });
+  const child = shell({ stdio: [stdin ?? "inherit", stdout ?? "inherit", stderr ?? "inherit"], env: { PATH: process.env["PATH"] ?? "" } })`${`exec ${commandWith(host, verb, given)}`}`;
+  running.add(() => sendSignal(child.pid as number, "SIGTERM"));
+  return child;
+}
+
+/** Reads what the folder of a guarded verb has. */
+async function lookedAt({ folder: path, prefix, sudo }: Guarded, kind: "folder" | "raw"): Promise<Folder> {
+  const folder = await openFolder({ kind, id: path, host: null, path }, path, { prefix, wait: "look", hosts: { sshOptions: [], sudo, sshSudo: false } });
+  await folder.close();
+  return folder;
+}
+
+const GUARDED_CHAINS = 200;
 
 /** A chain's record as a guarded key may write it. Errors: Refused for what would take anything away from what is there. */
 export function guardedRecord(text: string, { chain: now, entries, prefix }: Pick<Folder, "chain" | "entries" | "prefix">, source: boolean): ChainRecord {
@@ -4270,63 +4780,126 @@ export function guardedRecord(text: string, { chain: now, entries, prefix }: Pic
   return { ...chain, ...(now.guarded || !same ? { guarded: true as const } : {}) };
 }
 
-/** Reads what the folder of a guarded verb has. */
-async function lookedAt({ folder: path, prefix, sudo }: Guarded, kind: "folder" | "raw"): Promise<Folder> {
-  const folder = await openFolder({ kind, id: path, host: null, path }, path, { prefix, wait: "look", hosts: { sshOptions: [], sudo, sshSudo: false } });
-  await folder.close();
-  return folder;
+/** The line of the record that a verb writes, if it writes one. Errors: Refused. */
+function recordedLine({ header, value }: { readonly header: string; readonly value: string }, folder: Folder, { o }: Guarded): typeof NO_RECORD | ReturnType<typeof recordArguments> {
+  if (header === "") return NO_RECORD;
+  if (folder.record.chains.size >= GUARDED_CHAINS && !folder.record.chains.has(folder.prefix)) refuse("more prefixes than a guarded key can have in a folder");
+  return { header: RECORD_HEADER, key: recordKey(folder.prefix), value: JSON.stringify(guardedRecord(value, folder, o.source)) };
+}
+
+/** Only what the record's own rules allow: see guardedRecord. */
+async function recordAgain(given: ArgumentsOf<typeof WRITE_RECORD>, said: Guarded): Promise<typeof given> {
+  const prefix = /^,("(?:[^"\\]|\\.)*"): $/.test(given.key) ? (JSON.parse(given.key.slice(1, -2)) as string) : "/";
+  PREFIX_RULE(prefix, said);
+  return { ...given, ...recordedLine(given, await lookedAt(said, "folder"), said) };
+}
+
+/** Only what the record says is left of a broken transfer. */
+async function discardAgain(given: ArgumentsOf<typeof DISCARD>, said: Guarded): Promise<typeof given> {
+  const folder = await lookedAt(said, "folder");
+  if (folder.chain.receiving !== given.name) refuse(`${given.name} was not left by a broken transfer`);
+  return { ...given, ...recordedLine(given, folder, said) };
+}
+
+/** No stream takes another's name or UUID: of two with the same data either can stand for it, and what builds on it would build on the new one. */
+async function commitAgain(given: ArgumentsOf<CommitVerb>, said: Guarded): Promise<typeof given> {
+  const { object } = given;
+  const { entries, store } = await lookedAt(said, "raw");
+  if (entries.has(object) || entries.has(object + SUM)) refuse(`${object} is there`);
+  const uuid = STREAM.exec(object)?.[8] ?? "";
+  if (store?.streams.some((stream) => stream.readonly && stream.receivedUuid === uuid)) refuse(`${uuid} is stored already`);
+  return { ...given, part: given.part ?? "", kept: given.kept ?? "", uuid };
+}
+
+/** Without --allow-delete, only what broken transfers left. */
+async function dropAgain(given: ArgumentsOf<DropVerb>, said: Guarded): Promise<typeof given> {
+  const { store } = await lookedAt(said, "raw");
+  const debris = new Set([...(store?.debris.entries() ?? [])].flatMap(([name, objects]) => (parseName(name, said.prefix) === null ? [] : objects)));
+  const whole = given.objects.find((one) => !debris.has(one));
+  if (whole !== undefined && !said.o.allowDelete) refuse(`${whole} was not left by a broken transfer (--allow-delete)`);
+  return given;
+}
+
+/** Never the newest snapshot of a source. */
+async function deleteAgain(given: ArgumentsOf<typeof DELETE>, said: Guarded): Promise<typeof given> {
+  const names = given.names.map((name) => DATED(name.slice(2), said));
+  const { standing } = await lookedAt(said, "folder");
+  const newest = (prefix: string) => standing.filter(({ name, readonly }) => readonly && parseName(name, prefix) !== null).reduce((last, one) => (one.id > last.id ? one : last), NO_SUBVOLUME as Entry).name;
+  if (said.o.source) for (const name of names) if (newest(prefixOf(name) as string) === name) refuse(`${name} is the newest snapshot`);
+  return given;
 }
 
 /** Whether a path of a snapshot is reached there without following links. */
 const isInside = (snapshot: string, path: string) => path.split("/").slice(1, -1).every((_, i, all) => !lstatSync(join(snapshot, ...all.slice(0, i + 1)), { throwIfNoEntry: false })?.isSymbolicLink());
 
-const GUARDED_CHAINS = 200;
-
-/** What a verb gets of its arguments, each of which is allowed, as the place is now. Errors: Refused. */
-async function fitting(verb: Verb, args: string[], said: Guarded): Promise<string[]> {
-  const recorded = (folder: Folder, text: string) => {
-    if (folder.record.chains.size >= GUARDED_CHAINS && !folder.record.chains.has(folder.prefix)) refuse("more prefixes than a guarded key can have in a folder");
-    return JSON.stringify(guardedRecord(text, folder, said.o.source));
-  };
-  if (verb === WRITE_RECORD || verb === DISCARD) {
-    const [header, key = "", value = ""] = args.slice(-3);
-    if (verb === WRITE_RECORD) prefixArgument(/^,("(?:[^"\\]|\\.)*"): $/.test(key) ? (JSON.parse(key.slice(1, -2)) as string) : "/", said);
-    const folder = await lookedAt(said, "folder");
-    if (verb === DISCARD && folder.chain.receiving !== args[3]) refuse(`${args[3]} was not left by a broken transfer`);
-    return [...args.slice(0, -3), ...(header === "" ? ["", "", ""] : [RECORD_HEADER, recordKey(folder.prefix), recorded(folder, value)])];
-  }
-  if (verb === RAW.commit || verb === RAW.delete) {
-    const { entries, store } = await lookedAt(said, "raw");
-    const [object = "", ...others] = args.slice(3);
-    if (verb === RAW.commit && (entries.has(object) || entries.has(object + SUM))) refuse(`${object} is there`);
-    // Of two streams with the same data either can stand for it, and what builds on it would build on the new one.
-    const uuid = STREAM.exec(object)?.[8] ?? "";
-    if (verb === RAW.commit && store?.streams.some((stream) => stream.readonly && stream.receivedUuid === uuid)) refuse(`${uuid} is stored already`);
-    const debris = new Set([...(store?.debris.entries() ?? [])].flatMap(([name, objects]) => (parseName(name, said.prefix) === null ? [] : objects)));
-    if (verb === RAW.delete && !said.o.allowDelete) for (const one of [object, ...others]) if (!debris.has(one)) refuse(`${one} was not left by a broken transfer (--allow-delete)`);
-    if (verb === RAW.commit) return [...args.slice(0, 6), args[6] ?? "", args[7] ?? "", uuid];
-  }
-  if (verb === DELETE) {
-    const names = args.slice(4).map((name) => datedArgument(name.slice(2), said));
-    const { standing } = await lookedAt(said, "folder");
-    const newest = (prefix: string) => standing.filter(({ name, readonly }) => readonly && parseName(name, prefix) !== null).reduce((last, one) => (one.id > last.id ? one : last), NO_SUBVOLUME as Entry).name;
-    if (said.o.source) for (const name of names) if (newest(prefixOf(name) as string) === name) refuse(`${name} is the newest snapshot`);
-  }
-  if (verb === RECEIVE && args[6] === "") return [...args.slice(0, 6), "", "", "", "", ...args.slice(10)];
-  if (verb === VERSIONS) return [...args.slice(0, 4), ...args.slice(4).filter((name) => isInside(join(said.folder, name), args[3] as string))];
-  return args;
+/** Only snapshots in which the path leads through no link. */
+async function versionsAgain(given: ArgumentsOf<typeof VERSIONS>, { folder }: Guarded): Promise<typeof given> {
+  return { ...given, names: given.names.filter((name) => isInside(join(folder, name), given.inner)) };
 }
 
-/** Reads an ssh command, and checks all of it. Errors: Refused. */
-export async function permitted(text: string, o: GuardOptions): Promise<{ verb: Verb; args: string[]; said: Guarded }> {
-  const { name, sudo, args } = parseCommand(text);
-  const { verb, rights, args: checks, rest } = GUARDED.get(name) ?? refuse(`the verb ${name}`);
-  const granted: readonly Right[] = [o.source ? "source" : "add", ...(o.allowRead ? ["read" as const] : []), ...(o.allowDelete ? ["delete" as const] : [])];
-  if (!rights.some((right) => granted.includes(right))) refuse(`${name} needs ${rights.map((right) => RIGHTS[right]).join(" or ")}`);
-  if (args.length < checks.length || (args.length > checks.length && rest === undefined)) refuse(`${name} with ${args.length} arguments, as another version has them`);
-  const said: Guarded = { o, sudo, folder: "", prefix: "" };
-  const checked = args.map((value, i) => ((checks[i] ?? rest) as ArgumentCheck)(value, said));
-  return { verb, args: await fitting(verb, checked, said), said };
+/** The source itself, or a snapshot in the folder. */
+const VERSION_OF: ArgumentRule = (value, said) => (value === "." && said.o.source ? value : STANDING(value, said));
+
+const FILE: ArgumentRule = (value, said) => {
+  PLACE_RULE(dirname(value), said);
+  return INNER(value, said);
+};
+
+const RECORD_PARTS = { header: RECORDED.header, key: RECORDED.key, beginning: ONE_LINE, rest: ONE_LINE };
+const KEPT_PART = { part: PART_RULE, sum: SHA256, bytes: BYTES, kept: BYTES };
+const SOURCE_OR_NONE = perhaps(SOURCE_RULE);
+const PARENT = perhaps(STANDING);
+
+/** What a key may run. A verb that is not here is refused. */
+const GUARDED: ReadonlyMap<string, Use> = new Map([
+  use(OPEN, ["add", "source"], { nonce: NONCE, wait: LOCK_WAIT, folder: PLACE_RULE, prefix: PREFIX_RULE, source: SOURCE_OR_NONE, kind: oneOf("", "streams", "known"), silence: SECONDS }, { serve: openServed }),
+  use(CREATE, ["add", "source"], { ...AT, prefix: PREFIX_RULE }),
+  use(WRITE_RECORD, ["add", "source"], { ...AT, ...RECORDED }, { again: recordAgain }),
+  use(RECEIVE, ["add"], { flag: FLAG, ...AT, level: LEVEL, holder: HOLDER, prefix: PREFIX_RULE, ...RECORD_PARTS, ...KEPT_PART }, { serve: receiveServed }),
+  use(KEPT, ["add"], { ...AT, prefix: PREFIX_RULE, object: OBJECT }),
+  use(TIDY, ["add"], { ...AT, prefix: PREFIX_RULE }),
+  use(DISCARD, ["add"], { ...AT, prefix: PREFIX_RULE, name: DATED, ...RECORDED }, { again: discardAgain }),
+  use(RAW.put, ["add"], { ...AT, lock: PREFIX_RULE, object: PART_RULE, holder: HOLDER, size: perhaps(BYTES) }),
+  use(RAW.commit, ["add"], { ...AT, lock: PREFIX_RULE, object: OBJECT, sum: SHA256, bytes: BYTES, part: PART_RULE, kept: BYTES, uuid: notGiven }, { again: commitAgain }),
+  use(RAW.delete, ["add", "delete"], { ...AT, lock: PREFIX_RULE, objects: ANY_OBJECT }, { again: dropAgain }),
+  use(RAW.get, ["read"], { ...AT, how: oneOf("", "sum"), holder: HOLDER, objects: ANY_OBJECT }),
+  use(DELETE, ["delete", "source"], { convert: oneOf("", "rw"), sync: oneOf("", "sync"), ...AT, names: LISTED_NAME }, { again: deleteAgain }),
+  use(RECEIVED, ["delete", "read"], { ...AT, names: LISTED_NAME }),
+  use(SHOW, ["source"], AT),
+  use(SNAPSHOT, ["source"], { source: SOURCE_RULE, ...AT, name: DATED }),
+  use(SEND, ["source", "read"], { flag: FLAG, ...AT, level: LEVEL, protocol: like(/^[12]?$/), holder: HOLDER, snapshot: STANDING, parent: PARENT, skip: perhaps(BYTES), sum: perhaps(SHA256) }),
+  use(ESTIMATE, ["source", "read"], { ...AT, snapshot: STANDING, parent: PARENT }),
+  use(SIZES, ["read"], { ...AT, names: LISTED_NAME }),
+  use(DIGEST, ["read"], { ...AT, snapshot: STANDING }),
+  use(LISTING, ["read"], { ...AT, snapshot: STANDING, format: oneOf(STAT_FORMAT) }),
+  use(VERSIONS, ["read"], { ...AT, format: oneOf(STAT_FORMAT), inner: INNER, names: VERSION_OF }, { again: versionsAgain }),
+  use(TAKE, ["read"], { ...AT, snapshot: STANDING, inner: INNER }),
+  use(LOCATE, ["read"], { file: FILE }),
+]);
+
+// ── what is served otherwise than as it is ──
+
+/** Serves one command of an ssh key that may do no more than its options say. Returns the exit status. */
+export async function guard(o: GuardOptions): Promise<number> {
+  const text = process.env["SSH_ORIGINAL_COMMAND"] ?? "";
+  try {
+    const { serve } = await permitted(text, o);
+    return await serve();
+  } catch (error) {
+    if (!(error instanceof Refused)) throw error;
+    const client = process.env["SSH_CONNECTION"]?.split(" ")[0] ?? "nobody";
+    await shell`${`exec logger -t btrfs-backup -p auth.warning -- ${quote(`guard refused ${client}: ${error.message}: ${JSON.stringify(text.slice(-300))}`)}`}`;
+    process.stderr.write(`btrfs-backup guard: refused: ${error.message.replace(/[\x00-\x1f\x7f]/g, "?")}\n`);
+    return 65;
+  }
+}
+
+/** Opens a folder, and tells of it what concerns the key. */
+async function openServed(given: ArgumentsOf<typeof OPEN>, said: Guarded): Promise<number> {
+  const child = started(OPEN, given, said, ["inherit", "pipe"]);
+  const output = await printed(child, `\n${given.nonce} end\n`);
+  if (output !== null) process.stdout.write(narrowed(output, given.nonce, said.folder));
+  return (await child).exitCode ?? 1;
 }
 
 /** What `open` printed, without what concerns neither the folder nor the source. */
@@ -4348,33 +4921,6 @@ export function narrowed(output: string, nonce: string, folder: string): string 
   return parts.join(`\n${nonce} `);
 }
 
-/** Serves one command of an ssh key that may do no more than its options say. Returns the exit status. */
-export async function guard(o: GuardOptions): Promise<number> {
-  const text = process.env["SSH_ORIGINAL_COMMAND"] ?? "";
-  try {
-    const { verb, args, said } = await permitted(text, o);
-    const own = hostOf(null, { sshOptions: [], sudo: said.sudo, sshSudo: false });
-    const started = (args: readonly string[], stdin: "inherit" | "pipe", stdout: "inherit" | "pipe", stderr: "inherit" | "pipe" = "inherit") => {
-      const child = shell({ stdio: [stdin, stdout, stderr], env: { PATH: process.env["PATH"] ?? "" } })`${`exec ${commandFor(own, verb, args)}`}`;
-      running.add(() => sendSignal(child.pid as number, "SIGTERM"));
-      return child;
-    };
-    if (verb === RECEIVE) return await guardedReceive(args, said, (args) => started(args, "pipe", "inherit", args[0] === "-qC" ? "pipe" : "inherit"));
-    if (verb !== OPEN) return (await started(args, "inherit", "inherit")).exitCode ?? 1;
-    const child = started(args, "inherit", "pipe");
-    const [nonce = ""] = args;
-    const output = await printed(child, `\n${nonce} end\n`);
-    if (output !== null) process.stdout.write(narrowed(output, nonce, said.folder));
-    return (await child).exitCode ?? 1;
-  } catch (error) {
-    if (!(error instanceof Refused)) throw error;
-    const client = process.env["SSH_CONNECTION"]?.split(" ")[0] ?? "nobody";
-    await shell`${`exec logger -t btrfs-backup -p auth.warning -- ${quote(`guard refused ${client}: ${error.message}: ${JSON.stringify(text.slice(-300))}`)}`}`;
-    process.stderr.write(`btrfs-backup guard: refused: ${error.message.replace(/[\x00-\x1f\x7f]/g, "?")}\n`);
-    return 65;
-  }
-}
-
 /** All subvolumes of a folder's filesystem, without giving way to anything else meanwhile. Errors: Refused. */
 function listedNow(folder: string, sudo: boolean): Subvolume[] {
   const list = (...options: string[]) => {
@@ -4385,28 +4931,34 @@ function listedNow(folder: string, sudo: boolean): Subvolume[] {
   return parseSubvolumes(list("-u", "-q", "-R"), list("-r"));
 }
 
+/** A subvolume that a stream may begin, in a folder as it is now; returns the path of its parent in latin1, or null. Errors: Refused. */
+function begunIn(folder: Folder, announced: string | undefined, { sudo }: Guarded, name: string, uuid: string, parent: string | null): string | null {
+  if (parseName(name, folder.prefix) === null || (announced !== undefined && name !== announced) || folder.entries.has(name)) refuse(`the subvolume ${shown(name)}`);
+  // Now, not when the session began; and of the whole filesystem, since receive looks for UUIDs in all of it, whatever its chroot. What is
+  // received later by the same UUID comes behind: receive takes the first.
+  const all = listedNow(folder.path, sudo);
+  const having = (wanted: string) => all.filter((one) => one.uuid === wanted || one.receivedUuid === wanted);
+  if (having(uuid).length > 0) refuse(`the UUID ${uuid}, which is not new`);
+  if (parent === null) return null;
+  const [first, ...others] = having(parent);
+  const inFolder = first?.receivedUuid === parent && first.readonly && dirname(`/${first.path}`) === folder.top;
+  if (first === undefined || others.length > 0 || !inFolder || !isSubvolume(join(folder.path, basename(first.path)))) return refuse(`the parent ${parent}, which is not in the folder, or not alone`);
+  return Buffer.from(join(folder.path, basename(first.path))).toString("latin1");
+}
+
 /** Reads along a stream that is received. What is refused never gets to its end there. */
-async function guardedReceive([flag = "", path = "", fsid = "", level = "", holder = "", prefix = "", header = "", , beginning = "", rest = "", ...part]: readonly string[], said: Guarded, started: (args: readonly string[]) => ProcessPromise): Promise<number> {
+async function receiveServed(given: ArgumentsOf<typeof RECEIVE>, said: Guarded): Promise<number> {
+  const { folder: path, level, prefix, header, beginning, rest, part } = given;
   const folder = await lookedAt(said, "folder");
   const announced = header === "" ? null : guardedRecord(beginning + rest, folder, false);
   if (announced !== null && announced.receiving === undefined) refuse("a transfer without an announcement");
   const { receiving: name, ...settled } = announced ?? {};
-  const check = new StreamCheck((subvolume, uuid, parent) => {
-    if (parseName(subvolume, prefix) === null || (name !== undefined && subvolume !== name) || folder.entries.has(subvolume)) refuse(`the subvolume ${shown(subvolume)}`);
-    // Now, not when the session began; and of the whole filesystem, since receive looks for UUIDs in all of it, whatever its chroot. What is
-    // received later by the same UUID comes behind: receive takes the first.
-    const all = listedNow(folder.path, said.sudo);
-    const having = (wanted: string) => all.filter((one) => one.uuid === wanted || one.receivedUuid === wanted);
-    if (having(uuid).length > 0) refuse(`the UUID ${uuid}, which is not new`);
-    if (parent === null) return null;
-    const [first, ...others] = having(parent);
-    const inFolder = first?.receivedUuid === parent && first.readonly && dirname(`/${first.path}`) === folder.top;
-    if (first === undefined || others.length > 0 || !inFolder || !isSubvolume(join(folder.path, basename(first.path)))) return refuse(`the parent ${parent}, which is not in the folder, or not alone`);
-    return Buffer.from(join(folder.path, basename(first.path))).toString("latin1");
-  });
-  const record = announced === null ? ["", "", "", ""] : [RECORD_HEADER, recordKey(prefix), `{"receiving":${JSON.stringify(name)},`, JSON.stringify(settled).slice(1)];
-  const file = part[0] === undefined ? "inherit" : PART.test(`${part[0]}.part`) ? openSync(join(path, `.${part[0]}.part`), constants.O_RDONLY | constants.O_NOFOLLOW) : refuse(`the file ${shown(part[0])}`);
-  const child = started([`${flag}C`, path, fsid, "", holder, prefix, ...record, ...part]);
+  const check = new StreamCheck((...begun) => begunIn(folder, name, said, ...begun));
+  const record = announced === null ? { header: "", key: "", beginning: "", rest: "" } : { header: RECORD_HEADER, key: recordKey(prefix), beginning: `{"receiving":${JSON.stringify(name)},`, rest: JSON.stringify(settled).slice(1) };
+  if (part !== undefined && !PART.test(`${part}.part`)) refuse(`the file ${shown(part)}`);
+  const file = part === undefined ? "inherit" : openSync(join(path, `.${part}.part`), constants.O_RDONLY | constants.O_NOFOLLOW);
+  const flag = `${given.flag}C`;
+  const child = started(RECEIVE, { ...given, flag, level: "", ...record }, said, ["pipe", "inherit", flag === "-qC" ? "pipe" : "inherit"]);
   let over = false;
   let wake = () => {};
   child.stdin.on("drain", () => wake());
@@ -4433,7 +4985,281 @@ async function guardedReceive([flag = "", path = "", fsid = "", level = "", hold
   return exitCode ?? 1;
 }
 
-// ── 8. Command line ──────────────────────────────────────────────────────────────────────
+// ── what is checked of a stream ──
+
+// The commands of a send stream and their attributes: linux/fs/btrfs/send.h, and what send.c puts into each.
+const ATTRIBUTE = { uuid: 1, ctransid: 2, ino: 3, size: 4, mode: 5, uid: 6, gid: 7, rdev: 8, ctime: 9, mtime: 10, atime: 11, otime: 12, xattrName: 13, xattrData: 14, path: 15, pathTo: 16, pathLink: 17, offset: 18, data: 19, cloneUuid: 20, cloneCtransid: 21, clonePath: 22, cloneOffset: 23, cloneLength: 24, fallocateMode: 25, flags: 26, unencodedFileLength: 27, unencodedLength: 28, unencodedOffset: 29, compression: 30, encryption: 31 } as const;
+type AttributeName = keyof typeof ATTRIBUTE;
+
+/** A command of a stream. `path` is what it concerns, in latin1; `value`: of an attribute that it must have; `given`: of one that it may have. */
+type Command = { readonly name: string; readonly path: string; readonly value: (attribute: AttributeName) => Buffer; readonly given: (attribute: AttributeName) => Buffer | undefined };
+
+/** The subvolume that a stream makes, as far as it was read. `opened`: the last path that could be opened: most commands concern the path of the one before. */
+type Making = { readonly tree: Tree; readonly sources: ReadonlyMap<string, Tree>; opened: string | null };
+
+/** Checks what a command does. Errors: Refused. */
+type CommandCheck = (command: Command, making: Making) => void;
+
+const plainFile = ({ name }: Command, tree: Tree, path: string) => void (tree.at(path).type === "other" || refuse(`${name}: ${JSON.stringify(path)} is no plain file`));
+
+/** It opens its path, and follows a link for it. */
+const opens: CommandCheck = (command, making) => {
+  if (command.path === making.opened) return;
+  plainFile(command, making.tree, command.path);
+  making.opened = command.path;
+};
+
+/** It changes its path as it is. Of these commands, only chmod follows a link. */
+const changes: CommandCheck = ({ name, path }, making) => {
+  if (path === making.opened) return;
+  if (making.tree.at(path).type === "link" && name === "chmod") refuse(`${name}: ${JSON.stringify(path)} is a symbolic link`);
+  making.opened = null;
+};
+
+const notItself = ({ name }: Command, path: string) => void (path !== "" || refuse(`${name}: the subvolume itself`));
+
+/** It makes its path, which is from then on `what` is found. */
+const makes = (what: (command: Command, tree: Tree) => Branch): CommandCheck => (command, making) => {
+  making.opened = null;
+  notItself(command, command.path);
+  making.tree.put(command.path, what(command, making.tree));
+};
+
+/** creat(2) follows links. */
+const makesFile: CommandCheck = (command, making) => {
+  notItself(command, command.path);
+  plainFile(command, making.tree, command.path);
+  makes(() => NOTHING)(command, making);
+};
+
+/** Between two names of one inode rename(2) does nothing: what was there would stay, unknown. btrfs send makes the name free first. */
+const renames: CommandCheck = (command, making) => {
+  const { tree } = making;
+  making.opened = null;
+  const to = streamPath(command.value("pathTo"));
+  notItself(command, command.path);
+  notItself(command, to);
+  const what = tree.at(command.path);
+  plainFile(command, tree, to);
+  tree.put(command.path, NOTHING);
+  tree.put(to, what);
+};
+
+const clones: CommandCheck = (command, making) => {
+  const from = making.sources.get(streamUuid(command.value("cloneUuid"))) ?? refuse("clone: from another subvolume");
+  if (!from.isThere()) refuse("clone: its parent is gone");
+  plainFile(command, from, streamPath(command.value("clonePath")));
+  opens(command, making);
+};
+
+/** What the kernel does not take as it is, receive unpacks itself, and trusts the lengths; LZO it cannot unpack safely at all. */
+const writesEncoded: CommandCheck = (command, making) => {
+  const [length, file, offset] = (["unencodedLength", "unencodedFileLength", "unencodedOffset"] as const).map((one) => streamNumber(command.value(one))) as [bigint, bigint, bigint];
+  const numberOf = (value: Buffer | undefined) => (value === undefined ? 0n : streamNumber(value));
+  const [compression, encryption] = [numberOf(command.given("compression")), numberOf(command.given("encryption"))];
+  if (length < 1n || length > 131072n || offset + file > length || encryption !== 0n || compression < 1n || compression > 2n)
+    refuse(`${command.name}: compression ${compression} of ${length} bytes (--protocol 1 sends without)`);
+  opens(command, making);
+};
+
+/** What there is to know of a command: the attributes that it needs and those that it may have, as bits, and its check. */
+type StreamCommand = { readonly name: string; readonly needs: number; readonly may: number; readonly check: CommandCheck | "begin" | "end" };
+const streamCommand = (name: string, check: StreamCommand["check"], needs: readonly AttributeName[], may: readonly AttributeName[] = []): StreamCommand => {
+  const bits = (names: readonly AttributeName[]) => names.reduce((sum, one) => sum | (1 << ATTRIBUTE[one]), 0);
+  return { name, check, needs: bits(needs), may: bits([...needs, ...may]) };
+};
+const SPECIAL_FILE = makes(() => SPECIAL);
+const NO_FILE = makes(() => NOTHING);
+const STREAM_COMMANDS: Readonly<Record<number, StreamCommand>> = {
+  1: streamCommand("subvol", "begin", ["path", "uuid", "ctransid"]),
+  2: streamCommand("snapshot", "begin", ["path", "uuid", "ctransid", "cloneUuid", "cloneCtransid"]),
+  3: streamCommand("mkfile", makesFile, ["path"], ["ino"]),
+  4: streamCommand("mkdir", NO_FILE, ["path"], ["ino"]),
+  5: streamCommand("mknod", SPECIAL_FILE, ["path", "rdev", "mode"], ["ino"]),
+  6: streamCommand("mkfifo", SPECIAL_FILE, ["path"], ["ino", "rdev", "mode"]),
+  7: streamCommand("mksock", SPECIAL_FILE, ["path"], ["ino", "rdev", "mode"]),
+  8: streamCommand("symlink", makes(() => LINK), ["path", "pathLink"], ["ino"]),
+  9: streamCommand("rename", renames, ["path", "pathTo"]),
+  10: streamCommand("link", makes(({ value }, tree) => tree.at(streamPath(value("pathLink")))), ["path", "pathLink"]),
+  11: streamCommand("unlink", NO_FILE, ["path"]),
+  12: streamCommand("rmdir", NO_FILE, ["path"]),
+  13: streamCommand("set_xattr", changes, ["path", "xattrName", "xattrData"]),
+  14: streamCommand("remove_xattr", changes, ["path", "xattrName"]),
+  15: streamCommand("write", opens, ["path", "offset", "data"]),
+  16: streamCommand("clone", clones, ["path", "offset", "cloneLength", "cloneUuid", "cloneCtransid", "clonePath", "cloneOffset"]),
+  17: streamCommand("truncate", opens, ["path", "size"]),
+  18: streamCommand("chmod", changes, ["path", "mode"]),
+  19: streamCommand("chown", changes, ["path", "uid", "gid"]),
+  20: streamCommand("utimes", changes, ["path", "atime", "mtime", "ctime"], ["otime"]),
+  21: streamCommand("end", "end", []),
+  23: streamCommand("fallocate", opens, ["path", "fallocateMode", "offset", "size"]),
+  24: streamCommand("fileattr", opens, ["path", "flags"]),
+  25: streamCommand("encoded_write", writesEncoded, ["path", "offset", "unencodedFileLength", "unencodedLength", "unencodedOffset", "data"], ["compression", "encryption"]),
+};
+const STREAM_HEADER = 10; // bytes: length, command, CRC
+const STREAM_MAGIC = Buffer.from("btrfs-stream\0");
+/** The longest command in bytes, by protocol: 64 KiB, and for protocol 2 what encoded data of 128 KiB need at any page size. */
+const LONGEST_COMMAND = [0, 64 * 1024, 256 * 1024] as const;
+
+/** What a name in the tree that a stream builds stands for: where it comes from on the disk, and what the stream itself has put there. */
+type Branch = { readonly type: "link" | "special" | "other"; readonly origin: string | null; readonly children: Map<string, Branch> };
+const directory = (origin: string | null): Branch => ({ type: "other", origin, children: new Map() });
+// There is nothing to look for behind these: each is one object, since a stream can have millions.
+const [NOTHING, LINK, SPECIAL] = (["other", "link", "special"] as const).map((type): Branch => ({ type, origin: null, children: new Map() })) as [Branch, Branch, Branch];
+
+const TREE_SIZE = 2_000_000; // names, of some 300 bytes each: a flood ends before the server's memory does
+
+/**
+ * The symbolic links, devices, fifos and sockets of a tree that begins as the one at `origin` (a path in latin1,
+ * null for an empty one), and is changed by a stream's commands. All else need not be remembered.
+ */
+class Tree {
+  readonly #root: Branch;
+  readonly #device: number | null;
+  #size = 0;
+  constructor(origin: string | null) {
+    this.#root = directory(origin);
+    this.#device = origin === null ? null : lstatSync(Buffer.from(origin, "latin1")).dev;
+  }
+  /** Whether the subvolume that it began as is still the one by that name. */
+  isThere(): boolean {
+    return this.#root.origin === null || lstatSync(Buffer.from(this.#root.origin, "latin1"), { throwIfNoEntry: false })?.dev === this.#device;
+  }
+  #child(parent: Branch, name: string): Branch {
+    const known = parent.children.get(name);
+    if (known !== undefined || parent.origin === null) return known ?? NOTHING;
+    const path = `${parent.origin}/${name}`;
+    const bytes = Buffer.from(path, "latin1");
+    if ("Deno" in globalThis && bytes.toString().includes("\ufffd")) refuse(`the path ${JSON.stringify(path)}, which Deno cannot look at`);
+    const found = lstatSync(bytes, { throwIfNoEntry: false });
+    return found === undefined || found.isFile() ? NOTHING : found.isDirectory() ? directory(path) : found.isSymbolicLink() ? LINK : SPECIAL;
+  }
+  /** What a path leads to. Errors: Refused where it goes through a link. */
+  at(path: string): Branch {
+    let here = this.#root;
+    for (const name of path === "" ? [] : path.split("/")) {
+      if (here.type !== "other") refuse(`${JSON.stringify(path)} leads through a symbolic link`);
+      here = this.#child(here, name);
+    }
+    return here;
+  }
+  /** Puts something at a path, or nothing. */
+  put(path: string, what: Branch): void {
+    const names = path.split("/");
+    const last = names.pop() as string;
+    if (this.at(path) === NOTHING && what === NOTHING) return;
+    let here = this.#root;
+    for (const name of names) {
+      const next = this.#child(here, name);
+      const kept = next === NOTHING ? directory(null) : next;
+      if (here.children.get(name) !== kept) this.#size++;
+      here.children.set(name, kept);
+      here = kept;
+    }
+    if (++this.#size > TREE_SIZE) refuse("more links and devices than can be remembered");
+    if (what === NOTHING && here.origin === null) here.children.delete(last);
+    else here.children.set(last, what);
+  }
+}
+
+/**
+ * Reads along a send stream, and refuses what `btrfs send` would not send, and what could reach out of the one subvolume
+ * that it makes: receive follows links, and opens devices. `begins`: gets that subvolume's name, its UUID, and its parent's (null in full),
+ * and returns the parent's path. The end is held back until nothing follows. Errors: Refused.
+ */
+export class StreamCheck {
+  #rest = Buffer.alloc(0);
+  #protocol = 0;
+  #ended: Buffer | null = null;
+  #making: Making | null = null;
+  constructor(readonly begins: (name: string, uuid: string, parent: string | null) => string | null) {}
+
+  /** Takes bytes, and returns those that may go on. */
+  push(chunk: Buffer): Buffer {
+    if (this.#ended !== null) refuse("something follows the stream's end");
+    const bytes = this.#rest.length === 0 ? chunk : Buffer.concat([this.#rest, chunk]);
+    let at = 0;
+    if (this.#protocol === 0) {
+      const known = Math.min(bytes.length, STREAM_MAGIC.length);
+      if (!bytes.subarray(0, known).equals(STREAM_MAGIC.subarray(0, known))) refuse("this is no send stream");
+      if (bytes.length < STREAM_MAGIC.length + 4) return this.#passing(bytes, 0);
+      this.#protocol = bytes.readUInt32LE(STREAM_MAGIC.length);
+      if (this.#protocol !== 1 && this.#protocol !== 2) refuse(`a stream of protocol ${this.#protocol}`);
+      at = STREAM_MAGIC.length + 4;
+    }
+    while (this.#ended === null && bytes.length - at >= STREAM_HEADER) {
+      const [length, code] = [bytes.readUInt32LE(at) + STREAM_HEADER, bytes.readUInt16LE(at + 4)];
+      if (length > (LONGEST_COMMAND[this.#protocol] as number)) refuse(`a command of ${length} bytes`);
+      if (bytes.length - at < length) break;
+      const command = STREAM_COMMANDS[code] ?? refuse(`the unknown command ${code}`);
+      this.#check(command, bytes.subarray(at + STREAM_HEADER, at + length));
+      if (command.check !== "end") at += length;
+      else if (bytes.length > at + length) refuse("something follows the stream's end");
+      else this.#ended = bytes.subarray(at);
+    }
+    return this.#passing(bytes, at);
+  }
+
+  /** What is left when the stream has ended. */
+  finish(): Buffer {
+    return this.#ended ?? refuse("the stream is not complete");
+  }
+
+  #passing(bytes: Buffer, end: number): Buffer {
+    this.#rest = Buffer.from(bytes.subarray(end));
+    return bytes.subarray(0, end);
+  }
+
+  #check({ name, check, needs, may }: StreamCommand, body: Buffer): void {
+    const values = this.#attributes(name, body);
+    const seen = values.reduce((bits, _, type) => bits | (1 << type), 0);
+    if ((seen & needs) !== needs || (seen & ~may) !== 0) refuse(`${name}: other attributes than it has`);
+    if (check === "end") return void (this.#making ?? refuse("it does not begin with a subvolume"));
+    const value = (attribute: AttributeName) => values[ATTRIBUTE[attribute]] as Buffer;
+    const command = { name, path: streamPath(value("path")), value, given: value };
+    if (check === "begin") this.#making = this.#begun(command);
+    else check(command, this.#making ?? refuse("it does not begin with a subvolume"));
+  }
+
+  /** The attributes of a command, by their numbers. */
+  #attributes(name: string, body: Buffer): Buffer[] {
+    const values: Buffer[] = [];
+    for (let at = 0; at < body.length; ) {
+      // In protocol 2, data have no length of their own: they are the rest of the command.
+      const head = this.#protocol === 2 && body.length - at >= 2 && body.readUInt16LE(at) === ATTRIBUTE.data ? 2 : 4;
+      if (body.length - at < head) refuse(`${name}: an attribute is cut short`);
+      const type = body.readUInt16LE(at);
+      const end = head === 2 ? body.length : at + head + body.readUInt16LE(at + 2);
+      if (type < 1 || type > 31 || end > body.length || values[type] !== undefined) refuse(`${name}: an attribute that is unknown, cut short, or there twice`);
+      values[type] = body.subarray(at + head, end);
+      at = end;
+    }
+    return values;
+  }
+
+  #begun({ name, path, value }: Command): Making {
+    if (this.#making !== null) refuse("a second subvolume");
+    const uuid = streamUuid(value("uuid"));
+    const parent = name === "snapshot" ? streamUuid(value("cloneUuid")) : null;
+    const origin = this.begins(Buffer.from(path, "latin1").toString(), uuid, parent);
+    const tree = new Tree(origin);
+    const sources = new Map([...(parent === null ? [] : [[parent, new Tree(origin)] as const]), [uuid, tree]]);
+    return { tree, sources, opened: null };
+  }
+}
+
+const streamNumber = (bytes: Buffer) => (bytes.length === 8 ? bytes.readBigUInt64LE() : bytes.length === 4 ? BigInt(bytes.readUInt32LE()) : refuse("a number of another length"));
+
+const streamUuid = (bytes: Buffer) => bytes.toString("hex").replace(/^(.{8})(.{4})(.{4})(.{4})(.{12})$/, "$1-$2-$3-$4-$5");
+
+/** A path below the subvolume that a stream makes, in latin1; empty for itself. Errors: Refused for all others. */
+function streamPath(bytes: Buffer): string {
+  const path = bytes.toString("latin1");
+  if (path.includes("\0") || path.length > 4096 || (path !== "" && path.split("/").some((name) => name === "" || name === "." || name === ".."))) refuse(`the path ${JSON.stringify(path.slice(0, 200))}`);
+  return path;
+}
+
+// ── 9. Command line ──────────────────────────────────────────────────────────────────────
 
 const HOST_ARGUMENTS = {
   "ssh-opt": { type: "string", valueHint: "OPTION", description: "Passed to ssh as -o OPTION (repeatable)" },

@@ -36,7 +36,10 @@ import {
   table,
   UsageError,
   type Verb,
+  oneLine,
+  sh,
   VERBS,
+  wordsFor,
 } from "../btrfs-backup.ts";
 
 const U = (n: number) => `${String(n).padStart(8, "0")}-aaaa-bbbb-cccc-0123456789ab`;
@@ -428,14 +431,66 @@ describe("commands for other hosts", () => {
   });
 });
 
-describe.each(VERBS.map((verb) => [verb.name, verb.script] as const))("the verb %s", (_, script) => {
+/** What bash makes of a script: the same text for all that mean the same. */
+const understoodByBash = (script: string) => spawnSync("bash", ["-c", `f() {\n${script}\n}; declare -f f`]).stdout.toString();
+
+// What shellcheck says of scripts that are right, and why they are. What concerns one line stands there.
+const EXCEPTIONS = {
+  SC2034: "a parameter has a name, for those who call the verb, also where the script does not use it",
+  SC2015: "`a && b || c`: c is what must happen if b is not so",
+  SC3013: "`-ef`, which dash, ash and bash know, takes no process",
+};
+
+describe.each(VERBS.map((verb) => [verb.name, verb] as const))("the verb %s", (_, { script, written }) => {
   test("holds nothing that a login shell could trip over, and fits into one argument", () => {
     expect(script).not.toMatch(/['\\!\n\r\0]/);
     expect(Buffer.byteLength(script)).toBeLessThan(28 * 1024); // of 128 KiB, 100 are for values
   });
+  test("means the same in one line as it is written", () => {
+    expect(understoodByBash(script)).toBe(understoodByBash(written));
+    expect(understoodByBash(script)).toStartWith("f () \n{");
+  });
   test.each(["bash --posix", "dash", "busybox ash"])("is a script that %s can read", (shell) => {
     const [program = "", ...options] = shell.split(" ");
-    expect(spawnSync(program, [...options, "-n", "-c", script]).stderr.toString()).toBe("");
+    for (const text of [script, written]) expect(spawnSync(program, [...options, "-n", "-c", text]).stderr.toString()).toBe("");
+  });
+  test("is one that shellcheck has nothing against", () => {
+    const { status, stdout } = spawnSync("shellcheck", ["-s", "sh", "-e", Object.keys(EXCEPTIONS).join(), "-"], { input: written });
+    expect([status, stdout.toString()]).toEqual([0, ""]);
+  });
+});
+
+describe("a script", () => {
+  test.each<[string, string]>([
+    ["a\n  b", "a; b"],
+    ["# why\n\na\n  # and why\nb", "a; b"],
+    ["if a; then\n  b\nelse\n  c\nfi\nd", "if a; then b; else c; fi; d"],
+    ["f() {\n  a &&\n    b ||\n    c\n}\nf", "f() { a && b || c; }; f"],
+    ["case $1 in\n  a) b;;\n  c)\n    d\n    e\n    ;;\nesac\nf", "case $1 in a) b;; c) d; e ;; esac; f"],
+    ["( cd x\n  y )\nz", "( cd x; y ); z"],
+    ["(\n  a\n) |\n  b", "( a; ) | b"],
+    ["x=$(a)\ny &\nz", "x=$(a); y & z"],
+    ["while a; do\n  b\ndone <f\nc", "while a; do b; done <f; c"],
+  ])("%j goes over the wire as %j", (written, line) => {
+    expect(oneLine(written)).toBe(line);
+    expect(understoodByBash(written)).toBe(understoodByBash(line));
+  });
+
+  test("that a login shell could trip over, or whose comment would hide what follows, is an error when the file is loaded", () => {
+    const script = (text: string) => sh(Object.assign([text], { raw: [text] }));
+    for (const fine of ["# it's fine!", "a $# ${x#y} \"${x##*/}\"", "  # a"]) expect(script(fine)).toBe(fine);
+    for (const wrong of ["it's", "a\\b", "! a", "a # b", "a; #b", "a\n  'b'", "a &&\t# b"]) expect(() => script(wrong)).toThrow("cannot hold");
+  });
+
+  test("gets its parameters by name, in their order; what may be left out ends with the last that is given", () => {
+    const named = { takes: "a b? c?", name: "n", script: "", written: "" } as const;
+    expect(wordsFor(named, { a: "1" })).toEqual(["1"]);
+    expect(wordsFor(named, { c: "3", a: "1" })).toEqual(["1", "", "3"]);
+    expect(wordsFor({ ...named, takes: "a names..." } as const, { a: "", names: ["x", "y"] })).toEqual(["", "x", "y"]);
+    // @ts-expect-error one is missing
+    expect(wordsFor(named, {})).toEqual([]);
+    // @ts-expect-error one is misspelt
+    wordsFor(named, { a: "1", bb: "2" });
   });
 });
 
