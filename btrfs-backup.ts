@@ -5,7 +5,7 @@
 import { AsyncLocalStorage } from "node:async_hooks";
 import { spawn, spawnSync } from "node:child_process";
 import { createHash } from "node:crypto";
-import { accessSync, chmodSync, constants, createReadStream, lstatSync, mkdtempSync, openSync, readFileSync, readlinkSync, realpathSync, renameSync, rmSync, writeFileSync } from "node:fs";
+import { accessSync, chmodSync, closeSync, constants, createReadStream, fstatSync, lstatSync, mkdtempSync, openSync, readdirSync, readFileSync, readlinkSync, realpathSync, renameSync, rmSync, writeFileSync } from "node:fs";
 import { constants as osConstants, tmpdir } from "node:os";
 import { basename, dirname, join, normalize, resolve } from "node:path";
 import { parseArgs } from "node:util";
@@ -144,6 +144,15 @@ function groupBy<K, T>(all: readonly T[], keyOf: (one: T) => K): Map<K, T[]> {
   return groups;
 }
 
+/**
+ * Text as a person sees it, whoever wrote it: what would move a terminal's cursor, change its title or turn text around stands as
+ * an escape (C0 but for the line break, C1, and Unicode's bidirectional controls). All that is shown passes here; JSON escapes by itself.
+ */
+export const visible = (text: string) => text.replace(/[\x00-\x09\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069]/g, (c) => `\\u${c.charCodeAt(0).toString(16).padStart(4, "0")}`);
+
+/** Shows a command's result. */
+const print = (text: string) => void process.stdout.write(visible(text));
+
 const two = (n: number) => String(n).padStart(2, "0");
 
 /** `YYYYMMDD-HHMMSS` of a date in local time. */
@@ -247,12 +256,25 @@ export function parseDuration(text: string): { count: number; unit: Unit } {
   return { count: Number(match[1]), unit: match[2] as Unit };
 }
 
+/** Bytes with k, m or g for powers of 1024; null for any other text, and for none. */
+function bytesIn(text: string): number | null {
+  const [, number = "", unit = ""] = /^(\d+(?:\.\d+)?)([kmg]?)$/i.exec(text) ?? [];
+  const bytes = Math.floor(Number(number) * 1024 ** " kmg".indexOf(unit.toLowerCase() || " "));
+  return bytes < 1 || bytes > Number.MAX_SAFE_INTEGER ? null : bytes;
+}
+
 /** Reads a RATE in bytes a second, with k, m or g for powers of 1024. */
 export function parseRate(text: string): number {
-  const [, number = "", unit = ""] = /^(\d+(?:\.\d+)?)([kmg]?)$/i.exec(text) ?? [];
-  const rate = Math.floor(Number(number) * 1024 ** " kmg".indexOf(unit.toLowerCase() || " "));
-  if (rate < 1 || rate > Number.MAX_SAFE_INTEGER) throw new UsageError(`"${text}" is not a rate: bytes a second, with k, m or g for powers of 1024`);
+  const rate = bytesIn(text);
+  if (rate === null) throw new UsageError(`"${text}" is not a rate: bytes a second, with k, m or g for powers of 1024`);
   return rate;
+}
+
+/** Reads a SIZE in bytes, with k, m or g for powers of 1024. */
+export function parseSize(text: string): number {
+  const bytes = bytesIn(text);
+  if (bytes === null) throw new UsageError(`"${text}" is not a size: bytes, with k, m or g for powers of 1024`);
+  return bytes;
 }
 
 /** When a stored chain ends: after a number of streams, or a time; never for 0. */
@@ -470,8 +492,17 @@ function byUuid<T extends Subvolume>(all: readonly T[]): Map<string, T> {
 
 // ── 2. Hosts ─────────────────────────────────────────────────────────────────────────────
 
-/** Where verbs run: here (`ssh` is null) or through the ssh command given. Every `beat` seconds what holds a lock there is told that we live. */
-export type Host = { readonly label: string; readonly ssh: readonly string[] | null; readonly sudo: boolean; readonly beat: number };
+/**
+ * Where verbs run: here (`ssh` is null) or through the ssh command given. Every `beat` seconds what holds a lock there is told that we
+ * live. `fence`: in which mount namespace.
+ */
+export type Host = { readonly label: string; readonly ssh: readonly string[] | null; readonly sudo: boolean; readonly beat: number; readonly fence?: Fence };
+
+/**
+ * In a mount namespace of its own, a verb works behind the fence (see PRELUDE). `try`: in one where it can be had, for verbs that
+ * tell whether it could; `own`: in a new one, or not at all; `pid`: in the one of the process that holds a folder.
+ */
+export type Fence = "try" | "own" | { readonly pid: string };
 
 /** A constant POSIX script; what it works on comes as positional parameters. */
 export type Verb = { readonly name: string; readonly script: string };
@@ -578,7 +609,7 @@ export const log = createConsola({
     {
       log({ type, args }) {
         const colour = !process.stderr.isTTY || process.env["NO_COLOR"] ? null : ({ error: "31", warn: "33", debug: "2" }[type as string] ?? "36");
-        terminal.write(`${colour === null ? `[${type}]` : `\x1b[${colour}m[${type}]\x1b[0m`} ${args.join(" ")}\n`);
+        terminal.write(`${colour === null ? `[${type}]` : `\x1b[${colour}m[${type}]\x1b[0m`} ${visible(args.join(" "))}\n`);
       },
     },
   ],
@@ -590,7 +621,10 @@ const shell = $({ shell: "/bin/sh", prefix: "", postfix: "", quote: (word) => wo
 let privateDirectory: string | null = null;
 /** A directory for control sockets and the like, gone at exit; short, since a socket's path must be. */
 function runtimeDirectory(): string {
-  const candidates = [process.env["XDG_RUNTIME_DIR"], "/run", tmpdir(), "/tmp"];
+  // A root that came from a user's session can still have that user's.
+  const own = process.env["XDG_RUNTIME_DIR"];
+  const isOwn = own !== undefined && lstatSync(own, { throwIfNoEntry: false })?.uid === process.getuid?.();
+  const candidates = [isOwn ? own : undefined, "/run", tmpdir(), "/tmp"];
   for (const parent of privateDirectory === null ? candidates : []) {
     try {
       if (parent && parent.length < 40) privateDirectory = mkdtempSync(join(parent, "btrfs-backup-"));
@@ -612,23 +646,60 @@ export function hostOf(name: HostName | null, options: { sshOptions: readonly st
   if (name === null) return { label: "", ssh: null, sudo: options.sudo, beat };
   // The first value of an ssh option wins: the user's stand before ours.
   const ours = ["ControlMaster=auto", `ControlPath=${runtimeDirectory()}/%C`, "ControlPersist=no", "ServerAliveInterval=15", "ServerAliveCountMax=2", "ConnectTimeout=15"];
+  // What a user's configuration lends to hosts that people log in to is not for one that may be hostile.
+  ours.push("ForwardAgent=no", "ForwardX11=no", "ClearAllForwardings=yes", "PermitLocalCommand=no");
   const words = ["ssh", ...[...options.sshOptions, ...ours].flatMap((option) => ["-o", option])];
   if (name.port !== null) words.push("-p", name.port);
   if (name.user !== null) words.push("-l", name.user);
   return { label: `${name.user === null ? "" : `${name.user}@`}${name.name}`, ssh: [...words, "--", name.name], sudo: options.sshSudo, beat };
 }
 
+/** A host, where what runs sees its mounts as everybody does. */
+const LOCAL: Host = { label: "", ssh: null, sudo: false, beat: 15 };
+
+const plainHost = ({ fence: _, ...host }: Host): Host => host;
+
 const sameHost = (a: Host, b: Host) => JSON.stringify(a.ssh) === JSON.stringify(b.ssh);
 
 /** What tells a verb's process from others, as in ps(1). */
 const titleOf = ({ name }: Verb) => quote(`btrfs-backup:${name}`);
 
-/** What a verb's script gets: the first word says whether btrfs is to run under sudo. */
-const scriptArguments = (host: Host, args: readonly string[]) => [host.sudo ? "sudo" : "", ...args].map(quote).join(" ");
+/** The first word that a verb's script gets: "sudo" has btrfs run under it, "fence" says that the mount namespace is its own. */
+const modeOf = ({ sudo, fence }: Host) => (sudo ? "sudo" : fence === undefined ? "" : "fence");
+
+/** What a verb's script gets. */
+const scriptArguments = (host: Host, args: readonly string[]) => [modeOf(host), ...args].map(quote).join(" ");
+
+const UNSHARE = "unshare -m --propagation slave --";
+
+/** What tells TRY from verbs. */
+const TRYING = "btrfs-backup";
+
+/** Runs `sh -c SCRIPT TITLE MODE ARGUMENT...` in a mount namespace of its own where root can have one, with the mode "try". */
+const TRY = sh`
+  script=$1 title=$2
+  shift 2
+  while read -r field real user others; do
+    if [ "$field" = Uid: ]; then break; fi
+  done </proc/self/status
+  if [ "$user" = 0 ] && ${UNSHARE} true 2>/dev/null; then
+    exec ${UNSHARE} sh -c "$script" "$title" try "$@"
+  fi
+  exec sh -c "$script" "$title" "" "$@"
+`;
+
+/** The words of a command that runs a verb on a host, for its login shell. */
+function verbText(host: Host, verb: Verb, args: readonly string[]): string {
+  const { sudo, fence } = host;
+  if (fence === "try" && !sudo) return `sh -c ${quote(oneLine(TRY))} ${quote(TRYING)} ${quote(verb.script)} ${titleOf(verb)} ${args.map(quote).join(" ")}`;
+  const text = `sh -c ${quote(verb.script)} ${titleOf(verb)} ${scriptArguments(host, args)}`;
+  if (sudo || fence === undefined || fence === "try") return text;
+  return fence === "own" ? `${UNSHARE} ${text}` : `nsenter -t ${fence.pid} -m -- ${text}`;
+}
 
 /** The shell text that runs a verb on a host. Local and ssh differ nowhere else. */
 export function commandFor(host: Host, verb: Verb, args: readonly string[]): string {
-  const text = `sh -c ${quote(verb.script)} ${titleOf(verb)} ${scriptArguments(host, args)}`;
+  const text = verbText(host, verb, args);
   if (host.ssh === null) return text;
   if (/[\n\r]/.test(text)) throw new Failure(`${host.label}: a name with a line break cannot be used on another host`);
   return [...host.ssh, text].map(quote).join(" ");
@@ -678,10 +749,11 @@ function start<V extends Declared>(host: Host, verb: V, given: ArgumentsOf<V>): 
   const args = wordsFor(verb, given);
   checkInterruption();
   log.debug(`${host.label === "" ? "" : `${host.label}: `}${verb.name} ${args.map(shellWord).join(" ")}`);
+  const local = host.ssh === null;
+  const plain = local && host.fence === undefined;
   // Ctrl-C at a terminal reaches every child there: these are ended by us, after cleaning up. A
   // verb has a process group of its own; ssh stays where it can ask for a passphrase.
-  const local = host.ssh === null;
-  const child = shell({ stdio: ["pipe", "pipe", "pipe"], detached: local })`${`trap "" INT HUP; ${local ? `: ${titleOf(verb)}; set -- ${scriptArguments(host, args)}; ${verb.script}` : `exec ${commandFor(host, verb, args)}`}`}`;
+  const child = shell({ stdio: ["pipe", "pipe", "pipe"], detached: local })`${`trap "" INT HUP; ${plain ? `: ${titleOf(verb)}; set -- ${scriptArguments(host, args)}; ${verb.script}` : `exec ${commandFor(host, verb, args)}`}`}`;
   child.stdin.on("error", () => {}); // gone before we were: its exit status tells
   return { process: child, stop: () => sendSignal(local ? -(child.pid as number) : (child.pid as number), "SIGTERM") };
 }
@@ -771,9 +843,9 @@ function printed(child: ProcessPromise, end: string, seen?: Seen): Promise<strin
 
 /**
  * One process of a pipeline. `shown`: its stderr goes to the terminal, not into the error; `measured`: its bytes
- * count, not the first one's; `tells`: what it writes to descriptor 5 is returned; `counts`: gets the numbers that it writes to stderr, and null at the end.
+ * count, not the first one's; `sends`: what it says does not tell that the receiving side is full; `tells`: what it writes to descriptor 5 is returned; `counts`: gets the numbers that it writes to stderr, and null at the end.
  */
-export type Stage = { readonly label: string; readonly command: string; readonly shown?: boolean; readonly measured?: boolean; readonly tells?: boolean; readonly counts?: (bytes: number | null) => void };
+export type Stage = { readonly label: string; readonly command: string; readonly shown?: boolean; readonly measured?: boolean; readonly sends?: boolean; readonly tells?: boolean; readonly counts?: (bytes: number | null) => void };
 
 /** What a pipeline has to do with others: it reads from a file, or its last stage feeds process groups, which are killed before it ends badly. */
 type Joint = { readonly input?: string; readonly feeds?: readonly number[] };
@@ -806,9 +878,10 @@ function flow(stages: readonly Stage[], environment: Record<string, string>, { i
   log.debug(`pipeline: ${stages.map(({ command }) => command).join(" | ")}`);
   const child = shell({ detached: true, stdio: ["ignore", "ignore", "pipe"], env: { ...process.env, ...environment } })`${`exec 3>&2 <${quote(input)}; ${texts.join(" | ")}`}`;
   const counts = stages.find((stage) => stage.counts)?.counts;
+  const said = new TextDecoder();
   child.stderr.on("data", (chunk: Buffer) => {
     const numbers = counts === undefined ? null : /^(?:\d+\s+)+$/.exec(chunk.toString());
-    if (numbers === null) terminal.write(chunk);
+    if (numbers === null) terminal.write(visible(said.decode(chunk, { stream: true })));
     else counts?.(Number(numbers[0].trim().split(/\s+/).at(-1)));
   });
   const group = child.pid as number;
@@ -848,7 +921,8 @@ function outcome(stages: readonly Stage[], directory: string, kill: () => void):
   // What the others say is mostly that a pipe broke, but "mostly" is not enough to hide it.
   const said = [culprit, ...errors.keys()].filter((i, at, all) => all.indexOf(i) === at && errors[i]).map((i) => (i === culprit ? errors[i] : `(${stages[i]?.label}: ${errors[i]})`));
   const message = `${name} ${how}${said.length > 0 ? `: ${said.join(" ")}` : ""}`;
-  if (/No space left on device|quota exceeded/i.test(errors.join("\n"))) throw new NoSpace(message);
+  const receiving = errors.filter((_, i) => !stages[i]?.sends);
+  if (/No space left on device|quota exceeded/i.test(receiving.join("\n"))) throw new NoSpace(message);
   throw status === 255 ? new Unreachable(message) : status === 77 ? new OtherStream(message) : culprit === -1 || status === 137 ? new Killed(message) : new Failure(message);
 }
 
@@ -878,8 +952,14 @@ const BTRFS_MAGIC = "9123683e";
 
 /**
  * What every verb begins with. A process costs more than a millisecond: what a shell can do itself, it does.
- * `b` is btrfs; `user_id` sets $user to the effective user's ID; `root` tells whether btrfs runs with root's rights; and
- * `at FOLDER FSID` enters a folder that was opened before, unless another filesystem or directory is there by now.
+ * `b` is btrfs; `user_id` sets $user to the effective user's ID; `root` tells whether btrfs runs with root's rights; `line` prints
+ * its parameter; `at FOLDER FSID` enters a folder that was opened before, unless another filesystem or directory is there by now,
+ * and behind the fence if the verb has a mount namespace of its own. $here is the folder's true path from then on.
+ *
+ * The fence: whoever can write in a folder can put a link or a device under any name there, at any moment. So root works below a
+ * bind of the root of the folder's mount (below a bind of the plain folder, incremental receives fail) on which the kernel follows
+ * no links and opens no devices. It is private, so that what is mounted elsewhere stays out; the other mounts are slaves, so that disks that
+ * are unmounted meanwhile are free. mount(8) accepts options that it does not know: what is true says mountinfo, proc(5).
  */
 const PRELUDE = sh`
   set -e +f
@@ -889,14 +969,18 @@ const PRELUDE = sh`
   LC_ALL=C
   export PATH LC_ALL
 
-  # The first parameter of every verb is "sudo" or empty.
-  su=$1
-  if [ "$1" = sudo ]; then
+  # The first parameter of every verb is its mode: "sudo", "fence", "try" (to have one), or empty.
+  mode=$1
+  su=
+  if [ "$mode" = sudo ]; then
+    su=sudo
     b() { sudo -n btrfs "$@"; }
   else
     b() { btrfs "$@"; }
   fi
   shift
+
+  line() { printf %s "$1"; echo; }
 
   user_id() {
     while read -r field real user others; do
@@ -905,11 +989,139 @@ const PRELUDE = sh`
   }
   root() { [ -n "$su" ] || { user_id; [ "$user" = 0 ]; }; }
 
+  # safe OWNER MODE: whether only root and we can change a directory, as stat(1) shows it. A sticky one lets nobody replace what is ours.
+  safe() {
+    user_id
+    case "$1 $2" in
+      "0 "d????????[tT]|"$user "d????????[tT]) ;;
+      "0 "d????-??-?|"$user "d????-??-?) ;;
+      *) return 1;;
+    esac
+  }
+  # ours: whether nobody else can give other subvolumes the names in the current directory. btrfs send, delete and show read links
+  # themselves (realpath(3)), which no mount can forbid.
+  # shellcheck disable=SC2046 # an owner and a mode
+  ours() { safe $(stat -c "%u %A" .); }
+
+  # delete_ids ID...: deletes subvolumes of this filesystem, whatever their names are. It takes a process for each; btrfs wants a subvolume
+  # to begin from, as the root of a mount is.
+  delete_ids() {
+    for id; do
+      case $PWD in
+        /proc/fs*) b subvolume delete -i "$id" /proc/fs;;
+        *) b subvolume delete -i "$id" /sys/class;;
+      esac
+    done
+  }
+  # delete_one PATH: deletes the subvolume that is there now, whatever gets its name meanwhile.
+  delete_one() {
+    if [ "$mode" = fence ]; then
+      id=$(cd "$1" && b inspect-internal rootid .)
+      delete_ids "$id"
+    else
+      b subvolume delete "$1"
+    fi
+  }
+
+  # into FILE [CONVERSION]: standard input becomes a new file, whatever others put in its place meanwhile: no link, device or FIFO is
+  # opened. The dd of busybox cannot do so: there the shell refuses what exists, and the fence most of what is no file.
+  into() {
+    if [ "$(command -v dd)" -ef "$(command -v busybox)" ]; then
+      (
+        set -C
+        exec 6>"$1"
+        [ -f /proc/self/fd/6 ] || { line "$here/$1 is not a plain file" >&2; exit 65; }
+        dd iflag=fullblock bs=1M \${2:+conv="$2"} 2>/dev/null >&6
+      )
+    else
+      dd iflag=fullblock bs=1M conv="excl\${2:+,$2}" oflag=nofollow status=none of="$1"
+    fi
+  }
+  # make FILE: an empty one, unless it is there. Another run may be faster.
+  make() { [ -f "$1" ] || into "$1" </dev/null 2>/dev/null || [ -f "$1" ]; }
+
+  # opened FILE: opens a plain file as descriptor 6; for writing, too, where that can be, since a FIFO in its place would keep a reader waiting.
+  opened() {
+    { command exec 6<>"$1"; } 2>/dev/null || exec 6<"$1"
+    [ -f /proc/self/fd/6 ] || { line "$here/$1 is not a plain file" >&2; exit 65; }
+  }
+
+  # mount_id: sets $mount to the ID of the mount that the current directory is on.
+  mount_id() {
+    exec 7<.
+    while read -r field mount; do
+      if [ "$field" = mnt_id: ]; then break; fi
+    done </proc/self/fdinfo/7
+    exec 7<&-
+  }
+
+  # fenced SPOT: whether the bind there is what it must be, and leads to the directory of descriptor 6, which it enters.
+  fenced() {
+    cd -P -- "$1$below_mount" 2>/dev/null && [ . -ef /proc/self/fd/6 ] || return 1
+    mount_id
+    # The sixth field has the options, and a private mount has no field between them and the "-".
+    # shellcheck disable=SC2046 # the fields of a line
+    set -- $(grep "^$on " /proc/self/mountinfo)
+    case ,$6, in
+      *,ro,*) needed="nodev nosuid nosymfollow ro";;
+      *) needed="nodev nosuid nosymfollow";;
+    esac
+    # shellcheck disable=SC2046 # the fields of a line
+    set -- $(grep "^$mount " /proc/self/mountinfo)
+    [ "$7" = - ] || return 1
+    for option in $needed; do
+      case ,$6, in
+        *,$option,*) ;;
+        *) return 1;;
+      esac
+    done
+  }
+
+  # fence: goes behind it, in the current directory $here. A directory of proc or sys is bound over: nobody has data there.
+  spots=
+  fence() {
+    exec 6<.
+    mount_id
+    on=$mount
+    # As long as we are at work, the folder's mount is busy for everybody.
+    { command exec 5<"/proc/$PPID/root$here"; } 2>/dev/null || :
+    mount_root=$PWD
+    until [ "$PWD" = / ]; do
+      cd -P ..
+      mount_id
+      [ "$mount" = "$on" ] || break
+      mount_root=$PWD
+    done
+    options=nodev,nosuid,nosymfollow
+    # What is mounted read-only stays so.
+    [ -w "$here" ] || options=$options,ro
+    below_mount=\${here#"\${mount_root%/}"}
+    for spot in /proc/fs /sys/class; do
+      case $spots in *"$spot"*) continue;; esac
+      [ -d "$spot" ] || continue
+      spots="$spots $spot"
+      mount -o "bind,$options" --make-private -- "$mount_root" "$spot" 2>/dev/null && fenced "$spot" && return
+      mount --bind -- "$mount_root" "$spot" && mount --make-private "$spot" || return 1
+      mount -o "remount,bind,$options" "$spot" && fenced "$spot" && return
+      return 1
+    done
+    return 1
+  }
+  no_fence="no mount can be had here on which the kernel follows no symbolic links (nosymfollow: Linux 5.10, util-linux 2.38)"
+
   at() {
-    cd -P -- "$1" || { echo "(is the disk mounted?)" >&2; exit 66; }
+    here=$1
+    elsewhere="another filesystem or directory is at $1 now"
     # Behind the FSID stands the process that holds the folder locked, and is in it.
-    [ "$PWD" = "$1" ] && { [ . -ef "/proc/\${2#*/}/cwd" ] || [ "$(stat -f -c %i .)" = "\${2%/*}" ]; } ||
-      { echo "another filesystem or directory is at $1 now" >&2; exit 66; }
+    set -- "$1" "\${2%/*}" "/proc/\${2#*/}"
+    if [ "$mode" = fence ] && [ /proc/self/ns/mnt -ef "$3/ns/mnt" ]; then
+      cd -P -- "$3/cwd"
+      [ . -ef "$here" ] || { line "$elsewhere" >&2; exit 66; }
+      return
+    fi
+    cd -P -- "$1" || { echo "(is the disk mounted?)" >&2; exit 66; }
+    [ "$PWD" = "$1" ] && { [ . -ef "$3/cwd" ] || [ "$(stat -f -c %i .)" = "$2" ]; } || { line "$elsewhere" >&2; exit 66; }
+    if [ "$mode" = fence ]; then fence || { line "$here: $no_fence" >&2; exit 1; }; fi
   }`;
 
 const declared: Declared[] = [];
@@ -927,6 +1139,72 @@ function verb<const S extends string>(name: string, takes: S, script: string, pr
   declared.push(made);
   return made;
 }
+
+/**
+ * enter PATH: a directory by its path as it was given, behind the fence where that can be had ($fenced says so). Else $strange is
+ * the first directory on the way that others than root and we can change. A symbolic link is followed as long as none was met:
+ * whoever can change what is above it decides where it leads.
+ */
+const ENTER = sh`
+  # walk PATH: as the kernel does, from the root. Sets $walked to where it leads, and $strange.
+  walk() {
+    left=$1
+    walked=
+    strange=
+    links=0
+    while [ -n "$left" ]; do
+      left=\${left#/}
+      component=\${left%%/*}
+      left=\${left#"$component"}
+      case $component in
+        ""|.) continue;;
+        ..) walked=\${walked%/*}; continue;;
+      esac
+      # shellcheck disable=SC2046 # an owner and a mode
+      set -- $(stat -c "%u %A" -- "$walked/$component")
+      case $2 in
+        l*)
+          case "$1/$strange" in
+            0/|"$user/") ;;
+            *) line "$walked/$component is a symbolic link that others can change: name the place itself" >&2; exit 65;;
+          esac
+          links=$((links + 1))
+          [ $links -le 40 ] || exit 65
+          leads=$(readlink -- "$walked/$component")
+          case $leads in /*) walked=;; esac
+          left=/$leads$left
+          ;;
+        *)
+          walked=$walked/$component
+          safe "$1" "$2" || strange=\${strange:-$walked}
+          ;;
+      esac
+    done
+    walked=\${walked:-/}
+  }
+
+  # follow PATH: makes sure that walking it leads here.
+  follow() {
+    there=\${here:-$PWD}
+    user_id
+    walk "$1"
+    [ "$walked" = "$there" ] || { line "$1 leads to $walked now" >&2; exit 66; }
+  }
+
+  here=
+  fenced=
+  strange=
+  enter() {
+    cd -P -- "$1"
+    here=$PWD
+    case $mode in
+      try) if fence 2>/dev/null; then fenced=yes; else cd -P -- "$here"; fi;;
+      fence) fence || { line "$here: $no_fence" >&2; exit 1; }; fenced=yes;;
+    esac
+    if [ -n "$fenced" ] && [ "$here" = "$1" ]; then return; fi
+    follow "$1"
+    if [ -n "$fenced" ]; then strange=; fi
+  }`;
 
 /** keep SECONDS: until the input closes, or is silent for so long: a dead link tells the other side nothing. */
 const KEEP = sh`
@@ -956,31 +1234,31 @@ const WATCH = sh`
 const RECORD = sh`
   record() { (
     first=$1 start=$2 own=$2$3
-    flock -w 60 7 || { echo "another run keeps $PWD locked" >&2; exit 75; }
+    flock -w 60 7 || { line "another run keeps $here locked" >&2; exit 75; }
     file=.btrfs-backup.json
     new=$file.new
     set --
     if [ -e $file ]; then
-      while IFS= read -r line; do
-        case $line in
+      opened $file
+      while IFS= read -r old; do
+        case $old in
           "$start"*) ;;
-          ,*) set -- "$@" "$line";;
+          ,*) set -- "$@" "$old";;
         esac
-      done <$file
+      done <&6
     fi
     if [ -e $new ] || [ -L $new ]; then rm -f $new; fi
-    set -C
-    { for line in "$first" "$@" "$own" "}"; do printf %s "$line"; echo; done; } |
-      dd iflag=fullblock bs=64k conv=fsync status=none >$new
-    mv -f $new $file
+    for text in "$first" "$@" "$own" "}"; do line "$text"; done | into $new fsync
+    mv -T -f $new $file
   ) 7<.; }`;
 
 /** receiving PREFIX SECONDS: this process alone writes to the chain from here on. Opened for reading: a disk may be mounted so. */
 const RECEIVING = sh`
   receiving() {
-    [ -f ".btrfs-backup.$1.receiving" ] || ( set -C; : >".btrfs-backup.$1.receiving" ) || :
-    exec 8<".btrfs-backup.$1.receiving"
-    flock -w "$2" 8 || { echo "an earlier transfer is still being received in $PWD" >&2; exit 75; }
+    make ".btrfs-backup.$1.receiving" || :
+    opened ".btrfs-backup.$1.receiving"
+    exec 8<&6 6<&-
+    flock -w "$2" 8 || { line "an earlier transfer is still being received in $here" >&2; exit 75; }
   }`;
 
 /** is_complete FILE SUM BYTES KEPT: whether a file has so many bytes, and those behind the KEPT ones have that SHA-256. */
@@ -1002,7 +1280,8 @@ const COMPLETE = sh`
  */
 const OPEN = verb("open", "nonce wait folder prefix source kind silence", sh`
   ${KEEP}
-  say() { echo; echo "$nonce $1"; }
+  ${ENTER}
+  say() { echo; line "$nonce $1"; }
 
   [ "$kind" = streams ] || command -v btrfs >/dev/null || { echo "btrfs not found: install btrfs-progs" >&2; exit 69; }
   need_flock() {
@@ -1014,10 +1293,11 @@ const OPEN = verb("open", "nonce wait folder prefix source kind silence", sh`
 
   # SOURCE, if there is one: from here on by its real path.
   if [ -n "$source" ]; then
-    [ -d "$source" ] || { echo "no such directory: $source" >&2; exit 64; }
+    [ -d "$source" ] || { line "no such directory: $source" >&2; exit 64; }
     cd -P -- "$source"
-    say source; pwd -P
+    [ "$PWD" = "$source" ] || follow "$source"
     source=$PWD
+    say source; line "$source"
   fi
 
   say host; read -r host </proc/sys/kernel/hostname; echo "$host"
@@ -1030,10 +1310,10 @@ const OPEN = verb("open", "nonce wait folder prefix source kind silence", sh`
   exists=
   if [ -d "$folder" ]; then
     exists=folder
-    cd -P -- "$folder"
-    say folder; pwd -P
-    [ -r . ] || { echo "$PWD: Permission denied" >&2; exit 1; }
-    foul() { echo "$PWD/$1 is not a plain file" >&2; exit 65; }
+    enter "$folder"
+    say folder; line "$here"
+    [ -r . ] || { line "$here: Permission denied" >&2; exit 1; }
+    foul() { line "$here/$1 is not a plain file" >&2; exit 65; }
     for file in ".btrfs-backup.$prefix.lock" ".btrfs-backup.$prefix.receiving" .btrfs-backup.json .outstanding_transfers; do
       if [ -L "$file" ]; then foul "$file"
       elif [ -f "$file" ]; then set -- "$@" "$file"
@@ -1041,17 +1321,19 @@ const OPEN = verb("open", "nonce wait folder prefix source kind silence", sh`
       fi
     done
   elif [ -e "$folder" ] || [ -L "$folder" ]; then
-    echo "not a directory: $folder" >&2; exit 65
+    line "not a directory: $folder" >&2; exit 65
   elif [ -d "\${folder%/*}/" ]; then
-    cd -P -- "\${folder%/*}/"
-    say missing; pwd -P
+    enter "\${folder%/*}/"
+    say missing; line "$here"
   else
-    echo "no such directory: \${folder%/*} (is the disk mounted?)" >&2; exit 66
+    line "no such directory: \${folder%/*} (is the disk mounted?)" >&2; exit 66
   fi
+  say fence; line "$fenced"
+  say strange; line "$strange"
 
   # One process for all that is of the same kind. Of files only the owner counts.
-  say user; user_id; echo "$user"
-  say inodes; stat -c "%i %u" \${source:+"$source"} . "$@"
+  say user; user_id; line "$user"
+  say inodes; stat -c "%i %u %A" \${source:+"$source"} . "$@"
   places=$(stat -f -c "%i %t %a %S" \${source:+"$source"} .)
   say places; echo "$places"
   # shellcheck disable=SC2086 # four words a line, and those of SOURCE come first
@@ -1062,12 +1344,16 @@ const OPEN = verb("open", "nonce wait folder prefix source kind silence", sh`
 
   # Whatever can change while others have the lock comes after this. The other .receiving locks are those of commands,
   # and of remotes of rclone. A folder without a lock file is not locked: nothing is written before it is known to be ours.
-  if [ "$wait" = later ]; then read -r wait; fi
+  if [ "$wait" = later ]; then
+    IFS= read -r wait
+    [ "$wait" = look ] || { [ "$wait" -ge 0 ] 2>/dev/null && [ \${#wait} -le 6 ]; } || { line "not a number of seconds: $wait" >&2; exit 65; }
+  fi
   if [ "$wait" = look ]; then
     :
   elif [ -n "$exists" ] && [ -f ".btrfs-backup.$prefix.lock" ]; then
-    exec 9<".btrfs-backup.$prefix.lock"
-    flock -w "$wait" 9 || { need_flock; echo "another run holds $PWD/.btrfs-backup.$prefix.lock" >&2; exit 75; }
+    opened ".btrfs-backup.$prefix.lock"
+    exec 9<&6 6<&-
+    flock -w "$wait" 9 || { need_flock; line "another run holds $here/.btrfs-backup.$prefix.lock" >&2; exit 75; }
     ${RECEIVING}
     for file in ".btrfs-backup.$prefix.receiving" ".btrfs-backup.$prefix".????????.receiving; do
       if [ -f "$file" ]; then
@@ -1082,7 +1368,10 @@ const OPEN = verb("open", "nonce wait folder prefix source kind silence", sh`
   fi
 
   record=
-  if [ -n "$exists" ] && [ -e .btrfs-backup.json ]; then record=.btrfs-backup.json; fi
+  if [ -n "$exists" ] && [ -e .btrfs-backup.json ]; then
+    opened .btrfs-backup.json
+    record=/proc/self/fd/6
+  fi
   say mounts
   { echo; echo "$nonce record"; } | cat /proc/self/mountinfo - $record
 
@@ -1094,7 +1383,10 @@ const OPEN = verb("open", "nonce wait folder prefix source kind silence", sh`
     say entries; printf %s "$*"; echo
     unset IFS
     say old
-    if [ -f .outstanding_transfers ]; then cat .outstanding_transfers; fi
+    if [ -f .outstanding_transfers ]; then
+      opened .outstanding_transfers
+      cat <&6
+    fi
     if [ "$kind" = streams ]; then
       say files; find . -mindepth 1 -maxdepth 1 -type f -exec stat -c "%s/%Y %n" {} +
     fi
@@ -1131,11 +1423,10 @@ const CREATE = verb("create", "folder fsid prefix", sh`
     :
   else
     at "\${above:-/}" "$fsid"
-    mkdir "$folder" || [ -d "$folder" ]
+    mkdir "./\${folder##*/}" || [ -d "./\${folder##*/}" ]
   fi
   at "$folder" "$fsid"
-  lock=.btrfs-backup.$prefix.lock
-  [ -f "$lock" ] || ( set -C; : >"$lock" ) || [ -f "$lock" ]
+  make ".btrfs-backup.$prefix.lock"
 `);
 
 /** Replaces one line of the record: see RECORD. */
@@ -1148,7 +1439,7 @@ const WRITE_RECORD = verb("record", "folder fsid header key value", sh`
 /** Moves a record out of the way. */
 const ASIDE = verb("aside", "folder fsid suffix", sh`
   at "$folder" "$fsid"
-  mv -f .btrfs-backup.json ".btrfs-backup.json.$suffix"
+  mv -T -f .btrfs-backup.json ".btrfs-backup.json.$suffix"
 `);
 
 /** Prints what the list of subvolumes does not tell of the top level. */
@@ -1173,7 +1464,7 @@ const SNAPSHOT = verb("snapshot", "source folder fsid name", sh`
   snapshot=$PWD/$name
   if [ -e "$snapshot" ] || [ -L "$snapshot" ]; then exit 76; fi
   cd -P -- "$source"
-  [ "$PWD" = "$source" ] || { echo "$source leads to $PWD now" >&2; exit 66; }
+  [ "$PWD" = "$source" ] || { line "$source leads to $PWD now" >&2; exit 66; }
   b subvolume snapshot -r . "$snapshot" >/dev/null
   if root; then
     b subvolume show -b "$snapshot"
@@ -1187,9 +1478,10 @@ const SNAPSHOT = verb("snapshot", "source folder fsid name", sh`
 /**
  * The stream of `snapshot`, on standard output; in full if `parent` is empty, compressed unless `level` is, as long as `holder`
  * lives. Cut short it still ends well for zstd, but never for `btrfs receive`. Of `skip` bytes (a multiple of 64 KiB) that are
- * kept over there with the SHA-256 `sum`, only what follows is sent, if these are the same.
+ * kept over there with the SHA-256 `sum`, only what follows is sent, if these are the same. Where others can change names, `uuid`
+ * and `clone` (in hexadecimal) are what the stream must say of itself and of its parent.
  */
-const SEND = verb("send", "flag folder fsid level protocol holder snapshot parent skip sum", sh`
+const SEND = verb("send", "flag folder fsid level protocol holder snapshot parent skip sum uuid? clone?", sh`
   ${WATCH}
   watch "$holder"
   at "$folder" "$fsid"
@@ -1197,12 +1489,41 @@ const SEND = verb("send", "flag folder fsid level protocol holder snapshot paren
     2) protocol="--proto 2 --compressed-data";;
     1) protocol="--proto 1";;
   esac
+  # made SNAPSHOT PARENT
   # shellcheck disable=SC2086 # the protocol is several words
-  stream() {
+  made() {
     if [ -n "$parent" ]; then
-      b send "$flag" $protocol -p "$PWD/$parent" "$PWD/$snapshot"
+      b send "$flag" $protocol -p "$2" "$1"
     else
-      b send "$flag" $protocol "$PWD/$snapshot"
+      b send "$flag" $protocol "$1"
+    fi
+  }
+  # The directory that we are in is the same, whatever its name becomes.
+  made_within() {
+    cd "./$snapshot"
+    made . "../$parent"
+  }
+  # The first command of a stream (linux/fs/btrfs/send.h) says its UUID, and that of its parent.
+  as_asked() {
+    length=$((51 + \${#snapshot}))
+    difference=
+    if [ -n "$parent" ]; then
+      length=$((length + 32))
+      difference="02000800????????????????14001000$clone"
+    fi
+    beginning=$(dd bs=$length count=1 iflag=fullblock 2>/dev/null | base64 -w 0)
+    case $(echo "$beginning" | base64 -d | od -A n -v -t x1 | tr -d "[:space:]") in
+      *01001000$uuid$difference) ;;
+      *) line "$here/$snapshot is another subvolume now, or its parent is" >&2; return 1;;
+    esac
+    echo "$beginning" | base64 -d
+    cat
+  }
+  stream() {
+    if [ -z "$uuid" ] || ours; then
+      made "./$snapshot" "./$parent"
+    else
+      { sent=$( { { made_within && echo ok >&5; } | as_asked >&6; } 5>&1 ) && [ "$sent" = ok ]; } 6>&1
     fi
   }
   pack() { if [ -n "$level" ]; then zstd -q -c -T0 "-$level"; else cat; fi; }
@@ -1232,9 +1553,9 @@ const ESTIMATE = verb("estimate", "folder fsid snapshot parent", sh`
   at "$folder" "$fsid"
   stream() {
     if [ -n "$parent" ]; then
-      b send -q --no-data -p "$PWD/$parent" "$PWD/$snapshot"
+      b send -q --no-data -p "./$parent" "./$snapshot"
     else
-      b send -q --no-data "$PWD/$snapshot"
+      b send -q --no-data "./$snapshot"
     fi
   }
   stream | btrfs receive --dump | grep -o -e "^[a-z_]*" -e " len=[0-9]*$" | sort | uniq -c
@@ -1263,11 +1584,15 @@ const RECEIVE = verb("receive", "flag folder fsid level holder prefix header key
   if [ -n "$header" ]; then record "$header" "$key" "$beginning$rest"; fi
 
   unpack() { if [ -n "$level" ]; then zstd -q -d -c; else cat; fi; }
+  # Without the fence, in a destination's folder, where the parents are: a chroot keeps a stream from what is above it.
+  chroot=-C
+  if [ "$mode" = fence ] || [ -z "$header" ]; then chroot=; fi
+  # shellcheck disable=SC2086 # an option, or none
   take() {
     if [ -z "$level$su" ]; then
-      b receive "$flag" "$PWD" >&2
+      b receive "$flag" $chroot . >&2
     else
-      told=$( { { unpack && echo ok >&3; } | b receive "$flag" "$PWD" >&2; } 3>&1 ) && [ "$told" = ok ]
+      told=$( { { unpack && echo ok >&3; } | b receive "$flag" $chroot . >&2; } 3>&1 ) && [ "$told" = ok ]
     fi
   }
   # What is unmounted under its feet, btrfs receive calls a file that is not there.
@@ -1316,23 +1641,59 @@ const DISCARD = verb("discard", "folder fsid prefix name header key value", sh`
   ${RECEIVING}
   at "$folder" "$fsid"
   receiving "$prefix" 10
-  if [ -e "$name" ] && [ "$(b property get -ts "$PWD/$name" ro)" = ro=false ]; then
-    b subvolume delete "$PWD/$name" >&2
+  if [ -e "./$name" ] && [ "$(b property get -ts "./$name" ro)" = ro=false ]; then
+    delete_one "./$name" >&2
     b filesystem sync .
   fi
   if [ -n "$value" ]; then record "$header" "$key" "$value"; fi
 `);
 
-/** Deletes many at once, as ./NAME. The cleaner sleeps for up to 30 s unless a sync wakes it. */
-const DELETE = verb("delete", "convert sync folder fsid names...", sh`
+/**
+ * those IDS TOP ./NAME...: whether these subvolumes, in a folder whose path from the top level is TOP, still have these IDs: names may
+ * have become others since they were decided on. A process for each, or, of many, the list for all.
+ */
+const THOSE = sh`
+  those() {
+    left=$1 above=$2
+    shift 2
+    # What has just been received into a directory that nobody else can enter.
+    [ -n "$left" ] || return 0
+    changed="the subvolumes are others than those that were to be deleted"
+    if [ $# -gt 3 ] && root; then
+      for one; do
+        shift
+        set -- "$@" -e "ID \${left%% *} \${above#/}/\${one#./}"
+        left=\${left#* }
+      done
+      found=$(b subvolume list -a . | sed "s, gen .* top level [0-9]* path , ,; s, <FS_TREE>/, ," | grep -c -x -F "$@") || :
+      [ "$found" = $(($# / 2)) ] || { line "$changed" >&2; exit 65; }
+    else
+      for one; do
+        [ -d "$one" ] && [ "$(b inspect-internal rootid "$one")" = "\${left%% *}" ] || { line "$changed: $one" >&2; exit 65; }
+        left=\${left#* }
+      done
+    fi
+  }`;
+
+/** Deletes many at once, as ./NAME, if they still have their IDs. The cleaner sleeps for up to 30 s unless a sync wakes it. */
+const DELETE = verb("delete", "convert sync folder fsid top ids names...", sh`
+  ${THOSE}
+  not_ours() { if ours; then return 1; fi; }
   at "$folder" "$fsid"
   for name; do
     if [ -L "$name" ]; then echo "a symbolic link has the name of a subvolume" >&2; exit 65; fi
   done
-  if [ "$convert" = rw ]; then
-    for name; do b property set -f -ts "$name" ro false || :; done
+  if [ -n "$ids" ] && [ "$mode" = fence ] && not_ours; then
+    # Their IDs are all that others cannot change.
+    # shellcheck disable=SC2086 # several words
+    delete_ids $ids >/dev/null
+  else
+    those "$ids" "$top" "$@"
+    if [ "$convert" = rw ]; then
+      for name; do b property set -f -ts "$name" ro false || :; done
+    fi
+    b subvolume delete "$@" >/dev/null
   fi
-  b subvolume delete "$@" >/dev/null
   if [ "$sync" = sync ]; then
     b filesystem sync .
     b subvolume sync . >/dev/null
@@ -1346,28 +1707,42 @@ const RESTORING = verb("restoring", "folder fsid work end silence", sh`
   ${KEEP}
   at "$folder" "$fsid"
   mkdir "./$work"
-  exec 9<"./$work"
+  cd "./$work"
+  exec 9<.
   flock -n 9
-  : >"./$work/.btrfs-backup.restoring"
+  into .btrfs-backup.restoring </dev/null
   echo $$
-  echo "$end"
+  line "$end"
   keep "$silence"
 `);
+
+/** behind PATH: sets $behind to the name of an absolute path behind the fence, where it is below the same mount. */
+const BEHIND = sh`
+  behind() {
+    behind=$1
+    if [ "$mode" = fence ]; then
+      case $1/ in
+        "\${mount_root%/}"/*) behind=$spot\${1#"\${mount_root%/}"};;
+        *) line "$1 is not below $mount_root, as $here is" >&2; exit 65;;
+      esac
+    fi
+  }`;
 
 /** Removes what an interrupted restore left: the subvolumes ./PATH, and the directory `work`. */
 const CLEAR = verb("clear", "folder fsid work paths...", sh`
   at "$folder" "$fsid"
   if [ -d "./$work" ] && [ -z "$(find "./$work" -prune -type l)" ]; then :; else exit 0; fi
   [ -f "./$work/.btrfs-backup.restoring" ] ||
-    { rmdir "./$work" 2>/dev/null || echo "$PWD/$work is not from a restore, and stays" >&2; exit 0; }
+    { rmdir "./$work" 2>/dev/null || line "$here/$work is not from a restore, and stays" >&2; exit 0; }
   (
     cd -P -- "./$work"
     exec 9<.
-    flock -n 9 || { echo "another restore is at work in $PWD" >&2; exit 75; }
+    flock -n 9 || { line "another restore is at work in $here/$work" >&2; exit 75; }
     for file in .btrfs-backup.*.receiving; do
       if [ -f "$file" ]; then
-        exec 8<"$file"
-        flock -w 10 8 || { echo "what an interrupted restore began is still being received in $PWD" >&2; exit 75; }
+        opened "$file"
+        exec 8<&6 6<&-
+        flock -w 10 8 || { line "what an interrupted restore began is still being received in $here/$work" >&2; exit 75; }
       fi
     done
     if [ $# -gt 0 ]; then b subvolume delete "$@" >/dev/null; fi
@@ -1384,22 +1759,24 @@ const CLEAR = verb("clear", "folder fsid work paths...", sh`
  * which is rmdir's).
  */
 const BUILD = verb("build", "folder fsid work origin target name how", sh`
+  ${BEHIND}
   at "$folder" "$fsid"
   cd -P -- "./$work"
   work=$PWD
-  [ -n "$origin" ] || origin=$work/$name
+  if [ -n "$origin" ]; then behind "$origin"; origin=$behind; else origin=$work/$name; fi
   b subvolume snapshot "$origin" "$work/tree" >/dev/null
-  enter() { cd -P -- "$1" && [ "$PWD" = "$1" ] || { echo "$1 is not a plain folder in this backup" >&2; exit 65; }; }
+  enter() { cd -P -- "$1" && [ "$PWD" = "$1" ] || { line "\${1#"$work/tree/"} is not a plain folder in this backup" >&2; exit 65; }; }
   case $target in
     /*)
-      cd -P -- "$target"
+      behind "$target"
+      cd -P -- "$behind"
       ;;
     *)
       find "$work/tree" -mindepth 1 -maxdepth 1 -inum 2 -exec rmdir {} +
       target=$work/tree/$target
       enter "\${target%/*}"
       if [ -d "$target" ] && [ "$(stat -c %i "$target")" = 2 ]; then rmdir "$target"; fi
-      [ -d "$target" ] || mkdir "$target"
+      [ -d "$target" ] || mkdir "$target" 2>/dev/null || :
       enter "$target"
       find . -mindepth 1 -maxdepth 1 -inum 2 -exec rmdir {} +
       ;;
@@ -1428,6 +1805,7 @@ const BUILD = verb("build", "folder fsid work origin target name how", sh`
  * being sent cannot be made writable, and ends it before that. Prints what could not move.
  */
 const FINISH = verb("finish", "folder fsid work target before from to", sh`
+  ${BEHIND}
   at "$folder" "$fsid"
   how=
   set --
@@ -1437,6 +1815,10 @@ const FINISH = verb("finish", "folder fsid work target before from to", sh`
     set -- "$@" "$how" "$name"
   done
   [ "$how" = end ]
+  behind "$from"
+  from=$behind
+  behind "$to"
+  to=$behind
 
   # each COMMAND HOW NAME...
   each() {
@@ -1449,7 +1831,7 @@ const FINISH = verb("finish", "folder fsid work target before from to", sh`
   }
   each try "$@"
 
-  free() { if [ -e "./$1" ] || [ -L "./$1" ]; then echo "$PWD/$1 exists" >&2; exit 76; fi; }
+  free() { if [ -e "./$1" ] || [ -L "./$1" ]; then line "$here/$1 exists" >&2; exit 76; fi; }
   if [ -n "$before" ]; then
     free "$before"
     mv -T -- "./$target" "./$before"
@@ -1465,7 +1847,7 @@ const FINISH = verb("finish", "folder fsid work target before from to", sh`
   # carry HOW NAME: moves one, and prints its name if it could not.
   carry() {
     if [ "$1" = copy ]; then
-      b subvolume snapshot -r "$from/$2" "$to/$2" >&2 && b subvolume delete "$from/$2" >&2
+      b subvolume snapshot -r "$from/$2" "$to/$2" >&2 && delete_one "$from/$2" >&2
     elif b property set -ts "$from/$2" ro false; then
       if mv -T -- "$from/$2" "$to/$2"; then
         b property set -ts "$to/$2" ro true
@@ -1475,7 +1857,7 @@ const FINISH = verb("finish", "folder fsid work target before from to", sh`
       fi
     else
       false
-    fi || echo "$2"
+    fi || line "$2"
   }
   each carry "$@"
   b filesystem sync . >/dev/null
@@ -1546,7 +1928,7 @@ const LISTING = verb("listing", "folder fsid snapshot format", sh`
 const RECEIVED = verb("received", "folder fsid names...", sh`
   at "$folder" "$fsid"
   for name; do
-    echo "$name"
+    line "$name"
     b subvolume show "$name" | grep "Creation time:"
   done
 `);
@@ -1609,7 +1991,7 @@ const ORIGIN = sh`
     cd -P -- "\${file%/*}"
     case $PWD/ in
       "$top"/*) ;;
-      *) echo "$file is reached through a symbolic link" >&2; exit 65;;
+      *) line "$here/$snapshot$inner is reached through a symbolic link" >&2; exit 65;;
     esac
   }`;
 
@@ -1625,20 +2007,25 @@ const TAKE = verb("take", "folder fsid snapshot inner", sh`
  * at all, and over another file only with `force`.
  */
 const PUT = verb("put", "directory name force base folder? fsid? snapshot? inner?", sh`
+  ${ENTER}
   ${ORIGIN}
-  [ -d "$directory" ] || { echo "no such directory: $directory (--to names another place)" >&2; exit 65; }
-  cd -P -- "$directory"
-  directory=$PWD
+  [ -d "$directory" ] || { line "no such directory: $directory (--to names another place)" >&2; exit 65; }
+  enter "$directory"
+  if [ -z "$fenced" ] && [ -n "$strange" ] && [ "$user" = 0 ]; then
+    line "others can change $strange, and $no_fence: --to names a place of root alone" >&2
+    exit 65
+  fi
+  directory=$here
   if [ -d "./$name" ] && [ -z "$(find "./$name" -prune -type l)" ]; then
-    echo "$directory/$name is a directory: --to names what is to be made" >&2; exit 65
+    line "$directory/$name is a directory: --to names what is to be made" >&2; exit 65
   fi
   if [ -e "./$name" ] || [ -L "./$name" ]; then
-    if [ -z "$force" ]; then echo "$directory/$name exists: --force replaces it" >&2; exit 65; fi
+    if [ -z "$force" ]; then line "$directory/$name exists: --force replaces it" >&2; exit 65; fi
   fi
   temporary=
   gone() { [ -z "$temporary" ] || rm -rf "$temporary"; }
   trap gone EXIT
-  temporary=$(mktemp -d "$directory/.btrfs-backup.XXXXXX")
+  temporary=$(mktemp -d "$PWD/.btrfs-backup.XXXXXX")
   if [ -n "$folder" ]; then
     ( origin; cp -a --reflink=auto -- "./$base" "$temporary/$base" )
   else
@@ -1688,8 +2075,7 @@ const RAW: StoreVerbs = {
     part=./.$object.part
     if [ "\${size:-0}" = 0 ]; then
       rm -f "$part"
-      set -C
-      cat >"$part"
+      into "$part"
     else
       [ "$(stat -c %s "$part")" -ge "$size" ]
       truncate -s "$size" "$part"
@@ -1706,14 +2092,13 @@ const RAW: StoreVerbs = {
     checksum=./.$object${SUM}.part
     if [ -n "$uuid" ]; then
       for file in ./*_"$uuid"_*; do
-        if [ -e "$file" ]; then echo "$file is there" >&2; exit 76; fi
+        if [ -e "$file" ]; then line "$file is there" >&2; exit 76; fi
       done
     fi
     is_complete "$part" "$sum" "$bytes" "$kept"
     [ "\${kept:-0}" = 0 ] || sum=$(sha256sum <"$part")
     rm -f "$checksum"
-    set -C
-    sumfile "$object" "\${sum%% *}" "$bytes" >"$checksum"
+    sumfile "$object" "\${sum%% *}" "$bytes" | into "$checksum"
     sync "$part" "$checksum"
     mv -T "$checksum" "./$object${SUM}"
     mv -T "$part" "./$object"
@@ -1743,8 +2128,9 @@ const RAW: StoreVerbs = {
 /** locked FILE SECONDS: this process alone writes to the remote from here on. */
 const LOCKED = sh`
   locked() {
-    [ -f "$1" ] || ( set -C; : >"$1" ) || :
-    exec 8<"$1"
+    make "$1" || :
+    opened "$1"
+    exec 8<&6 6<&-
     flock -w "$2" 8 || { echo "an earlier transfer is still at work" >&2; exit 75; }
   }`;
 
@@ -1960,6 +2346,10 @@ export type Inspection = {
   readonly old: OldRecord;
   /** Our user ID there. */
   readonly user: string;
+  /** Verbs can work behind the fence there: see PRELUDE. */
+  readonly fenced: boolean;
+  /** Else the first directory on the way there that others than root and we can change, if there is one. */
+  readonly strange: string;
   /** The folder and what this program keeps in it belong to the user that we are there, or to root. */
   readonly trusted: boolean;
 };
@@ -1967,14 +2357,46 @@ export type Inspection = {
 /** Reads lines of a size, the time of writing where it is known, and a name. */
 const parseFiles = (text: string) => [...text.matchAll(/^(\d+)(?:\/(\d+))? (?:\.\/)?([^\n]*)/gm)].map(([, bytes, seconds, name = ""]) => ({ name, bytes: Number(bytes), written: Number(seconds ?? NaN) * 1000 }));
 
-/** Reads what `open` printed. Errors: Failure for any shape that is not known. */
-export function parseInspection(output: string, nonce: string, folder: string): Inspection {
+/** What `open` prints of any place, and what only of some. */
+const ALWAYS = ["host", "zstd", "filesystems", "fence", "strange", "user", "inodes", "places", "mounts", "record", "stream"];
+const SOMETIMES = ["source", "folder", "missing", "locked", "entries", "old", "files", "subvolumes", "readonly", "roots", "alone", "end"];
+
+/** The sections of what `open` printed. Errors: Failure for one that is unknown, or comes twice. */
+function sectionsOf(output: string, nonce: string): Map<string, string> {
   if (!output.startsWith(`\n${nonce} `)) throw new Failure(`the login shell there prints something of its own, which would damage streams: ${output.trim().slice(0, 100)}`);
   const sections = new Map<string, string>();
   for (const part of output.split(`\n${nonce} `).slice(1)) {
     const at = part.indexOf("\n");
-    sections.set(part.slice(0, at), part.slice(at + 1).replace(/\n$/, ""));
+    const name = part.slice(0, at);
+    if (sections.has(name) || ![...ALWAYS, ...SOMETIMES].includes(name)) throw new Failure(`the host prints what it was not asked for: ${JSON.stringify(name)}`);
+    sections.set(name, part.slice(at + 1).replace(/\n$/, ""));
   }
+  return sections;
+}
+
+/** Checks that a host has told all that it was asked for, and nothing of another shape. Errors: Failure. */
+function checkAnswer(output: string, nonce: string, { source = "" }: Pick<Opening, "source">): void {
+  const sections = sectionsOf(output, nonce);
+  const wrong = (name: string) => new Failure(`the host does not print what it was asked for: ${name}`);
+  const lacking = ALWAYS.find((name) => !sections.has(name));
+  if (lacking !== undefined) throw wrong(lacking);
+  if (sections.has("source") !== (source !== "")) throw wrong("source");
+  if (sections.has("folder") === sections.has("missing") || sections.has("folder") !== sections.has("entries")) throw wrong("folder");
+  const path = /^\/[^\0]*$/;
+  const shapes: Record<string, RegExp> = {
+    source: path, folder: path, missing: path, host: /^[^\n\0]+$/, user: /^\d+$/, locked: /^\d+$/, fence: /^(yes)?$/, roots: /^(\d+\n)*\d+$/,
+    inodes: /^(\d+ \d+ \S+\n)*\d+ \d+ \S+$/, places: /^([0-9a-f]+ [0-9a-f]+ \d+ \d+\n)*[0-9a-f]+ [0-9a-f]+ \d+ \d+$/,
+  };
+  for (const [name, shape] of Object.entries(shapes)) {
+    const text = sections.get(name);
+    const real = shape !== path || text === undefined || text === withoutSlash(normalize(text));
+    if (text !== undefined && !(shape.test(text) && real)) throw wrong(name);
+  }
+}
+
+/** Reads what `open` printed. Errors: Failure for any shape that is not known. */
+export function parseInspection(output: string, nonce: string, folder: string): Inspection {
+  const sections = sectionsOf(output, nonce);
   const section = (name: string) => sections.get(name) ?? "";
   const mounts = parseMounts(section("mounts"));
   const record = parseRecord(section("record"));
@@ -2004,7 +2426,9 @@ export function parseInspection(output: string, nonce: string, folder: string): 
   const user = section("user");
   return {
     user,
-    trusted: inodes.slice(source === null ? 0 : 1).every(([, owner]) => owner === user || owner === "0"),
+    fenced: section("fence") !== "",
+    strange: section("strange"),
+    trusted: inodes.slice(source === null ? 0 : 1).every(([, owner, mode = ""]) => (owner === user || owner === "0") && !/^.(?:....w|.{7}w)/.test(mode)),
     host: section("host"),
     zstd: section("zstd") !== "",
     protocol: parseProtocol(section("stream")),
@@ -2066,28 +2490,41 @@ export type ChainRecord = {
 };
 
 /** `.btrfs-backup.json`. Unreadable: nothing may be deleted there, and it is not written. */
-export type RecordFile = { readonly chains: ReadonlyMap<string, ChainRecord>; readonly unreadable: string | null };
+export type RecordFile = {
+  readonly chains: ReadonlyMap<string, ChainRecord>;
+  readonly unreadable: string | null;
+  /** By prefix, how many bytes the streams of a guarded key's backups had, by received UUID: see --max-bytes. */
+  readonly stored?: ReadonlyMap<string, Stored>;
+};
+type Stored = Readonly<Record<string, number>>;
 
 // One line a prefix, so that a shell can replace one; no prefix contains a slash, so "/" is free.
 const RECORD_HEADER = `{"/": 1`;
 const recordKey = (prefix: string) => `,${JSON.stringify(prefix)}: `;
 
-const recordLine = (prefix: string, chain: ChainRecord) => recordKey(prefix) + JSON.stringify(chain);
+/** No prefix contains a slash, so that this is none. */
+const storedKey = (prefix: string) => recordKey(`/${prefix}`);
+
+const recordLine = (prefix: string, chain: ChainRecord | Stored) => recordKey(prefix) + JSON.stringify(chain);
 
 /** Reads a record; what was not written by this program is unreadable. */
 export function parseRecord(text: string): RecordFile {
   const chains = new Map<string, ChainRecord>();
+  const stored = new Map<string, Stored>();
   if (text === "") return { chains, unreadable: null };
   try {
     const lines = text.trimEnd().split("\n");
     if (lines.shift() !== RECORD_HEADER || lines.pop() !== "}") throw new Error("it was not written by this version of btrfs-backup");
     for (const line of lines) {
-      const [[prefix, chain] = ["", {}]] = Object.entries(JSON.parse(`{${line.slice(1)}}`) as Record<string, ChainRecord>);
+      const [[prefix, chain] = ["", {}]] = Object.entries(JSON.parse(`{${line.slice(1)}}`) as Record<string, ChainRecord | Stored>);
       if (line !== recordLine(prefix, chain)) throw new Error("a line was not written by btrfs-backup");
-      checkChain(chain);
-      chains.set(prefix, chain);
+      if (prefix.startsWith("/") && Object.values(chain).every((value) => Number.isSafeInteger(value))) stored.set(prefix.slice(1), chain as Stored);
+      else {
+        checkChain(chain as ChainRecord);
+        chains.set(prefix, chain as ChainRecord);
+      }
     }
-    return { chains, unreadable: null };
+    return { chains, unreadable: null, ...(stored.size > 0 ? { stored } : {}) };
   } catch (error) {
     return { chains: new Map(), unreadable: (error as Error).message };
   }
@@ -2182,10 +2619,12 @@ async function openFolder(location: Readable, path: string, opening: Opening): P
   const nonce = crypto.randomUUID();
   const asked = { nonce, wait: ahead === undefined ? String(wait) : "later", folder: path, prefix, source, kind, silence: silence(host) };
   const seen = locked && { line: `${nonce} locked`, tell: locked };
-  const { output, release } = await hold(host, OPEN, asked, `${nonce} end`, location.id, { first: ahead?.turn.then(() => String(wait)), unwanted: ahead?.unwanted, seen });
+  const { output, release } = await hold({ ...host, fence: "try" }, OPEN, asked, `${nonce} end`, location.id, { first: ahead?.turn.then(() => String(wait)), unwanted: ahead?.unwanted, seen });
   try {
     if (wait === "look") await release(); // nothing of it is left in the directory
+    checkAnswer(output, nonce, opening);
     const inspection = parseInspection(output, nonce, path);
+    if (wait !== "look") needOurs(inspection, location.id);
     const store = location.kind === "raw" ? { ...parseStreams(inspection.files, true), verbs: RAW, type: null } : null;
     const above = inspection.top === "/" ? "/" : `${inspection.top}/`;
     const subvolumes = inspection.subvolumes
@@ -2194,11 +2633,23 @@ async function openFolder(location: Readable, path: string, opening: Opening): P
       .filter(({ name }) => inspection.entries.has(name));
     const real = inspection.exists ? inspection.place.path : join(inspection.place.path, basename(path));
     const folder = { ...inspection, source: inspection.source && { ...inspection.source, uuid: await uuidOfSource(host, inspection) } };
-    return withPrefix({ ...folder, id: location.id, host, hostName: inspection.host, path: real, store, standing: store?.streams ?? subvolumes, close: release }, prefix);
+    return withPrefix({ ...folder, id: location.id, host: behindFence(host, inspection), hostName: inspection.host, path: real, store, standing: store?.streams ?? subvolumes, close: release }, prefix);
   } catch (error) {
     await release();
     throw error;
   }
+}
+
+/** A host as the verbs of a folder run there: in the mount namespace of the process that holds it, or in new ones, or in none. */
+function behindFence(host: Host, { fenced, holder }: Pick<Inspection, "fenced" | "holder">): Host {
+  if (!fenced) return host;
+  return { ...host, fence: holder === "" ? "own" : { pid: holder } };
+}
+
+/** Errors: Failure where verbs would work without the fence in a place that is not ours alone. */
+function needOurs({ fenced, strange }: Pick<Inspection, "fenced" | "strange">, id: string): void {
+  if (fenced || strange === "") return;
+  throw new Failure(`${id}: others can change ${strange}, and could lead us elsewhere from there. Where no mount namespace can be had (see "Security" in the README), a place must belong to us alone from / on: chown ${strange}, and chmod go-w`);
 }
 
 /** Lists a remote of rclone, which nothing locks. Errors: those of `ask`. */
@@ -2209,7 +2660,7 @@ async function openRemote({ id }: Readable, path: string, { prefix, hosts, unver
   const store = { ...parseStreams(parseFiles(files), unverified), verbs: RCLONE, type: path.startsWith(":") ? (/^:([^,:]+)/.exec(path)?.[1] ?? "") : type };
   const place = { path, inode: 0, fsid: "", filesystem: null, root: 0, free: Infinity };
   const nothing = { source: null, mounts: [], subvolumes: [], alone: false, entries: new Set<string>(), record: parseRecord(""), old: parseOldRecord(""), written: new Map<string, number>(), zstd: false, protocol: 1 };
-  return withPrefix({ ...nothing, id, host, hostName: "", path, place, top: "", exists: true, locked: true, holder: "", user: "", trusted: true, store, standing: store.streams, close: async () => {} }, prefix);
+  return withPrefix({ ...nothing, id, host, hostName: "", path, place, top: "", exists: true, locked: true, holder: "", user: "", trusted: true, fenced: false, strange: "", store, standing: store.streams, close: async () => {} }, prefix);
 }
 
 /** Opens a place, or goes on with what has begun to; if it was never locked before, makes it and its lock file once `check` has accepted what is there. */
@@ -2323,12 +2774,14 @@ function chunks(words: readonly string[], extra = 0): string[][] {
 
 type Deletion = { readonly convertRw: boolean; readonly sync: boolean };
 
-/** Deletes subvolumes of a folder, as many with one command as its arguments can hold. */
-async function deleteFrom(folder: Folder, names: readonly string[], { convertRw, sync }: Deletion): Promise<void> {
-  const batches = chunks(names.map((name) => `./${name}`));
+/** Deletes subvolumes of a folder, if they still have their IDs (null: not known, where nobody else comes), as many with one command as its arguments can hold. */
+async function deleteFrom(folder: Folder, going: readonly { readonly name: string; readonly id: number | null }[], { convertRw, sync }: Deletion): Promise<void> {
+  const idOf = new Map(going.map(({ name, id }) => [`./${name}`, id]));
+  const batches = chunks([...idOf.keys()], 12); // and the ID
   for (const [i, batch] of batches.entries()) {
     const last = sync && i === batches.length - 1;
-    await ask(folder.host, DELETE, { convert: convertRw ? "rw" : "", sync: last ? "sync" : "", ...at(folder), names: batch }, `${folder.id}: cannot delete ${count(batch.length, "subvolume")}`);
+    const ids = batch.flatMap((name) => idOf.get(name) ?? []).join(" ");
+    await ask(folder.host, DELETE, { convert: convertRw ? "rw" : "", sync: last ? "sync" : "", ...at(folder), top: folder.top, ids, names: batch }, `${folder.id}: cannot delete ${count(batch.length, "subvolume")}`);
   }
 }
 
@@ -2464,8 +2917,8 @@ const tidying = (folder: Folder, used: () => boolean) => async () => {
   if (used() || [...folder.entries].some((name) => PART.test(name))) await ask(folder.host, TIDY, { ...at(folder), prefix: folder.prefix }, `${folder.id}: cannot remove what is kept of a broken transfer`);
 };
 
-/** A btrfs folder as a destination: `owned` is its record from now on, `announced` what 0.3.1 began. */
-function folderDestination(folder: Folder, owned: ChainRecord, announced: readonly string[], options: FolderOptions): Destination {
+/** A btrfs folder as a destination: `again` looks at it anew; `owned` is its record from now on, `announced` what 0.3.1 began. */
+function folderDestination(folder: Folder, again: () => Promise<Folder>, owned: ChainRecord, announced: readonly string[], options: FolderOptions): Destination {
   const { host, prefix, id } = folder;
   const { sending } = options;
   const { receiving: announcement, ...settled } = owned;
@@ -2488,27 +2941,74 @@ function folderDestination(folder: Folder, owned: ChainRecord, announced: readon
         await pipeline(from(part, PART.exec(`${part.part}.part`)?.[2]));
       });
     },
-    arrived: ({ snapshot }) => arrived(snapshot),
+    arrived: ({ snapshot }) => ({ ...arrived(snapshot), id: ARRIVED }),
     tidy: tidying(folder, () => parts),
     async discard(name) {
       await ask(host, DISCARD, { ...at(folder), prefix, name, ...recordArguments(folder, settled) }, `${id}: cannot remove what the broken transfer of ${name} left`);
     },
-    remove: (backups, free) => deleteFrom(folder, backups.map(({ name }) => name), { ...options, sync: options.sync || free }),
+    async remove(backups, free) {
+      const news = backups.some(({ id }) => id === ARRIVED) ? byUuidOfData((await again()).standing) : new Map<string, Entry>();
+      const going = backups.map((backup) => (backup.id === ARRIVED ? (news.get(dataOf(backup)) ?? backup) : backup));
+      await deleteFrom(folder, going, { ...options, sync: options.sync || free });
+    },
     close: folder.close,
   };
 }
 
+/** The ID of a backup that has arrived in this run: it is looked up where it is needed. */
+const ARRIVED = -1;
+
+const byUuidOfData = (entries: readonly Entry[]) => new Map(entries.filter(isComplete).map((entry) => [dataOf(entry), entry]));
+
 /** A snapshot as a backup that was received from it. */
 const arrived = (snapshot: Snapshot): Backup => ({ ...snapshot, receivedUuid: dataOf(snapshot) });
 
+/** gpg(1) as we use it: neither a configuration file nor a signature makes it ask the network for a key, or add a reader. */
+const GPG = "gpg --batch --no-tty --quiet --no-auto-key-locate --no-auto-key-retrieve --disable-dirmngr";
+
 /** Encrypts for gpg's recipients, if there are any; compressed before, or not worth it. */
 const encrypting = ({ recipients }: Filters): Stage[] =>
-  recipients.length === 0 ? [] : [{ label: "gpg", command: `gpg --batch --no-tty --quiet --trust-model always --compress-algo none --encrypt${recipients.map((one) => ` --recipient ${quote(one)}`).join("")}` }];
+  recipients.length === 0 ? [] : [{ label: "gpg", command: `${GPG} --no-encrypt-to --trust-model always --compress-algo none --encrypt${recipients.map((one) => ` --recipient ${keyOf(one)}`).join("")}` }];
+
+const keys = new Map<string, string>();
+/** The fingerprint of the one key in the keyring that a recipient means. Errors: Failure for none, or several. */
+function keyOf(recipient: string): string {
+  const known = keys.get(recipient);
+  if (known !== undefined) return known;
+  const { stdout } = spawnSync("sh", ["-c", `${GPG} --with-colons --list-keys -- "$1"`, "sh", recipient], { encoding: "utf8" });
+  const [first, ...others] = usableKeys(stdout);
+  const howTo = `"gpg --import FILE" takes a key into the keyring of whoever runs this`;
+  if (first === undefined) throw new Failure(`--encrypt-to ${recipient}: gpg knows no key of that name which can encrypt; ${howTo}`);
+  if (others.length > 0) throw new Failure(`--encrypt-to ${recipient}: several keys have that name, say which by its fingerprint: ${[first, ...others].join(", ")}`);
+  keys.set(recipient, first);
+  return first;
+}
+
+/**
+ * The fingerprints of keys that can encrypt and are neither expired nor revoked nor disabled, in what `gpg --with-colons --list-keys`
+ * printed (doc/DETAILS of GnuPG: the validity is the second field, the capabilities of the whole key are capitals in the twelfth).
+ */
+export function usableKeys(printed: string): string[] {
+  const found: string[] = [];
+  let usable = false;
+  for (const line of printed.split("\n")) {
+    const fields = line.split(":");
+    const [type, validity = ""] = fields;
+    const capabilities = fields[11] ?? "";
+    if (type === "pub") usable = !"eird".includes(validity || "-") && capabilities.includes("E") && !capabilities.includes("D");
+    if (type === "fpr" && usable) {
+      found.push(fields[9] as string);
+      usable = false; // those of its subkeys follow
+    }
+  }
+  return found;
+}
 
 /** Errors: Failure if a stream of that source is to be compressed, and cannot be. */
 function checkFilters({ zstd, host, hostName }: Pick<Folder, "zstd" | "host" | "hostName">, { level, recipients }: Filters): void {
   if (level !== "" && !zstd) throw new Failure(`${host.label || hostName}: zstd not found: install zstd`);
   if (recipients.length > 0 && which.sync("gpg", { nothrow: true }) === null) throw new Failure("gpg not found: install gnupg");
+  for (const recipient of recipients) keyOf(recipient);
 }
 
 /** What is stored is meant to be understood for long: without being asked, by the protocol that btrfs send takes by itself. */
@@ -2642,7 +3142,7 @@ function shellDestination(location: Location & { kind: "shell" }, last: Memory |
     async receive(source, { snapshot, parent }) {
       checkFilters(source, sending);
       return {
-        stages: [...encrypting(sending), { label: location.id, command: `{ [ -f ${quote(lock)} ] || ( umask 077; set -C; : >${quote(lock)} ) || :; flock -n -o -E 75 ${quote(lock)} ${run} -c ${quote(location.command)}; }` }],
+        stages: [...encrypting(sending), { label: location.id, command: `{ [ -f ${quote(lock)} ] || ( umask 077; exec dd if=/dev/null of=${quote(lock)} conv=excl oflag=nofollow status=none 2>/dev/null ) || :; flock -n -o -E 75 ${quote(lock)} ${run} -c ${quote(location.command)}; }` }],
         environment: {
           BTRFS_BACKUP_NAME: snapshot.name,
           BTRFS_BACKUP_KIND: parent === null ? "full" : "incremental",
@@ -3044,7 +3544,8 @@ function displayOf({ progress, btrfsDebug }: Omit<Display, "sizes">, rates: read
 }
 
 /** One line about a stream: `bytes` of `size`, where that is known, after so many seconds. */
-export function progressLine(what: string, bytes: number, size: number | undefined, seconds: number, columns: number): string {
+export function progressLine(name: string, bytes: number, size: number | undefined, seconds: number, columns: number): string {
+  const what = visible(name);
   const rate = bytes / Math.max(seconds, 1);
   const clock = (s: number) => `${Math.floor(s / 3600)}:${two(Math.floor(s / 60) % 60)}:${two(Math.floor(s) % 60)}`;
   const done = Math.min(1, bytes / (size ?? Infinity));
@@ -3125,9 +3626,11 @@ async function stream(incoming: readonly (readonly [Receiver, Incoming])[], sour
   const [[first, { kept, stages, environment }]] = incoming as [readonly [Receiver, Incoming]];
   const { level, protocol, rate } = kept ?? (first.form(source) as Form);
   const before = kept === undefined || kept.bytes === 0 ? { skip: "", sum: "" } : { skip: String(kept.bytes), sum: kept.sum };
-  const sent = { level, protocol: protocol ?? "", holder: holderOf(source), snapshot: snapshot.name, parent: parent?.name ?? "", ...before };
+  const hexadecimal = (one: Snapshot | null) => (one === null || source.alone ? "" : dataOf(one).replaceAll("-", ""));
+  const asked = { uuid: hexadecimal(snapshot), clone: hexadecimal(parent) };
+  const sent = { level, protocol: protocol ?? "", holder: holderOf(source), snapshot: snapshot.name, parent: parent?.name ?? "", ...before, ...asked };
   const command = commandWith(source.host, SEND, { flag: display.btrfsDebug ? "-vv" : "-q", ...at(source), ...sent });
-  const send = { label: `btrfs send${level === "" ? "" : " or zstd"}${source.host.label === "" ? "" : ` on ${source.host.label}`}`, command, shown: display.btrfsDebug };
+  const send = { label: `btrfs send${level === "" ? "" : " or zstd"}${source.host.label === "" ? "" : ` on ${source.host.label}`}`, command, sends: true, shown: display.btrfsDebug };
   const others = incoming.length === 1 ? "" : ` and ${incoming.length - 1} more`;
   const metered = meter(`${snapshot.name} to ${first.id}${others}`, display, rate, parent === null && level === "" ? display.sizes.get(snapshot.uuid) : undefined);
   // How many bytes a compressed stream has is known only behind the host that compresses it.
@@ -3291,7 +3794,9 @@ async function openDestination({ location, sending }: Wanted, source: Source, kn
   ahead.delete(location.id); // whoever opens it closes it
   if (location.kind !== "folder") {
     // What cannot be locked where it is: its lock is at the source. A remote source's chain has no folder here.
-    const lock = o.source.host === null ? join(source.path, `.btrfs-backup.${o.prefix}.${digestOf(location.id).slice(0, 8)}.receiving`) : lockFile(`${o.source.id}\n${o.prefix}\n${location.id}`);
+    // Through the process that holds the folder, it is found behind the fence.
+    const folder = source.fenced && source.holder !== "" ? `/proc/${source.holder}/cwd` : source.path;
+    const lock = o.source.host === null ? join(folder, `.btrfs-backup.${o.prefix}.${digestOf(location.id).slice(0, 8)}.receiving`) : lockFile(`${o.source.id}\n${o.prefix}\n${location.id}`);
     if (location.kind === "shell") return shellDestination(location, known?.pin ?? null, await commandShell(report), lock, { prefix: o.prefix, source: o.source.id }, sending);
     return openStore(location, sending, lock, source, known, o, report, begun);
   }
@@ -3324,7 +3829,8 @@ async function openDestination({ location, sending }: Wanted, source: Source, kn
   const standing = folder.chain.owner !== undefined || folder.snapshots.some(isComplete);
   if (!o.dryRun && standing && JSON.stringify(folder.chain) !== JSON.stringify(owned)) await writeRecord(folder, owned);
   warnOfDuplicates(folder, report);
-  return folderDestination(folder, owned, known?.receiving ?? [], { ...o.deletion, btrfsDebug: o.btrfsDebug, sending });
+  const again = () => openFolder(location, folder.path, { ...destinationOpening(o), wait: "look" });
+  return folderDestination(folder, again, owned, disbelief(source) === null ? (known?.receiving ?? []) : [], { ...o.deletion, btrfsDebug: o.btrfsDebug, sending });
 }
 
 /** Opens a store after making sure that it is the right one. Errors: Absent, Busy, Failure. */
@@ -3388,7 +3894,7 @@ function warnOfNested({ source, subvolumes, top, subvolume }: Source, report: Re
 /** Takes the snapshot, between the user's own commands. Errors: Failure. */
 async function takeSnapshot(source: Source, all: readonly Served[], o: RunOptions, report: Report, { sizes }: Display): Promise<Snapshot> {
   const hook = async (command: string | null, option: string) => {
-    if (command !== null && !o.dryRun) log.debug((await ask(source.host, HOOK, { command }, `${option} failed`)).trim());
+    if (command !== null && !o.dryRun) log.debug((await ask(plainHost(source.host), HOOK, { command }, `${option} failed`)).trim());
   };
   try {
     await hook(o.beforeSnapshot, "--before-snapshot");
@@ -3561,10 +4067,16 @@ async function removing(id: string, names: readonly string[], reason: string, dr
   for (const name of names) report.event("delete", { location: id, name, reason });
 }
 
-/** A location from a source's record, which only those may have written whose commands we would run anyway. */
-function recordedLocation(id: string, source: Folder): Location {
-  if (!source.trusted) throw new Failure(`${source.path} or a file in it belongs to another user: its known destinations are not used, name them`);
-  if (source.chain.guarded) throw new Failure(`${source.path}: its known destinations were written by a guarded key: they are not used, name them`);
+/** Why the destinations that a source's record names are not opened unless the command line names them; null where only we can have written it. */
+function disbelief(source: Pick<Folder, "host" | "trusted" | "chain" | "id" | "path">): string | null {
+  if (source.host.ssh !== null) return `the record of ${source.id} is another host's`;
+  if (!source.trusted) return `others can write to ${source.path}, or to the record in it`;
+  if (source.chain.guarded) return `the record in ${source.path} was written by a guarded key, or came back with a restored backup`;
+  return null;
+}
+
+/** A location from a source's record. Errors: Failure. */
+function recordedLocation(id: string): Location {
   try {
     return parseLocation(id);
   } catch (error) {
@@ -3665,7 +4177,7 @@ export type PlaceMetrics = { sent: number; bytes: number; seconds: number; delet
 
 /** Prometheus' text format: what its node exporter's textfile collector reads. */
 export function metricsOf(source: string, places: ReadonlyMap<string | null, PlaceMetrics>, now: number): string {
-  const label = (text: string) => text.replace(/["\\\n]/g, (c) => (c === "\n" ? "\\n" : `\\${c}`));
+  const label = (text: string) => visible(text).replace(/["\\\n]/g, (c) => (c === "\n" ? "\\n" : `\\${c}`));
   const all = [...places].map(([id, place]) => ({ labels: `{source="${label(source)}"${id === null ? "" : `,destination="${label(id)}"`}}`, ...place }));
   const metric = (name: string, help: string, value: (place: PlaceMetrics) => number | null) => {
     const lines = all.map((place) => [place.labels, value(place)] as const).filter(([, number]) => number !== null && !Number.isNaN(number));
@@ -3704,8 +4216,9 @@ export function summaryOf(source: string, places: ReadonlyMap<string | null, Pla
 
 /** Columns as wide as their widest cell. */
 export function table(rows: readonly (readonly string[])[]): string {
-  const widths = rows.reduce<number[]>((wide, row) => row.map((cell, i) => Math.max(wide[i] ?? 0, cell.length)), []);
-  return rows.map((row) => `${row.map((cell, i) => cell.padEnd(widths[i] ?? 0)).join("  ").trimEnd()}\n`).join("");
+  const shown = rows.map((row) => row.map(visible));
+  const widths = shown.reduce<number[]>((wide, row) => row.map((cell, i) => Math.max(wide[i] ?? 0, cell.length)), []);
+  return shown.map((row) => `${row.map((cell, i) => cell.padEnd(widths[i] ?? 0)).join("  ").trimEnd()}\n`).join("");
 }
 
 /** Says what was done. */
@@ -3760,7 +4273,12 @@ async function backUp(open: (locked: () => void) => Promise<Source>, o: RunOptio
 async function backUpOpened(source: Source, ahead: Map<string, Ahead>, o: RunOptions, report: Report): Promise<string | null> {
   const known = new Map(knownDestinations(source).map((destination) => [destination.location, destination]));
   const wanted = new Map(o.destinations.map((destination) => [destination.location.id, destination]));
-  for (const id of o.lockedDestinations ? known.keys() : []) if (!wanted.has(id)) wanted.set(id, { location: recordedLocation(id, source), optional: false, policy: o.backupPolicy, sending: o.sendingTo(id) });
+  const doubt = disbelief(source);
+  for (const id of o.lockedDestinations ? known.keys() : []) {
+    if (wanted.has(id)) continue;
+    if (doubt !== null) report.error(id, new Failure(`--locked-dests: ${doubt}: name the destination to use it`));
+    else wanted.set(id, { location: recordedLocation(id), optional: false, policy: o.backupPolicy, sending: o.sendingTo(id) });
+  }
   // Where something is sent again, it is still to the right disk.
   for (const id of o.removeLocks ? wanted.keys() : []) {
     const one = known.get(id);
@@ -3842,7 +4360,10 @@ async function pruneSource(source: Source, snapshots: readonly Snapshot[], wante
   });
   const going = explained(planSource(snapshots, o.sourcePolicy, o.removeLocks ? claimants.filter(({ pin }) => pin) : claimants, wallClock(new Date())), o.source.id, o.dryRun);
   const names = going.map(({ name }) => name);
-  await removing(o.source.id, names, `not kept by "${o.sourcePolicy?.text}"`, o.dryRun, report, () => deleteFrom(source, names, o.deletion));
+  await removing(o.source.id, names, `not kept by "${o.sourcePolicy?.text}"`, o.dryRun, report, async () => {
+    await deleteFrom(source, going, o.deletion);
+    await Promise.all(all.map(({ pruning }) => pruning)); // told before
+  });
   const place = placeIn(report.places, null);
   place.kept = snapshots.length - names.length;
   place.deleted += names.length;
@@ -3884,15 +4405,16 @@ export async function prune(o: PruneOptions, report: Report): Promise<void> {
   const prefixes = o.prefix === null ? prefixesIn(first.standing) : [o.prefix];
   if ([first.prefix, ...prefixes].some((prefix) => isSnapshotFolder(withPrefix(first, prefix)))) throw new UsageError(`${o.location.id} has snapshots of a source: "btrfs-backup run --no-snapshot --no-transfer -N …" prunes these`);
   for (const prefix of prefixes) {
-    const folder = await openFolder(o.location, o.location.path, { prefix, wait, hosts: o.hosts });
+    let folder: Folder | null = null;
     try {
+      folder = await openFolder(o.location, o.location.path, { prefix, wait, hosts: o.hosts });
       const destination = pruned(folder, o);
       const standing = { ...destination.standing, backups: await asReceived(folder, destination.standing.backups) };
       await pruneDestination({ wanted: { policy: o.policy }, destination, standing }, [], o, report);
     } catch (error) {
       report.error(o.location.id, error); // the other prefixes can still be pruned
     } finally {
-      await whileCleaning(folder.close);
+      if (folder !== null) await whileCleaning(folder.close);
     }
   }
   const { delete: deletions = 0 } = report.tally;
@@ -3906,10 +4428,10 @@ const NO_SENDING: Sending = { level: "", recipients: [], rate: null, protocol: n
 function pruned(folder: Folder, o: PruneOptions): Destination {
   const { store, prefix, id, chain } = folder;
   needRoot(folder, "pruning");
-  if (store === null) return folderDestination(folder, chain, [], { ...o.deletion, btrfsDebug: false, sending: NO_SENDING });
+  const again = () => openFolder(o.location, folder.path, { prefix, wait: "look", hosts: o.hosts });
+  if (store === null) return folderDestination(folder, again, chain, [], { ...o.deletion, btrfsDebug: false, sending: NO_SENDING });
   const ours = store.streams.filter(({ name }) => parseName(name, prefix) !== null);
   const owner = ours.at(-1)?.owner ?? ownerOf({ uuid: "", host: "", path: "" });
-  const again = () => openFolder(o.location, folder.path, { prefix, wait: "look", hosts: o.hosts });
   return storeDestination(folder, store, again, standingInStore(store, prefix, lineagesOf(ours, owner, [])), owner, lockFile(`${id}\n${prefix}`), NO_SENDING);
 }
 
@@ -4004,9 +4526,11 @@ async function openOutside(target: Target, location: Folder, o: RestoreOptions):
     const claimed = claim({ uuid: "", host: target.hostName, path: target.full }, folder.chain, folder.snapshots, folder.snapshots.filter((s) => known(s)), false);
     if (!claimed.accepted) throw new Failure(`${folder.path}: ${claimed.why}`);
   };
+  // Not by another host's word.
+  const isLocation = (folder: Folder) => sameHost(folder.host, location.host) && samePlace(folder, location);
   const path = resolve(o.target.path, o.snapshotFolder);
-  const seen = await openChecked(o.target, path, opening, (folder) => void (samePlace(folder, location) || check(folder)));
-  if (samePlace(seen, location)) return location;
+  const seen = await openChecked(o.target, path, opening, (folder) => void (isLocation(folder) || check(folder)));
+  if (isLocation(seen)) return location;
   return o.dryRun ? seen : openChecked(o.target, path, { ...opening, wait: o.wait }, check);
 }
 
@@ -4026,7 +4550,8 @@ function decideRestore(location: Folder, chosen: Snapshot, target: Target, outsi
   const through = (top: string) => join(mount.path, top.slice(mount.root.length === 1 ? 0 : mount.root.length));
   const folders = asked !== null ? [asked.top] : [target.top, outside?.top ?? join(target.top, target.name, target.inside ?? "")];
   const there = target.subvolumes.filter(({ path, readonly }) => readonly && folders.includes(dirname(`/${path}`)) && isWithin(`/${path}`, mount.root));
-  const here = location.hostName === target.hostName && location.place.filesystem === target.place.filesystem;
+  // Another host's word for being this one would let it choose what is moved here.
+  const here = sameHost(location.host, target.host) && location.hostName === target.hostName && location.place.filesystem === target.place.filesystem;
   const own = here && isSnapshotFolder(location);
   // NAME, where its own data has that name already.
   const standing = outside?.standing.find(({ name, readonly }) => name === chosen.name && readonly) ?? null;
@@ -4081,9 +4606,11 @@ export async function restore(o: RestoreOptions, report: Report): Promise<void> 
     if (moved.length > 0) log.info(`${o.dryRun ? "Would move" : "Moving"} ${count(moved.length, "snapshot")} from ${location.path}, so that every destination goes on from ${o.target.id}`);
     const transfer = { destination: o.target.id, name: chosen.name, parent: parent?.name ?? null };
     if (!o.dryRun) {
+      needOurs(target, o.target.id);
       const { output, release } = await hold(target.host, RESTORING, { ...at(target), work, end: `${work} end`, silence: silence(target.host) }, `${work} end`, o.target.id);
       try {
-        const folder = { ...target, path: join(target.path, work), holder: output.split("\n")[0] as string };
+        const holder = output.split("\n")[0] as string;
+        const folder = { ...target, path: join(target.path, work), holder, host: behindFence(plainHost(target.host), { ...target, holder }) };
         if (location.store !== null) await receivePieces(location, location.store, pieces, sums, folder, display, o, report);
         else if (present === null) {
           const form = formBetween(location, target, o.sending);
@@ -4139,8 +4666,8 @@ async function receivePieces(location: Folder, { verbs, streams }: Store, pieces
   const without = ({ uuid }: Stream) => instead(location, wholeIn(location).filter((one) => !chainOf(one as Entry as Stream, byUuid(streams)).some((piece) => piece.uuid === uuid)));
   for (const [i, piece] of pieces.entries()) {
     const { uuid: object, name, bytes: size, compressed, encrypted } = piece;
-    const fetch = { label: `reading${location.host.label === "" ? "" : ` on ${location.host.label}`}`, command: commandWith(location.host, verbs.get, { ...at(location), how: "", holder: holderOf(location), objects: [object] }) };
-    const decrypt = encrypted ? [{ label: "gpg", command: "gpg --batch --no-tty --quiet --decrypt" }] : [];
+    const fetch = { label: `reading${location.host.label === "" ? "" : ` on ${location.host.label}`}`, command: commandWith(location.host, verbs.get, { ...at(location), how: "", holder: holderOf(location), objects: [object] }), sends: true };
+    const decrypt = encrypted ? [{ label: "gpg", command: `${GPG} --decrypt` }] : [];
     const began = Date.now();
     log.debug(`Receiving ${object}`);
     const { told } = await pipeline([fetch, ...meter(`${i + 1}/${pieces.length} ${name}`, display, o.sending.rate, size), CHECKSUM, ...decrypt, receiving(work, name, compressed ? "1" : "", null, o.btrfsDebug)]).catch((error: Error) => {
@@ -4152,7 +4679,7 @@ async function receivePieces(location: Folder, { verbs, streams }: Store, pieces
     if (!o.unverified && sum !== right) throw new Failure(`${location.id}: ${object} is damaged: it has the SHA-256 ${sum}, and should have ${right ?? "one"}; ${without(piece)}`);
     report.event("transfer", { destination: o.target.id, name, parent: streams.find(({ uuid }) => uuid === piece.parentUuid)?.name ?? null, bytes, seconds: (Date.now() - began) / 1000 });
     const below = pieces[i - 1];
-    if (below !== undefined) await deleteFrom(work, [below.name], { convertRw: false, sync: false });
+    if (below !== undefined) await deleteFrom(work, [{ name: below.name, id: null }], { convertRw: false, sync: false });
   }
 }
 
@@ -4174,7 +4701,9 @@ async function settle(target: Target, tree: string, outside: Folder | null, live
     const recorded = (chain.destinations ?? []).map((known) => ({ ...known, pin: known.pin && own ? { ...known.pin, uuid: uuids.get(known.pin.name) ?? known.pin.uuid } : known.pin }));
     const destinations = restoredDestinations(recorded, (uuid) => own || [...uuids.values()].includes(uuid), came);
     const owner = outside === null ? {} : elsewhere ? { owner: previous } : { owner: { uuid: folder.source?.uuid ?? "", host: target.hostName, path: target.full } };
-    await writeRecord({ ...folder, prefix }, { ...chain, ...owner, destinations });
+    // What a backup brings along says where it was kept: on another host, or in a store, others can have written it.
+    const doubted = !own && (backups === null || backups.host.ssh !== null || backups.store !== null || !backups.trusted);
+    await writeRecord({ ...folder, prefix }, { ...chain, ...owner, destinations, ...(doubted && recorded.length > 0 ? { guarded: true as const } : {}) });
   }
 }
 
@@ -4202,7 +4731,10 @@ function tellWhatIsNext(target: Target, location: Folder, chosen: Snapshot, befo
 }
 
 /** A column of a table: a location that could be opened, or why not. */
-type Column = { readonly id: string; readonly folder: Folder | null; readonly problem: string | null };
+type Column = { readonly id: string; readonly folder: Folder | null; readonly problem: string | null; /** It was not opened. */ readonly left?: true };
+
+/** What stands behind a column's name. */
+const whyEmpty = ({ problem, left }: Pick<Column, "problem" | "left">) => (problem === null ? "" : left ? `, not looked at: ${problem}` : ", cannot be read");
 
 /** Opens a location only to look; `known`: what SOURCE's record says of it. One that cannot be opened is a failure of the command, but not its end. */
 async function openColumn(location: Location, known: KnownDestination | null, o: Pick<RunOptions, "hosts" | "snapshotFolder"> & { readonly prefix: string | null }, report: Report): Promise<Column> {
@@ -4226,9 +4758,13 @@ async function openColumns(first: Location, others: readonly Location[], addKnow
   const known = source.folder !== null && isSnapshotFolder(source.folder) ? [...new Set([...prefixesIn(source.folder.standing), ...source.folder.record.chains.keys()])].flatMap((prefix) => knownDestinations(withPrefix(source.folder as Folder, prefix))) : [];
   const remembered = new Map(known.map((one) => [one.location, one]));
   const asked = new Map(others.map((location) => [location.id, location]));
-  if (addKnown) for (const id of remembered.keys()) if (!asked.has(id)) asked.set(id, recordedLocation(id, source.folder as Folder));
+  const doubts = source.folder === null ? [] : [...source.folder.record.chains.values(), source.folder.chain].map((chain) => disbelief({ ...(source.folder as Folder), chain }));
+  const doubt = doubts.find((one) => one !== null) ?? null;
+  const added = addKnown ? [...remembered.keys()].filter((id) => !asked.has(id)) : [];
+  for (const id of doubt === null ? added : []) asked.set(id, recordedLocation(id));
+  const left = doubt === null ? [] : added.map((id): Column => ({ id, folder: null, problem: doubt, left: true }));
   const prefix = o.prefix ?? (source.folder?.snapshots.length ? source.folder.prefix : null);
-  return [source, ...(await Promise.all([...asked.values()].map((location) => openColumn(location, remembered.get(location.id) ?? null, { ...o, prefix }, report))))];
+  return [source, ...(await Promise.all([...asked.values()].map((location) => openColumn(location, remembered.get(location.id) ?? null, { ...o, prefix }, report)))), ...left];
 }
 
 export type ListOptions = ReturnType<typeof listOptions>;
@@ -4248,12 +4784,12 @@ export async function list(o: ListOptions, report: Report): Promise<void> {
     const { locations, snapshots } = inventory(shown, o, now, sizes);
     report.event("list", { prefix, locations, snapshots });
     if (o.json) continue;
-    const legend = locations.map(({ id, error, last, source }, i) => {
+    const legend = locations.map(({ id, last, source }, i) => {
       const reached = source || last === undefined ? "" : `, last served ${last === null ? "never" : `${inWords(Date.now() - Date.parse(last))} ago`}`;
-      return `${letter(i)}  ${id}${source ? " (source)" : ""}${reached}${error === null ? "" : ", cannot be read"}`;
+      return `${letter(i)}  ${id}${source ? " (source)" : ""}${reached}${whyEmpty(columns[i] as Column)}`;
     });
     const cells = snapshots.map(({ name, time, at: marks }) => [name, inWords(now - Date.parse(`${time}Z`)), ...marks.map((mark) => (mark === null ? "-" : [mark.state + (mark.pin ? ", pin" : "") + (mark.goes ? ", goes" : ""), ...(mark.bytes === null ? [] : [inBytes(mark.bytes)])].join(" ")))]);
-    process.stdout.write(`${legend.join("\n")}\n\n${cells.length === 0 ? "no snapshots\n" : table([["NAME", "AGE", ...locations.map((_, i) => letter(i))], ...cells])}\n`);
+    print(`${legend.join("\n")}\n\n${cells.length === 0 ? "no snapshots\n" : table([["NAME", "AGE", ...locations.map((_, i) => letter(i))], ...cells])}\n`);
   }
   report.event("summary", { ok: !report.failed });
 }
@@ -4313,7 +4849,7 @@ function checkAge(columns: readonly Column[], { maxAge, json, prefix }: { maxAge
     const ok = newest !== null && newest.moment >= before(now, maxAge.count, maxAge.unit);
     if (!ok) report.failed = true;
     report.event("age", { location: id, ok, newest: newest?.name ?? null, error: problem });
-    if (!json) process.stdout.write(`${ok ? "OK" : problem === null ? "TOO OLD" : "UNKNOWN"}: ${id}: ${newest === null ? (problem ?? "no complete backup") : `the newest backup is ${newest.name}, ${inWords(now - newest.moment)} old`} (at most ${maxAge.text})\n`);
+    if (!json) print(`${ok ? "OK" : problem === null ? "TOO OLD" : "UNKNOWN"}: ${id}: ${newest === null ? (problem ?? "no complete backup") : `the newest backup is ${newest.name}, ${inWords(now - newest.moment)} old`} (at most ${maxAge.text})\n`);
   }
 }
 
@@ -4506,7 +5042,7 @@ export async function versions(o: VersionsOptions, report: Report): Promise<void
       const what = state === null ? ["deleted", "-"] : [state.size === undefined ? state.type : inBytes(Number(state.size)), stamp(new Date(Number(state.mtime) * 1000)).replace(/(....)(..)(..)-(..)(..)(..)/, "$1-$2-$3 $4:$5:$6")];
       return [first, last, ...what, at.map(letter).join(" ") + same];
     });
-    process.stdout.write(`${columns.map(({ id, problem }, i) => `${letter(i)}  ${id}${problem === null ? "" : ", cannot be read"}\n`).join("")}\n${table([["FIRST IN", "LAST IN", "SIZE", "MODIFIED", "WHERE"], ...cells])}`);
+    print(`${columns.map((column, i) => `${letter(i)}  ${column.id}${whyEmpty(column)}\n`).join("")}\n${table([["FIRST IN", "LAST IN", "SIZE", "MODIFIED", "WHERE"], ...cells])}`);
   }
   if (rows.length === 0) report.error(null, new Failure(seen.length === 0 ? `${o.file.id}: there are no snapshots of ${source.id}` : `${o.file.id} is in none of ${count(seen.length, "snapshot")} of ${source.id}`));
   report.event("summary", { ok: !report.failed, versions: rows.length });
@@ -4532,8 +5068,8 @@ async function getVersion(o: VersionsOptions, get: string, host: Host, path: str
   const to = o.to ?? `${o.file.path}.${found.name}`;
   const put = { directory: dirname(to), name: basename(to), force: o.force ? "force" : "", base: basename(path) };
   const take = { ...at(folder), snapshot: found.name, inner: path };
-  if (sameHost(folder.host, host)) await ask(host, PUT, { ...put, ...take }, `cannot copy ${o.file.id} back`);
-  else await pipeline([{ label: `tar on ${folder.host.label}`, command: commandWith(folder.host, TAKE, take) }, { label: "tar", command: commandWith(host, PUT, put) }]);
+  if (sameHost(folder.host, host)) await ask({ ...host, fence: "try" }, PUT, { ...put, ...take }, `cannot copy ${o.file.id} back`);
+  else await pipeline([{ label: `tar on ${folder.host.label}`, command: commandWith(folder.host, TAKE, take) }, { label: "tar", command: commandWith({ ...host, fence: "try" }, PUT, put) }]);
   log.info(`Copied ${path.slice(1)} as it was in ${found.name} of ${folder.id} to ${to}`);
   report.event("get", { location: folder.id, name: found.name, path: to });
   report.event("summary", { ok: !report.failed });
@@ -4574,18 +5110,31 @@ const refuse = (why: string): never => {
 
 // ── reading a command ──
 
-/** The verb and its arguments in the text that a run sent over ssh. Nothing else of it is used. Errors: Refused for any other text. */
-export function parseCommand(text: string): { name: string; sudo: boolean; args: string[] } {
+/** How a command may begin: where it runs is ours to say. */
+const BEGINNINGS = [/^sh -c/, new RegExp(`^${UNSHARE} sh -c`), /^nsenter -t \d{1,9} -m -- sh -c/];
+
+/** The words behind `sh -c`, each quoted as `quote` does. Errors: Refused for any other text. */
+function wordsOf(text: string): string[] {
+  const notOurs = "this is no command of btrfs-backup";
+  const beginning = BEGINNINGS.map((one) => one.exec(text)?.[0]).find((found) => found !== undefined);
+  if (beginning === undefined || /[\n\r\0]/.test(text)) return refuse(notOurs);
   const words: string[] = [];
   const word = / '([^'\\!]*(?:'\\['\\!]'[^'\\!]*)*)'/y;
-  for (word.lastIndex = "sh -c".length; text.startsWith("sh -c") && word.lastIndex < text.length; ) {
-    const match = word.exec(text) ?? refuse("this is no command of btrfs-backup");
-    words.push((match[1] as string).replace(/'\\(.)'/g, "$1"));
+  for (word.lastIndex = beginning.length; word.lastIndex < text.length; ) {
+    const [, quoted = ""] = word.exec(text) ?? refuse(notOurs);
+    words.push(quoted.replace(/'\\(.)'/g, "$1"));
   }
-  const [, title = "", sudo = "", ...args] = words;
+  return words;
+}
+
+/** The verb and its arguments in the text that a run sent over ssh. Nothing else of it is used. Errors: Refused for any other text. */
+export function parseCommand(text: string): { name: string; sudo: boolean; args: string[] } {
+  const words = wordsOf(text);
+  // TRY runs a script with a title; it says the mode itself.
+  const [title = "", mode = "", ...args] = words[1] === TRYING ? [words[3] ?? "", "", ...words.slice(4)] : words.slice(1);
   const name = /^btrfs-backup:([a-z-]+)$/.exec(title)?.[1];
-  if (name === undefined || !["", "sudo"].includes(sudo) || /[\n\r\0]/.test(text)) return refuse("this is no command of btrfs-backup");
-  return { name, sudo: sudo === "sudo", args };
+  if (name === undefined || !["", "sudo", "fence"].includes(mode)) return refuse("this is no command of btrfs-backup");
+  return { name, sudo: mode === "sudo", args };
 }
 
 /** What a key may do, by the option that gives it the right. */
@@ -4595,16 +5144,16 @@ type Right = keyof typeof RIGHTS;
 export type GuardOptions = ReturnType<typeof guardOptions>;
 
 /** What the arguments of a guarded verb have said so far. */
-type Guarded = { readonly o: GuardOptions; readonly sudo: boolean; folder: string; prefix: string };
+type Guarded = { readonly o: GuardOptions; folder: string; prefix: string };
 
 /** Reads an ssh command, and checks all of it; `serve` runs it, and returns the exit status. Errors: Refused. */
 export async function permitted(text: string, o: GuardOptions): Promise<{ verb: Declared; args: string[]; serve: () => Promise<number> }> {
-  const { name, sudo, args } = parseCommand(text);
+  const { name, args } = parseCommand(text);
   const { verb, rights, least, most, check } = GUARDED.get(name) ?? refuse(`the verb ${name}`);
   const granted: readonly Right[] = [o.source ? "source" : "add", ...(o.allowRead ? ["read" as const] : []), ...(o.allowDelete ? ["delete" as const] : [])];
   if (!rights.some((right) => granted.includes(right))) refuse(`${name} needs ${rights.map((right) => RIGHTS[right]).join(" or ")}`);
   if (args.length < least || args.length > most) refuse(`${name} with ${args.length} arguments, as another version has them`);
-  return { verb, ...(await check(args, { o, sudo, folder: "", prefix: "" })) };
+  return { verb, ...(await check(args, { o, folder: "", prefix: "" })) };
 }
 
 // ── rules of arguments ──
@@ -4627,8 +5176,12 @@ const HOLDER = like(/^\d{0,9}$/);
 const LEVEL = like(/^(1?\d)?$/);
 const FLAG = oneOf("-q", "-vv");
 const BYTES = like(/^\d{1,18}$/);
+const UUID_BYTES = like(/^[0-9a-f]{32}$/);
 const SHA256 = like(/^[0-9a-f]{64}$/);
 const ONE_LINE = like(/^[^\n\r\0]*$/);
+
+/** What an entry of a folder can be called. */
+const isEntryName = (text: string) => text !== "" && text !== "." && text !== ".." && !/[/\n\r\0]/.test(text);
 
 const isOurs = (name: string) => /^\.btrfs-backup|^\.outstanding_transfers$|\.part$|\.btrfs(\.|$)/.test(name);
 
@@ -4680,7 +5233,7 @@ const PREFIX_RULE: ArgumentRule = (value, said) => {
 const DATED: ArgumentRule = (value) => (prefixOf(value) !== null && !/[/\n\r\0]/.test(value) ? value : refuse(`the name ${shown(value)}`));
 
 /** A read-only subvolume of the folder: no link, and nothing that is being received. */
-const STANDING: ArgumentRule = (value, { folder }) => (!/[/\n\r\0]/.test(value) && isReadonlySubvolume(join(folder, value)) ? value : refuse(`${shown(value)} is no snapshot in ${folder}`));
+const STANDING: ArgumentRule = (value, { folder }) => (isEntryName(value) && isReadonlySubvolume(join(folder, value)) ? value : refuse(`${shown(value)} is no snapshot in ${folder}`));
 const LISTED_NAME: ArgumentRule = (value, said) => (value.startsWith("./") ? `./${STANDING(value.slice(2), said)}` : refuse(`the argument ${shown(value)}`));
 
 const isObject = (value: string) => STREAM.test(value) && !/[/\n\r\0]/.test(value);
@@ -4727,7 +5280,7 @@ type Use = {
 function use<V extends Declared>(verb: V, rights: readonly Right[], rules: Rules<V>, beyond: Beyond<V> = {}): [string, Use] {
   const parameters = parametersOf(verb);
   const ruleOf = (name: string) => rules[name as keyof Rules<V>];
-  const serve = beyond.serve ?? (async (given, said) => (await started(verb, given, said)).exitCode ?? 1);
+  const serve = beyond.serve ?? (async (given) => (await started(verb, given)).exitCode ?? 1);
   const check = async (words: readonly string[], said: Guarded) => {
     const checked: Record<string, string | string[]> = {};
     for (const [i, { name, kind }] of parameters.entries()) {
@@ -4744,17 +5297,17 @@ function use<V extends Declared>(verb: V, rights: readonly Right[], rules: Rules
   return [verb.name, { verb, rights, least, most, check }];
 }
 
-/** Runs a verb for a guarded key. */
-function started<V extends Declared>(verb: V, given: ArgumentsOf<V>, { sudo }: Guarded, [stdin, stdout, stderr]: readonly ("inherit" | "pipe")[] = []): ProcessPromise {
-  const host = hostOf(null, { sshOptions: [], sudo, sshSudo: false });
+/** Runs a verb for a guarded key, behind the fence. */
+function started<V extends Declared>(verb: V, given: ArgumentsOf<V>, [stdin, stdout, stderr]: readonly ("inherit" | "pipe")[] = []): ProcessPromise {
+  const host: Host = { ...LOCAL, fence: "own" };
   const child = shell({ stdio: [stdin ?? "inherit", stdout ?? "inherit", stderr ?? "inherit"], env: { PATH: process.env["PATH"] ?? "" } })`${`exec ${commandWith(host, verb, given)}`}`;
   running.add(() => sendSignal(child.pid as number, "SIGTERM"));
   return child;
 }
 
 /** Reads what the folder of a guarded verb has. */
-async function lookedAt({ folder: path, prefix, sudo }: Guarded, kind: "folder" | "raw"): Promise<Folder> {
-  const folder = await openFolder({ kind, id: path, host: null, path }, path, { prefix, wait: "look", hosts: { sshOptions: [], sudo, sshSudo: false } });
+async function lookedAt({ folder: path, prefix }: Guarded, kind: "folder" | "raw"): Promise<Folder> {
+  const folder = await openFolder({ kind, id: path, host: null, path }, path, { prefix, wait: "look", hosts: { sshOptions: [], sudo: false, sshSudo: false } });
   await folder.close();
   return folder;
 }
@@ -4823,7 +5376,9 @@ async function dropAgain(given: ArgumentsOf<DropVerb>, said: Guarded): Promise<t
 /** Never the newest snapshot of a source. */
 async function deleteAgain(given: ArgumentsOf<typeof DELETE>, said: Guarded): Promise<typeof given> {
   const names = given.names.map((name) => DATED(name.slice(2), said));
-  const { standing } = await lookedAt(said, "folder");
+  const { standing, top } = await lookedAt(said, "folder");
+  const idOf = new Map(standing.map(({ name, id }) => [name, String(id)]));
+  if (given.top !== top || given.ids !== names.map((name) => idOf.get(name)).join(" ")) refuse("subvolumes that are others now");
   const newest = (prefix: string) => standing.filter(({ name, readonly }) => readonly && parseName(name, prefix) !== null).reduce((last, one) => (one.id > last.id ? one : last), NO_SUBVOLUME as Entry).name;
   if (said.o.source) for (const name of names) if (newest(prefixOf(name) as string) === name) refuse(`${name} is the newest snapshot`);
   return given;
@@ -4859,15 +5414,15 @@ const GUARDED: ReadonlyMap<string, Use> = new Map([
   use(KEPT, ["add"], { ...AT, prefix: PREFIX_RULE, object: OBJECT }),
   use(TIDY, ["add"], { ...AT, prefix: PREFIX_RULE }),
   use(DISCARD, ["add"], { ...AT, prefix: PREFIX_RULE, name: DATED, ...RECORDED }, { again: discardAgain }),
-  use(RAW.put, ["add"], { ...AT, lock: PREFIX_RULE, object: PART_RULE, holder: HOLDER, size: perhaps(BYTES) }),
+  use(RAW.put, ["add"], { ...AT, lock: PREFIX_RULE, object: PART_RULE, holder: HOLDER, size: perhaps(BYTES) }, { serve: storeServed }),
   use(RAW.commit, ["add"], { ...AT, lock: PREFIX_RULE, object: OBJECT, sum: SHA256, bytes: BYTES, part: PART_RULE, kept: BYTES, uuid: notGiven }, { again: commitAgain }),
   use(RAW.delete, ["add", "delete"], { ...AT, lock: PREFIX_RULE, objects: ANY_OBJECT }, { again: dropAgain }),
   use(RAW.get, ["read"], { ...AT, how: oneOf("", "sum"), holder: HOLDER, objects: ANY_OBJECT }),
-  use(DELETE, ["delete", "source"], { convert: oneOf("", "rw"), sync: oneOf("", "sync"), ...AT, names: LISTED_NAME }, { again: deleteAgain }),
+  use(DELETE, ["delete", "source"], { convert: oneOf("", "rw"), sync: oneOf("", "sync"), ...AT, top: ONE_LINE, ids: like(/^\d+( \d+)*$/), names: LISTED_NAME }, { again: deleteAgain }),
   use(RECEIVED, ["delete", "read"], { ...AT, names: LISTED_NAME }),
   use(SHOW, ["source"], AT),
   use(SNAPSHOT, ["source"], { source: SOURCE_RULE, ...AT, name: DATED }),
-  use(SEND, ["source", "read"], { flag: FLAG, ...AT, level: LEVEL, protocol: like(/^[12]?$/), holder: HOLDER, snapshot: STANDING, parent: PARENT, skip: perhaps(BYTES), sum: perhaps(SHA256) }),
+  use(SEND, ["source", "read"], { flag: FLAG, ...AT, level: LEVEL, protocol: like(/^[12]?$/), holder: HOLDER, snapshot: STANDING, parent: PARENT, skip: perhaps(BYTES), sum: perhaps(SHA256), uuid: UUID_BYTES, clone: perhaps(UUID_BYTES) }),
   use(ESTIMATE, ["source", "read"], { ...AT, snapshot: STANDING, parent: PARENT }),
   use(SIZES, ["read"], { ...AT, names: LISTED_NAME }),
   use(DIGEST, ["read"], { ...AT, snapshot: STANDING }),
@@ -4877,6 +5432,127 @@ const GUARDED: ReadonlyMap<string, Use> = new Map([
   use(LOCATE, ["read"], { file: FILE }),
 ]);
 
+// ── how much a key may store ──
+
+/** The files below a folder that count: not those in backups, and none that is reached through a link. */
+function* filesBelow(folder: string): Generator<string> {
+  for (const entry of readdirSync(folder, { withFileTypes: true })) {
+    const path = join(folder, entry.name);
+    if (entry.isFile()) yield path;
+    else if (entry.isDirectory() && prefixOf(entry.name) === null) yield* filesBelow(path);
+  }
+}
+
+/** Opens a file. Errors: Refused for what is not a plain one. */
+function openedPlain(path: string): number {
+  try {
+    const file = openSync(path, constants.O_RDONLY | constants.O_NOFOLLOW | constants.O_NONBLOCK);
+    return fstatSync(file).isFile() ? file : refuse(`${shown(path)} is not a plain file`);
+  } catch (error) {
+    if (error instanceof Refused) throw error;
+    return refuse(`${shown(path)} cannot be read: ${(error as Error).message}`);
+  }
+}
+
+/** The bytes of a folder's backups as its record says, as far as they still stand. Errors: Refused where it cannot be read. */
+function recordedBytes(path: string): number {
+  const file = openedPlain(path);
+  const { stored, unreadable } = parseRecord(readFileSync(file, "utf8"));
+  closeSync(file);
+  if (unreadable !== null) refuse(`${shown(path)} cannot be read`);
+  if (stored === undefined) return 0;
+  const standing = new Set(listedNow(dirname(path)).map(({ receivedUuid }) => receivedUuid));
+  const all = [...stored.values()].flatMap((one) => Object.entries(one));
+  return all.reduce((sum, [uuid, bytes]) => (standing.has(uuid) ? sum + bytes : sum), 0);
+}
+
+/** The bytes of all streams that stand below paths, or are kept in part. */
+function bytesBelow(paths: readonly string[]): number {
+  const files = new Set(paths.filter((path) => lstatSync(path, { throwIfNoEntry: false })?.isDirectory()).flatMap((path) => [...filesBelow(path)]));
+  let sum = 0;
+  for (const path of files) {
+    const name = basename(path);
+    if (name === ".btrfs-backup.json") sum += recordedBytes(path);
+    else if (isObject(name) || PART_OF_OBJECT.test(name)) sum += lstatSync(path, { throwIfNoEntry: false })?.size ?? 0;
+  }
+  return sum;
+}
+
+/** The stream of an object, as long as it is not whole. */
+const PART_OF_OBJECT = /^\..*\.btrfs(\.zst)?(\.gpg)?(\.p[0-2]-\d*)?\.part$/s;
+
+/**
+ * Lets a stream in, one after the other, as long as --max-bytes has room; `work` gets how many bytes it may have. `counted`: those that
+ * are there already, and will not be there twice. Errors: Refused where there is no room.
+ */
+async function withinBytes({ paths, maxBytes }: GuardOptions, counted: () => number, work: (left: number) => Promise<number>): Promise<number> {
+  if (maxBytes === null) return work(Infinity);
+  const wait = 3600; // seconds
+  const lock = spawn("flock", ["-w", String(wait), lockFile(`--max-bytes\n${paths.join("\n")}`), "sh", "-c", "echo; exec cat >/dev/null"], { stdio: ["pipe", "pipe", "inherit"] });
+  try {
+    const held = await new Promise((done) => lock.stdout.once("data", () => done(true)) && lock.once("close", () => done(false)));
+    if (!held) refuse("another transfer of this key is under way");
+    const left = maxBytes - bytesBelow(paths) + counted();
+    if (left <= 0) refuse(noRoom(maxBytes));
+    return await work(left);
+  } finally {
+    lock.stdin.end();
+  }
+}
+
+const noRoom = (maxBytes: number | null) => `more than the ${inBytes(maxBytes ?? 0)} that --max-bytes allows this key`;
+
+/** Remembers how many bytes a backup's stream had, and forgets those that are gone. */
+async function rememberBytes(said: Guarded, uuid: string, bytes: number): Promise<void> {
+  const folder = await lookedAt(said, "folder");
+  const standing = new Set(folder.subvolumes.map(({ receivedUuid }) => receivedUuid));
+  const stored = Object.entries(folder.record.stored?.get(said.prefix) ?? {}).filter(([one]) => standing.has(one));
+  const value = JSON.stringify(Object.fromEntries([...stored, [uuid, bytes]]));
+  await ask({ ...LOCAL, fence: "own" }, WRITE_RECORD, { ...at(folder), header: RECORD_HEADER, key: storedKey(said.prefix), value }, `${folder.id}: cannot write .btrfs-backup.json`);
+}
+
+/** Passes a stream on to a store, as much as there is room for. */
+async function storeServed(given: ArgumentsOf<PutVerb>, { o }: Guarded): Promise<number> {
+  if (o.maxBytes === null) return (await started(RAW.put, given)).exitCode ?? 1;
+  return withinBytes(o, () => 0, async (left) => {
+    const child = started(RAW.put, given, ["pipe"]);
+    const into = new Feeding(child);
+    try {
+      let bytes = 0;
+      for await (const chunk of process.stdin) {
+        bytes += (chunk as Buffer).length;
+        if (bytes > left) refuse(noRoom(o.maxBytes));
+        if (!(await into.pass(chunk as Buffer))) break;
+      }
+    } finally {
+      child.stdin.end();
+      await child;
+    }
+    return (await child).exitCode ?? 1;
+  });
+}
+
+/** What is written to a child's standard input, as fast as it is taken. */
+class Feeding {
+  readonly #child: ProcessPromise;
+  #over = false;
+  #wake = () => {};
+  constructor(child: ProcessPromise) {
+    this.#child = child;
+    child.stdin.on("error", () => {}); // its exit status tells
+    child.stdin.on("drain", () => this.#wake());
+    void child.then(() => {
+      this.#over = true;
+      this.#wake();
+    });
+  }
+  /** Whether the child goes on taking. */
+  async pass(bytes: Buffer): Promise<boolean> {
+    if (bytes.length > 0 && !this.#over && !this.#child.stdin.write(bytes)) await new Promise<void>((done) => (this.#wake = done));
+    return !this.#over;
+  }
+}
+
 // ── what is served otherwise than as it is ──
 
 /** Serves one command of an ssh key that may do no more than its options say. Returns the exit status. */
@@ -4884,19 +5560,34 @@ export async function guard(o: GuardOptions): Promise<number> {
   const text = process.env["SSH_ORIGINAL_COMMAND"] ?? "";
   try {
     const { serve } = await permitted(text, o);
+    checkFence();
     return await serve();
-  } catch (error) {
-    if (!(error instanceof Refused)) throw error;
+  } catch (problem) {
+    const error = refusalOf(problem);
     const client = process.env["SSH_CONNECTION"]?.split(" ")[0] ?? "nobody";
-    await shell`${`exec logger -t btrfs-backup -p auth.warning -- ${quote(`guard refused ${client}: ${error.message}: ${JSON.stringify(text.slice(-300))}`)}`}`;
-    process.stderr.write(`btrfs-backup guard: refused: ${error.message.replace(/[\x00-\x1f\x7f]/g, "?")}\n`);
+    await shell`${`exec logger -t btrfs-backup -p auth.warning -- ${quote(visible(`guard refused ${client}: ${error.message}: ${JSON.stringify(text.slice(-300))}`))}`}`;
+    process.stderr.write(`btrfs-backup guard: refused: ${visible(error.message).replaceAll("\n", " ")}\n`);
     return 65;
   }
 }
 
+/** What the kernel says of a name (too long, no such file) is a refusal as well. Errors: all others. */
+function refusalOf(error: unknown): Refused {
+  if (error instanceof Refused) return error;
+  if (typeof (error as NodeJS.ErrnoException).syscall === "string") return new Refused((error as Error).message);
+  throw error;
+}
+
+/** Errors: Refused where no verb can work behind the fence; whether the mount is what it should be, each verb looks at itself. */
+function checkFence(): void {
+  if (process.getuid?.() !== 0) refuse("guard needs root, for a mount namespace of its own");
+  const { status, stderr } = spawnSync("sh", ["-c", `${UNSHARE} true`], { encoding: "utf8" });
+  if (status !== 0) refuse(`guard needs a mount namespace of its own, and there is none: ${stderr.trim()}`);
+}
+
 /** Opens a folder, and tells of it what concerns the key. */
 async function openServed(given: ArgumentsOf<typeof OPEN>, said: Guarded): Promise<number> {
-  const child = started(OPEN, given, said, ["inherit", "pipe"]);
+  const child = started(OPEN, given, ["inherit", "pipe"]);
   const output = await printed(child, `\n${given.nonce} end\n`);
   if (output !== null) process.stdout.write(narrowed(output, given.nonce, said.folder));
   return (await child).exitCode ?? 1;
@@ -4922,66 +5613,79 @@ export function narrowed(output: string, nonce: string, folder: string): string 
 }
 
 /** All subvolumes of a folder's filesystem, without giving way to anything else meanwhile. Errors: Refused. */
-function listedNow(folder: string, sudo: boolean): Subvolume[] {
+function listedNow(folder: string): Subvolume[] {
   const list = (...options: string[]) => {
-    const words = [...(sudo ? ["sudo", "-n"] : []), "btrfs", "subvolume", "list", "-a", ...options, folder];
-    const { status, stdout, stderr } = spawnSync(words[0] as string, words.slice(1), { encoding: "utf8", maxBuffer: 2 ** 30, env: { PATH: `${process.env["PATH"] ?? ""}:/usr/sbin:/sbin`, LC_ALL: "C" } });
+    const { status, stdout, stderr } = spawnSync("btrfs", ["subvolume", "list", "-a", ...options, folder], { encoding: "utf8", maxBuffer: 2 ** 30, env: { PATH: `${process.env["PATH"] ?? ""}:/usr/sbin:/sbin`, LC_ALL: "C" } });
     return status === 0 ? stdout.replace(/\n$/, "") : refuse(`the subvolumes cannot be listed: ${stderr}`);
   };
   return parseSubvolumes(list("-u", "-q", "-R"), list("-r"));
 }
 
-/** A subvolume that a stream may begin, in a folder as it is now; returns the path of its parent in latin1, or null. Errors: Refused. */
-function begunIn(folder: Folder, announced: string | undefined, { sudo }: Guarded, name: string, uuid: string, parent: string | null): string | null {
+/** Whether a stream may begin that subvolume, in a folder as it is now. Errors: Refused. */
+function mayBegin(folder: Folder, announced: string | undefined, name: string, uuid: string, parent: string | null): void {
   if (parseName(name, folder.prefix) === null || (announced !== undefined && name !== announced) || folder.entries.has(name)) refuse(`the subvolume ${shown(name)}`);
   // Now, not when the session began; and of the whole filesystem, since receive looks for UUIDs in all of it, whatever its chroot. What is
   // received later by the same UUID comes behind: receive takes the first.
-  const all = listedNow(folder.path, sudo);
+  const all = listedNow(folder.path);
   const having = (wanted: string) => all.filter((one) => one.uuid === wanted || one.receivedUuid === wanted);
   if (having(uuid).length > 0) refuse(`the UUID ${uuid}, which is not new`);
-  if (parent === null) return null;
+  if (parent === null) return;
   const [first, ...others] = having(parent);
   const inFolder = first?.receivedUuid === parent && first.readonly && dirname(`/${first.path}`) === folder.top;
-  if (first === undefined || others.length > 0 || !inFolder || !isSubvolume(join(folder.path, basename(first.path)))) return refuse(`the parent ${parent}, which is not in the folder, or not alone`);
-  return Buffer.from(join(folder.path, basename(first.path))).toString("latin1");
+  if (others.length > 0 || !inFolder) refuse(`the parent ${parent}, which is not in the folder, or not alone`);
 }
 
 /** Reads along a stream that is received. What is refused never gets to its end there. */
 async function receiveServed(given: ArgumentsOf<typeof RECEIVE>, said: Guarded): Promise<number> {
-  const { folder: path, level, prefix, header, beginning, rest, part } = given;
+  const { folder: path, prefix, header, beginning, rest, part } = given;
   const folder = await lookedAt(said, "folder");
   const announced = header === "" ? null : guardedRecord(beginning + rest, folder, false);
   if (announced !== null && announced.receiving === undefined) refuse("a transfer without an announcement");
   const { receiving: name, ...settled } = announced ?? {};
-  const check = new StreamCheck((...begun) => begunIn(folder, name, said, ...begun));
   const record = announced === null ? { header: "", key: "", beginning: "", rest: "" } : { header: RECORD_HEADER, key: recordKey(prefix), beginning: `{"receiving":${JSON.stringify(name)},`, rest: JSON.stringify(settled).slice(1) };
   if (part !== undefined && !PART.test(`${part}.part`)) refuse(`the file ${shown(part)}`);
-  const file = part === undefined ? "inherit" : openSync(join(path, `.${part}.part`), constants.O_RDONLY | constants.O_NOFOLLOW);
-  const flag = `${given.flag}C`;
-  const child = started(RECEIVE, { ...given, flag, level: "", ...record }, said, ["pipe", "inherit", flag === "-qC" ? "pipe" : "inherit"]);
-  let over = false;
-  let wake = () => {};
-  child.stdin.on("drain", () => wake());
-  void child.then(() => ((over = true), wake()));
-  const unzip = level === "" ? null : spawn("zstd", ["-q", "-d", "-c"], { stdio: [file, "pipe", "inherit"] });
+  const kept = part === undefined ? null : join(path, `.${part}.part`);
+  const file = kept === null ? null : openedPlain(kept);
+  let made = "";
+  const check = new StreamCheck((...begun) => {
+    mayBegin(folder, name, ...begun);
+    made = begun[1];
+  });
+  return withinBytes(said.o, () => (file === null ? 0 : fstatSync(file).size), (left) => {
+    const flag = `${given.flag}C`;
+    const child = started(RECEIVE, { ...given, flag, level: "", ...record }, ["pipe", "inherit", flag === "-qC" ? "pipe" : "inherit"]);
+    return receiveChecked(child, check, file, given.level, { left, most: said.o.maxBytes }, (bytes) => (said.o.maxBytes === null ? Promise.resolve() : rememberBytes(said, made, bytes)));
+  });
+}
+
+/** Passes a stream on to `btrfs receive` after it was read; `whole` is done before its end gets there. */
+async function receiveChecked(child: ProcessPromise, check: StreamCheck, file: number | null, level: string, room: { readonly left: number; readonly most: number | null }, whole: (bytes: number) => Promise<void>): Promise<number> {
+  const into = new Feeding(child);
+  const unzip = level === "" ? null : spawn("zstd", ["-q", "-d", "-c"], { stdio: [file ?? "inherit", "pipe", "inherit"] });
   const unzipped = unzip === null ? null : new Promise<number | null>((done) => unzip.on("close", done).on("error", () => done(null)));
-  const input = unzip?.stdout ?? (file === "inherit" ? process.stdin : createReadStream("", { fd: file }));
-  child.stdin.on("error", () => {}); // its exit status tells
-  const pass = async (bytes: Buffer) => void (bytes.length === 0 || over || child.stdin.write(bytes) || (await new Promise<void>((done) => (wake = done))));
+  const input = unzip?.stdout ?? (file === null ? process.stdin : createReadStream("", { fd: file }));
   try {
+    let bytes = 0;
+    let taking = true;
     for await (const chunk of input) {
-      await pass(check.push(chunk as Buffer));
-      if (over) break;
+      bytes += (chunk as Buffer).length;
+      if (bytes > room.left) refuse(noRoom(room.most));
+      taking = await into.pass(check.push(chunk as Buffer));
+      if (!taking) break;
     }
     if (unzipped !== null && (await unzipped) !== 0) refuse("zstd cannot read the stream");
-    if (!over) await pass(check.finish());
+    if (taking) {
+      const end = check.finish();
+      await whole(bytes);
+      await into.pass(end);
+    }
   } finally {
     unzip?.kill();
     child.stdin.end();
     await child;
   }
   const { exitCode, stderr } = await child;
-  process.stderr.write(stderr.replace(/^Chroot to .*\n/, ""));
+  process.stderr.write(visible(stderr.replace(/^Chroot to .*\n/, "")));
   return exitCode ?? 1;
 }
 
@@ -4994,72 +5698,42 @@ type AttributeName = keyof typeof ATTRIBUTE;
 /** A command of a stream. `path` is what it concerns, in latin1; `value`: of an attribute that it must have; `given`: of one that it may have. */
 type Command = { readonly name: string; readonly path: string; readonly value: (attribute: AttributeName) => Buffer; readonly given: (attribute: AttributeName) => Buffer | undefined };
 
-/** The subvolume that a stream makes, as far as it was read. `opened`: the last path that could be opened: most commands concern the path of the one before. */
-type Making = { readonly tree: Tree; readonly sources: ReadonlyMap<string, Tree>; opened: string | null };
+/**
+ * Checks what a command says beside its path, which is below the subvolume. `sources`: the UUIDs that it may clone from. What its path
+ * leads to is not looked at: behind the fence the kernel follows no links and opens no devices. Errors: Refused.
+ */
+type CommandCheck = (command: Command, sources: ReadonlySet<string>) => void;
 
-/** Checks what a command does. Errors: Refused. */
-type CommandCheck = (command: Command, making: Making) => void;
-
-const plainFile = ({ name }: Command, tree: Tree, path: string) => void (tree.at(path).type === "other" || refuse(`${name}: ${JSON.stringify(path)} is no plain file`));
-
-/** It opens its path, and follows a link for it. */
-const opens: CommandCheck = (command, making) => {
-  if (command.path === making.opened) return;
-  plainFile(command, making.tree, command.path);
-  making.opened = command.path;
-};
-
-/** It changes its path as it is. Of these commands, only chmod follows a link. */
-const changes: CommandCheck = ({ name, path }, making) => {
-  if (path === making.opened) return;
-  if (making.tree.at(path).type === "link" && name === "chmod") refuse(`${name}: ${JSON.stringify(path)} is a symbolic link`);
-  making.opened = null;
-};
+/** It opens or changes what is there. */
+const changes: CommandCheck = () => {};
 
 const notItself = ({ name }: Command, path: string) => void (path !== "" || refuse(`${name}: the subvolume itself`));
 
-/** It makes its path, which is from then on `what` is found. */
-const makes = (what: (command: Command, tree: Tree) => Branch): CommandCheck => (command, making) => {
-  making.opened = null;
+/** It makes or removes what has its path. */
+const makes: CommandCheck = (command) => notItself(command, command.path);
+
+const renames: CommandCheck = (command) => {
   notItself(command, command.path);
-  making.tree.put(command.path, what(command, making.tree));
+  notItself(command, streamPath(command.value("pathTo")));
 };
 
-/** creat(2) follows links. */
-const makesFile: CommandCheck = (command, making) => {
+const links: CommandCheck = (command) => {
   notItself(command, command.path);
-  plainFile(command, making.tree, command.path);
-  makes(() => NOTHING)(command, making);
+  streamPath(command.value("pathLink"));
 };
 
-/** Between two names of one inode rename(2) does nothing: what was there would stay, unknown. btrfs send makes the name free first. */
-const renames: CommandCheck = (command, making) => {
-  const { tree } = making;
-  making.opened = null;
-  const to = streamPath(command.value("pathTo"));
-  notItself(command, command.path);
-  notItself(command, to);
-  const what = tree.at(command.path);
-  plainFile(command, tree, to);
-  tree.put(command.path, NOTHING);
-  tree.put(to, what);
-};
-
-const clones: CommandCheck = (command, making) => {
-  const from = making.sources.get(streamUuid(command.value("cloneUuid"))) ?? refuse("clone: from another subvolume");
-  if (!from.isThere()) refuse("clone: its parent is gone");
-  plainFile(command, from, streamPath(command.value("clonePath")));
-  opens(command, making);
+const clones: CommandCheck = ({ value }, sources) => {
+  if (!sources.has(streamUuid(value("cloneUuid")))) refuse("clone: from another subvolume");
+  streamPath(value("clonePath"));
 };
 
 /** What the kernel does not take as it is, receive unpacks itself, and trusts the lengths; LZO it cannot unpack safely at all. */
-const writesEncoded: CommandCheck = (command, making) => {
-  const [length, file, offset] = (["unencodedLength", "unencodedFileLength", "unencodedOffset"] as const).map((one) => streamNumber(command.value(one))) as [bigint, bigint, bigint];
-  const numberOf = (value: Buffer | undefined) => (value === undefined ? 0n : streamNumber(value));
-  const [compression, encryption] = [numberOf(command.given("compression")), numberOf(command.given("encryption"))];
+const writesEncoded: CommandCheck = ({ name, value, given }) => {
+  const [length, file, offset] = (["unencodedLength", "unencodedFileLength", "unencodedOffset"] as const).map((one) => streamNumber(value(one))) as [bigint, bigint, bigint];
+  const numberOf = (bytes: Buffer | undefined) => (bytes === undefined ? 0n : streamNumber(bytes));
+  const [compression, encryption] = [numberOf(given("compression")), numberOf(given("encryption"))];
   if (length < 1n || length > 131072n || offset + file > length || encryption !== 0n || compression < 1n || compression > 2n)
-    refuse(`${command.name}: compression ${compression} of ${length} bytes (--protocol 1 sends without)`);
-  opens(command, making);
+    refuse(`${name}: compression ${compression} of ${length} bytes (--protocol 1 sends without)`);
 };
 
 /** What there is to know of a command: the attributes that it needs and those that it may have, as bits, and its check. */
@@ -5068,32 +5742,30 @@ const streamCommand = (name: string, check: StreamCommand["check"], needs: reado
   const bits = (names: readonly AttributeName[]) => names.reduce((sum, one) => sum | (1 << ATTRIBUTE[one]), 0);
   return { name, check, needs: bits(needs), may: bits([...needs, ...may]) };
 };
-const SPECIAL_FILE = makes(() => SPECIAL);
-const NO_FILE = makes(() => NOTHING);
 const STREAM_COMMANDS: Readonly<Record<number, StreamCommand>> = {
   1: streamCommand("subvol", "begin", ["path", "uuid", "ctransid"]),
   2: streamCommand("snapshot", "begin", ["path", "uuid", "ctransid", "cloneUuid", "cloneCtransid"]),
-  3: streamCommand("mkfile", makesFile, ["path"], ["ino"]),
-  4: streamCommand("mkdir", NO_FILE, ["path"], ["ino"]),
-  5: streamCommand("mknod", SPECIAL_FILE, ["path", "rdev", "mode"], ["ino"]),
-  6: streamCommand("mkfifo", SPECIAL_FILE, ["path"], ["ino", "rdev", "mode"]),
-  7: streamCommand("mksock", SPECIAL_FILE, ["path"], ["ino", "rdev", "mode"]),
-  8: streamCommand("symlink", makes(() => LINK), ["path", "pathLink"], ["ino"]),
+  3: streamCommand("mkfile", makes, ["path"], ["ino"]),
+  4: streamCommand("mkdir", makes, ["path"], ["ino"]),
+  5: streamCommand("mknod", makes, ["path", "rdev", "mode"], ["ino"]),
+  6: streamCommand("mkfifo", makes, ["path"], ["ino", "rdev", "mode"]),
+  7: streamCommand("mksock", makes, ["path"], ["ino", "rdev", "mode"]),
+  8: streamCommand("symlink", makes, ["path", "pathLink"], ["ino"]),
   9: streamCommand("rename", renames, ["path", "pathTo"]),
-  10: streamCommand("link", makes(({ value }, tree) => tree.at(streamPath(value("pathLink")))), ["path", "pathLink"]),
-  11: streamCommand("unlink", NO_FILE, ["path"]),
-  12: streamCommand("rmdir", NO_FILE, ["path"]),
+  10: streamCommand("link", links, ["path", "pathLink"]),
+  11: streamCommand("unlink", makes, ["path"]),
+  12: streamCommand("rmdir", makes, ["path"]),
   13: streamCommand("set_xattr", changes, ["path", "xattrName", "xattrData"]),
   14: streamCommand("remove_xattr", changes, ["path", "xattrName"]),
-  15: streamCommand("write", opens, ["path", "offset", "data"]),
+  15: streamCommand("write", changes, ["path", "offset", "data"]),
   16: streamCommand("clone", clones, ["path", "offset", "cloneLength", "cloneUuid", "cloneCtransid", "clonePath", "cloneOffset"]),
-  17: streamCommand("truncate", opens, ["path", "size"]),
+  17: streamCommand("truncate", changes, ["path", "size"]),
   18: streamCommand("chmod", changes, ["path", "mode"]),
   19: streamCommand("chown", changes, ["path", "uid", "gid"]),
   20: streamCommand("utimes", changes, ["path", "atime", "mtime", "ctime"], ["otime"]),
   21: streamCommand("end", "end", []),
-  23: streamCommand("fallocate", opens, ["path", "fallocateMode", "offset", "size"]),
-  24: streamCommand("fileattr", opens, ["path", "flags"]),
+  23: streamCommand("fallocate", changes, ["path", "fallocateMode", "offset", "size"]),
+  24: streamCommand("fileattr", changes, ["path", "flags"]),
   25: streamCommand("encoded_write", writesEncoded, ["path", "offset", "unencodedFileLength", "unencodedLength", "unencodedOffset", "data"], ["compression", "encryption"]),
 };
 const STREAM_HEADER = 10; // bytes: length, command, CRC
@@ -5101,78 +5773,17 @@ const STREAM_MAGIC = Buffer.from("btrfs-stream\0");
 /** The longest command in bytes, by protocol: 64 KiB, and for protocol 2 what encoded data of 128 KiB need at any page size. */
 const LONGEST_COMMAND = [0, 64 * 1024, 256 * 1024] as const;
 
-/** What a name in the tree that a stream builds stands for: where it comes from on the disk, and what the stream itself has put there. */
-type Branch = { readonly type: "link" | "special" | "other"; readonly origin: string | null; readonly children: Map<string, Branch> };
-const directory = (origin: string | null): Branch => ({ type: "other", origin, children: new Map() });
-// There is nothing to look for behind these: each is one object, since a stream can have millions.
-const [NOTHING, LINK, SPECIAL] = (["other", "link", "special"] as const).map((type): Branch => ({ type, origin: null, children: new Map() })) as [Branch, Branch, Branch];
-
-const TREE_SIZE = 2_000_000; // names, of some 300 bytes each: a flood ends before the server's memory does
-
-/**
- * The symbolic links, devices, fifos and sockets of a tree that begins as the one at `origin` (a path in latin1,
- * null for an empty one), and is changed by a stream's commands. All else need not be remembered.
- */
-class Tree {
-  readonly #root: Branch;
-  readonly #device: number | null;
-  #size = 0;
-  constructor(origin: string | null) {
-    this.#root = directory(origin);
-    this.#device = origin === null ? null : lstatSync(Buffer.from(origin, "latin1")).dev;
-  }
-  /** Whether the subvolume that it began as is still the one by that name. */
-  isThere(): boolean {
-    return this.#root.origin === null || lstatSync(Buffer.from(this.#root.origin, "latin1"), { throwIfNoEntry: false })?.dev === this.#device;
-  }
-  #child(parent: Branch, name: string): Branch {
-    const known = parent.children.get(name);
-    if (known !== undefined || parent.origin === null) return known ?? NOTHING;
-    const path = `${parent.origin}/${name}`;
-    const bytes = Buffer.from(path, "latin1");
-    if ("Deno" in globalThis && bytes.toString().includes("\ufffd")) refuse(`the path ${JSON.stringify(path)}, which Deno cannot look at`);
-    const found = lstatSync(bytes, { throwIfNoEntry: false });
-    return found === undefined || found.isFile() ? NOTHING : found.isDirectory() ? directory(path) : found.isSymbolicLink() ? LINK : SPECIAL;
-  }
-  /** What a path leads to. Errors: Refused where it goes through a link. */
-  at(path: string): Branch {
-    let here = this.#root;
-    for (const name of path === "" ? [] : path.split("/")) {
-      if (here.type !== "other") refuse(`${JSON.stringify(path)} leads through a symbolic link`);
-      here = this.#child(here, name);
-    }
-    return here;
-  }
-  /** Puts something at a path, or nothing. */
-  put(path: string, what: Branch): void {
-    const names = path.split("/");
-    const last = names.pop() as string;
-    if (this.at(path) === NOTHING && what === NOTHING) return;
-    let here = this.#root;
-    for (const name of names) {
-      const next = this.#child(here, name);
-      const kept = next === NOTHING ? directory(null) : next;
-      if (here.children.get(name) !== kept) this.#size++;
-      here.children.set(name, kept);
-      here = kept;
-    }
-    if (++this.#size > TREE_SIZE) refuse("more links and devices than can be remembered");
-    if (what === NOTHING && here.origin === null) here.children.delete(last);
-    else here.children.set(last, what);
-  }
-}
-
 /**
  * Reads along a send stream, and refuses what `btrfs send` would not send, and what could reach out of the one subvolume
- * that it makes: receive follows links, and opens devices. `begins`: gets that subvolume's name, its UUID, and its parent's (null in full),
- * and returns the parent's path. The end is held back until nothing follows. Errors: Refused.
+ * that it makes: see CommandCheck. `begins`: gets that subvolume's name, its UUID, and its parent's (null in full). The end is held back until nothing follows. Errors: Refused.
  */
 export class StreamCheck {
   #rest = Buffer.alloc(0);
   #protocol = 0;
   #ended: Buffer | null = null;
-  #making: Making | null = null;
-  constructor(readonly begins: (name: string, uuid: string, parent: string | null) => string | null) {}
+  /** What may be cloned from, by UUID: itself, and its parent. */
+  #sources: ReadonlySet<string> | null = null;
+  constructor(readonly begins: (name: string, uuid: string, parent: string | null) => void) {}
 
   /** Takes bytes, and returns those that may go on. */
   push(chunk: Buffer): Buffer {
@@ -5214,11 +5825,11 @@ export class StreamCheck {
     const values = this.#attributes(name, body);
     const seen = values.reduce((bits, _, type) => bits | (1 << type), 0);
     if ((seen & needs) !== needs || (seen & ~may) !== 0) refuse(`${name}: other attributes than it has`);
-    if (check === "end") return void (this.#making ?? refuse("it does not begin with a subvolume"));
+    if (check === "end") return void (this.#sources ?? refuse("it does not begin with a subvolume"));
     const value = (attribute: AttributeName) => values[ATTRIBUTE[attribute]] as Buffer;
     const command = { name, path: streamPath(value("path")), value, given: value };
-    if (check === "begin") this.#making = this.#begun(command);
-    else check(command, this.#making ?? refuse("it does not begin with a subvolume"));
+    if (check === "begin") this.#sources = this.#begun(command);
+    else check(command, this.#sources ?? refuse("it does not begin with a subvolume"));
   }
 
   /** The attributes of a command, by their numbers. */
@@ -5237,14 +5848,12 @@ export class StreamCheck {
     return values;
   }
 
-  #begun({ name, path, value }: Command): Making {
-    if (this.#making !== null) refuse("a second subvolume");
+  #begun({ name, path, value }: Command): ReadonlySet<string> {
+    if (this.#sources !== null) refuse("a second subvolume");
     const uuid = streamUuid(value("uuid"));
     const parent = name === "snapshot" ? streamUuid(value("cloneUuid")) : null;
-    const origin = this.begins(Buffer.from(path, "latin1").toString(), uuid, parent);
-    const tree = new Tree(origin);
-    const sources = new Map([...(parent === null ? [] : [[parent, new Tree(origin)] as const]), [uuid, tree]]);
-    return { tree, sources, opened: null };
+    this.begins(Buffer.from(path, "latin1").toString(), uuid, parent);
+    return new Set(parent === null ? [uuid] : [uuid, parent]);
   }
 }
 
@@ -5588,7 +6197,7 @@ function guardOptions(given: Given) {
   const paths = given.all("path");
   if (given.positionals.length > 0) throw new UsageError(`too many arguments: ${given.positionals[0]}`);
   if (paths.length === 0 || !paths.every((path) => path.startsWith("/"))) throw new UsageError("--path DIR, an absolute path, says what the key is for");
-  return { paths: paths.map((path) => withoutSlash(normalize(path))), source: given.flag("source"), allowRead: given.flag("allow-read"), allowDelete: given.flag("allow-delete") };
+  return { paths: paths.map((path) => withoutSlash(normalize(path))), source: given.flag("source"), allowRead: given.flag("allow-read"), allowDelete: given.flag("allow-delete"), maxBytes: given.value("max-bytes") === null ? null : parseSize(given.value("max-bytes") as string) };
 }
 
 /** Reads the command line of `unpin`. */
@@ -5667,6 +6276,7 @@ export const COMMANDS: Record<string, CommandDef<any>> = {
   guard: command(" guard", "Serve an ssh key that may do no more than these options say, as the command of its line in authorized_keys.", {
     path: { type: "string", valueHint: "DIR", description: "Where the key may back up to, or with --source from (repeatable)" },
     "allow-read": { type: "boolean", description: "It may read: restore from there, and verify" },
+    "max-bytes": { type: "string", valueHint: "SIZE", description: "How many bytes the streams of its backups may have in all, with k, m or g for powers of 1024; one is received after the other then" },
     "allow-delete": { type: "boolean", description: "It may delete backups (default: only what a broken transfer left)" },
     source: { type: "boolean", description: "It may pull: take snapshots, send them, and delete old ones, but store nothing" },
     help: HOST_ARGUMENTS.help,
@@ -5773,7 +6383,7 @@ export async function main(args: readonly string[]): Promise<number> {
       return SIGNAL_STATUS[error.signal] ?? 1;
     }
     if (!(error instanceof UsageError)) throw error;
-    process.stderr.write(`btrfs-backup: ${error.message}\n`);
+    process.stderr.write(visible(`btrfs-backup: ${error.message}\n`));
     return 2;
   }
 }

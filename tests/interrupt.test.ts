@@ -34,7 +34,8 @@ function subvolumesSafely(folder: string) {
     return new Map<string, never>(); // it changed while we looked
   }
 }
-const processesOf = (path: string) => sh(`pgrep -f "$1" || :`, `btrfs (send|receive) .*${path}`);
+/** The streams that are under way; a test file has a namespace of processes of its own. */
+const streams = () => sh(`pgrep -f "$1" || :`, "^btrfs (send|receive) ");
 const announced = (folder: string) => readFileSync(join(folder, ".btrfs-backup.json"), "utf8").includes('"receiving"');
 
 for (const [signal, status] of [["SIGINT", 130], ["SIGTERM", 143]] as const)
@@ -43,7 +44,7 @@ for (const [signal, status] of [["SIGINT", 130], ["SIGTERM", 143]] as const)
     running.child.kill(signal);
     const result = await running.finished;
     expect([result.status, result.stderr]).toEqual([status, expect.stringContaining(`interrupted by ${signal}`)]);
-    expect(processesOf(destination)).toBe("");
+    expect(streams()).toBe("");
     expect(snapshotNames(destination).length).toBe(1);
     expect(announced(destination)).toBe(false);
     await expectRun(0, ["-S", source, destination]);
@@ -203,9 +204,9 @@ test("after kill -9 of the program alone, the next run does not race its pipelin
 test("after kill -9 of everything, the leftover is removed and sent again", async () => {
   const { source, snapshots, destination, running } = await transferUnderWay();
   running.child.kill("SIGKILL");
-  sh(`pkill -KILL -f "$1" || :`, `[b]trfs.*${destination}`);
+  sh(`pkill -KILL -f "$1" || :`, `[b]trfs.*${destination}|^btrfs (send|receive) `);
   sh(`pkill -KILL -f "^pv -q -L 5m$"`); // what slows it down holds its lock as well
-  await waitFor("the receiver's end", () => processesOf(destination) === "");
+  await waitFor("the receiver's end", () => streams() === "");
   expect(receiving(destination)).toBe(true);
   await expectRun(0, ["-S", source, destination]);
   expectSound(destination, snapshots);
@@ -263,7 +264,7 @@ test("kill -9 at random moments: one ordinary run afterwards, and everything is 
     const began = start(["-N", "3", "-n", "3", source, destination, second], { group: true });
     await Bun.sleep(random() * 500);
     // Half of the time the whole of it, as a power failure would; its pipeline has a group of its own.
-    if (round % 2 === 0) sh(`kill -KILL -- "-$1" 2>/dev/null || :; pkill -KILL -f "$2" || :`, String(began.pid), `[b]trfs.*${b.path}`);
+    if (round % 2 === 0) sh(`kill -KILL -- "-$1" 2>/dev/null || :; pkill -KILL -f "$2" || :`, String(began.pid), `[b]trfs.*${b.path}|^btrfs (send|receive) `);
     else began.child.kill("SIGKILL");
     const { signal } = await began.finished;
     if (signal === "SIGKILL") killed++;

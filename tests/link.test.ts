@@ -9,7 +9,7 @@ import { events, expectRun, expectSound, linkedServer, loginShells, nextSecond, 
 /** Heartbeats and keep-alives every second, so that silence is noticed after some. */
 const FAST = ["--ssh-opt", "ServerAliveInterval=1"];
 /** What a run started there, or here: verbs, and btrfs at work on a path. */
-const atWork = (path: string) => sh(`pgrep -af '[b]trfs-backup:(open|send|receive|store|fetch|restoring)|[b]trfs (send|receive)' | grep -F "$1" || :`, path);
+const atWork = (path: string) => sh(`pgrep -af '[b]trfs-backup:(open|send|receive|store|fetch|restoring)' | grep -F "$1" || :; pgrep -af '^btrfs (send|receive)' || :`, path);
 const lockOf = (folder: string) => sh(`flock -n "$1" echo free || echo held`, join(folder, ".btrfs-backup..lock"));
 const incomplete = (folder: string) => existsSync(folder) && [...subvolumes(folder).values()].some(({ readonly }) => !readonly);
 

@@ -267,7 +267,7 @@ describe("versions", () => {
     // A relative path, one location, nothing known of it, and over ssh.
     expect((await shown(["letter", destination], join(source, "docs"))).length).toBe(4);
     const { options, url } = await sshServer();
-    expect((await shown([...options, url(file)])).length).toBe(4);
+    expect((await shown([...options, url(file), destination])).length).toBe(4);
     expect((await expectRun(1, ["versions", join(source, "never")])).stderr).toContain("is in none of 6 snapshots");
     expect((await expectRun(1, ["versions", join(temporaryDirectory(), "x")])).stderr).toContain("btrfs");
   });

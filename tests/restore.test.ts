@@ -612,7 +612,7 @@ describe("interruptions", () => {
       running.child.kill("SIGKILL");
       await running.finished;
       // What was started goes on for a while.
-      await waitFor("its children to end", () => sh(`pgrep -f "$1" || :`, `(btrfs-backup[:]|btrfs (send|receive)).*(${a.path}|${b.path})`) === "");
+      await waitFor("its children to end", () => sh(`pgrep -f "$1" || :`, `btrfs-backup[:].*(${a.path}|${b.path})|^btrfs (send|receive) `) === "");
       if (existsSync(target)) {
         whole++;
         expectRestored(target, name, states.get(name));
@@ -651,7 +651,7 @@ describe("interruptions", () => {
     sh(`head -c 100M /dev/urandom >"$1/large"`, source);
     await expectRun(0, [source, destination]);
     const running = start(["restore", destination, join(a.path, "new")]);
-    await waitFor("the transfer", () => sh(`pgrep -f "$1" || :`, `btrfs [r]eceive .*${a.path}`) !== "");
+    await waitFor("the transfer", () => sh(`pgrep -f "$1" || :`, `^btrfs [r]eceive `) !== "");
     running.child.kill("SIGINT");
     expect((await running.finished).status).toBe(130);
     expect(readdirSync(a.path)).toEqual(["home"]);

@@ -194,7 +194,7 @@ test("a filter that fails is a failed transfer, and nothing appears under a fina
   sh(`head -c 20M /dev/urandom >"$1/large"`, source);
   const options = { env: { ...s3.env, ...gpg.env } };
   const failed = await expectRun(1, ["--encrypt-to", "nobody@example.org", source, raw, s3.url("s")], options);
-  expect(failed.stderr.match(/gpg failed .*nobody@example.org/g)?.length).toBe(2);
+  expect(failed.stderr.match(/--encrypt-to nobody@example.org: gpg knows no key/g)?.length).toBe(2);
   // zstd that dies, half-way: by a program of its name that comes first.
   const tools = temporaryDirectory();
   writeFileSync(join(tools, "zstd"), "#!/bin/bash\nhead -c 3000000; kill -9 $$\n", { mode: 0o755 });
@@ -214,16 +214,16 @@ test("a filter that fails is a failed transfer, and nothing appears under a fina
 });
 
 test("when btrfs send is killed half-way, or the link, nothing appears, and the next run repairs", async () => {
-  const { source, snapshots } = pair();
+  const { source } = pair();
   const ssh = await sshServer();
   const s3 = await s3Remote();
   sh(`head -c 60M /dev/urandom >"$1/large"`, source);
   const folder = join(temporaryDirectory(), "s");
   for (const [store, victim] of [
-    [`raw://${folder}`, `^btrfs send -q ${snapshots}`],
-    [ssh.url(folder).replace(/^ssh:/, "raw+ssh:"), `^btrfs send -q ${snapshots}`],
+    [`raw://${folder}`, "^btrfs send -q "],
+    [ssh.url(folder).replace(/^ssh:/, "raw+ssh:"), "^btrfs send -q "],
     [ssh.url(folder).replace(/^ssh:/, "raw+ssh:"), `^ssh .*btrfs-backup:store`],
-    [s3.url("s"), `^btrfs send -q ${snapshots}`],
+    [s3.url("s"), "^btrfs send -q "],
     [s3.url("s"), `^rclone rcat`],
   ] as const) {
     const running = start([...ssh.options, "--rate-limit", "10m", source, store], s3);

@@ -37,6 +37,7 @@ import {
   UsageError,
   type Verb,
   oneLine,
+  parametersOf,
   sh,
   VERBS,
   wordsFor,
@@ -441,7 +442,7 @@ const EXCEPTIONS = {
   SC3013: "`-ef`, which dash, ash and bash know, takes no process",
 };
 
-describe.each(VERBS.map((verb) => [verb.name, verb] as const))("the verb %s", (_, { script, written }) => {
+describe.each(VERBS.map((verb) => [verb.name, verb] as const))("the verb %s", (_, { script, written, takes }) => {
   test("holds nothing that a login shell could trip over, and fits into one argument", () => {
     expect(script).not.toMatch(/['\\!\n\r\0]/);
     expect(Buffer.byteLength(script)).toBeLessThan(28 * 1024); // of 128 KiB, 100 are for values
@@ -449,6 +450,12 @@ describe.each(VERBS.map((verb) => [verb.name, verb] as const))("the verb %s", (_
   test("means the same in one line as it is written", () => {
     expect(understoodByBash(script)).toBe(understoodByBash(written));
     expect(understoodByBash(script)).toStartWith("f () \n{");
+  });
+  test("keeps its parameters: no function that it shares with others has variables of those names", () => {
+    const assigned = (text: string) => [...text.matchAll(/(?:^|[\s;(])([a-z_]+)=|\bfor ([a-z_]+)|\bread -r ([a-z_ ]+)/g)].flatMap(([, set, each, read = ""]) => [set ?? each ?? "", ...read.split(" ")]);
+    const functions = [...written.matchAll(/^( *)[a-z_]+\(\) \{ ?\(?\n(.*?)\n\1[)}]/gms)].map(([, , body = ""]) => body).join("\n");
+    expect(functions.includes("/proc/self/status")).toBe(takes !== "command"); // but for the user's own
+    expect(parametersOf({ takes }).map(({ name }) => name).filter((name) => assigned(functions).includes(name))).toEqual([]);
   });
   test.each(["bash --posix", "dash", "busybox ash"])("is a script that %s can read", (shell) => {
     const [program = "", ...options] = shell.split(" ");
