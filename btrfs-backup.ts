@@ -38,8 +38,17 @@ export type Subvolume = {
   readonly readonly: boolean;
 };
 
+/** The name of something directly in a folder: never empty, `.`, `..`, nor with a slash, a NUL or a line break. Only `entryName` makes one. */
+export type EntryName = string & { readonly type: "name of an entry" };
+
+/** The name of an entry; null for what can be none. */
+export function entryName(text: string): EntryName | null {
+  const isOne = text !== "" && text !== "." && text !== ".." && !/[/\n\r\0]/.test(text);
+  return isOne ? (text as EntryName) : null;
+}
+
 /** A subvolume standing directly in a folder, under `name`; `moment`: when that was, in ms since 1970, where the place says it. */
-export type Entry = Subvolume & { readonly name: string; readonly moment: number | null };
+export type Entry = Subvolume & { readonly name: EntryName; readonly moment: number | null };
 
 /** An entry that is ours by its name; `time` is the name's wall clock, in ms, as if it were UTC. */
 export type Snapshot = Entry & { readonly time: number; readonly moment: number };
@@ -441,9 +450,9 @@ export type StoredFile = { readonly name: string; readonly bytes: number };
 export function parseStreams(files: readonly StoredFile[], whole: boolean): { streams: Stream[]; debris: Map<string, string[]>; unsummed: Stream[] } {
   const names = new Set(files.map(({ name }) => name));
   const found = files.flatMap(({ name: object, bytes }) => {
-    const [, name = "", sign, hours, minutes, place = "", lineage = "", source = "", uuid = "", from = "", zst, gpg] = STREAM.exec(object) ?? [];
-    const time = timeIn(name);
-    if (time === null) return [];
+    const [, text = "", sign, hours, minutes, place = "", lineage = "", source = "", uuid = "", from = "", zst, gpg] = STREAM.exec(object) ?? [];
+    const [name, time] = [entryName(text), timeIn(text)];
+    if (name === null || time === null || entryName(object) === null) return [];
     const moment = time - (sign === "-" ? -1 : 1) * (Number(hours) * 60 + Number(minutes)) * 60e3;
     const summed = names.has(object + SUM);
     const itself = { id: 0, path: object, name, uuid: object, receivedUuid: uuid, parentUuid: null, readonly: false };
@@ -2629,8 +2638,10 @@ async function openFolder(location: Readable, path: string, opening: Opening): P
     const above = inspection.top === "/" ? "/" : `${inspection.top}/`;
     const subvolumes = inspection.subvolumes
       .filter(({ path }) => `/${path}`.startsWith(above))
-      .map((s) => ({ ...s, name: s.path.slice(above.length - 1), moment: null }))
-      .filter(({ name }) => inspection.entries.has(name));
+      .flatMap((one): Entry[] => {
+        const name = entryName(one.path.slice(above.length - 1));
+        return name !== null && inspection.entries.has(name) ? [{ ...one, name, moment: null }] : [];
+      });
     const real = inspection.exists ? inspection.place.path : join(inspection.place.path, basename(path));
     const folder = { ...inspection, source: inspection.source && { ...inspection.source, uuid: await uuidOfSource(host, inspection) } };
     return withPrefix({ ...folder, id: location.id, host: behindFence(host, inspection), hostName: inspection.host, path: real, store, standing: store?.streams ?? subvolumes, close: release }, prefix);
@@ -3900,7 +3911,7 @@ async function takeSnapshot(source: Source, all: readonly Served[], o: RunOption
     await hook(o.beforeSnapshot, "--before-snapshot");
     for (let now = new Date(); ; now = new Date()) {
       checkInterruption();
-      const name = `${o.prefix}${stamp(now)}`;
+      const name = `${o.prefix}${stamp(now)}` as EntryName; // a prefix holds nothing that a name cannot
       const made = { ...NO_SUBVOLUME, name, time: wallClock(now), moment: Math.floor(now.getTime() / 1000) * 1000, path: name, parentUuid: source.identity.uuid };
       try {
         // When clocks go back, a destination can still have the name.
@@ -4698,7 +4709,7 @@ async function settle(target: Target, tree: string, outside: Folder | null, live
     const elsewhere = previous !== undefined && previous.path !== target.full && target.subvolumes.some(({ uuid }) => uuid === previous.uuid);
     const came = backups !== null && snapshot && prefix === folder.prefix ? { id: backups.id, filesystem: backups.place.filesystem, pin: { name: snapshot.name, uuid: snapshot.uuid } } : null;
     // A snapshot that was replaced by its copy on the way has another UUID.
-    const recorded = (chain.destinations ?? []).map((known) => ({ ...known, pin: known.pin && own ? { ...known.pin, uuid: uuids.get(known.pin.name) ?? known.pin.uuid } : known.pin }));
+    const recorded = (chain.destinations ?? []).map((known) => ({ ...known, pin: known.pin && own ? { ...known.pin, uuid: uuids.get(known.pin.name as EntryName) ?? known.pin.uuid } : known.pin }));
     const destinations = restoredDestinations(recorded, (uuid) => own || [...uuids.values()].includes(uuid), came);
     const owner = outside === null ? {} : elsewhere ? { owner: previous } : { owner: { uuid: folder.source?.uuid ?? "", host: target.hostName, path: target.full } };
     // What a backup brings along says where it was kept: on another host, or in a store, others can have written it.
@@ -5180,9 +5191,6 @@ const UUID_BYTES = like(/^[0-9a-f]{32}$/);
 const SHA256 = like(/^[0-9a-f]{64}$/);
 const ONE_LINE = like(/^[^\n\r\0]*$/);
 
-/** What an entry of a folder can be called. */
-const isEntryName = (text: string) => text !== "" && text !== "." && text !== ".." && !/[/\n\r\0]/.test(text);
-
 const isOurs = (name: string) => /^\.btrfs-backup|^\.outstanding_transfers$|\.part$|\.btrfs(\.|$)/.test(name);
 
 const isSubvolume = (path: string) => {
@@ -5233,7 +5241,7 @@ const PREFIX_RULE: ArgumentRule = (value, said) => {
 const DATED: ArgumentRule = (value) => (prefixOf(value) !== null && !/[/\n\r\0]/.test(value) ? value : refuse(`the name ${shown(value)}`));
 
 /** A read-only subvolume of the folder: no link, and nothing that is being received. */
-const STANDING: ArgumentRule = (value, { folder }) => (isEntryName(value) && isReadonlySubvolume(join(folder, value)) ? value : refuse(`${shown(value)} is no snapshot in ${folder}`));
+const STANDING: ArgumentRule = (value, { folder }) => (entryName(value) !== null && isReadonlySubvolume(join(folder, value)) ? value : refuse(`${shown(value)} is no snapshot in ${folder}`));
 const LISTED_NAME: ArgumentRule = (value, said) => (value.startsWith("./") ? `./${STANDING(value.slice(2), said)}` : refuse(`the argument ${shown(value)}`));
 
 const isObject = (value: string) => STREAM.test(value) && !/[/\n\r\0]/.test(value);
@@ -5377,7 +5385,7 @@ async function dropAgain(given: ArgumentsOf<DropVerb>, said: Guarded): Promise<t
 async function deleteAgain(given: ArgumentsOf<typeof DELETE>, said: Guarded): Promise<typeof given> {
   const names = given.names.map((name) => DATED(name.slice(2), said));
   const { standing, top } = await lookedAt(said, "folder");
-  const idOf = new Map(standing.map(({ name, id }) => [name, String(id)]));
+  const idOf = new Map<string, string>(standing.map(({ name, id }) => [name, String(id)]));
   if (given.top !== top || given.ids !== names.map((name) => idOf.get(name)).join(" ")) refuse("subvolumes that are others now");
   const newest = (prefix: string) => standing.filter(({ name, readonly }) => readonly && parseName(name, prefix) !== null).reduce((last, one) => (one.id > last.id ? one : last), NO_SUBVOLUME as Entry).name;
   if (said.o.source) for (const name of names) if (newest(prefixOf(name) as string) === name) refuse(`${name} is the newest snapshot`);

@@ -57,6 +57,7 @@ import {
   type Stream,
   type StoredFile,
 } from "../btrfs-backup.ts";
+import { named } from "./support/names.ts";
 
 // A day or a moment is written as in names, shortened: "0301" is 2024-03-01, 00:00:00.
 const full = (short: string) => {
@@ -70,7 +71,7 @@ let lastId = 256;
 /** A snapshot at the source: its UUID is "s" and its short name; the ID grows with every call. */
 const snap = (short: string, fields: Partial<Snapshot> = {}): Snapshot => {
   const name = full(short);
-  return { id: lastId++, name, time: at(short), moment: at(short), path: `snapshot/${name}`, uuid: `s${short}`, parentUuid: "source", receivedUuid: null, readonly: true, ...fields };
+  return { id: lastId++, name: named(name), time: at(short), moment: at(short), path: `snapshot/${name}`, uuid: `s${short}`, parentUuid: "source", receivedUuid: null, readonly: true, ...fields };
 };
 /** What a destination has of it after a transfer. */
 const backupOf = (snapshot: Snapshot, fields: Partial<Backup> = {}): Backup => ({
@@ -296,7 +297,7 @@ describe("retention", () => {
       const day = name.slice(0, 8);
       if (!first.has(day)) first.set(day, name);
       const days = [...first.values()].slice(-3);
-      expect(here.map((entry) => entry.name)).toEqual([...new Set([...days, name])].sort());
+      expect(here.map((entry) => entry.name)).toEqual([...new Set([...days, name].map(named))].sort());
     }
   });
 });
@@ -367,7 +368,7 @@ describe("transfers", () => {
   });
 
   test("a complete backup by any name is held: not sent again, and good as a parent", () => {
-    const renamed = backupOf(s[3] as Snapshot, { name: "before the upgrade" });
+    const renamed = backupOf(s[3] as Snapshot, { name: named("before the upgrade") });
     expect(planned(s, standing([], { held: [renamed] }), { policy: parsePolicy("2") })).toBe("0105<0104");
   });
 
@@ -568,8 +569,8 @@ describe("order in a snapshot folder", () => {
 
   test("only what has the prefix and a date; a folder of backups is in order of names", () => {
     const all = [snap("0302"), snap("0301")].map(entry);
-    expect(snapshotsAmong([...all, { ...entry(snap("0303")), name: `x${full("0303")}` }, { ...entry(snap("0304")), name: "photos" }], "", null).map(({ name }) => name)).toEqual([full("0302"), full("0301")]);
-    expect(snapshotsAmong(all.map((one) => ({ ...one, receivedUuid: one.uuid })), "", null).map(({ name }) => name)).toEqual([full("0301"), full("0302")]);
+    expect(snapshotsAmong([...all, { ...entry(snap("0303")), name: named(`x${full("0303")}`) }, { ...entry(snap("0304")), name: named("photos") }], "", null).map(({ name }) => name)).toEqual([named(full("0302")), named(full("0301"))]);
+    expect(snapshotsAmong(all.map((one) => ({ ...one, receivedUuid: one.uuid })), "", null).map(({ name }) => name)).toEqual([named(full("0301")), named(full("0302"))]);
   });
 
   test.each<[string[], string[]]>([
@@ -578,7 +579,7 @@ describe("order in a snapshot folder", () => {
     [["home-20240101-000000", "20240102-000000", "etc-20240101-000000", "home-20240103-000000"], ["", "etc-", "home-"]],
     [["photos", "20240101", "x-20240231-000000", ".btrfs-backup.json", "20240101-000000.old"], []],
     [["20240101-00000020240101-000000"], ["20240101-000000"]],
-  ])("prefixes of %p", (entries, prefixes) => expect(prefixesIn(entries.map((name) => ({ name })))).toEqual(prefixes));
+  ])("prefixes of %p", (entries, prefixes) => expect(prefixesIn(entries.map((name) => ({ name: named(name) })))).toEqual(prefixes));
 });
 
 /** A folder as it was opened: of backups, or (with a subvolume that they were taken of) of snapshots. */
@@ -614,7 +615,7 @@ describe("side by side", () => {
     ["a place that could not be read", [sourceFolder([s1]), null, folder([backupOf(s1)])], "0301:w-w"],
     ["incomplete: writable, or never received", [sourceFolder([s1, s2]), folder([backupOf(s1, { readonly: false }), snap("0302", { uuid: "other", readonly: true })], { chain: { owner: { uuid: "away", host: "", path: "" } } })], "0301:wi 0302:wi"],
     ["other data by the name", [sourceFolder([s1]), folder([backupOf(s1, { receivedUuid: "else" })])], "0301:wo"],
-    ["renamed: data decides, not the name", [sourceFolder([s1, s2]), folder([backupOf(s1, { name: full("0302"), time: at("0302") })])], "0301:ww 0302:w-"],
+    ["renamed: data decides, not the name", [sourceFolder([s1, s2]), folder([backupOf(s1, { name: named(full("0302")), time: at("0302") })])], "0301:ww 0302:w-"],
     ["a restored source's snapshot, received from a backup", [sourceFolder([snap("0301", { receivedUuid: "x" })]), folder([backupOf(s1, { receivedUuid: "x" })])], "0301:ww"],
     ["a copy of a copy", [folder([backupOf(s1)]), folder([backupOf(s1, { uuid: "c" })])], "0301:ww"],
   ])("%s", (_, columns, expected) => expect(rows(...columns)).toBe(expected));
@@ -736,13 +737,13 @@ describe("the name of a stored stream", () => {
   });
   test("a prefix may hold anything but slashes and line breaks", () => {
     for (const prefix of ["", "a b_", "20240301-000000+0100_", "ü*?[$(x)", ".-"]) {
-      const snapshot = snap("0301", { name: `${prefix}20240301-000000`, uuid: uuid("a") });
+      const snapshot = snap("0301", { name: named(`${prefix}20240301-000000`), uuid: uuid("a") });
       const name = streamName({ snapshot, parent: null }, owner, noFilters);
       expect(parseStreams([{ name, bytes: 1 }], true).streams).toMatchObject([{ name: snapshot.name, receivedUuid: uuid("a") }]);
     }
   });
   test("the longest prefix leaves room for what is put around a name", () => {
-    const name = streamName({ snapshot: snap("0301", { name: `${"p".repeat(70)}20240301-000000`, uuid: uuid("a") }), parent: snap("0201", { uuid: uuid("b") }) }, owner, { level: "3", recipients: ["x"] });
+    const name = streamName({ snapshot: snap("0301", { name: named(`${"p".repeat(70)}20240301-000000`), uuid: uuid("a") }), parent: snap("0201", { uuid: uuid("b") }) }, owner, { level: "3", recipients: ["x"] });
     expect(`.${name}.sha256.part`.length).toBeLessThanOrEqual(255);
   });
   test.each(["", "x", "20240301-000000", "20240230-000000+0000_00000000_aaaaaaaa_0_0_full.btrfs", `20240301-000000+0000_00000000_aaaaaaaa_${uuid("0")}_${uuid("a")}_full.btrfs.part`, `20240301-000000+0000_00000000_aaaaaaaa_${uuid("0")}_${uuid("a")}_full.btrfs.gpg.zst`])("%j is foreign", (name) => {

@@ -3,6 +3,7 @@
 import { expect, test } from "bun:test";
 import fc from "fast-check";
 import { arrange, commandFor, expandFiles, isComplete, parseCommand, parseInspection, parseLocation, parseName, parsePolicy, parseRecord, parseStreams, parseSubvolumes, planDestination, planRoom, planSource, planTransfers, retain, snapshotsAmong, stamp, streamName, UsageError, VERBS, wallClock, type ChainRecord, type Claimant, type Entry, type Snapshot, type Standing } from "../btrfs-backup.ts";
+import { named } from "./support/names.ts";
 
 const numRuns = Number(process.env["SOAK"] ?? 300);
 const holds = <T extends [unknown, ...unknown[]]>(...property: Parameters<typeof fc.property<T>>) => fc.assert(fc.property(...property), { numRuns, ...(process.env["SEED"] === undefined ? {} : { seed: Number(process.env["SEED"]) }) });
@@ -65,7 +66,7 @@ test("a record is read as it was written, and any other text is unreadable, not 
 test("a stream's name says everything again", () => {
   holds(prefix, moment, uuid, uuid, fc.option(uuid), fc.constantFrom("", "3"), fc.boolean(), fc.integer({ min: -14 * 60, max: 14 * 60 }), (before, date, own, source, parent, level, encrypted, offset) => {
     const time = wallClock(date);
-    const snapshot: Snapshot = { id: 1, name: before + stamp(date), path: "", uuid: own, receivedUuid: null, parentUuid: null, readonly: true, time, moment: time - offset * 60e3 };
+    const snapshot: Snapshot = { id: 1, name: named(before + stamp(date)), path: "", uuid: own, receivedUuid: null, parentUuid: null, readonly: true, time, moment: time - offset * 60e3 };
     const owner = { uuid: source, place: "01234567", lineage: "89abcdef" };
     const name = streamName({ snapshot, parent: parent === null ? null : { ...snapshot, uuid: parent } }, owner, { level, recipients: encrypted ? ["me"] : [] });
     const [stream] = parseStreams([{ name, bytes: 5 }], true).streams;
@@ -94,7 +95,7 @@ test("a policy is a list of known words, each once; all else is a usage error", 
 
 /** Snapshots of a source in the order of their IDs, whatever their names say. */
 const snapshots = fc.uniqueArray(moment, { minLength: 1, maxLength: 25, selector: stamp }).map((dates) =>
-  dates.map((date, i): Snapshot => ({ id: 300 + i, name: stamp(date), path: stamp(date), uuid: `s${i}`, receivedUuid: null, parentUuid: "home", readonly: true, time: wallClock(date), moment: date.getTime() })),
+  dates.map((date, i): Snapshot => ({ id: 300 + i, name: named(stamp(date)), path: stamp(date), uuid: `s${i}`, receivedUuid: null, parentUuid: "home", readonly: true, time: wallClock(date), moment: date.getTime() })),
 );
 const backupOf = (snapshot: Snapshot): Snapshot => ({ ...snapshot, id: snapshot.id + 1000, uuid: `b${snapshot.uuid}`, receivedUuid: snapshot.uuid, parentUuid: null });
 const standing = (backups: Snapshot[]): Standing => ({ held: backups, backups, copied: new Map(), taken: new Map(), chained: null });
@@ -149,7 +150,7 @@ test("nothing takes the newest, a pin, a parent, or what is not ours, whatever i
 
 test("what is ours by name is put in one order, with nothing lost", () => {
   holds(snapshots, (all) => {
-    const foreign: Entry = { ...(all[0] as Snapshot), name: "foreign", uuid: "f", moment: null };
+    const foreign: Entry = { ...(all[0] as Snapshot), name: named("foreign"), uuid: "f", moment: null };
     const mixed: Entry[] = [...all.map((one) => ({ ...one, moment: null })), foreign];
     expect(snapshotsAmong(mixed.toReversed(), "", "home").map(({ uuid }) => uuid)).toEqual(all.map(({ uuid }) => uuid));
   });

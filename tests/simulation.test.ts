@@ -20,6 +20,7 @@ import {
   type Snapshot,
   type Transfer,
 } from "../btrfs-backup.ts";
+import { named } from "./support/names.ts";
 
 const SEED = process.env["SEED"] === undefined ? Math.floor(Math.random() * 2 ** 32) : Number(process.env["SEED"]);
 console.log(`simulation: SEED=${SEED}`);
@@ -172,7 +173,7 @@ function simulate(plan: Plan, random: () => number) {
     const compared = (entries: readonly Snapshot[]) => entries.length <= 40 || repeated || run % 7 === 0;
     if (snapshots.length > 0 && time - (parseName(before, "") as number) > 1.5 * HOUR) tally.skippedHours++;
     before = name;
-    const taken: Numbered = { number: run, id: nextId++, name, time, moment: time, path: `snapshot/${name}`, uuid: `s${run}`, parentUuid: "source", receivedUuid: null, readonly: true };
+    const taken: Numbered = { number: run, id: nextId++, name: named(name), time, moment: time, path: `snapshot/${name}`, uuid: `s${run}`, parentUuid: "source", receivedUuid: null, readonly: true };
     snapshots = [...snapshots, taken];
     const atSource = new Set(snapshots.map(serial));
 

@@ -6,6 +6,8 @@ import fc from "fast-check";
 import type { ArgsDef } from "citty";
 import {
   commandFor,
+  entryName,
+  type EntryName,
   distance,
   expandFiles,
   Failure,
@@ -39,7 +41,9 @@ import {
   oneLine,
   parametersOf,
   sh,
+  usableKeys,
   VERBS,
+  visible,
   wordsFor,
 } from "../btrfs-backup.ts";
 
@@ -499,6 +503,23 @@ describe("a script", () => {
     // @ts-expect-error one is misspelt
     wordsFor(named, { a: "1", bb: "2" });
   });
+});
+
+test.each<[string, boolean]>([["20260101-000000", true], ["a b", true], ["...", true], [".x", true], ["\u00fc\u2603", true], ["", false], [".", false], ["..", false], ["a/b", false], ["/", false], ["a\0b", false], ["a\nb", false], ["a\rb", false]])("%j is the name of an entry: %p", (text, isOne) => expect(entryName(text)).toBe(isOne ? (text as EntryName) : null));
+
+test.each<[string, string]>([["fine \u00fc\n", "fine \u00fc\n"], ["\x1b]0;x\x07", "\\u001b]0;x\\u0007"], ["a\tb\rc", "a\\u0009b\\u000dc"], ["\x9b2J", "\\u009b2J"], ["\u202egpj.exe", "\\u202egpj.exe"]])("%j is shown as %j", (text, shown) => expect(visible(text)).toBe(shown));
+
+describe("gpg's keys that can encrypt", () => {
+  const key = (validity: string, capabilities: string, fingerprint: string) => `pub:${validity}:255:22:X:1:::u:::${capabilities}:::::ed25519:::0:\nfpr:::::::::${fingerprint}:\nuid:${validity}::::1::H::name <a@b>::::::::::0:\nsub:${validity}:255:18:Y:1::::::e::::::cv25519::\nfpr:::::::::${fingerprint}0:\n`;
+  test.each<[string, string[]]>([
+    ["", []],
+    [key("-", "scESC", "A"), ["A"]],
+    [key("u", "scESC", "A") + key("f", "ESC", "B"), ["A", "B"]],
+    [key("e", "scSC", "A") + key("u", "scESC", "B"), ["B"]],
+    [key("r", "scESC", "A"), []],
+    [key("u", "scSC", "A"), []],
+    [key("u", "scESCD", "A"), []],
+  ])("in %j", (printed, fingerprints) => expect(usableKeys(printed)).toEqual(fingerprints));
 });
 
 test("nonsense from 0.3.1 is told at debug level only", () => {
