@@ -77,7 +77,7 @@ multiplied("%s", (_, path, perl) => {
     const running = start([source, sink("a"), sink("b"), sink("c")], { env });
     await waitFor("the stream to begin", () => ["a", "b", "c"].every((name) => existsSync(join(directory, `${name}.began`))));
     expect(calls("send")).toBe(1);
-    sh(`pkill -KILL -f "^btrfs send -q "`);
+    sh(`pkill -KILL -f "[b]trfs send -q "`);
     const { status, stderr } = await running.finished;
     expect(status).toBe(1);
     expect(stderr.match(/btrfs send was killed by signal 9/g)?.length).toBe(3);
