@@ -962,7 +962,7 @@ const BTRFS_MAGIC = "9123683e";
 /**
  * What every verb begins with. A process costs more than a millisecond: what a shell can do itself, it does.
  * `b` is btrfs; `user_id` sets $user to the effective user's ID; `root` tells whether btrfs runs with root's rights; `line` prints
- * its parameter; `at FOLDER FSID` enters a folder that was opened before, unless another filesystem or directory is there by now,
+ * its parameter (echo expands backslashes in dash); `at FOLDER FSID` enters a folder that was opened before, unless another filesystem or directory is there by now,
  * and behind the fence if the verb has a mount namespace of its own. $here is the folder's true path from then on.
  *
  * The fence: whoever can write in a folder can put a link or a device under any name there, at any moment. So root works below a
@@ -1413,7 +1413,7 @@ const OPEN = verb("open", "nonce wait folder prefix source kind silence", sh`
     say alone
     for file in "./$prefix"[0-9]*-[0-9]*; do
       if [ "$(stat -c %i "$file" 2>/dev/null)" = 256 ]; then
-        echo "$(b inspect-internal rootid "$file") $(b property get -ts "$file" ro) $file"
+        line "$(b inspect-internal rootid "$file") $(b property get -ts "$file" ro) $file"
       fi
     done
   fi
@@ -1623,7 +1623,7 @@ const KEPT = verb("kept", "folder fsid prefix object", sh`
   for file in "./.$object.p"*.part; do
     if [ -f "$file" ] && [ -z "$(find "$file" -prune -type l)" ]; then
       size=$(($(stat -c %s "$file") / 65536 * 65536))
-      echo "$size $(head -c "$size" "$file" | sha256sum) $file"
+      line "$size $(head -c "$size" "$file" | sha256sum) $file"
     fi
   done
 `);
@@ -2163,7 +2163,7 @@ const RCLONE: StoreVerbs & { readonly list: Declared<"folder"> } = {
     remote=\${folder%%[:,]*}
     rclone listremotes --long | {
       while read -r name type; do
-        if [ "$name" = "$remote:" ]; then echo "$type"; fi
+        if [ "$name" = "$remote:" ]; then line "$type"; fi
       done
       echo
     }
@@ -2176,7 +2176,7 @@ const RCLONE: StoreVerbs & { readonly list: Declared<"folder"> } = {
     case $result/$said in
       0/*|3/*) ;;
       *)
-        echo "$said" >&2
+        line "$said" >&2
         case $said in
           *"no such host"*|*refused*|*unreachable*|*timeout*|*"timed out"*) exit 66;;
         esac

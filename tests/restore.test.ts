@@ -4,7 +4,7 @@
 import { describe, expect, test } from "bun:test";
 import { existsSync, mkdirSync, readdirSync, readFileSync, writeFileSync } from "node:fs";
 import { basename, dirname, join } from "node:path";
-import { change, contentsDigest, events, expectRun, expectSameTree, filesystem, generator, mountImage, nextSecond, pair, reformat, run, seeded, sh, snapshotAs, snapshotNames, soak, sshServer, start, subvolume, subvolumes, temporaryDirectory, unmount, waitFor } from "./support/rig.ts";
+import { change, contentsDigest, events, expectRun, expectSameTree, expectSound, filesystem, generator, mountImage, nextSecond, pair, reformat, run, seeded, sh, snapshotAs, snapshotNames, soak, sshServer, start, subvolume, subvolumes, temporaryDirectory, unmount, waitFor } from "./support/rig.ts";
 
 const transfers = (result: Parameters<typeof events>[0]) => events(result).filter(({ event }) => event === "transfer");
 
@@ -710,3 +710,24 @@ describe("interruptions", () => {
     mountImage(target);
   });
 });
+
+/** What the echo of dash expands. */
+const ODD = "a\\nb\\tc\\cd\\\\e\\0101";
+test("paths and prefixes with what echo expands are themselves, here and over ssh", async () => {
+  const { source, snapshots, b } = pair();
+  const { options, url, user } = await sshServer();
+  user("dash", "/bin/dash");
+  for (const n of [1, 2, 3]) snapshotAs(source, `${ODD}2026010${n}-000000`);
+  for (const place of [join(b.path, ODD), url(join(b.path, `${ODD}2`), "dash"), `raw+${url(join(b.path, `${ODD}raw`), "dash")}`]) {
+    await expectRun(0, ["-S", "--resume", ...options, "-p", ODD, source, place]);
+    await expectRun(0, ["verify", ...options, "-p", ODD, ...(place.startsWith("raw") ? [] : [source]), place]);
+    const target = `${join(filesystem().path, ODD)}`;
+    await expectRun(0, ["restore", ...options, "-p", ODD, place, place.startsWith("ssh") ? url(target, "dash") : target]);
+    await expectRun(0, ["versions", ...options, "-p", ODD, join(target, "plain/1")]);
+    await expectRun(0, ["prune", ...options, "-n", "1", "-p", ODD, place]);
+    await nextSecond();
+  }
+  expect(snapshotNames(join(b.path, ODD), ODD)).toEqual([`${ODD}20260103-000000`]);
+  expectSound(join(b.path, ODD), snapshots, ODD);
+  expect(readdirSync(join(b.path, `${ODD}raw`)).filter((name) => name.endsWith(".btrfs")).length).toBe(1);
+}, 120_000);
