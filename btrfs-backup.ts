@@ -1033,18 +1033,16 @@ const PRELUDE = sh`
   }
 
   # into FILE [CONVERSION]: standard input becomes a new file, whatever others put in its place meanwhile: no link, device or FIFO is
-  # opened. The dd of busybox cannot do so: there the shell refuses what exists, and the fence most of what is no file.
+  # opened. The dd of busybox cannot do so, and has read nothing then: there the shell refuses what exists, and the fence the rest.
   into() {
-    if [ "$(command -v dd)" -ef "$(command -v busybox)" ]; then
-      (
-        set -C
-        exec 6>"$1"
-        [ -f /proc/self/fd/6 ] || { line "$here/$1 is not a plain file" >&2; exit 65; }
-        dd iflag=fullblock bs=1M \${2:+conv="$2"} 2>/dev/null >&6
-      )
-    else
-      dd iflag=fullblock bs=1M conv="excl\${2:+,$2}" oflag=nofollow status=none of="$1"
-    fi
+    said=$(dd iflag=fullblock bs=1M conv="excl\${2:+,$2}" oflag=nofollow status=none of="$1" 2>&1) && return
+    if [ -e "$1" ] || [ -L "$1" ]; then line "$said" >&2; return 1; fi
+    (
+      set -C
+      exec 6>"$1"
+      [ -f /proc/self/fd/6 ] || { line "$here/$1 is not a plain file" >&2; exit 65; }
+      dd iflag=fullblock bs=1M \${2:+conv="$2"} 2>/dev/null >&6
+    )
   }
   # make FILE: an empty one, unless it is there. Another run may be faster.
   make() { [ -f "$1" ] || into "$1" </dev/null 2>/dev/null || [ -f "$1" ]; }
@@ -1604,8 +1602,11 @@ const RECEIVE = verb("receive", "flag folder fsid level holder prefix header key
       told=$( { { unpack && echo ok >&3; } | b receive "$flag" $chroot . >&2; } 3>&1 ) && [ "$told" = ok ]
     fi
   }
-  # What is unmounted under its feet, btrfs receive calls a file that is not there.
-  take || { at "$folder" "$fsid"; exit 1; }
+  # What is unmounted under its feet, btrfs receive calls a file that is not there; behind the fence, it goes on unseen.
+  result=0
+  take || result=1
+  at "$folder" "$fsid"
+  [ $result = 0 ] || exit 1
   if [ -n "$header" ]; then record "$header" "$key" "{$rest"; fi
 `);
 
@@ -4081,7 +4082,7 @@ async function removing(id: string, names: readonly string[], reason: string, dr
 /** Why the destinations that a source's record names are not opened unless the command line names them; null where only we can have written it. */
 function disbelief(source: Pick<Folder, "host" | "trusted" | "chain" | "id" | "path">): string | null {
   if (source.host.ssh !== null) return `the record of ${source.id} is another host's`;
-  if (!source.trusted) return `others can write to ${source.path}, or to the record in it`;
+  if (!source.trusted) return `${source.path}, or the record in it, belongs to another user or can be written by others`;
   if (source.chain.guarded) return `the record in ${source.path} was written by a guarded key, or came back with a restored backup`;
   return null;
 }

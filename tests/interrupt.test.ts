@@ -111,19 +111,21 @@ test("destinations are opened beside the source, but nothing of them is locked b
   const other = join(filesystem().path, "other");
   await expectRun(0, [source, destination, other]);
   const tools = temporaryDirectory();
-  writeFileSync(join(tools, "flock"), `#!/bin/sh\n[ "$3" != 9 ] || pwd -P >>${tools}/log\nexec ${sh("command -v flock")} "$@"\n`, { mode: 0o755 });
+  writeFileSync(join(tools, "flock"), `#!/bin/sh\n[ "$3" != 9 ] || stat -c %d/%i . >>${tools}/log\nexec ${sh("command -v flock")} "$@"\n`, { mode: 0o755 });
   const locked = () => (existsSync(join(tools, "log")) ? readFileSync(join(tools, "log"), "utf8").trim().split("\n") : []);
   const env = { PATH: `${tools}:${process.env["PATH"]}` };
   const holder = holdLock(snapshots, ".btrfs-backup..lock");
   await waitFor("the lock", () => sh(`flock -n "$1" true && echo free || echo held`, join(snapshots, ".btrfs-backup..lock")) === "held");
   for (const wait of [["--wait", "1"], []]) await expectRun(3, [...wait, source, other, destination], { env });
-  expect(locked()).toEqual([snapshots, snapshots]);
+  // Behind the fence a path begins elsewhere: a directory is told by its inode.
+  const inode = (path: string) => sh(`stat -c %d/%i "$1"`, path);
+  expect(locked()).toEqual([snapshots, snapshots].map(inode));
   expect(sh(`pgrep -f "$1" || :`, `btrfs-backup[:].*${destination}`)).toBe("");
   expect(snapshotNames(snapshots).length).toBe(1);
   holder.kill();
   await nextSecond();
   await expectRun(0, ["--wait", "1", source, other, destination], { env });
-  expect(locked().slice(2)).toEqual([snapshots, ...[destination, other].sort()]);
+  expect(locked().slice(2)).toEqual([snapshots, ...[destination, other].sort()].map(inode));
   expect((await expectRun(2, [join(source, "plain"), destination], { env })).stderr).toContain("not a subvolume");
   expect(locked().length).toBe(5);
 });
