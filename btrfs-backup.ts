@@ -3470,8 +3470,13 @@ export type Claim = { readonly accepted: true; readonly strangers: readonly stri
  */
 export function claim(identity: Identity, chain: ChainRecord, standing: readonly Snapshot[], shared: readonly Snapshot[], adopt: boolean): Claim {
   const { owner, strangers = [] } = chain;
-  if (owner?.uuid === identity.uuid) return { accepted: true, strangers };
   const samePlace = owner?.host === identity.host && owner.path === identity.path;
+  if (owner?.uuid === identity.uuid) {
+    // A machine that was cloned has the original's subvolume UUIDs, but not what the original has sent since.
+    const newest = standing.findLast(({ uuid }) => !strangers.includes(uuid));
+    if (samePlace || newest === undefined || shared.some(({ uuid }) => uuid === newest.uuid)) return { accepted: true, strangers };
+    if (!adopt) return { accepted: false, why: `the backups there were made on ${owner.host}:${owner.path}, and the newest, ${newest.name}, is unknown to ${identity.host}:${identity.path}, which has the same subvolume UUID (${identity.uuid}): is one a clone of the other? Use a prefix (-p) or another folder; --adopt goes on with them` };
+  }
   if (standing.length === 0 || (samePlace && shared.length > 0)) return { accepted: true, strangers };
   if (!adopt && (owner !== undefined || shared.length === 0)) {
     const theirs = owner === undefined ? "an unknown source: nothing there has been received from this one" : `${owner.host}:${owner.path} (subvolume ${owner.uuid})`;
@@ -3837,6 +3842,9 @@ async function openDestination({ location, sending }: Wanted, source: Source, kn
   // An announcement outlives its transfer only as long as there is a leftover to be recognised by it.
   const broken = folder.snapshots.some(({ name, readonly }) => name === receiving && !readonly);
   const owned = { ...ownedBy(source.identity, chain, claimed.accepted ? claimed.strangers : []), ...(broken ? { receiving } : {}) };
+  const { owner } = folder.chain;
+  if (owner?.uuid === source.identity.uuid && (owner.host !== source.identity.host || owner.path !== source.identity.path))
+    log.info(`${location.id}: its backups were made on ${owner.host}:${owner.path}; their source is ${source.identity.host}:${source.identity.path} now`);
   // Taken over, moved, or completed after all: the record says so even if nothing is sent.
   const standing = folder.chain.owner !== undefined || folder.snapshots.some(isComplete);
   if (!o.dryRun && standing && JSON.stringify(folder.chain) !== JSON.stringify(owned)) await writeRecord(folder, owned);

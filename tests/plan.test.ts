@@ -527,7 +527,12 @@ describe("one chain, one owner", () => {
   test.each<Case>([
     ["the owner comes back", { chain: { owner: me }, there: [a1, a2], shared: [a2] }, []],
     ["the owner comes back after its snapshots are gone", { chain: { owner: me }, there: [a1, a2], shared: [] }, []],
-    ["the owner comes back, moved", { chain: { owner: { ...me, path: "/old", host: "old" } }, there: [a1], shared: [] }, []],
+    ["the owner comes back, moved: the newest backup is known", { chain: { owner: { ...me, path: "/old", host: "old" } }, there: [a1, a2], shared: [a2] }, []],
+    ["the owner comes back, moved, to a folder that is empty by now", { chain: { owner: { ...me, host: "old" } }, there: [], shared: [] }, []],
+    ["a clone: the same UUID on another host, which does not know the newest backup", { chain: { owner: { ...me, host: "original" } }, there: [a1, a2], shared: [a1] }, null],
+    ["a clone at another path", { chain: { owner: { ...me, path: "/original" } }, there: [a1, a2], shared: [] }, null],
+    ["strangers do not tell of a clone", { chain: { owner: { ...me, host: "old" }, strangers: ["x1"] }, there: [a1, x1], shared: [a1] }, ["x1"]],
+    ["a clone that adopts: what the original has sent since is never pruned", { chain: { owner: { ...me, host: "original" } }, there: [a1, a2, a3], shared: [a2], adopt: true }, ["a3"]],
     ["the owner's recorded strangers stay so", { chain: { owner: me, strangers: ["x1"] }, there: [a1, x1], shared: [a1] }, ["x1"]],
     ["a restored source: other UUID, same place, shared data", { chain: { owner: { ...me, uuid: "before" } }, there: [a1, a2], shared: [a1] }, []],
     ["another source made at the same place: nothing shared", { chain: { owner: { ...me, uuid: "before" } }, there: [a1], shared: [] }, null],
