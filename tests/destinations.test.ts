@@ -433,3 +433,22 @@ test("destinations are opened side by side; each of one host uses the first one'
   expect(readFileSync(join(watched, "log"), "utf8").match(/Authenticated to/g)?.length).toBe(1);
   for (const place of places) expect(snapshotNames(place).length).toBe(1);
 });
+
+test("a cloned machine does not take the original's chain: its backups are neither added to nor pruned", async () => {
+  const { source, snapshots, destination } = pair();
+  for (const n of [1, 2, 3]) snapshotAs(source, `2026010${n}-000000`);
+  await expectRun(0, ["-S", source, destination]);
+  // The clone was made after the second snapshot, and is another host with the same subvolume.
+  sh(`btrfs -q subvolume delete "$1/20260103-000000"; sed -i 's/"host":"[^"]*"/"host":"original"/' "$2/.btrfs-backup.json"`, snapshots, destination);
+  const record = readFileSync(join(destination, ".btrfs-backup.json"), "utf8");
+  const refused = await expectRun(1, ["-n", "1", source, destination]);
+  expect(refused.stderr).toMatch(/made on original:.*newest, 20260103-000000, is unknown.*clone/);
+  expect([snapshotNames(destination), readFileSync(join(destination, ".btrfs-backup.json"), "utf8")]).toEqual([["20260101-000000", "20260102-000000", "20260103-000000"], record]);
+  await nextSecond();
+  await expectRun(0, ["--adopt", "-n", "1", source, destination]);
+  expect(snapshotNames(destination)).toContain("20260103-000000");
+  // A machine that was only renamed goes on.
+  sh(`sed -i 's/"host":"[^"]*"/"host":"before"/' "$1/.btrfs-backup.json"`, destination);
+  await nextSecond();
+  expect((await expectRun(0, [source, destination])).stderr).toContain("its backups were made on before:");
+});
