@@ -220,10 +220,10 @@ test("when btrfs send is killed half-way, or the link, nothing appears, and the 
   sh(`head -c 60M /dev/urandom >"$1/large"`, source);
   const folder = join(temporaryDirectory(), "s");
   for (const [store, victim] of [
-    [`raw://${folder}`, "^btrfs send -q "],
-    [ssh.url(folder).replace(/^ssh:/, "raw+ssh:"), "^btrfs send -q "],
+    [`raw://${folder}`, "^btrfs send -q \\./"],
+    [ssh.url(folder).replace(/^ssh:/, "raw+ssh:"), "^btrfs send -q \\./"],
     [ssh.url(folder).replace(/^ssh:/, "raw+ssh:"), `^ssh .*btrfs-backup:store`],
-    [s3.url("s"), "^btrfs send -q "],
+    [s3.url("s"), "^btrfs send -q \\./"],
     [s3.url("s"), `^rclone rcat`],
   ] as const) {
     const running = start([...ssh.options, "--rate-limit", "10m", source, store], s3);
