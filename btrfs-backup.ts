@@ -157,7 +157,7 @@ function groupBy<K, T>(all: readonly T[], keyOf: (one: T) => K): Map<K, T[]> {
  * Text as a person sees it, whoever wrote it: what would move a terminal's cursor, change its title or turn text around stands as
  * an escape (C0 but for the line break, C1, and Unicode's bidirectional controls). All that is shown passes here; JSON escapes by itself.
  */
-export const visible = (text: string) => text.replace(/[\x00-\x09\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069]/g, (c) => `\\u${c.charCodeAt(0).toString(16).padStart(4, "0")}`);
+export const visible = (text: string) => text.replace(/[\x00-\x09\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069]/g, (c) => `\\u${c.charCodeAt(0).toString(16).padStart(4, "0")}`);
 
 /** Shows a command's result. */
 const print = (text: string) => void process.stdout.write(visible(text));
@@ -1007,10 +1007,25 @@ const PRELUDE = sh`
       *) return 1;;
     esac
   }
-  # ours: whether nobody else can give other subvolumes the names in the current directory. btrfs send, delete and show read links
-  # themselves (realpath(3)), which no mount can forbid.
-  # shellcheck disable=SC2046 # an owner and a mode
-  ours() { safe $(stat -c "%u %A" .); }
+  # ours: whether nobody else can give other subvolumes the names on the way from the root of the mount. btrfs send, delete and show
+  # resolve paths themselves (getcwd(3), realpath(3)), and read links, which no mount can forbid.
+  ours() {
+    left=$PWD
+    set --
+    while [ -n "$left" ]; do
+      case $left in
+        /proc/fs|/sys/class) set -- "$left" "$@"; break;;
+      esac
+      set -- "$left" "$@"
+      left=\${left%/*}
+    done
+    [ . -ef "$PWD" ] || return 1
+    # A sticky directory is ours alone for what belongs to us; the top of a snapshot belongs to its owner.
+    { stat -c "%u %A" -- "$@" || echo "one of them is gone"; } | while read -r owner permissions; do
+      case $permissions in d????????[tT]) return 1;; esac
+      safe "$owner" "$permissions" || return 1
+    done
+  }
 
   # delete_ids ID...: deletes subvolumes of this filesystem, whatever their names are. It takes a process for each; btrfs wants a subvolume
   # to begin from, as the root of a mount is.
@@ -1022,10 +1037,12 @@ const PRELUDE = sh`
       esac
     done
   }
-  # delete_one PATH: deletes the subvolume that is there now, whatever gets its name meanwhile.
+  # delete_one PATH [any]: deletes the subvolume that is there now, if it is writable, whatever gets its name meanwhile.
   delete_one() {
     if [ "$mode" = fence ]; then
-      id=$(cd "$1" && b inspect-internal rootid .)
+      # In it, all is said of one and the same: in a plain directory, btrfs would tell of the subvolume around it.
+      id=$(cd "$1" && [ "$(stat -c %i .)" = 256 ] && { [ "$2" = any ] || [ "$(b property get -ts . ro)" = ro=false ]; } && b inspect-internal rootid .) ||
+        { line "$1 is not what was to be deleted" >&2; exit 65; }
       delete_ids "$id"
     else
       b subvolume delete "$1"
@@ -1049,7 +1066,14 @@ const PRELUDE = sh`
 
   # opened FILE: opens a plain file as descriptor 6; for writing, too, where that can be, since a FIFO in its place would keep a reader waiting.
   opened() {
-    { command exec 6<>"$1"; } 2>/dev/null || exec 6<"$1"
+    [ -e "$1" ] || [ -L "$1" ] || { line "$here/$1: No such file or directory" >&2; exit 1; }
+    if { command exec 6<>"$1"; } 2>/dev/null; then
+      :
+    elif [ -f "$1" ]; then
+      exec 6<"$1"
+    else
+      line "$here/$1 is not a plain file" >&2; exit 65
+    fi
     [ -f /proc/self/fd/6 ] || { line "$here/$1 is not a plain file" >&2; exit 65; }
   }
 
@@ -1090,8 +1114,9 @@ const PRELUDE = sh`
     exec 6<.
     mount_id
     on=$mount
-    # As long as we are at work, the folder's mount is busy for everybody.
-    { command exec 5<"/proc/$PPID/root$here"; } 2>/dev/null || :
+    # As long as we are at work, the folder's mount is busy for everybody. A directory alone can be entered.
+    if cd -P -- "/proc/$PPID/root$here" 2>/dev/null; then exec 5<.; fi
+    cd -P -- /proc/self/fd/6
     mount_root=$PWD
     until [ "$PWD" = / ]; do
       cd -P ..
@@ -1235,12 +1260,14 @@ const WATCH = sh`
   }`;
 
 /**
- * record HEADER KEY VALUE: replaces one line of the record in the current directory, whole or not
- * at all. Written by dd, which says what went wrong, and syncs it; dash knows only "I/O error".
+ * record HEADER KEY VALUE [BEGINNING]: replaces one line of the record in the current directory, whole or not at all; with a
+ * BEGINNING, only that is taken out of the line as it is by now. Written by dd, which says what went wrong, and syncs it;
+ * dash knows only "I/O error".
  */
 const RECORD = sh`
   record() { (
-    first=$1 start=$2 own=$2$3
+    first=$1 start=$2 own=$2$3 ending=$4
+    [ -n "$first" ] && [ -n "$start" ] || { echo "no line of a record" >&2; exit 65; }
     flock -w 60 7 || { line "another run keeps $here locked" >&2; exit 75; }
     file=.btrfs-backup.json
     new=$file.new
@@ -1249,7 +1276,8 @@ const RECORD = sh`
       opened $file
       while IFS= read -r old; do
         case $old in
-          "$start"*) ;;
+          "$start$ending"*) [ -z "$ending" ] || own="$start{\${old#"$start$ending"}";;
+          "$start"*) own=$old;;
           ,*) set -- "$@" "$old";;
         esac
       done <&6
@@ -1268,11 +1296,15 @@ const RECEIVING = sh`
     flock -w "$2" 8 || { line "an earlier transfer is still being received in $here" >&2; exit 75; }
   }`;
 
-/** is_complete FILE SUM BYTES KEPT: whether a file has so many bytes, and those behind the KEPT ones have that SHA-256. */
+/** own_file FILE: whether nobody but root and we have written it. `is_complete FILE SUM BYTES KEPT`: whether a file has so many bytes, and those behind the KEPT ones have that SHA-256. */
 const COMPLETE = sh`
+  own_file() {
+    # shellcheck disable=SC2046 # an owner and a mode
+    safe $(stat -L -c "%u d%A" "$1" | sed "s/ d./ d/") || { line "$here/\${part#./} belongs to others, or they can change it" >&2; exit 65; }
+  }
   is_complete() {
-    size=$(stat -c %s "$1")
-    [ "$size" = "$3" ] || { echo "only $size of $3 bytes arrived" >&2; exit 1; }
+    found=$(stat -L -c %s "$1")
+    [ "$found" = "$3" ] || { echo "only $found of $3 bytes arrived" >&2; exit 1; }
     [ -z "$4" ] || [ "$(tail -c "+$(($4 + 1))" "$1" | sha256sum)" = "$2  -" ] ||
       { echo "other bytes arrived than were sent" >&2; exit 1; }
   }`;
@@ -1352,7 +1384,7 @@ const OPEN = verb("open", "nonce wait folder prefix source kind silence", sh`
   # Whatever can change while others have the lock comes after this. The other .receiving locks are those of commands,
   # and of remotes of rclone. A folder without a lock file is not locked: nothing is written before it is known to be ours.
   if [ "$wait" = later ]; then
-    IFS= read -r wait
+    wait=$(dd bs=16 count=1 2>/dev/null)
     [ "$wait" = look ] || { [ "$wait" -ge 0 ] 2>/dev/null && [ \${#wait} -le 6 ]; } || { line "not a number of seconds: $wait" >&2; exit 65; }
   fi
   if [ "$wait" = look ]; then
@@ -1473,7 +1505,14 @@ const SNAPSHOT = verb("snapshot", "source folder fsid name", sh`
   cd -P -- "$source"
   [ "$PWD" = "$source" ] || { line "$source leads to $PWD now" >&2; exit 66; }
   b subvolume snapshot -r . "$snapshot" >/dev/null
-  if root; then
+  if [ "$mode" = fence ]; then
+    # Whatever has its name by now, it is shown by its ID.
+    id=$(cd "$snapshot" && [ "$(stat -c %i .)" = 256 ] && b inspect-internal rootid .)
+    case $snapshot in
+      /proc/fs*) b subvolume show -b -r "$id" /proc/fs;;
+      *) b subvolume show -b -r "$id" /sys/class;;
+    esac
+  elif root; then
     b subvolume show -b "$snapshot"
   else
     id=$(b inspect-internal rootid "$snapshot")
@@ -1507,7 +1546,7 @@ const SEND = verb("send", "flag folder fsid level protocol holder snapshot paren
   }
   # The directory that we are in is the same, whatever its name becomes.
   made_within() {
-    cd "./$snapshot"
+    cd "./$snapshot" || return 1
     made . "../$parent"
   }
   # The first command of a stream (linux/fs/btrfs/send.h) says its UUID, and that of its parent.
@@ -1582,10 +1621,13 @@ const RECEIVE = verb("receive", "flag folder fsid level holder prefix header key
   at "$folder" "$fsid"
   receiving "$prefix" 0
   if [ -n "$part" ]; then
-    is_complete "./.$part.part" "$sum" "$bytes" "$kept"
+    # Whoever can change names there could put another stream in its place: it is opened once, and must be ours.
+    opened "./.$part.part"
+    own_file /proc/self/fd/6
+    is_complete /proc/self/fd/6 "$sum" "$bytes" "$kept"
     case $flag in
       *C) ;;
-      *) exec <"./.$part.part";;
+      *) exec </proc/self/fd/6;;
     esac
   fi
   if [ -n "$header" ]; then record "$header" "$key" "$beginning$rest"; fi
@@ -1607,7 +1649,7 @@ const RECEIVE = verb("receive", "flag folder fsid level holder prefix header key
   take || result=1
   at "$folder" "$fsid"
   [ $result = 0 ] || exit 1
-  if [ -n "$header" ]; then record "$header" "$key" "{$rest"; fi
+  if [ -n "$header" ]; then record "$header" "$key" "{$rest" "$beginning"; fi
 `);
 
 /**
@@ -1618,9 +1660,8 @@ const KEPT = verb("kept", "folder fsid prefix object", sh`
   ${RECEIVING}
   at "$folder" "$fsid"
   receiving "$prefix" 10
-  case $(stat -c %A .) in
-    ?????w*|????????w*) exit 0;;
-  esac
+  # shellcheck disable=SC2046 # an owner and a mode
+  safe $(stat -c "%u %A" .) || exit 0
   for file in "./.$object.p"*.part; do
     if [ -f "$file" ] && [ -z "$(find "$file" -prune -type l)" ]; then
       size=$(($(stat -c %s "$file") / 65536 * 65536))
@@ -1664,18 +1705,20 @@ const DISCARD = verb("discard", "folder fsid prefix name header key value", sh`
  */
 const THOSE = sh`
   those() {
-    left=$1 above=$2
+    left=$1 above=\${2#/}
     shift 2
+    # Paths are told from the top level, which has no name.
+    above=\${above:+$above/}
     # What has just been received into a directory that nobody else can enter.
     [ -n "$left" ] || return 0
     changed="the subvolumes are others than those that were to be deleted"
     if [ $# -gt 3 ] && root; then
       for one; do
         shift
-        set -- "$@" -e "ID \${left%% *} \${above#/}/\${one#./}"
+        set -- "$@" -e "ID \${left%% *} $above\${one#./}"
         left=\${left#* }
       done
-      found=$(b subvolume list -a . | sed "s, gen .* top level [0-9]* path , ,; s, <FS_TREE>/, ," | grep -c -x -F "$@") || :
+      found=$(b subvolume list -a . | sed -e "s, gen [0-9]* top level [0-9]* path <FS_TREE>/, ," -e t -e "s, gen [0-9]* top level [0-9]* path , ," | grep -c -x -F "$@") || :
       [ "$found" = $(($# / 2)) ] || { line "$changed" >&2; exit 65; }
     else
       for one; do
@@ -1738,8 +1781,8 @@ const BEHIND = sh`
     fi
   }`;
 
-/** Removes what an interrupted restore left: the subvolumes ./PATH, and the directory `work`. */
-const CLEAR = verb("clear", "folder fsid work paths...", sh`
+/** Removes what an interrupted restore left: the subvolumes ./PATH, in the order of their IDs, and the directory `work`. */
+const CLEAR = verb("clear", "folder fsid work ids paths...", sh`
   at "$folder" "$fsid"
   if [ -d "./$work" ] && [ -z "$(find "./$work" -prune -type l)" ]; then :; else exit 0; fi
   [ -f "./$work/.btrfs-backup.restoring" ] ||
@@ -1755,7 +1798,12 @@ const CLEAR = verb("clear", "folder fsid work paths...", sh`
         flock -w 10 8 || { line "what an interrupted restore began is still being received in $here/$work" >&2; exit 75; }
       fi
     done
-    if [ $# -gt 0 ]; then b subvolume delete "$@" >/dev/null; fi
+    # shellcheck disable=SC2086 # several words
+    if [ "$mode" = fence ]; then
+      delete_ids $ids >/dev/null
+    elif [ $# -gt 0 ]; then
+      b subvolume delete "$@" >/dev/null
+    fi
     rm -f .btrfs-backup.*
     cd ..
     rmdir "./$work"
@@ -1804,7 +1852,7 @@ const BUILD = verb("build", "folder fsid work origin target name how", sh`
       b property set -ts "$PWD/$name" ro true
       ;;
   esac
-  if [ "$origin" = "$work/$name" ]; then b subvolume delete "$origin" >/dev/null; fi
+  if [ "$origin" = "$work/$name" ]; then delete_one "$origin" any >/dev/null; fi
 `);
 
 /**
@@ -1857,7 +1905,7 @@ const FINISH = verb("finish", "folder fsid work target before from to", sh`
   # carry HOW NAME: moves one, and prints its name if it could not.
   carry() {
     if [ "$1" = copy ]; then
-      b subvolume snapshot -r "$from/$2" "$to/$2" >&2 && delete_one "$from/$2" >&2
+      b subvolume snapshot -r "$from/$2" "$to/$2" >&2 && delete_one "$from/$2" any >&2
     elif b property set -ts "$from/$2" ro false; then
       if mv -T -- "$from/$2" "$to/$2"; then
         b property set -ts "$to/$2" ro true
@@ -1952,6 +2000,7 @@ const SIZES = verb("sizes", "folder fsid names...", sh`
 
 /** The subvolume that `file` is, or was, in, and the path in it. Of its path only the last component is taken as it is. */
 const LOCATE = verb("locate", "file", sh`
+  ${ENTER}
   above=\${file%/*}
   rest=/\${file##*/}
   until [ -d "$above/" ]; do
@@ -1959,6 +2008,8 @@ const LOCATE = verb("locate", "file", sh`
     above=\${above%/*}
   done
   cd -P -- "$above/"
+  here=$PWD
+  [ "$PWD" = "\${above:-/}" ] || follow "$above/"
   above=\${PWD%/}
   until [ "$(stat -c %i .)" = 256 ] || [ "$PWD" = / ]; do cd ..; done
   printf %s "$PWD"
@@ -1996,13 +2047,11 @@ const VERSIONS = verb("versions", "folder fsid format inner names...", sh`
 const ORIGIN = sh`
   origin() {
     at "$folder" "$fsid"
-    top=$PWD/$snapshot
-    file=$top$inner
-    cd -P -- "\${file%/*}"
-    case $PWD/ in
-      "$top"/*) ;;
-      *) line "$here/$snapshot$inner is reached through a symbolic link" >&2; exit 65;;
-    esac
+    cd "./$snapshot"
+    [ "$(stat -c %i .)" = 256 ] && [ "$(b property get -ts . ro)" = ro=true ] || { line "$here/$snapshot is no snapshot" >&2; exit 65; }
+    top=$PWD
+    cd -P -- "./\${inner%/*}"
+    [ "$PWD" = "$top\${inner%/*}" ] || { line "$here/$snapshot$inner is reached through a symbolic link" >&2; exit 65; }
   }`;
 
 /** A file or directory out of a subvolume, as a tar archive. */
@@ -2026,6 +2075,8 @@ const PUT = verb("put", "directory name force base folder? fsid? snapshot? inner
     exit 65
   fi
   directory=$here
+  # The other folder is entered behind a fence of its own.
+  if [ -n "$fenced" ]; then mode=fence; fi
   if [ -d "./$name" ] && [ -z "$(find "./$name" -prune -type l)" ]; then
     line "$directory/$name is a directory: --to names what is to be made" >&2; exit 65
   fi
@@ -2077,6 +2128,7 @@ const GET = sh`
 /** A file has a temporary name until it is complete, and on the disk. Others may be able to write there: no link that they plant is followed. */
 const RAW: StoreVerbs = {
   put: verb("store", "folder fsid lock object holder size", sh`
+    ${COMPLETE}
     ${RECEIVING}
     ${WATCH}
     watch "$holder"
@@ -2087,9 +2139,11 @@ const RAW: StoreVerbs = {
       rm -f "$part"
       into "$part"
     else
-      [ "$(stat -c %s "$part")" -ge "$size" ]
-      truncate -s "$size" "$part"
-      cat >>"$part"
+      opened "$part"
+      own_file /proc/self/fd/6
+      [ "$(stat -L -c %s /proc/self/fd/6)" -ge "$size" ]
+      truncate -s "$size" /proc/self/fd/6
+      cat >>/proc/self/fd/6
     fi
   `),
   commit: verb("commit", "folder fsid lock object sum bytes part? kept? uuid?", sh`
@@ -2105,20 +2159,23 @@ const RAW: StoreVerbs = {
         if [ -e "$file" ]; then line "$file is there" >&2; exit 76; fi
       done
     fi
-    is_complete "$part" "$sum" "$bytes" "$kept"
-    [ "\${kept:-0}" = 0 ] || sum=$(sha256sum <"$part")
+    opened "$part"
+    own_file /proc/self/fd/6
+    is_complete /proc/self/fd/6 "$sum" "$bytes" "$kept"
+    [ "\${kept:-0}" = 0 ] || sum=$(sha256sum </proc/self/fd/6)
     rm -f "$checksum"
     sumfile "$object" "\${sum%% *}" "$bytes" | into "$checksum"
     sync "$part" "$checksum"
     mv -T "$checksum" "./$object${SUM}"
     mv -T "$part" "./$object"
+    [ "./$object" -ef /proc/self/fd/6 ] || { line "$here/$object is another file now" >&2; exit 65; }
     sync .
   `),
   get: verb("fetch", "folder fsid how holder objects...", sh`
     ${WATCH}
     watch "$holder"
     at "$folder" "$fsid"
-    get() { cat "./$1"; }
+    get() { opened "./$1"; cat <&6; }
     ${GET}
   `),
   delete: verb("drop", "folder fsid lock objects...", sh`
@@ -3154,7 +3211,7 @@ function shellDestination(location: Location & { kind: "shell" }, last: Memory |
     async receive(source, { snapshot, parent }) {
       checkFilters(source, sending);
       return {
-        stages: [...encrypting(sending), { label: location.id, command: `{ [ -f ${quote(lock)} ] || ( umask 077; exec dd if=/dev/null of=${quote(lock)} conv=excl oflag=nofollow status=none 2>/dev/null ) || :; flock -n -o -E 75 ${quote(lock)} ${run} -c ${quote(location.command)}; }` }],
+        stages: [...encrypting(sending), { label: location.id, command: `{ [ -f ${quote(lock)} ] || ( umask 077; exec dd if=/dev/null of=${quote(lock)} conv=excl oflag=nofollow status=none 2>/dev/null ) || :; [ -f ${quote(lock)} ] || exit 75; flock -n -o -E 75 ${quote(lock)} ${run} -c ${quote(location.command)}; }` }],
         environment: {
           BTRFS_BACKUP_NAME: snapshot.name,
           BTRFS_BACKUP_KIND: parent === null ? "full" : "incremental",
@@ -4393,12 +4450,15 @@ async function pruneSource(source: Source, snapshots: readonly Snapshot[], wante
 export async function copy({ prefix, ...o }: Omit<RunOptions, "prefix"> & { readonly prefix: string | null }, report: Report): Promise<void> {
   const first = await openLocation(o.source, { ...o, prefix: prefix ?? "", wait: "look" });
   const prefixes = prefix === null ? prefixesIn(first.standing) : [prefix];
-  if ([first.prefix, ...prefixes].some((one) => isSnapshotFolder(withPrefix(first, one)))) throw new UsageError(`${o.source.id} has snapshots of a source: "btrfs-backup run --no-snapshot" sends these`);
+  const isSource = (one: string) => isSnapshotFolder(withPrefix(first, one));
+  const isOne = `has snapshots of a source: "btrfs-backup run --no-snapshot" sends these`;
+  if ([first.prefix, ...prefixes].every(isSource)) throw new UsageError(`${o.source.id} ${isOne}`);
   if (prefixes.length === 0) throw new Failure(`there are no backups in ${o.source.id}`);
   const options = { ...o, snapshotFolder: "." };
   checkPlaces(options);
   for (const one of prefixes)
     try {
+      if (isSource(one)) throw new Failure(`the prefix ${JSON.stringify(one)} ${isOne}`);
       await persistently({ ...options, prefix: one }, report, async (o, report) => {
         const open = async () => {
           const folder = await openFolder(o.source, o.source.path, { prefix: one, wait: o.dryRun ? "look" : o.wait, hosts: o.hosts });
@@ -4423,10 +4483,13 @@ export async function prune(o: PruneOptions, report: Report): Promise<void> {
   const wait = o.dryRun ? ("look" as const) : o.wait;
   const first = await openLocation(o.location, { ...o, prefix: o.prefix ?? "", wait: "look" });
   const prefixes = o.prefix === null ? prefixesIn(first.standing) : [o.prefix];
-  if ([first.prefix, ...prefixes].some((prefix) => isSnapshotFolder(withPrefix(first, prefix)))) throw new UsageError(`${o.location.id} has snapshots of a source: "btrfs-backup run --no-snapshot --no-transfer -N …" prunes these`);
+  const isSource = (prefix: string) => isSnapshotFolder(withPrefix(first, prefix));
+  const isOne = `has snapshots of a source: "btrfs-backup run --no-snapshot --no-transfer -N …" prunes these`;
+  if ([first.prefix, ...prefixes].every(isSource)) throw new UsageError(`${o.location.id} ${isOne}`);
   for (const prefix of prefixes) {
     let folder: Folder | null = null;
     try {
+      if (isSource(prefix)) throw new Failure(`the prefix ${JSON.stringify(prefix)} ${isOne}`);
       folder = await openFolder(o.location, o.location.path, { prefix, wait, hosts: o.hosts });
       const destination = pruned(folder, o);
       const standing = { ...destination.standing, backups: await asReceived(folder, destination.standing.backups) };
@@ -4560,7 +4623,9 @@ async function clearLeftovers(target: Target, only: string | null, o: RestoreOpt
   for (const [name, paths] of leftoversOf(target.name, now)) {
     if (only !== null && name !== only) continue;
     if (only === null) log.info(`${o.dryRun ? "Would remove" : "Removing"} what an interrupted restore left: ${join(target.path, name)}`);
-    if (!o.dryRun) await ask(target.host, CLEAR, { ...at(target), work: name, paths }, `cannot remove ${join(target.path, name)}, which an interrupted restore left`);
+    const idOf = new Map(now.subvolumes.map(({ path, id }) => [`/${path}`, id]));
+    const ids = paths.flatMap((path) => idOf.get(join(now.top, name, path)) ?? []).join(" ");
+    if (!o.dryRun) await ask(target.host, CLEAR, { ...at(target), work: name, ids, paths }, `cannot remove ${join(target.path, name)}, which an interrupted restore left`);
   }
 }
 
@@ -5242,7 +5307,7 @@ const SOURCE_RULE: ArgumentRule = (value, said) => {
 };
 
 const PREFIX_RULE: ArgumentRule = (value, said) => {
-  if (!isPrefix(value)) refuse(`the prefix ${shown(value)}`);
+  if (!isPrefix(value) || value.includes("\ufffd")) refuse(`the prefix ${shown(value)}`);
   said.prefix = value;
   return value;
 };
@@ -5317,9 +5382,41 @@ function use<V extends Declared>(verb: V, rights: readonly Right[], rules: Rules
 /** Runs a verb for a guarded key, behind the fence. */
 function started<V extends Declared>(verb: V, given: ArgumentsOf<V>, [stdin, stdout, stderr]: readonly ("inherit" | "pipe")[] = []): ProcessPromise {
   const host: Host = { ...LOCAL, fence: "own" };
-  const child = shell({ stdio: [stdin ?? "inherit", stdout ?? "inherit", stderr ?? "inherit"], env: { PATH: process.env["PATH"] ?? "" } })`${`exec ${commandWith(host, verb, given)}`}`;
-  running.add(() => sendSignal(child.pid as number, "SIGTERM"));
+  const child = shell({ stdio: [stdin ?? "inherit", stdout ?? "inherit", stderr ?? "inherit"], env: { PATH: process.env["PATH"] ?? "" }, detached: true })`${`exec ${commandWith(host, verb, given)}`}`;
+  running.add(() => sendSignal(-(child.pid as number), "SIGKILL"));
   return child;
+}
+
+/** What the processes of a group have done so far: proc(5), /proc/pid/stat and /proc/pid/io. */
+function workOf(group: number): string {
+  const processes = readdirSync("/proc").filter((name) => /^\d+$/.test(name));
+  const read = (path: string) => {
+    try {
+      return readFileSync(path, "utf8");
+    } catch {
+      return ""; // it has ended
+    }
+  };
+  return processes
+    .map((pid) => [pid, read(`/proc/${pid}/stat`).replace(/^.*\) /s, "").split(" ")] as const)
+    .filter(([, fields]) => Number(fields[2]) === group)
+    .map(([pid, fields]) => [pid, fields[11], fields[12], read(`/proc/${pid}/io`)].join())
+    .join();
+}
+
+const STALLED = 120_000; // ms
+
+/** Waits for a child that gets nothing any more; what does nothing either, such as one that opens a FIFO, is killed. */
+async function endOf(child: ProcessPromise): Promise<void> {
+  const group = child.pid as number;
+  let [seen, since] = ["", Date.now()];
+  const watch = setInterval(() => {
+    const work = workOf(group);
+    if (work !== seen) [seen, since] = [work, Date.now()];
+    else if (Date.now() - since > STALLED) sendSignal(-group, "SIGKILL");
+  }, 1000);
+  await child;
+  clearInterval(watch);
 }
 
 /** Reads what the folder of a guarded verb has. */
@@ -5338,7 +5435,7 @@ export function guardedRecord(text: string, { chain: now, entries, prefix }: Pic
   if (chain === undefined || unreadable !== null || Object.keys(chain).some((key) => !["owner", "receiving", "strangers", "destinations", "guarded"].includes(key))) return refuse("a record of another form");
   const { owner, receiving, strangers = [], destinations } = chain;
   // An administrator's terminal will show it.
-  if (/[\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069]|\\u00[01]|\\[bfnrt]/.test(text)) refuse("a record with control characters");
+  if (/[\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069]|\\u00[01]|\\[bfnrt]/.test(text)) refuse("a record with control characters");
   if (receiving !== undefined && receiving !== now.receiving && (parseName(receiving, prefix) === null || entries.has(receiving))) refuse(`an announcement of ${shown(receiving)}`);
   // Whose the backups are, and which are not, is settled once; a restored source has another UUID.
   const settled = now.owner !== undefined;
@@ -5350,17 +5447,27 @@ export function guardedRecord(text: string, { chain: now, entries, prefix }: Pic
   return { ...chain, ...(now.guarded || !same ? { guarded: true as const } : {}) };
 }
 
+/** A key's chains are another machine's: what is backed up here, or stands here, is not their source. Errors: Refused. */
+function notFromHere({ owner }: ChainRecord, { place, subvolumes }: Folder, { o }: Guarded): void {
+  if (o.source || owner === undefined) return;
+  if (owner.uuid === place.filesystem || subvolumes.some(({ uuid }) => uuid === owner.uuid)) refuse("a record with an owner that is on this filesystem");
+}
+
 /** The line of the record that a verb writes, if it writes one. Errors: Refused. */
-function recordedLine({ header, value }: { readonly header: string; readonly value: string }, folder: Folder, { o }: Guarded): typeof NO_RECORD | ReturnType<typeof recordArguments> {
+function recordedLine({ header, value }: { readonly header: string; readonly value: string }, folder: Folder, said: Guarded): typeof NO_RECORD | ReturnType<typeof recordArguments> {
   if (header === "") return NO_RECORD;
+  if (folder.record.unreadable !== null) refuse("a record that cannot be read is not written");
   if (folder.record.chains.size >= GUARDED_CHAINS && !folder.record.chains.has(folder.prefix)) refuse("more prefixes than a guarded key can have in a folder");
-  return { header: RECORD_HEADER, key: recordKey(folder.prefix), value: JSON.stringify(guardedRecord(value, folder, o.source)) };
+  const chain = guardedRecord(value, folder, said.o.source);
+  notFromHere(chain, folder, said);
+  return { header: RECORD_HEADER, key: recordKey(folder.prefix), value: JSON.stringify(chain) };
 }
 
 /** Only what the record's own rules allow: see guardedRecord. */
 async function recordAgain(given: ArgumentsOf<typeof WRITE_RECORD>, said: Guarded): Promise<typeof given> {
   const prefix = /^,("(?:[^"\\]|\\.)*"): $/.test(given.key) ? (JSON.parse(given.key.slice(1, -2)) as string) : "/";
   PREFIX_RULE(prefix, said);
+  if (given.header === "") refuse("a record without a header");
   return { ...given, ...recordedLine(given, await lookedAt(said, "folder"), said) };
 }
 
@@ -5471,20 +5578,30 @@ function openedPlain(path: string): number {
   }
 }
 
-/** The bytes of a folder's backups as its record says, as far as they still stand. Errors: Refused where it cannot be read. */
+/** Bytes of what a broken transfer has left of a subvolume. */
+function leftoverBytes(path: string): number {
+  if (!isSubvolume(path) || isReadonlySubvolume(path)) return 0;
+  // Data that are in memory only are not told.
+  const script = `btrfs filesystem sync "$1" >&2; btrfs filesystem du -s --raw "$1"`;
+  const { stdout } = spawnSync("sh", ["-c", script, "sh", path], { encoding: "utf8", env: { PATH: `${process.env["PATH"] ?? ""}:/usr/sbin:/sbin`, LC_ALL: "C" } });
+  return Number(/^\s*(\d+)\s/m.exec(stdout)?.[1] ?? 0);
+}
+
+/** The bytes of a folder's backups as its record says, as far as they still stand, and of leftovers. Errors: Refused where it cannot be read. */
 function recordedBytes(path: string): number {
   const file = openedPlain(path);
-  const { stored, unreadable } = parseRecord(readFileSync(file, "utf8"));
+  const { chains, stored = new Map<string, Stored>(), unreadable } = parseRecord(readFileSync(file, "utf8"));
   closeSync(file);
   if (unreadable !== null) refuse(`${shown(path)} cannot be read`);
-  if (stored === undefined) return 0;
+  const left = [...chains.values()].flatMap(({ receiving }) => (receiving === undefined || entryName(receiving) === null ? [] : [join(dirname(path), receiving)]));
   const standing = new Set(listedNow(dirname(path)).map(({ receivedUuid }) => receivedUuid));
   const all = [...stored.values()].flatMap((one) => Object.entries(one));
-  return all.reduce((sum, [uuid, bytes]) => (standing.has(uuid) ? sum + bytes : sum), 0);
+  return all.reduce((sum, [uuid, bytes]) => (standing.has(uuid) ? sum + bytes : sum), left.reduce((sum, one) => sum + leftoverBytes(one), 0));
 }
 
 /** The bytes of all streams that stand below paths, or are kept in part. */
-function bytesBelow(paths: readonly string[]): number {
+function bytesBelow(given: readonly string[]): number {
+  const paths = given.map(resolvedPath);
   const files = new Set(paths.filter((path) => lstatSync(path, { throwIfNoEntry: false })?.isDirectory()).flatMap((path) => [...filesBelow(path)]));
   let sum = 0;
   for (const path of files) {
@@ -5525,6 +5642,7 @@ async function rememberBytes(said: Guarded, uuid: string, bytes: number): Promis
   const standing = new Set(folder.subvolumes.map(({ receivedUuid }) => receivedUuid));
   const stored = Object.entries(folder.record.stored?.get(said.prefix) ?? {}).filter(([one]) => standing.has(one));
   const value = JSON.stringify(Object.fromEntries([...stored, [uuid, bytes]]));
+  if (Buffer.byteLength(value) > RECORD_BYTES) refuse(`more than the ${stored.length} backups of one prefix that --max-bytes can count: prune some`);
   await ask({ ...LOCAL, fence: "own" }, WRITE_RECORD, { ...at(folder), header: RECORD_HEADER, key: storedKey(said.prefix), value }, `${folder.id}: cannot write .btrfs-backup.json`);
 }
 
@@ -5644,6 +5762,7 @@ function mayBegin(folder: Folder, announced: string | undefined, name: string, u
   // Now, not when the session began; and of the whole filesystem, since receive looks for UUIDs in all of it, whatever its chroot. What is
   // received later by the same UUID comes behind: receive takes the first.
   const all = listedNow(folder.path);
+  if (all.some((one) => `/${one.path}` === join(folder.top, name))) refuse(`the subvolume ${shown(name)}, which is there`);
   const having = (wanted: string) => all.filter((one) => one.uuid === wanted || one.receivedUuid === wanted);
   if (having(uuid).length > 0) refuse(`the UUID ${uuid}, which is not new`);
   if (parent === null) return;
@@ -5658,6 +5777,8 @@ async function receiveServed(given: ArgumentsOf<typeof RECEIVE>, said: Guarded):
   const folder = await lookedAt(said, "folder");
   const announced = header === "" ? null : guardedRecord(beginning + rest, folder, false);
   if (announced !== null && announced.receiving === undefined) refuse("a transfer without an announcement");
+  if (announced !== null) notFromHere(announced, folder, said);
+  if (announced === null && said.o.maxBytes !== null) refuse("a transfer without an announcement, which --max-bytes could not count");
   const { receiving: name, ...settled } = announced ?? {};
   const record = announced === null ? { header: "", key: "", beginning: "", rest: "" } : { header: RECORD_HEADER, key: recordKey(prefix), beginning: `{"receiving":${JSON.stringify(name)},`, rest: JSON.stringify(settled).slice(1) };
   if (part !== undefined && !PART.test(`${part}.part`)) refuse(`the file ${shown(part)}`);
@@ -5699,7 +5820,7 @@ async function receiveChecked(child: ProcessPromise, check: StreamCheck, file: n
   } finally {
     unzip?.kill();
     child.stdin.end();
-    await child;
+    await endOf(child);
   }
   const { exitCode, stderr } = await child;
   process.stderr.write(visible(stderr.replace(/^Chroot to .*\n/, "")));
@@ -5748,6 +5869,8 @@ const clones: CommandCheck = ({ value }, sources) => {
 const writesEncoded: CommandCheck = ({ name, value, given }) => {
   const [length, file, offset] = (["unencodedLength", "unencodedFileLength", "unencodedOffset"] as const).map((one) => streamNumber(value(one))) as [bigint, bigint, bigint];
   const numberOf = (bytes: Buffer | undefined) => (bytes === undefined ? 0n : streamNumber(bytes));
+  // What is no multiple of a block the kernel does not take as it is.
+  if (streamNumber(value("offset")) % 4096n !== 0n) refuse(`${name}: at ${streamNumber(value("offset"))}`);
   const [compression, encryption] = [numberOf(given("compression")), numberOf(given("encryption"))];
   if (length < 1n || length > 131072n || offset + file > length || encryption !== 0n || compression < 1n || compression > 2n)
     refuse(`${name}: compression ${compression} of ${length} bytes (--protocol 1 sends without)`);
@@ -5781,7 +5904,6 @@ const STREAM_COMMANDS: Readonly<Record<number, StreamCommand>> = {
   19: streamCommand("chown", changes, ["path", "uid", "gid"]),
   20: streamCommand("utimes", changes, ["path", "atime", "mtime", "ctime"], ["otime"]),
   21: streamCommand("end", "end", []),
-  23: streamCommand("fallocate", changes, ["path", "fallocateMode", "offset", "size"]),
   24: streamCommand("fileattr", changes, ["path", "flags"]),
   25: streamCommand("encoded_write", writesEncoded, ["path", "offset", "unencodedFileLength", "unencodedLength", "unencodedOffset", "data"], ["compression", "encryption"]),
 };
@@ -5869,7 +5991,10 @@ export class StreamCheck {
     if (this.#sources !== null) refuse("a second subvolume");
     const uuid = streamUuid(value("uuid"));
     const parent = name === "snapshot" ? streamUuid(value("cloneUuid")) : null;
-    this.begins(Buffer.from(path, "latin1").toString(), uuid, parent);
+    const decoded = Buffer.from(path, "latin1").toString();
+    if (Buffer.from(decoded).toString("latin1") !== path || decoded.includes("\ufffd")) refuse(`the name ${shown(decoded)}, which is not UTF-8`);
+    if (/^[0-]*$/.test(uuid)) refuse("a subvolume without a UUID");
+    this.begins(decoded, uuid, parent);
     return new Set(parent === null ? [uuid] : [uuid, parent]);
   }
 }

@@ -1144,3 +1144,142 @@ describe("random commands over sshd", () => {
     expect(kept(join(b.path, "tablet"))).toEqual(expect.arrayContaining(tablet));
   });
 });
+
+describe("a thief who has read the program", () => {
+  const HEADER = '{"/": 1';
+  /** A folder for a key, with a backup in it. */
+  async function served() {
+    const { source, b } = pair();
+    const mine = join(b.path, "laptop");
+    const home = join(mine, "home");
+    mkdirSync(mine, { mode: 0o700 });
+    await expectRun(0, [source, home]);
+    return { source, b, mine, home, record: join(home, ".btrfs-backup.json") };
+  }
+  const owner = { uuid: uuid(9), host: "evil", path: "/evil" };
+
+  test("wipes no record, and writes no line without a name", async () => {
+    const { mine, home, record } = await served();
+    const before = readFileSync(record, "utf8");
+    for (const flags of [["--path", mine], ["--path", mine, "--source"]]) {
+      for (
+        const words of [["", ',"": ', ""], ["", "", ""], ["", ',"": ', JSON.stringify({ owner })], [HEADER, "", ""], [
+          HEADER,
+          ',"": ',
+          "",
+        ], [HEADER, ',"/": ', "{}"], [HEADER, ',"": ', JSON.stringify({ owner })]]
+      ) {
+        expect([words, (await answer(flags, sent("record", home, fsidOf(home), ...words))).status]).toEqual([words, 65]);
+        expect(readFileSync(record, "utf8")).toBe(before);
+      }
+    }
+  });
+
+  test("does not make the server take his chain for a source's, nor one prefix stop prune for all", async () => {
+    const { b, mine, home } = await served();
+    const filesystem = sh(`btrfs filesystem show "$1" | sed -n 's/.*uuid: //p'`, b.path);
+    const [backup] = [...subvolumes(home).values()];
+    for (const uuid of [filesystem, backup?.uuid as string]) {
+      const text = sent("record", home, fsidOf(home), HEADER, ',"x-": ', JSON.stringify({ owner: { ...owner, uuid } }));
+      expect((await answer(["--path", mine], text)).status).toBe(65);
+    }
+    // A stream without a UUID would leave a snapshot that was never received.
+    const P = attribute.path;
+    const nobody = "00000000-0000-0000-0000-000000000000";
+    const streams = [nobody, uuid(7)].map((one) =>
+      stream(command("subvol", P("x-20300101-000000"), attribute.uuid(one), attribute.ctransid(1)), command("end"))
+    );
+    const receive = sent("receive", "-q", home, fsidOf(home), "", "1", "x-", "", "", "", "");
+    expect((await answer(["--path", mine], receive, streams[0])).status).toBe(65);
+    expect((await answer(["--path", mine], receive, streams[1])).status).toBe(0);
+    sh(`btrfs -q subvolume snapshot -r "$1/x-20300101-000000" "$1/y-20300101-000000" >/dev/null`, home);
+    await expectRun(0, ["prune", "-n", "1", home]);
+  });
+
+  test("has no name that is not text, which would be another's for who reads it as text", async () => {
+    const { mine, home } = await served();
+    for (const name of ["\xff20300101-000000", "\xfe20300101-000000"]) {
+      const bytes = stream(
+        command("subvol", attribute.path(name), attribute.uuid(uuid(7)), attribute.ctransid(1)),
+        command("end"),
+      );
+      const receive = sent("receive", "-q", home, fsidOf(home), "", "1", "\ufffd", "", "", "", "");
+      expect((await answer(["--path", mine], receive, bytes)).status).toBe(65);
+      expect((await answer(["--path", mine], receive.replace("\ufffd", ""), bytes)).status).toBe(65);
+    }
+    expect(snapshotNames(home).length).toBe(1);
+  });
+
+  test("--max-bytes counts leftovers, below a link as well, and takes no stream that it could not count", async () => {
+    const { mine, home } = await served();
+    const link = join(temporaryDirectory(), "link");
+    symlinkSync(mine, link);
+    const flags = ["--path", link, "--max-bytes", "4m"];
+    const P = attribute.path;
+    const data = Array.from({ length: 96 }, (_, i) =>
+      command("write", P("x"), attribute.offset(i * 32768), attribute.data("e".repeat(32768)))
+    );
+    const begun = (name: string, n: number) =>
+      stream(
+        command("subvol", P(name), attribute.uuid(uuid(n)), attribute.ctransid(1)),
+        command("mkfile", P("x"), attribute.ino(300)),
+        ...data,
+      );
+    const uncounted = sent("receive", "-q", home, fsidOf(home), "", "1", "", "", "", "", "");
+    expect((await answer(flags, uncounted, begun("20300101-000000", 20))).status).toBe(65);
+    for (const [i, prefix] of ["a-", "b-", "c-"].entries()) {
+      const name = `${prefix}20300101-000000`;
+      const text = sent(
+        "receive",
+        "-q",
+        home,
+        fsidOf(home),
+        "",
+        "1",
+        prefix,
+        HEADER,
+        `,"${prefix}": `,
+        `{"receiving":"${name}",`,
+        JSON.stringify({ owner }).slice(1),
+      );
+      expect((await answer(flags, text, begun(name, 30 + i))).status).not.toBe(0);
+    }
+    // The third did not begin: two were there.
+    expect([...subvolumes(home).keys()].filter((name) => name.includes("2030")).length).toBeLessThanOrEqual(2);
+  });
+});
+
+describe("who owns SOURCE, with root's snapshot folder in it,", () => {
+  test("has no other subvolume deleted or sent by a folder that takes its place", async () => {
+    const { source, snapshots, a, b } = pair();
+    const victim = subvolume(join(a.path, "roots"));
+    writeFileSync(join(victim, "secret"), "of root");
+    sh(`chmod 700 "$1"; btrfs -q subvolume snapshot -r "$1" "$1.ro" >/dev/null; mkdir -m 700 "$2"`, victim, snapshots);
+    sh(`chown "$2" "$1"; mkdir "$1/evil"; chown "$2" "$1/evil"`, source, USER);
+    const names = Array.from({ length: 12 }, (_, i) => `202501${String(i + 1).padStart(2, "0")}-000000`);
+    for (const [i, name] of names.entries()) {
+      sh(`btrfs -q subvolume snapshot -r "$1" "$2/$3" >/dev/null; ln -s "$4" "$1/evil/$3"`, source, snapshots, name, i < 6 ? victim : `${victim}.ro`);
+    }
+    const exchange = `chdir $ARGV[0] or die; print "ready\\n"; my ($x, $y) = ("snapshot", "evil"); while (1) { syscall(316, -100, $x, -100, $y, 2) }`;
+    const attacker = await attack(exchange, source);
+    for (let round = 1; round <= 6; round++) {
+      await endedRun("-S", "--newest-only", "-N", String(Math.max(1, 12 - round * 2)), source, join(b.path, `${round}`), `raw://${b.path}/raw${round}`);
+      expect([round, existsSync(join(victim, "secret")), sh(`grep -rl "of root" "$1" || :`, b.path)]).toEqual([round, true, ""]);
+    }
+    await attacker.stop();
+  });
+});
+
+test("what stands at the top of a filesystem is deleted there, many at once", async () => {
+  const { source, a, b } = pair();
+  for (let n = 1; n <= 6; n++) sh(`mkdir -p "$1/snapshot"; btrfs -q subvolume snapshot -r "$1" "$1/snapshot/2026010$2-000000" >/dev/null`, source, String(n));
+  await expectRun(0, ["-S", "-p", "", source, b.path]);
+  await expectRun(0, ["prune", "-n", "1", b.path]);
+  expect(snapshotNames(b.path)).toEqual(["20260106-000000"]);
+  // A prefix that looks like a line of btrfs's own.
+  const odd = "x top level 5 path ";
+  for (let n = 1; n <= 6; n++) sh(`btrfs -q subvolume snapshot -r "$1" "$1/snapshot/$3""2026010$2-000000" >/dev/null`, source, String(n), odd);
+  await expectRun(0, ["-S", "-p", odd, "-N", "1", "-n", "1", source, join(b.path, "odd")]);
+  expect([snapshotNames(join(b.path, "odd"), odd), snapshotNames(join(source, "snapshot"), odd)]).toEqual([[`${odd}20260106-000000`], [`${odd}20260106-000000`]]);
+  expect(a.path).not.toBe(b.path);
+});
