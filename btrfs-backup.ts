@@ -1341,9 +1341,6 @@ const OPEN = verb("open", "nonce wait folder prefix source kind silence", sh`
 
   say host; read -r host </proc/sys/kernel/hostname; echo "$host"
   say zstd; command -v zstd || :
-  say filesystems
-  for file in /sys/fs/btrfs/*; do echo "\${file##*/}"; done
-
   # Enter the folder, or the one above where it is not there. "$@" are our own files in it, which must be plain ones.
   set --
   exists=
@@ -1367,6 +1364,9 @@ const OPEN = verb("open", "nonce wait folder prefix source kind silence", sh`
   else
     line "no such directory: \${folder%/*} (is the disk mounted?)" >&2; exit 66
   fi
+  # Behind the first step into the folder, which may be what mounts it. The inode of a filesystem there is a new one with each mount.
+  say boot; read -r boot </proc/sys/kernel/random/boot_id; line "$boot"
+  say filesystems; stat -c "%i %n" /sys/fs/btrfs/*-* 2>/dev/null || :
   say fence; line "$fenced"
   say strange; line "$strange"
 
@@ -1468,10 +1468,11 @@ const CREATE = verb("create", "folder fsid prefix", sh`
   make ".btrfs-backup.$prefix.lock"
 `);
 
-/** Replaces one line of the record: see RECORD. */
-const WRITE_RECORD = verb("record", "folder fsid header key value", sh`
+/** Replaces one line of the record: see RECORD. `sync`: when everything else is on the disk. */
+const WRITE_RECORD = verb("record", "folder fsid header key value sync?", sh`
   ${RECORD}
   at "$folder" "$fsid"
+  [ "$sync" = "" ] || b filesystem sync . >&2
   record "$header" "$key" "$value"
 `);
 
@@ -1609,10 +1610,10 @@ const ESTIMATE = verb("estimate", "folder fsid snapshot parent", sh`
 
 /**
  * Takes the stream, see `send`. The record says `beginning` and `rest` meanwhile, and { and `rest` afterwards: the announcement
- * comes and goes. Unless `part` is empty, the stream is that file, if it is complete; with a `flag` of guard's (one that
+ * comes, and goes when all is on the disk. Unless `part` is empty, the stream is that file, if it is complete; with a `flag` of guard's (one that
  * ends in C) it comes from there all the same.
  */
-const RECEIVE = verb("receive", "flag folder fsid level holder prefix header key beginning rest part? sum? bytes? kept?", sh`
+const RECEIVE = verb("receive", "flag folder fsid level holder prefix header key beginning rest part? sum? bytes? kept? sync?", sh`
   ${RECORD}
   ${RECEIVING}
   ${WATCH}
@@ -1649,7 +1650,13 @@ const RECEIVE = verb("receive", "flag folder fsid level holder prefix header key
   take || result=1
   at "$folder" "$fsid"
   [ $result = 0 ] || exit 1
-  if [ -n "$header" ]; then record "$header" "$key" "{$rest" "$beginning"; fi
+  # Its data are in memory until now: as long as they are, the announcement stays. A restore syncs at its end.
+  [ "$sync" = later ] || b filesystem sync . >&2
+  if [ -n "$header" ]; then
+    record "$header" "$key" "{$rest" "$beginning"
+    # The new name of the record, too: else the announcement could come back.
+    sync .
+  fi
 `);
 
 /**
@@ -1684,16 +1691,16 @@ const TIDY = verb("tidy", "folder fsid prefix", sh`
 `);
 
 /**
- * Removes what a broken transfer left, unless it is read-only (an orphaned receive completed it after all),
- * and its announcement.
+ * Removes what a broken transfer left, and its announcement; unless it is read-only (an orphaned receive completed it after
+ * all), but for `how` of `whole`: it is in doubt whether its data are on the disk.
  */
-const DISCARD = verb("discard", "folder fsid prefix name header key value", sh`
+const DISCARD = verb("discard", "folder fsid prefix name header key value how?", sh`
   ${RECORD}
   ${RECEIVING}
   at "$folder" "$fsid"
   receiving "$prefix" 10
-  if [ -e "./$name" ] && [ "$(b property get -ts "./$name" ro)" = ro=false ]; then
-    delete_one "./$name" >&2
+  if [ -e "./$name" ] && { [ "$how" = whole ] || [ "$(b property get -ts "./$name" ro)" = ro=false ]; }; then
+    delete_one "./$name" "\${how:+any}" >&2
     b filesystem sync .
   fi
   if [ -n "$value" ]; then record "$header" "$key" "$value"; fi
@@ -2411,6 +2418,8 @@ export type Inspection = {
   readonly written: ReadonlyMap<string, number>;
   readonly record: RecordFile;
   readonly old: OldRecord;
+  /** What tells one mounting of the folder's filesystem from others: the host's boot, and the inode of the filesystem in /sys/fs/btrfs. */
+  readonly since: string;
   /** Our user ID there. */
   readonly user: string;
   /** Verbs can work behind the fence there: see PRELUDE. */
@@ -2425,7 +2434,7 @@ export type Inspection = {
 const parseFiles = (text: string) => [...text.matchAll(/^(\d+)(?:\/(\d+))? (?:\.\/)?([^\n]*)/gm)].map(([, bytes, seconds, name = ""]) => ({ name, bytes: Number(bytes), written: Number(seconds ?? NaN) * 1000 }));
 
 /** What `open` prints of any place, and what only of some. */
-const ALWAYS = ["host", "zstd", "filesystems", "fence", "strange", "user", "inodes", "places", "mounts", "record", "stream"];
+const ALWAYS = ["host", "zstd", "boot", "filesystems", "fence", "strange", "user", "inodes", "places", "mounts", "record", "stream"];
 const SOMETIMES = ["source", "folder", "missing", "locked", "entries", "old", "files", "subvolumes", "readonly", "roots", "alone", "end"];
 
 /** The sections of what `open` printed. Errors: Failure for one that is unknown, or comes twice. */
@@ -2476,12 +2485,13 @@ export function parseInspection(output: string, nonce: string, folder: string): 
   const subvolumes = alone ? parseAlone(section("alone"), top, record) : parseSubvolumes(section("subvolumes"), section("readonly"));
   const [inodes, shown] = (["inodes", "places"] as const).map((name) => section(name).split("\n").map((line) => line.split(" "))) as [string[][], string[][]];
   const roots = alone ? section("roots").split("\n").map(Number) : seen.map(({ top }) => rootOf(top, subvolumes));
+  const mounted = new Map(section("filesystems").split("\n").map((line) => [line.slice(line.lastIndexOf("/") + 1), line.split(" ")[0] ?? ""]));
   const places = paths.map((path, i): Place => {
     const [[inode = ""] = [], [fsid = "", type, blocks, size] = []] = [inodes[i], shown[i]];
     if (path === "" || !/^\d+$/.test(inode) || !/^[0-9a-f]+$/.test(fsid)) throw new Failure(`cannot read what "stat" printed of ${path}: ${inode} ${fsid}`);
     const root = type === BTRFS_MAGIC && !sections.has("files") ? (roots[i] ?? 0) : 0;
     // SOURCE can lie on another filesystem than the one whose subvolumes were listed, which is an error anyway.
-    const filesystem = root === 0 ? null : (filesystemOf(fsid, root, section("filesystems").split("\n")) ?? (i === 0 && paths.length > 1 ? `with the ID ${fsid}` : null));
+    const filesystem = root === 0 ? null : (filesystemOf(fsid, root, [...mounted.keys()]) ?? (i === 0 && paths.length > 1 ? `with the ID ${fsid}` : null));
     if (root !== 0 && filesystem === null) throw new Failure(`${path}: its filesystem is not in /sys/fs/btrfs`);
     return { path, inode: Number(inode), fsid, filesystem, root, free: Number(blocks) * Number(size) };
   });
@@ -2492,6 +2502,7 @@ export function parseInspection(output: string, nonce: string, folder: string): 
     throw new Failure(`${here.path} is below ${mount.path}, a bind mount of the plain folder ${mount.root} of its filesystem: use the path below that filesystem's own mount point`);
   const user = section("user");
   return {
+    since: here.filesystem === null ? "" : `${section("boot")}/${mounted.get(here.filesystem) ?? ""}`,
     user,
     fenced: section("fence") !== "",
     strange: section("strange"),
@@ -2548,7 +2559,9 @@ export type KnownDestination = {
 /** What a record says of one prefix; every part optional, since a folder can be both ends of a chain. */
 export type ChainRecord = {
   readonly owner?: Identity;
+  /** The name that is being received, and `since` of the place (see Inspection) when that began. */
   readonly receiving?: string;
+  readonly since?: string;
   /** UUIDs of backups that are another source's: never pruned. */
   readonly strangers?: readonly string[];
   readonly destinations?: readonly KnownDestination[];
@@ -2598,12 +2611,12 @@ export function parseRecord(text: string): RecordFile {
 }
 
 function checkChain(chain: ChainRecord): void {
-  const { owner, receiving, strangers, destinations, guarded } = chain;
+  const { owner, receiving, since, strangers, destinations, guarded } = chain;
   const isText = (value: unknown) => typeof value === "string";
   const fine =
     Object.getPrototypeOf(chain) === Object.prototype &&
     (owner === undefined || [owner.uuid, owner.host, owner.path].every(isText)) &&
-    (receiving === undefined || isText(receiving)) &&
+    [receiving, since].every((text) => text === undefined || isText(text)) &&
     (guarded === undefined || guarded === true) &&
     (strangers === undefined || (Array.isArray(strangers) && strangers.every(isText))) &&
     (destinations === undefined || (Array.isArray(destinations) && destinations.every((d) => isText(d.location) && [d.filesystem, d.last].every((v) => v === null || isText(v)) && (d.receiving === undefined || Array.isArray(d.receiving)) && (d.pin === null || (isText(d.pin.name) && isText(d.pin.uuid))))));
@@ -2669,13 +2682,21 @@ async function uuidOfSource(host: Host, { source, place, alone }: Inspection): P
   return uuidOrNull(shownField(shown, "UUID")) ?? place.filesystem ?? ""; // old versions of mkfs gave it none
 }
 
+/**
+ * The names that were announced before the filesystem was mounted as it is now. btrfs receive makes a subvolume read-only, with a
+ * received UUID, while the data are still in memory: whatever such a backup looks like, after a power cut its files can be empty.
+ */
+export const doubtedIn = ({ record, since }: Pick<Folder, "record" | "since">) =>
+  new Set([...record.chains.values()].flatMap((chain) => (chain.receiving !== undefined && chain.since !== since ? [chain.receiving] : [])));
+
 /** An opened folder as it looks to a prefix. */
-const withPrefix = (folder: Omit<Folder, "prefix" | "snapshots" | "chain">, prefix: string): Folder => ({
-  ...folder,
-  prefix,
-  snapshots: snapshotsAmong(folder.standing, prefix, folder.source?.uuid ?? null),
-  chain: folder.record.chains.get(prefix) ?? {},
-});
+function withPrefix(folder: Omit<Folder, "prefix" | "snapshots" | "chain">, prefix: string): Folder {
+  const doubted = doubtedIn(folder);
+  // What is in doubt is not complete, for whoever asks.
+  const standing = doubted.size === 0 ? folder.standing : folder.standing.map((entry) => (doubted.has(entry.name) ? { ...entry, readonly: false } : entry));
+  const snapshots = snapshotsAmong(standing, prefix, folder.source?.uuid ?? null);
+  return { ...folder, prefix, standing, snapshots, chain: folder.record.chains.get(prefix) ?? {} };
+}
 
 /** Opens a place: one command that locks it, and tells all there is to know. Errors: those of `ask`. */
 async function openFolder(location: Readable, path: string, opening: Opening): Promise<Folder> {
@@ -2729,7 +2750,7 @@ async function openRemote({ id }: Readable, path: string, { prefix, hosts, unver
   const store = { ...parseStreams(parseFiles(files), unverified), verbs: RCLONE, type: path.startsWith(":") ? (/^:([^,:]+)/.exec(path)?.[1] ?? "") : type };
   const place = { path, inode: 0, fsid: "", filesystem: null, root: 0, free: Infinity };
   const nothing = { source: null, mounts: [], subvolumes: [], alone: false, entries: new Set<string>(), record: parseRecord(""), old: parseOldRecord(""), written: new Map<string, number>(), zstd: false, protocol: 1 };
-  return withPrefix({ ...nothing, id, host, hostName: "", path, place, top: "", exists: true, locked: true, holder: "", user: "", trusted: true, fenced: false, strange: "", store, standing: store.streams, close: async () => {} }, prefix);
+  return withPrefix({ ...nothing, id, host, hostName: "", path, place, top: "", exists: true, locked: true, holder: "", since: "", user: "", trusted: true, fenced: false, strange: "", store, standing: store.streams, close: async () => {} }, prefix);
 }
 
 /** Opens a place, or goes on with what has begun to; if it was never locked before, makes it and its lock file once `check` has accepted what is there. */
@@ -2821,9 +2842,16 @@ function recordArguments(folder: Folder, chain: ChainRecord): { header: string; 
   return folder.record.unreadable === null ? { header: RECORD_HEADER, key: recordKey(folder.prefix), value } : NO_RECORD;
 }
 
-async function writeRecord(folder: Folder, chain: ChainRecord): Promise<void> {
+/** Whether two records say the same, in whatever order. */
+export function sameRecord(a: ChainRecord, b: ChainRecord): boolean {
+  const sorted = (chain: ChainRecord) => JSON.stringify(Object.entries(chain).sort(([one], [other]) => (one < other ? -1 : 1)));
+  return sorted(a) === sorted(b);
+}
+
+/** Writes a chain's record; `sync`: after everything else is on the disk. */
+async function writeRecord(folder: Folder, chain: ChainRecord, sync = false): Promise<void> {
   const line = recordArguments(folder, chain);
-  if (line.header !== "") await ask(folder.host, WRITE_RECORD, { ...at(folder), ...line }, `${folder.id}: cannot write .btrfs-backup.json`);
+  if (line.header !== "") await ask(folder.host, WRITE_RECORD, { ...at(folder), ...line, ...(sync ? { sync: "sync" } : {}) }, `${folder.id}: cannot write .btrfs-backup.json`);
 }
 
 /** Arguments in as few commands as they fit into; each will have `extra` bytes more there. */
@@ -2940,10 +2968,13 @@ function formBetween(source: Folder, target: Folder, { level, rate, protocol }: 
   return { level: compressionBetween(source, target, level), rate, protocol: protocol ?? newest, chosen: protocol === null && newest !== null };
 }
 
+/** What a record's line begins with while a name is received. */
+const announcement = (name: string, { since }: Pick<Folder, "since">) => `{"receiving":${JSON.stringify(name)},"since":${JSON.stringify(since)},`;
+
 /** The receiving end of a transfer into a folder. `chain`: what its record says, with the announcement meanwhile. */
 function receiving(folder: Folder, name: string, level: string, chain: ChainRecord | null, btrfsDebug: boolean, kept: Partial<Part> = {}): Stage {
   const { header, key, value } = chain === null ? NO_RECORD : recordArguments(folder, chain);
-  const announced = { header, key, beginning: `{"receiving":${JSON.stringify(name)},`, rest: value.slice(1) };
+  const announced = { header, key, beginning: announcement(name, folder), rest: value.slice(1), ...(chain === null ? { sync: "later" } : {}) };
   const given = { flag: btrfsDebug ? "-vv" : "-q", ...at(folder), level, holder: holderOf(folder), prefix: folder.prefix, ...announced, ...kept };
   return { label: `btrfs receive${folder.host.label === "" ? "" : ` on ${folder.host.label}`}`, command: commandWith(folder.host, RECEIVE, given), shown: btrfsDebug };
 }
@@ -2990,14 +3021,15 @@ const tidying = (folder: Folder, used: () => boolean) => async () => {
 function folderDestination(folder: Folder, again: () => Promise<Folder>, owned: ChainRecord, announced: readonly string[], options: FolderOptions): Destination {
   const { host, prefix, id } = folder;
   const { sending } = options;
-  const { receiving: announcement, ...settled } = owned;
+  const { receiving: left, since: _, ...settled } = owned;
+  const doubted = doubtedIn(folder);
   let parts = false;
   return {
     id,
     stream: null,
     filesystem: folder.place.filesystem,
     free: folder.place.free,
-    standing: standingIn(folder, settled, announcement === undefined ? announced : [...announced, announcement]),
+    standing: standingIn(folder, settled, left === undefined ? announced : [...announced, left]),
     frozen: folder.record.unreadable === null ? null : `its .btrfs-backup.json cannot be read (${folder.record.unreadable}); move it aside and run once with --adopt`,
     form: (source) => (canResume(source, folder, sending) ? null : formBetween(source, folder, sending)),
     async receive(source, transfer) {
@@ -3013,7 +3045,7 @@ function folderDestination(folder: Folder, again: () => Promise<Folder>, owned: 
     arrived: ({ snapshot }) => ({ ...arrived(snapshot), id: ARRIVED }),
     tidy: tidying(folder, () => parts),
     async discard(name) {
-      await ask(host, DISCARD, { ...at(folder), prefix, name, ...recordArguments(folder, settled) }, `${id}: cannot remove what the broken transfer of ${name} left`);
+      await ask(host, DISCARD, { ...at(folder), prefix, name, ...recordArguments(folder, settled), how: doubted.has(name) ? "whole" : "" }, `${id}: cannot remove what the broken transfer of ${name} left`);
     },
     async remove(backups, free) {
       const news = backups.some(({ id }) => id === ARRIVED) ? byUuidOfData((await again()).standing) : new Map<string, Entry>();
@@ -3895,16 +3927,17 @@ async function openDestination({ location, sending }: Wanted, source: Source, kn
     if (!claimed.accepted) throw new Failure(claimed.why);
     compressionBetween(source, folder, sending.level);
   }, begun?.folder);
-  const { receiving, ...chain } = folder.chain;
+  const { receiving, since, ...chain } = folder.chain;
   // An announcement outlives its transfer only as long as there is a leftover to be recognised by it.
   const broken = folder.snapshots.some(({ name, readonly }) => name === receiving && !readonly);
-  const owned = { ...ownedBy(source.identity, chain, claimed.accepted ? claimed.strangers : []), ...(broken ? { receiving } : {}) };
+  const owned = { ...ownedBy(source.identity, chain, claimed.accepted ? claimed.strangers : []), ...(broken ? { receiving, ...(since === undefined ? {} : { since }) } : {}) };
   const { owner } = folder.chain;
   if (owner?.uuid === source.identity.uuid && (owner.host !== source.identity.host || owner.path !== source.identity.path))
     log.info(`${location.id}: its backups were made on ${owner.host}:${owner.path}; their source is ${source.identity.host}:${source.identity.path} now`);
   // Taken over, moved, or completed after all: the record says so even if nothing is sent.
   const standing = folder.chain.owner !== undefined || folder.snapshots.some(isComplete);
-  if (!o.dryRun && standing && JSON.stringify(folder.chain) !== JSON.stringify(owned)) await writeRecord(folder, owned);
+  // Before the announcement of what was completed after all is taken out, its data must be on the disk.
+  if (!o.dryRun && standing && !sameRecord(folder.chain, owned)) await writeRecord(folder, owned, receiving !== undefined && !broken);
   warnOfDuplicates(folder, report);
   const again = () => openFolder(location, folder.path, { ...destinationOpening(o), wait: "look" });
   return folderDestination(folder, again, owned, disbelief(source) === null ? (known?.receiving ?? []) : [], { ...o.deletion, btrfsDebug: o.btrfsDebug, sending });
@@ -5432,7 +5465,7 @@ const GUARDED_CHAINS = 200;
 export function guardedRecord(text: string, { chain: now, entries, prefix }: Pick<Folder, "chain" | "entries" | "prefix">, source: boolean): ChainRecord {
   const { chains, unreadable } = parseRecord(`${RECORD_HEADER}\n${recordKey(prefix)}${text}\n}`);
   const chain = chains.get(prefix);
-  if (chain === undefined || unreadable !== null || Object.keys(chain).some((key) => !["owner", "receiving", "strangers", "destinations", "guarded"].includes(key))) return refuse("a record of another form");
+  if (chain === undefined || unreadable !== null || Object.keys(chain).some((key) => !["owner", "receiving", "since", "strangers", "destinations", "guarded"].includes(key))) return refuse("a record of another form");
   const { owner, receiving, strangers = [], destinations } = chain;
   // An administrator's terminal will show it.
   if (/[\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069]|\\u00[01]|\\[bfnrt]/.test(text)) refuse("a record with control characters");
@@ -5443,8 +5476,10 @@ export function guardedRecord(text: string, { chain: now, entries, prefix }: Pic
   if (now.strangers?.some((uuid) => !strangers.includes(uuid)) || (settled && strangers.length !== (now.strangers ?? []).length)) refuse("a record with other strangers");
   const same = JSON.stringify(destinations) === JSON.stringify(now.destinations);
   if (!same && !source) refuse("a record with other destinations");
-  // They are the key's word only: nobody's --locked-dests may go by them.
-  return { ...chain, ...(now.guarded || !same ? { guarded: true as const } : {}) };
+  // Since when a name is announced is the server's to know. Destinations are the key's word only: nobody's --locked-dests may go by them.
+  const { since: _, ...said } = chain;
+  const known = receiving !== undefined && receiving === now.receiving && now.since !== undefined ? { since: now.since } : {};
+  return { ...said, ...known, ...(now.guarded || !same ? { guarded: true as const } : {}) };
 }
 
 /** A key's chains are another machine's: what is backed up here, or stands here, is not their source. Errors: Refused. */
@@ -5475,6 +5510,7 @@ async function recordAgain(given: ArgumentsOf<typeof WRITE_RECORD>, said: Guarde
 async function discardAgain(given: ArgumentsOf<typeof DISCARD>, said: Guarded): Promise<typeof given> {
   const folder = await lookedAt(said, "folder");
   if (folder.chain.receiving !== given.name) refuse(`${given.name} was not left by a broken transfer`);
+  if (given.how === "whole" && !doubtedIn(folder).has(given.name)) refuse(`${given.name} is whole`);
   return { ...given, ...recordedLine(given, folder, said) };
 }
 
@@ -5533,11 +5569,11 @@ const PARENT = perhaps(STANDING);
 const GUARDED: ReadonlyMap<string, Use> = new Map([
   use(OPEN, ["add", "source"], { nonce: NONCE, wait: LOCK_WAIT, folder: PLACE_RULE, prefix: PREFIX_RULE, source: SOURCE_OR_NONE, kind: oneOf("", "streams", "known"), silence: SECONDS }, { serve: openServed }),
   use(CREATE, ["add", "source"], { ...AT, prefix: PREFIX_RULE }),
-  use(WRITE_RECORD, ["add", "source"], { ...AT, ...RECORDED }, { again: recordAgain }),
-  use(RECEIVE, ["add"], { flag: FLAG, ...AT, level: LEVEL, holder: HOLDER, prefix: PREFIX_RULE, ...RECORD_PARTS, ...KEPT_PART }, { serve: receiveServed }),
+  use(WRITE_RECORD, ["add", "source"], { ...AT, ...RECORDED, sync: oneOf("sync") }, { again: recordAgain }),
+  use(RECEIVE, ["add"], { flag: FLAG, ...AT, level: LEVEL, holder: HOLDER, prefix: PREFIX_RULE, ...RECORD_PARTS, ...KEPT_PART, sync: notGiven }, { serve: receiveServed }),
   use(KEPT, ["add"], { ...AT, prefix: PREFIX_RULE, object: OBJECT }),
   use(TIDY, ["add"], { ...AT, prefix: PREFIX_RULE }),
-  use(DISCARD, ["add"], { ...AT, prefix: PREFIX_RULE, name: DATED, ...RECORDED }, { again: discardAgain }),
+  use(DISCARD, ["add"], { ...AT, prefix: PREFIX_RULE, name: DATED, ...RECORDED, how: oneOf("", "whole") }, { again: discardAgain }),
   use(RAW.put, ["add"], { ...AT, lock: PREFIX_RULE, object: PART_RULE, holder: HOLDER, size: perhaps(BYTES) }, { serve: storeServed }),
   use(RAW.commit, ["add"], { ...AT, lock: PREFIX_RULE, object: OBJECT, sum: SHA256, bytes: BYTES, part: PART_RULE, kept: BYTES, uuid: notGiven }, { again: commitAgain }),
   use(RAW.delete, ["add", "delete"], { ...AT, lock: PREFIX_RULE, objects: ANY_OBJECT }, { again: dropAgain }),
@@ -5738,7 +5774,7 @@ export function narrowed(output: string, nonce: string, folder: string): string 
     subvolumes: (text) => listedLines(text, LISTED).filter((match) => ours(match[5] as string)).map(([line]) => line),
     readonly: (text) => listedLines(text, LISTED_READONLY).filter((match) => ours(match[2] as string)).map(([line]) => line),
     mounts: (text) => text.split("\n").filter((line) => near(parseMounts(line)[0]?.path ?? "")),
-    filesystems: (text) => text.split("\n").filter((uuid) => uuid === place.filesystem || uuid === source?.filesystem),
+    filesystems: (text) => text.split("\n").filter((line) => [place.filesystem, source?.filesystem].includes(line.slice(line.lastIndexOf("/") + 1))),
   };
   const parts = output.split(`\n${nonce} `).map((part) => {
     const [name = "", ...text] = part.replace(/\n$/, "").split("\n");
@@ -5779,8 +5815,8 @@ async function receiveServed(given: ArgumentsOf<typeof RECEIVE>, said: Guarded):
   if (announced !== null && announced.receiving === undefined) refuse("a transfer without an announcement");
   if (announced !== null) notFromHere(announced, folder, said);
   if (announced === null && said.o.maxBytes !== null) refuse("a transfer without an announcement, which --max-bytes could not count");
-  const { receiving: name, ...settled } = announced ?? {};
-  const record = announced === null ? { header: "", key: "", beginning: "", rest: "" } : { header: RECORD_HEADER, key: recordKey(prefix), beginning: `{"receiving":${JSON.stringify(name)},`, rest: JSON.stringify(settled).slice(1) };
+  const { receiving: name, since: _, ...settled } = announced ?? {};
+  const record = announced === null ? { header: "", key: "", beginning: "", rest: "" } : { header: RECORD_HEADER, key: recordKey(prefix), beginning: announcement(name as string, folder), rest: JSON.stringify(settled).slice(1) };
   if (part !== undefined && !PART.test(`${part}.part`)) refuse(`the file ${shown(part)}`);
   const kept = part === undefined ? null : join(path, `.${part}.part`);
   const file = kept === null ? null : openedPlain(kept);
