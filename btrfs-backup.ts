@@ -5,7 +5,7 @@
 import { AsyncLocalStorage } from "node:async_hooks";
 import { spawn, spawnSync } from "node:child_process";
 import { createHash } from "node:crypto";
-import { accessSync, chmodSync, closeSync, constants, createReadStream, fstatSync, lstatSync, mkdtempSync, openSync, readdirSync, readFileSync, readlinkSync, realpathSync, renameSync, rmSync, writeFileSync } from "node:fs";
+import { accessSync, chmodSync, closeSync, constants, createReadStream, fstatSync, fsyncSync, lstatSync, mkdtempSync, openSync, readdirSync, readFileSync, readlinkSync, realpathSync, renameSync, rmSync, writeFileSync } from "node:fs";
 import { constants as osConstants, tmpdir } from "node:os";
 import { basename, dirname, join, normalize, resolve } from "node:path";
 import { parseArgs } from "node:util";
@@ -2100,6 +2100,8 @@ const PUT = verb("put", "directory name force base folder? fsid? snapshot? inner
     tar --extract --preserve-permissions --same-owner ${ATTRIBUTES} -C "$temporary" -f -
   fi
   mv -T -- "$temporary/$base" "./$name"
+  # What is said to be back is on the disk.
+  sync -f . 2>/dev/null || sync
 `);
 
 // ── stored streams ──
@@ -4303,11 +4305,14 @@ export function metricsOf(source: string, places: ReadonlyMap<string | null, Pla
   ].join("");
 }
 
-/** Replaces a file, so that nobody reads half of it. Errors: Failure. */
+/** Replaces a file, so that nobody reads half of it, and it has one of both contents after a power cut. Errors: Failure. */
 function writeMetrics(file: string, text: string): void {
   const temporary = join(dirname(file), `.${basename(file)}.${process.pid}`);
   try {
-    writeFileSync(temporary, text, { flag: "wx" });
+    const descriptor = openSync(temporary, "wx");
+    writeFileSync(descriptor, text);
+    fsyncSync(descriptor);
+    closeSync(descriptor);
     chmodSync(temporary, 0o644); // for the exporter, which is another user
     renameSync(temporary, file);
   } catch (error) {

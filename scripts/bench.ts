@@ -65,7 +65,7 @@ const place = (name: string, size = "8G", mkfs: string[] = []) => join(filesyste
 
 /** The shell script of a whole run with bare commands: a snapshot, the difference, and the old ones deleted. */
 const BARE = `cd "$1"; old=$(ls -d bare/* | tail -n 1); new=bare/$(date +%s%N); btrfs -q subvolume snapshot -r . "$new" >/dev/null
-  btrfs -q send -p "$old" "$new" 2>/dev/null | btrfs -q receive "$2"; btrfs -q subvolume delete "$old" "$2/\${old#bare/}" >/dev/null`;
+  btrfs -q send -p "$old" "$new" 2>/dev/null | btrfs -q receive "$2"; btrfs filesystem sync "$2"; btrfs -q subvolume delete "$old" "$2/\${old#bare/}" >/dev/null`;
 const BARE_FIRST = `cd "$1"; mkdir -p bare "$2"; btrfs -q subvolume snapshot -r . bare/1 >/dev/null; btrfs -q send bare/1 2>/dev/null | btrfs -q receive "$2"`;
 
 /** btrbk does the same with this configuration: it keeps the newest only. */
@@ -219,7 +219,7 @@ const cases: Record<string, () => Promise<Row[]>> = {
     const [mine, bare] = [place("ours"), place("bare")];
     const args = ["-P", "-I", "-N", "1", "-n", "1", source, mine];
     sh(`mkdir "$1" "$2/bare"`, bare, source);
-    const plain = `cd "$1"; new=bare/$(date +%s%N); btrfs -q subvolume snapshot -r . "$new" >/dev/null; btrfs -q send --proto 2 --compressed-data "$new" 2>/dev/null | btrfs -q receive "$2"`;
+    const plain = `cd "$1"; new=bare/$(date +%s%N); btrfs -q subvolume snapshot -r . "$new" >/dev/null; btrfs -q send --proto 2 --compressed-data "$new" 2>/dev/null | btrfs -q receive "$2"; btrfs filesystem sync "$2"`;
     const before = () => sh(`for s in "$1"/bare/* "$1"/snapshot/* "$2"/* "$3"/*; do [ ! -d "$s" ] || btrfs -q subvolume delete "$s" >/dev/null; done; for s in "$1" "$2" "$3"; do btrfs filesystem sync "\${s%/*}"; done`, source, bare, mine);
     const [own = 0, commands = 0] = await inTurn([{ before, work: () => ours(args) }, { before, work: shell(plain, source, bare) }]);
     before();
