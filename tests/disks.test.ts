@@ -2,7 +2,7 @@
 // destinations are served, and the next run after the repair is ordinary and incremental.
 
 import { expect, test } from "bun:test";
-import { writeFileSync } from "node:fs";
+import { readFileSync, writeFileSync } from "node:fs";
 import { join } from "node:path";
 import { events, expectRun, expectSound, filesystem, mountImage, nextSecond, pair, sh, snapshotNames, start, subvolume, subvolumes, unmount, waitFor, type Result } from "./support/rig.ts";
 
@@ -109,4 +109,25 @@ test("what clearly lacks the space is refused with both figures, and tried only 
   await nextSecond();
   await expectRun(0, ["--newest-only", source, small, destination]);
   expect(snapshotNames(small).length).toBe(1);
+});
+
+test("a full destination with a leftover frees it first, whatever order its record has", async () => {
+  const { source, a } = pair();
+  const small = filesystem({ size: "120M", mkfs: ["--mixed"] });
+  const destination = join(small.path, "backup");
+  sh(`rm -rf "$1/plain"; echo x >"$1/file"`, source);
+  await expectRun(0, [source, destination]);
+  const [first = ""] = snapshotNames(destination);
+  const leftover = first.replace(/^\d{4}/, "2025");
+  const file = join(destination, ".btrfs-backup.json");
+  sh(`sed -i 's/{"owner"\\(.*\\)}$/{"receiving":"'"$2"'","owner"\\1}/' "$1"; btrfs -q subvolume create "$3/$2" >/dev/null; sync -f "$3"`, file, leftover, destination);
+  expect(readFileSync(file, "utf8")).toContain(`{"receiving":"${leftover}","owner"`);
+  // Not a byte is left.
+  sh(`cat /dev/zero >"$1/ballast" 2>/dev/null || :; sync -f "$1"; for i in $(seq 400); do head -c 2000 /dev/zero >"$1/b$i" 2>/dev/null || break; done; sync -f "$1" || :`, join(destination, leftover));
+  await nextSecond();
+  sh(`echo y >"$1/file"`, source);
+  await expectRun(0, ["--skip-space-check", source, destination]);
+  expect([...subvolumes(destination).keys()]).toEqual([first, ...snapshotNames(destination).slice(1)]);
+  expect(snapshotNames(destination).length).toBe(2);
+  expect(a.path).not.toBe(small.path);
 });
