@@ -24,7 +24,10 @@ function machines(...names: string[]) {
   const cut = (last: () => void) => {
     sh(`btrfs -q subvolume snapshot "$1" "$1.cut" >/dev/null`, images);
     last();
+    const uuids = names.map((name) => sh(`btrfs filesystem show "$1" | sed -n 's/.*uuid: //p'`, at(name)));
     for (const name of names) sh(`for i in $(seq 600); do umount "$1" 2>/dev/null && exit; sleep 0.05; done; umount "$1"`, at(name));
+    // Until the last process that was behind a fence is gone, the old one lives on, and a new one would get another UUID (temp_fsid).
+    for (const uuid of uuids) sh(`for i in $(seq 600); do [ -e "/sys/fs/btrfs/$1" ] || exit 0; sleep 0.05; done; exit 1`, uuid);
     sh(`btrfs -q subvolume delete "$1" >/dev/null; mv "$1.cut" "$1"`, images);
     mountAll();
   };

@@ -89,7 +89,9 @@ export function filesystem({ size = "1G", mkfs = [] as string[], mount = "noatim
 
 export const mountImage = ({ path, image }: Pick<Filesystem, "path" | "image">, options = "noatime") => sh(`mount -o "loop,$3" "$1" "$2"`, image, path, options);
 /** The disaster: all that was on a filesystem is gone. */
-export const reformat = ({ path, image }: Pick<Filesystem, "path" | "image">) => sh(`umount "$1"; mkfs.btrfs -q -f "$2" >/dev/null 2>&1; mount -o loop,noatime "$2" "$1"`, path, image);
+export const reformat = ({ path, image }: Pick<Filesystem, "path" | "image">) =>
+  // What was at work behind a fence keeps the old one alive until it has ended.
+  sh(`uuid=$(btrfs filesystem show "$1" | sed -n 's/.*uuid: //p'); umount "$1"; for i in $(seq 600); do [ -e "/sys/fs/btrfs/$uuid" ] || break; sleep 0.05; done; mkfs.btrfs -q -f "$2" >/dev/null 2>&1; mount -o loop,noatime "$2" "$1"`, path, image);
 export const unmount = ({ path }: Pick<Filesystem, "path">) => sh(`umount "$1"`, path);
 
 /** A new subvolume on a filesystem. */
