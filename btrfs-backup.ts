@@ -533,17 +533,17 @@ export function oneLine(written: string): string {
 }
 
 /** What a line of a script cannot hold: the three characters that login shells differ about (see `quote`), and a comment behind code. */
-const UNFIT = /['\\!]|[\s;&|(]#/;
+const UNFIT = /^(?![ \t]*#).*?(?:['\\!]|[ \t;&|(]#)/m;
 
 /**
  * A POSIX shell script, or a piece of one, written over many lines. Nothing but other pieces may be put
  * into it. Errors: what would not survive a login shell, or would hide what follows it in one line.
  */
 export function sh(text: TemplateStringsArray, ...pieces: readonly string[]): string {
-  const written = String.raw({ raw: text }, ...pieces);
-  for (const line of written.split("\n"))
-    if (UNFIT.test(line) && !/^\s*#/.test(line)) throw new Error(`a shell script cannot hold ${UNFIT.exec(line)?.[0]} in ${line}`);
-  return written;
+  // The pieces were looked at when they were made.
+  const unfit = text.map((part) => UNFIT.exec(part)?.[0]).find((found) => found !== undefined);
+  if (unfit !== undefined) throw new Error(`a shell script cannot hold the end of ${unfit}`);
+  return String.raw({ raw: text }, ...pieces);
 }
 
 /** The words of "folder fsid names...". */
@@ -1180,7 +1180,15 @@ function verb<const S extends string>(name: string, takes: S, script: string, pr
   const named = one.map(({ name }, i) => `${name}=${i < 9 ? `$${i + 1}` : `\${${i + 1}}`}`).join(" ");
   const shifted = one.length < parameters.length ? `shift ${one.length}` : "";
   const written = `${prelude}\n${named}\n${shifted}\n${script}`;
-  const made = { name, takes, written, script: oneLine(written) };
+  let joined: string | null = null; // most verbs of a run are never sent
+  const made = {
+    name,
+    takes,
+    written,
+    get script() {
+      return (joined ??= oneLine(written));
+    },
+  };
   declared.push(made);
   return made;
 }
