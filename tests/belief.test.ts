@@ -14,7 +14,6 @@ import {
   writeFileSync,
 } from "node:fs";
 import { join } from "node:path";
-import { commandFor, type Host, type Verb, VERBS } from "../btrfs-backup.ts";
 import {
   damage,
   events,
@@ -38,13 +37,9 @@ import {
   temporaryDirectory,
   waitFor,
 } from "./support/rig.ts";
+import { fsidOf, sent } from "./support/wire.ts";
 
 const day = (n: number) => `202601${String(n).padStart(2, "0")}-000000`;
-const HOST: Host = { label: "", ssh: null, sudo: false, beat: 15 };
-/** What a run sends over ssh for a verb. */
-const sent = (name: string, ...args: string[]) =>
-  commandFor(HOST, VERBS.find((verb) => verb.name === name) as Verb, args);
-const fsidOf = (path: string) => sh(`stat -f -c %i "$1"`, path);
 const recordIn = (folder: string) => join(folder, ".btrfs-backup.json");
 
 /** A record as the program writes one. */

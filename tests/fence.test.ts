@@ -16,7 +16,7 @@ import {
   writeFileSync,
 } from "node:fs";
 import { join } from "node:path";
-import { commandFor, type Host, parseCommand, type Verb, VERBS } from "../btrfs-backup.ts";
+import { commandFor, parseCommand } from "../btrfs-backup.ts";
 import { attribute, command, stream, streamOf } from "./support/stream.ts";
 import {
   expectRun,
@@ -38,11 +38,8 @@ import {
   temporaryDirectory,
   waitFor,
 } from "./support/rig.ts";
+import { fsidOf, HOST, sent } from "./support/wire.ts";
 
-const HOST: Host = { label: "", ssh: null, sudo: false, beat: 15 };
-const verbNamed = (name: string) => VERBS.find((verb) => verb.name === name) as Verb;
-const sent = (name: string, ...args: string[]) => commandFor(HOST, verbNamed(name), args);
-const fsidOf = (path: string) => sh(`stat -f -c %i "$1"`, path);
 const uuid = (n: number) => `${String(n).padStart(8, "0")}-aaaa-bbbb-cccc-0123456789ab`;
 /** The format in which a run asks for what is in a snapshot. */
 const LISTED = "%n\\0%f\\0%u:%g\\0%s\\0%.9Y\\0%t:%T\\0%i\\0%N\\0";

@@ -5,14 +5,11 @@ import { describe, expect, test } from "bun:test";
 import { spawn, spawnSync } from "node:child_process";
 import { existsSync, mkdirSync, readFileSync, readdirSync, rmSync, symlinkSync, writeFileSync } from "node:fs";
 import { join } from "node:path";
-import { commandFor, guardedRecord, narrowed, parseCommand, parseInspection, permitted, quote, StreamCheck, VERBS, type GuardOptions, type Host, type Verb } from "../btrfs-backup.ts";
+import { commandFor, guardedRecord, narrowed, parseCommand, parseInspection, permitted, quote, StreamCheck, VERBS, type GuardOptions } from "../btrfs-backup.ts";
 import { attribute, command, stream, streamOf } from "./support/stream.ts";
 import { change, contentsDigest, events, expectRun, expectSound, fill, filesystem, generator, nextSecond, pair, ROOT, seeded, sh, snapshotNames, soak, sshServer, start, subvolume, subvolumes, temporaryDirectory, treeDigest, waitFor } from "./support/rig.ts";
+import { fsidOf, HOST, sent, verbNamed } from "./support/wire.ts";
 
-const verbNamed = (name: string) => VERBS.find((verb) => verb.name === name) as Verb;
-const HOST: Host = { label: "", ssh: null, sudo: false, beat: 15 };
-const sent = (name: string, ...args: string[]) => commandFor(HOST, verbNamed(name), args);
-const fsidOf = (path: string) => sh(`stat -f -c %i "$1"`, path);
 const uuid = (n: number) => `${String(n).padStart(8, "0")}-aaaa-bbbb-cccc-0123456789ab`;
 const OBJECT = `20260101-000000+0000_12345678_12345678_${uuid(1)}_${uuid(2)}_full.btrfs`;
 
