@@ -36,6 +36,8 @@ export type Subvolume = {
   readonly parentUuid: string | null;
   readonly receivedUuid: string | null;
   readonly readonly: boolean;
+  /** The generation of its creation, where it is told. */
+  readonly cgen?: number;
 };
 
 /** The name of something directly in a folder: never empty, `.`, `..`, nor with a slash, a NUL or a line break. Only `entryName` makes one. */
@@ -83,8 +85,8 @@ export type Owner = { readonly uuid: string; readonly place: string; readonly li
 /** What a record says of a chain's owner. `uuid` is the filesystem's where the subvolume has none. */
 export type Identity = { readonly uuid: string; readonly host: string; readonly path: string };
 
-/** One stream to send: `snapshot` in full, or as the difference to `parent`. */
-export type Transfer = { readonly snapshot: Snapshot; readonly parent: Snapshot | null };
+/** One stream to send: `snapshot` in full, or as the difference to `parent`. `why`: why not as the difference to what is nearest. */
+export type Transfer = { readonly snapshot: Snapshot; readonly parent: Snapshot | null; readonly why?: string | undefined };
 
 /** The snapshot of the last stream that a command took; it may be gone. */
 export type Memory = { readonly name: string; readonly uuid: string };
@@ -121,6 +123,8 @@ class Killed extends Failure {}
 class Taken extends Failure {}
 /** The transfer's receiving side has no space left. */
 export class NoSpace extends Failure {}
+/** What the receiving side has as the parent is not what the difference was made against. */
+export class BadParent extends Failure {}
 /** Something that a guarded key may not do: told in one line, and logged. */
 export class Refused extends Failure {}
 /** A signal ended the run. */
@@ -861,7 +865,7 @@ function printed(child: ProcessPromise, end: string, seen?: Seen): Promise<strin
  * One process of a pipeline. `shown`: its stderr goes to the terminal, not into the error; `measured`: its bytes
  * count, not the first one's; `sends`: what it says does not tell that the receiving side is full; `tells`: what it writes to descriptor 5 is returned; `counts`: gets the numbers that it writes to stderr, and null at the end.
  */
-export type Stage = { readonly label: string; readonly command: string; readonly shown?: boolean; readonly measured?: boolean; readonly sends?: boolean; readonly tells?: boolean; readonly counts?: (bytes: number | null) => void };
+export type Stage = { readonly label: string; readonly command: string; readonly shown?: boolean; readonly measured?: boolean; readonly receives?: boolean; readonly sends?: boolean; readonly tells?: boolean; readonly counts?: (bytes: number | null) => void };
 
 /** What a pipeline has to do with others: it reads from a file, or its last stage feeds process groups, which are killed before it ends badly. */
 type Joint = { readonly input?: string; readonly feeds?: readonly number[] };
@@ -912,6 +916,9 @@ function flow(stages: readonly Stage[], environment: Record<string, string>, { i
   return { group, kill, ended: ended() };
 }
 
+/** What `btrfs receive` says where a file that a difference goes on from is not there, or not what it should be; not where the name of the whole is taken. */
+const BAD_PARENT = /^ERROR: (?!creating |cannot find ).*: (?:No such file or directory|File exists|Not a directory|Invalid argument)$/m;
+
 /** What has become of a pipeline, by the files that its stages left in a directory. */
 function outcome(stages: readonly Stage[], directory: string, kill: () => void): { bytes: number | null; told: string } {
   const read = (name: string | number) => {
@@ -939,6 +946,7 @@ function outcome(stages: readonly Stage[], directory: string, kill: () => void):
   const message = `${name} ${how}${said.length > 0 ? `: ${said.join(" ")}` : ""}`;
   const receiving = errors.filter((_, i) => !stages[i]?.sends);
   if (/No space left on device|quota exceeded/i.test(receiving.join("\n"))) throw new NoSpace(message);
+  if (status === 1 && stages[culprit]?.receives && BAD_PARENT.test(errors[culprit] ?? "")) throw new BadParent(message);
   throw status === 255 ? new Unreachable(message) : status === 77 ? new OtherStream(message) : culprit === -1 || status === 137 ? new Killed(message) : new Failure(message);
 }
 
@@ -1455,7 +1463,7 @@ const OPEN = verb("open", "nonce wait folder prefix source kind silence", sh`
   if [ -z "$btrfs" ]; then
     :
   elif root; then
-    say subvolumes; b subvolume list -a -u -q -R .
+    say subvolumes; b subvolume list -a -c -u -q -R .
     say readonly; b subvolume list -a -r .
   else
     # Whoever is not root gets no list, and can only ask of each.
@@ -1611,6 +1619,23 @@ const SEND = verb("send", "flag folder fsid level protocol holder snapshot paren
       *) exit 1;;
     esac
   fi
+`);
+
+/** Of each snapshot, a line with the first 512 bytes of its stream, in hexadecimal: see changedIn. No file is read for them. */
+const HEADS = verb("heads", "folder fsid snapshots...", sh`
+  at "$folder" "$fsid"
+  for name; do
+    head=$(b send -q --no-data "$name" | dd bs=512 count=1 iflag=fullblock 2>/dev/null | od -A n -v -t x1 | tr -d "[:space:]")
+    [ -n "$head" ] || exit 1
+    echo "$head"
+  done
+`);
+
+/** Of each snapshot, the generation of its top directory, as lsattr(1) tells it. Nothing where there is no lsattr. */
+const BIRTHS = verb("births", "folder fsid snapshots...", sh`
+  at "$folder" "$fsid"
+  command -v lsattr >/dev/null || exit 0
+  lsattr -v -d "$@" || :
 `);
 
 /**
@@ -2323,7 +2348,7 @@ export const parseSums = (text: string) => new Map([...text.matchAll(/^([0-9a-f]
 
 const uuidOrNull = (text: string) => (text === "-" ? null : text);
 const UUID = "-|[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}";
-const LISTED = new RegExp(`^ID (\\d+) gen \\d+ top level \\d+ parent_uuid (${UUID})\\s+received_uuid (${UUID})\\s+uuid (${UUID})\\s+path (?:<FS_TREE>/)?(.*)$`, "s");
+const LISTED = new RegExp(`^ID (\\d+) gen \\d+ cgen (\\d+) top level \\d+ parent_uuid (${UUID})\\s+received_uuid (${UUID})\\s+uuid (${UUID})\\s+path (?:<FS_TREE>/)?(.*)$`, "s");
 const LISTED_READONLY = /^ID (\d+) gen \d+ top level \d+ path (?:<FS_TREE>\/)?(.*)$/s;
 
 /** The entries of `btrfs subvolume list`. A line of no known shape continues a path with a line break. */
@@ -2339,14 +2364,14 @@ function listedLines(text: string, shape: RegExp): RegExpExecArray[] {
 }
 
 /**
- * Reads `btrfs subvolume list -a -u -q -R` and `-a -r` of one filesystem (btrfs-subvolume(8)). With
+ * Reads `btrfs subvolume list -a -c -u -q -R` and `-a -r` of one filesystem (btrfs-subvolume(8)). With
  * -a all paths count from the top level, some with a mark; without, some count from where one asks.
  */
 export function parseSubvolumes(all: string, readonlyOnes: string): Subvolume[] {
   const readonly = new Set(listedLines(readonlyOnes, LISTED_READONLY).map(([, id, path]) => `${id} ${path}`));
   const subvolumes = listedLines(all, LISTED).map((match): Subvolume => {
-    const [, id, parent, received, uuid, path] = match as unknown as [string, string, string, string, string, string];
-    return { id: Number(id), path, uuid, parentUuid: uuidOrNull(parent), receivedUuid: uuidOrNull(received), readonly: readonly.has(`${id} ${path}`) };
+    const [, id, cgen, parent, received, uuid, path] = match as unknown as [string, string, string, string, string, string, string];
+    return { id: Number(id), path, uuid, parentUuid: uuidOrNull(parent), receivedUuid: uuidOrNull(received), readonly: readonly.has(`${id} ${path}`), cgen: Number(cgen) };
   });
   // Any user can make subvolumes, and a name with a line break could pass for a subvolume of its own:
   // one that matters would need a path, an ID or a UUID that is somebody's already.
@@ -2355,6 +2380,20 @@ export function parseSubvolumes(all: string, readonlyOnes: string): Subvolume[] 
     for (const one of subvolumes) if (seen.size === seen.add(one[key]).size) throw new Failure(`"btrfs subvolume list" tells of ${one[key]} twice; is there a line break in the name of a subvolume? See ${one.path}`);
   }
   return subvolumes;
+}
+
+/**
+ * In which generation a snapshot was changed last, as the head of its stream says (linux/fs/btrfs/send.h: its path, UUID and ctransid,
+ * behind a magic, a version and the header of the command). Errors: Failure for any other shape.
+ */
+export function changedIn(head: string, snapshot: Subvolume): number {
+  const bytes = Buffer.from(head, "hex");
+  const at = 31 + (bytes.length > 31 ? bytes.readUInt16LE(29) : 0);
+  const begins = bytes.toString("latin1", 0, 13) === "btrfs-stream\0" && bytes.length >= at + 32 && bytes.readUInt16LE(27) === 15;
+  const [uuid, ctransid] = [0x0010_0001, 0x0008_0002]; // their lengths and numbers
+  if (!begins || bytes.readUInt32LE(at) !== uuid || bytes.readUInt32LE(at + 20) !== ctransid || bytes.toString("hex", at + 4, at + 20) !== dataOf(snapshot).replaceAll("-", ""))
+    throw new Failure(`"btrfs send" began with something unknown: ${head.slice(0, 200)}`);
+  return Number(bytes.readBigUInt64LE(at + 24));
 }
 
 /** A field of `btrfs subvolume show`. */
@@ -2577,7 +2616,10 @@ export type KnownDestination = {
   /** When a run last served it, as ISO 8601. */
   readonly last: string | null;
   readonly receiving?: readonly string[];
+  /** Snapshots that were changed since they were taken, by UUID, and are all the same what is there: compared when that generation was their last. */
+  readonly cleared?: Cleared;
 };
+export type Cleared = Readonly<Record<string, number>>;
 
 /** What a record says of one prefix; every part optional, since a folder can be both ends of a chain. */
 export type ChainRecord = {
@@ -2642,7 +2684,7 @@ function checkChain(chain: ChainRecord): void {
     [receiving, since].every((text) => text === undefined || isText(text)) &&
     (guarded === undefined || guarded === true) &&
     (strangers === undefined || (Array.isArray(strangers) && strangers.every(isText))) &&
-    (destinations === undefined || (Array.isArray(destinations) && destinations.every((d) => isText(d.location) && [d.filesystem, d.last].every((v) => v === null || isText(v)) && (d.receiving === undefined || Array.isArray(d.receiving)) && (d.pin === null || (isText(d.pin.name) && isText(d.pin.uuid))))));
+    (destinations === undefined || (Array.isArray(destinations) && destinations.every((d) => isText(d.location) && [d.filesystem, d.last].every((v) => v === null || isText(v)) && (d.receiving === undefined || Array.isArray(d.receiving)) && (d.cleared === undefined || Object.values(d.cleared).every((n) => Number.isSafeInteger(n))) && (d.pin === null || (isText(d.pin.name) && isText(d.pin.uuid))))));
   if (!fine) throw new Error("a field is not what it should be");
 }
 
@@ -2946,6 +2988,8 @@ export interface Destination {
   readonly form: (source: Folder) => Form | null;
   /** Errors: Failure for what makes the transfer impossible. */
   readonly receive: (source: Folder, transfer: Transfer) => Promise<Incoming>;
+  /** Whether the backup of a snapshot is the same as that; null where nobody can tell. Errors: Failure. */
+  readonly compare: ((source: Folder, snapshot: Snapshot) => Promise<boolean>) | null;
   /** What a snapshot's transfer has become there. */
   readonly arrived: (transfer: Transfer) => Backup;
   /** Clears away what a failed transfer of that name left, but for what the next one can go on from. */
@@ -2999,7 +3043,7 @@ function receiving(folder: Folder, name: string, level: string, chain: ChainReco
   const { header, key, value } = chain === null ? NO_RECORD : recordArguments(folder, chain);
   const announced = { header, key, beginning: announcement(name, folder), rest: value.slice(1), ...(chain === null ? { sync: "later" } : {}) };
   const given = { flag: btrfsDebug ? "-vv" : "-q", ...at(folder), level, holder: holderOf(folder), prefix: folder.prefix, ...announced, ...kept };
-  return { label: `btrfs receive${folder.host.label === "" ? "" : ` on ${folder.host.label}`}`, command: commandWith(folder.host, RECEIVE, given), shown: btrfsDebug };
+  return { label: `btrfs receive${folder.host.label === "" ? "" : ` on ${folder.host.label}`}`, command: commandWith(folder.host, RECEIVE, given), receives: true, shown: btrfsDebug };
 }
 
 /** A file that a stream was kept in: its name without dot and end, and what it must be (see COMPLETE). */
@@ -3040,6 +3084,18 @@ const tidying = (folder: Folder, used: () => boolean) => async () => {
   if (used() || [...folder.entries].some((name) => PART.test(name))) await ask(folder.host, TIDY, { ...at(folder), prefix: folder.prefix }, `${folder.id}: cannot remove what is kept of a broken transfer`);
 };
 
+/** The SHA-256 of all that a stream would carry of a snapshot. Errors: Failure. */
+const digestIn = async (folder: Folder, { name }: Entry) => (await ask(folder.host, DIGEST, { ...at(folder), snapshot: name }, `${folder.id}: cannot read ${name}`)).slice(0, 64);
+
+/** Waits for all, also where one fails. Errors: the first one's. */
+async function allOf<T>(all: readonly Promise<T>[]): Promise<T[]> {
+  const ended = await Promise.allSettled(all);
+  return ended.map((one) => {
+    if (one.status === "rejected") throw one.reason;
+    return one.value;
+  });
+}
+
 /** A btrfs folder as a destination: `again` looks at it anew; `owned` is its record from now on, `announced` what 0.3.1 began. */
 function folderDestination(folder: Folder, again: () => Promise<Folder>, owned: ChainRecord, announced: readonly string[], options: FolderOptions): Destination {
   const { host, prefix, id } = folder;
@@ -3064,6 +3120,12 @@ function folderDestination(folder: Folder, again: () => Promise<Folder>, owned: 
       return resumable(folder, source, transfer, object, 2, { ...sending, ...form }, async (part) => {
         await pipeline(from(part, PART.exec(`${part.part}.part`)?.[2]));
       });
+    },
+    async compare(source, snapshot) {
+      const backup = dataFinder(folder.standing.filter(isComplete))(snapshot);
+      if (backup === undefined) throw new Failure(`${id} has no backup of ${snapshot.name}`);
+      const [ours, theirs] = await allOf([digestIn(source, snapshot), digestIn(folder, backup)]);
+      return ours === theirs;
     },
     arrived: ({ snapshot }) => ({ ...arrived(snapshot), id: ARRIVED }),
     tidy: tidying(folder, () => parts),
@@ -3192,6 +3254,7 @@ function storeDestination(folder: Folder, store: Store, again: () => Promise<Fol
         },
       };
     },
+    compare: null,
     arrived(transfer) {
       const object = nameOf(transfer);
       objects.set(transfer.snapshot.uuid, object);
@@ -3279,6 +3342,7 @@ function shellDestination(location: Location & { kind: "shell" }, last: Memory |
         },
       };
     },
+    compare: null,
     arrived: ({ snapshot }) => arrived(snapshot),
     discard: async () => {},
     tidy: async () => {},
@@ -3336,6 +3400,80 @@ export function newestShared(snapshots: readonly Snapshot[], held: readonly Subv
   return snapshots.findLast((snapshot) => find(snapshot) !== undefined) ?? null;
 }
 
+/** What is known of snapshots as parents of differences, by UUID. What is in none of the maps was not asked for. */
+export type Facts = {
+  /** All subvolumes of their filesystem. */
+  readonly all: ReadonlyMap<string, Subvolume>;
+  /** In which generation a snapshot was changed last. */
+  readonly ctransids: ReadonlyMap<string, number>;
+  /** The generation of the top directory, null where nobody can tell: a snapshot has it from its origin, and what is received from its parent, through any number of them. */
+  readonly births: ReadonlyMap<string, number | null>;
+};
+
+/** Where a subvolume comes from, itself first: its parent, that one's, and so on. The last may be gone. */
+function lineOf(one: Subvolume, all: ReadonlyMap<string, Subvolume>): string[] {
+  const line = [one.uuid];
+  for (let above = one.parentUuid; above !== null && !line.includes(above); above = all.get(above)?.parentUuid ?? null) line.push(above);
+  return line;
+}
+
+/**
+ * Whether `btrfs send` can tell what changed between two subvolumes: it goes by inode numbers, which mean nothing where one was not
+ * made from the other. What was taken here has them from SOURCE. What was received has them from its parent: of two such, one must have
+ * been received on top of the other. Where what was between is gone, their top directories tell. Undefined as long as these are not known.
+ */
+export function related(a: Subvolume, b: Subvolume, { all, births }: Facts): boolean | undefined {
+  if (a.receivedUuid === null && b.receivedUuid === null) return true;
+  const [ours, theirs] = [lineOf(a, all), lineOf(b, all)];
+  const both = a.receivedUuid !== null && b.receivedUuid !== null;
+  if (both ? ours.includes(b.uuid) || theirs.includes(a.uuid) : ours.at(-1) === theirs.at(-1)) return true;
+  const isOpen = (line: readonly string[]) => !all.has(line.at(-1) as string);
+  if (!isOpen(ours) && !isOpen(theirs)) return false;
+  const [born, other] = [births.get(a.uuid), births.get(b.uuid)];
+  return born === undefined || other === undefined ? undefined : born !== null && born === other;
+}
+
+/**
+ * Whether a snapshot was changed after it was taken: it is as old as its source then, or older (DESIGN: ctransid and cgen). Deduplication
+ * does so as well, without changing what is in it. What was received was written after it was made; who changes it takes its received UUID.
+ */
+export function changedSince({ uuid, receivedUuid, cgen }: Subvolume, { ctransids }: Pick<Facts, "ctransids">, cleared: Cleared): boolean | undefined {
+  if (receivedUuid !== null || cgen === undefined) return false;
+  const ctransid = ctransids.get(uuid);
+  return ctransid === undefined ? undefined : ctransid > cgen && cleared[uuid] !== ctransid;
+}
+
+/** Why no difference to a snapshot can be made against a parent; null if it can, undefined as long as that is not known. */
+export type Unfit = (parent: Snapshot, snapshot: Snapshot) => string | null | undefined;
+
+/** What a destination adds to the facts: what was compared with its backup there and is the same, and what is no parent there, with the reason. */
+export type Verdicts = { cleared: Cleared; readonly refused: Map<string, string> };
+
+/** Judges parents for a destination; those that `isThere` not yet are sent before in the same run, as they are. */
+export function judge(facts: Facts, { cleared, refused }: Verdicts, isThere: (parent: Snapshot) => boolean): Unfit {
+  return (parent, snapshot) => {
+    const reason = refused.get(parent.uuid);
+    if (reason !== undefined) return reason;
+    const kin = related(parent, snapshot, facts);
+    if (kin === false) return `${parent.name} was received, and ${snapshot.name} was not made from it`;
+    const changed = isThere(parent) ? changedSince(parent, facts, cleared) : false;
+    if (changed === true) return `${parent.name} may have been edited since it was taken`;
+    return kin === undefined || changed === undefined ? undefined : null;
+  };
+}
+
+/** The nearest of what both sides hold, the last being that, which can be a parent; and why no nearer one can. */
+function nearestFit(snapshot: Snapshot, shared: readonly Snapshot[], unfit: Unfit): Pick<Transfer, "parent" | "why"> {
+  let why: string | undefined;
+  for (let i = shared.length - 1; i >= 0; i--) {
+    const parent = shared[i] as Snapshot;
+    const reason = unfit(parent, snapshot) ?? null;
+    if (reason === null) return { parent, ...(why === undefined ? {} : { why }) };
+    why ??= reason;
+  }
+  return { parent: null, ...(why === undefined ? {} : { why }) };
+}
+
 export type TransferOptions = { readonly policy: Policy | null; readonly incremental: boolean; readonly newestOnly: boolean; readonly now: number; readonly fullEvery: FullEvery | null };
 
 /** Whether a stored chain of that many streams, the first one from `since`, ends before a snapshot of `time`. */
@@ -3343,9 +3481,9 @@ const chainEnds = ({ length, since }: { length: number; since: number }, time: n
 
 /**
  * What a destination lacks of what its policy would keep, oldest first, each against the closest
- * earlier snapshot that both sides hold by then. `snapshots` are in the source's order.
+ * earlier snapshot that both sides hold by then, and that is fit for it. `snapshots` are in the source's order.
  */
-export function planTransfers(snapshots: readonly Snapshot[], { held, backups, taken, chained }: Standing, options: TransferOptions): { transfers: Transfer[]; conflicts: Conflict[] } {
+export function planTransfers(snapshots: readonly Snapshot[], { held, backups, taken, chained }: Standing, options: TransferOptions, unfit: Unfit = () => null): { transfers: Transfer[]; conflicts: Conflict[] } {
   const find = dataFinder(held);
   const rank = new Map(snapshots.map((snapshot, i) => [snapshot.uuid, i]));
   const here = dataFinder(snapshots); // the relation is the same from both sides
@@ -3356,8 +3494,8 @@ export function planTransfers(snapshots: readonly Snapshot[], { held, backups, t
   const transfers: Transfer[] = [];
   const conflicts: Conflict[] = [];
   const standing = byUuid(chained === null ? [] : held);
-  let parent: Snapshot | null = null;
-  let chain = { length: 0, since: 0 }; // the parent's
+  const shared: Snapshot[] = [];
+  const chains = new Map<Snapshot | null, { length: number; since: number }>([[null, { length: 0, since: 0 }]]);
   for (const snapshot of snapshots) {
     const there = find(snapshot);
     if (there === undefined) {
@@ -3368,15 +3506,17 @@ export function planTransfers(snapshots: readonly Snapshot[], { held, backups, t
         conflicts.push({ name: snapshot.name, why: obstacle });
         continue;
       }
+      const nearest = options.incremental ? nearestFit(snapshot, shared, unfit) : { parent: null };
+      const chain = chains.get(nearest.parent) ?? { length: 0, since: 0 };
       const due = chained !== null && options.fullEvery !== null && chainEnds(chain, snapshot.time, options.fullEvery);
-      if (due || !options.incremental) parent = null;
-      transfers.push({ snapshot, parent });
-      chain = parent === null ? { length: 1, since: snapshot.time } : { ...chain, length: chain.length + 1 };
+      const { parent } = due ? { parent: null } : nearest;
+      transfers.push({ snapshot, ...(due ? { parent } : nearest) });
+      chains.set(snapshot, parent === null ? { length: 1, since: snapshot.time } : { ...chain, length: chain.length + 1 });
     } else if (chained !== null) {
       const streams = chainOf(there, standing);
-      chain = { length: streams.length, since: timeIn(streams[0]?.name ?? "") ?? 0 };
+      chains.set(snapshot, { length: streams.length, since: timeIn(streams[0]?.name ?? "") ?? 0 });
     }
-    parent = snapshot;
+    shared.push(snapshot);
   }
   return { transfers, conflicts };
 }
@@ -3385,13 +3525,16 @@ export function planTransfers(snapshots: readonly Snapshot[], { held, backups, t
  * What a command gets, that cannot be asked what it has: what is newer than the last stream it
  * took, or only the newest if there was none.
  */
-export function planStreams(snapshots: readonly Snapshot[], memory: Memory | null, options: { readonly incremental: boolean; readonly newestOnly: boolean; readonly prefix: string }): Transfer[] {
+export function planStreams(snapshots: readonly Snapshot[], memory: Memory | null, options: { readonly incremental: boolean; readonly newestOnly: boolean; readonly prefix: string }, unfit: Unfit = () => null): Transfer[] {
   const last = memory === null ? -1 : snapshots.findIndex(({ uuid }) => uuid === memory.uuid);
   // The remembered snapshot is gone: its name still tells what came after it.
   const time = memory === null ? null : parseName(memory.name, options.prefix);
   const newer = last !== -1 ? snapshots.slice(last + 1) : snapshots.filter((snapshot) => snapshot.time > (time ?? -Infinity));
   const sent = memory === null || options.newestOnly ? newer.slice(-1) : newer;
-  return sent.map((snapshot, i) => ({ snapshot, parent: options.incremental ? (sent[i - 1] ?? snapshots[last] ?? null) : null }));
+  return sent.map((snapshot, i) => {
+    const parent = sent[i - 1] ?? snapshots[last];
+    return { snapshot, ...nearestFit(snapshot, options.incremental && parent !== undefined ? [parent] : [], unfit) };
+  });
 }
 
 /** What planning must know of the backups at a destination. */
@@ -3493,7 +3636,7 @@ export function align(columns: readonly (Folder | null)[]): Row[] {
 }
 
 /** How a backup gets to where it is restored: from what is there already, or as a stream on top of what both sides have. */
-export type RestorePlan = { readonly present: Subvolume | null; readonly parent: Snapshot | null };
+export type RestorePlan = { readonly present: Subvolume | null } & Pick<Transfer, "parent" | "why">;
 
 /** The streams of a chain that have to be received where some subvolumes are: those after the last that is there. The chosen one always is. */
 export function planPieces(chain: readonly Stream[], there: readonly Subvolume[]): Stream[] {
@@ -3502,14 +3645,15 @@ export function planPieces(chain: readonly Stream[], there: readonly Subvolume[]
 }
 
 /** `whole`: what its location has, oldest first; `there`: the read-only subvolumes that a receive could build on. */
-export function planRestore(chosen: Subvolume, whole: readonly Snapshot[], there: readonly Subvolume[]): RestorePlan {
+export function planRestore(chosen: Snapshot, whole: readonly Snapshot[], there: readonly Subvolume[], unfit: Unfit = () => null): RestorePlan {
   const received = chosen.receivedUuid ?? chosen.uuid;
   const present = there.find(({ receivedUuid }) => receivedUuid === received) ?? null;
   const find = dataFinder(there);
   const shared = (snapshot: Snapshot) => find(snapshot) !== undefined;
   // Up to itself: where its data is there under another UUID, the stream is a few bytes.
   const behind = whole.findIndex(({ uuid }) => uuid === chosen.uuid) + 1 || whole.length;
-  return { present, parent: whole.slice(0, behind).findLast(shared) ?? whole.slice(behind).find(shared) ?? null };
+  const nearestLast = [...whole.slice(behind).filter(shared).reverse(), ...whole.slice(0, behind).filter(shared)];
+  return { present, ...nearestFit(chosen, nearestLast, unfit) };
 }
 
 /** What interrupted restores to a name in a folder left: directories, each with the subvolumes in it, innermost first. */
@@ -3828,6 +3972,34 @@ function waitingFor(pidFile: string, pipes: readonly string[]): { taken: string;
 
 // ── 7. Commands ──────────────────────────────────────────────────────────────────────────
 
+/** Facts about a place's snapshots, as far as they were asked for. */
+type Inquiry = Facts & { readonly folder: Folder; readonly ctransids: Map<string, number>; readonly births: Map<string, number | null>; asking: Promise<void> };
+
+const inquiryInto = (folder: Folder): Inquiry => ({ folder, all: byUuid(folder.subvolumes), ctransids: new Map(), births: new Map(), asking: Promise.resolve() });
+
+/** Learns when some snapshots were changed last, and the generations of other ones' top directories. Nothing is asked twice. Errors: Failure. */
+function learn(inquiry: Inquiry, changed: readonly Entry[], born: readonly Entry[]): Promise<void> {
+  const { folder: { host, id }, ctransids, births } = inquiry;
+  const place = at(inquiry.folder);
+  const inChunks = async (some: readonly Entry[], work: (names: readonly string[], some: readonly Entry[]) => Promise<void>) => {
+    let done = 0;
+    for (const names of chunks(some.map(({ name }) => `./${name}`))) await work(names, some.slice(done, (done += names.length)));
+  };
+  const asking = inquiry.asking.then(async () => {
+    await inChunks(changed.filter(({ uuid }) => !ctransids.has(uuid)), async (snapshots, some) => {
+      const heads = (await ask(host, HEADS, { ...place, snapshots }, `${id}: cannot tell when snapshots were changed`)).split("\n");
+      for (const [i, one] of some.entries()) ctransids.set(one.uuid, changedIn(heads[i] ?? "", one));
+    });
+    await inChunks(born.filter(({ uuid }) => !births.has(uuid)), async (snapshots, some) => {
+      const shown = await ask(host, BIRTHS, { ...place, snapshots }, `${id}: cannot tell where snapshots come from`);
+      const told = new Map([...shown.matchAll(/^ *(\d+) +\S+ \.\/(.*)$/gm)].map(([, generation, name = ""]) => [name, Number(generation)]));
+      for (const { uuid, name } of some) births.set(uuid, told.get(name) ?? null);
+    });
+  });
+  inquiry.asking = asking.catch(() => {});
+  return asking;
+}
+
 /** A destination as it was asked for. */
 export type Wanted = { readonly location: Location; readonly optional: boolean; readonly policy: Policy | null; readonly sending: Sending };
 
@@ -4064,21 +4236,78 @@ function explained<T extends Dated>(decisions: readonly Decision<T>[], id: strin
   return decisions.filter(({ reasons }) => reasons.length === 0).map(({ entry }) => entry);
 }
 
-/** One run's view of a destination that could be opened. `todo`: what is still to be sent; `complete`: nothing that should have been sent was not; `pruning`: of its backups, which goes on beside other work. */
-type Served = { readonly wanted: Wanted; readonly destination: Destination; standing: Standing; todo: readonly Transfer[]; complete: boolean; done: boolean; pruning: Promise<void>; free: number };
+/** One run's view of a destination that could be opened. `compared`: a parent was compared with its backup; `todo`: what is still to be sent; `complete`: nothing that should have been sent was not; `pruning`: of its backups, which goes on beside other work. */
+type Served = { readonly wanted: Wanted; readonly destination: Destination; standing: Standing; todo: readonly Transfer[]; complete: boolean; done: boolean; pruning: Promise<void>; free: number; compared: boolean; readonly verdicts: Verdicts };
 
 /** What serving destinations takes. `jobs`: how many streams flow at a time. */
-type Serving = { readonly source: Source; readonly snapshots: readonly Snapshot[]; readonly memory: Known; readonly o: RunOptions; readonly report: Report; readonly display: Display; readonly began: number; readonly jobs: <T>(work: () => Promise<T>) => Promise<T> };
+type Serving = { readonly source: Source; readonly inquiry: Inquiry; readonly snapshots: readonly Snapshot[]; readonly memory: Known; readonly o: RunOptions; readonly report: Report; readonly display: Display; readonly began: number; readonly jobs: <T>(work: () => Promise<T>) => Promise<T> };
+
+/** Plans what a destination gets, and asks for what has to be known of the parents until nothing is missing. Errors: Failure. */
+async function planFor(served: Served, serving: Serving): Promise<ReturnType<typeof planTransfers>> {
+  const { destination: { stream, compare }, wanted, standing, verdicts } = served;
+  const { inquiry, snapshots, o } = serving;
+  const find = dataFinder(standing.held);
+  const isThere = (parent: Snapshot) => (stream === null ? find(parent) !== undefined : parent.uuid === stream.last?.uuid);
+  const options = { policy: wanted.policy, incremental: o.incremental, newestOnly: o.newestOnly, now: wallClock(new Date()), fullEvery: wanted.sending.fullEvery };
+  const mayBeEdited = (one: Snapshot) => isThere(one) && changedSince(one, inquiry, verdicts.cleared) !== false;
+  for (;;) {
+    const unfit = judge(inquiry, verdicts, isThere);
+    const plan = stream === null ? planTransfers(snapshots, standing, options, unfit) : { transfers: planStreams(snapshots, stream.last, o, unfit), conflicts: [] };
+    const open = plan.transfers.filter(({ parent, snapshot }) => parent !== null && unfit(parent, snapshot) === undefined);
+    if (open.length > 0) {
+      const parents = open.map(({ parent }) => parent as Snapshot);
+      // One that was edited or deduplicated is mostly not alone.
+      const suspicious = snapshots.some((one) => isThere(one) && changedSince(one, inquiry, verdicts.cleared));
+      const kin = open.flatMap(({ parent, snapshot }) => (related(parent as Snapshot, snapshot, inquiry) === undefined ? [parent as Snapshot, snapshot] : []));
+      await learn(inquiry, (suspicious ? snapshots.filter(isThere) : parents).filter(mayBeEdited), kin);
+      continue;
+    }
+    const lacking = compare === null ? undefined : plan.transfers.find(({ parent, why }) => parent === null && why !== undefined);
+    const nearest = lacking && snapshots.slice(0, snapshots.indexOf(lacking.snapshot)).findLast((one) => mayBeEdited(one) && !verdicts.refused.has(one.uuid) && related(one, lacking.snapshot, inquiry));
+    if (nearest === undefined || served.compared) return plan;
+    served.compared = true;
+    await clear(served, nearest, serving);
+  }
+}
+
+/** Compares a snapshot that may have been edited with its backup, since nothing else that both sides have can be a parent. */
+async function clear({ destination: { id, compare }, verdicts }: Served, snapshot: Snapshot, { inquiry, o, report }: Serving): Promise<void> {
+  const { name, uuid } = snapshot;
+  const ctransid = inquiry.ctransids.get(uuid) as number;
+  log.info(`${name} was changed after it was taken (edited, or only deduplicated): ${o.dryRun ? "would compare" : "comparing"} it with its backup at ${id}, before a difference is made against it`);
+  try {
+    if (o.dryRun || (await compare?.(inquiry.folder, snapshot))) verdicts.cleared = { ...verdicts.cleared, [uuid]: ctransid };
+    else {
+      verdicts.refused.set(uuid, `${name} was edited since it was taken`);
+      report.warning(`${name} differs from its backup at ${id}: one of them was edited, and no difference is made against it; "btrfs-backup verify --snapshot ${shellWord(name)}" tells what differs`);
+    }
+  } catch (error) {
+    if (!(error instanceof Failure)) throw error;
+    verdicts.refused.set(uuid, `${name} may have been edited since it was taken, and cannot be compared with its backup: ${error.message}`);
+  }
+}
+
+/** After a difference that did not fit to what is there: whether the snapshot is to be sent once more, without that parent. */
+async function planAgain(served: Served, error: unknown, { snapshot, parent }: Transfer, serving: Serving): Promise<boolean> {
+  const { destination: { id }, standing, verdicts } = served;
+  if (!(error instanceof BadParent) || parent === null) return false;
+  const find = dataFinder(standing.held);
+  const isSecond = verdicts.refused.get(parent.uuid) === undefined && [...verdicts.refused.values()].some((why) => why.endsWith(DAMAGED));
+  // If another one is no better, in full.
+  for (const one of isSecond ? serving.snapshots.filter((one) => find(one) !== undefined) : [parent]) verdicts.refused.set(one.uuid, `the backup of ${one.name} there ${DAMAGED}`);
+  serving.report.warning(`${id}: ${error.message}; the backup of ${parent.name} there ${DAMAGED}: see "btrfs-backup verify --snapshot ${shellWord(parent.name)} ${shellWord(serving.o.source.id)} ${shellWord(id)}". ${snapshot.name} is sent without it`);
+  served.todo = (await planFor(served, serving)).transfers;
+  return served.todo[0]?.snapshot === snapshot;
+}
+const DAMAGED = "seems to be damaged";
 
 /** Decides what a destination gets, and clears away what broken transfers left. Errors: those of `discard`. */
-async function begin(served: Served, { snapshots, o, report }: Serving): Promise<void> {
+async function begin(served: Served, serving: Serving): Promise<void> {
   const { destination, wanted, standing } = served;
+  const { o, report } = serving;
   const { id } = destination;
   if (!o.transfer) return;
-  const { transfers, conflicts } =
-    destination.stream !== null
-      ? { transfers: planStreams(snapshots, destination.stream.last, o), conflicts: [] }
-      : planTransfers(snapshots, standing, { policy: wanted.policy, incremental: o.incremental, newestOnly: o.newestOnly, now: wallClock(new Date()), fullEvery: wanted.sending.fullEvery });
+  const { transfers, conflicts } = await planFor(served, serving);
   for (const { name, why } of conflicts) report.error(id, new Failure(`${name} is not sent: ${why}; rename or remove it`));
   if (conflicts.length > 0) served.complete = false;
   // All of them, since the next announcement replaces that of a leftover which is not sent again.
@@ -4095,8 +4324,9 @@ async function sendNext(all: readonly Served[], transfer: Transfer, serving: Ser
   const now = wallClock(new Date());
   const lacking = new Map<Served, NoSpace>();
   for (const served of all) {
-    const { destination: { id }, wanted, standing, free } = served;
-    const how = parent !== null ? `difference to ${parent.name}` : !o.incremental ? "in full, as asked" : newestShared(snapshots.slice(0, snapshots.indexOf(snapshot)), standing.held) !== null ? "in full: a new chain" : "in full: no earlier snapshot is on both sides";
+    const { destination: { id }, wanted, standing, free, todo: [next] } = served;
+    const why = next?.why === undefined ? "" : `: ${next.why}`;
+    const how = parent !== null ? `difference to ${parent.name}${why}` : !o.incremental ? "in full, as asked" : why !== "" ? `in full${why}` : newestShared(snapshots.slice(0, snapshots.indexOf(snapshot)), standing.held) !== null ? "in full: a new chain" : "in full: no earlier snapshot is on both sides";
     log.info(`${o.dryRun ? "Would send" : "Sending"} ${snapshot.name} to ${id} (${how})`);
     // Quotas tell how large a full stream is; what is compressed on the way can need less.
     const size = parent === null && wanted.sending.level === "" ? (display.sizes.get(snapshot.uuid) ?? 0) : 0;
@@ -4122,6 +4352,7 @@ async function sendNext(all: readonly Served[], transfer: Transfer, serving: Ser
       const length = served.standing.chained === null ? 0 : chainOf<Entry>(backup, byUuid(served.standing.held)).length;
       if (length > 100 && wanted.sending.fullEvery?.count === 0) report.warning(`${id}: to restore ${snapshot.name} takes ${length} streams, each of them whole; --full-every begins a new chain`);
     } catch (error) {
+      if (await planAgain(served, error, transfer, serving).catch(() => false)) continue;
       served.todo = [];
       served.complete = false;
       report.error(id, error);
@@ -4235,9 +4466,9 @@ async function openAll(all: Served[], wanted: ReadonlyMap<string, Wanted>, sourc
     return opening;
   });
   const results = await Promise.allSettled(openings);
-  for (const [i, [, destination]] of sorted.entries()) {
+  for (const [i, [id, destination]] of sorted.entries()) {
     const result = results[i] as PromiseSettledResult<Destination>;
-    if (result.status === "fulfilled") all.push({ wanted: destination, destination: result.value, standing: result.value.standing, todo: [], complete: true, done: false, pruning: Promise.resolve(), free: result.value.free });
+    if (result.status === "fulfilled") all.push({ wanted: destination, destination: result.value, standing: result.value.standing, todo: [], complete: true, done: false, pruning: Promise.resolve(), free: result.value.free, compared: false, verdicts: { cleared: known.get(id)?.cleared ?? {}, refused: new Map() } });
   }
   for (const [i, [id, destination]] of sorted.entries()) {
     const result = results[i] as PromiseSettledResult<Destination>;
@@ -4252,9 +4483,16 @@ async function openAll(all: Served[], wanted: ReadonlyMap<string, Wanted>, sourc
 /** What a source knows of its destinations, and how to write it down. */
 type Known = { readonly known: Map<string, KnownDestination>; readonly save: () => Promise<void> };
 
+/** What a record says of snapshots that were changed and compared, as long as they are there. */
+function clearedOf(snapshots: readonly Pick<Entry, "uuid">[], cleared: Cleared): Pick<KnownDestination, "cleared"> {
+  const left = Object.entries(cleared).filter(([uuid]) => snapshots.some((one) => one.uuid === uuid));
+  return left.length === 0 ? {} : { cleared: Object.fromEntries(left) };
+}
+
 /** Writes down what a destination shares with the source now. */
-async function remember({ destination: { id, filesystem } }: Served, pin: Memory | null, last: string | null, { memory: { known, save } }: Serving): Promise<void> {
-  if (pin !== null || known.has(id)) known.set(id, { location: id, filesystem, pin: pin && { name: pin.name, uuid: pin.uuid }, last });
+async function remember({ destination: { id, filesystem }, verdicts }: Served, pin: Memory | null, last: string | null, { snapshots, memory: { known, save } }: Serving): Promise<void> {
+  const cleared = clearedOf(snapshots, verdicts.cleared);
+  if (pin !== null || known.has(id)) known.set(id, { location: id, filesystem, pin: pin && { name: pin.name, uuid: pin.uuid }, last, ...cleared });
   await save();
 }
 
@@ -4424,6 +4662,10 @@ async function backUpOpened(source: Source, ahead: Map<string, Ahead>, o: RunOpt
     if (o.transfer && one !== undefined) known.set(id, { ...one, pin: null });
     else known.delete(id);
   }
+  const inquiry = inquiryInto(source);
+  // What is mostly the next parent is looked at while the destinations are opened.
+  const pins = new Set([...wanted.keys()].map((id) => known.get(id)?.pin?.uuid));
+  if (o.transfer && !source.alone) void learn(inquiry, source.snapshots.filter((one) => pins.has(one.uuid) && changedSince(one, inquiry, {}) === undefined), []).catch(() => {});
   const all: Served[] = [];
   let written = JSON.stringify(source.chain);
   let saving: Promise<unknown> = Promise.resolve();
@@ -4463,7 +4705,7 @@ async function backUpOpened(source: Source, ahead: Map<string, Ahead>, o: RunOpt
       } catch (error) {
         report.error(null, error);
       }
-    await serve(all, { source, snapshots, memory: { known, save: saveKnown }, o, report, display, began: Date.now(), jobs: limited(o.jobs) });
+    await serve(all, { source, inquiry, snapshots, memory: { known, save: saveKnown }, o, report, display, began: Date.now(), jobs: limited(o.jobs) });
     // A full disk can keep the record from being written: then what it says still holds as well.
     const saved = await saveKnown().then(() => true, (error) => report.error(null, error));
     const atSource = () => pruneSource(source, snapshots, wanted, [...known.values(), ...(saved ? [] : (source.chain.destinations ?? []))], all, o, report);
@@ -4691,20 +4933,46 @@ async function clearLeftovers(target: Target, only: string | null, o: RestoreOpt
   }
 }
 
-/** Decides what is there already, what is sent, and what moves. Errors: Failure or UsageError for what cannot be done, before anything is changed. */
-function decideRestore(location: Folder, chosen: Snapshot, target: Target, outside: Folder | null, asked: Folder | null, o: RestoreOptions) {
+/** The mount that TARGET is seen through, and the path below it of what has a path from the filesystem's top level. */
+function throughMount(target: Target): { mount: Mount; through: (top: string) => string } {
   const { mount } = placeOn(target.mounts, target.path);
-  const through = (top: string) => join(mount.path, top.slice(mount.root.length === 1 ? 0 : mount.root.length));
+  return { mount, through: (top) => join(mount.path, top.slice(mount.root.length === 1 ? 0 : mount.root.length)) };
+}
+
+/** Whether a location is on the filesystem of TARGET, here: another host's word for being this one would let it choose what is moved here. */
+const isHere = (location: Folder, target: Target) => sameHost(location.host, target.host) && location.hostName === target.hostName && location.place.filesystem === target.place.filesystem;
+
+/** What a receive of LOCATION's could build on where it is restored; `edited`: the UUIDs of what it could not, since it may have been changed. Errors: Failure. */
+type Ground = { readonly there: readonly Subvolume[]; readonly edited: ReadonlySet<string> };
+async function groundOf(location: Folder, target: Target, outside: Folder | null, asked: Folder | null, o: RestoreOptions): Promise<Ground> {
+  const { mount, through } = throughMount(target);
   const folders = asked !== null ? [asked.top] : [target.top, outside?.top ?? join(target.top, target.name, target.inside ?? "")];
   const there = target.subvolumes.filter(({ path, readonly }) => readonly && folders.includes(dirname(`/${path}`)) && isWithin(`/${path}`, mount.root));
-  // Another host's word for being this one would let it choose what is moved here.
-  const here = sameHost(location.host, target.host) && location.hostName === target.hostName && location.place.filesystem === target.place.filesystem;
+  const edited = new Set<string>();
+  const held = dataFinder(location.standing);
+  const taken = isHere(location, target) ? [] : there.filter((one) => held(one) !== undefined && changedSince(one, { ctransids: new Map() }, {}) === undefined);
+  for (const [directory, some] of groupBy(taken, ({ path }) => dirname(`/${path}`))) {
+    const folder = await openFolder(o.target, through(directory), { prefix: location.prefix, wait: "look", hosts: o.hosts });
+    const inquiry = inquiryInto(folder);
+    await learn(inquiry, some.map((one) => ({ ...one, name: basename(one.path) as EntryName, moment: null })), []);
+    const cleared = folder.chain.destinations?.find((known) => known.location === location.id)?.cleared ?? {};
+    for (const one of some) if (changedSince(one, inquiry, cleared)) edited.add(one.uuid);
+  }
+  if (edited.size > 0) log.info(`${o.target.id}: ${count(edited.size, "snapshot")} there may have been edited, and nothing is built on ${edited.size === 1 ? "it" : "them"}; "btrfs-backup verify" tells, and clears`);
+  return { there: there.filter(({ uuid }) => !edited.has(uuid)), edited };
+}
+
+/** Decides what is there already, what is sent, and what moves. Errors: Failure or UsageError for what cannot be done, before anything is changed. */
+function decideRestore(location: Folder, chosen: Snapshot, target: Target, outside: Folder | null, { there, edited }: Ground, unfit: Unfit, o: RestoreOptions) {
+  const { mount, through } = throughMount(target);
+  const here = isHere(location, target);
   const own = here && isSnapshotFolder(location);
   // NAME, where its own data has that name already.
   const standing = outside?.standing.find(({ name, readonly }) => name === chosen.name && readonly) ?? null;
-  const stands = standing !== null && (standing.uuid === chosen.uuid || dataFinder([standing])(chosen) !== undefined);
-  if (!stands && (outside?.entries.has(chosen.name) ?? false)) throw new Failure(`${outside?.path} has something else by the name of ${chosen.name}`);
-  const { present, parent } = stands ? { present: standing, parent: null } : here ? { present: chosen, parent: null } : planRestore(chosen, wholeIn(location), there);
+  const named = standing !== null && (standing.uuid === chosen.uuid || dataFinder([standing])(chosen) !== undefined);
+  const stands = named && !edited.has(standing.uuid);
+  if (!named && (outside?.entries.has(chosen.name) ?? false)) throw new Failure(`${outside?.path} has something else by the name of ${chosen.name}`);
+  const { present, parent, why }: RestorePlan = stands ? { present: standing, parent: null } : here ? { present: chosen, parent: null } : planRestore(chosen, wholeIn(location), there, unfit);
   const pieces = location.store === null || present !== null ? [] : planPieces(chainOf(chosen as Entry as Stream, byUuid(location.store.streams)), there);
   const origin = present === null ? "" : stands ? join((outside as Folder).path, chosen.name) : here ? join(location.path, chosen.name) : through(`/${present.path}`);
   const replaced = target.existing !== null && isWithin(location.top, `/${target.existing.path}`);
@@ -4714,7 +4982,7 @@ function decideRestore(location: Folder, chosen: Snapshot, target: Target, outsi
   const pins = new Set([...chains.values()].flatMap(({ destinations = [] }) => destinations.map(({ pin }) => pin?.uuid)));
   const every = location.standing.filter(({ name, readonly }) => readonly && prefixOf(name) !== null && !name.includes("\n"));
   const moved = !own || outside === location ? [] : replaced ? every : every.filter(({ uuid }) => pins.has(uuid) || (pins.size > 0 && uuid === chosen.uuid));
-  const how = stands || moved.some(({ uuid }) => uuid === chosen.uuid) ? "none" : here ? "plain" : "keep";
+  const how = named || moved.some(({ uuid }) => uuid === chosen.uuid) ? "none" : here ? "plain" : "keep";
   const from = replaced ? join(target.full, location.top.slice(`/${target.existing?.path}`.length)) : through(location.top);
   const movable = replaced || (isWithin(location.top, mount.root) && placeOn(target.mounts, from).top === location.top);
   if (moved.length > 0 && (!movable || (outside !== null && placeOn(target.mounts, outside.path).mount !== mount))) throw new Failure(`the snapshots of ${location.id} can only move to ${o.target.id} below one mount point: mount the top level (subvolid=5), and restore there`);
@@ -4725,7 +4993,7 @@ function decideRestore(location: Folder, chosen: Snapshot, target: Target, outsi
   const [work, before] = [`${target.name}.restoring-${now}`, target.existing === null ? "" : `${target.name}.before-${now}`];
   // A source's own snapshots, and backups on this filesystem, are no destination to be remembered.
   const came = here || isSnapshotFolder(location) ? null : location;
-  return { present, parent, pieces, origin, how, moved, from, to: outside?.path ?? join(target.full, target.inside ?? ""), chains, came, away: own && !replaced, left: replaced ? join(target.path, before) : location.path, twins, work, before };
+  return { present, parent, why, pieces, origin, how, moved, from, to: outside?.path ?? join(target.full, target.inside ?? ""), chains, came, away: own && !replaced, left: replaced ? join(target.path, before) : location.path, twins, work, before };
 }
 
 /** Makes TARGET a writable subvolume with a backup's contents, and lets its next runs go on from there. */
@@ -4742,28 +5010,55 @@ export async function restore(o: RestoreOptions, report: Report): Promise<void> 
     if (asked !== null && asked.place.filesystem !== target.place.filesystem) throw new UsageError(`--parent-from ${o.parentFrom} is not on the filesystem of ${o.target.id}`);
 
     if (location.store === null) compressionBetween(location, target, o.sending.level);
-    const { present, parent, pieces, origin, how, moved, from, to, chains, came, away, left, twins, work, before } = decideRestore(location, chosen, target, outside, asked, o);
+    const ground = await groundOf(location, target, outside, asked, o);
+    const inquiry = inquiryInto(location);
+    const unfit: Unfit = location.store !== null ? () => null : judge(inquiry, { cleared: {}, refused: new Map() }, () => true);
+    const decide = () => decideRestore(location, chosen, target, outside, ground, unfit, o);
+    let decided = decide();
+    for (; decided.parent !== null && unfit(decided.parent, chosen) === undefined; decided = decide()) await learn(inquiry, changedSince(decided.parent, inquiry, {}) === undefined ? [decided.parent] : [], [decided.parent, chosen]);
+    const { present, parent, why, pieces, origin, how, moved, from, to, chains, came, away, left, twins, work, before } = decided;
     if (twins.length > 0) report.warning(`${o.target.id}: ${chosen.name} stands twice on its filesystem then, which can confuse "btrfs receive"; keep one of it and ${twins.map(({ path }) => path).join(", ")}`);
     if (asked !== null && present === null && parent === null) report.warning(`--parent-from ${o.parentFrom}: nothing there is shared with ${location.id}`);
     for (const prefix of o.dryRun ? [] : prefixesIn(moved)) if (prefix !== location.prefix) opened.push(await openFolder(o.location, location.path, { prefix, wait: o.wait, hosts: o.hosts }));
     const sums = location.store === null ? new Map<string, string>() : await readyPieces(location, location.store, pieces, target, o);
     await clearLeftovers(target, null, o);
-    const sent = pieces.length > 0 ? `${count(pieces.length, "stream")}, ${inBytes(pieces.reduce((sum, { bytes }) => sum + bytes, 0))}` : parent !== null ? `difference to ${parent.name}` : "in full";
+    const sent = pieces.length > 0 ? `${count(pieces.length, "stream")}, ${inBytes(pieces.reduce((sum, { bytes }) => sum + bytes, 0))}` : `${parent !== null ? `difference to ${parent.name}` : "in full"}${why === undefined ? "" : `: ${why}`}`;
     log.info(`${o.dryRun ? "Would restore" : "Restoring"} ${chosen.name} from ${location.id} to ${o.target.id} (${present !== null ? "reflinked, nothing is sent" : sent})`);
     if (moved.length > 0) log.info(`${o.dryRun ? "Would move" : "Moving"} ${count(moved.length, "snapshot")} from ${location.path}, so that every destination goes on from ${o.target.id}`);
-    const transfer = { destination: o.target.id, name: chosen.name, parent: parent?.name ?? null };
     if (!o.dryRun) {
       needOurs(target, o.target.id);
       const { output, release } = await hold(target.host, RESTORING, { ...at(target), work, end: `${work} end`, silence: silence(target.host) }, `${work} end`, o.target.id);
       try {
         const holder = output.split("\n")[0] as string;
         const folder = { ...target, path: join(target.path, work), holder, host: behindFence(plainHost(target.host), { ...target, holder }) };
-        if (location.store !== null) await receivePieces(location, location.store, pieces, sums, folder, display, o, report);
+        const discard = async (name: string) => void (await ask(target.host, DISCARD, { ...at(folder), prefix: folder.prefix, name, ...NO_RECORD }, `cannot remove what was received of ${name}`));
+        // What is built on can be damaged; then nothing is.
+        const without = (error: unknown) => {
+          if (!(error instanceof BadParent)) throw error;
+          report.warning(`${o.target.id}: ${error.message}; what it was to build on there ${DAMAGED} (see "btrfs-backup verify"): ${chosen.name} is received in full`);
+        };
+        if (location.store !== null) {
+          const { store } = location;
+          await receivePieces(location, store, pieces, sums, folder, display, o, report).catch(async (error) => {
+            without(error);
+            await discard(pieces[0]?.name as string);
+            const all = chainOf(chosen as Entry as Stream, byUuid(store.streams));
+            await receivePieces(location, store, all, await readyPieces(location, store, all, target, o), folder, display, o, report);
+          });
+        }
         else if (present === null) {
           const form = formBetween(location, target, o.sending);
           const receive = async () => ({ stages: [receiving(folder, chosen.name, form.level, null, o.btrfsDebug)] });
-          const discard = async () => void (await ask(target.host, DISCARD, { ...at(folder), prefix: folder.prefix, name: chosen.name, ...NO_RECORD }, `cannot remove what was received of ${chosen.name}`));
-          report.event("transfer", { ...transfer, ...(await transferTo({ id: o.target.id, form: () => form, receive, discard, tidy: async () => {} }, location, { snapshot: chosen, parent }, display)) });
+          const receiver = { id: o.target.id, form: () => form, receive, discard, tidy: async () => {} };
+          const receiveAs = async (parent: Snapshot | null) => {
+            const sent = await transferTo(receiver, location, { snapshot: chosen, parent }, display);
+            report.event("transfer", { destination: o.target.id, name: chosen.name, parent: parent?.name ?? null, ...sent });
+          };
+          await receiveAs(parent).catch(async (error) => {
+            if (parent === null) throw error;
+            without(error);
+            await receiveAs(null);
+          });
         }
         await ask(target.host, BUILD, { ...at(target), work, origin, target: outside?.path ?? target.inside ?? "", name: chosen.name, how }, `cannot build ${o.target.id}`);
         await settle(target, join(target.path, work, "tree"), outside, chains, chosen, came, o);
@@ -4818,6 +5113,7 @@ async function receivePieces(location: Folder, { verbs, streams }: Store, pieces
     const began = Date.now();
     log.debug(`Receiving ${object}`);
     const { told } = await pipeline([fetch, ...meter(`${i + 1}/${pieces.length} ${name}`, display, o.sending.rate, size), CHECKSUM, ...decrypt, receiving(work, name, compressed ? "1" : "", null, o.btrfsDebug)]).catch((error: Error) => {
+      if (error instanceof BadParent && i === 0 && piece.parentUuid !== null) throw error;
       if (error instanceof Failure && !(error instanceof NoSpace)) throw new Failure(`${location.id}: ${object}: ${error.message}. If it is damaged: ${without(piece)}`);
       throw error;
     });
@@ -5013,6 +5309,7 @@ export async function verify(o: VerifyOptions, report: Report): Promise<void> {
   const [first, ...others] = columns.filter(({ folder }) => !folder?.store);
   const left = first?.folder ?? null;
   const digests = new Map<string, Promise<string>>();
+  const equal = new Map<string, Snapshot[]>();
   for (const { folder: right, id } of left === null ? [] : others) {
     if (left === null || right === null) continue;
     if (samePlace(left, right)) {
@@ -5027,16 +5324,14 @@ export async function verify(o: VerifyOptions, report: Report): Promise<void> {
     if (wanted.length === 0) report.error(id, new Failure(o.snapshot === null ? `nothing complete is shared with ${left.id}` : `${o.snapshot} is not complete on both sides, or not the same snapshot`));
     for (const { name, cells } of wanted) {
       const [ours, theirs] = cells.map((cell) => cell?.entry) as [Snapshot, Snapshot];
-      const digest = (folder: Folder, entry: Snapshot) => ask(folder.host, DIGEST, { ...at(folder), snapshot: entry.name }, `${folder.id}: cannot read ${entry.name}`);
       try {
         log.info(`Reading ${name} in ${left.id} and ${id}`);
-        if (!digests.has(ours.uuid)) digests.set(ours.uuid, digest(left, ours));
-        const both = await Promise.allSettled([digests.get(ours.uuid) as Promise<string>, digest(right, theirs)]);
-        for (const result of both) if (result.status === "rejected") throw result.reason;
-        const [a, b] = both.map((result) => (result.status === "fulfilled" ? result.value.slice(0, 64) : ""));
+        if (!digests.has(ours.uuid)) digests.set(ours.uuid, digestIn(left, ours));
+        const [a, b] = await allOf([digests.get(ours.uuid) as Promise<string>, digestIn(right, theirs)]);
         const differences = a === b ? [] : await compare([left, ours], [right, theirs]);
         compared++;
         report.event("verify", { location: id, name, equal: a === b, sha256: b, differences });
+        if (a === b) equal.set(id, [...(equal.get(id) ?? []), ours]);
         if (a === b) log.info(`${name} in ${id} is equal (SHA-256 ${b})`);
         else report.error(id, new Failure(`${name} differs from ${left.id}: ${differences.slice(0, 10).join("; ")}${differences.length > 10 ? `; and ${differences.length - 10} more` : ""}`));
       } catch (error) {
@@ -5045,7 +5340,28 @@ export async function verify(o: VerifyOptions, report: Report): Promise<void> {
     }
   }
   if (compared === 0) report.error(null, new Failure("nothing was compared"));
+  if (left !== null && equal.size > 0) await rememberEqual(left, equal, o).catch((problem: Error) => log.warn(`the next run may compare once more: ${problem.message}`));
   report.event("summary", { ok: !report.failed, compared });
+}
+
+/** Writes into a source's record which of its snapshots were changed since they were taken, and are what their backups are all the same. Errors: Failure, Busy. */
+async function rememberEqual(source: Folder, equal: ReadonlyMap<string, readonly Snapshot[]>, o: VerifyOptions): Promise<void> {
+  const isKnown = ({ chain }: Folder) => (chain.destinations ?? []).some(({ location }) => equal.has(location));
+  const inquiry = inquiryInto(source);
+  const asked = [...equal.values()].flat().filter((one) => changedSince(one, inquiry, {}) === undefined);
+  if (!isKnown(source) || asked.length === 0 || source.record.unreadable !== null) return;
+  await learn(inquiry, asked, []);
+  if (!asked.some((one) => changedSince(one, inquiry, {}))) return;
+  const folder = await openFolder(o.locations[0] as Readable, source.path, { prefix: source.prefix, wait: 0, hosts: o.hosts });
+  try {
+    const destinations = (folder.chain.destinations ?? []).map((known) => {
+      const changed = (equal.get(known.location) ?? []).filter((one) => changedSince(one, inquiry, {}));
+      return { ...known, ...clearedOf(folder.standing, { ...known.cleared, ...Object.fromEntries(changed.map(({ uuid }) => [uuid, inquiry.ctransids.get(uuid) ?? 0])) }) };
+    });
+    if (isKnown(folder) && !sameRecord(folder.chain, { ...folder.chain, destinations })) await writeRecord(folder, { ...folder.chain, destinations });
+  } finally {
+    await whileCleaning(folder.close);
+  }
 }
 
 /** Reads every stored stream, and compares it with its checksum object. Returns how many could be read. */
@@ -5612,6 +5928,8 @@ const GUARDED: ReadonlyMap<string, Use> = new Map([
   use(SHOW, ["source"], AT),
   use(SNAPSHOT, ["source"], { source: SOURCE_RULE, ...AT, name: DATED }),
   use(SEND, ["source", "read"], { flag: FLAG, ...AT, level: LEVEL, protocol: like(/^[12]?$/), holder: HOLDER, snapshot: STANDING, parent: PARENT, skip: perhaps(BYTES), sum: perhaps(SHA256), uuid: UUID_BYTES, clone: perhaps(UUID_BYTES) }),
+  use(HEADS, ["source", "read"], { ...AT, snapshots: LISTED_NAME }),
+  use(BIRTHS, ["source", "read"], { ...AT, snapshots: LISTED_NAME }),
   use(ESTIMATE, ["source", "read"], { ...AT, snapshot: STANDING, parent: PARENT }),
   use(SIZES, ["read"], { ...AT, names: LISTED_NAME }),
   use(DIGEST, ["read"], { ...AT, snapshot: STANDING }),
@@ -5800,7 +6118,7 @@ export function narrowed(output: string, nonce: string, folder: string): string 
   const ours = (path: string) => `/${path}` === mount.root || [top, ...(source === null ? [] : [source.top])].some((one) => isWithin(`/${path}`, one) || isWithin(one, `/${path}`));
   const near = (path: string) => [place.path, ...(source === null ? [] : [source.path])].some((one) => isWithin(one, path) || isWithin(path, one));
   const lines: Record<string, (text: string) => string[]> = {
-    subvolumes: (text) => listedLines(text, LISTED).filter((match) => ours(match[5] as string)).map(([line]) => line),
+    subvolumes: (text) => listedLines(text, LISTED).filter((match) => ours(match[6] as string)).map(([line]) => line),
     readonly: (text) => listedLines(text, LISTED_READONLY).filter((match) => ours(match[2] as string)).map(([line]) => line),
     mounts: (text) => text.split("\n").filter((line) => near(parseMounts(line)[0]?.path ?? "")),
     filesystems: (text) => text.split("\n").filter((line) => [place.filesystem, source?.filesystem].includes(line.slice(line.lastIndexOf("/") + 1))),
@@ -5818,7 +6136,7 @@ function listedNow(folder: string): Subvolume[] {
     const { status, stdout, stderr } = spawnSync("btrfs", ["subvolume", "list", "-a", ...options, folder], { encoding: "utf8", maxBuffer: 2 ** 30, env: { PATH: `${process.env["PATH"] ?? ""}:/usr/sbin:/sbin`, LC_ALL: "C" } });
     return status === 0 ? stdout.replace(/\n$/, "") : refuse(`the subvolumes cannot be listed: ${stderr}`);
   };
-  return parseSubvolumes(list("-u", "-q", "-R"), list("-r"));
+  return parseSubvolumes(list("-c", "-u", "-q", "-R"), list("-r"));
 }
 
 /** Whether a stream may begin that subvolume, in a folder as it is now. Errors: Refused. */

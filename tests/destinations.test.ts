@@ -332,7 +332,7 @@ test("a user's subvolume with a line break in its name cannot pass for a snapsho
   const { source, snapshots, destination, a } = pair();
   await expectRun(0, [source, destination]);
   const [name] = snapshotNames(snapshots) as [string];
-  const lines = [`x\nID 1 gen 1 boo`, `y\nID 9999 gen 1 top level 5 parent_uuid - received_uuid - uuid 11111111-1111-1111-1111-111111111111 path home`];
+  const lines = [`x\nID 1 gen 1 boo`, `y\nID 9999 gen 1 cgen 1 top level 5 parent_uuid - received_uuid - uuid 11111111-1111-1111-1111-111111111111 path home`];
   sh(`btrfs -q subvolume create "$1/$2" >/dev/null`, a.path, lines[0] as string);
   await nextSecond();
   await expectRun(0, [source, destination]);

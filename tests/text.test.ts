@@ -51,14 +51,14 @@ const U = (n: number) => `${String(n).padStart(8, "0")}-aaaa-bbbb-cccc-012345678
 
 describe("btrfs subvolume list", () => {
   const line = (id: number, path: string, { parent = "-", received = "-", uuid = U(id) } = {}) =>
-    `ID ${id} gen 12 top level 5 parent_uuid ${parent.padEnd(36)} received_uuid ${received.padEnd(36)} uuid ${uuid} path ${path}`;
+    `ID ${id} gen 12 cgen 7 top level 5 parent_uuid ${parent.padEnd(36)} received_uuid ${received.padEnd(36)} uuid ${uuid} path ${path}`;
   const readonly = (id: number, path: string) => `ID ${id} gen 12 top level 5 path ${path}`;
 
   test("every field is read, and a dash is no UUID", () => {
     const all = [line(256, "home"), line(300, "<FS_TREE>/home/snapshot/20240101-000000", { parent: U(256), received: U(7) })].join("\n");
     expect(parseSubvolumes(all, readonly(300, "<FS_TREE>/home/snapshot/20240101-000000"))).toEqual([
-      { id: 256, path: "home", uuid: U(256), parentUuid: null, receivedUuid: null, readonly: false },
-      { id: 300, path: "home/snapshot/20240101-000000", uuid: U(300), parentUuid: U(256), receivedUuid: U(7), readonly: true },
+      { id: 256, path: "home", uuid: U(256), parentUuid: null, receivedUuid: null, readonly: false, cgen: 7 },
+      { id: 300, path: "home/snapshot/20240101-000000", uuid: U(300), parentUuid: U(256), receivedUuid: U(7), readonly: true, cgen: 7 },
     ]);
   });
 
@@ -74,7 +74,7 @@ describe("btrfs subvolume list", () => {
     ["a line without UUIDs", readonly(256, "home"), ""],
     ["no UUID where one should be", line(256, "home", { uuid: "unknown" }), ""],
     ["an upper-case UUID, which btrfs never prints", line(256, "home", { uuid: U(256).toUpperCase() }), ""],
-    ["fields in another order", `ID 256 gen 12 cgen 3 top level 5 uuid ${U(256)} path home`, ""],
+    ["fields in another order", `ID 256 cgen 3 gen 12 top level 5 uuid ${U(256)} path home`, ""],
     ["an error message where the read-only ones should be", line(256, "home"), "ERROR: cannot"],
   ])("%s is an error, not a guess", (_, all, readonlyOnes) => expect(() => parseSubvolumes(all, readonlyOnes)).toThrow(Failure));
 });
@@ -535,7 +535,7 @@ test("a place whose fsid has only decimal digits is on btrfs all the same", () =
   const [a, b, c, d] = [0x12345678, 0x90123456, 0, 0];
   const fsid = (((BigInt(a) ^ BigInt(c)) << 32n) | (BigInt(b) ^ BigInt(d))) ^ 0n;
   const section = (name: string, text: string) => `\nN ${name}\n${text}\n`;
-  const listed = `ID 256 gen 7 top level 5 parent_uuid -${" ".repeat(35)} received_uuid -${" ".repeat(35)} uuid ${U(1)} path mnt`;
+  const listed = `ID 256 gen 7 cgen 7 top level 5 parent_uuid -${" ".repeat(35)} received_uuid -${" ".repeat(35)} uuid ${U(1)} path mnt`;
   const output = section("mounts", "44 27 0:41 /mnt /mnt rw - btrfs /dev/loop1 rw") + section("filesystems", uuid) + section("folder", "/mnt") + section("inodes", "256 0") + section("places", `${(fsid ^ 0x100n).toString(16)} 9123683e 10 4096`) + section("subvolumes", listed) + section("end", "");
   expect((fsid ^ 0x100n).toString(16)).toMatch(/^\d+$/);
   expect(parseInspection(output, "N", "/mnt").place).toMatchObject({ path: "/mnt", inode: 256, filesystem: uuid, root: 256 });
