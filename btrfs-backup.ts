@@ -121,6 +121,8 @@ class Stalled extends Failure {}
 class Killed extends Failure {}
 /** The name is taken. */
 class Taken extends Failure {}
+/** A restore was interrupted when it had begun to change names: see FINISH. */
+class Unfinished extends Failure {}
 /** The transfer's receiving side has no space left. */
 export class NoSpace extends Failure {}
 /** What the receiving side has as the parent is not what the difference was made against. */
@@ -789,6 +791,7 @@ function failureOf(host: Host, what: string, result: { exitCode: number | null; 
   if (result.exitCode === 64) return new UsageError(said);
   if (result.exitCode === 75) return new Busy(message);
   if (result.exitCode === 76) return new Taken(message);
+  if (result.exitCode === 78) return new Unfinished(said);
   if (result.exitCode === 66) return new Absent(message);
   const unreachable = /No route|timed out|Timeout, server|refused|not resolve|unreachable|Host is down|Broken pipe|mux_client|Connection .*(closed|reset)/i;
   return host.ssh !== null && result.exitCode === 255 && unreachable.test(said) ? new Unreachable(message) : new Failure(message);
@@ -1360,11 +1363,17 @@ const OPEN = verb("open", "nonce wait folder prefix source kind silence", sh`
   }
 
   # SOURCE, if there is one: from here on by its real path.
+  unfinished() {
+    for file in "$source".restoring-*/.btrfs-backup.finishing; do
+      if [ -f "$file" ]; then line "a restore was interrupted, and is not finished: $file" >&2; exit 78; fi
+    done
+  }
   if [ -n "$source" ]; then
-    [ -d "$source" ] || { line "no such directory: $source" >&2; exit 64; }
+    [ -d "$source" ] || { unfinished; line "no such directory: $source" >&2; exit 64; }
     cd -P -- "$source"
     [ "$PWD" = "$source" ] || follow "$source"
     source=$PWD
+    [ "$wait" = look ] || unfinished
     say source; line "$source"
   fi
 
@@ -1402,11 +1411,11 @@ const OPEN = verb("open", "nonce wait folder prefix source kind silence", sh`
   # One process for all that is of the same kind. Of files only the owner counts.
   say user; user_id; line "$user"
   say inodes; stat -c "%i %u %A" \${source:+"$source"} . "$@"
-  places=$(stat -f -c "%i %t %a %S" \${source:+"$source"} .)
+  places=$(stat -f -c "%i %t %a %S %b" \${source:+"$source"} .)
   say places; echo "$places"
-  # shellcheck disable=SC2086 # four words a line, and those of SOURCE come first
+  # shellcheck disable=SC2086 # five words a line, and those of SOURCE come first
   set -- $places
-  [ $# = 4 ] || shift 4
+  [ $# = 5 ] || shift 5
   btrfs=
   if [ "$kind" = streams ]; then :; elif [ "$2" = ${BTRFS_MAGIC} ]; then btrfs=btrfs; fi
 
@@ -1838,6 +1847,7 @@ const BEHIND = sh`
 const CLEAR = verb("clear", "folder fsid work ids paths...", sh`
   at "$folder" "$fsid"
   if [ -d "./$work" ] && [ -z "$(find "./$work" -prune -type l)" ]; then :; else exit 0; fi
+  [ -f "./$work/.btrfs-backup.finishing" ] && exit 0
   [ -f "./$work/.btrfs-backup.restoring" ] ||
     { rmdir "./$work" 2>/dev/null || line "$here/$work is not from a restore, and stays" >&2; exit 0; }
   (
@@ -1909,69 +1919,128 @@ const BUILD = verb("build", "folder fsid work origin target name how", sh`
 `);
 
 /**
- * Gives WORK/tree its name `target`, and what had it the name `before`, unless that is empty. Then each NAME of standard
- * input moves between the folders `from` and `to`: two lines each, `move` or `copy` and the name, "end" last. A snapshot that
- * is made writable for it keeps its UUID; one that was received would lose the received UUID, so it is replaced by a
- * `copy`. All in one verb, which goes on when the program is killed, and begins only when it knows everything; one that is
- * being sent cannot be made writable, and ends it before that. Prints what could not move.
+ * Gives a tree in `work` the name of TARGET, what has that now its own with the time of the restore, and moves snapshots from one folder
+ * to another. What is to be done comes as lines of input: these folders, `old` or `new`, HOW and NAME in turn (`move`, or `copy` for what was received,
+ * which would lose its received UUID), and `end`. It stands in a file until it is done, so that it can be gone on with, `how` being empty,
+ * wherever it was interrupted. Prints where the snapshots
+ * are to be, the names of those that cannot move, and `end`; nothing if there is nothing to be finished.
  */
-const FINISH = verb("finish", "folder fsid work target before from to", sh`
+const FINISH = verb("finish", "folder fsid work how", sh`
   ${BEHIND}
+  ${COMPLETE}
   at "$folder" "$fsid"
-  how=
+  list=./$work/.btrfs-backup.finishing
+  if [ "$how" = begin ]; then
+    (
+      cd "./$work"
+      into .btrfs-backup.told
+      [ "$(tail -n 1 .btrfs-backup.told)" = end ]
+      mv -T .btrfs-backup.told .btrfs-backup.finishing
+    )
+    # What is restored is on the disk before anything else loses its name.
+    b filesystem sync . >/dev/null
+  elif [ -f "$list" ] && [ -z "$(find "$list" -prune -type l)" ]; then
+    :
+  else
+    exit 0
+  fi
+  opened "$list"
+  own_file /proc/self/fd/6
+  exec 9<&6 6<&-
+  flock -w 10 9 || { line "another restore is at work in $here/$work" >&2; exit 75; }
+
+  IFS= read -r from <&9
+  IFS= read -r to <&9
+  read -r kind <&9
   set --
-  while read -r how; do
-    if [ "$how" = end ]; then break; fi
-    IFS= read -r name
-    set -- "$@" "$how" "$name"
+  while read -r one <&9; do
+    if [ "$one" = end ]; then break; fi
+    IFS= read -r name <&9
+    set -- "$@" "$one" "$name"
   done
-  [ "$how" = end ]
+  [ "$one" = end ]
+  line "$to"
   behind "$from"
   from=$behind
   behind "$to"
   to=$behind
+  target=\${work%.restoring-*}
+  before=
+  if [ "$kind" = old ]; then before=$target.before-\${work##*.restoring-}; fi
 
   # each COMMAND HOW NAME...
   each() {
     command=$1
     shift
-    while [ $# -gt 0 ]; do "$command" "$1" "$2"; shift 2; done
+    while [ $# -gt 0 ]; do
+      "$command" "$1" "$2" || return
+      shift 2
+    done
   }
+  stands() { [ -e "./$1" ] || [ -L "./$1" ]; }
+  free() { if stands "$1"; then line "$here/$1 exists" >&2; return 76; fi; }
+  # give_up STATUS: as if it had not begun.
+  give_up() {
+    if [ "$how$unsettled" = begin ]; then rm -f "$list"; fi
+    exit "$1"
+  }
+  # Whether all can move is known before the first name changes: what is being sent cannot be made writable.
+  unsettled=
   try() {
-    [ "$1" = copy ] || { b property set -ts "$from/$2" ro false; b property set -ts "$from/$2" ro true; }
+    if [ "$1" = copy ]; then return; fi
+    if b property set -ts "$from/$2" ro false && b property set -ts "$from/$2" ro true; then return; fi
+    b property set -ts "$from/$2" ro true || unsettled=yes
+    return 1
   }
-  each try "$@"
-
-  free() { if [ -e "./$1" ] || [ -L "./$1" ]; then line "$here/$1 exists" >&2; exit 76; fi; }
-  if [ -n "$before" ]; then
-    free "$before"
-    mv -T -- "./$target" "./$before"
+  if [ "$how" = begin ]; then each try "$@" || give_up 1; fi
+  if stands "$work/tree"; then
+    if [ -n "$before" ] && stands "$target"; then
+      free "$before" || give_up 76
+      mv -T -- "./$target" "./$before" || give_up 1
+    fi
+    free "$target" || give_up 76
+    mv -T -- "./$work/tree" "./$target" || {
+      [ -z "$before" ] || mv -T -- "./$before" "./$target"
+      give_up 1
+    }
   fi
-  free "$target"
-  mv -T -- "./$work/tree" "./$target" || { [ -z "$before" ] || mv -T -- "./$before" "./$target"; exit 1; }
   case $from/ in
     "$PWD/$target"/*) [ -z "$before" ] || from=$PWD/$before\${from#"$PWD/$target"};;
   esac
-  rm -f "./$work"/.btrfs-backup.*
-  rmdir "./$work" || :
 
-  # carry HOW NAME: moves one, and prints its name if it could not.
+  # shown FIELD PATH
+  shown() { b subvolume show "$2" | sed -n "s/^[[:space:]]*$1:[[:space:]]*//p"; }
+  duplicate() {
+    if [ -e "$to/$1" ] || [ -L "$to/$1" ]; then
+      [ "$(shown "Parent UUID" "$to/$1")" = "$(shown UUID "$from/$1")" ]
+    else
+      b subvolume snapshot -r "$from/$1" "$to/$1" >&2
+    fi
+  }
+  # carry HOW NAME: moves one, however far that had come, and prints its name if it cannot.
   carry() {
-    if [ "$1" = copy ]; then
-      b subvolume snapshot -r "$from/$2" "$to/$2" >&2 && delete_one "$from/$2" any >&2
-    elif b property set -ts "$from/$2" ro false; then
-      if mv -T -- "$from/$2" "$to/$2"; then
-        b property set -ts "$to/$2" ro true
+    if [ "$1 $(cd "$from/$2" 2>/dev/null && echo there)" = "copy there" ]; then
+      duplicate "$2" && delete_one "$from/$2" any >&2
+    elif [ -d "$from/$2" ]; then
+      if b property set -ts "$from/$2" ro false; then
+        if mv -T -- "$from/$2" "$to/$2"; then
+          b property set -ts "$to/$2" ro true
+        else
+          b property set -ts "$from/$2" ro true
+          false
+        fi
       else
-        b property set -ts "$from/$2" ro true
         false
       fi
     else
-      false
+      [ "$1" = copy ] || b property set -ts "$to/$2" ro true
     fi || line "$2"
   }
   each carry "$@"
   b filesystem sync . >/dev/null
+  rm -f "./$work"/.btrfs-backup.*
+  rmdir "./$work" || :
+  echo end
 `);
 
 // ── looking into trees ──
@@ -2451,8 +2520,8 @@ function rootOf(top: string, subvolumes: readonly Subvolume[]): number {
   return above.reduce((deepest, one) => (one.path.length > deepest.path.length ? one : deepest), { id: 5, path: "" }).id;
 }
 
-/** A directory that was looked at. `filesystem` is null where it is not btrfs; `fsid` is the kernel's, of its subvolume; `free`: bytes there. */
-export type Place = { readonly path: string; readonly inode: number; readonly fsid: string; readonly filesystem: string | null; readonly root: number; readonly free: number };
+/** A directory that was looked at. `filesystem` is null where it is not btrfs; `fsid` is the kernel's, of its subvolume; `free` and `size`: bytes there. */
+export type Place = { readonly path: string; readonly inode: number; readonly fsid: string; readonly filesystem: string | null; readonly root: number; readonly free: number; readonly size: number };
 
 /** All that `open` tells. `exists` is false for a folder that would have to be made; then `place` is its parent. */
 export type Inspection = {
@@ -2523,7 +2592,7 @@ function checkAnswer(output: string, nonce: string, { source = "" }: Pick<Openin
   const path = /^\/[^\0]*$/;
   const shapes: Record<string, RegExp> = {
     source: path, folder: path, missing: path, host: /^[^\n\0]+$/, user: /^\d+$/, locked: /^\d+$/, fence: /^(yes)?$/, roots: /^(\d+\n)*\d+$/,
-    inodes: /^(\d+ \d+ \S+\n)*\d+ \d+ \S+$/, places: /^([0-9a-f]+ [0-9a-f]+ \d+ \d+\n)*[0-9a-f]+ [0-9a-f]+ \d+ \d+$/,
+    inodes: /^(\d+ \d+ \S+\n)*\d+ \d+ \S+$/, places: /^([0-9a-f]+ [0-9a-f]+ \d+ \d+ \d+\n)*[0-9a-f]+ [0-9a-f]+ \d+ \d+ \d+$/,
   };
   for (const [name, shape] of Object.entries(shapes)) {
     const text = sections.get(name);
@@ -2549,13 +2618,13 @@ export function parseInspection(output: string, nonce: string, folder: string): 
   const roots = alone ? section("roots").split("\n").map(Number) : seen.map(({ top }) => rootOf(top, subvolumes));
   const mounted = new Map(section("filesystems").split("\n").map((line) => [line.slice(line.lastIndexOf("/") + 1), line.split(" ")[0] ?? ""]));
   const places = paths.map((path, i): Place => {
-    const [[inode = ""] = [], [fsid = "", type, blocks, size] = []] = [inodes[i], shown[i]];
+    const [[inode = ""] = [], [fsid = "", type, blocks, size, all] = []] = [inodes[i], shown[i]];
     if (path === "" || !/^\d+$/.test(inode) || !/^[0-9a-f]+$/.test(fsid)) throw new Failure(`cannot read what "stat" printed of ${path}: ${inode} ${fsid}`);
     const root = type === BTRFS_MAGIC && !sections.has("files") ? (roots[i] ?? 0) : 0;
     // SOURCE can lie on another filesystem than the one whose subvolumes were listed, which is an error anyway.
     const filesystem = root === 0 ? null : (filesystemOf(fsid, root, [...mounted.keys()]) ?? (i === 0 && paths.length > 1 ? `with the ID ${fsid}` : null));
     if (root !== 0 && filesystem === null) throw new Failure(`${path}: its filesystem is not in /sys/fs/btrfs`);
-    return { path, inode: Number(inode), fsid, filesystem, root, free: Number(blocks) * Number(size) };
+    return { path, inode: Number(inode), fsid, filesystem, root, free: Number(blocks) * Number(size), size: Number(all) * Number(size) };
   });
   const here = places.at(-1) as Place;
   const source = places.length > 1 ? { ...(places[0] as Place), top: seen[0]?.top as string } : null;
@@ -2630,6 +2699,8 @@ export type ChainRecord = {
   /** UUIDs of backups that are another source's: never pruned. */
   readonly strangers?: readonly string[];
   readonly destinations?: readonly KnownDestination[];
+  /** Names that the clock leapt to, and that --adopt-clock vouched for. */
+  readonly leaps?: readonly string[];
   /** The destinations were written by a guarded key, which must not be believed. */
   readonly guarded?: true;
 };
@@ -2676,13 +2747,14 @@ export function parseRecord(text: string): RecordFile {
 }
 
 function checkChain(chain: ChainRecord): void {
-  const { owner, receiving, since, strangers, destinations, guarded } = chain;
+  const { owner, receiving, since, strangers, destinations, leaps = [], guarded } = chain;
   const isText = (value: unknown) => typeof value === "string";
   const fine =
     Object.getPrototypeOf(chain) === Object.prototype &&
     (owner === undefined || [owner.uuid, owner.host, owner.path].every(isText)) &&
     [receiving, since].every((text) => text === undefined || isText(text)) &&
     (guarded === undefined || guarded === true) &&
+    Array.isArray(leaps) && leaps.every(isText) &&
     (strangers === undefined || (Array.isArray(strangers) && strangers.every(isText))) &&
     (destinations === undefined || (Array.isArray(destinations) && destinations.every((d) => isText(d.location) && [d.filesystem, d.last].every((v) => v === null || isText(v)) && (d.receiving === undefined || Array.isArray(d.receiving)) && (d.cleared === undefined || Object.values(d.cleared).every((n) => Number.isSafeInteger(n))) && (d.pin === null || (isText(d.pin.name) && isText(d.pin.uuid))))));
   if (!fine) throw new Error("a field is not what it should be");
@@ -2813,7 +2885,7 @@ async function openRemote({ id }: Readable, path: string, { prefix, hosts, unver
   const listed = await ask(host, RCLONE.list, { folder: path }, id);
   const [, type = "", files = ""] = /^(.*?)\n(?:\n)?(.*)$/s.exec(listed) ?? [];
   const store = { ...parseStreams(parseFiles(files), unverified), verbs: RCLONE, type: path.startsWith(":") ? (/^:([^,:]+)/.exec(path)?.[1] ?? "") : type };
-  const place = { path, inode: 0, fsid: "", filesystem: null, root: 0, free: Infinity };
+  const place = { path, inode: 0, fsid: "", filesystem: null, root: 0, free: Infinity, size: Infinity };
   const nothing = { source: null, mounts: [], subvolumes: [], alone: false, entries: new Set<string>(), record: parseRecord(""), old: parseOldRecord(""), written: new Map<string, number>(), zstd: false, protocol: 1 };
   return withPrefix({ ...nothing, id, host, hostName: "", path, place, top: "", exists: true, locked: true, holder: "", since: "", user: "", trusted: true, fenced: false, strange: "", store, standing: store.streams, close: async () => {} }, prefix);
 }
@@ -3394,6 +3466,59 @@ export function retain<T extends Dated>(entries: readonly T[], policy: Policy | 
   return entries.map((entry, i) => ({ entry, reasons: reasons[i] ?? [] }));
 }
 
+/** How far a clock may go by itself: forward with nothing taken meanwhile, back by the widest change of zone. */
+const LEAP = { forward: 30 * DURATION.d, times: 10, back: 26 * DURATION.h };
+
+/**
+ * Where the clock leapt, as the names of what was taken tell, which are in the order in which that was done: forward if it is more than 30
+ * days, and more than ten times the longest time between others until then, after the newest of these; back if it is more than 26 hours.
+ */
+export function leapsAmong(entries: readonly Dated[]): number[] {
+  const leaps: number[] = [];
+  let [newest, longest] = [entries[0]?.time ?? 0, 0];
+  for (let i = 1; i < entries.length; i++) {
+    const { time } = entries[i] as Dated;
+    const ahead = time - newest;
+    if ((ahead > LEAP.forward && ahead > LEAP.times * longest) || time < (entries[i - 1] as Dated).time - LEAP.back) leaps.push(i);
+    longest = Math.max(longest, ahead);
+    newest = Math.max(newest, time);
+  }
+  return leaps;
+}
+
+/** How many different days it takes to believe a clock again, and how many entries from before it leapt stay then at first. */
+const BELIEVED = { days: 3, stay: 3 };
+const LEAPT = "the clock leapt: ";
+
+/**
+ * Keeps what only a wrong clock would let go: by hours to years, nothing goes until there are entries of three days since it leapt, and
+ * in that deletion the three newest from before stay. `adopted`: names that it leapt to, and that somebody vouches for.
+ */
+function despiteLeaps<T extends Dated>(decisions: readonly Decision<T>[], policy: Policy | null, adopted: readonly string[]): Decision<T>[] {
+  const all = decisions.map(({ entry }) => entry);
+  const reasons = decisions.map((decision) => [...decision.reasons]);
+  for (const leap of policy === null || policy.firstOf.length + policy.within.length === 0 ? [] : leapsAmong(all)) {
+    const { name } = all[leap] as T;
+    const days = new Set(all.slice(leap).map(({ time }) => period(time, "d"))).size;
+    const isBelieved = days >= BELIEVED.days || adopted.includes(name);
+    const newest = reasons.slice(Math.max(0, leap - BELIEVED.stay), leap);
+    const older = reasons.slice(0, leap - newest.length);
+    const isFirst = days <= BELIEVED.days || older.some((why) => why.length === 0);
+    const held = !isBelieved ? reasons : isFirst ? newest : [];
+    for (const why of held) if (why.length === 0) why.push(isBelieved ? `one of the newest ${BELIEVED.stay} from before the clock leapt` : LEAPT + name);
+  }
+  return decisions.map(({ entry }, i) => ({ entry, reasons: reasons[i] ?? [] }));
+}
+
+/** The names that the clock leapt to in some rows of entries, and those of `before` that still stand there. */
+export function leapNames(rows: readonly (readonly Dated[])[], before: readonly string[] = []): string[] {
+  const stands = before.filter((name) => rows.some((row) => row.some((one) => one.name === name)));
+  return [...new Set([...stands, ...rows.flatMap((row) => leapsAmong(row).map((i) => (row[i] as Dated).name))])];
+}
+
+/** What the clock leapt to, where that keeps everything. */
+export const leaptTo = (decisions: readonly Decision<Dated>[]) => decisions.find(({ reasons }) => reasons[0]?.startsWith(LEAPT))?.reasons[0]?.slice(LEAPT.length) ?? null;
+
 /** The newest snapshot, in the source's order, whose data is held by one of `held`. */
 export function newestShared(snapshots: readonly Snapshot[], held: readonly Subvolume[]): Snapshot | null {
   const find = dataFinder(held);
@@ -3545,7 +3670,7 @@ type Kept = Pick<Standing, "backups" | "copied" | "chained">;
  * The newest backup, the newest that the source still has (the pin) and what was copied on last stay, whatever
  * the policy; and of streams all that these build on.
  */
-export function planDestination(snapshots: readonly Snapshot[], { backups, copied, chained }: Kept, policy: Policy | null, now: number): Decision<Backup>[] {
+export function planDestination(snapshots: readonly Snapshot[], { backups, copied, chained }: Kept, policy: Policy | null, now: number, adopted: readonly string[] = []): Decision<Backup>[] {
   const find = dataFinder(backups);
   const rank = new Map<string, number>();
   snapshots.forEach((snapshot, i) => {
@@ -3554,11 +3679,8 @@ export function planDestination(snapshots: readonly Snapshot[], { backups, copie
   });
   const pin = snapshots.findLast((snapshot) => find(snapshot) !== undefined);
   const pinned = pin && find(pin);
-  const decisions = retain(
-    arrange(backups, ({ uuid }) => rank.get(uuid)),
-    policy,
-    now,
-  ).map(({ entry, reasons }) => {
+  const ordered = arrange(backups, ({ uuid }) => rank.get(uuid));
+  const decisions = despiteLeaps(retain(ordered, policy, now), policy, adopted).map(({ entry, reasons }) => {
     const shared = [...(entry === pinned ? ["the source"] : []), ...(copied.has(entry.uuid) ? [copied.get(entry.uuid)] : [])];
     return { entry, reasons: [...reasons, ...shared.map((side) => `shared with ${side}`)] };
   });
@@ -3597,16 +3719,34 @@ export type Claimant = {
  * What retention does at the source. Every known destination's pin stays; while one that has no pin,
  * or one that is gone (a restored record is old), could not be read, everything does.
  */
-export function planSource(snapshots: readonly Snapshot[], policy: Policy | null, claimants: readonly Claimant[], now: number): Decision<Snapshot>[] {
+export function planSource(snapshots: readonly Snapshot[], policy: Policy | null, claimants: readonly Claimant[], now: number, { adopted = [], full = false }: SourceState = {}): Decision<Snapshot>[] {
   const extra = new Map<string, string[]>(snapshots.map(({ uuid }) => [uuid, []]));
   for (const { id, pin, unread, unsentPolicy } of claimants) {
     const pinned = snapshots.findIndex(({ uuid }) => uuid === pin?.uuid);
     if (pinned !== -1) extra.get(snapshots[pinned]?.uuid ?? "")?.push(`shared with ${id}`);
     if (unread && pinned === -1) for (const reasons of extra.values()) reasons.push(`nothing is known of ${id} yet`);
     if (unsentPolicy === null) continue;
-    retain(snapshots, unsentPolicy.policy, now).forEach(({ entry, reasons }, i) => i > pinned && reasons.length > 0 && extra.get(entry.uuid)?.push(`not yet sent to ${id}`));
+    retain(snapshots, unsentPolicy.policy, now).forEach(({ entry, reasons }, i) => i > pinned && reasons.length > 0 && extra.get(entry.uuid)?.push(UNSENT + id));
   }
-  return retain(snapshots, policy, now).map(({ entry, reasons }) => ({ entry, reasons: [...reasons, ...(extra.get(entry.uuid) ?? [])] }));
+  const decisions = despiteLeaps(retain(snapshots, policy, now), policy, adopted).map(({ entry, reasons }) => ({ entry, reasons: [...reasons, ...(extra.get(entry.uuid) ?? [])] }));
+  const unsent = decisions.filter(({ reasons }) => reasons.length > 0 && reasons.every((reason) => reason.startsWith(UNSENT)));
+  const lost = new Set(full ? unsent.slice(0, Math.ceil(unsent.length / 2)) : []);
+  return decisions.map((decision) => (lost.has(decision) ? { ...decision, reasons: [] } : decision));
+}
+
+/** What else retention at a source goes by. `adopted`: see despiteLeaps; `full`: there is hardly any space left, so the older half of what is only kept to be sent goes. */
+export type SourceState = { readonly adopted?: readonly string[]; readonly full?: boolean };
+
+const UNSENT = "not yet sent to ";
+/** How many snapshots are kept only because a destination has not got them yet, by its ID, and the oldest of these. */
+export function unsentIn(decisions: readonly Decision<Snapshot>[]): Map<string, { count: number; oldest: string }> {
+  const unsent = new Map<string, { count: number; oldest: string }>();
+  for (const { entry, reasons } of decisions)
+    for (const reason of reasons.length > 0 && reasons.every((one) => one.startsWith(UNSENT)) ? reasons : []) {
+      const id = reason.slice(UNSENT.length);
+      unsent.set(id, { count: (unsent.get(id)?.count ?? 0) + 1, oldest: unsent.get(id)?.oldest ?? entry.name });
+    }
+  return unsent;
 }
 
 /** A snapshot in a row of one table: `whole` can be given back, `other` is other data by the row's name. */
@@ -3706,10 +3846,10 @@ If /etc/fstab has subvolid= for it, write subvol=${root.slice(1)} instead; if it
  * What may go now to make room for the first of the transfers to come: what the policy drops once
  * it is there, but never the newest backup of now, the pin, or a parent of one to come.
  */
-export function planRoom(snapshots: readonly Snapshot[], { backups, copied, chained }: Kept, coming: readonly Transfer[], policy: Policy | null, now: number): Backup[] {
+export function planRoom(snapshots: readonly Snapshot[], { backups, copied, chained }: Kept, coming: readonly Transfer[], policy: Policy | null, now: number, adopted: readonly string[] = []): Backup[] {
   const find = dataFinder(backups);
   const then = [...backups, ...coming.slice(0, 1).map(({ snapshot }) => arrived(snapshot))];
-  const later = new Set(planDestination(snapshots, { backups: then, copied, chained }, policy, now).filter(({ reasons }) => reasons.length === 0).map(({ entry }) => entry));
+  const later = new Set(planDestination(snapshots, { backups: then, copied, chained }, policy, now, adopted).filter(({ reasons }) => reasons.length === 0).map(({ entry }) => entry));
   const parents = coming.map(({ parent }) => parent && find(parent));
   const [newest, pin] = [planDestination(snapshots, { backups, copied, chained }, policy, now).at(-1)?.entry, newestShared(snapshots, backups)];
   const stays = [...parents, newest, pin && find(pin)].filter((backup) => backup !== null && backup !== undefined);
@@ -4007,6 +4147,18 @@ export type RunOptions = ReturnType<typeof runOptions>;
 
 /** A subvolume with its snapshot folder. */
 type Source = Folder & { readonly identity: Identity; readonly subvolume: string; readonly owned: ChainRecord };
+
+/** Opens SOURCE, when what an interrupted restore of it began is finished. Errors: those of openSource. */
+async function openFinished(o: Parameters<typeof openSource>[0], locked?: () => void): Promise<Source> {
+  try {
+    return await openSource(o, locked);
+  } catch (error) {
+    const [, path] = (error instanceof Unfinished && /: (\/.*)\.restoring-\d{8}-\d{6}\/\.btrfs-backup\.finishing$/s.exec(error.message)) || [];
+    if (path === undefined || o.dryRun) throw error;
+    await finishRestores(o.source, path, o.hosts);
+    return openSource(o, locked);
+  }
+}
 
 /** Opens SOURCE and locks its snapshot folder. Errors: UsageError for a SOURCE that cannot be one, Busy. */
 async function openSource(o: Pick<RunOptions, "source" | "snapshotFolder" | "prefix" | "hosts" | "wait" | "dryRun" | "adopt" | "fsChecks">, locked?: () => void): Promise<Source> {
@@ -4363,7 +4515,7 @@ async function sendNext(all: readonly Served[], transfer: Transfer, serving: Ser
 /** Where there was no space for a transfer, deletes what the policy would delete afterwards, and sends once more. Errors: the one that was given, those of a transfer. */
 async function withRoom(served: Served, error: unknown, { source, snapshots, o, report, display }: Serving, now: number): Promise<Sent> {
   const { destination, wanted, todo } = served;
-  const going = error instanceof NoSpace && o.makeRoom && destination.frozen === null ? planRoom(snapshots, served.standing, todo, wanted.policy, now) : [];
+  const going = error instanceof NoSpace && o.makeRoom && destination.frozen === null ? planRoom(snapshots, served.standing, todo, wanted.policy, now, source.owned.leaps) : [];
   if (going.length === 0 || o.dryRun) throw error;
   const [transfer] = todo as [Transfer];
   await removeFrom(served, going, "to make room", o, report, true);
@@ -4408,12 +4560,19 @@ function limited(most: number): Serving["jobs"] {
   };
 }
 
+/** Says why nothing is deleted where the clock leapt. */
+function warnOfLeap(decisions: readonly Decision<Dated>[], id: string, report: Report): void {
+  const to = leaptTo(decisions);
+  if (to !== null) report.warning(`${id}: nothing is deleted by hours to years, since the clock leapt to ${to}: is it right? It is believed as soon as there is something of ${BELIEVED.days} days from then on, or by --adopt-clock`);
+}
+
 /** Deletes what a destination's policy does not keep. */
-async function pruneDestination(served: Pick<Served, "destination" | "standing"> & { readonly wanted: Pick<Wanted, "policy"> }, snapshots: readonly Snapshot[], o: Pick<RunOptions, "dryRun">, report: Report): Promise<void> {
+async function pruneDestination(served: Pick<Served, "destination" | "standing"> & { readonly wanted: Pick<Wanted, "policy"> }, snapshots: readonly Snapshot[], leaps: readonly string[], o: Pick<RunOptions, "dryRun">, report: Report): Promise<void> {
   const { destination, wanted } = served;
   if (destination.stream !== null) return;
   if (destination.frozen !== null) throw new Failure(`nothing is deleted there: ${destination.frozen}`);
-  const decisions = planDestination(snapshots, served.standing, wanted.policy, wallClock(new Date()));
+  const decisions = planDestination(snapshots, served.standing, wanted.policy, wallClock(new Date()), leaps);
+  warnOfLeap(decisions, destination.id, report);
   await removeFrom(served, explained(decisions, destination.id, o.dryRun), `not kept by "${wanted.policy?.text}"`, o, report, false);
 }
 
@@ -4523,7 +4682,7 @@ async function conclude(served: Served, serving: Serving): Promise<void> {
   }
   const prune = async () => {
     try {
-      if (served.done) await pruneDestination(served, snapshots, o, report);
+      if (served.done) await pruneDestination(served, snapshots, serving.source.owned.leaps ?? [], o, report);
     } catch (error) {
       report.error(id, error);
     }
@@ -4540,7 +4699,7 @@ export async function run(o: RunOptions, report: Report): Promise<void> {
   checkPlaces(o);
   let name: string | null = null;
   await persistently(o, report, async (o, report) => {
-    name = (await backUp((locked) => openSource(o, locked), { ...o, snapshot: o.snapshot && name === null }, report)) ?? name;
+    name = (await backUp((locked) => openFinished(o, locked), { ...o, snapshot: o.snapshot && name === null }, report)) ?? name;
   });
   concludeRun(o, report, name);
   if (o.metrics !== null && !o.dryRun) writeMetrics(o.metrics, metricsOf(o.source.id, report.places, Date.now()));
@@ -4647,7 +4806,8 @@ async function backUp(open: (locked: () => void) => Promise<Source>, o: RunOptio
   }
 }
 
-async function backUpOpened(source: Source, ahead: Map<string, Ahead>, o: RunOptions, report: Report): Promise<string | null> {
+async function backUpOpened(opened: Source, ahead: Map<string, Ahead>, o: RunOptions, report: Report): Promise<string | null> {
+  let source = opened;
   const known = new Map(knownDestinations(source).map((destination) => [destination.location, destination]));
   const wanted = new Map(o.destinations.map((destination) => [destination.location.id, destination]));
   const doubt = disbelief(source);
@@ -4705,6 +4865,7 @@ async function backUpOpened(source: Source, ahead: Map<string, Ahead>, o: RunOpt
       } catch (error) {
         report.error(null, error);
       }
+    if (o.adoptClock) source = { ...source, owned: { ...source.owned, leaps: leapNames([snapshots, ...all.map(({ standing }) => standing.backups)], source.owned.leaps) } };
     await serve(all, { source, inquiry, snapshots, memory: { known, save: saveKnown }, o, report, display, began: Date.now(), jobs: limited(o.jobs) });
     // A full disk can keep the record from being written: then what it says still holds as well.
     const saved = await saveKnown().then(() => true, (error) => report.error(null, error));
@@ -4730,6 +4891,9 @@ function skip(id: string, reason: Absent, known: KnownDestination | undefined, {
   report.event("skipped", { destination: id, message: reason.message });
 }
 
+/** With less than that part of its space free, a source keeps not everything that is still to be sent. */
+const LOW = 0.05;
+
 /** Keeps at the source what its policy, and every destination's next transfer, needs. */
 async function pruneSource(source: Source, snapshots: readonly Snapshot[], wanted: ReadonlyMap<string, Wanted>, known: readonly KnownDestination[], all: readonly Served[], o: RunOptions, report: Report): Promise<void> {
   const unknown = [...wanted.keys()].filter((id) => !known.some(({ location }) => location === id)).map((location) => ({ location, pin: null }));
@@ -4737,9 +4901,21 @@ async function pruneSource(source: Source, snapshots: readonly Snapshot[], wante
     const served = all.find(({ destination }) => destination.id === id);
     const given = wanted.get(id);
     const unread = given !== undefined && (served === undefined || (served.destination.stream !== null && !served.done));
-    return { id, pin, unread, unsentPolicy: o.keepUnsent && given !== undefined && !served?.done ? { policy: given.policy } : null };
+    const kept = given !== undefined && !served?.done && (o.keepUnsent || !(o.dropUnsent || given.optional));
+    return { id, pin, unread, unsentPolicy: kept ? { policy: given.policy } : null };
   });
-  const going = explained(planSource(snapshots, o.sourcePolicy, o.removeLocks ? claimants.filter(({ pin }) => pin) : claimants, wallClock(new Date())), o.source.id, o.dryRun);
+  const decide = (full: boolean) => planSource(snapshots, o.sourcePolicy, o.removeLocks ? claimants.filter(({ pin }) => pin) : claimants, wallClock(new Date()), { adopted: source.owned.leaps ?? [], full });
+  const isFull = source.place.free < LOW * source.place.size;
+  const decisions = decide(isFull);
+  const stays = decide(false);
+  const lost = decisions.filter(({ reasons }, i) => reasons.length === 0 && stays[i]?.reasons.length !== 0).map(({ entry }) => entry.name);
+  if (lost.length > 0) report.warning(`less than ${100 * LOW} % of the filesystem of ${o.source.id} is free: of the snapshots that are kept to be sent, the oldest go: ${lost.join(" ")}`);
+  warnOfLeap(decisions, o.source.id, report);
+  for (const [id, { count: many, oldest }] of unsentIn(decisions)) {
+    const last = known.find(({ location }) => location === id)?.last;
+    report.warning(`${id}: ${count(many, "snapshot")} stay${many === 1 ? "s" : ""} at the source for it, since ${oldest} (${last ? `last served ${last}` : "never served"}); ways out: send them; --drop-unsent; --optional ${shellWord(id)}; btrfs-backup unpin ${shellWord(o.source.id)} ${shellWord(id)}`);
+  }
+  const going = explained(decisions, o.source.id, o.dryRun);
   const names = going.map(({ name }) => name);
   await removing(o.source.id, names, `not kept by "${o.sourcePolicy?.text}"`, o.dryRun, report, async () => {
     await deleteFrom(source, going, o.deletion);
@@ -4797,7 +4973,10 @@ export async function prune(o: PruneOptions, report: Report): Promise<void> {
       folder = await openFolder(o.location, o.location.path, { prefix, wait, hosts: o.hosts });
       const destination = pruned(folder, o);
       const standing = { ...destination.standing, backups: await asReceived(folder, destination.standing.backups) };
-      await pruneDestination({ wanted: { policy: o.policy }, destination, standing }, [], o, report);
+      const leaps = o.adoptClock ? leapNames([standing.backups], folder.chain.leaps) : folder.chain.leaps;
+      const chain = { ...folder.chain, ...(leaps === undefined ? {} : { leaps }) };
+      if (!o.dryRun && folder.store === null && folder.record.unreadable === null && !sameRecord(chain, folder.chain)) await writeRecord(folder, chain);
+      await pruneDestination({ wanted: { policy: o.policy }, destination, standing }, [], leaps ?? [], o, report);
     } catch (error) {
       report.error(o.location.id, error); // the other prefixes can still be pruned
     } finally {
@@ -4921,6 +5100,41 @@ async function openOutside(target: Target, location: Folder, o: RestoreOptions):
   return o.dryRun ? seen : openChecked(o.target, path, { ...opening, wait: o.wait }, check);
 }
 
+/** What FINISH printed: where the snapshots are to be, and what could not move there. Errors: Failure for any other shape. */
+function parseFinished(printed: string): { to: string; stuck: readonly string[] } {
+  const [to = "", ...stuck] = printed.split("\n");
+  if (stuck.pop() !== "" || stuck.pop() !== "end") throw new Failure(`cannot read what was printed of a restore's end: ${printed}`);
+  return { to, stuck };
+}
+
+/** What to say where a restore broke when names had begun to change. */
+async function howFar(target: Target, work: string, before: string, left: string, problem: string, o: RestoreOptions): Promise<string> {
+  const now = await openFolder(o.target, target.path, { prefix: target.prefix, wait: "look", hosts: o.hosts });
+  const stands = (name: string) => now.subvolumes.some(({ path }) => `/${path}` === join(now.top, name));
+  if (stands(`${work}/tree`) || !stands(target.name)) return `${problem} (${now.entries.has(work) ? "the next run or restore goes on with it" : "nothing was changed"})`;
+  return `it is restored, but not all of its snapshots have moved from ${before === "" ? left : join(target.path, before)}; the next run or restore moves them: ${problem}`;
+}
+
+/** Goes on with restores to a path that were interrupted when names had begun to change. Errors: Failure, Busy. */
+async function finishRestores(location: Readable, path: string, hosts: Hosts): Promise<void> {
+  const opening = { prefix: "", wait: "look" as const, hosts };
+  const folder = await openFolder(location, dirname(path), opening);
+  for (const work of leftoversOf(basename(path), folder).keys()) {
+    const finished = await whileCleaning(() => ask(folder.host, FINISH, { ...at(folder), work, how: "" }, `cannot finish what an interrupted restore of ${path} began`));
+    if (finished === "") continue;
+    const { to, stuck } = parseFinished(finished);
+    log.info(`Finished the restore of ${path} that was interrupted`);
+    if (stuck.length > 0) throw new Failure(`${path} is restored, but these snapshots could not move to ${to}: ${stuck.join(" ")}`);
+    // What was replaced by its copy on the way has another UUID.
+    const moved = await openFolder(location, to, opening);
+    const uuids = new Map<string, string>(moved.standing.map(({ name, uuid }) => [name, uuid]));
+    for (const [prefix, chain] of moved.record.chains) {
+      const destinations = (chain.destinations ?? []).map((known) => (known.pin === null || moved.subvolumes.some(({ uuid }) => uuid === known.pin?.uuid) ? known : { ...known, pin: { ...known.pin, uuid: uuids.get(known.pin.name) ?? known.pin.uuid } }));
+      if (chain.destinations !== undefined && !sameRecord(chain, { ...chain, destinations })) await writeRecord({ ...moved, prefix }, { ...chain, destinations });
+    }
+  }
+}
+
 /** Removes what interrupted restores to TARGET left; `only`: of those one directory. Errors: Busy while it is still at work. */
 async function clearLeftovers(target: Target, only: string | null, o: RestoreOptions): Promise<void> {
   const now = only === null ? target : await openFolder(o.target, target.path, { prefix: target.prefix, wait: "look", hosts: o.hosts });
@@ -4999,6 +5213,7 @@ function decideRestore(location: Folder, chosen: Snapshot, target: Target, outsi
 /** Makes TARGET a writable subvolume with a backup's contents, and lets its next runs go on from there. */
 export async function restore(o: RestoreOptions, report: Report): Promise<void> {
   const display = displayOf(o, [o.sending.rate]);
+  if (!o.dryRun) await finishRestores(o.target, o.target.path, o.hosts);
   const location = await openLocation(o.location, { ...o, wait: o.dryRun ? "look" : o.wait });
   const opened = [location];
   try {
@@ -5064,10 +5279,14 @@ export async function restore(o: RestoreOptions, report: Report): Promise<void> 
         await settle(target, join(target.path, work, "tree"), outside, chains, chosen, came, o);
         // From here on there is no way back, only one forward.
         checkInterruption();
-        const names = moved.map(({ name, receivedUuid }) => `${receivedUuid === null ? "move" : "copy"}\n${name}\n`);
-        const stuck = await whileCleaning(() => ask(target.host, FINISH, { ...at(target), work, target: target.name, before, from, to }, `cannot finish ${o.target.id}`, `${names.join("")}end\n`));
+        const names = moved.flatMap(({ name, receivedUuid }) => [receivedUuid === null ? "move" : "copy", name]);
+        const told = [from, to, before === "" ? "new" : "old", ...names, "end", ""].join("\n");
+        const finished = await whileCleaning(() => ask(target.host, FINISH, { ...at(target), work, how: "begin" }, `cannot finish ${o.target.id}`, told)).catch(async (error) => {
+          throw new Failure(await howFar(target, work, before, left, (error as Error).message, o));
+        });
         await release();
-        if (stuck !== "") report.error(o.target.id, new Failure(`it is restored, but these snapshots could not move from ${left}: ${stuck.trim().split("\n").join(" ")}`));
+        const { stuck } = parseFinished(finished);
+        if (stuck.length > 0) report.error(o.target.id, new Failure(`it is restored, but these snapshots could not move from ${left}: ${stuck.join(" ")}`));
         if (moved.some(({ receivedUuid }) => receivedUuid !== null)) await settle(target, target.full, outside, chains, chosen, null, o);
       } catch (error) {
         await release();
@@ -5261,7 +5480,7 @@ export function inventory(columns: readonly Column[], policies: Pick<ListOptions
     const standing = folder && (folder.store !== null ? standingInStore(folder.store, folder.prefix, ownIn(folder.store)) : standingIn(folder, folder.chain, []));
     const pinned = standing && !own ? newestShared(taken, standing.held) : null;
     const claimants = known.map((destination) => ({ id: destination.location, pin: destination.pin, unread: false, unsentPolicy: null }));
-    const decisions = own ? planSource(taken, policies.sourcePolicy, claimants, now) : standing && isSnapshotFolder(folder) ? [] : standing ? planDestination(taken, standing, policies.backupPolicy, now) : [];
+    const decisions = own ? planSource(taken, policies.sourcePolicy, claimants, now, { adopted: folder.chain.leaps ?? [] }) : standing && isSnapshotFolder(folder) ? [] : standing ? planDestination(taken, standing, policies.backupPolicy, now, source?.chain.leaps ?? folder.chain.leaps) : [];
     const goes = new Set(decisions.filter(({ reasons }) => reasons.length === 0).map(({ entry }) => entry.uuid));
     // What cannot be asked: what the source remembers.
     const pin = own ? null : standing ? pinned && (dataFinder(standing.held)(pinned)?.uuid ?? null) : (known.find(({ location }) => location === id)?.pin?.uuid ?? null);
@@ -5542,7 +5761,7 @@ export type UnpinOptions = Pick<RunOptions, "source" | "snapshotFolder" | "prefi
 
 /** Makes a source forget destinations, so that nothing is kept for them. */
 export async function unpin(o: UnpinOptions, report: Report): Promise<void> {
-  const source = await openSource({ ...o, dryRun: false, adopt: false, fsChecks: true });
+  const source = await openFinished({ ...o, dryRun: false, adopt: false, fsChecks: true });
   try {
     if (source.record.unreadable !== null) {
       if (!o.all) throw new Failure(`${source.path}/.btrfs-backup.json cannot be read (${source.record.unreadable}); --all moves it aside`);
@@ -5810,7 +6029,7 @@ const GUARDED_CHAINS = 200;
 export function guardedRecord(text: string, { chain: now, entries, prefix }: Pick<Folder, "chain" | "entries" | "prefix">, source: boolean): ChainRecord {
   const { chains, unreadable } = parseRecord(`${RECORD_HEADER}\n${recordKey(prefix)}${text}\n}`);
   const chain = chains.get(prefix);
-  if (chain === undefined || unreadable !== null || Object.keys(chain).some((key) => !["owner", "receiving", "since", "strangers", "destinations", "guarded"].includes(key))) return refuse("a record of another form");
+  if (chain === undefined || unreadable !== null || Object.keys(chain).some((key) => !["owner", "receiving", "since", "strangers", "destinations", "leaps", "guarded"].includes(key))) return refuse("a record of another form");
   const { owner, receiving, strangers = [], destinations } = chain;
   // An administrator's terminal will show it.
   if (/[\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069]|\\u00[01]|\\[bfnrt]/.test(text)) refuse("a record with control characters");
@@ -5821,6 +6040,7 @@ export function guardedRecord(text: string, { chain: now, entries, prefix }: Pic
   if (now.strangers?.some((uuid) => !strangers.includes(uuid)) || (settled && strangers.length !== (now.strangers ?? []).length)) refuse("a record with other strangers");
   const same = JSON.stringify(destinations) === JSON.stringify(now.destinations);
   if (!same && !source) refuse("a record with other destinations");
+  if (!source && JSON.stringify(chain.leaps) !== JSON.stringify(now.leaps)) refuse("a record with other leaps of the clock: --adopt-clock is for the server");
   // Since when a name is announced is the server's to know. Destinations are the key's word only: nobody's --locked-dests may go by them.
   const { since: _, ...said } = chain;
   const known = receiving !== undefined && receiving === now.receiving && now.since !== undefined ? { since: now.since } : {};
@@ -6419,11 +6639,13 @@ const RUN_ARGUMENTS = {
   "newest-only": { type: "boolean", description: "Send only the newest snapshot, not what was missed before" },
   optional: { type: "string", valueHint: "DEST", description: "A destination that may be absent (repeatable)" },
   "max-age": { type: "string", valueHint: "DURATION", description: "Fail when an absent --optional destination was last served longer ago, e.g. 3d" },
-  "keep-unsent": { type: "boolean", description: "Keep at the source what a destination could not get yet" },
+  "keep-unsent": { type: "boolean", description: "Keep what a destination could not get yet also for those that are --optional" },
+  "drop-unsent": { type: "boolean", description: "Keep nothing at the source for the sake of a destination that could not get it, but what both share" },
   "make-room": { type: "boolean", description: "When a destination is full, delete first what -n would delete afterwards" },
   "before-snapshot": { type: "string", valueHint: "CMD", description: "Run on SOURCE's host before the snapshot, which is not taken if it fails" },
   "after-snapshot": { type: "string", valueHint: "CMD", description: "Run on SOURCE's host after the snapshot, always" },
   adopt: { type: "boolean", description: "Take over a destination that belonged to another source, or a replaced disk" },
+  "adopt-clock": { type: "boolean", description: "Delete what is too old although the clock seems to have leapt: it is right" },
   "dry-run": { type: "boolean", description: "Say what would happen and why; change nothing" },
   sync: { type: "boolean", alias: "s", description: "Wait until deleted subvolumes are gone (btrfs subvolume sync)" },
   "convert-rw": { type: "boolean", alias: "w", description: "Make snapshots writable before deleting them (for user_subvol_rm_allowed)" },
@@ -6610,7 +6832,9 @@ export function runOptions(given: Given) {
     fsChecks: !given.flag("skip-fs-checks"),
     spaceCheck: !given.flag("skip-space-check"),
     adopt: given.flag("adopt"),
+    adoptClock: given.flag("adopt-clock"),
     keepUnsent: given.flag("keep-unsent"),
+    dropUnsent: given.flag("drop-unsent"),
     makeRoom: given.flag("make-room"),
     maxAge: ageOf(given),
     jobs: wholeNumber(given.value("jobs"), "--jobs", Infinity, 1),
@@ -6653,7 +6877,7 @@ function pruneOptions(given: Given) {
   const [location] = locationsOf(given, 1, 1, "LOCATION") as [Readable];
   const policy = policyOf(given, "num-backups");
   if (policy === null) throw new UsageError("what is to be kept? Give -n POLICY");
-  return { ...commonOptions(given), location, policy, dryRun: given.flag("dry-run"), deletion: { convertRw: given.flag("convert-rw"), sync: given.flag("sync") } };
+  return { ...commonOptions(given), location, policy, dryRun: given.flag("dry-run"), adoptClock: given.flag("adopt-clock"), deletion: { convertRw: given.flag("convert-rw"), sync: given.flag("sync") } };
 }
 
 /** Reads the command line of `restore`. */
@@ -6790,12 +7014,12 @@ export const COMMANDS: Record<string, CommandDef<any>> = {
   copy: command(" copy", "Send backups on to other places, as run does from a source.", {
     location: positional(`Backups: ${PLACE}; all prefixes one after the other, unless -p is given`),
     dest: positional("Where to; any number"),
-    ...ofRun("num-backups", "newest-only", "no-incremental", "optional", "max-age", "make-room", "adopt", "dry-run", "sync", "convert-rw", "skip-fs-checks", "skip-space-check", "for", "full-every", "compress", "encrypt-to", "protocol", "resume", "retries", "jobs", "rate-limit", "btrfs-debug", "no-progress", "wait"),
+    ...ofRun("num-backups", "newest-only", "no-incremental", "optional", "max-age", "make-room", "adopt", "adopt-clock", "dry-run", "sync", "convert-rw", "skip-fs-checks", "skip-space-check", "for", "full-every", "compress", "encrypt-to", "protocol", "resume", "retries", "jobs", "rate-limit", "btrfs-debug", "no-progress", "wait"),
     ...HOST_ARGUMENTS,
   }, copyOptions, copy),
   prune: command(" prune", "Delete backups that a policy does not keep, by when they were received.", {
     location: positional(`Backups: ${PLACE}; or streams: ${STORE}; all prefixes one after the other, unless -p is given`),
-    ...ofRun("num-backups", "dry-run", "sync", "convert-rw", "wait"),
+    ...ofRun("num-backups", "dry-run", "adopt-clock", "sync", "convert-rw", "wait"),
     ...HOST_ARGUMENTS,
   }, pruneOptions, prune),
   guard: command(" guard", "Serve an ssh key that may do no more than these options say, as the command of its line in authorized_keys.", {
@@ -6819,7 +7043,7 @@ export const COMMANDS: Record<string, CommandDef<any>> = {
 const GROUPS: Readonly<Record<string, readonly string[]>> = {
   "What is taken and kept": ["num-snapshots", "num-backups", "latest-only", "no-snapshot", "snapshot-folder", "snapshot-prefix", "before-snapshot", "after-snapshot", "convert-rw", "sync"],
   "What is sent, and how": ["no-transfer", "no-incremental", "newest-only", "compress", "rate-limit", "resume", "retries", "protocol"],
-  "Several destinations": ["optional", "max-age", "for", "jobs", "keep-unsent", "make-room", "locked-dests", "remove-locks", "adopt", "skip-fs-checks", "skip-space-check"],
+  "Several destinations": ["optional", "max-age", "for", "jobs", "keep-unsent", "drop-unsent", "make-room", "locked-dests", "remove-locks", "adopt", "skip-fs-checks", "skip-space-check"],
   "Stored streams": ["full-every", "encrypt-to", "unverified"],
   "Other hosts, and rights": ["ssh-opt", "ssh-sudo", "sudo"],
   "What it tells": ["dry-run", "wait", "verbosity", "quiet", "json", "metrics", "no-progress", "btrfs-debug", "help", "version"],

@@ -35,7 +35,7 @@ test("a listing of any paths is read as it was written, or is an error", () => {
     const unique = listed.map((one, i) => ({ ...one, path: `${i}/${one.path.replaceAll("\n", "")}` }));
     const all = unique.map(({ path, parent, received }, i) => `ID ${256 + i} gen 7 cgen 7 top level 5 parent_uuid ${(parent ?? "-").padEnd(36)} received_uuid ${(received ?? "-").padEnd(36)} uuid ${own(i)} path ${path}`).join("\n");
     const readonly = unique.flatMap(({ path, readonly }, i) => (readonly ? [`ID ${256 + i} gen 7 top level 5 path ${path}`] : [])).join("\n");
-    expect(parseSubvolumes(all, readonly)).toEqual(unique.map(({ path, parent, received, readonly }, i) => ({ id: 256 + i, path, uuid: own(i), parentUuid: parent, receivedUuid: received, readonly })));
+    expect(parseSubvolumes(all, readonly)).toEqual(unique.map(({ path, parent, received, readonly }, i) => ({ id: 256 + i, path, uuid: own(i), parentUuid: parent, receivedUuid: received, readonly, cgen: 7 })));
   });
   // Nothing that a forged name adds makes one of ours: it is an error, or a line of a path.
   holds(text, (name) => {
