@@ -1945,6 +1945,7 @@ const FINISH = verb("finish", "folder fsid work how", sh`
     exit 0
   fi
   opened "$list"
+  part=$list
   own_file /proc/self/fd/6
   exec 9<&6 6<&-
   flock -w 10 9 || { line "another restore is at work in $here/$work" >&2; exit 75; }
@@ -4901,7 +4902,7 @@ async function pruneSource(source: Source, snapshots: readonly Snapshot[], wante
     const served = all.find(({ destination }) => destination.id === id);
     const given = wanted.get(id);
     const unread = given !== undefined && (served === undefined || (served.destination.stream !== null && !served.done));
-    const kept = given !== undefined && !served?.done && (o.keepUnsent || !(o.dropUnsent || given.optional));
+    const kept = given !== undefined && !served?.complete && (o.keepUnsent || !(o.dropUnsent || given.optional));
     return { id, pin, unread, unsentPolicy: kept ? { policy: given.policy } : null };
   });
   const decide = (full: boolean) => planSource(snapshots, o.sourcePolicy, o.removeLocks ? claimants.filter(({ pin }) => pin) : claimants, wallClock(new Date()), { adopted: source.owned.leaps ?? [], full });

@@ -7,6 +7,7 @@ import {
   arrange,
   before,
   chainOf,
+  changedSince,
   claim,
   dataFinder,
   deletionOrder,
@@ -14,6 +15,9 @@ import {
   inventory,
   isComplete,
   isSnapshotFolder,
+  leapNames,
+  leapsAmong,
+  leaptTo,
   leftoversOf,
   lineagesOf,
   momentOf,
@@ -35,12 +39,14 @@ import {
   planStreams,
   planTransfers,
   prefixesIn,
+  related,
   restoredDestinations,
   retain,
   snapshotsAmong,
   stamp,
   standingIn,
   streamName,
+  unsentIn,
   UsageError,
   versionsAmong,
   wallClock,
@@ -48,6 +54,7 @@ import {
   type ChainRecord,
   type Claimant,
   type Decision,
+  type Facts,
   type FileState,
   type Folder,
   type Identity,
@@ -413,6 +420,113 @@ describe("transfers", () => {
   });
 });
 
+describe("parents", () => {
+  const facts = (all: readonly Snapshot[], more: Partial<Facts> = {}): Facts => ({ all: new Map(all.map((one) => [one.uuid, one])), ctransids: new Map(), births: new Map(), ...more });
+  const received = (short: string, parentUuid: string | null) => snap(short, { receivedUuid: `r${short}`, parentUuid });
+
+  test.each<[string, (readonly [a: Snapshot, b: Snapshot]), Snapshot[], Record<string, number | null>, boolean | undefined]>([
+    ["what was taken here is, always", [snap("0101", { parentUuid: "old" }), snap("0102")], [], {}, true],
+    ["a received one that the source was made of is", [received("0101", null), snap("0102")], [snap("0001", { uuid: "source", parentUuid: "s0101" })], {}, true],
+    ["a received one that only shares files is not", [received("0101", null), snap("0102")], [snap("0001", { uuid: "source", parentUuid: null })], {}, false],
+    ["both from one that is gone are", [received("0101", "gone"), snap("0102")], [snap("0001", { uuid: "source", parentUuid: "gone" })], {}, true],
+    ["over a gap, it has to be asked", [received("0101", null), snap("0102")], [snap("0001", { uuid: "source", parentUuid: "gone" })], {}, undefined],
+    ["over a gap, the same top directory tells", [received("0101", null), snap("0102")], [snap("0001", { uuid: "source", parentUuid: "gone" })], { s0101: 7, s0102: 7 }, true],
+    ["over a gap, another top directory tells", [received("0101", null), snap("0102")], [snap("0001", { uuid: "source", parentUuid: "gone" })], { s0101: 7, s0102: 8 }, false],
+    ["over a gap, what cannot be told is not", [received("0101", null), snap("0102")], [snap("0001", { uuid: "source", parentUuid: "gone" })], { s0101: null, s0102: null }, false],
+    ["of received ones, one on top of the other is", [received("0101", null), received("0102", "s0101")], [], {}, true],
+    ["of received ones, two on top of a third are not", [received("0101", "s0100"), received("0102", "s0100")], [received("0100", null)], {}, false],
+    ["of received ones, two in full are not", [received("0101", null), received("0102", null)], [], {}, false],
+  ])("%s", (_, pair, others, births, expected) => {
+    const known = facts([...pair, ...others], { births: new Map(Object.entries(births)) });
+    expect(related(...pair, known)).toBe(expected);
+    expect(related(pair[1], pair[0], known)).toBe(expected);
+  });
+
+  test.each<[string, Partial<Snapshot>, Record<string, number>, Record<string, number>, boolean | undefined]>([
+    ["nothing was asked", { cgen: 7 }, {}, {}, undefined],
+    ["as old as its source", { cgen: 7 }, { s0101: 7 }, {}, false],
+    ["older than itself", { cgen: 7 }, { s0101: 5 }, {}, false],
+    ["changed", { cgen: 7 }, { s0101: 8 }, {}, true],
+    ["changed, and compared", { cgen: 7 }, { s0101: 8 }, { s0101: 8 }, false],
+    ["changed again after it was compared", { cgen: 7 }, { s0101: 9 }, { s0101: 8 }, true],
+    ["received", { cgen: 7, receivedUuid: "x" }, { s0101: 8 }, {}, false],
+    ["no list told its generation", {}, { s0101: 8 }, {}, false],
+  ])("a snapshot was changed: %s", (_, fields, ctransids, cleared, expected) =>
+    expect(changedSince(snap("0101", fields), facts([], { ctransids: new Map(Object.entries(ctransids)) }), cleared)).toBe(expected));
+
+  test("the nearest that is fit is taken, and why no nearer one; in full with the reason if there is none", () => {
+    const s = snaps("0101 0102 0103 0104");
+    const options = { policy: null, incremental: true, newestOnly: false, now: FAR, fullEvery: null };
+    const plan = (...bad: string[]) => planTransfers(s, standing(s.slice(0, 3).map((one) => backupOf(one))), options, (parent) => (bad.includes(shortOf(parent.uuid)) ? `not ${parent.name}` : null)).transfers;
+    expect(plan()).toEqual([{ snapshot: s[3] as Snapshot, parent: s[2] as Snapshot }]);
+    expect(plan("0103")).toEqual([{ snapshot: s[3] as Snapshot, parent: s[1] as Snapshot, why: `not ${full("0103")}` }]);
+    expect(plan("0101", "0102", "0103")).toEqual([{ snapshot: s[3] as Snapshot, parent: null, why: `not ${full("0103")}` }]);
+  });
+});
+
+describe("a clock that leaps", () => {
+  const HOUR = 3600e3;
+  const daily = (from: string, days: number) => Array.from({ length: days }, (_, i) => at(from) + i * 24 * HOUR);
+  const dated = (times: readonly number[]) => times.map((time) => ({ name: new Date(time).toISOString(), time }));
+
+  test.each<[string, number[], number[]]>([
+    ["nothing", [], []],
+    ["one snapshot", [at("0101")], []],
+    ["daily", daily("0101", 31), []],
+    ["an hour back in autumn", [at("1024-0200"), at("1025-0230"), at("1025-0200"), at("1026-0200")], []],
+    ["an hour forward in spring", [at("0328-0200"), at("0329-0300"), at("0330-0200")], []],
+    ["25 hours back over the date line", [...daily("0101", 5), at("0105") - 25 * HOUR, at("0106")], []],
+    ["27 hours back", [...daily("0101", 5), at("0105") - 27 * HOUR, at("0106")], [5]],
+    ["a laptop away for 60 days, by a weekly habit", [...Array.from({ length: 9 }, (_, i) => at("0101") + i * 7 * 24 * HOUR), at("0101") + 116 * 24 * HOUR], []],
+    ["a laptop away for 60 days, by a daily habit", [...daily("0101", 9), at("0109") + 60 * 24 * HOUR], [9]],
+    ["29 days after one other", [at("0101"), at("0101") + 29 * 24 * HOUR], []],
+    ["a year after one other", [at("0101"), at("0101") + 365 * 24 * HOUR], [1]],
+    ["at 1970, and right again", [...daily("0101", 9), 5000, at("0110"), at("0111")], [9]],
+    ["a year ahead, and back", [...daily("0101", 9), at("0110") + 365 * 24 * HOUR, at("0111"), at("0112")], [9, 10]],
+    ["a disk that comes each 40 days", [0, 1, 2, 3].map((i) => at("0101") + i * 40 * 24 * HOUR), [1]],
+  ])("%s", (_, times, expected) => expect(leapsAmong(dated(times))).toEqual(expected));
+
+  const policy = (text: string) => parsePolicy(text);
+  const goes = (times: readonly number[], text = "14d+", adopted: string[] = []) => {
+    const all = times.map((time, i) => snap("0101", { name: named(String(i)), time, moment: time, uuid: `s${i}` }));
+    return planSource(all, policy(text), [], FAR, { adopted }).filter(({ reasons }) => reasons.length === 0).map(({ entry }) => Number(entry.name));
+  };
+  const upTo = (n: number) => Array.from({ length: n }, (_, i) => i);
+  const year = at("0101") + 400 * 24 * HOUR;
+  const ahead = (days: number) => [...daily("0101", 31), ...Array.from({ length: days }, (_, i) => year + i * 24 * HOUR)];
+
+  test("deletes nothing until there is something of three days, then all but the newest three from before, then these", () => {
+    expect([1, 2].map((days) => goes(ahead(days)))).toEqual([[], []]);
+    expect(goes([...ahead(1), year + HOUR, year + 2 * HOUR])).toEqual([]);
+    expect(goes(ahead(3))).toEqual(upTo(28));
+    // Much later, and nothing was deleted until then.
+    expect(goes(ahead(9))).toEqual(upTo(28));
+    expect(goes(ahead(9).slice(28))).toEqual(upTo(3));
+  });
+
+  test("has a name, which is remembered as long as it stands there", () => {
+    const all = ahead(2).map((time, i) => ({ name: String(i), time }));
+    expect(leapNames([all, all.slice(0, 5)])).toEqual(["31"]);
+    expect(leapNames([all.slice(31)], ["31", "7"])).toEqual(["31"]);
+  });
+
+  test("does not matter to numbers", () => expect(goes(ahead(1), "2")).toEqual(upTo(30)));
+
+  test("is believed when it is adopted; the newest three from before stay then as well", () => {
+    expect(goes(ahead(1), "14d+", ["31"])).toEqual(upTo(28));
+    expect(goes(ahead(1).slice(29), "14d+", ["2"])).toEqual([]);
+    expect(goes(ahead(1), "14d+", ["30"])).toEqual([]);
+  });
+
+  test("keeps what a destination has, and makes no room, either", () => {
+    const all = ahead(1).map((time, i) => backupOf(snap("0101", { name: named(String(i)), time, moment: time, uuid: `s${i}` })));
+    const kept = { backups: all, copied: new Map(), chained: null };
+    expect(planDestination([], kept, policy("14d+"), FAR).filter(({ reasons }) => reasons.length === 0)).toEqual([]);
+    expect(leaptTo(planDestination([], kept, policy("14d+"), FAR))).toBe("31");
+    expect(planRoom([], { ...kept, backups: all.slice(0, 31) }, [{ snapshot: snap("0101", { name: named("31"), time: year, moment: year, uuid: "new" }), parent: null }], policy("14d+"), FAR)).toEqual([]);
+  });
+});
+
 describe("retention at a destination", () => {
   const s = snaps("0101 0102 0103 0104 0105");
   const all = s.map((snapshot) => backupOf(snapshot));
@@ -460,6 +574,16 @@ describe("retention at the source", () => {
     const decisions = planSource(s, parsePolicy("1"), [claimant("/disk", "0102", { unsentPolicy: { policy: null } }), claimant("/new", null, { unread: true })], FAR);
     expect(reasonsOf(decisions, "0102")).toEqual(["shared with /disk", "nothing is known of /new yet"]);
     expect(reasonsOf(decisions, "0103")).toEqual(["not yet sent to /disk", "nothing is known of /new yet"]);
+  });
+
+  test("what is only kept to be sent is counted for whom, from when on; of a full disk the older half of it goes, never a pin", () => {
+    const claimants = [claimant("/disk", "0101", { unsentPolicy: { policy: null } }), claimant("/other", "0102", { unsentPolicy: { policy: null } })];
+    const decisions = planSource(s, parsePolicy("1"), claimants, FAR);
+    expect(kept(decisions)).toBe("0101 0102 0103 0104 0105");
+    expect([...unsentIn(decisions)]).toEqual([["/disk", { count: 2, oldest: full("0103") }], ["/other", { count: 2, oldest: full("0103") }]]);
+    expect(kept(planSource(s, parsePolicy("1"), claimants, FAR, { full: true }))).toBe("0101 0102 0104 0105");
+    expect(kept(planSource(s, parsePolicy("0"), claimants, FAR, { full: true }))).toBe("0101 0102 0103 0104 0105");
+    expect([...unsentIn(planSource(s, parsePolicy("5"), claimants, FAR))]).toEqual([]);
   });
 
   test("the newest is the one with the highest ID when clocks went back", () => {

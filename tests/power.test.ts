@@ -4,7 +4,7 @@
 import { describe, expect, test } from "bun:test";
 import { existsSync, mkdirSync, readdirSync, readFileSync, writeFileSync } from "node:fs";
 import { join } from "node:path";
-import { events, expectRun, filesystem, nextSecond, pair, run, seeded, sh, snapshotAs, snapshotNames, soak, start, subvolume, subvolumes, temporaryDirectory, treeDigest } from "./support/rig.ts";
+import { contentsDigest, events, expectRun, filesystem, nextSecond, pair, run, seeded, sh, snapshotAs, snapshotNames, soak, start, subvolume, subvolumes, temporaryDirectory, treeDigest } from "./support/rig.ts";
 
 /** Filesystems whose power can be cut: all at the same moment. */
 function machines(...names: string[]) {
@@ -46,22 +46,35 @@ async function expectWhole(source: string, place: string): Promise<number> {
   return whole.length;
 }
 
-test("after a power cut at any moment of a run, what is called whole has its data, and the next run goes on", async () => {
+test("after a power cut at any moment of a run, copy, prune or restore, what is called whole has its data, and the next one goes on", async () => {
   const random = seeded();
   const { at, cut, gone } = machines("source", "disk", "other");
   try {
     const source = subvolume(join(at("source"), "home"));
-    const places = [join(at("disk"), "backup"), join(at("other"), "backup")];
+    const places = [join(at("disk"), "backup"), join(at("other"), "backup")] as const;
+    const stored = join(at("other"), "stored");
+    const [copied, restored] = [join(at("other"), "copied"), join(at("source"), "restored")];
     writeFileSync(join(source, "first"), "x");
-    await expectRun(0, [source, ...places]);
-    let cuts = 0;
+    const all = ["-n", "3", "-N", "3", source, ...places, `raw://${stored}`, "--full-every", "2"];
+    await expectRun(0, all);
+    const works: Record<string, readonly string[]> = {
+      run: all,
+      copy: ["copy", places[0], copied],
+      prune: ["prune", "-n", "1", places[1]],
+      restore: ["restore", "--replace", places[0], restored],
+    };
+    const cuts: Record<string, number> = {};
     for (let round = 0; round < soak(12); round++) {
+      const work = round % 2 === 0 ? "run" : (["copy", "prune", "restore"][Math.floor(random() * 3)] as string);
       sh(`cd "$1"; rm -rf "d$(($2 % 4))"; mkdir "d$(($2 % 4))"; for i in $(seq 60); do head -c 40000 /dev/urandom >"d$(($2 % 4))/$i"; done; head -c 3M /dev/urandom >large`, source, String(round));
       await nextSecond();
-      const running = start(["-n", "3", "-N", "3", source, ...places], { group: true });
-      await Promise.race([running.finished, Bun.sleep(Math.floor(random() * 700))]);
+      if (work !== "run") await expectRun(0, all);
+      const running = start(works[work] as string[], { group: true });
+      await Promise.race([running.finished, Bun.sleep(Math.floor(random() * 450))]);
+      let done = false;
       cut(() => {
-        if (running.child.exitCode === null) cuts++;
+        done = running.child.exitCode === 0;
+        if (running.child.exitCode === null) cuts[work] = (cuts[work] ?? 0) + 1;
         try {
           process.kill(-running.pid, "SIGKILL");
         } catch {
@@ -70,13 +83,21 @@ test("after a power cut at any moment of a run, what is called whole has its dat
         sh(`for p in $(pgrep -f "^btrfs (send|receive) |btrfs-backup[:]"); do kill -KILL "$p" 2>/dev/null || :; done`);
       });
       await running.finished;
-      for (const place of places) if (existsSync(place)) await expectWhole(source, place);
+      for (const place of [...places, copied]) if (existsSync(place)) await expectWhole(source, place);
+      const newest = snapshotNames(join(source, "snapshot")).at(-1) as string;
+      // What has said "Done" is on the disk.
+      if (done && work === "restore") expect(contentsDigest(restored)).toBe(contentsDigest(join(source, "snapshot", newest)));
       await nextSecond();
-      const after = await expectRun(0, ["--json", "-n", "3", "-N", "3", source, ...places]);
-      for (const { parent } of events(after).filter(({ event }) => event === "transfer")) expect(parent).not.toBe(null);
+      const after = events(await expectRun(0, ["--json", ...all]));
+      for (const { parent, destination } of after.filter(({ event }) => event === "transfer")) if (!destination.startsWith("raw:")) expect(parent).not.toBe(null);
       for (const place of places) expect(await expectWhole(source, place)).toBeGreaterThan(0);
+      await expectRun(0, ["verify", `raw://${stored}`]);
+      if (work === "run") continue;
+      await expectRun(0, works[work] as string[]);
+      if (work === "copy") expect(await expectWhole(source, copied)).toBeGreaterThan(0);
+      if (work === "restore") expect(contentsDigest(restored)).toBe(contentsDigest(join(source, "snapshot", snapshotNames(join(source, "snapshot")).at(-1) as string)));
     }
-    console.log(`${cuts} cuts in the middle of a run`);
+    console.log(`cuts in the middle: ${JSON.stringify(cuts)}`);
   } finally {
     gone();
   }

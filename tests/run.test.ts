@@ -339,7 +339,7 @@ test("what was sent before a transfer failed is the parent that stays", async ()
   await expectRun(0, ["-S", source, destination]);
   for (const day of [2, 3, 4]) snapshotAs(source, `2026010${day}-000000`);
   const { env } = failingBtrfs("send -q", "ERROR: no luck", "*20260103-000000");
-  await expectRun(1, ["-S", "-N", "1", source, destination], { env });
+  await expectRun(1, ["-S", "-N", "1", "--drop-unsent", source, destination], { env });
   expect(snapshotNames(destination)).toEqual(["20260101-000000", "20260102-000000"]);
   expect(snapshotNames(snapshots)).toEqual(["20260102-000000", "20260104-000000"]);
 });
