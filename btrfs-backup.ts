@@ -5,13 +5,13 @@
 import { AsyncLocalStorage } from "node:async_hooks";
 import { spawn, spawnSync } from "node:child_process";
 import { createHash } from "node:crypto";
-import { accessSync, chmodSync, closeSync, constants, createReadStream, fstatSync, fsyncSync, lstatSync, mkdtempSync, openSync, readdirSync, readFileSync, readlinkSync, realpathSync, renameSync, rmSync, writeFileSync } from "node:fs";
+import { accessSync, chmodSync, closeSync, constants, createReadStream, fstatSync, fsyncSync, lstatSync, mkdtempSync, openSync, readdirSync, readFileSync, readSync, realpathSync, renameSync, rmSync, writeFileSync, writeSync } from "node:fs";
 import { constants as osConstants, tmpdir } from "node:os";
 import { basename, dirname, join, normalize, resolve } from "node:path";
+import { fileURLToPath } from "node:url";
 import { parseArgs } from "node:util";
-import { defineCommand, type ArgDef, type ArgsDef, type CommandDef } from "citty";
-import { createConsola } from "consola/basic";
-import { $, which, type ProcessPromise } from "zx/core";
+import type { ArgDef, ArgsDef, CommandDef } from "citty";
+import type { ProcessPromise } from "zx/core";
 
 /** The same as in package.json; here, so that this file runs alone. */
 export const VERSION = "1.0.0";
@@ -115,6 +115,8 @@ export class Absent extends Failure {}
 export class Unreachable extends Absent {}
 /** The stream is not the one that a part of was kept. */
 class OtherStream extends Failure {}
+/** Its processes cannot be ended: nothing more is done there. */
+class Abandoned extends Failure {}
 /** It kept others waiting for the stream that it shared with them. */
 class Stalled extends Failure {}
 /** A pipeline was killed, and did not fail by itself. */
@@ -250,7 +252,7 @@ export function parsePolicy(text: string): Policy | null {
   if (text.trim() === "0") return null;
   const seen = new Set<string>();
   const policy = { text, newest: 0, firstOf: [] as Policy["firstOf"][number][], within: [] as Policy["within"][number][] };
-  for (const word of text.trim().split(/\s+/)) {
+  for (const word of text.trim().replace(/^\+(?=\d+$)/, "").split(/\s+/)) {
     const match = /^(\d+|\*)([hdwmy]?)(\+?)$/.exec(word);
     const count = match?.[1] === "*" ? Infinity : Number(match?.[1]);
     const [, , unit = "", plus = ""] = match ?? [];
@@ -505,6 +507,15 @@ function byUuid<T extends Subvolume>(all: readonly T[]): Map<string, T> {
   return found;
 }
 
+/** The first word that makes of this program the relay, which bytes pass through: see `relay`. */
+const RELAY = "--relay";
+// Before anything else is loaded, since each stream waits for it, and before any signal has a handler: see `relay`.
+if (import.meta.main && process.argv[2] === RELAY) relay(JSON.parse(process.argv[3] ?? "{}") as Relay);
+
+const { defineCommand } = await import("citty");
+const { createConsola } = await import("consola/basic");
+const { $, which } = await import("zx/core");
+
 // ── 2. Hosts ─────────────────────────────────────────────────────────────────────────────
 
 /**
@@ -663,7 +674,9 @@ export function hostOf(name: HostName | null, options: { sshOptions: readonly st
   const ours = ["ControlMaster=auto", `ControlPath=${runtimeDirectory()}/%C`, "ControlPersist=no", "ServerAliveInterval=15", "ServerAliveCountMax=2", "ConnectTimeout=15"];
   // What a user's configuration lends to hosts that people log in to is not for one that may be hostile.
   ours.push("ForwardAgent=no", "ForwardX11=no", "ClearAllForwardings=yes", "PermitLocalCommand=no");
-  const words = ["ssh", ...[...options.sshOptions, ...ours].flatMap((option) => ["-o", option])];
+  // Nor is what it does there instead of what we ask for. An older ssh knows not all of these: ssh_config(5).
+  ours.push("IgnoreUnknown=RemoteCommand,ForkAfterAuthentication,SessionType,StdinNull", "RemoteCommand=none", "ForkAfterAuthentication=no", "SessionType=default", "StdinNull=no");
+  const words = ["ssh", "-T", ...[...options.sshOptions, ...ours].flatMap((option) => ["-o", option])];
   if (name.port !== null) words.push("-p", name.port);
   if (name.user !== null) words.push("-l", name.user);
   return { label: `${name.user === null ? "" : `${name.user}@`}${name.name}`, ssh: [...words, "--", name.name], sudo: options.sshSudo, beat };
@@ -865,55 +878,85 @@ function printed(child: ProcessPromise, end: string, seen?: Seen): Promise<strin
 }
 
 /**
- * One process of a pipeline. `shown`: its stderr goes to the terminal, not into the error; `measured`: its bytes
- * count, not the first one's; `sends`: what it says does not tell that the receiving side is full; `tells`: what it writes to descriptor 5 is returned; `counts`: gets the numbers that it writes to stderr, and null at the end.
+ * One process of a pipeline. `shown`: its stderr goes to the terminal, not into the error; `measured`: its bytes count, not the first
+ * one's; `sends`: what it says does not tell that the receiving side is full; `receives`: it is a `btrfs receive`. `relay`: it is this
+ * program, and counts better; `counts` gets what has passed it, and null at the end.
  */
-export type Stage = { readonly label: string; readonly command: string; readonly shown?: boolean; readonly measured?: boolean; readonly receives?: boolean; readonly sends?: boolean; readonly tells?: boolean; readonly counts?: (bytes: number | null) => void };
+export type Stage = { readonly label: string; readonly command: string; readonly shown?: boolean; readonly measured?: boolean; readonly receives?: boolean; readonly sends?: boolean; readonly relay?: Relay; readonly counts?: (bytes: number | null) => void };
+
+/** Bytes with their SHA-256. */
+type Summed = { readonly bytes: number; readonly sum: string };
+
+/** What has passed a pipeline. `bytes`: null where the kernel does not count them; `summed`: what went to its end, if that was asked for; `dropped`: the outputs that took nothing for too long. */
+type Flown = { readonly bytes: number | null; readonly summed: Summed | null; readonly dropped: readonly number[] };
+
+/** The relay as a stage. */
+const relaying = (relay: Relay, counts?: Stage["counts"]): Stage => ({ label: "relay", command: "", relay, ...(counts === undefined ? {} : { counts }) });
+
+/** Of relays side by side, one. */
+function withoutTwins(stages: readonly Stage[]): Stage[] {
+  return stages.reduce<Stage[]>((all, stage) => {
+    const last = all.at(-1);
+    const isTwin = stage.relay !== undefined && last?.relay !== undefined;
+    return isTwin ? [...all.slice(0, -1), { ...last, ...stage, relay: { ...last.relay, ...stage.relay } }] : [...all, stage];
+  }, []);
+}
+
+/** The words that start this program once more. */
+const OURSELVES = ((): readonly string[] => {
+  const emulated = process.env["BTRFS_BACKUP_RELAY"]; // where the kernel cannot start our own executable: under qemu-user
+  if (emulated !== undefined) return emulated.split(" ");
+  const file = fileURLToPath(import.meta.url);
+  if (file.startsWith("/$bunfs/")) return [process.execPath];
+  return [process.execPath, ...(process.versions["deno"] === undefined ? process.execArgv : ["run", "-A", "--quiet"]), file];
+})();
 
 /** What a pipeline has to do with others: it reads from a file, or its last stage feeds process groups, which are killed before it ends badly. */
 type Joint = { readonly input?: string; readonly feeds?: readonly number[] };
 
 /** A pipeline at work. */
-type Flowing = { readonly group: number; readonly kill: () => void; readonly ended: Promise<{ bytes: number | null; told: string }> };
+type Flowing = { readonly group: number; readonly kill: () => void; readonly ended: Promise<Flown> };
 
 /**
  * Runs stages as one pipeline in a process group of its own; returns the bytes that the measured
- * one wrote (null where the kernel does not count them), and what one told. If a stage fails, the stages after it
+ * one wrote. If a stage fails, the stages after it
  * are killed before their input closes: the failing one's shell holds the pipe until the group is
  * dead. By SIGKILL: what catches another signal could still take the end of a dying neighbour's
  * output for the end of the stream. Errors: Failure naming the stage that failed first, NoSpace, Interrupted.
  */
 export const pipeline = async (stages: readonly Stage[], environment: Record<string, string> = {}) => flow(stages, environment).ended;
 
-function flow(stages: readonly Stage[], environment: Record<string, string>, { input = "/dev/null", feeds = [] }: Joint = {}): Flowing {
+function flow(given: readonly Stage[], environment: Record<string, string>, { input = "/dev/null", feeds = [] }: Joint = {}): Flowing {
   checkInterruption();
+  const stages = withoutTwins(given);
   const directory = mkdtempSync(join(runtimeDirectory(), "p"));
   const file = (name: string | number) => quote(`${directory}/${name}`);
   const measured = Math.max(0, stages.findIndex(({ measured }) => measured));
-  const texts = stages.map(({ command, shown, tells, counts }, i) => {
+  const texts = stages.map(({ command, shown, relay }, i) => {
     // A child's I/O is added to its parent's when it is waited for: proc(5), /proc/pid/io. A few bytes
     // of the verb's own are in it.
     const measure = i === measured ? `while read -r k v; do case $k in wchar:) echo "$v" >${file("bytes")};; esac; done </proc/self/io;` : "";
     const last = i === stages.length - 1 ? " >&2" : "";
     const end = [...feeds.map((group) => `kill -KILL -${group};`), "kill -KILL 0;"].join(" ");
-    return `{ { ${command}${last}; } 2>${shown || counts ? "&3" : file(i)} 3>&-${tells ? ` 5>${file("told")}` : ""}; r=$?; ${measure} echo "${i} $r" >>${file("ended")}; [ $r = 0 ] || { ${end} }; }`;
+    const passes = relay === undefined ? `${command}${last}` : `${[...OURSELVES, RELAY, JSON.stringify({ ...relay, tell: `${directory}/told.${i}` })].map(quote).join(" ")}${last}`;
+    return `{ { ${passes} 3>&-; } 2>${shown ? "&3" : file(i)}; r=$?; ${measure} echo "${i} $r" >>${file("ended")}; [ $r = 0 ] || { ${end} }; }`;
   });
-  log.debug(`pipeline: ${stages.map(({ command }) => command).join(" | ")}`);
+  log.debug(`pipeline: ${stages.map(({ command, relay }) => (relay === undefined ? command : `relay ${JSON.stringify(relay)}`)).join(" | ")}`);
   const child = shell({ detached: true, stdio: ["ignore", "ignore", "pipe"], env: { ...process.env, ...environment } })`${`exec 3>&2 <${quote(input)}; ${texts.join(" | ")}`}`;
-  const counts = stages.find((stage) => stage.counts)?.counts;
   const said = new TextDecoder();
-  child.stderr.on("data", (chunk: Buffer) => {
-    const numbers = counts === undefined ? null : /^(?:\d+\s+)+$/.exec(chunk.toString());
-    if (numbers === null) terminal.write(visible(said.decode(chunk, { stream: true })));
-    else counts?.(Number(numbers[0].trim().split(/\s+/).at(-1)));
-  });
+  child.stderr.on("data", (chunk: Buffer) => terminal.write(visible(said.decode(chunk, { stream: true }))));
+  const counting = stages.flatMap(({ counts }, i) => (counts === undefined ? [] : [{ counts, file: `${directory}/told.${i}.now` }]));
+  const tell = () => counting.forEach(({ counts, file }) => counts(Number(readIfThere(file))));
+  const watch = setInterval(tell, 500);
   const group = child.pid as number;
   const kill = () => sendSignal(-group, "SIGKILL");
   running.add(kill);
   const ended = async () => {
     await child;
     running.delete(kill);
-    counts?.(null);
+    clearInterval(watch);
+    tell();
+    for (const { counts } of counting) counts(null);
     return outcome(stages, directory, kill);
   };
   return { group, kill, ended: ended() };
@@ -922,25 +965,32 @@ function flow(stages: readonly Stage[], environment: Record<string, string>, { i
 /** What `btrfs receive` says where a file that a difference goes on from is not there, or not what it should be; not where the name of the whole is taken. */
 const BAD_PARENT = /^ERROR: (?!creating |cannot find ).*: (?:No such file or directory|File exists|Not a directory|Invalid argument)$/m;
 
+/** What is in a file; nothing if it is not there. */
+function readIfThere(path: string): string {
+  try {
+    return readFileSync(path, "utf8");
+  } catch {
+    return "";
+  }
+}
+
 /** What has become of a pipeline, by the files that its stages left in a directory. */
-function outcome(stages: readonly Stage[], directory: string, kill: () => void): { bytes: number | null; told: string } {
-  const read = (name: string | number) => {
-    try {
-      return readFileSync(`${directory}/${name}`, "utf8").trim();
-    } catch {
-      return "";
-    }
-  };
+function outcome(stages: readonly Stage[], directory: string, kill: () => void): Flown {
+  const read = (name: string | number) => readIfThere(`${directory}/${name}`).trim();
   const ended = read("ended").split("\n").filter(Boolean).map((line) => line.split(" ").map(Number));
   const errors = stages.map((_, i) => read(i));
-  const [bytes, told] = [read("bytes"), read("told")];
+  const bytes = read("bytes");
+  const passed = stages.flatMap((_, i) => (read(`told.${i}`) === "" ? [] : [JSON.parse(read(`told.${i}`)) as Passed]));
   rmSync(directory, { recursive: true, force: true });
   checkInterruption();
   if (ended.length < stages.length) kill(); // the shell was killed, and not by a stage
   const [culprit, status] = ended.find(([, status]) => status !== 0) ?? (ended.length < stages.length ? [-1, 0] : []);
   if (culprit === undefined) {
     errors.forEach((text, i) => text && log.debug(`${stages[i]?.label}: ${text}`));
-    return { bytes: bytes === "" ? null : Number(bytes), told };
+    const [first] = passed;
+    const last = passed.findLast(({ sum }) => sum !== null);
+    const summed = last === undefined ? null : { bytes: last.bytes, sum: last.sum as string };
+    return { bytes: first?.bytes ?? (bytes === "" ? null : Number(bytes)), summed, dropped: passed.flatMap(({ dropped }) => dropped) };
   }
   const name = stages[culprit]?.label ?? "the shell of the pipeline";
   const how = culprit === -1 ? "was killed" : status === 255 ? "failed: the connection is lost" : (status ?? 0) > 128 ? `was killed by signal ${(status ?? 0) - 128}` : `failed with exit status ${status}${status === 75 ? " (an earlier transfer may still be at work)" : ""}`;
@@ -1328,8 +1378,15 @@ const RECEIVING = sh`
     flock -w "$2" 8 || { line "an earlier transfer is still being received in $here" >&2; exit 75; }
   }`;
 
+/** sha256: prints the SHA-256 of standard input as sha256sum does, which takes three times as long as openssl (coreutils 9.1). */
+const SUMMING = sh`
+  sha256() {
+    if command -v openssl >/dev/null; then openssl dgst -sha256 -r | sed "s/ .*/  -/"; else sha256sum; fi
+  }`;
+
 /** own_file FILE: whether nobody but root and we have written it. `is_complete FILE SUM BYTES KEPT`: whether a file has so many bytes, and those behind the KEPT ones have that SHA-256. */
 const COMPLETE = sh`
+  ${SUMMING}
   own_file() {
     # shellcheck disable=SC2046 # an owner and a mode
     safe $(stat -L -c "%u d%A" "$1" | sed "s/ d./ d/") || { line "$here/\${part#./} belongs to others, or they can change it" >&2; exit 65; }
@@ -1337,7 +1394,7 @@ const COMPLETE = sh`
   is_complete() {
     found=$(stat -L -c %s "$1")
     [ "$found" = "$3" ] || { echo "only $found of $3 bytes arrived" >&2; exit 1; }
-    [ -z "$4" ] || [ "$(tail -c "+$(($4 + 1))" "$1" | sha256sum)" = "$2  -" ] ||
+    [ -z "$4" ] || [ "$(tail -c "+$(($4 + 1))" "$1" | sha256)" = "$2  -" ] ||
       { echo "other bytes arrived than were sent" >&2; exit 1; }
   }`;
 
@@ -1464,9 +1521,10 @@ const OPEN = verb("open", "nonce wait folder prefix source kind silence", sh`
       opened .outstanding_transfers
       cat <&6
     fi
-    if [ "$kind" = streams ]; then
-      say files; find . -mindepth 1 -maxdepth 1 -type f -exec stat -c "%s/%Y %n" {} +
-    fi
+  fi
+  if [ "$kind" = streams ]; then
+    say files
+    [ -z "$exists" ] || find . -mindepth 1 -maxdepth 1 -type f -exec stat -c "%s/%Y %n" {} +
   fi
 
   if [ -z "$btrfs" ]; then
@@ -1567,6 +1625,7 @@ const SNAPSHOT = verb("snapshot", "source folder fsid name", sh`
  * and `clone` (in hexadecimal) are what the stream must say of itself and of its parent.
  */
 const SEND = verb("send", "flag folder fsid level protocol holder snapshot parent skip sum uuid? clone?", sh`
+  ${SUMMING}
   ${WATCH}
   watch "$holder"
   at "$folder" "$fsid"
@@ -1613,7 +1672,7 @@ const SEND = verb("send", "flag folder fsid level protocol holder snapshot paren
   }
   pack() { if [ -n "$level" ]; then zstd -q -c -T0 "-$level"; else cat; fi; }
   rest() {
-    kept=$(dd bs=65536 count=$((skip / 65536)) iflag=fullblock 2>/dev/null | sha256sum)
+    kept=$(dd bs=65536 count=$((skip / 65536)) iflag=fullblock 2>/dev/null | sha256)
     if [ "$kept" = "$sum  -" ]; then cat; else echo other >&3; fi
   }
   # What sudo runs is not ours to kill: it ends with the pipe that it writes to.
@@ -1719,6 +1778,7 @@ const RECEIVE = verb("receive", "flag folder fsid level holder prefix header key
  * of it count, and their SHA-256. Where others can write, they could put a link in its place.
  */
 const KEPT = verb("kept", "folder fsid prefix object", sh`
+  ${SUMMING}
   ${RECEIVING}
   at "$folder" "$fsid"
   receiving "$prefix" 10
@@ -1727,7 +1787,7 @@ const KEPT = verb("kept", "folder fsid prefix object", sh`
   for file in "./.$object.p"*.part; do
     if [ -f "$file" ] && [ -z "$(find "$file" -prune -type l)" ]; then
       size=$(($(stat -c %s "$file") / 65536 * 65536))
-      line "$size $(head -c "$size" "$file" | sha256sum) $file"
+      line "$size $(head -c "$size" "$file" | sha256) $file"
     fi
   done
 `);
@@ -1923,7 +1983,7 @@ const BUILD = verb("build", "folder fsid work origin target name how", sh`
  * to another. What is to be done comes as lines of input: these folders, `old` or `new`, HOW and NAME in turn (`move`, or `copy` for what was received,
  * which would lose its received UUID), and `end`. It stands in a file until it is done, so that it can be gone on with, `how` being empty,
  * wherever it was interrupted. Prints where the snapshots
- * are to be, the names of those that cannot move, and `end`; nothing if there is nothing to be finished.
+ * are to be, the names of those that cannot move, each with a slash behind it, and `end`; nothing if there is nothing to be finished.
  */
 const FINISH = verb("finish", "folder fsid work how", sh`
   ${BEHIND}
@@ -1960,7 +2020,7 @@ const FINISH = verb("finish", "folder fsid work how", sh`
     set -- "$@" "$one" "$name"
   done
   [ "$one" = end ]
-  line "$to"
+  told=$to
   behind "$from"
   from=$behind
   behind "$to"
@@ -1985,22 +2045,37 @@ const FINISH = verb("finish", "folder fsid work how", sh`
     if [ "$how$unsettled" = begin ]; then rm -f "$list"; fi
     exit "$1"
   }
+  # alive COMMAND...: what was killed has not failed: it is to be gone on with.
+  alive() {
+    "$@" && return
+    [ $? -lt 128 ] || { echo "it was killed" >&2; exit 1; }
+    return 1
+  }
   # Whether all can move is known before the first name changes: what is being sent cannot be made writable.
   unsettled=
   try() {
     if [ "$1" = copy ]; then return; fi
-    if b property set -ts "$from/$2" ro false && b property set -ts "$from/$2" ro true; then return; fi
+    if alive b property set -ts "$from/$2" ro false && alive b property set -ts "$from/$2" ro true; then return; fi
     b property set -ts "$from/$2" ro true || unsettled=yes
     return 1
   }
-  if [ "$how" = begin ]; then each try "$@" || give_up 1; fi
+  if [ "$how" = begin ]; then
+    each try "$@" || give_up 1
+  elif stands "$work/tree" && { [ -z "$before" ] || { stands "$target" && free "$before" 2>/dev/null; }; }; then
+    # No name has changed yet: it is as if it had not begun, but that one of them can be writable.
+    # shellcheck disable=SC2317 # it is called by each
+    put_back() { [ "$1" = copy ] || b property set -ts "$from/$2" ro true; }
+    each put_back "$@"
+    rm -f "$list"
+    exit 0
+  fi
   if stands "$work/tree"; then
     if [ -n "$before" ] && stands "$target"; then
       free "$before" || give_up 76
-      mv -T -- "./$target" "./$before" || give_up 1
+      alive mv -T -- "./$target" "./$before" || give_up 1
     fi
     free "$target" || give_up 76
-    mv -T -- "./$work/tree" "./$target" || {
+    alive mv -T -- "./$work/tree" "./$target" || {
       [ -z "$before" ] || mv -T -- "./$before" "./$target"
       give_up 1
     }
@@ -2021,11 +2096,11 @@ const FINISH = verb("finish", "folder fsid work how", sh`
   # carry HOW NAME: moves one, however far that had come, and prints its name if it cannot.
   carry() {
     if [ "$1 $(cd "$from/$2" 2>/dev/null && echo there)" = "copy there" ]; then
-      duplicate "$2" && delete_one "$from/$2" any >&2
+      alive duplicate "$2" && alive delete_one "$from/$2" any >&2
     elif [ -d "$from/$2" ]; then
-      if b property set -ts "$from/$2" ro false; then
-        if mv -T -- "$from/$2" "$to/$2"; then
-          b property set -ts "$to/$2" ro true
+      if alive b property set -ts "$from/$2" ro false; then
+        if alive mv -T -- "$from/$2" "$to/$2"; then
+          alive b property set -ts "$to/$2" ro true
         else
           b property set -ts "$from/$2" ro true
           false
@@ -2034,13 +2109,17 @@ const FINISH = verb("finish", "folder fsid work how", sh`
         false
       fi
     else
-      [ "$1" = copy ] || b property set -ts "$to/$2" ro true
-    fi || line "$2"
+      [ "$1" = copy ] || alive b property set -ts "$to/$2" ro true
+    fi || stuck=$stuck$2/
   }
+  # Nothing is printed until it is done: who asked for it can be gone, and writing to nobody would end it.
+  stuck=
   each carry "$@"
   b filesystem sync . >/dev/null
   rm -f "./$work"/.btrfs-backup.*
   rmdir "./$work" || :
+  line "$told"
+  line "$stuck"
   echo end
 `);
 
@@ -2064,6 +2143,7 @@ const ATTRIBUTES = `--numeric-owner --xattrs --xattrs-include="*"`;
  */
 const DIGEST = verb("digest", "folder fsid snapshot", sh`
   ${PATHS}
+  ${SUMMING}
   at "$folder" "$fsid"
   cd -P -- "./$snapshot"
   tar --version 2>/dev/null | grep -q "GNU tar" || { echo "GNU tar not found: install tar" >&2; exit 69; }
@@ -2074,7 +2154,7 @@ const DIGEST = verb("digest", "folder fsid snapshot", sh`
   }
   sockets() { paths -type s | xargs -0 -r stat --printf "%n %a %u:%g %.9Y/" || echo failed >&3; }
   exec 4>&1
-  bad=$( { { pack --mtime=@0 .; sockets; paths | pack --null --verbatim-files-from -T -; } | sha256sum >&4; } 3>&1 )
+  bad=$( { { pack --mtime=@0 .; sockets; paths | pack --null --verbatim-files-from -T -; } | sha256 >&4; } 3>&1 )
   [ -z "$bad" ]
 `);
 
@@ -2242,9 +2322,10 @@ const SUM_FILE = sh`
 
 /** What both kinds of `get` do with a function `get OBJECT`. */
 const GET = sh`
+  ${SUMMING}
   if [ "$how" = sum ]; then
     exec 4>&1
-    told=$( { { get "$1" && echo ok >&3; } | sha256sum >&4; } 3>&1 )
+    told=$( { { get "$1" && echo ok >&3; } | sha256 >&4; } 3>&1 )
     [ "$told" = ok ]
   else
     for object; do get "$object"; done
@@ -2287,7 +2368,7 @@ const RAW: StoreVerbs = {
     opened "$part"
     own_file /proc/self/fd/6
     is_complete /proc/self/fd/6 "$sum" "$bytes" "$kept"
-    [ "\${kept:-0}" = 0 ] || sum=$(sha256sum </proc/self/fd/6)
+    [ "\${kept:-0}" = 0 ] || sum=$(sha256 </proc/self/fd/6)
     rm -f "$checksum"
     sumfile "$object" "\${sum%% *}" "$bytes" | into "$checksum"
     sync "$part" "$checksum"
@@ -2397,21 +2478,6 @@ const RCLONE: StoreVerbs & { readonly list: Declared<"folder"> } = {
     for object; do rclone deletefile -- "$folder$object"; done
   `),
 };
-
-/** Passes bytes on, and tells the SHA-256 and the number of them. Where one part fails, all of it does. */
-const CHECKSUM: Stage = {
-  label: "sha256sum",
-  tells: true,
-  command: `exec 4>&1; bad=$( { { { tee /dev/fd/4 /dev/fd/7 || echo tee >&6; } | { sha256sum >&5 || echo sha256sum >&6; }; } 7>&1 | { wc -c >&5 || echo wc >&6; }; } 6>&1 ); [ -z "$bad" ]`,
-};
-
-/** Reads what CHECKSUM told. */
-function readChecksum(told: string): { sum: string; bytes: number } {
-  const [, sum = ""] = /^([0-9a-f]{64}) /m.exec(told) ?? [];
-  const [, bytes = ""] = /^(\d+)$/m.exec(told) ?? [];
-  if (sum === "" || bytes === "") throw new Failure(`cannot read what "sha256sum" and "wc" printed: ${told}`);
-  return { sum, bytes: Number(bytes) };
-}
 
 /** The checksum objects in a text of several, by the name of what they are of. */
 export const parseSums = (text: string) => new Map([...text.matchAll(/^([0-9a-f]{64}) [ *]([^\n]*)/gm)].map(([, sum = "", object = ""]) => [object, sum]));
@@ -3035,7 +3101,7 @@ export type Standing = {
 };
 
 /** How a stream goes to one destination: `rate` in bytes a second; `protocol` null for what btrfs takes by itself. */
-export type Sending = Filters & { readonly rate: number | null; readonly protocol: string | null; readonly fullEvery: FullEvery | null; readonly resume: boolean; readonly spaceCheck: boolean };
+export type Sending = Filters & { readonly rate: number | null; readonly protocol: string | null; readonly fullEvery: FullEvery | null; readonly resume: boolean; readonly spaceCheck: boolean; readonly trust: boolean };
 
 /** How a stream is made: those that are made alike are the same. `chosen`: the protocol was not asked for. */
 type Form = Pick<Sending, "rate" | "level" | "protocol"> & { readonly chosen?: boolean };
@@ -3043,8 +3109,8 @@ type Form = Pick<Sending, "rate" | "level" | "protocol"> & { readonly chosen?: b
 /** What a broken transfer left over there to go on from: `bytes` of them with a SHA-256. */
 type Begun = Form & { readonly bytes: number; readonly sum: string };
 
-/** Where a stream comes in. `stages`: the last ones of its pipeline; `finish` gets what they told, and returns the stored bytes; `kept`: what is there already. */
-type Incoming = { readonly stages: readonly Stage[]; readonly environment?: Record<string, string>; readonly finish?: (told: string) => Promise<number>; readonly kept?: Begun };
+/** Where a stream comes in. `stages`: the last ones of its pipeline; `finish` gets what was stored, and returns the bytes that are there; `kept`: what is there already. */
+type Incoming = { readonly stages: readonly Stage[]; readonly environment?: Record<string, string>; readonly finish?: (summed: Summed) => Promise<number>; readonly kept?: Begun };
 
 /** A place that backups go to, whatever its kind. */
 export interface Destination {
@@ -3112,11 +3178,35 @@ function formBetween(source: Folder, target: Folder, { level, rate, protocol }: 
 const announcement = (name: string, { since }: Pick<Folder, "since">) => `{"receiving":${JSON.stringify(name)},"since":${JSON.stringify(since)},`;
 
 /** The receiving end of a transfer into a folder. `chain`: what its record says, with the announcement meanwhile. */
-function receiving(folder: Folder, name: string, level: string, chain: ChainRecord | null, btrfsDebug: boolean, kept: Partial<Part> = {}): Stage {
+function receiving(folder: Folder, name: string, level: string, chain: ChainRecord | null, btrfsDebug: boolean, kept: Partial<Part> = {}, isChecked = false): Stage {
   const { header, key, value } = chain === null ? NO_RECORD : recordArguments(folder, chain);
   const announced = { header, key, beginning: announcement(name, folder), rest: value.slice(1), ...(chain === null ? { sync: "later" } : {}) };
-  const given = { flag: btrfsDebug ? "-vv" : "-q", ...at(folder), level, holder: holderOf(folder), prefix: folder.prefix, ...announced, ...kept };
+  // What was checked comes from us, and not from the file that it was kept in.
+  const flag = `${btrfsDebug ? "-vv" : "-q"}${isChecked && kept.part !== undefined ? "C" : ""}`;
+  const given = { flag, ...at(folder), level, holder: holderOf(folder), prefix: folder.prefix, ...announced, ...kept };
   return { label: `btrfs receive${folder.host.label === "" ? "" : ` on ${folder.host.label}`}`, command: commandWith(folder.host, RECEIVE, given), receives: true, shown: btrfsDebug };
+}
+
+/**
+ * The receiving end of a stream that another host, or a store, made: it is read along here, behind what it was compressed with, before any
+ * `btrfs receive` of ours gets it. `end`: that, for what is compressed by a level. Errors: Failure where zstd is missing.
+ */
+function checked(target: Folder, level: string, { name, uuid, parent }: Omit<Expected, "alone">, end: (level: string) => Stage): Stage[] {
+  const isElsewhere = target.host.ssh !== null;
+  if (level !== "" && which.sync("zstd", { nothrow: true }) === null) throw new Failure("zstd not found: install zstd");
+  const unpack: Stage[] = level === "" ? [] : [{ label: "zstd", command: "zstd -q -d -c" }];
+  const pack: Stage[] = level === "" || !isElsewhere ? [] : [{ label: "zstd", command: `zstd -q -c -T0 -${level}` }];
+  return [...unpack, relaying({ check: { name, uuid, parent, alone: !target.fenced } }), ...pack, end(isElsewhere ? level : "")];
+}
+
+/** What a stream of a snapshot must say of itself. */
+const expected = (source: Folder, { snapshot, parent }: Transfer): Omit<Expected, "alone"> => ({ name: snapshot.name, uuid: source.alone ? "" : dataOf(snapshot), parent: parent && dataOf(parent) });
+
+/** Whether what a source sends is another host's word, which must be checked where it arrives. */
+function mustBeChecked(source: Folder, target: Folder, { trust }: Pick<Sending, "trust">): boolean {
+  const isForeign = source.host.ssh !== null && !sameHost(source.host, target.host);
+  if (isForeign && trust) log.info(`${source.id}: its stream is received as it is, by --trust-stream`);
+  return isForeign && !trust;
 }
 
 /** A file that a stream was kept in: its name without dot and end, and what it must be (see COMPLETE). */
@@ -3140,9 +3230,8 @@ async function resumable(folder: Folder, source: Folder, transfer: Transfer, obj
   const part = `${object}.p${protocol}-${level}`;
   return {
     kept,
-    stages: [CHECKSUM, { label: `storing${host.label === "" ? "" : ` on ${host.label}`}`, command: commandWith(host, RAW.put, { ...at(folder), lock: prefix, object: part, holder: holderOf(folder), size: String(kept.bytes) }) }],
-    async finish(told) {
-      const { sum, bytes } = readChecksum(told);
+    stages: [relaying({ sum: true }), { label: `storing${host.label === "" ? "" : ` on ${host.label}`}`, command: commandWith(host, RAW.put, { ...at(folder), lock: prefix, object: part, holder: holderOf(folder), size: String(kept.bytes) }) }],
+    async finish({ sum, bytes }) {
       await taken({ part, sum, bytes: String(kept.bytes + bytes), kept: String(kept.bytes) });
       return kept.bytes + bytes;
     },
@@ -3158,7 +3247,15 @@ const tidying = (folder: Folder, used: () => boolean) => async () => {
 };
 
 /** The SHA-256 of all that a stream would carry of a snapshot. Errors: Failure. */
-const digestIn = async (folder: Folder, { name }: Entry) => (await ask(folder.host, DIGEST, { ...at(folder), snapshot: name }, `${folder.id}: cannot read ${name}`)).slice(0, 64);
+async function digestIn(folder: Folder, { name }: Entry): Promise<string> {
+  const told = await ask(folder.host, DIGEST, { ...at(folder), snapshot: name }, `${folder.id}: cannot read ${name}`);
+  return /^[0-9a-f]{64}(?= )/.exec(told)?.[0] ?? fail(`${folder.id}: cannot read ${name}: no SHA-256 was printed`);
+}
+
+/** Errors: Failure. */
+function fail(message: string): never {
+  throw new Failure(message);
+}
 
 /** Waits for all, also where one fails. Errors: the first one's. */
 async function allOf<T>(all: readonly Promise<T>[]): Promise<T[]> {
@@ -3186,12 +3283,17 @@ function folderDestination(folder: Folder, again: () => Promise<Folder>, owned: 
     form: (source) => (canResume(source, folder, sending) ? null : formBetween(source, folder, sending)),
     async receive(source, transfer) {
       const form = formBetween(source, folder, sending);
-      const from = (part?: Part, level = form.level) => [receiving(folder, transfer.snapshot.name, level, settled, options.btrfsDebug, part)];
-      if (!canResume(source, folder, sending)) return { stages: from() };
+      const isChecked = mustBeChecked(source, folder, sending);
+      const stages = (given: string, part?: Part) => {
+        const end = (level: string) => receiving(folder, transfer.snapshot.name, level, settled, options.btrfsDebug, part, isChecked);
+        return isChecked ? checked(folder, given, expected(source, transfer), end) : [end(given)];
+      };
+      if (!canResume(source, folder, sending)) return { stages: stages(form.level) };
       parts = true;
       const object = streamName(transfer, ownerOf(settled.owner as Identity), { level: "", recipients: [] });
       return resumable(folder, source, transfer, object, 2, { ...sending, ...form }, async (part) => {
-        await pipeline(from(part, PART.exec(`${part.part}.part`)?.[2]));
+        const kept: Stage = { label: `reading${host.label === "" ? "" : ` on ${host.label}`}`, command: commandWith(host, RAW.get, { ...at(folder), how: "", holder: holderOf(folder), objects: [`.${part.part}.part`] }), sends: true };
+        await pipeline([...(isChecked ? [kept] : []), ...stages(PART.exec(`${part.part}.part`)?.[2] ?? form.level, part)]);
       });
     },
     async compare(source, snapshot) {
@@ -3319,9 +3421,8 @@ function storeDestination(folder: Folder, store: Store, again: () => Promise<Fol
       const put = commandWith(host, verbs.put, { ...place, object, holder: holderOf(folder), size: part });
       const label = verbs === RCLONE ? "rclone" : `storing${host.label === "" ? "" : ` on ${host.label}`}`;
       return {
-        stages: [...encrypting(sending), CHECKSUM, { label, command: put }],
-        async finish(told) {
-          const { sum, bytes } = readChecksum(told);
+        stages: [...encrypting(sending), relaying({ sum: true }), { label, command: put }],
+        async finish({ sum, bytes }) {
           await ask(host, verbs.commit, { ...place, object, sum, bytes: String(bytes) }, `${id}: cannot complete ${object}`);
           return bytes;
         },
@@ -3942,20 +4043,14 @@ function newReport(json: boolean, dryRun: boolean): Report {
 /** What is shown of transfers; `sizes`: bytes of a full stream, by snapshot UUID, where quotas tell them. */
 type Display = { readonly progress: boolean; readonly btrfsDebug: boolean; readonly sizes: Map<string, number> };
 
-const hasPv = () => which.sync("pv", { nothrow: true }) !== null;
-
-/** Whether there is a terminal to draw a bar on, and pv to draw it. */
+/** Whether there is a terminal to draw a bar on. */
 function canShowProgress(): boolean {
-  const missing = !process.stderr.isTTY ? "stderr is no terminal" : !hasPv() ? "pv is not installed" : null;
-  if (missing !== null) log.debug(`no progress is shown: ${missing}`);
-  return missing === null;
+  if (!process.stderr.isTTY) log.debug("no progress is shown: stderr is no terminal");
+  return process.stderr.isTTY;
 }
 
-/** What options ask to show. Errors: Failure if pv is missing for one of the rates. */
-function displayOf({ progress, btrfsDebug }: Omit<Display, "sizes">, rates: readonly (number | null)[]): Display {
-  if (rates.some((rate) => rate !== null) && !hasPv()) throw new Failure("--rate-limit: pv not found: install pv");
-  return { progress: progress && canShowProgress(), btrfsDebug, sizes: new Map() };
-}
+/** What options ask to show. */
+const displayOf = ({ progress, btrfsDebug }: Omit<Display, "sizes">): Display => ({ progress: progress && canShowProgress(), btrfsDebug, sizes: new Map() });
 
 /** One line about a stream: `bytes` of `size`, where that is known, after so many seconds. */
 export function progressLine(name: string, bytes: number, size: number | undefined, seconds: number, columns: number): string {
@@ -3969,13 +4064,13 @@ export function progressLine(name: string, bytes: number, size: number | undefin
   return `${what.length > room ? `${what.slice(0, Math.max(0, room - 1))}…` : what.padEnd(Math.min(room, 40))}${figures}`;
 }
 
-/** The stage that counts bytes for a line about a stream, up to `size` of them, and slows down. */
+/** The stage that counts bytes for a line about a stream, up to `size` of them, and slows down; none if nothing of this is asked for. */
 function meter(what: string, { progress }: Pick<Display, "progress">, rate: number | null, size?: number): Stage[] {
-  const limit = rate === null ? "" : ` -L ${rate}`;
-  if (!progress) return rate === null ? [] : [{ label: "pv", command: `pv -q${limit}` }];
+  const slowed = rate === null ? {} : { rate };
+  if (!progress) return rate === null ? [] : [relaying(slowed)];
   const [stream, began] = [{}, Date.now()];
   const line = (bytes: number) => progressLine(what, bytes, size, (Date.now() - began) / 1000, process.stderr.columns || 80);
-  return [{ label: "pv", command: `pv -n -b -i 0.5${limit}`, counts: (bytes) => terminal.show(stream, bytes === null ? null : line(bytes)) }];
+  return [relaying(slowed, (bytes) => terminal.show(stream, bytes === null ? null : line(bytes)))];
 }
 
 /** What a destination got of one snapshot. */
@@ -4003,10 +4098,10 @@ async function transferToAll(receivers: readonly Receiver[], source: Folder, tra
       if (ready[i]?.status === "rejected") throw ready[i].reason;
       const { finish } = incoming.get(receiver) as Incoming;
       try {
-        const outcome = outcomes.get(receiver) as PromiseSettledResult<{ bytes: number | null; told: string }>;
+        const outcome = outcomes.get(receiver) as PromiseSettledResult<Flown>;
         if (outcome.status === "rejected") throw outcome.reason;
-        const { bytes, told } = outcome.value;
-        return { bytes: finish === undefined ? bytes : await finish(told), seconds: (Date.now() - began) / 1000 };
+        const { bytes, summed } = outcome.value;
+        return { bytes: finish === undefined ? bytes : await finish(summed as Summed), seconds: (Date.now() - began) / 1000 };
       } catch (error) {
         return again(receiver, error as Error, source, transfer, display);
       }
@@ -4022,6 +4117,7 @@ async function again(receiver: Receiver, error: Error, source: Folder, transfer:
     await receiver.tidy();
     return transferTo(receiver, source, transfer, display);
   }
+  if (error instanceof Abandoned) throw error;
   // What stood in the way of the name is not what this transfer left.
   if (!/File exists/.test(error.message))
     await whileCleaning(() => receiver.discard(name)).catch((problem: Error) => log.warn(`${problem.message} (the next run will)`));
@@ -4036,7 +4132,7 @@ async function again(receiver: Receiver, error: Error, source: Folder, transfer:
 }
 
 /** Makes the stream, and lets it flow to all who take it. */
-async function stream(incoming: readonly (readonly [Receiver, Incoming])[], source: Folder, { snapshot, parent }: Transfer, display: Display): Promise<PromiseSettledResult<{ bytes: number | null; told: string }>[]> {
+async function stream(incoming: readonly (readonly [Receiver, Incoming])[], source: Folder, { snapshot, parent }: Transfer, display: Display): Promise<PromiseSettledResult<Flown>[]> {
   const [[first, { kept, stages, environment }]] = incoming as [readonly [Receiver, Incoming]];
   const { level, protocol, rate } = kept ?? (first.form(source) as Form);
   const before = kept === undefined || kept.bytes === 0 ? { skip: "", sum: "" } : { skip: String(kept.bytes), sum: kept.sum };
@@ -4048,67 +4144,257 @@ async function stream(incoming: readonly (readonly [Receiver, Incoming])[], sour
   const others = incoming.length === 1 ? "" : ` and ${incoming.length - 1} more`;
   const metered = meter(`${snapshot.name} to ${first.id}${others}`, display, rate, parent === null && level === "" ? display.sizes.get(snapshot.uuid) : undefined);
   // How many bytes a compressed stream has is known only behind the host that compresses it.
-  const [counted = { label: "cat", command: "cat" }, ...behind] = metered;
-  const between = level === "" || incoming.every(([, { finish }]) => finish) ? metered : [{ ...counted, measured: true }, ...behind];
+  const between = level === "" || incoming.every(([, { finish }]) => finish) ? metered : [relaying({}), ...metered];
   if (incoming.length === 1) return Promise.allSettled([pipeline([send, ...between, ...stages], environment)]);
   return fanOut([send, ...between], incoming.map(([, one]) => one), 20e3 * source.host.beat);
 }
 
-/**
- * What `tee -p` does, in perl: in blocks of 256 KiB, through pipes of 1 MiB (1031 is F_SETPIPE_SZ of fcntl(2)). That of coreutils copies
- * 8 KiB at a time (seen with 9.1), which takes longer than to make a second stream.
- */
-const TEE = `$SIG{PIPE} = "IGNORE"; my @to = map { open(my $to, ">", $_) or do { print STDERR "$_: $!\n"; exit 1 }; fcntl($to, 1031, 1 << 20); $to } @ARGV;
-while (@to) {
-  my $n = sysread(STDIN, my $block, 1 << 18) // do { print STDERR "$!\n"; exit 1 };
-  last if $n == 0;
-  @to = grep { my $at = 0; while (defined $at and $at < $n) { my $w = syswrite($_, $block, $n - $at, $at); $at = defined $w ? $at + $w : undef } defined $at } @to;
-}`;
+/** How long the processes of an output that was given up have to end, in ms: a disk that does not answer keeps them for ever. */
+const PARTING = 10e3;
 
 /**
  * Runs the stages of one stream, and what follows of each who takes it as a pipeline of its own, so that one that fails drops out. What
  * takes nothing for `patience` ms while the others wait drops out as well. Where the stream itself fails, all are killed before their input closes.
  */
-async function fanOut(stages: readonly Stage[], takers: readonly Incoming[], patience: number): Promise<PromiseSettledResult<{ bytes: number | null; told: string }>[]> {
+async function fanOut(stages: readonly Stage[], takers: readonly Incoming[], patience: number): Promise<PromiseSettledResult<Flown>[]> {
   const directory = mkdtempSync(join(runtimeDirectory(), "f"));
   const pipes = takers.map((_, i) => `${directory}/${i}`);
   spawnSync("mkfifo", pipes);
   const branches = takers.map(({ stages, environment }, i) => flow(stages, environment ?? {}, { input: pipes[i] as string }));
-  const [pipe = "", ...rest] = pipes.map(quote);
-  const pid = `${directory}/tee`;
-  const either = `if command -v perl >/dev/null; then exec env -i "$(command -v perl)" -e ${quote(TEE)} ${pipe} ${rest.join(" ")}; else exec tee -p ${rest.join(" ")} >${pipe}; fi`;
-  const tee = { label: "tee", command: `( read -r p r </proc/self/stat; echo "$p" >${quote(pid)}; ${either} )` };
-  const trunk = flow([...stages, tee], {}, { feeds: branches.map(({ group }) => group) });
-  const stalled = new Set<number>();
-  let [taken, since] = ["", Date.now()];
-  const watch = setInterval(() => {
-    const waiting = waitingFor(pid, pipes);
-    if (waiting.taken !== taken) [taken, since] = [waiting.taken, Date.now()];
-    else if (waiting.pipe >= 0 && Date.now() - since > patience) {
-      stalled.add(waiting.pipe);
-      branches[waiting.pipe]?.kill();
-    }
-  }, Math.min(1000, patience / 4));
-  const [stem, ...ends] = await Promise.allSettled([trunk.ended, ...branches.map(({ ended }) => ended)]);
-  clearInterval(watch);
+  const to = branches.map(({ group }, i) => ({ path: pipes[i] as string, group }));
+  const trunk = flow([...stages, relaying({ to, patience })], {}, { feeds: branches.map(({ group }) => group) });
+  // As long as we hold them open, nobody takes the end of a relay that was killed for the end of the stream.
+  const held = Promise.all(branches.map(({ ended }, i) => heldOpen(pipes[i] as string, ended)));
+  const [stem] = await Promise.allSettled([trunk.ended]);
+  const dropped = stem.status === "fulfilled" ? stem.value.dropped : [];
+  if (stem.status === "rejected") for (const { kill } of branches) kill();
+  for (const descriptor of await held) if (descriptor !== null) closeSync(descriptor);
+  const left = new Set<number>();
+  for (const i of dropped) if (!(await isGone(branches[i]?.group as number))) left.add(i);
+  const ends = await Promise.allSettled(branches.map(({ ended }, i) => (left.has(i) ? null : ended)));
   rmSync(directory, { recursive: true, force: true });
   return ends.map((end, i) => {
     const failed = (reason: unknown) => ({ status: "rejected" as const, reason });
-    if (stalled.has(i)) return failed(new Stalled(`it took nothing for ${patience / 1000} s`));
+    const tookNothing = `it took nothing for ${patience / 1000} s`;
+    if (left.has(i)) return failed(new Abandoned(`${tookNothing}, and its processes do not end: does the disk answer?`));
+    if (dropped.includes(i)) return failed(new Stalled(tookNothing));
     if (stem.status === "rejected" && (end.status === "fulfilled" || end.reason instanceof Killed)) return failed(stem.reason);
-    return end.status === "rejected" || stem.status === "rejected" ? end : { ...end, value: { ...end.value, bytes: stem.value.bytes } };
+    if (end.status === "rejected") return end;
+    const { bytes } = (stem as PromiseFulfilledResult<Flown>).value;
+    return { status: "fulfilled", value: { ...(end.value as Flown), bytes } };
   });
 }
 
-/** How much a `tee` has read and written, and which of its pipes is full: proc(5), /proc/pid/io and /proc/pid/syscall. */
-function waitingFor(pidFile: string, pipes: readonly string[]): { taken: string; pipe: number } {
+/** Opens a FIFO for writing as soon as somebody reads it; null if its reader ends before. */
+async function heldOpen(pipe: string, reader: Promise<unknown>): Promise<number | null> {
+  let over = false;
+  reader.catch(() => {}).finally(() => (over = true));
+  for (; !over; await new Promise((later) => setTimeout(later, 5)))
+    try {
+      return openSync(pipe, constants.O_WRONLY | constants.O_NONBLOCK);
+    } catch (error) {
+      if ((error as NodeJS.ErrnoException).code !== "ENXIO") throw error;
+    }
+  return null;
+}
+
+/** Waits until the processes of a killed group are gone; whether they are, after a time. */
+async function isGone(group: number): Promise<boolean> {
+  for (const began = Date.now(); Date.now() - began < PARTING; await new Promise((later) => setTimeout(later, 50))) if (!isRunning(group)) return true;
+  return false;
+}
+
+/** Whether a process group has a process yet. */
+function isRunning(group: number): boolean {
   try {
-    const process = `/proc/${readFileSync(pidFile, "utf8").trim()}`;
-    const [, descriptor = ""] = /^\d+ (0x[0-9a-f]+)/.exec(readFileSync(`${process}/syscall`, "utf8")) ?? [];
-    return { taken: readFileSync(`${process}/io`, "utf8"), pipe: pipes.indexOf(readlinkSync(`${process}/fd/${Number(descriptor)}`)) };
+    return process.kill(-group, 0);
   } catch {
-    return { taken: "", pipe: -1 }; // it has not begun, or has ended
+    return false;
   }
+}
+
+// ── the relay ──
+
+/** What the relay does with the bytes that pass it. */
+type Relay = {
+  /** Tells their SHA-256. */
+  readonly sum?: boolean;
+  /** At most so many bytes a second. */
+  readonly rate?: number;
+  /** The file that gets what it tells at its end; with ".now" behind its name how many bytes have passed, twice a second. */
+  readonly tell?: string;
+  /** They must be this stream: see streamCheck. */
+  readonly check?: Expected;
+  /** They go nowhere. */
+  readonly drop?: boolean;
+  /** Where they go instead of standard output: FIFOs, each with the process group that reads it. */
+  readonly to?: readonly { readonly path: string; readonly group: number }[];
+  /** For how many ms one of these may take nothing while others wait. */
+  readonly patience?: number;
+};
+
+/** The stream that is expected: what it makes, and on top of what; `alone`: no fence keeps it in. Empty UUIDs are not known. */
+type Expected = { readonly name: string; readonly uuid: string; readonly parent: string | null; readonly alone: boolean };
+
+/** What the relay tells at its end. */
+type Passed = { readonly bytes: number; readonly sum: string | null; readonly dropped: readonly number[] };
+
+/**
+ * Passes standard input on, and tells what has passed. A process of its own, which reads and writes with blocking calls,
+ * so that no byte waits for anything else, and which any signal ends at once: with a handler, it would not in such a call. Where it
+ * fails, whoever started it kills those who read from it while its standard output is still open; those behind FIFOs it kills itself.
+ */
+function relay(given: Relay): never {
+  try {
+    const passed = passOn(given);
+    if (given.tell !== undefined) writeFileSync(given.tell, JSON.stringify(passed));
+    process.exit(0);
+  } catch (error) {
+    for (const { group } of given.to ?? []) sendSignal(-group, "SIGKILL");
+    try {
+      writeSync(2, `${error instanceof Refused ? `the stream is refused: ${error.message} (--trust-stream receives it as it is)` : (error as Error).message}\n`);
+    } catch {
+      // nobody listens
+    }
+    process.exit(1);
+  }
+}
+
+function passOn({ sum, rate, tell, check, drop, to, patience = Infinity }: Relay): Passed {
+  const BLOCK = 2 ** 20;
+  const room = Buffer.allocUnsafe(2 * BLOCK);
+  const hash = sum ? createHash("sha256") : null;
+  const checked = check === undefined ? null : streamCheck(expecting(check), check.alone);
+  const outputs = to === undefined ? null : openOutputs(to, patience);
+  widen([0, ...(outputs?.descriptors ?? [1])]);
+  const most = rate === undefined ? BLOCK : Math.min(BLOCK, Math.max(4096, Math.ceil(rate / 10)));
+  const began = performance.now();
+  let [have, bytes, told] = [0, 0, began];
+  const tellBytes = () => {
+    told = performance.now();
+    if (tell !== undefined) writeFileSync(`${tell}.now`, String(bytes));
+  };
+  const send = (end: number) => {
+    if (end === 0) return;
+    hash?.update(room.subarray(0, end));
+    if (outputs !== null) outputs.write(room, end);
+    else if (!drop) writeAll(1, room, end);
+    bytes += end;
+    if (rate !== undefined) pause((1000 * bytes) / rate - (performance.now() - began));
+    if (performance.now() - told > 500) tellBytes();
+  };
+  for (let n; (n = readSome(0, room, have, most)) > 0; ) {
+    have += n;
+    const end = checked === null ? have : checked.pass(room, 0, have);
+    send(end);
+    room.copyWithin(0, end, have);
+    have -= end;
+  }
+  checked?.finish();
+  send(have);
+  tellBytes();
+  return { bytes, sum: hash?.digest("hex") ?? null, dropped: outputs?.dropped ?? [] };
+}
+
+/**
+ * Gives pipes room for 1 MiB, of which each has 64 KiB by itself: storing a stream takes a quarter less time so. 1031 is F_SETPIPE_SZ of
+ * fcntl(2). Only under Bun, which the executable is made of; elsewhere, and what is no pipe, stays as it is.
+ */
+function widen(descriptors: readonly number[]): void {
+  type Library = { readonly symbols: { readonly fcntl: (descriptor: number, command: number, value: number) => number } };
+  const { Bun: bun } = globalThis as { Bun?: { readonly FFI?: { readonly dlopen: (name: string, symbols: object) => Library } } };
+  try {
+    const library = bun?.FFI?.dlopen("libc.so.6", { fcntl: { args: ["int", "int", "int"], returns: "int" } });
+    for (const descriptor of descriptors) library?.symbols.fcntl(descriptor, 1031, 2 ** 20);
+  } catch {
+    // another C library
+  }
+}
+
+/** Sleeps for so many ms; not at all for none. */
+function pause(ms: number): void {
+  if (ms > 0) Atomics.wait(new Int32Array(new SharedArrayBuffer(4)), 0, 0, ms);
+}
+
+function isBusy(error: unknown): boolean {
+  return (error as NodeJS.ErrnoException).code === "EAGAIN";
+}
+
+/** Reads what there is, at most so much; 0 at the end. */
+function readSome(descriptor: number, room: Buffer, at: number, most: number): number {
+  for (;;)
+    try {
+      return readSync(descriptor, room, at, Math.min(most, room.length - at), null);
+    } catch (error) {
+      if (!isBusy(error)) throw error;
+      pause(1); // somebody else set it so that it does not block
+    }
+}
+
+function writeAll(descriptor: number, bytes: Buffer, end: number): void {
+  for (let at = 0; at < end; )
+    try {
+      at += writeSync(descriptor, bytes, at, end - at);
+    } catch (error) {
+      if (!isBusy(error)) throw error;
+      pause(1);
+    }
+}
+
+/** Several outputs, of which none makes another wait for longer than it has patience: see Relay. Who reads no more drops out, and tells why itself. */
+function openOutputs(to: NonNullable<Relay["to"]>, patience: number): { write: (bytes: Buffer, end: number) => void; readonly dropped: readonly number[]; readonly descriptors: readonly number[] } {
+  type Output = { readonly number: number; readonly group: number; descriptor: number; at: number; since: number };
+  const dropped: number[] = [];
+  const most = process.versions["deno"] === undefined ? Infinity : 4096;
+  const now = () => performance.now();
+  const opened = now();
+  let open = to.map(({ path, group }, number): Output => ({ number, group, descriptor: openRead(path, group), at: 0, since: 0 }));
+  function openRead(path: string, group: number): number {
+    for (; ; pause(1))
+      try {
+        return openSync(path, constants.O_WRONLY | constants.O_NONBLOCK);
+      } catch (error) {
+        // Its reader has not begun, or will not.
+        if ((error as NodeJS.ErrnoException).code !== "ENXIO") throw error;
+        if (!isRunning(group) || now() - opened > 60e3) return -1;
+      }
+  }
+  const close = (output: Output) => {
+    if (output.descriptor !== -1) closeSync(output.descriptor);
+    output.descriptor = -1;
+  };
+  /** Whether an output took something. Deno tells nothing of a part that was taken: there, as much as is taken whole or not at all, PIPE_BUF of pipe(7). */
+  const feed = (output: Output, bytes: Buffer, end: number): boolean => {
+    try {
+      output.at += writeSync(output.descriptor, bytes, output.at, Math.min(end - output.at, most));
+      output.since = now();
+      return true;
+    } catch (error) {
+      if (!isBusy(error)) close(output);
+      else if (now() - output.since > patience) {
+        dropped.push(output.number);
+        sendSignal(-output.group, "SIGKILL"); // before it sees an end
+        close(output);
+      }
+      return false;
+    }
+  };
+  return {
+    dropped,
+    descriptors: open.map(({ descriptor }) => descriptor),
+    write(bytes, end) {
+      for (const output of open) Object.assign(output, { at: 0, since: now() });
+      for (let wait = 0.05; ; ) {
+        const waiting = open.filter(({ descriptor, at }) => descriptor !== -1 && at < end);
+        if (waiting.length === 0) break;
+        const taken = waiting.map((output) => feed(output, bytes, end)).includes(true);
+        wait = taken ? 0.05 : Math.min(1, 1.5 * wait);
+        if (!taken) pause(wait);
+      }
+      open = open.filter(({ descriptor }) => descriptor !== -1);
+      if (open.length === 0) throw new Error("nobody takes it any more");
+    },
+  };
 }
 
 // ── 7. Commands ──────────────────────────────────────────────────────────────────────────
@@ -4389,16 +4675,17 @@ function explained<T extends Dated>(decisions: readonly Decision<T>[], id: strin
   return decisions.filter(({ reasons }) => reasons.length === 0).map(({ entry }) => entry);
 }
 
-/** One run's view of a destination that could be opened. `compared`: a parent was compared with its backup; `todo`: what is still to be sent; `complete`: nothing that should have been sent was not; `pruning`: of its backups, which goes on beside other work. */
-type Served = { readonly wanted: Wanted; readonly destination: Destination; standing: Standing; todo: readonly Transfer[]; complete: boolean; done: boolean; pruning: Promise<void>; free: number; compared: boolean; readonly verdicts: Verdicts };
+/** One run's view of a destination that could be opened. `compared`: a parent was compared with its backup; `failed`: what could not be sent, by UUID; `todo`: what is still to be sent; `complete`: nothing that should have been sent was not; `pruning`: of its backups, which goes on beside other work. */
+type Served = { readonly wanted: Wanted; readonly destination: Destination; standing: Standing; todo: readonly Transfer[]; complete: boolean; done: boolean; pruning: Promise<void>; free: number; compared: boolean; readonly verdicts: Verdicts; readonly failed: Set<string> };
 
 /** What serving destinations takes. `jobs`: how many streams flow at a time. */
 type Serving = { readonly source: Source; readonly inquiry: Inquiry; readonly snapshots: readonly Snapshot[]; readonly memory: Known; readonly o: RunOptions; readonly report: Report; readonly display: Display; readonly began: number; readonly jobs: <T>(work: () => Promise<T>) => Promise<T> };
 
 /** Plans what a destination gets, and asks for what has to be known of the parents until nothing is missing. Errors: Failure. */
 async function planFor(served: Served, serving: Serving): Promise<ReturnType<typeof planTransfers>> {
-  const { destination: { stream, compare }, wanted, standing, verdicts } = served;
-  const { inquiry, snapshots, o } = serving;
+  const { destination: { stream, compare }, wanted, standing, verdicts, failed } = served;
+  const { inquiry, o } = serving;
+  const snapshots = serving.snapshots.filter(({ uuid }) => !failed.has(uuid));
   const find = dataFinder(standing.held);
   const isThere = (parent: Snapshot) => (stream === null ? find(parent) !== undefined : parent.uuid === stream.last?.uuid);
   const options = { policy: wanted.policy, incremental: o.incremental, newestOnly: o.newestOnly, now: wallClock(new Date()), fullEvery: wanted.sending.fullEvery };
@@ -4454,6 +4741,20 @@ async function planAgain(served: Served, error: unknown, { snapshot, parent }: T
 }
 const DAMAGED = "seems to be damaged";
 
+/** How many snapshots may fail one after the other until it is not them. */
+const FAILURES = 3;
+
+/** What a destination gets yet when one snapshot could not be sent: the later ones, unless it is the place itself that fails. */
+async function planWithout(served: Served, error: unknown, { name, uuid }: Snapshot, serving: Serving): Promise<readonly Transfer[]> {
+  const { destination: { id, stream }, failed, todo } = served;
+  const isPlace = error instanceof Absent || error instanceof Abandoned || error instanceof Busy;
+  failed.add(uuid);
+  // A command is given what is newer than the last that it took: there must be no gap.
+  if (isPlace || stream !== null || failed.size >= FAILURES || todo.length < 2) return [];
+  log.info(`${id}: the next ones are sent without ${name}, which the next run tries again; if it can never be sent, delete it: btrfs subvolume delete ${shellWord(join(serving.source.path, name))}`);
+  return planFor(served, serving).then(({ transfers }) => transfers, () => []);
+}
+
 /** Decides what a destination gets, and clears away what broken transfers left. Errors: those of `discard`. */
 async function begin(served: Served, serving: Serving): Promise<void> {
   const { destination, wanted, standing } = served;
@@ -4506,9 +4807,9 @@ async function sendNext(all: readonly Served[], transfer: Transfer, serving: Ser
       if (length > 100 && wanted.sending.fullEvery?.count === 0) report.warning(`${id}: to restore ${snapshot.name} takes ${length} streams, each of them whole; --full-every begins a new chain`);
     } catch (error) {
       if (await planAgain(served, error, transfer, serving).catch(() => false)) continue;
-      served.todo = [];
       served.complete = false;
       report.error(id, error);
+      served.todo = await planWithout(served, error, snapshot, serving);
     }
   }
 }
@@ -4628,7 +4929,7 @@ async function openAll(all: Served[], wanted: ReadonlyMap<string, Wanted>, sourc
   const results = await Promise.allSettled(openings);
   for (const [i, [id, destination]] of sorted.entries()) {
     const result = results[i] as PromiseSettledResult<Destination>;
-    if (result.status === "fulfilled") all.push({ wanted: destination, destination: result.value, standing: result.value.standing, todo: [], complete: true, done: false, pruning: Promise.resolve(), free: result.value.free, compared: false, verdicts: { cleared: known.get(id)?.cleared ?? {}, refused: new Map() } });
+    if (result.status === "fulfilled") all.push({ wanted: destination, destination: result.value, standing: result.value.standing, todo: [], complete: true, done: false, pruning: Promise.resolve(), free: result.value.free, compared: false, failed: new Set(), verdicts: { cleared: known.get(id)?.cleared ?? {}, refused: new Map() } });
   }
   for (const [i, [id, destination]] of sorted.entries()) {
     const result = results[i] as PromiseSettledResult<Destination>;
@@ -4712,13 +5013,13 @@ export type PlaceMetrics = { sent: number; bytes: number; seconds: number; delet
 /** Prometheus' text format: what its node exporter's textfile collector reads. */
 export function metricsOf(source: string, places: ReadonlyMap<string | null, PlaceMetrics>, now: number): string {
   const label = (text: string) => visible(text).replace(/["\\\n]/g, (c) => (c === "\n" ? "\\n" : `\\${c}`));
-  const all = [...places].map(([id, place]) => ({ labels: `{source="${label(source)}"${id === null ? "" : `,destination="${label(id)}"`}}`, ...place }));
-  const metric = (name: string, help: string, value: (place: PlaceMetrics) => number | null) => {
+  const all = [...places].map(([id, place]) => ({ labels: `{source="${label(source)}"${id === null ? "" : `,destination="${label(id)}"`}}`, isSource: id === null, ...place }));
+  const metric = (name: string, help: string, value: (place: PlaceMetrics & { readonly isSource: boolean }) => number | null) => {
     const lines = all.map((place) => [place.labels, value(place)] as const).filter(([, number]) => number !== null && !Number.isNaN(number));
     return lines.length === 0 ? "" : `# HELP btrfs_backup_${name} ${help}\n# TYPE btrfs_backup_${name} gauge\n${lines.map(([labels, number]) => `btrfs_backup_${name}${labels} ${number}\n`).join("")}`;
   };
   return [
-    metric("last_success_timestamp_seconds", "When the destination last had all that it should have.", ({ last }) => (last === null ? null : Date.parse(last) / 1000)),
+    metric("last_success_timestamp_seconds", "When the destination last had all that it should have.", ({ last, isSource }) => (last !== null ? Date.parse(last) / 1000 : isSource ? null : 0)),
     metric("errors", "How many things went wrong in the last run.", ({ errors }) => errors),
     metric("sent_bytes", "Bytes sent in the last run.", ({ bytes }) => bytes),
     metric("duration_seconds", "How long the last run took there.", ({ seconds }) => seconds),
@@ -4846,9 +5147,11 @@ async function backUpOpened(opened: Source, ahead: Map<string, Ahead>, o: RunOpt
   let taken: Snapshot | null = null;
   const began = Date.now();
   try {
-    const display = displayOf(o, [...wanted.values()].map(({ sending }) => sending.rate));
+    const display = displayOf(o);
     warnOfNested(source, report);
     warnOfDuplicates(source, report);
+    const asked = [...wanted.values()].filter(({ policy }) => policy !== null);
+    if (asked.length > 0 && asked.every(({ location }) => location.kind === "shell")) report.warning("--num-backups: a shell:// command cannot be asked what it has, nor told to delete");
     const tomorrow = wallClock(new Date()) + DURATION.d;
     const future = source.snapshots.filter(({ time }) => time > tomorrow);
     if (future.length > 0) report.warning(`${count(future.length, "snapshot")} of ${o.source.id} ${future.length === 1 ? "is" : "are"} dated in the future: ${future.slice(0, 3).map(({ name }) => name).join(", ")}${future.length > 3 ? ", …" : ""}; is the clock right?`);
@@ -4989,7 +5292,7 @@ export async function prune(o: PruneOptions, report: Report): Promise<void> {
   report.event("summary", { ok: !report.failed, deletions });
 }
 
-const NO_SENDING: Sending = { level: "", recipients: [], rate: null, protocol: null, fullEvery: null, resume: false, spaceCheck: true };
+const NO_SENDING: Sending = { level: "", recipients: [], rate: null, protocol: null, fullEvery: null, resume: false, spaceCheck: true, trust: false };
 
 /** A place of backups without a source: in a store, of all that the newest stream's source calls its own. */
 function pruned(folder: Folder, o: PruneOptions): Destination {
@@ -5103,9 +5406,9 @@ async function openOutside(target: Target, location: Folder, o: RestoreOptions):
 
 /** What FINISH printed: where the snapshots are to be, and what could not move there. Errors: Failure for any other shape. */
 function parseFinished(printed: string): { to: string; stuck: readonly string[] } {
-  const [to = "", ...stuck] = printed.split("\n");
-  if (stuck.pop() !== "" || stuck.pop() !== "end") throw new Failure(`cannot read what was printed of a restore's end: ${printed}`);
-  return { to, stuck };
+  const [to = "", stuck = "", end, ...rest] = printed.split("\n");
+  if (end !== "end" || rest.join() !== "") throw new Failure(`cannot read what was printed of a restore's end: ${printed}`);
+  return { to, stuck: stuck.split("/").filter(Boolean) };
 }
 
 /** What to say where a restore broke when names had begun to change. */
@@ -5213,7 +5516,7 @@ function decideRestore(location: Folder, chosen: Snapshot, target: Target, outsi
 
 /** Makes TARGET a writable subvolume with a backup's contents, and lets its next runs go on from there. */
 export async function restore(o: RestoreOptions, report: Report): Promise<void> {
-  const display = displayOf(o, [o.sending.rate]);
+  const display = displayOf(o);
   if (!o.dryRun) await finishRestores(o.target, o.target.path, o.hosts);
   const location = await openLocation(o.location, { ...o, wait: o.dryRun ? "look" : o.wait });
   const opened = [location];
@@ -5264,7 +5567,8 @@ export async function restore(o: RestoreOptions, report: Report): Promise<void> 
         }
         else if (present === null) {
           const form = formBetween(location, target, o.sending);
-          const receive = async () => ({ stages: [receiving(folder, chosen.name, form.level, null, o.btrfsDebug)] });
+          const end = (level: string) => receiving(folder, chosen.name, level, null, o.btrfsDebug);
+          const receive = async (source: Folder, transfer: Transfer) => ({ stages: mustBeChecked(source, folder, o.sending) ? checked(folder, form.level, expected(source, transfer), end) : [end(form.level)] });
           const receiver = { id: o.target.id, form: () => form, receive, discard, tidy: async () => {} };
           const receiveAs = async (parent: Snapshot | null) => {
             const sent = await transferTo(receiver, location, { snapshot: chosen, parent }, display);
@@ -5330,14 +5634,18 @@ async function receivePieces(location: Folder, { verbs, streams }: Store, pieces
     const { uuid: object, name, bytes: size, compressed, encrypted } = piece;
     const fetch = { label: `reading${location.host.label === "" ? "" : ` on ${location.host.label}`}`, command: commandWith(location.host, verbs.get, { ...at(location), how: "", holder: holderOf(location), objects: [object] }), sends: true };
     const decrypt = encrypted ? [{ label: "gpg", command: `${GPG} --decrypt` }] : [];
+    const end = (level: string) => receiving(work, name, level, null, o.btrfsDebug);
+    const level = compressed ? "1" : "";
+    const received = o.sending.trust ? [end(level)] : checked(work, level, { name, uuid: piece.receivedUuid as string, parent: piece.from }, end);
+    if (o.sending.trust) log.info(`${object} is received as it is, by --trust-stream`);
     const began = Date.now();
     log.debug(`Receiving ${object}`);
-    const { told } = await pipeline([fetch, ...meter(`${i + 1}/${pieces.length} ${name}`, display, o.sending.rate, size), CHECKSUM, ...decrypt, receiving(work, name, compressed ? "1" : "", null, o.btrfsDebug)]).catch((error: Error) => {
+    const { summed } = await pipeline([fetch, ...meter(`${i + 1}/${pieces.length} ${name}`, display, o.sending.rate, size), relaying({ sum: true }), ...decrypt, ...received]).catch((error: Error) => {
       if (error instanceof BadParent && i === 0 && piece.parentUuid !== null) throw error;
       if (error instanceof Failure && !(error instanceof NoSpace)) throw new Failure(`${location.id}: ${object}: ${error.message}. If it is damaged: ${without(piece)}`);
       throw error;
     });
-    const { sum, bytes } = readChecksum(told);
+    const { sum, bytes } = summed as Summed;
     const right = sums.get(object);
     if (!o.unverified && sum !== right) throw new Failure(`${location.id}: ${object} is damaged: it has the SHA-256 ${sum}, and should have ${right ?? "one"}; ${without(piece)}`);
     report.event("transfer", { destination: o.target.id, name, parent: streams.find(({ uuid }) => uuid === piece.parentUuid)?.name ?? null, bytes, seconds: (Date.now() - began) / 1000 });
@@ -5584,9 +5892,32 @@ async function rememberEqual(source: Folder, equal: ReadonlyMap<string, readonly
   }
 }
 
+/** The SHA-256 of a stored stream, or why it cannot be told. `refused`: it would be, where it is restored, as far as that can be told here. */
+type Read = { readonly sha256: string; readonly refused: string | null } | { readonly problem: string };
+async function readStream(folder: Folder, verbs: StoreVerbs, { uuid: object, name, receivedUuid, from, compressed, encrypted }: Stream): Promise<Read> {
+  const place = { ...at(folder), objects: [object] };
+  let refused: string | null = null;
+  if (!encrypted && folder.host.ssh === null && !(compressed && which.sync("zstd", { nothrow: true }) === null)) {
+    const fetch: Stage = { label: "reading", command: commandWith(folder.host, verbs.get, { ...place, how: "", holder: holderOf(folder) }), sends: true };
+    const unpack: Stage[] = compressed ? [{ label: "zstd", command: "zstd -q -d -c" }] : [];
+    const check = { name, uuid: receivedUuid as string, parent: from, alone: false };
+    const read = await pipeline([fetch, relaying({ sum: true }), ...unpack, relaying({ check, drop: true })]).catch((error: Error) => error.message);
+    checkInterruption();
+    if (typeof read !== "string") return { sha256: read.summed?.sum ?? "", refused };
+    refused = read; // or it is damaged, which its sum tells
+  }
+  try {
+    const told = await ask(folder.host, verbs.get, { ...place, how: "sum", holder: "" }, `${folder.id}: cannot read ${object}`);
+    return { sha256: told.slice(0, 64), refused };
+  } catch (error) {
+    checkInterruption();
+    return { problem: (error as Error).message };
+  }
+}
+
 /** Reads every stored stream, and compares it with its checksum object. Returns how many could be read. */
 async function verifyStreams(folder: Folder, store: Store, o: VerifyOptions, report: Report): Promise<number> {
-  const { id, host } = folder;
+  const { id } = folder;
   const { verbs } = store;
   const all = byUuid(store.streams);
   const asked = store.streams.filter(({ name }) => (o.snapshot !== null ? name === o.snapshot : o.prefix === null || parseName(name, o.prefix) !== null));
@@ -5603,12 +5934,16 @@ async function verifyStreams(folder: Folder, store: Store, o: VerifyOptions, rep
   const sums = await readSums(folder, verbs, summed);
   for (const stream of summed) {
     log.info(`Reading ${stream.name} in ${id}`);
-    const read = await ask(host, verbs.get, { ...at(folder), how: "sum", holder: "", objects: [stream.uuid] }, `${id}: cannot read ${stream.uuid}`).catch((error: Error) => (checkInterruption(), failed(stream, error.message), null));
-    if (read === null) continue;
-    const sha256 = read.slice(0, 64);
+    const read = await readStream(folder, verbs, stream);
+    if ("problem" in read) {
+      failed(stream, read.problem);
+      continue;
+    }
+    const { sha256, refused } = read;
     const equal = sha256 === sums.get(stream.uuid);
     report.event("verify", { location: id, name: stream.name, equal, sha256, differences: equal ? [] : [stream.uuid] });
-    if (equal) log.info(`${stream.name} in ${id} is as it was stored (SHA-256 ${sha256})`);
+    if (equal && refused !== null) failed(stream, `has the right SHA-256, but cannot be received: ${refused}`);
+    else if (equal) log.info(`${stream.name} in ${id} is as it was stored (SHA-256 ${sha256})`);
     else failed(stream, `is damaged: it has the SHA-256 ${sha256}, and should have ${sums.get(stream.uuid) ?? "one"}`);
   }
   return summed.length;
@@ -5787,9 +6122,6 @@ export async function unpin(o: UnpinOptions, report: Report): Promise<void> {
 // which it meets a command: reading it, the rules of arguments, the rules of verbs and what they look at again, what is
 // left out of an answer, and the stream. Whatever does not fit is refused before anything has run.
 
-const refuse = (why: string): never => {
-  throw new Refused(why);
-};
 
 // ── reading a command ──
 
@@ -6389,7 +6721,7 @@ async function receiveServed(given: ArgumentsOf<typeof RECEIVE>, said: Guarded):
   const kept = part === undefined ? null : join(path, `.${part}.part`);
   const file = kept === null ? null : openedPlain(kept);
   let made = "";
-  const check = new StreamCheck((...begun) => {
+  const check = pieceCheck((...begun) => {
     mayBegin(folder, name, ...begun);
     made = begun[1];
   });
@@ -6401,7 +6733,7 @@ async function receiveServed(given: ArgumentsOf<typeof RECEIVE>, said: Guarded):
 }
 
 /** Passes a stream on to `btrfs receive` after it was read; `whole` is done before its end gets there. */
-async function receiveChecked(child: ProcessPromise, check: StreamCheck, file: number | null, level: string, room: { readonly left: number; readonly most: number | null }, whole: (bytes: number) => Promise<void>): Promise<number> {
+async function receiveChecked(child: ProcessPromise, check: ReturnType<typeof pieceCheck>, file: number | null, level: string, room: { readonly left: number; readonly most: number | null }, whole: (bytes: number) => Promise<void>): Promise<number> {
   const into = new Feeding(child);
   const unzip = level === "" ? null : spawn("zstd", ["-q", "-d", "-c"], { stdio: [file ?? "inherit", "pipe", "inherit"] });
   const unzipped = unzip === null ? null : new Promise<number | null>((done) => unzip.on("close", done).on("error", () => done(null)));
@@ -6433,185 +6765,276 @@ async function receiveChecked(child: ProcessPromise, check: StreamCheck, file: n
 
 // ── what is checked of a stream ──
 
-// The commands of a send stream and their attributes: linux/fs/btrfs/send.h, and what send.c puts into each.
-const ATTRIBUTE = { uuid: 1, ctransid: 2, ino: 3, size: 4, mode: 5, uid: 6, gid: 7, rdev: 8, ctime: 9, mtime: 10, atime: 11, otime: 12, xattrName: 13, xattrData: 14, path: 15, pathTo: 16, pathLink: 17, offset: 18, data: 19, cloneUuid: 20, cloneCtransid: 21, clonePath: 22, cloneOffset: 23, cloneLength: 24, fallocateMode: 25, flags: 26, unencodedFileLength: 27, unencodedLength: 28, unencodedOffset: 29, compression: 30, encryption: 31 } as const;
-type AttributeName = keyof typeof ATTRIBUTE;
-
-/** A command of a stream. `path` is what it concerns, in latin1; `value`: of an attribute that it must have; `given`: of one that it may have. */
-type Command = { readonly name: string; readonly path: string; readonly value: (attribute: AttributeName) => Buffer; readonly given: (attribute: AttributeName) => Buffer | undefined };
+// The relay checks streams before the rest of this file is loaded: what follows are functions, and what they need is in them.
 
 /**
- * Checks what a command says beside its path, which is below the subvolume. `sources`: the UUIDs that it may clone from. What its path
- * leads to is not looked at: behind the fence the kernel follows no links and opens no devices. Errors: Refused.
+ * The commands of a send stream by their numbers, each with its name, the attributes that it must have and those that it may have (as
+ * bits), and its kind: linux/fs/btrfs/send.h, and what send.c puts into each.
  */
-type CommandCheck = (command: Command, sources: ReadonlySet<string>) => void;
-
-/** It opens or changes what is there. */
-const changes: CommandCheck = () => {};
-
-const notItself = ({ name }: Command, path: string) => void (path !== "" || refuse(`${name}: the subvolume itself`));
-
-/** It makes or removes what has its path. */
-const makes: CommandCheck = (command) => notItself(command, command.path);
-
-const renames: CommandCheck = (command) => {
-  notItself(command, command.path);
-  notItself(command, streamPath(command.value("pathTo")));
-};
-
-const links: CommandCheck = (command) => {
-  notItself(command, command.path);
-  streamPath(command.value("pathLink"));
-};
-
-const clones: CommandCheck = ({ value }, sources) => {
-  if (!sources.has(streamUuid(value("cloneUuid")))) refuse("clone: from another subvolume");
-  streamPath(value("clonePath"));
-};
-
-/** What the kernel does not take as it is, receive unpacks itself, and trusts the lengths; LZO it cannot unpack safely at all. */
-const writesEncoded: CommandCheck = ({ name, value, given }) => {
-  const [length, file, offset] = (["unencodedLength", "unencodedFileLength", "unencodedOffset"] as const).map((one) => streamNumber(value(one))) as [bigint, bigint, bigint];
-  const numberOf = (bytes: Buffer | undefined) => (bytes === undefined ? 0n : streamNumber(bytes));
-  // What is no multiple of a block the kernel does not take as it is.
-  if (streamNumber(value("offset")) % 4096n !== 0n) refuse(`${name}: at ${streamNumber(value("offset"))}`);
-  const [compression, encryption] = [numberOf(given("compression")), numberOf(given("encryption"))];
-  if (length < 1n || length > 131072n || offset + file > length || encryption !== 0n || compression < 1n || compression > 2n)
-    refuse(`${name}: compression ${compression} of ${length} bytes (--protocol 1 sends without)`);
-};
-
-/** What there is to know of a command: the attributes that it needs and those that it may have, as bits, and its check. */
-type StreamCommand = { readonly name: string; readonly needs: number; readonly may: number; readonly check: CommandCheck | "begin" | "end" };
-const streamCommand = (name: string, check: StreamCommand["check"], needs: readonly AttributeName[], may: readonly AttributeName[] = []): StreamCommand => {
-  const bits = (names: readonly AttributeName[]) => names.reduce((sum, one) => sum | (1 << ATTRIBUTE[one]), 0);
-  return { name, check, needs: bits(needs), may: bits([...needs, ...may]) };
-};
-const STREAM_COMMANDS: Readonly<Record<number, StreamCommand>> = {
-  1: streamCommand("subvol", "begin", ["path", "uuid", "ctransid"]),
-  2: streamCommand("snapshot", "begin", ["path", "uuid", "ctransid", "cloneUuid", "cloneCtransid"]),
-  3: streamCommand("mkfile", makes, ["path"], ["ino"]),
-  4: streamCommand("mkdir", makes, ["path"], ["ino"]),
-  5: streamCommand("mknod", makes, ["path", "rdev", "mode"], ["ino"]),
-  6: streamCommand("mkfifo", makes, ["path"], ["ino", "rdev", "mode"]),
-  7: streamCommand("mksock", makes, ["path"], ["ino", "rdev", "mode"]),
-  8: streamCommand("symlink", makes, ["path", "pathLink"], ["ino"]),
-  9: streamCommand("rename", renames, ["path", "pathTo"]),
-  10: streamCommand("link", links, ["path", "pathLink"]),
-  11: streamCommand("unlink", makes, ["path"]),
-  12: streamCommand("rmdir", makes, ["path"]),
-  13: streamCommand("set_xattr", changes, ["path", "xattrName", "xattrData"]),
-  14: streamCommand("remove_xattr", changes, ["path", "xattrName"]),
-  15: streamCommand("write", changes, ["path", "offset", "data"]),
-  16: streamCommand("clone", clones, ["path", "offset", "cloneLength", "cloneUuid", "cloneCtransid", "clonePath", "cloneOffset"]),
-  17: streamCommand("truncate", changes, ["path", "size"]),
-  18: streamCommand("chmod", changes, ["path", "mode"]),
-  19: streamCommand("chown", changes, ["path", "uid", "gid"]),
-  20: streamCommand("utimes", changes, ["path", "atime", "mtime", "ctime"], ["otime"]),
-  21: streamCommand("end", "end", []),
-  24: streamCommand("fileattr", changes, ["path", "flags"]),
-  25: streamCommand("encoded_write", writesEncoded, ["path", "offset", "unencodedFileLength", "unencodedLength", "unencodedOffset", "data"], ["compression", "encryption"]),
-};
-const STREAM_HEADER = 10; // bytes: length, command, CRC
-const STREAM_MAGIC = Buffer.from("btrfs-stream\0");
-/** The longest command in bytes, by protocol: 64 KiB, and for protocol 2 what encoded data of 128 KiB need at any page size. */
-const LONGEST_COMMAND = [0, 64 * 1024, 256 * 1024] as const;
-
-/**
- * Reads along a send stream, and refuses what `btrfs send` would not send, and what could reach out of the one subvolume
- * that it makes: see CommandCheck. `begins`: gets that subvolume's name, its UUID, and its parent's (null in full). The end is held back until nothing follows. Errors: Refused.
- */
-export class StreamCheck {
-  #rest = Buffer.alloc(0);
-  #protocol = 0;
-  #ended: Buffer | null = null;
-  /** What may be cloned from, by UUID: itself, and its parent. */
-  #sources: ReadonlySet<string> | null = null;
-  constructor(readonly begins: (name: string, uuid: string, parent: string | null) => void) {}
-
-  /** Takes bytes, and returns those that may go on. */
-  push(chunk: Buffer): Buffer {
-    if (this.#ended !== null) refuse("something follows the stream's end");
-    const bytes = this.#rest.length === 0 ? chunk : Buffer.concat([this.#rest, chunk]);
-    let at = 0;
-    if (this.#protocol === 0) {
-      const known = Math.min(bytes.length, STREAM_MAGIC.length);
-      if (!bytes.subarray(0, known).equals(STREAM_MAGIC.subarray(0, known))) refuse("this is no send stream");
-      if (bytes.length < STREAM_MAGIC.length + 4) return this.#passing(bytes, 0);
-      this.#protocol = bytes.readUInt32LE(STREAM_MAGIC.length);
-      if (this.#protocol !== 1 && this.#protocol !== 2) refuse(`a stream of protocol ${this.#protocol}`);
-      at = STREAM_MAGIC.length + 4;
-    }
-    while (this.#ended === null && bytes.length - at >= STREAM_HEADER) {
-      const [length, code] = [bytes.readUInt32LE(at) + STREAM_HEADER, bytes.readUInt16LE(at + 4)];
-      if (length > (LONGEST_COMMAND[this.#protocol] as number)) refuse(`a command of ${length} bytes`);
-      if (bytes.length - at < length) break;
-      const command = STREAM_COMMANDS[code] ?? refuse(`the unknown command ${code}`);
-      this.#check(command, bytes.subarray(at + STREAM_HEADER, at + length));
-      if (command.check !== "end") at += length;
-      else if (bytes.length > at + length) refuse("something follows the stream's end");
-      else this.#ended = bytes.subarray(at);
-    }
-    return this.#passing(bytes, at);
-  }
-
-  /** What is left when the stream has ended. */
-  finish(): Buffer {
-    return this.#ended ?? refuse("the stream is not complete");
-  }
-
-  #passing(bytes: Buffer, end: number): Buffer {
-    this.#rest = Buffer.from(bytes.subarray(end));
-    return bytes.subarray(0, end);
-  }
-
-  #check({ name, check, needs, may }: StreamCommand, body: Buffer): void {
-    const values = this.#attributes(name, body);
-    const seen = values.reduce((bits, _, type) => bits | (1 << type), 0);
-    if ((seen & needs) !== needs || (seen & ~may) !== 0) refuse(`${name}: other attributes than it has`);
-    if (check === "end") return void (this.#sources ?? refuse("it does not begin with a subvolume"));
-    const value = (attribute: AttributeName) => values[ATTRIBUTE[attribute]] as Buffer;
-    const command = { name, path: streamPath(value("path")), value, given: value };
-    if (check === "begin") this.#sources = this.#begun(command);
-    else check(command, this.#sources ?? refuse("it does not begin with a subvolume"));
-  }
-
-  /** The attributes of a command, by their numbers. */
-  #attributes(name: string, body: Buffer): Buffer[] {
-    const values: Buffer[] = [];
-    for (let at = 0; at < body.length; ) {
-      // In protocol 2, data have no length of their own: they are the rest of the command.
-      const head = this.#protocol === 2 && body.length - at >= 2 && body.readUInt16LE(at) === ATTRIBUTE.data ? 2 : 4;
-      if (body.length - at < head) refuse(`${name}: an attribute is cut short`);
-      const type = body.readUInt16LE(at);
-      const end = head === 2 ? body.length : at + head + body.readUInt16LE(at + 2);
-      if (type < 1 || type > 31 || end > body.length || values[type] !== undefined) refuse(`${name}: an attribute that is unknown, cut short, or there twice`);
-      values[type] = body.subarray(at + head, end);
-      at = end;
-    }
-    return values;
-  }
-
-  #begun({ name, path, value }: Command): ReadonlySet<string> {
-    if (this.#sources !== null) refuse("a second subvolume");
-    const uuid = streamUuid(value("uuid"));
-    const parent = name === "snapshot" ? streamUuid(value("cloneUuid")) : null;
-    const decoded = Buffer.from(path, "latin1").toString();
-    if (Buffer.from(decoded).toString("latin1") !== path || decoded.includes("\ufffd")) refuse(`the name ${shown(decoded)}, which is not UTF-8`);
-    if (/^[0-]*$/.test(uuid)) refuse("a subvolume without a UUID");
-    this.begins(decoded, uuid, parent);
-    return new Set(parent === null ? [uuid] : [uuid, parent]);
-  }
+function streamCommands() {
+  const attribute = { uuid: 1, ctransid: 2, ino: 3, size: 4, mode: 5, uid: 6, gid: 7, rdev: 8, ctime: 9, mtime: 10, atime: 11, otime: 12, xattrName: 13, xattrData: 14, path: 15, pathTo: 16, pathLink: 17, offset: 18, data: 19, cloneUuid: 20, cloneCtransid: 21, clonePath: 22, cloneOffset: 23, cloneLength: 24, fallocateMode: 25, flags: 26, unencodedFileLength: 27, unencodedLength: 28, unencodedOffset: 29, compression: 30, encryption: 31 } as const;
+  type AttributeName = keyof typeof attribute;
+  type Kind = "begin" | "end" | "file" | "make" | "node" | "symlink" | "rename" | "link" | "remove" | "change" | "clone" | "encoded" | "own";
+  const bits = (names: readonly AttributeName[]) => names.reduce((sum, one) => sum | (1 << attribute[one]), 0);
+  const one = (name: string, kind: Kind, needs: readonly AttributeName[], may: readonly AttributeName[] = []) => ({ name, kind, needs: bits(needs), may: bits([...needs, ...may]) });
+  const commands: Readonly<Record<number, ReturnType<typeof one>>> = {
+    1: one("subvol", "begin", ["path", "uuid", "ctransid"]),
+    2: one("snapshot", "begin", ["path", "uuid", "ctransid", "cloneUuid", "cloneCtransid"]),
+    3: one("mkfile", "file", ["path"], ["ino"]),
+    4: one("mkdir", "make", ["path"], ["ino"]),
+    5: one("mknod", "node", ["path", "rdev", "mode"], ["ino"]),
+    6: one("mkfifo", "make", ["path"], ["ino", "rdev", "mode"]),
+    7: one("mksock", "make", ["path"], ["ino", "rdev", "mode"]),
+    8: one("symlink", "symlink", ["path", "pathLink"], ["ino"]),
+    9: one("rename", "rename", ["path", "pathTo"]),
+    10: one("link", "link", ["path", "pathLink"]),
+    11: one("unlink", "remove", ["path"]),
+    12: one("rmdir", "remove", ["path"]),
+    // These do not follow a link that has the last name of their path; those of the kinds "change" and "file" (creat(2)) do.
+    13: one("set_xattr", "own", ["path", "xattrName", "xattrData"]),
+    14: one("remove_xattr", "own", ["path", "xattrName"]),
+    15: one("write", "change", ["path", "offset", "data"]),
+    16: one("clone", "clone", ["path", "offset", "cloneLength", "cloneUuid", "cloneCtransid", "clonePath", "cloneOffset"]),
+    17: one("truncate", "change", ["path", "size"]),
+    18: one("chmod", "change", ["path", "mode"]),
+    19: one("chown", "own", ["path", "uid", "gid"]),
+    20: one("utimes", "own", ["path", "atime", "mtime", "ctime"], ["otime"]),
+    21: one("end", "end", []),
+    24: one("fileattr", "change", ["path", "flags"]),
+    25: one("encoded_write", "encoded", ["path", "offset", "unencodedFileLength", "unencodedLength", "unencodedOffset", "data"], ["compression", "encryption"]),
+  };
+  return { attribute, commands };
 }
 
-const streamNumber = (bytes: Buffer) => (bytes.length === 8 ? bytes.readBigUInt64LE() : bytes.length === 4 ? BigInt(bytes.readUInt32LE()) : refuse("a number of another length"));
+/** Errors: Refused. */
+function refuse(why: string): never {
+  throw new Refused(why);
+}
 
-const streamUuid = (bytes: Buffer) => bytes.toString("hex").replace(/^(.{8})(.{4})(.{4})(.{4})(.{12})$/, "$1-$2-$3-$4-$5");
+/** A check that is under way: `pass` tells how far of `bytes`, from `at` to `end`, may go on; `finish`: nothing more comes, and what was held back may go. Errors of both: Refused. */
+type Checking = { readonly pass: (bytes: Buffer, at: number, end: number) => number; readonly finish: () => void };
 
-/** A path below the subvolume that a stream makes, in latin1; empty for itself. Errors: Refused for all others. */
-function streamPath(bytes: Buffer): string {
-  const path = bytes.toString("latin1");
-  if (path.includes("\0") || path.length > 4096 || (path !== "" && path.split("/").some((name) => name === "" || name === "." || name === ".."))) refuse(`the path ${JSON.stringify(path.slice(0, 200))}`);
-  return path;
+/**
+ * Reads along a send stream, and refuses what `btrfs send` would not send, and what could reach out of the one subvolume that it makes.
+ * What its paths lead to is not looked at: behind the fence the kernel follows no links and opens no devices. Where there is no fence
+ * (`alone`), devices are refused, and paths through links that the stream made. `begins` gets that subvolume's name, its UUID, and its
+ * parent's (null in full). The end is held back until nothing follows.
+ */
+export function streamCheck(begins: (name: string, uuid: string, parent: string | null) => void, alone = false): Checking {
+  const HEADER = 10; // bytes: length, command, CRC
+  const MAGIC = "btrfs-stream\0";
+  /** The longest command in bytes, by protocol: 64 KiB, and for protocol 2 what encoded data of 128 KiB need at any page size. */
+  const LONGEST = [0, 64 * 1024, 256 * 1024];
+  const { attribute, commands } = streamCommands();
+  // Where each attribute of the command begins and ends that is being looked at.
+  const [from, to] = [new Int32Array(32), new Int32Array(32)];
+  const links = alone ? madeLinks() : null;
+  let protocol = 0;
+  /** How long the end is that is held back; 0 before. */
+  let held = 0;
+  /** What may be cloned from: itself, and its parent. */
+  let sources: readonly Buffer[] | null = null;
+
+  /** Reads the attributes of a command. */
+  function readAttributes(name: string, bytes: Buffer, begin: number, end: number): number {
+    let seen = 0;
+    for (let at = begin; at < end; ) {
+      const type = at + 2 <= end ? bytes.readUInt16LE(at) : 0;
+      // In protocol 2, data have no length of their own: they are the rest of the command.
+      const isRest = protocol === 2 && type === attribute.data;
+      const first = at + (isRest ? 2 : 4);
+      const last = isRest ? end : first <= end ? first + bytes.readUInt16LE(at + 2) : Infinity;
+      if (type < 1 || type > 31 || last > end || (seen & (1 << type)) !== 0) refuse(`${name}: an attribute that is unknown, cut short, or there twice`);
+      seen |= 1 << type;
+      from[type] = first;
+      to[type] = last;
+      at = last;
+    }
+    return seen;
+  }
+  const value = (bytes: Buffer, type: number) => bytes.subarray(from[type], to[type]);
+  const number = (bytes: Buffer, type: number) => streamNumber(value(bytes, type));
+
+  /** Checks that an attribute is a path below the subvolume; `itself`: or that. */
+  function checkPath(name: string, bytes: Buffer, type: number, itself: boolean): void {
+    const [begin, end] = [from[type] as number, to[type] as number];
+    let part = begin;
+    let isFine = end - begin <= 4096 && (itself || end > begin);
+    for (let at = begin; at <= end && end > begin; at++) {
+      const byte = at === end ? 0x2f : bytes[at];
+      if (byte === 0) isFine = false;
+      if (byte !== 0x2f) continue;
+      const length = at - part;
+      if (length === 0 || (bytes[part] === 0x2e && (length === 1 || (length === 2 && bytes[part + 1] === 0x2e)))) isFine = false;
+      part = at + 1;
+    }
+    if (!isFine) refuse(`${name}: the path ${JSON.stringify(bytes.toString("latin1", begin, Math.min(end, begin + 200)))}`);
+  }
+  const pathOf = (bytes: Buffer, type: number) => bytes.toString("latin1", from[type], to[type]);
+
+  function checkBegin(bytes: Buffer, isFull: boolean): void {
+    if (sources !== null) refuse("a second subvolume");
+    const [uuid, parent] = [Buffer.from(value(bytes, attribute.uuid)), isFull ? null : Buffer.from(value(bytes, attribute.cloneUuid))];
+    const path = value(bytes, attribute.path);
+    const name = path.toString();
+    if (!Buffer.from(name).equals(path) || name.includes("\ufffd")) refuse(`the name ${JSON.stringify(name.slice(0, 100))}, which is not UTF-8`);
+    if (uuid.every((byte) => byte === 0)) refuse("a subvolume without a UUID");
+    begins(name, streamUuid(uuid), parent && streamUuid(parent));
+    sources = parent === null ? [uuid] : [uuid, parent];
+  }
+
+  /** What the kernel does not take as it is, receive unpacks itself, and trusts the lengths; LZO it cannot unpack safely at all. */
+  function checkEncoded(name: string, bytes: Buffer, seen: number): void {
+    const given = (type: number) => ((seen & (1 << type)) === 0 ? 0n : number(bytes, type));
+    const [length, file, offset] = [number(bytes, attribute.unencodedLength), number(bytes, attribute.unencodedFileLength), number(bytes, attribute.unencodedOffset)];
+    // What is no multiple of a block the kernel does not take as it is.
+    if (number(bytes, attribute.offset) % 4096n !== 0n) refuse(`${name}: at ${number(bytes, attribute.offset)}`);
+    const [compression, encryption] = [given(attribute.compression), given(attribute.encryption)];
+    if (length < 1n || length > 131072n || offset + file > length || encryption !== 0n || compression < 1n || compression > 2n)
+      refuse(`${name}: compression ${compression} of ${length} bytes (--protocol 1 sends without)`);
+  }
+
+  /** Checks a command beyond its attributes' being there. */
+  function checkCommand({ name, kind }: (typeof commands)[number], bytes: Buffer, seen: number): void {
+    const { path, pathTo, pathLink, clonePath, cloneUuid } = attribute;
+    const makes = kind !== "change" && kind !== "own" && kind !== "clone" && kind !== "encoded" && kind !== "begin";
+    checkPath(name, bytes, path, !makes);
+    if (kind === "begin") return checkBegin(bytes, name === "subvol");
+    const known = sources ?? refuse("it does not begin with a subvolume");
+    if (kind === "rename") checkPath(name, bytes, pathTo, false);
+    if (kind === "link") checkPath(name, bytes, pathLink, true);
+    if (kind === "clone") {
+      if (!known.some((one) => one.equals(value(bytes, cloneUuid)))) refuse("clone: from another subvolume");
+      checkPath(name, bytes, clonePath, true);
+    }
+    if (kind === "encoded") checkEncoded(name, bytes, seen);
+    if (links === null) return;
+    if (kind === "node" && [0o020000n, 0o060000n].includes(number(bytes, attribute.mode) & 0o170000n)) refuse(`${name}: a device, and no fence`);
+    links.walk(name, pathOf(bytes, path), kind === "file" || kind === "change" || kind === "clone" || kind === "encoded");
+    if (kind === "clone") links.walk(name, pathOf(bytes, clonePath), true);
+    if (kind === "rename") links.walk(name, pathOf(bytes, pathTo), false);
+    if (kind === "link") links.walk(name, pathOf(bytes, pathLink), false);
+    if (kind === "symlink") links.make(pathOf(bytes, path));
+    if (kind === "link") links.alias(pathOf(bytes, pathLink), pathOf(bytes, path));
+    if (kind === "rename") links.move(pathOf(bytes, path), pathOf(bytes, pathTo));
+    if (kind === "remove") links.remove(pathOf(bytes, path));
+  }
+
+  function pass(bytes: Buffer, at: number, end: number): number {
+    if (protocol === 0) {
+      const known = bytes.toString("latin1", at, Math.min(end, at + MAGIC.length));
+      if (!MAGIC.startsWith(known)) refuse("this is no send stream");
+      if (end - at < MAGIC.length + 4) return at;
+      protocol = bytes.readUInt32LE(at + MAGIC.length);
+      if (protocol !== 1 && protocol !== 2) refuse(`a stream of protocol ${protocol}`);
+      at += MAGIC.length + 4;
+    }
+    while (held === 0 && end - at >= HEADER) {
+      const length = bytes.readUInt32LE(at) + HEADER;
+      if (length > (LONGEST[protocol] as number)) refuse(`a command of ${length} bytes`);
+      if (end - at < length) break;
+      const code = bytes.readUInt16LE(at + 4);
+      const command = commands[code] ?? refuse(`the unknown command ${code}`);
+      const seen = readAttributes(command.name, bytes, at + HEADER, at + length);
+      if ((seen & command.needs) !== command.needs || (seen & ~command.may) !== 0) refuse(`${command.name}: other attributes than it has`);
+      if (command.kind === "end") {
+        if (sources === null) refuse("it does not begin with a subvolume");
+        held = length;
+      } else {
+        checkCommand(command, bytes, seen);
+        at += length;
+      }
+    }
+    if (held > 0 && end - at > held) refuse("something follows the stream's end");
+    return at;
+  }
+  const finish = () => void (held > 0 || refuse("the stream is not complete"));
+  return { pass, finish };
+}
+
+/** The links that a stream has made, by their paths in latin1, which nothing may go through. Errors: Refused. */
+function madeLinks() {
+  const MOST = 64 * 2 ** 20; // bytes of their paths
+  const paths = new Set<string>();
+  /** How many there are below each directory. */
+  const below = new Map<string, number>();
+  let bytes = 0;
+  const count = (path: string, by: 1 | -1) => {
+    bytes += by * path.length;
+    for (let at = path.lastIndexOf("/"); at !== -1; at = path.lastIndexOf("/", at - 1)) {
+      const directory = path.slice(0, at);
+      const left = (below.get(directory) ?? 0) + by;
+      if (left === 0) below.delete(directory);
+      else below.set(directory, left);
+    }
+  };
+  const make = (path: string) => {
+    if (paths.size === paths.add(path).size) return;
+    count(path, 1);
+    if (bytes > MOST) refuse("more links than can be remembered, and no fence");
+  };
+  const remove = (path: string) => {
+    if (paths.delete(path)) count(path, -1);
+  };
+  return {
+    make,
+    remove,
+    alias: (there: string, path: string) => void (paths.has(there) && make(path)),
+    /** Whether a path goes through a link, or is one and is followed. */
+    walk(name: string, path: string, follows: boolean) {
+      if (paths.size === 0) return;
+      for (let at = path.indexOf("/"); at !== -1; at = path.indexOf("/", at + 1)) if (paths.has(path.slice(0, at))) refuse(`${name}: through the link ${JSON.stringify(path.slice(0, at))}, and no fence`);
+      if (follows && paths.has(path)) refuse(`${name}: through the link ${JSON.stringify(path)}, and no fence`);
+    },
+    move(path: string, to: string) {
+      // rename(2) does nothing where both are names of one link: then both stay.
+      if (paths.has(path) && paths.has(to)) return;
+      remove(to);
+      const moving = paths.has(path) ? [path] : below.has(path) ? [...paths].filter((one) => one.startsWith(`${path}/`)) : [];
+      for (const one of moving) remove(one);
+      for (const one of moving) make(to + one.slice(path.length));
+    },
+  };
+}
+
+/** A check of what comes in pieces, of which each returns the bytes that may go on. */
+export function pieceCheck(begins: Parameters<typeof streamCheck>[0]): { readonly push: (chunk: Buffer) => Buffer; readonly finish: () => Buffer } {
+  const { pass, finish } = streamCheck(begins);
+  let room = Buffer.allocUnsafe(2 ** 19);
+  let have = 0;
+  return {
+    push(chunk) {
+      if (have + chunk.length > room.length) room = Buffer.concat([room.subarray(0, have)], 2 * (have + chunk.length));
+      chunk.copy(room, have);
+      have += chunk.length;
+      const end = pass(room, 0, have);
+      const passing = Buffer.from(room.subarray(0, end));
+      room.copyWithin(0, end, have);
+      have -= end;
+      return passing;
+    },
+    finish() {
+      finish();
+      return room.subarray(0, have);
+    },
+  };
+}
+
+/** Refuses a stream that begins otherwise than was expected. */
+function expecting({ name, uuid, parent }: Expected): Parameters<typeof streamCheck>[0] {
+  return (said, ...uuids) => {
+    if (said !== name) refuse(`a stream of ${JSON.stringify(said.slice(0, 100))} instead of ${JSON.stringify(name)}`);
+    if (uuid === "") return;
+    if (uuids[0] !== uuid || uuids[1] !== parent) refuse(`a stream of other data than ${name} has, or to another parent than it was asked for`);
+  };
+}
+
+function streamNumber(bytes: Buffer): bigint {
+  return bytes.length === 8 ? bytes.readBigUInt64LE() : bytes.length === 4 ? BigInt(bytes.readUInt32LE()) : refuse("a number of another length");
+}
+
+function streamUuid(bytes: Buffer): string {
+  return bytes.toString("hex").replace(/^(.{8})(.{4})(.{4})(.{4})(.{12})$/, "$1-$2-$3-$4-$5");
 }
 
 // ── 9. Command line ──────────────────────────────────────────────────────────────────────
@@ -6652,8 +7075,9 @@ const RUN_ARGUMENTS = {
   "convert-rw": { type: "boolean", alias: "w", description: "Make snapshots writable before deleting them (for user_subvol_rm_allowed)" },
   "locked-dests": { type: "boolean", description: "Add every known destination of SOURCE" },
   "remove-locks": { type: "boolean", description: "Forget the given destinations first (see unpin)" },
-  "skip-fs-checks": { type: "boolean", description: "Do not check that SOURCE and DEST are on btrfs, and not on the same one" },
+  "skip-fs-checks": { type: "boolean", alias: "C", description: "Do not check that SOURCE and DEST are on btrfs, and not on the same one" },
   "skip-space-check": { type: "boolean", description: "Send also what a destination seems to lack the space for" },
+  "trust-stream": { type: "boolean", description: "Receive what another host or a store made as it is: nobody reads along whether it keeps to its subvolume" },
   for: { type: "string", valueHint: "DEST", description: "A destination with -n, --full-every, --compress, --encrypt-to and --rate-limit of its own, which follow (repeatable)" },
   "full-every": { type: "string", valueHint: "N|DURATION", description: "Stored streams: begin a new chain with a full one after N, or after a time like 30d; 0 is never (default: 30)" },
   compress: { type: "string", valueHint: "zstd[:LEVEL]", description: "Compress what travels between hosts, is stored as a stream, or goes to a command" },
@@ -6687,6 +7111,18 @@ type Options = { readonly flag: (name: string) => boolean; readonly value: (name
 /** `scopes`: for each --for DEST what holds there. */
 type Given = Options & { readonly positionals: readonly string[]; readonly scopes: readonly { readonly value: string; readonly given: Options }[] };
 
+/** The long options of 0.2 to 0.3.1, which took any beginning that only one of them has. */
+const OLD_OPTIONS = ["verbosity", "quiet", "btrfs-debug", "no-progress", "num-snapshots", "num-backups", "latest-only", "no-snapshot", "snapshot-folder", "snapshot-prefix", "no-transfer", "no-incremental", "ssh-opt", "ssh-sudo", "sync", "convert-rw", "locked-dests", "remove-locks", "skip-fs-checks"];
+
+/** An argument with the whole name of the option, where it has only the beginning of an old one's. No value begins with two dashes. */
+function inFull(arg: string, defined: readonly string[]): string {
+  const [, name = "", rest = ""] = /^--([a-z][a-z-]*)(=.*)?$/s.exec(arg) ?? [];
+  if (name === "" || defined.includes(name) || !OLD_OPTIONS.every((one) => defined.includes(one))) return arg;
+  const meant = OLD_OPTIONS.filter((one) => one.startsWith(name));
+  if (meant.length > 1) throw new UsageError(`--${name} can mean ${meant.map((one) => `--${one}`).join(" or ")}`);
+  return meant.length === 1 ? `--${meant[0]}${rest}` : arg;
+}
+
 /** Reads arguments strictly. Errors: UsageError naming the nearest option. */
 export function readArguments(args: readonly string[], definitions: ArgsDef): Given {
   const defined = Object.entries(definitions as Record<string, ArgDef & { alias?: string | string[] }>).filter(([, { type }]) => type !== "positional");
@@ -6694,7 +7130,7 @@ export function readArguments(args: readonly string[], definitions: ArgsDef): Gi
   const spelled = args.map((arg) => {
     const [, letter, value] = /^-([A-Za-z])=(.*)$/s.exec(arg) ?? [];
     const name = defined.find(([, { alias, type }]) => letter !== undefined && alias === letter && type === "string")?.[0];
-    return name === undefined ? arg : `--${name}=${value}`;
+    return name === undefined ? inFull(arg, defined.map(([name]) => name)) : `--${name}=${value}`;
   });
   const options = Object.fromEntries(
     defined.map(([name, { type, alias }]) => [name, { type: type === "boolean" ? ("boolean" as const) : ("string" as const), multiple: REPEATABLE.has(name), ...(typeof alias === "string" ? { short: alias } : {}) }]),
@@ -6816,6 +7252,7 @@ export function runOptions(given: Given) {
   const sourcePolicy = given.flag("latest-only") ? parsePolicy("1") : policyOf(given, "num-snapshots");
   const common = commonOptions(given);
   const destinations = destinationsOf(given, rest, common.prefix ?? "");
+  if (destinations.length === 0) sendingOptions(given, null); // nonsense is told all the same
   return {
     ...common,
     prefix: common.prefix ?? "",
@@ -6866,8 +7303,6 @@ function destinationsOf(given: Given, positionals: readonly string[], prefix: st
   }
   // What is said for one destination, or for all, must have a meaning for one of those.
   for (const some of [...destinations.filter(({ location }) => own.has(location.id)).map((wanted) => [wanted]), destinations.filter(({ location }) => !own.has(location.id))]) {
-    if (some.length > 0 && some.every(({ location, policy }) => location.kind === "shell" && policy !== null))
-      throw new UsageError("--num-backups needs a destination that can be asked what it has and told to delete, which a shell:// command cannot");
     if (some.length > 0 && !some.some(stores) && some.some(({ location }) => optionsOf(location).value("full-every") !== null)) throw new UsageError("--full-every needs a destination of stored streams: raw://, raw+ssh:// or rclone://");
   }
   return destinations;
@@ -6911,6 +7346,7 @@ function sendingOptions(given: Options, location: Location | null): Sending {
     protocol: protocol ?? null,
     resume,
     spaceCheck: !given.flag("skip-space-check"),
+    trust: given.flag("trust-stream"),
   };
 }
 
@@ -6987,7 +7423,7 @@ export const COMMANDS: Record<string, CommandDef<any>> = {
     unverified: { type: "boolean", description: "Restore stored streams without their checksum objects" },
     replace: { type: "boolean", description: "TARGET exists: keep it beside as TARGET.before-YYYYMMDD-HHMMSS" },
     "parent-from": { type: "string", valueHint: "DIR", description: "Where snapshots are that the transfer can build on (default: beside TARGET, and in its snapshot folder)" },
-    ...ofRun("dry-run", "compress", "protocol", "rate-limit", "btrfs-debug", "no-progress", "wait"),
+    ...ofRun("dry-run", "compress", "protocol", "rate-limit", "trust-stream", "btrfs-debug", "no-progress", "wait"),
     ...HOST_ARGUMENTS,
   }, restoreOptions, restore),
   list: command(" list", "Show what there is of each snapshot, at a source and its destinations.", {
@@ -7015,7 +7451,7 @@ export const COMMANDS: Record<string, CommandDef<any>> = {
   copy: command(" copy", "Send backups on to other places, as run does from a source.", {
     location: positional(`Backups: ${PLACE}; all prefixes one after the other, unless -p is given`),
     dest: positional("Where to; any number"),
-    ...ofRun("num-backups", "newest-only", "no-incremental", "optional", "max-age", "make-room", "adopt", "adopt-clock", "dry-run", "sync", "convert-rw", "skip-fs-checks", "skip-space-check", "for", "full-every", "compress", "encrypt-to", "protocol", "resume", "retries", "jobs", "rate-limit", "btrfs-debug", "no-progress", "wait"),
+    ...ofRun("num-backups", "newest-only", "no-incremental", "optional", "max-age", "make-room", "adopt", "adopt-clock", "dry-run", "sync", "convert-rw", "skip-fs-checks", "skip-space-check", "for", "full-every", "compress", "encrypt-to", "protocol", "resume", "retries", "jobs", "rate-limit", "trust-stream", "btrfs-debug", "no-progress", "wait"),
     ...HOST_ARGUMENTS,
   }, copyOptions, copy),
   prune: command(" prune", "Delete backups that a policy does not keep, by when they were received.", {
@@ -7115,10 +7551,20 @@ function canEnter(path: string): boolean {
 }
 
 /** The program, from its arguments to its exit status. */
+/** Text of UTF-8. Errors: UsageError for other bytes: they would become another path. */
+function inUtf8(bytes: Buffer, what: string): string {
+  try {
+    return new TextDecoder("utf-8", { fatal: true }).decode(bytes);
+  } catch {
+    throw new UsageError(`${what} is not UTF-8, and would name another path`);
+  }
+}
+
 export async function main(args: readonly string[]): Promise<number> {
   try {
     if (!canEnter(".")) throw new UsageError("this user cannot enter the current directory: start in another, such as /");
-    const words = expandFiles(args, (path) => readFileSync(path, "utf8"));
+    inUtf8(readFileSync("/proc/self/cmdline"), "an argument");
+    const words = expandFiles(args, (path) => inUtf8(readFileSync(path), "it"));
     const named = Object.hasOwn(COMMANDS, words[0] ?? "");
     const command = COMMANDS[named ? (words[0] as string) : "run"] as CommandDef<any>;
     const given = readArguments(named ? words.slice(1) : words, command.args as ArgsDef);

@@ -248,7 +248,68 @@ const cases: Record<string, () => Promise<Row[]>> = {
       { work: () => ours([...args, ...all.slice(0, 2)]) },
       { work: async () => { await ours([...args, all[2] as string]); await ours(["-S", ...args, all[3] as string]); } },
     ]);
-    return [ratio("two destinations that need the same 256 MiB: two runs", own, other, 0.75)];
+    return [ratio("two destinations that need the same 256 MiB: two runs", own, other, 0.65)];
+  },
+
+  async five() {
+    const { source } = oneFile(256 * MiB);
+    const all = Array.from({ length: 10 }, (_, i) => place(`backup${i}`, "4G"));
+    const args = ["-P", "-I", "-N", "1", "-n", "1", source];
+    const [own = 0, other = 0] = await inTurn([
+      { work: () => ours([...args, ...all.slice(0, 5)]) },
+      { work: async () => { for (const [i, one] of all.slice(5).entries()) await ours([...(i === 0 ? [] : ["-S"]), ...args, one]); } },
+    ]);
+    return [ratio("five destinations that need the same 256 MiB: five runs", own, other, 0.4)];
+  },
+
+  async stored() {
+    const { source } = oneFile(2048 * MiB);
+    const [mine, bare] = [place("ours"), place("bare")];
+    const name = "20260101-000000";
+    sh(`mkdir -p "$1/snapshot"; btrfs -q subvolume snapshot -r "$1" "$1/snapshot/$2" >/dev/null; mkdir "$3"`, source, name, bare);
+    const emptied = (...folders: string[]) => () => sh(`for f; do cd "$f"; for s in back*/snapshot/2* back* received/2*; do [ ! -d "$s" ] || btrfs -q subvolume delete "$s" >/dev/null; done; btrfs filesystem sync .; btrfs subvolume sync . >/dev/null; done`, ...folders);
+    const [store = 0, send = 0] = await inTurn([
+      { before: () => sh(`rm -rf "$1"; sync -f "\${1%/*}"`, mine), work: () => ours(["-P", "-S", "--adopt", source, `raw://${mine}`]) },
+      { before: () => sh(`rm -f "$1/file"; sync -f "$1"`, bare), work: shell(`btrfs -q send "$1/snapshot/$2" >"$3/file" 2>/dev/null; sync -f "$3"`, source, name, bare) },
+    ]);
+    sh(`mkdir "$1/received"`, bare);
+    const [restore = 0, receive = 0] = await inTurn([
+      { before: emptied(mine, bare), work: () => ours(["restore", "-P", `raw://${mine}`, `${mine}/back`]) },
+      { before: emptied(mine, bare), work: shell(`btrfs -q receive "$1/received" <"$1/file"; btrfs filesystem sync "$1"`, bare) },
+    ]);
+    return [ratio("2 GiB to raw://: btrfs send >file; sync", store, send, 1.1), ratio("2 GiB from raw://, checked: btrfs receive <file; sync", restore, receive, 1.1)];
+  },
+
+  async guarded() {
+    const { source } = oneFile(2048 * MiB);
+    const { options, guarded, url } = await sshServer();
+    const [mine, free] = [place("guarded"), place("free")];
+    for (const folder of [mine, free]) mkdirSync(folder);
+    const args = ["-P", "-I", "-N", "1", "-n", "1", "--skip-space-check", source];
+    const before = () => sh(`for f; do for s in "$f"/*/2* "$f"/2*; do [ ! -d "$s" ] || btrfs -q subvolume delete "$s" >/dev/null; done; btrfs subvolume sync "$f" >/dev/null; done`, mine, free);
+    const key = guarded("--path", mine, "--allow-delete");
+    const [own = 0, other = 0] = await inTurn([{ before, work: () => ours([...key, ...args, url(join(mine, "home"))]) }, { before, work: () => ours([...options, ...args, url(free)]) }]);
+    return [ratio("2 GiB over ssh by a guarded key: unguarded", own, other, 1.05)];
+  },
+
+  async resumable() {
+    const { source } = oneFile(2048 * MiB);
+    const { options, url } = await sshServer();
+    const [mine, plain] = [place("resumable"), place("plain")];
+    for (const folder of [mine, plain]) mkdirSync(folder);
+    const args = ["-P", "-I", "-N", "1", "-n", "1", "--skip-space-check", ...options, source];
+    const before = () => sh(`for f; do for s in "$f"/2*; do [ ! -d "$s" ] || btrfs -q subvolume delete "$s" >/dev/null; done; btrfs subvolume sync "$f" >/dev/null; done`, mine, plain);
+    const [own = 0, other = 0] = await inTurn([{ before, work: () => ours(["--resume", ...args, url(mine)]) }, { before, work: () => ours([...args, url(plain)]) }]);
+    return [ratio("2 GiB over ssh with --resume: without", own, other, 2)];
+  },
+
+  async verified() {
+    const { source } = oneFile(2048 * MiB);
+    const backup = place("backup");
+    await ours(["-P", source, backup]);
+    const tar = `cd "$1"/2*; tar --create --format=posix . | openssl dgst -sha256 >/dev/null`;
+    const [own = 0, other = 0] = await inTurn([{ work: () => ours(["verify", source, backup]) }, { work: async () => void (await Promise.all([shell(tar, join(source, "snapshot"))(), shell(tar, backup)()])) }]);
+    return [ratio("verify of 2 GiB in one file: tar into openssl dgst, on both sides at once", own, other, 1.2)];
   },
 
   async links() {

@@ -5,7 +5,7 @@ import { existsSync, mkdirSync, readFileSync, writeFileSync } from "node:fs";
 import { join } from "node:path";
 import type { ArgsDef } from "citty";
 import { COMMANDS } from "../btrfs-backup.ts";
-import { expectRun, filesystem, pair, ROOT, run, sh, snapshotNames, subvolume, temporaryDirectory } from "./support/rig.ts";
+import { expectRun, filesystem, nextSecond, pair, ROOT, run, sh, snapshotNames, subvolume, temporaryDirectory } from "./support/rig.ts";
 
 test("usage errors are one line, exit 2, and nothing is done", async () => {
   const { source, snapshots, destination, a } = pair();
@@ -13,8 +13,15 @@ test("usage errors are one line, exit 2, and nothing is done", async () => {
   const off = temporaryDirectory();
   const wrong: [string[], string][] = [
     [["--json", "list", source], "the command comes first: btrfs-backup list …"],
-    [["--num-snapshot", "3", source], "unknown option --num-snapshot; did you mean --num-snapshots?"],
-    [["--verbos", "info", source], "--verbosity"],
+    [["--num-snapshosts", "3", source], "unknown option --num-snapshosts; did you mean --num-snapshots?"],
+    [["--verbose", "info", source], "--verbosity"],
+    [["--num", "3", source], "--num can mean --num-snapshots or --num-backups"],
+    [["--dry", source], "unknown option --dry"],
+    [["--num-snap", "many", source], '"many" is not a retention policy'],
+    [["--compress", "gzip", source], '"gzip" is no compression'],
+    [["--rate-limit", "fast", source], '"fast" is not a rate'],
+    [["--protocol", "9", source], "--protocol is 1 or 2"],
+    [["--full-every", "x", source], '"x" says not when a chain ends'],
     [["-x", source], "unknown option -x"],
     [["-N"], "-N"],
     [["-N", "many", source], '"many" is not a retention policy'],
@@ -43,6 +50,29 @@ test("usage errors are one line, exit 2, and nothing is done", async () => {
     if (args.length > 0) expect(stderr.trimEnd().split("\n").length).toBe(1);
   }
   expect([existsSync(snapshots), existsSync(destination)]).toEqual([false, false]);
+});
+
+test("what 0.2 and 0.3.1 took is taken: unambiguous beginnings of their options, -C, and a sign before a number", async () => {
+  const { source, snapshots, a } = pair();
+  const beside = join(a.path, "beside");
+  const old = ["--verb", "warning", "--no-prog", "--num-snap", "+2", "--num-b=1", "--snapshot-f", "snapshot"];
+  const { stderr } = await expectRun(0, [...old, source, "-C", beside]);
+  expect(stderr).toBe("");
+  for (let i = 0; i < 2; i++) {
+    await nextSecond();
+    await expectRun(0, [...old, source, "--skip-fs", beside]);
+  }
+  expect([snapshotNames(snapshots).length, snapshotNames(beside).length]).toEqual([2, 1]);
+});
+
+test("a path that is not UTF-8 is a usage error, and nothing is made under another name", () => {
+  const { source, snapshots, a } = pair();
+  const program = join(ROOT, "dist/btrfs-backup");
+  writeFileSync(join(a.path, "arguments"), Buffer.concat([Buffer.from(`${a.path}/back`), Buffer.from([0xff])]));
+  for (const words of [`"$2" "$3/back"$'\\xff'`, `--metrics "$3/metrics"$'\\xff' "$2"`, `"$2"$'\\xff'`, `"$2" "@$3/arguments"`, `restore "$3" "$3/back"$'\\xff'`, `versions "$2/file"$'\\xff'`])
+    expect(sh(`"$1" ${words} 2>&1 && exit 1; s=$?; echo "$s"`, program, source, a.path)).toMatch(/not UTF-8[^\n]*\n2$/);
+  expect(existsSync(snapshots)).toBe(false);
+  expect(sh(`ls "$1"`, a.path)).toBe("arguments\nhome");
 });
 
 test("--help and --version answer on stdout", async () => {

@@ -5,7 +5,7 @@ import { describe, expect, test } from "bun:test";
 import { spawn, spawnSync } from "node:child_process";
 import { existsSync, mkdirSync, readFileSync, readdirSync, rmSync, symlinkSync, writeFileSync } from "node:fs";
 import { join } from "node:path";
-import { commandFor, guardedRecord, narrowed, parseCommand, parseInspection, permitted, quote, StreamCheck, VERBS, type GuardOptions } from "../btrfs-backup.ts";
+import { commandFor, guardedRecord, narrowed, parseCommand, parseInspection, permitted, pieceCheck, quote, VERBS, type GuardOptions } from "../btrfs-backup.ts";
 import { attribute, command, stream, streamOf } from "./support/stream.ts";
 import { change, contentsDigest, events, expectRun, expectSound, fill, filesystem, generator, nextSecond, pair, ROOT, seeded, sh, snapshotNames, soak, sshServer, start, subvolume, subvolumes, temporaryDirectory, treeDigest, waitFor } from "./support/rig.ts";
 import { fsidOf, HOST, sent, verbNamed } from "./support/wire.ts";
@@ -354,7 +354,7 @@ describe("a hostile stream", () => {
   const begin = command("subvol", P("20300101-000000"), attribute.uuid(uuid(5)), attribute.ctransid(1));
   const write = (path: string, text = "evil") => command("write", P(path), attribute.offset(0), attribute.data(text));
   const check = (bytes: Buffer, size = bytes.length) => {
-    const it = new StreamCheck((name) => {
+    const it = pieceCheck((name) => {
       if (name !== "20300101-000000") throw new Error(`name ${name}`);
     });
     const passed: Buffer[] = [];

@@ -202,7 +202,7 @@ describe("verify", () => {
     writeFileSync(passwd, `${readFileSync("/etc/passwd", "utf8")}bob:x:1234:1234::/:/bin/sh\n`);
     writeFileSync(shell, `#!/bin/bash\nexec unshare --mount bash -c 'mount --bind ${passwd} /etc/passwd; exec dash "$@"' x "$@"\n`, { mode: 0o755 });
     await expectRun(0, ["verify", ...options, source, url(destination, "named")]);
-    damage(join(destination, name), `t=$(stat -c %y plain/1); printf 9 | dd of=plain/1 bs=1 conv=notrunc 2>/dev/null; touch -d "$t" plain/1`);
+    damage(join(destination, name), `t=$(stat -c %y plain/1); printf 99999999 | dd of=plain/1 bs=8 conv=notrunc 2>/dev/null; touch -d "$t" plain/1`);
     await expectRun(1, ["verify", source, destination], { env: { TAR_OPTIONS: "--exclude=1" } });
     damage(join(destination, name), `printf '\\x39' >"$(printf 'not\\376')"; chmod 700 socket`);
     const { stderr } = await expectRun(1, ["verify", source, destination]);

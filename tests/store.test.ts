@@ -226,7 +226,7 @@ test("when btrfs send is killed half-way, or the link, nothing appears, and the 
     [s3.url("s"), "^btrfs send -q \\./"],
     [s3.url("s"), `^rclone rcat`],
   ] as const) {
-    const running = start([...ssh.options, "--rate-limit", "10m", source, store], s3);
+    const running = start([...ssh.options, "--rate-limit", "10m", "--newest-only", source, store], s3);
     await waitFor("the transfer", () => sh(`pgrep -f "$1" || :`, victim) !== "");
     sh(`pkill -KILL -f "$1"`, victim);
     expect((await running.finished).status).toBe(1);
@@ -659,10 +659,9 @@ test("the rate of a destination is its own, and a pull goes into a store as well
   const { source } = pair();
   const { options, url } = await sshServer();
   const folder = temporaryDirectory();
-  const tools = temporaryDirectory();
-  writeFileSync(join(tools, "pv"), `#!/bin/bash\necho "$*" >>${tools}/out\nexec ${sh("command -v pv")} "$@"\n`, { mode: 0o755 });
-  await expectRun(0, [...options, url(source), `raw://${folder}/fast`, "--for", `raw://${folder}/slow`, "--rate-limit", "100m"], { env: { PATH: `${tools}:${process.env["PATH"]}` } });
-  expect(readFileSync(join(tools, "out"), "utf8")).toBe("-q -L 104857600\n");
+  const { stderr } = await expectRun(0, ["-v", "debug", ...options, url(source), `raw://${folder}/fast`, "--for", `raw://${folder}/slow`, "--rate-limit", "100m"]);
+  expect(stderr.match(/relay \{"rate":104857600,"sum":true\}/g)?.length).toBe(1);
+  expect(stderr.match(/relay \{"sum":true\}/g)?.length).toBe(1);
   await expectRun(0, ["verify", `raw://${folder}/fast`, `raw://${folder}/slow`]);
 });
 
@@ -679,3 +678,9 @@ test("streams of protocol 2 are stored when asked for, and come back", async () 
   await expectRun(0, ["restore", `raw://${folder}/x2`, join(filesystem().path, "again")]);
 });
 
+test("a store is made in a subvolume of btrfs as anywhere", async () => {
+  const { source } = pair();
+  const home = subvolume(join(filesystem().path, "@home"));
+  await expectRun(0, [source, `raw://${home}/stored`]);
+  await expectRun(0, ["verify", `raw://${home}/stored`]);
+});

@@ -306,7 +306,6 @@ describe("arguments", () => {
       [["shell://cat"], /cannot be a command/],
       [["/a", "-N", "x"], /retention policy/],
       [["/a", "-n", "7d 7d", "/b"], /twice/],
-      [["/a", "shell://cat", "-n", "5"], /num-backups.*shell/],
       [["/a", "--wait", "-1"], /wait/],
       [["/a", "--wait=1.5"], /whole number/],
       [["/a", "--verbosity", "loud"], /loud/],

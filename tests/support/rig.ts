@@ -130,7 +130,7 @@ export const snapshotNames = (folder: string, prefix = "") => [...subvolumes(fol
 
 export type How = "bun" | "binary" | "baseline" | "arm64" | "deno" | "one file by bun" | "one file by deno" | "one file by node";
 const BIN = join(ROOT, "node_modules/.bin");
-const PROGRAM: Record<How, string[]> = {
+export const PROGRAM: Record<How, string[]> = {
   bun: [join(BIN, "bun"), join(ROOT, "btrfs-backup.ts")],
   binary: [join(ROOT, "dist/btrfs-backup")],
   baseline: [join(ROOT, "dist/btrfs-backup-linux-x64-baseline")],
@@ -149,7 +149,7 @@ export type Running = { readonly child: ChildProcess; readonly pid: number; read
 /** Starts the program; `group`: in a process group of its own. */
 export function start(args: readonly string[], { how = "binary", env = {}, cwd = ROOT, wrapper = [], group = false }: Options = {}): Running {
   const [program, ...words] = [...wrapper, ...(typeof how === "string" ? PROGRAM[how] : how), ...args] as [string, ...string[]];
-  const child = spawn(program, words, { cwd, env: { ...process.env, NODE_ENV: undefined, NO_COLOR: "1", ...env }, stdio: ["ignore", "pipe", "pipe"], detached: group });
+  const child = spawn(program, words, { cwd, env: { ...process.env, NODE_ENV: undefined, NO_COLOR: "1", ...(how === "arm64" ? { BTRFS_BACKUP_RELAY: PROGRAM.arm64.join(" ") } : {}), ...env }, stdio: ["ignore", "pipe", "pipe"], detached: group });
   let stdout = "";
   let stderr = "";
   child.stdout?.on("data", (data) => (stdout += data));
