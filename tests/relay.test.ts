@@ -649,7 +649,11 @@ describe("a stream that breaks never ends:", () => {
     const running = start(args, { env });
     try {
       let all: ReturnType<typeof descendants> = [];
-      await waitFor("the stream to flow", () => ready() && choose((all = descendants(running.pid))).length > 0);
+      const flows = () => ready() && choose((all = descendants(running.pid))).length > 0;
+      await waitFor("the stream to flow", flows).catch((error: Error) => {
+        const now = descendants(running.pid).map(({ pid, text }) => `${pid} ${text.slice(0, 150)}`);
+        throw new Error([error.message, args.join(" "), running.stderr(), ...now].join("\n"));
+      });
       const victims = choose(all);
       for (const one of victims) signal(one);
       const result = await running.finished;
@@ -687,7 +691,8 @@ describe("a stream that breaks never ends:", () => {
       ["all relays", (all) => all.filter((one) => stages[1]?.[1](one)).map(({ pid }) => pid), true],
       ["one receiver", (all) => all.filter(runs).slice(-1).map(({ pid }) => pid), false],
     ];
-    await Promise.all(prepared(kinds).map(async ({ kind: [what, choose, every], source, directory, folder }) => {
+    // One after the other: side by side, they can take so long to begin that the first ones have ended.
+    for (const { kind: [what, choose, every], source, directory, folder } of prepared(kinds)) {
       // What is stored is protocol 1, and all share a stream only if they agree.
       const args = ["-S", "--protocol", "1", "--rate-limit", "2m", source, storing(directory, "a"), storing(directory, "b"), folder];
       const { victims, status, stderr } = await killing(args, {}, () => ["a", "b"].every((name) => began(directory, name)), choose);
@@ -695,7 +700,7 @@ describe("a stream that breaks never ends:", () => {
       const complete = existsSync(folder) ? [...subvolumes(folder).values()].filter(({ readonly }) => readonly).length : 0;
       const wrong = every ? finals.length > 0 || complete > 0 : finals.includes("a.final") || finals.length !== 1 || complete !== 1;
       if (victims === 0 || status !== 1 || wrong) found.push([what, victims, status, finals, complete, stderr]);
-    }));
+    }
     expect(found).toEqual([]);
   });
 
