@@ -878,11 +878,10 @@ function printed(child: ProcessPromise, end: string, seen?: Seen): Promise<strin
 }
 
 /**
- * One process of a pipeline. `shown`: its stderr goes to the terminal, not into the error; `measured`: its bytes count, not the first
- * one's; `sends`: what it says does not tell that the receiving side is full; `receives`: it is a `btrfs receive`. `relay`: it is this
+ * One process of a pipeline. `shown`: its stderr goes to the terminal, not into the error; `sends`: what it says does not tell that the receiving side is full; `receives`: it is a `btrfs receive`. `relay`: it is this
  * program, and counts better; `counts` gets what has passed it, and null at the end.
  */
-export type Stage = { readonly label: string; readonly command: string; readonly shown?: boolean; readonly measured?: boolean; readonly receives?: boolean; readonly sends?: boolean; readonly relay?: Relay; readonly counts?: (bytes: number | null) => void };
+export type Stage = { readonly label: string; readonly command: string; readonly shown?: boolean; readonly receives?: boolean; readonly sends?: boolean; readonly relay?: Relay; readonly counts?: (bytes: number | null) => void };
 
 /** Bytes with their SHA-256. */
 type Summed = { readonly bytes: number; readonly sum: string };
@@ -918,8 +917,8 @@ type Joint = { readonly input?: string; readonly feeds?: readonly number[] };
 type Flowing = { readonly group: number; readonly kill: () => void; readonly ended: Promise<Flown> };
 
 /**
- * Runs stages as one pipeline in a process group of its own; returns the bytes that the measured
- * one wrote. If a stage fails, the stages after it
+ * Runs stages as one pipeline in a process group of its own; returns the bytes that the first
+ * one wrote, or the first relay passed. If a stage fails, the stages after it
  * are killed before their input closes: the failing one's shell holds the pipe until the group is
  * dead. By SIGKILL: what catches another signal could still take the end of a dying neighbour's
  * output for the end of the stream. Errors: Failure naming the stage that failed first, NoSpace, Interrupted.
@@ -931,11 +930,10 @@ function flow(given: readonly Stage[], environment: Record<string, string>, { in
   const stages = withoutTwins(given);
   const directory = mkdtempSync(join(runtimeDirectory(), "p"));
   const file = (name: string | number) => quote(`${directory}/${name}`);
-  const measured = Math.max(0, stages.findIndex(({ measured }) => measured));
   const texts = stages.map(({ command, shown, relay }, i) => {
     // A child's I/O is added to its parent's when it is waited for: proc(5), /proc/pid/io. A few bytes
     // of the verb's own are in it.
-    const measure = i === measured ? `while read -r k v; do case $k in wchar:) echo "$v" >${file("bytes")};; esac; done </proc/self/io;` : "";
+    const measure = i === 0 ? `while read -r k v; do case $k in wchar:) echo "$v" >${file("bytes")};; esac; done </proc/self/io;` : "";
     const last = i === stages.length - 1 ? " >&2" : "";
     const end = [...feeds.map((group) => `kill -KILL -${group};`), "kill -KILL 0;"].join(" ");
     const passes = relay === undefined ? `${command}${last}` : `${[...OURSELVES, RELAY, JSON.stringify({ ...relay, tell: `${directory}/told.${i}` })].map(quote).join(" ")}${last}`;
@@ -3722,7 +3720,7 @@ export function planTransfers(snapshots: readonly Snapshot[], { held, backups, t
   const conflicts: Conflict[] = [];
   const standing = byUuid(chained === null ? [] : held);
   const shared: Snapshot[] = [];
-  const chains = new Map<Snapshot | null, { length: number; since: number }>([[null, { length: 0, since: 0 }]]);
+  const chains = new Map<Snapshot | null, { length: number; since: number }>();
   for (const snapshot of snapshots) {
     const there = find(snapshot);
     if (there === undefined) {
@@ -4842,7 +4840,7 @@ async function sendAll(all: readonly Served[], serving: Serving): Promise<void> 
 
 /** Works on all at a time, and is over when all are. Errors: the first one. */
 async function together<T>(all: readonly T[], work: (one: T) => Promise<void>): Promise<void> {
-  for (const result of await Promise.allSettled(all.map(work))) if (result.status === "rejected") throw result.reason;
+  await allOf(all.map((one) => work(one)));
 }
 
 /** Lets only so many of what it is given work at a time. */
