@@ -205,16 +205,24 @@ export type LinkedServer = SshServer & { readonly cut: () => void; readonly mend
 
 /** An sshd at the other end of a link that can be cut: in a network namespace of its own. `crossed`: bytes sent over it, both ways. */
 export async function linkedServer(): Promise<LinkedServer> {
-  const number = Math.floor(Math.random() * 500); // another test run has other namespaces of processes, and the same of devices
-  const [device, net] = [`bb${number}`, `198.${18 + (number % 2)}.${number >> 1}`];
   const namespace = spawn("unshare", ["--net", "sleep", "infinity"], { stdio: "ignore" });
+  let [device, net] = ["", ""];
   cleanups.push(() => {
     sh(`ip link delete "$1"`, device); // sockets of dead connections keep the namespace for a while
     namespace.kill("SIGKILL");
   });
   const pid = String(namespace.pid);
   await waitFor("a network namespace", () => readlinkSync(`/proc/${pid}/ns/net`) !== readlinkSync("/proc/self/ns/net"));
-  sh(`ip link add "$1" type veth peer name "$1" netns "$2"; ip address add "$3.1/24" dev "$1"; ip link set "$1" up`, device, pid, net);
+  // Another test run has other namespaces of processes, and the same of devices: who can add the device has its number.
+  const added = () => spawnSync("ip", ["link", "add", device, "type", "veth", "peer", "name", device, "netns", pid]);
+  for (let tries = 1; ; tries++) {
+    const number = Math.floor(Math.random() * 500);
+    [device, net] = [`bb${number}`, `198.${18 + (number % 2)}.${number >> 1}`];
+    const { status, stderr } = added();
+    if (status === 0) break;
+    if (tries === 100) throw new Error(`no pair of network devices: ${stderr}`);
+  }
+  sh(`ip address add "$2.1/24" dev "$1"; ip link set "$1" up`, device, net);
   sh(`nsenter --target "$2" --net sh -c 'ip address add "$2.2/24" dev "$1"; ip link set "$1" up; ip link set lo up' sh "$1" "$3"`, device, pid, net);
   const server = await startSshServer(`${net}.2`, ["nsenter", "--target", pid, "--net"]);
   return {
