@@ -5,10 +5,11 @@
 import { AsyncLocalStorage } from "node:async_hooks";
 import { spawn, spawnSync } from "node:child_process";
 import { createHash } from "node:crypto";
-import { accessSync, chmodSync, closeSync, constants, createReadStream, fstatSync, fsyncSync, lstatSync, mkdtempSync, openSync, readdirSync, readFileSync, readSync, realpathSync, renameSync, rmSync, writeFileSync, writeSync } from "node:fs";
+import { accessSync, chmodSync, closeSync, constants, fstatSync, fsyncSync, lstatSync, mkdtempSync, openSync, readdirSync, readFileSync, readSync, realpathSync, renameSync, rmSync, writeFileSync, writeSync } from "node:fs";
 import { constants as osConstants, tmpdir } from "node:os";
 import { basename, dirname, join, normalize, resolve } from "node:path";
 import { fileURLToPath } from "node:url";
+import { createInterface } from "node:readline";
 import { parseArgs } from "node:util";
 import type { ArgDef, ArgsDef, CommandDef } from "citty";
 import type { ProcessPromise } from "zx/core";
@@ -4223,6 +4224,8 @@ type Relay = {
   readonly tell?: string;
   /** They must be this stream: see streamCheck. */
   readonly check?: Expected;
+  /** They come with a guarded key: a send stream, or any bytes; at most so many, which `refusal` says. Guard is asked: see Said. */
+  readonly guarded?: { readonly stream: boolean; readonly most: number | null; readonly refusal: string };
   /** They go nowhere. */
   readonly drop?: boolean;
   /** Where they go instead of standard output: FIFOs, each with the process group that reads it. */
@@ -4233,6 +4236,12 @@ type Relay = {
 
 /** The stream that is expected: what it makes, and on top of what; `alone`: no fence keeps it in. Empty UUIDs are not known. */
 type Expected = { readonly name: string; readonly uuid: string; readonly parent: string | null; readonly alone: boolean };
+
+/**
+ * What the processes of a guarded stream say on descriptor 3, a line each. What the stream begins with (name, UUID, and its parent's, null in
+ * full), and that it is whole with so many bytes, are questions, which guard answers with a line on descriptor 4, or not at all. `unpacked`: zstd's exit status.
+ */
+type Said = { readonly unpacked: number } | { readonly begins: readonly [string, string, string | null] } | { readonly whole: number } | { readonly refused: string };
 
 /** What the relay tells at its end. */
 type Passed = { readonly bytes: number; readonly sum: string | null; readonly dropped: readonly number[] };
@@ -4250,6 +4259,14 @@ function relay(given: Relay): never {
   } catch (error) {
     for (const { group } of given.to ?? []) sendSignal(-group, "SIGKILL");
     try {
+      if (given.guarded !== undefined) {
+        // Who takes it has ended before, and tells why itself.
+        if ((error as NodeJS.ErrnoException).code === "EPIPE") process.exit(0);
+        if (error instanceof Refused) {
+          say({ refused: error.message });
+          process.exit(1);
+        }
+      }
       writeSync(2, `${error instanceof Refused ? `the stream is refused: ${error.message} (--trust-stream receives it as it is)` : (error as Error).message}\n`);
     } catch {
       // nobody listens
@@ -4258,11 +4275,30 @@ function relay(given: Relay): never {
   }
 }
 
-function passOn({ sum, rate, tell, check, drop, to, patience = Infinity }: Relay): Passed {
+function say(what: Said): void {
+  const line = Buffer.from(`${JSON.stringify(what)}\n`);
+  writeAll(3, line, line.length);
+}
+
+/** Asks guard, and waits for its answer. Errors: Refused without one. */
+function askGuard(question: Said): void {
+  say(question);
+  if (readSome(4, Buffer.alloc(1), 0, 1) === 0) refuse("guard does not allow it");
+}
+
+/** The check of a stream that the relay was asked for, if any. */
+function checkFor({ check, guarded }: Relay): Checking | null {
+  if (guarded?.stream) return streamCheck((...begins) => askGuard({ begins }));
+  return check === undefined ? null : streamCheck(expecting(check), check.alone);
+}
+
+function passOn(given: Relay): Passed {
+  const { sum, rate, tell, guarded, drop, to, patience = Infinity } = given;
+  const limit = guarded?.most ?? Infinity;
   const BLOCK = 2 ** 20;
   const room = Buffer.allocUnsafe(2 * BLOCK);
   const hash = sum ? createHash("sha256") : null;
-  const checked = check === undefined ? null : streamCheck(expecting(check), check.alone);
+  const checked = checkFor(given);
   const outputs = to === undefined ? null : openOutputs(to, patience);
   widen([0, ...(outputs?.descriptors ?? [1])]);
   const most = rate === undefined ? BLOCK : Math.min(BLOCK, Math.max(4096, Math.ceil(rate / 10)));
@@ -4283,12 +4319,14 @@ function passOn({ sum, rate, tell, check, drop, to, patience = Infinity }: Relay
   };
   for (let n; (n = readSome(0, room, have, most)) > 0; ) {
     have += n;
+    if (bytes + have > limit) refuse(guarded?.refusal as string);
     const end = checked === null ? have : checked.pass(room, 0, have);
     send(end);
     room.copyWithin(0, end, have);
     have -= end;
   }
   checked?.finish();
+  if (guarded !== undefined) askGuard({ whole: bytes + have });
   send(have);
   tellBytes();
   return { bytes, sum: hash?.digest("hex") ?? null, dropped: outputs?.dropped ?? [] };
@@ -6334,17 +6372,15 @@ function workOf(group: number): string {
 
 const STALLED = 120_000; // ms
 
-/** Waits for a child that gets nothing any more; what does nothing either, such as one that opens a FIFO, is killed. */
-async function endOf(child: ProcessPromise): Promise<void> {
-  const group = child.pid as number;
+/** Waits for the end of a group that gets nothing any more; what does nothing either, such as one that opens a FIFO, is killed. */
+async function endOf<T>(group: number, ended: Promise<T>): Promise<T> {
   let [seen, since] = ["", Date.now()];
   const watch = setInterval(() => {
     const work = workOf(group);
     if (work !== seen) [seen, since] = [work, Date.now()];
     else if (Date.now() - since > STALLED) sendSignal(-group, "SIGKILL");
   }, 1000);
-  await child;
-  clearInterval(watch);
+  return ended.finally(() => clearInterval(watch));
 }
 
 /** Reads what the folder of a guarded verb has. */
@@ -6402,12 +6438,13 @@ async function recordAgain(given: ArgumentsOf<typeof WRITE_RECORD>, said: Guarde
   return { ...given, ...recordedLine(given, await lookedAt(said, "folder"), said) };
 }
 
-/** Only what the record says is left of a broken transfer. */
-async function discardAgain(given: ArgumentsOf<typeof DISCARD>, said: Guarded): Promise<typeof given> {
+/** Only what the record says is left of a broken transfer; of one that was refused before it began, nothing is. */
+async function discardServed(given: ArgumentsOf<typeof DISCARD>, said: Guarded): Promise<number> {
   const folder = await lookedAt(said, "folder");
+  if (folder.chain.receiving === undefined && !folder.entries.has(given.name)) return 0;
   if (folder.chain.receiving !== given.name) refuse(`${given.name} was not left by a broken transfer`);
   if (given.how === "whole" && !doubtedIn(folder).has(given.name)) refuse(`${given.name} is whole`);
-  return { ...given, ...recordedLine(given, folder, said) };
+  return (await started(DISCARD, { ...given, ...recordedLine(given, folder, said) })).exitCode ?? 1;
 }
 
 /** No stream takes another's name or UUID: of two with the same data either can stand for it, and what builds on it would build on the new one. */
@@ -6469,7 +6506,7 @@ const GUARDED: ReadonlyMap<string, Use> = new Map([
   use(RECEIVE, ["add"], { flag: FLAG, ...AT, level: LEVEL, holder: HOLDER, prefix: PREFIX_RULE, ...RECORD_PARTS, ...KEPT_PART, sync: notGiven }, { serve: receiveServed }),
   use(KEPT, ["add"], { ...AT, prefix: PREFIX_RULE, object: OBJECT }),
   use(TIDY, ["add"], { ...AT, prefix: PREFIX_RULE }),
-  use(DISCARD, ["add"], { ...AT, prefix: PREFIX_RULE, name: DATED, ...RECORDED, how: oneOf("", "whole") }, { again: discardAgain }),
+  use(DISCARD, ["add"], { ...AT, prefix: PREFIX_RULE, name: DATED, ...RECORDED, how: oneOf("", "whole") }, { serve: discardServed }),
   use(RAW.put, ["add"], { ...AT, lock: PREFIX_RULE, object: PART_RULE, holder: HOLDER, size: perhaps(BYTES) }, { serve: storeServed }),
   use(RAW.commit, ["add"], { ...AT, lock: PREFIX_RULE, object: OBJECT, sum: SHA256, bytes: BYTES, part: PART_RULE, kept: BYTES, uuid: notGiven }, { again: commitAgain }),
   use(RAW.delete, ["add", "delete"], { ...AT, lock: PREFIX_RULE, objects: ANY_OBJECT }, { again: dropAgain }),
@@ -6583,43 +6620,8 @@ async function rememberBytes(said: Guarded, uuid: string, bytes: number): Promis
 /** Passes a stream on to a store, as much as there is room for. */
 async function storeServed(given: ArgumentsOf<PutVerb>, { o }: Guarded): Promise<number> {
   if (o.maxBytes === null) return (await started(RAW.put, given)).exitCode ?? 1;
-  return withinBytes(o, () => 0, async (left) => {
-    const child = started(RAW.put, given, ["pipe"]);
-    const into = new Feeding(child);
-    try {
-      let bytes = 0;
-      for await (const chunk of process.stdin) {
-        bytes += (chunk as Buffer).length;
-        if (bytes > left) refuse(noRoom(o.maxBytes));
-        if (!(await into.pass(chunk as Buffer))) break;
-      }
-    } finally {
-      child.stdin.end();
-      await child;
-    }
-    return (await child).exitCode ?? 1;
-  });
-}
-
-/** What is written to a child's standard input, as fast as it is taken. */
-class Feeding {
-  readonly #child: ProcessPromise;
-  #over = false;
-  #wake = () => {};
-  constructor(child: ProcessPromise) {
-    this.#child = child;
-    child.stdin.on("error", () => {}); // its exit status tells
-    child.stdin.on("drain", () => this.#wake());
-    void child.then(() => {
-      this.#over = true;
-      this.#wake();
-    });
-  }
-  /** Whether the child goes on taking. */
-  async pass(bytes: Buffer): Promise<boolean> {
-    if (bytes.length > 0 && !this.#over && !this.#child.stdin.write(bytes)) await new Promise<void>((done) => (this.#wake = done));
-    return !this.#over;
-  }
+  const allowed = async () => {};
+  return withinBytes(o, () => 0, (left) => letIn(RAW.put, given, { stream: false, level: "", file: null, left, most: o.maxBytes }, { begins: allowed, whole: allowed }));
 }
 
 // ── what is served otherwise than as it is ──
@@ -6719,46 +6721,56 @@ async function receiveServed(given: ArgumentsOf<typeof RECEIVE>, said: Guarded):
   const kept = part === undefined ? null : join(path, `.${part}.part`);
   const file = kept === null ? null : openedPlain(kept);
   let made = "";
-  const check = pieceCheck((...begun) => {
-    mayBegin(folder, name, ...begun);
-    made = begun[1];
-  });
   return withinBytes(said.o, () => (file === null ? 0 : fstatSync(file).size), (left) => {
-    const flag = `${given.flag}C`;
-    const child = started(RECEIVE, { ...given, flag, level: "", ...record }, ["pipe", "inherit", flag === "-qC" ? "pipe" : "inherit"]);
-    return receiveChecked(child, check, file, given.level, { left, most: said.o.maxBytes }, (bytes) => (said.o.maxBytes === null ? Promise.resolve() : rememberBytes(said, made, bytes)));
+    const coming = { stream: true, level: given.level, file, left, most: said.o.maxBytes };
+    return letIn(RECEIVE, { ...given, flag: `${given.flag}C`, level: "", ...record }, coming, {
+      async begins(...begun) {
+        mayBegin(folder, name, ...begun);
+        made = begun[1];
+      },
+      whole: (bytes) => (said.o.maxBytes === null ? Promise.resolve() : rememberBytes(said, made, bytes)),
+    });
   });
 }
 
-/** Passes a stream on to `btrfs receive` after it was read; `whole` is done before its end gets there. */
-async function receiveChecked(child: ProcessPromise, check: ReturnType<typeof pieceCheck>, file: number | null, level: string, room: { readonly left: number; readonly most: number | null }, whole: (bytes: number) => Promise<void>): Promise<number> {
-  const into = new Feeding(child);
-  const unzip = level === "" ? null : spawn("zstd", ["-q", "-d", "-c"], { stdio: [file ?? "inherit", "pipe", "inherit"] });
-  const unzipped = unzip === null ? null : new Promise<number | null>((done) => unzip.on("close", done).on("error", () => done(null)));
-  const input = unzip?.stdout ?? (file === null ? process.stdin : createReadStream("", { fd: file }));
+/** What comes with a guarded key: a send stream or any bytes, zstd's or as they are (`level`), on standard input or from a file; `left`: how many there is room for, of so many at most. */
+type Coming = { readonly stream: boolean; readonly level: string; readonly file: number | null; readonly left: number; readonly most: number | null };
+
+/** What is looked at before a stream that comes may begin, and done before its end is passed on. Errors: Refused. */
+type Allowing = { readonly begins: (...begun: readonly [string, string, string | null]) => Promise<void>; readonly whole: (bytes: number) => Promise<void> };
+
+/**
+ * Runs a verb that takes what comes with a key, which the relay reads first. Where that is refused, the verb is killed before its input
+ * closes. Returns the exit status. Errors: Refused.
+ */
+async function letIn<V extends Declared>(verb: V, given: ArgumentsOf<V>, { stream, level, file, left, most }: Coming, allowing: Allowing): Promise<number> {
+  const relay: Relay = { guarded: { stream, most: left === Infinity ? null : left, refusal: noRoom(most) } };
+  const unpacked = level === "" ? "" : `{ zstd -q -d -c 3>&- 4>&-; echo "{\\"unpacked\\":$?}" >&3; } |`;
+  const passed = `{ ${[...OURSELVES, RELAY, JSON.stringify(relay)].map(quote).join(" ")} || kill -KILL 0; } |`;
+  const text = `${unpacked} ${passed} { exec 3>&- 4>&-; ${commandWith({ ...LOCAL, fence: "own" }, verb, given)}; }`;
+  const child = spawn("sh", ["-c", text], { detached: true, env: { PATH: process.env["PATH"] ?? "" }, stdio: [file ?? "inherit", "inherit", "pipe", "pipe", "pipe"] });
+  const group = child.pid as number;
+  running.add(() => sendSignal(-group, "SIGKILL"));
+  const ended = new Promise<number | null>((done) => child.on("close", done));
+  child.stderr?.on("data", (chunk: Buffer) => process.stderr.write(visible(chunk.toString().replace(/^Chroot to .*\n/m, ""))));
+  const [questions, answers] = child.stdio.slice(3) as unknown as [NodeJS.ReadableStream, NodeJS.WritableStream];
+  answers.on("error", () => {}); // the relay has ended: its exit status tells
+  let refused: Refused | null = null;
   try {
-    let bytes = 0;
-    let taking = true;
-    for await (const chunk of input) {
-      bytes += (chunk as Buffer).length;
-      if (bytes > room.left) refuse(noRoom(room.most));
-      taking = await into.pass(check.push(chunk as Buffer));
-      if (!taking) break;
+    for await (const line of createInterface(questions)) {
+      const what = JSON.parse(line) as Said;
+      if ("refused" in what) refuse(what.refused);
+      if ("unpacked" in what && what.unpacked !== 0) refuse("zstd cannot read the stream");
+      if ("begins" in what) await allowing.begins(...what.begins);
+      if ("whole" in what) await allowing.whole(what.whole);
+      if (!("unpacked" in what)) answers.write("\n");
+      if ("whole" in what) break;
     }
-    if (unzipped !== null && (await unzipped) !== 0) refuse("zstd cannot read the stream");
-    if (taking) {
-      const end = check.finish();
-      await whole(bytes);
-      await into.pass(end);
-    }
-  } finally {
-    unzip?.kill();
-    child.stdin.end();
-    await endOf(child);
+  } catch (error) {
+    refused = refusalOf(error);
   }
-  const { exitCode, stderr } = await child;
-  process.stderr.write(visible(stderr.replace(/^Chroot to .*\n/, "")));
-  return exitCode ?? 1;
+  answers.end();
+  return endOf(group, ended).then((status) => (refused === null ? (status ?? 1) : Promise.reject(refused)));
 }
 
 // ── what is checked of a stream ──
@@ -6991,29 +7003,6 @@ function madeLinks() {
       const moving = paths.has(path) ? [path] : below.has(path) ? [...paths].filter((one) => one.startsWith(`${path}/`)) : [];
       for (const one of moving) remove(one);
       for (const one of moving) make(to + one.slice(path.length));
-    },
-  };
-}
-
-/** A check of what comes in pieces, of which each returns the bytes that may go on. */
-export function pieceCheck(begins: Parameters<typeof streamCheck>[0]): { readonly push: (chunk: Buffer) => Buffer; readonly finish: () => Buffer } {
-  const { pass, finish } = streamCheck(begins);
-  let room = Buffer.allocUnsafe(2 ** 19);
-  let have = 0;
-  return {
-    push(chunk) {
-      if (have + chunk.length > room.length) room = Buffer.concat([room.subarray(0, have)], 2 * (have + chunk.length));
-      chunk.copy(room, have);
-      have += chunk.length;
-      const end = pass(room, 0, have);
-      const passing = Buffer.from(room.subarray(0, end));
-      room.copyWithin(0, end, have);
-      have -= end;
-      return passing;
-    },
-    finish() {
-      finish();
-      return room.subarray(0, have);
     },
   };
 }

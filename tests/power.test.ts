@@ -59,7 +59,7 @@ test("after a power cut at any moment of a run, copy, prune or restore, what is 
     await expectRun(0, all);
     const works: Record<string, readonly string[]> = {
       run: all,
-      copy: ["copy", places[0], copied],
+      copy: ["copy", "-n", "3", places[0], copied],
       prune: ["prune", "-n", "1", places[1]],
       restore: ["restore", "--replace", places[0], restored],
     };
