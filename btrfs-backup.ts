@@ -5,7 +5,7 @@
 import { AsyncLocalStorage } from "node:async_hooks";
 import { spawn, spawnSync } from "node:child_process";
 import { createHash } from "node:crypto";
-import { accessSync, chmodSync, closeSync, constants, fstatSync, fsyncSync, lstatSync, mkdtempSync, openSync, readdirSync, readFileSync, readSync, realpathSync, renameSync, rmSync, writeFileSync, writeSync } from "node:fs";
+import { accessSync, closeSync, constants, existsSync, fstatSync, lstatSync, mkdtempSync, openSync, readdirSync, readFileSync, readSync, realpathSync, rmSync, writeFileSync, writeSync } from "node:fs";
 import { constants as osConstants, tmpdir } from "node:os";
 import { basename, dirname, join, normalize, resolve } from "node:path";
 import { fileURLToPath } from "node:url";
@@ -116,10 +116,8 @@ export class Absent extends Failure {}
 export class Unreachable extends Absent {}
 /** The stream is not the one that a part of was kept. */
 class OtherStream extends Failure {}
-/** Its processes cannot be ended: nothing more is done there. */
-class Abandoned extends Failure {}
-/** It kept others waiting for the stream that it shared with them. */
-class Stalled extends Failure {}
+/** It did nothing for too long, and was ended, or left alone if it does not end: nothing more is done there. */
+class Stuck extends Failure {}
 /** A pipeline was killed, and did not fail by itself. */
 class Killed extends Failure {}
 /** The name is taken. */
@@ -747,6 +745,9 @@ const commandWith = <V extends Declared>(host: Host, verb: V, given: ArgumentsOf
 /** Children that end when a signal ends the run; cleaning up must be able to outlive it. */
 const running = new Set<() => void>();
 let interruption: Interrupted | null = null;
+let tellSignalled = () => {};
+/** Comes with the first signal that ends the run. */
+const signalled = new Promise<true>((come) => (tellSignalled = () => come(true)));
 const cleaning = new AsyncLocalStorage<true>(); // one transfer cleans up while others go on
 
 /** Ends everything at the first signal, and gives up cleaning at the second; but not at one that we were started to ignore, as by nohup(1). */
@@ -760,8 +761,11 @@ export function stopOnSignals(): void {
         if (interruption !== null) process.exit(SIGNAL_STATUS[signal]);
         interruption = new Interrupted(signal);
         for (const stop of running) stop();
+        tellSignalled();
       });
 }
+/** The exit status after a signal; 0 if there was none. */
+const statusOfSignal = () => (interruption === null ? 0 : (SIGNAL_STATUS[interruption.signal] ?? 1));
 const SIGNAL_STATUS: Partial<Record<NodeJS.Signals, number>> = { SIGHUP: 129, SIGINT: 130, SIGTERM: 143 };
 
 /** Lets nothing in the environment decide whose programs we run, though we enter other users' directories, nor how a shell reads our scripts. */
@@ -816,28 +820,102 @@ async function ask<V extends Declared>(host: Host, verb: V, given: ArgumentsOf<V
   const { process: child, stop } = start(host, verb, given);
   child.stdin.end(input);
   if (!cleaning.getStore()) running.add(stop);
-  const result = await child;
-  running.delete(stop);
+  let bytes = 0;
+  child.stdout.on("data", (chunk: Buffer) => (bytes += chunk.length));
+  const whose = host.ssh === null ? { group: child.pid as number } : { verb, folder: folderOf(given) };
+  const worked = async () => `${bytes} ${await workOf(host, whose)}`;
+  // What the user's own command waits for is the user's.
+  const result = await (verb === HOOK ? child : attended(child, what, worked, stop)).finally(() => running.delete(stop));
   checkInterruption();
   if (result.exitCode !== 0) throw failureOf(host, what, result);
   return result.stdout;
+}
+
+// ── what does not end ──
+
+/**
+ * In ms: how long a place may be silent that is asked to open; how long what was begun may do nothing (see --timeout), six times as long while
+ * it waits for a disk to have everything; and how long what is told to end may take, which on a dead disk it never does.
+ */
+const LIMITS = { open: 120e3, stuck: 3600e3, parting: 10e3 };
+
+/** Waits for so many ms, or until something else is over; tells whether that was over first. */
+async function within(ms: number, over: Promise<unknown>): Promise<boolean> {
+  let timer: ReturnType<typeof setTimeout> | undefined;
+  const late = new Promise<false>((done) => (timer = setTimeout(() => done(false), ms)));
+  const first = await Promise.race([late, over.then(() => true, () => true)]);
+  clearTimeout(timer);
+  return first;
+}
+
+/**
+ * Waits for the end of what runs as long as it does anything: `worked` tells what it has done so far. Then it is stopped; if it does not end by that, as
+ * what waits for a dead disk, it is left alone. So it is after a signal. Errors: Stuck, Interrupted.
+ */
+async function attended<T>(ended: Promise<T>, what: string, worked: () => Promise<string>, stop: () => void): Promise<T> {
+  const pause = Math.min(60e3, LIMITS.stuck / 4); // ms
+  let [seen, idle, told] = ["", 0, false];
+  const interrupted = cleaning.getStore() ? new Promise<true>(() => {}) : signalled;
+  while (!(await Promise.race([within(pause, ended), interrupted]))) {
+    const work = await Promise.race([worked(), ended.then(() => "", () => "")]);
+    const isSyncing = work.includes(SYNCING);
+    idle = work === seen ? idle + pause : 0;
+    seen = work;
+    if (isSyncing && idle > 0 && !told) log.info(`${what}: waiting for the disk to have everything (${SYNCING})`);
+    told ||= isSyncing && idle > 0;
+    if (idle < LIMITS.stuck * (isSyncing ? 6 : 1)) continue;
+    stop();
+    const isOver = await within(LIMITS.parting, ended);
+    throw new Stuck(`${what}: stuck: for ${idle / 1000} s no byte moved, and none of its processes did anything (--timeout)${isOver ? "" : "; they do not end: does the disk answer?"}`);
+  }
+  if (interruption !== null && !(await within(LIMITS.parting, ended))) checkInterruption();
+  return ended;
+}
+
+/** The folder that a verb is asked to work in, if any. */
+const folderOf = (given: object) => ("folder" in given ? String(given.folder) : "");
+
+/** What a verb waits in that has a disk write down everything, as WORK tells it. */
+const SYNCING = "btrfs filesystem sync";
+
+/** What the processes of a group here, or those of a verb in a folder on another host, have done so far; nothing where nobody can tell. */
+async function workOf(host: Host, { group, verb, folder }: { readonly group?: number; readonly verb?: Verb; readonly folder?: string }): Promise<string> {
+  try {
+    const { process: child, stop } = start(plainHost(host), WORK, { group: String(group ?? ""), verb: verb?.name ?? "", folder: folder ?? "" });
+    child.stdin.end();
+    if (await within(30e3, child)) return (await child).stdout;
+    stop();
+    return "";
+  } catch {
+    return ""; // a signal
+  }
 }
 
 /** A verb that holds something (a lock) until it is told to let go. */
 type Held = { readonly output: string; readonly release: () => Promise<void> };
 
 /** What is exchanged with a verb on the way: the `first` line that it waits for; that it is `unwanted`, and is ended; and what is done when a line of its output is `seen`. */
-type Signals = { readonly first?: Promise<string> | undefined; readonly unwanted?: AbortSignal | undefined; readonly seen?: Seen | undefined };
+type Signals = { readonly wait?: number; readonly first?: Promise<string> | undefined; readonly unwanted?: AbortSignal | undefined; readonly seen?: Seen | undefined };
 type Seen = { readonly line: string; readonly tell: () => void };
 
-/** Starts a verb that prints until a line that is `end`, and then waits for its input to close. */
-async function hold<V extends Declared>(host: Host, verb: V, given: ArgumentsOf<V>, end: string, what: string, { first, unwanted, seen }: Signals = {}): Promise<Held> {
+/**
+ * Starts a verb that prints until a line that is `end`, and then waits for its input to close. It may be silent for `wait` s longer than
+ * LIMITS says. Errors: those of `ask`, Unreachable or Stuck where nothing comes.
+ */
+async function hold<V extends Declared>(host: Host, verb: V, given: ArgumentsOf<V>, end: string, what: string, { first, unwanted, seen, wait = 0 }: Signals = {}): Promise<Held> {
   const { process: child, stop } = start(host, verb, given);
   running.add(stop);
   void first?.then((line) => child.stdin.write(`${line}\n`));
   unwanted?.addEventListener("abort", () => running.has(stop) && stop());
-  const output = await printed(child, `\n${end}\n`, seen);
+  const limit = Math.min(LIMITS.open, LIMITS.stuck) + 1000 * wait;
+  const output = await Promise.race([printed(child, `\n${end}\n`, { limit, from: first, seen }), signalled.then(() => within(LIMITS.parting, child)).then(() => null)]);
   running.delete(stop);
+  if (output instanceof Silent) {
+    stop();
+    const isOver = await within(LIMITS.parting, child);
+    const message = `${what}: no answer within ${limit / 1000} s${isOver ? "" : ", and what was asked does not end: does the disk answer?"}`;
+    throw host.ssh === null ? new Stuck(message) : new Unreachable(message);
+  }
   const beats = host.ssh === null ? undefined : setInterval(() => child.stdin.write("."), host.beat * 1000);
   void child.then(() => clearInterval(beats));
   const release = async () => {
@@ -845,8 +923,8 @@ async function hold<V extends Declared>(host: Host, verb: V, given: ArgumentsOf<
     child.stdin.end();
     // Over ssh this may be the connection that other commands share, which ends with the last
     // of them: its output ends with the lock, the process when it likes.
-    if (host.ssh === null) await child;
-    else if (!child.stdout.readableEnded) await new Promise((done) => child.stdout.once("end", done));
+    const letGo = host.ssh === null ? child : child.stdout.readableEnded ? Promise.resolve() : new Promise((done) => child.stdout.once("end", done));
+    if (!(await within(LIMITS.parting, letGo))) stop();
   };
   if (output === null) {
     checkInterruption();
@@ -857,14 +935,29 @@ async function hold<V extends Declared>(host: Host, verb: V, given: ArgumentsOf<
   return { output, release };
 }
 
-/** What a verb prints until its output ends so; null if it ends before. Decoded at once: lists of subvolumes can be long. */
-function printed(child: ProcessPromise, end: string, seen?: Seen): Promise<string | null> {
+class Silent {}
+
+/** What a verb prints until its output ends so; null if it ends before, Silent if nothing comes for `limit` ms, once `from` is over. Decoded at once: lists of subvolumes can be long. */
+function printed(child: ProcessPromise, end: string, { limit = Infinity, from = Promise.resolve(), seen }: { readonly limit?: number; readonly from?: Promise<unknown> | undefined; readonly seen?: Seen | undefined } = {}): Promise<string | null | Silent> {
   return new Promise((done) => {
     const chunks: Buffer[] = [];
     const [line, last] = [Buffer.from(`\n${seen?.line}\n`), Buffer.from(end)];
     let tail = Buffer.alloc(0);
     let tell = seen?.tell;
+    let silence: ReturnType<typeof setTimeout> | undefined;
+    let isOver = false;
+    const ended = (how: string | null | Silent) => {
+      isOver = true;
+      clearTimeout(silence);
+      done(how);
+    };
+    const wait = () => {
+      clearTimeout(silence);
+      if (!isOver && limit !== Infinity) silence = setTimeout(() => ended(new Silent()), limit);
+    };
+    void from.then(wait);
     child.stdout.on("data", (chunk: Buffer) => {
+      if (silence !== undefined) wait();
       chunks.push(chunk);
       const fresh = Buffer.concat([tail, chunk]);
       if (tell !== undefined && fresh.includes(line)) {
@@ -872,23 +965,29 @@ function printed(child: ProcessPromise, end: string, seen?: Seen): Promise<strin
         tell = undefined;
       }
       tail = fresh.subarray(-Math.max(last.length, line.length));
-      if (tail.subarray(-last.length).equals(last)) done(Buffer.concat(chunks).toString());
+      if (tail.subarray(-last.length).equals(last)) ended(Buffer.concat(chunks).toString());
     });
-    void child.then(() => done(null));
+    void child.then(() => ended(null));
   });
 }
 
 /**
  * One process of a pipeline. `shown`: its stderr goes to the terminal, not into the error; `sends`: what it says does not tell that the receiving side is full; `receives`: it is a `btrfs receive`. `relay`: it is this
- * program, and counts better; `counts` gets what has passed it, and null at the end.
+ * program, and counts better; `counts` gets what has passed it, and null at the end. `far`: what works for it on another host.
  */
-export type Stage = { readonly label: string; readonly command: string; readonly shown?: boolean; readonly receives?: boolean; readonly sends?: boolean; readonly relay?: Relay; readonly counts?: (bytes: number | null) => void };
+export type Stage = { readonly label: string; readonly command: string; readonly far?: { readonly host: Host; readonly verb: Verb; readonly folder: string }; readonly shown?: boolean; readonly receives?: boolean; readonly sends?: boolean; readonly relay?: Relay; readonly counts?: (bytes: number | null) => void };
+
+/** A verb on a host, with arguments by name, as a stage: `what` it does there. */
+function staged<V extends Declared>(what: string, host: Host, verb: V, given: ArgumentsOf<V>, more: Partial<Stage> = {}): Stage {
+  const far = host.ssh === null ? {} : { far: { host, verb, folder: folderOf(given) } };
+  return { label: `${what}${host.label === "" ? "" : ` on ${host.label}`}`, command: commandWith(host, verb, given), ...far, ...more };
+}
 
 /** Bytes with their SHA-256. */
 type Summed = { readonly bytes: number; readonly sum: string };
 
-/** What has passed a pipeline. `bytes`: null where the kernel does not count them; `summed`: what went to its end, if that was asked for; `dropped`: the outputs that took nothing for too long. */
-type Flown = { readonly bytes: number | null; readonly summed: Summed | null; readonly dropped: readonly number[] };
+/** What has passed a pipeline. `bytes`: null where the kernel does not count them; `summed`: what went to its end, if that was asked for. */
+type Flown = { readonly bytes: number | null; readonly summed: Summed | null };
 
 /** The relay as a stage. */
 const relaying = (relay: Relay, counts?: Stage["counts"]): Stage => ({ label: "relay", command: "", relay, ...(counts === undefined ? {} : { counts }) });
@@ -911,22 +1010,25 @@ const OURSELVES = ((): readonly string[] => {
   return [process.execPath, ...(process.versions["deno"] === undefined ? process.execArgv : ["run", "-A", "--quiet"]), file];
 })();
 
-/** What a pipeline has to do with others: it reads from a file, or its last stage feeds process groups, which are killed before it ends badly. */
-type Joint = { readonly input?: string; readonly feeds?: readonly number[] };
+/**
+ * What a pipeline has to do with others: it reads from a file, or its last stage feeds process groups, which are killed before it ends badly.
+ * `waits`: whether it waits for others just now, and is not to blame for what it does not do.
+ */
+type Joint = { readonly input?: string; readonly feeds?: readonly number[]; readonly waits?: () => boolean };
 
-/** A pipeline at work. */
-type Flowing = { readonly group: number; readonly kill: () => void; readonly ended: Promise<Flown> };
+/** A pipeline at work. `blocked`: the outputs of its last relay that take nothing just now, by number. */
+type Flowing = { readonly group: number; readonly kill: () => void; readonly blocked: () => readonly number[]; readonly ended: Promise<Flown> };
 
 /**
  * Runs stages as one pipeline in a process group of its own; returns the bytes that the first
  * one wrote, or the first relay passed. If a stage fails, the stages after it
  * are killed before their input closes: the failing one's shell holds the pipe until the group is
  * dead. By SIGKILL: what catches another signal could still take the end of a dying neighbour's
- * output for the end of the stream. Errors: Failure naming the stage that failed first, NoSpace, Interrupted.
+ * output for the end of the stream. Errors: Failure naming the stage that failed first, NoSpace, Stuck, Interrupted.
  */
 export const pipeline = async (stages: readonly Stage[], environment: Record<string, string> = {}) => flow(stages, environment).ended;
 
-function flow(given: readonly Stage[], environment: Record<string, string>, { input = "/dev/null", feeds = [] }: Joint = {}): Flowing {
+function flow(given: readonly Stage[], environment: Record<string, string>, { input = "/dev/null", feeds = [], waits = () => false }: Joint = {}): Flowing {
   checkInterruption();
   const stages = withoutTwins(given);
   const directory = mkdtempSync(join(runtimeDirectory(), "p"));
@@ -944,21 +1046,28 @@ function flow(given: readonly Stage[], environment: Record<string, string>, { in
   const child = shell({ detached: true, stdio: ["ignore", "ignore", "pipe"], env: { ...process.env, ...environment } })`${`exec 3>&2 <${quote(input)}; ${texts.join(" | ")}`}`;
   const said = new TextDecoder();
   child.stderr.on("data", (chunk: Buffer) => terminal.write(visible(said.decode(chunk, { stream: true }))));
-  const counting = stages.flatMap(({ counts }, i) => (counts === undefined ? [] : [{ counts, file: `${directory}/told.${i}.now` }]));
-  const tell = () => counting.forEach(({ counts, file }) => counts(Number(readIfThere(file))));
+  /** What a relay has told: how many bytes have passed, and which outputs take nothing. */
+  const toldNow = (i: number) => readIfThere(`${directory}/told.${i}.now`).split(" ").map(Number);
+  const counting = stages.flatMap(({ counts }, i) => (counts === undefined ? [] : [{ counts, i }]));
+  const tell = () => counting.forEach(({ counts, i }) => counts(toldNow(i)[0] as number));
   const watch = setInterval(tell, 500);
   const group = child.pid as number;
   const kill = () => sendSignal(-group, "SIGKILL");
   running.add(kill);
-  const ended = async () => {
-    await child;
+  let waited = 0;
+  const worked = async () => {
+    const far = await Promise.all(stages.flatMap(({ far }) => (far === undefined ? [] : [workOf(far.host, far)])));
+    const passed = stages.flatMap(({ relay }, i) => (relay === undefined ? [] : [toldNow(i)[0]]));
+    return [waits() ? ++waited : waited, ...passed, await workOf(LOCAL, { group }), ...far].join("\n");
+  };
+  const what = stages.map(({ label }) => label).join(" | ");
+  const ended = attended(child, what, worked, kill).finally(() => {
     running.delete(kill);
     clearInterval(watch);
     tell();
     for (const { counts } of counting) counts(null);
-    return outcome(stages, directory, kill);
-  };
-  return { group, kill, ended: ended() };
+  });
+  return { group, kill, blocked: () => toldNow(stages.length - 1).slice(1), ended: ended.then(() => outcome(stages, directory, kill)) };
 }
 
 /** What `btrfs receive` says where a file that a difference goes on from is not there, or not what it should be; not where the name of the whole is taken. */
@@ -989,7 +1098,7 @@ function outcome(stages: readonly Stage[], directory: string, kill: () => void):
     const [first] = passed;
     const last = passed.findLast(({ sum }) => sum !== null);
     const summed = last === undefined ? null : { bytes: last.bytes, sum: last.sum as string };
-    return { bytes: first?.bytes ?? (bytes === "" ? null : Number(bytes)), summed, dropped: passed.flatMap(({ dropped }) => dropped) };
+    return { bytes: first?.bytes ?? (bytes === "" ? null : Number(bytes)), summed };
   }
   const name = stages[culprit]?.label ?? "the shell of the pipeline";
   const how = culprit === -1 ? "was killed" : status === 255 ? "failed: the connection is lost" : (status ?? 0) > 128 ? `was killed by signal ${(status ?? 0) - 128}` : `failed with exit status ${status}${status === 75 ? " (an earlier transfer may still be at work)" : ""}`;
@@ -1336,9 +1445,43 @@ const silence = (host: Host) => (host.ssh === null ? "" : String(4 * host.beat))
 const WATCH = sh`
   watch() {
     if [ -n "$1" ]; then
-      ( while [ -d "/proc/$$" ]; do [ -d "/proc/$1" ] || kill -KILL 0; sleep 2; done ) >/dev/null 2>&1 </dev/null &
+      (
+        printf %s backup-waiting >/proc/self/comm
+        while [ -d "/proc/$$" ]; do [ -d "/proc/$1" ] || kill -KILL 0; sleep 2; done
+      ) >/dev/null 2>&1 </dev/null &
     fi
   }`;
+
+/**
+ * What processes have done so far, a line each: those of `group`, or of the groups in which `verb` works in `folder`. It tells of no process
+ * that only waits, or passes on what others make: what waits for a holder's end, ssh, which talks also of nothing. See proc(5): stat, io.
+ */
+const WORK = verb("work", "group verb folder", sh`
+  groups=" $group "
+  if [ -n "$verb" ]; then
+    # shellcheck disable=SC2013 # there are no blanks in them
+    for found in $(grep -lszxF -e "btrfs-backup:$verb" /proc/[0-9]*/cmdline); do
+      grep -qszxF -e "$folder" "$found" || continue
+      read -r line 2>/dev/null <"\${found%cmdline}stat" || continue
+      # shellcheck disable=SC2086 # words
+      set -- \${line##*) }
+      groups="$groups$3 "
+    done
+  fi
+  for found in /proc/[0-9]*/stat; do
+    read -r line 2>/dev/null <"$found" || continue
+    command=\${line#*(}
+    # shellcheck disable=SC2086 # words
+    set -- \${line##*) }
+    case $groups in *" $3 "*) ;; *) continue;; esac
+    case $command in "ssh)"* | "sleep)"* | "backup-waiting)"*) continue;; esac
+    found=\${found%/stat}
+    if grep -qszxF -e --relay "$found/cmdline"; then set -- 0; fi
+    line "\${found#/proc/} \${12} \${13}"
+    grep -s "^[rw]char:" "$found/io" || :
+    if grep -qszxF -e sync "$found/cmdline"; then echo "${"btrfs filesystem sync"}"; fi
+  done
+`);
 
 /**
  * record HEADER KEY VALUE [BEGINNING]: replaces one line of the record in the current directory, whole or not at all; with a
@@ -1569,6 +1712,19 @@ const WRITE_RECORD = verb("record", "folder fsid header key value sync?", sh`
   at "$folder" "$fsid"
   [ "$sync" = "" ] || b filesystem sync . >&2
   record "$header" "$key" "$value"
+`);
+
+/** Standard input becomes a file that everybody may read. Nobody reads half of it, and after a power cut it has one of both contents. */
+const METRICS = verb("metrics", "file", sh`
+  temporary=
+  gone() { [ -z "$temporary" ] || rm -f "$temporary"; }
+  trap gone EXIT
+  temporary=$(mktemp "\${file%/*}/.\${file##*/}.XXXXXX")
+  cat >"$temporary"
+  sync "$temporary" 2>/dev/null || sync
+  chmod 644 "$temporary"
+  mv -T -f -- "$temporary" "$file"
+  temporary=
 `);
 
 /** Moves a record out of the way. */
@@ -2910,7 +3066,7 @@ async function openFolder(location: Readable, path: string, opening: Opening): P
   const nonce = crypto.randomUUID();
   const asked = { nonce, wait: ahead === undefined ? String(wait) : "later", folder: path, prefix, source, kind, silence: silence(host) };
   const seen = locked && { line: `${nonce} locked`, tell: locked };
-  const { output, release } = await hold({ ...host, fence: "try" }, OPEN, asked, `${nonce} end`, location.id, { first: ahead?.turn.then(() => String(wait)), unwanted: ahead?.unwanted, seen });
+  const { output, release } = await hold({ ...host, fence: "try" }, OPEN, asked, `${nonce} end`, location.id, { first: ahead?.turn.then(() => String(wait)), unwanted: ahead?.unwanted, seen, wait: wait === "look" ? 0 : wait });
   try {
     if (wait === "look") await release(); // nothing of it is left in the directory
     checkAnswer(output, nonce, opening);
@@ -3183,7 +3339,7 @@ function receiving(folder: Folder, name: string, level: string, chain: ChainReco
   // What was checked comes from us, and not from the file that it was kept in.
   const flag = `${btrfsDebug ? "-vv" : "-q"}${isChecked && kept.part !== undefined ? "C" : ""}`;
   const given = { flag, ...at(folder), level, holder: holderOf(folder), prefix: folder.prefix, ...announced, ...kept };
-  return { label: `btrfs receive${folder.host.label === "" ? "" : ` on ${folder.host.label}`}`, command: commandWith(folder.host, RECEIVE, given), receives: true, shown: btrfsDebug };
+  return staged("btrfs receive", folder.host, RECEIVE, given, { receives: true, shown: btrfsDebug });
 }
 
 /**
@@ -3229,7 +3385,7 @@ async function resumable(folder: Folder, source: Folder, transfer: Transfer, obj
   const part = `${object}.p${protocol}-${level}`;
   return {
     kept,
-    stages: [relaying({ sum: true }), { label: `storing${host.label === "" ? "" : ` on ${host.label}`}`, command: commandWith(host, RAW.put, { ...at(folder), lock: prefix, object: part, holder: holderOf(folder), size: String(kept.bytes) }) }],
+    stages: [relaying({ sum: true }), staged("storing", host, RAW.put, { ...at(folder), lock: prefix, object: part, holder: holderOf(folder), size: String(kept.bytes) })],
     async finish({ sum, bytes }) {
       await taken({ part, sum, bytes: String(kept.bytes + bytes), kept: String(kept.bytes) });
       return kept.bytes + bytes;
@@ -3291,7 +3447,7 @@ function folderDestination(folder: Folder, again: () => Promise<Folder>, owned: 
       parts = true;
       const object = streamName(transfer, ownerOf(settled.owner as Identity), { level: "", recipients: [] });
       return resumable(folder, source, transfer, object, 2, { ...sending, ...form }, async (part) => {
-        const kept: Stage = { label: `reading${host.label === "" ? "" : ` on ${host.label}`}`, command: commandWith(host, RAW.get, { ...at(folder), how: "", holder: holderOf(folder), objects: [`.${part.part}.part`] }), sends: true };
+        const kept = staged("reading", host, RAW.get, { ...at(folder), how: "", holder: holderOf(folder), objects: [`.${part.part}.part`] }, { sends: true });
         await pipeline([...(isChecked ? [kept] : []), ...stages(PART.exec(`${part.part}.part`)?.[2] ?? form.level, part)]);
       });
     },
@@ -3417,10 +3573,9 @@ function storeDestination(folder: Folder, store: Store, again: () => Promise<Fol
         });
       }
       const part = verbs === RCLONE ? await partFor(source, transfer, store, sending) : "";
-      const put = commandWith(host, verbs.put, { ...place, object, holder: holderOf(folder), size: part });
-      const label = verbs === RCLONE ? "rclone" : `storing${host.label === "" ? "" : ` on ${host.label}`}`;
+      const put = staged(verbs === RCLONE ? "rclone" : "storing", host, verbs.put, { ...place, object, holder: holderOf(folder), size: part });
       return {
-        stages: [...encrypting(sending), relaying({ sum: true }), { label, command: put }],
+        stages: [...encrypting(sending), relaying({ sum: true }), put],
         async finish({ sum, bytes }) {
           await ask(host, verbs.commit, { ...place, object, sum, bytes: String(bytes) }, `${id}: cannot complete ${object}`);
           return bytes;
@@ -4116,12 +4271,11 @@ async function again(receiver: Receiver, error: Error, source: Folder, transfer:
     await receiver.tidy();
     return transferTo(receiver, source, transfer, display);
   }
-  if (error instanceof Abandoned) throw error;
+  if (error instanceof Stuck) throw error;
   // What stood in the way of the name is not what this transfer left.
   if (!/File exists/.test(error.message))
     await whileCleaning(() => receiver.discard(name)).catch((problem: Error) => log.warn(`${problem.message} (the next run will)`));
   checkInterruption();
-  if (error instanceof Stalled) return transferTo(receiver, source, transfer, display);
   const form = receiver.form(source);
   if (form?.chosen && /encoded.write|--protocol 1/i.test(error.message)) {
     log.info(`${name}: ${error.message}; once more with protocol 1`);
@@ -4138,49 +4292,48 @@ async function stream(incoming: readonly (readonly [Receiver, Incoming])[], sour
   const hexadecimal = (one: Snapshot | null) => (one === null || source.alone ? "" : dataOf(one).replaceAll("-", ""));
   const asked = { uuid: hexadecimal(snapshot), clone: hexadecimal(parent) };
   const sent = { level, protocol: protocol ?? "", holder: holderOf(source), snapshot: snapshot.name, parent: parent?.name ?? "", ...before, ...asked };
-  const command = commandWith(source.host, SEND, { flag: display.btrfsDebug ? "-vv" : "-q", ...at(source), ...sent });
-  const send = { label: `btrfs send${level === "" ? "" : " or zstd"}${source.host.label === "" ? "" : ` on ${source.host.label}`}`, command, sends: true, shown: display.btrfsDebug };
+  const given = { flag: display.btrfsDebug ? "-vv" : "-q", ...at(source), ...sent };
+  const send = staged(`btrfs send${level === "" ? "" : " or zstd"}`, source.host, SEND, given, { sends: true, shown: display.btrfsDebug });
   const others = incoming.length === 1 ? "" : ` and ${incoming.length - 1} more`;
   const metered = meter(`${snapshot.name} to ${first.id}${others}`, display, rate, parent === null && level === "" ? display.sizes.get(snapshot.uuid) : undefined);
   // How many bytes a compressed stream has is known only behind the host that compresses it.
   const between = level === "" || incoming.every(([, { finish }]) => finish) ? metered : [relaying({}), ...metered];
   if (incoming.length === 1) return Promise.allSettled([pipeline([send, ...between, ...stages], environment)]);
-  return fanOut([send, ...between], incoming.map(([, one]) => one), 20e3 * source.host.beat);
+  return fanOut([send, ...between], incoming.map(([, one]) => one));
 }
 
-/** How long the processes of an output that was given up have to end, in ms: a disk that does not answer keeps them for ever. */
-const PARTING = 10e3;
-
 /**
- * Runs the stages of one stream, and what follows of each who takes it as a pipeline of its own, so that one that fails drops out. What
- * takes nothing for `patience` ms while the others wait drops out as well. Where the stream itself fails, all are killed before their input closes.
+ * Runs the stages of one stream, and what follows of each who takes it as a pipeline of its own, so that one that fails, or is stuck, drops
+ * out. Where the stream itself fails, all are killed before their input closes.
  */
-async function fanOut(stages: readonly Stage[], takers: readonly Incoming[], patience: number): Promise<PromiseSettledResult<Flown>[]> {
+async function fanOut(stages: readonly Stage[], takers: readonly Incoming[]): Promise<PromiseSettledResult<Flown>[]> {
   const directory = mkdtempSync(join(runtimeDirectory(), "f"));
   const pipes = takers.map((_, i) => `${directory}/${i}`);
   spawnSync("mkfifo", pipes);
-  const branches = takers.map(({ stages, environment }, i) => flow(stages, environment ?? {}, { input: pipes[i] as string }));
+  let isFlowing = true;
+  const blocked = (): readonly number[] => (isFlowing ? trunk.blocked() : []);
+  const branches = takers.map(({ stages, environment }, i) => {
+    // Who waits for what another one keeps from all does nothing, and is not stuck.
+    const waits = () => isFlowing && !blocked().includes(i);
+    return flow(stages, environment ?? {}, { input: pipes[i] as string, waits });
+  });
   const to = branches.map(({ group }, i) => ({ path: pipes[i] as string, group }));
-  const trunk = flow([...stages, relaying({ to, patience })], {}, { feeds: branches.map(({ group }) => group) });
+  const trunk: Flowing = flow([...stages, relaying({ to })], {}, { feeds: branches.map(({ group }) => group), waits: () => blocked().length > 0 });
   // As long as we hold them open, nobody takes the end of a relay that was killed for the end of the stream.
   const held = Promise.all(branches.map(({ ended }, i) => heldOpen(pipes[i] as string, ended)));
+  // Without its pipe, an output is given up, also while a dead disk keeps its reader.
+  for (const [i, { ended }] of branches.entries()) ended.catch((error) => error instanceof Stuck && rmSync(pipes[i] as string, { force: true }));
   const [stem] = await Promise.allSettled([trunk.ended]);
-  const dropped = stem.status === "fulfilled" ? stem.value.dropped : [];
+  isFlowing = false;
   if (stem.status === "rejected") for (const { kill } of branches) kill();
   for (const descriptor of await held) if (descriptor !== null) closeSync(descriptor);
-  const left = new Set<number>();
-  for (const i of dropped) if (!(await isGone(branches[i]?.group as number))) left.add(i);
-  const ends = await Promise.allSettled(branches.map(({ ended }, i) => (left.has(i) ? null : ended)));
+  const ends = await Promise.allSettled(branches.map(({ ended }) => ended));
   rmSync(directory, { recursive: true, force: true });
-  return ends.map((end, i) => {
-    const failed = (reason: unknown) => ({ status: "rejected" as const, reason });
-    const tookNothing = `it took nothing for ${patience / 1000} s`;
-    if (left.has(i)) return failed(new Abandoned(`${tookNothing}, and its processes do not end: does the disk answer?`));
-    if (dropped.includes(i)) return failed(new Stalled(tookNothing));
-    if (stem.status === "rejected" && (end.status === "fulfilled" || end.reason instanceof Killed)) return failed(stem.reason);
+  return ends.map((end) => {
+    if (stem.status === "rejected" && (end.status === "fulfilled" || end.reason instanceof Killed)) return { status: "rejected" as const, reason: stem.reason as unknown };
     if (end.status === "rejected") return end;
     const { bytes } = (stem as PromiseFulfilledResult<Flown>).value;
-    return { status: "fulfilled", value: { ...(end.value as Flown), bytes } };
+    return { status: "fulfilled", value: { ...end.value, bytes } };
   });
 }
 
@@ -4195,12 +4348,6 @@ async function heldOpen(pipe: string, reader: Promise<unknown>): Promise<number 
       if ((error as NodeJS.ErrnoException).code !== "ENXIO") throw error;
     }
   return null;
-}
-
-/** Waits until the processes of a killed group are gone; whether they are, after a time. */
-async function isGone(group: number): Promise<boolean> {
-  for (const began = Date.now(); Date.now() - began < PARTING; await new Promise((later) => setTimeout(later, 50))) if (!isRunning(group)) return true;
-  return false;
 }
 
 /** Whether a process group has a process yet. */
@@ -4220,7 +4367,7 @@ type Relay = {
   readonly sum?: boolean;
   /** At most so many bytes a second. */
   readonly rate?: number;
-  /** The file that gets what it tells at its end; with ".now" behind its name how many bytes have passed, twice a second. */
+  /** The file that gets what it tells at its end; with ".now" behind its name, twice a second, how many bytes have passed, and the numbers of outputs that take nothing. */
   readonly tell?: string;
   /** They must be this stream: see streamCheck. */
   readonly check?: Expected;
@@ -4228,10 +4375,8 @@ type Relay = {
   readonly guarded?: { readonly stream: boolean; readonly most: number | null; readonly refusal: string };
   /** They go nowhere. */
   readonly drop?: boolean;
-  /** Where they go instead of standard output: FIFOs, each with the process group that reads it. */
+  /** Where they go instead of standard output: FIFOs, each with the process group that reads it. One that is removed is given up. */
   readonly to?: readonly { readonly path: string; readonly group: number }[];
-  /** For how many ms one of these may take nothing while others wait. */
-  readonly patience?: number;
 };
 
 /** The stream that is expected: what it makes, and on top of what; `alone`: no fence keeps it in. Empty UUIDs are not known. */
@@ -4244,7 +4389,7 @@ type Expected = { readonly name: string; readonly uuid: string; readonly parent:
 type Said = { readonly unpacked: number } | { readonly begins: readonly [string, string, string | null] } | { readonly whole: number } | { readonly refused: string };
 
 /** What the relay tells at its end. */
-type Passed = { readonly bytes: number; readonly sum: string | null; readonly dropped: readonly number[] };
+type Passed = { readonly bytes: number; readonly sum: string | null };
 
 /**
  * Passes standard input on, and tells what has passed. A process of its own, which reads and writes with blocking calls,
@@ -4293,21 +4438,21 @@ function checkFor({ check, guarded }: Relay): Checking | null {
 }
 
 function passOn(given: Relay): Passed {
-  const { sum, rate, tell, guarded, drop, to, patience = Infinity } = given;
+  const { sum, rate, tell, guarded, drop, to } = given;
   const limit = guarded?.most ?? Infinity;
   const BLOCK = 2 ** 20;
   const room = Buffer.allocUnsafe(2 * BLOCK);
   const hash = sum ? createHash("sha256") : null;
   const checked = checkFor(given);
-  const outputs = to === undefined ? null : openOutputs(to, patience);
+  const tellBytes = (waiting: readonly number[] = []) => {
+    told = performance.now();
+    if (tell !== undefined) writeFileSync(`${tell}.now`, [bytes, ...waiting].join(" "));
+  };
+  const outputs = to === undefined ? null : openOutputs(to, (waiting) => performance.now() - told > 500 && tellBytes(waiting));
   widen([0, ...(outputs?.descriptors ?? [1])]);
   const most = rate === undefined ? BLOCK : Math.min(BLOCK, Math.max(4096, Math.ceil(rate / 10)));
   const began = performance.now();
   let [have, bytes, told] = [0, 0, began];
-  const tellBytes = () => {
-    told = performance.now();
-    if (tell !== undefined) writeFileSync(`${tell}.now`, String(bytes));
-  };
   const send = (end: number) => {
     if (end === 0) return;
     hash?.update(room.subarray(0, end));
@@ -4329,7 +4474,7 @@ function passOn(given: Relay): Passed {
   if (guarded !== undefined) askGuard({ whole: bytes + have });
   send(have);
   tellBytes();
-  return { bytes, sum: hash?.digest("hex") ?? null, dropped: outputs?.dropped ?? [] };
+  return { bytes, sum: hash?.digest("hex") ?? null };
 }
 
 /**
@@ -4377,14 +4522,12 @@ function writeAll(descriptor: number, bytes: Buffer, end: number): void {
     }
 }
 
-/** Several outputs, of which none makes another wait for longer than it has patience: see Relay. Who reads no more drops out, and tells why itself. */
-function openOutputs(to: NonNullable<Relay["to"]>, patience: number): { write: (bytes: Buffer, end: number) => void; readonly dropped: readonly number[]; readonly descriptors: readonly number[] } {
-  type Output = { readonly number: number; readonly group: number; descriptor: number; at: number; since: number };
-  const dropped: number[] = [];
+/** Several outputs, each fed as it takes: `tell` gets those that all wait for, again and again. Who reads no more drops out, and tells why itself; so does whose pipe was removed. */
+function openOutputs(to: NonNullable<Relay["to"]>, tell: (waiting: readonly number[]) => void): { write: (bytes: Buffer, end: number) => void; readonly descriptors: readonly number[] } {
+  type Output = { readonly number: number; readonly path: string; descriptor: number; at: number };
   const most = process.versions["deno"] === undefined ? Infinity : 4096;
-  const now = () => performance.now();
-  const opened = now();
-  let open = to.map(({ path, group }, number): Output => ({ number, group, descriptor: openRead(path, group), at: 0, since: 0 }));
+  const opened = performance.now();
+  let open = to.map(({ path, group }, number): Output => ({ number, path, descriptor: openRead(path, group), at: 0 }));
   function openRead(path: string, group: number): number {
     for (; ; pause(1))
       try {
@@ -4392,7 +4535,7 @@ function openOutputs(to: NonNullable<Relay["to"]>, patience: number): { write: (
       } catch (error) {
         // Its reader has not begun, or will not.
         if ((error as NodeJS.ErrnoException).code !== "ENXIO") throw error;
-        if (!isRunning(group) || now() - opened > 60e3) return -1;
+        if (!isRunning(group) || performance.now() - opened > 60e3) return -1;
       }
   }
   const close = (output: Output) => {
@@ -4403,29 +4546,25 @@ function openOutputs(to: NonNullable<Relay["to"]>, patience: number): { write: (
   const feed = (output: Output, bytes: Buffer, end: number): boolean => {
     try {
       output.at += writeSync(output.descriptor, bytes, output.at, Math.min(end - output.at, most));
-      output.since = now();
       return true;
     } catch (error) {
       if (!isBusy(error)) close(output);
-      else if (now() - output.since > patience) {
-        dropped.push(output.number);
-        sendSignal(-output.group, "SIGKILL"); // before it sees an end
-        close(output);
-      }
       return false;
     }
   };
   return {
-    dropped,
     descriptors: open.map(({ descriptor }) => descriptor),
     write(bytes, end) {
-      for (const output of open) Object.assign(output, { at: 0, since: now() });
+      for (const output of open) output.at = 0;
       for (let wait = 0.05; ; ) {
         const waiting = open.filter(({ descriptor, at }) => descriptor !== -1 && at < end);
         if (waiting.length === 0) break;
         const taken = waiting.map((output) => feed(output, bytes, end)).includes(true);
-        wait = taken ? 0.05 : Math.min(1, 1.5 * wait);
-        if (!taken) pause(wait);
+        wait = taken ? 0.05 : Math.min(100, 1.5 * wait);
+        if (taken) continue;
+        pause(wait);
+        tell(waiting.map(({ number }) => number));
+        if (wait === 100) for (const output of waiting) if (!existsSync(output.path)) close(output);
       }
       open = open.filter(({ descriptor }) => descriptor !== -1);
       if (open.length === 0) throw new Error("nobody takes it any more");
@@ -4621,6 +4760,7 @@ async function openStore(location: Readable, sending: Sending, lock: string, sou
   const folder = await openChecked(location, location.path, opening, (folder) => {
     checkFilters(source, sending);
     const ours = folder.standing.filter(({ name }) => parseName(name, o.prefix) !== null) as Stream[];
+    if (location.kind === "raw" && sameHost(folder.host, source.host) && folder.hostName === source.hostName && nested(folder.path, source.path)) throw nestedError(location.id);
     const onSource = folder.host.ssh === null && source.host.ssh === null && location.kind === "raw" && placeOn(folder.mounts, folder.place.path).mount.device === placeOn(source.mounts, source.path).mount.device;
     if (onSource && o.fsChecks) throw new Absent(`it lies on the filesystem of ${source.id} itself (is the disk mounted?); --skip-fs-checks allows it`);
     if (known?.pin && ours.length === 0 && !o.adopt) throw new Absent("what was stored there is gone (is the disk mounted?); --adopt begins anew");
@@ -4645,20 +4785,10 @@ const nestedError = (id: string) => new UsageError(`${id} is the snapshot folder
 
 /** Refuses a destination in or above the snapshot folder by name alone, before anything is opened. */
 function checkPlaces(o: Pick<RunOptions, "source" | "snapshotFolder" | "destinations">): void {
-  const real = (path: string) => (o.source.host === null ? resolvedPath(path) : path);
-  const folder = real(resolve(o.source.path, o.snapshotFolder));
+  const folder = resolve(o.source.path, o.snapshotFolder);
   const host = JSON.stringify(o.source.host);
   for (const { location } of o.destinations)
-    if ((location.kind === "folder" || location.kind === "raw") && JSON.stringify(location.host) === host && nested(real(location.path), folder)) throw nestedError(location.id);
-}
-
-/** A path without symbolic links, as far as it exists. */
-function resolvedPath(path: string): string {
-  try {
-    return realpathSync(path);
-  } catch {
-    return path === "/" ? path : join(resolvedPath(dirname(path)), basename(path));
-  }
+    if ((location.kind === "folder" || location.kind === "raw") && JSON.stringify(location.host) === host && nested(location.path, folder)) throw nestedError(location.id);
 }
 
 /** Warns of subvolumes below SOURCE: a snapshot has empty directories in their place. */
@@ -4672,7 +4802,7 @@ function warnOfNested({ source, subvolumes, top, subvolume }: Source, report: Re
 }
 
 /** Takes the snapshot, between the user's own commands. Errors: Failure. */
-async function takeSnapshot(source: Source, all: readonly Served[], o: RunOptions, report: Report, { sizes }: Display): Promise<Snapshot> {
+async function takeSnapshot(source: Source, all: readonly Pick<Destination, "standing">[], o: RunOptions, report: Report, { sizes }: Display): Promise<Snapshot> {
   const hook = async (command: string | null, option: string) => {
     if (command !== null && !o.dryRun) log.debug((await ask(plainHost(source.host), HOOK, { command }, `${option} failed`)).trim());
   };
@@ -4783,7 +4913,7 @@ const FAILURES = 3;
 /** What a destination gets yet when one snapshot could not be sent: the later ones, unless it is the place itself that fails. */
 async function planWithout(served: Served, error: unknown, { name, uuid }: Snapshot, serving: Serving): Promise<readonly Transfer[]> {
   const { destination: { id, stream }, failed, todo } = served;
-  const isPlace = error instanceof Absent || error instanceof Abandoned || error instanceof Busy;
+  const isPlace = error instanceof Absent || error instanceof Stuck || error instanceof Busy;
   failed.add(uuid);
   // A command is given what is newer than the last that it took: there must be no gap.
   if (isPlace || stream !== null || failed.size >= FAILURES || todo.length < 2) return [];
@@ -4948,31 +5078,54 @@ function recordedLocation(id: string): Location {
   }
 }
 
+/** The destinations that are being opened, by name in sorted order. */
+type Openings = ReadonlyMap<string, { readonly wanted: Wanted; readonly destination: Promise<Destination> }>;
+
 /**
  * Opens the destinations side by side, but those of one host after each other, since the first one's connection serves the others; and
- * all of them in sorted order if locks are waited for, so that two runs cannot wait for each other. `all` gets those that can be served.
+ * all of them in sorted order if locks are waited for, so that two runs cannot wait for each other.
  */
-async function openAll(all: Served[], wanted: ReadonlyMap<string, Wanted>, source: Source, known: Known["known"], ahead: Map<string, Ahead>, o: RunOptions, report: Report): Promise<void> {
-  const sorted = [...wanted].sort(([a], [b]) => (a < b ? -1 : 1));
+function openAll(wanted: ReadonlyMap<string, Wanted>, source: Source, known: Known["known"], ahead: Map<string, Ahead>, o: RunOptions, report: Report): Openings {
   const queues = new Map<string, Promise<unknown>>();
-  const openings = sorted.map(([id, destination]) => {
-    const { location } = destination;
+  return new Map([...wanted].sort(([a], [b]) => (a < b ? -1 : 1)).map(([id, one]) => {
+    const { location } = one;
     const queue = o.wait > 0 ? "" : location.kind === "shell" || location.host === null ? id : JSON.stringify(location.host);
-    const opening = (queues.get(queue) ?? Promise.resolve()).then(() => openDestination(destination, source, known.get(id), o, report, ahead));
-    queues.set(queue, opening.catch(() => {}));
-    return opening;
-  });
-  const results = await Promise.allSettled(openings);
-  for (const [i, [id, destination]] of sorted.entries()) {
-    const result = results[i] as PromiseSettledResult<Destination>;
-    if (result.status === "fulfilled") all.push({ wanted: destination, destination: result.value, standing: result.value.standing, todo: [], complete: true, done: false, pruning: Promise.resolve(), free: result.value.free, compared: false, failed: new Set(), verdicts: { cleared: known.get(id)?.cleared ?? {}, refused: new Map() } });
-  }
-  for (const [i, [id, destination]] of sorted.entries()) {
-    const result = results[i] as PromiseSettledResult<Destination>;
+    const destination = (queues.get(queue) ?? Promise.resolve()).then(() => openDestination(one, source, known.get(id), o, report, ahead));
+    queues.set(queue, destination.catch(() => {}));
+    return [id, { wanted: one, destination }];
+  }));
+}
+
+/** How long a new destination may take to say whether it can be one, in ms, before the snapshot is taken all the same. */
+const LOOK = 5e3;
+
+/**
+ * The destinations that have been opened before the snapshot is taken: it waits only for those here that are new, since nothing that makes no sense
+ * should take one. Errors: UsageError.
+ */
+async function openedAtOnce(openings: Openings, known: Known["known"]): Promise<Destination[]> {
+  const opened: Destination[] = [];
+  for (const { destination } of openings.values()) destination.then((one) => opened.push(one), () => {});
+  const isNew = ([id, { wanted: { location } }]: [string, { wanted: Wanted }]) => !known.has(id) && location.kind !== "shell" && location.kind !== "rclone" && location.host === null;
+  const fresh = [...openings].filter(isNew).map(([, { destination }]) => destination.catch((error: unknown) => {
+    if (error instanceof UsageError || error instanceof Interrupted) throw error;
+  }));
+  const looked = Promise.all(fresh);
+  if (await within(LOOK, looked)) await looked;
+  return opened;
+}
+
+/** Those destinations that can be served, when all have been opened; what fails is reported. Errors: UsageError, Interrupted. */
+async function openedInTime(all: Served[], openings: Openings, known: Known["known"], o: RunOptions, report: Report): Promise<void> {
+  const results = await Promise.allSettled([...openings.values()].map(({ destination }) => destination));
+  const sorted = [...openings].map(([id, { wanted }], i) => ({ id, wanted, result: results[i] as PromiseSettledResult<Destination> }));
+  for (const { id, wanted, result } of sorted)
+    if (result.status === "fulfilled") all.push({ wanted, destination: result.value, standing: result.value.standing, todo: [], complete: true, done: false, pruning: Promise.resolve(), free: result.value.free, compared: false, failed: new Set(), verdicts: { cleared: known.get(id)?.cleared ?? {}, refused: new Map() } });
+  for (const { id, wanted, result } of sorted) {
     if (result.status === "fulfilled") continue;
     const error: unknown = result.reason;
     if (error instanceof UsageError || error instanceof Interrupted) throw error;
-    if (error instanceof Absent && destination.optional) skip(id, error, known.get(id), o, report);
+    if (error instanceof Absent && wanted.optional) skip(id, error, known.get(id), o, report);
     else report.error(id, error);
   }
 }
@@ -5040,7 +5193,7 @@ export async function run(o: RunOptions, report: Report): Promise<void> {
     name = (await backUp((locked) => openFinished(o, locked), { ...o, snapshot: o.snapshot && name === null }, report)) ?? name;
   });
   concludeRun(o, report, name);
-  if (o.metrics !== null && !o.dryRun) writeMetrics(o.metrics, metricsOf(o.source.id, report.places, Date.now()));
+  if (o.metrics !== null && !o.dryRun) await writeMetrics(o.metrics, metricsOf(o.source.id, report.places, Date.now()));
 }
 
 /** What a run has done at a place: at its source, where `last` is nothing, and at each destination. */
@@ -5065,19 +5218,8 @@ export function metricsOf(source: string, places: ReadonlyMap<string | null, Pla
 }
 
 /** Replaces a file, so that nobody reads half of it, and it has one of both contents after a power cut. Errors: Failure. */
-function writeMetrics(file: string, text: string): void {
-  const temporary = join(dirname(file), `.${basename(file)}.${process.pid}`);
-  try {
-    const descriptor = openSync(temporary, "wx");
-    writeFileSync(descriptor, text);
-    fsyncSync(descriptor);
-    closeSync(descriptor);
-    chmodSync(temporary, 0o644); // for the exporter, which is another user
-    renameSync(temporary, file);
-  } catch (error) {
-    rmSync(temporary, { force: true });
-    throw new Failure(`--metrics: cannot write ${file}: ${(error as Error).message}`);
-  }
+async function writeMetrics(file: string, text: string): Promise<void> {
+  await ask(LOCAL, METRICS, { file }, `--metrics: cannot write ${file}`, text);
 }
 
 /** What was done at each place, the source first. */
@@ -5193,18 +5335,20 @@ async function backUpOpened(opened: Source, ahead: Map<string, Ahead>, o: RunOpt
     if (future.length > 0) report.warning(`${count(future.length, "snapshot")} of ${o.source.id} ${future.length === 1 ? "is" : "are"} dated in the future: ${future.slice(0, 3).map(({ name }) => name).join(", ")}${future.length > 3 ? ", …" : ""}; is the clock right?`);
     const { unreadable } = source.record;
     if (unreadable !== null) report.error(null, new Failure(`${source.path}/.btrfs-backup.json cannot be read (${unreadable}): nothing is deleted at the source; "btrfs-backup unpin --all ${o.source.id}" moves it aside`));
-    if (o.transfer || !o.removeLocks) await openAll(all, wanted, source, known, ahead, o, report);
+    const openings: Openings = o.transfer || !o.removeLocks ? openAll(wanted, source, known, ahead, o, report) : new Map();
+    const opened = await openedAtOnce(openings, known);
     const snapshots = source.snapshots.filter(({ readonly }) => readonly);
     for (const { name, readonly } of source.snapshots) if (!readonly) report.warning(`${source.path}/${name} is writable: it is not sent, not counted and not deleted`);
     if (o.snapshot)
       try {
-        taken = await takeSnapshot(source, all, o, report, display);
+        taken = await takeSnapshot(source, opened, o, report, display);
         snapshots.push(taken);
         log.info(`${o.dryRun ? "Would take" : "Took"} snapshot ${taken.name} of ${o.source.id}`);
         report.event("snapshot", { name: taken.name, path: join(source.path, taken.name) });
       } catch (error) {
         report.error(null, error);
       }
+    await openedInTime(all, openings, known, o, report);
     if (o.adoptClock) source = { ...source, owned: { ...source.owned, leaps: leapNames([snapshots, ...all.map(({ standing }) => standing.backups)], source.owned.leaps) } };
     await serve(all, { source, inquiry, snapshots, memory: { known, save: saveKnown }, o, report, display, began: Date.now(), jobs: limited(o.jobs) });
     // A full disk can keep the record from being written: then what it says still holds as well.
@@ -5668,7 +5812,7 @@ async function receivePieces(location: Folder, { verbs, streams }: Store, pieces
   const without = ({ uuid }: Stream) => instead(location, wholeIn(location).filter((one) => !chainOf(one as Entry as Stream, byUuid(streams)).some((piece) => piece.uuid === uuid)));
   for (const [i, piece] of pieces.entries()) {
     const { uuid: object, name, bytes: size, compressed, encrypted } = piece;
-    const fetch = { label: `reading${location.host.label === "" ? "" : ` on ${location.host.label}`}`, command: commandWith(location.host, verbs.get, { ...at(location), how: "", holder: holderOf(location), objects: [object] }), sends: true };
+    const fetch = staged("reading", location.host, verbs.get, { ...at(location), how: "", holder: holderOf(location), objects: [object] }, { sends: true });
     const decrypt = encrypted ? [{ label: "gpg", command: `${GPG} --decrypt` }] : [];
     const end = (level: string) => receiving(work, name, level, null, o.btrfsDebug);
     const level = compressed ? "1" : "";
@@ -5934,7 +6078,7 @@ async function readStream(folder: Folder, verbs: StoreVerbs, { uuid: object, nam
   const place = { ...at(folder), objects: [object] };
   let refused: string | null = null;
   if (!encrypted && folder.host.ssh === null && !(compressed && which.sync("zstd", { nothrow: true }) === null)) {
-    const fetch: Stage = { label: "reading", command: commandWith(folder.host, verbs.get, { ...place, how: "", holder: holderOf(folder) }), sends: true };
+    const fetch = staged("reading", folder.host, verbs.get, { ...place, how: "", holder: holderOf(folder) }, { sends: true });
     const unpack: Stage[] = compressed ? [{ label: "zstd", command: "zstd -q -d -c" }] : [];
     const check = { name, uuid: receivedUuid as string, parent: from, alone: false };
     const read = await pipeline([fetch, relaying({ sum: true }), ...unpack, relaying({ check, drop: true })]).catch((error: Error) => error.message);
@@ -6123,7 +6267,7 @@ async function getVersion(o: VersionsOptions, get: string, host: Host, path: str
   const put = { directory: dirname(to), name: basename(to), force: o.force ? "force" : "", base: basename(path) };
   const take = { ...at(folder), snapshot: found.name, inner: path };
   if (sameHost(folder.host, host)) await ask({ ...host, fence: "try" }, PUT, { ...put, ...take }, `cannot copy ${o.file.id} back`);
-  else await pipeline([{ label: `tar on ${folder.host.label}`, command: commandWith(folder.host, TAKE, take) }, { label: "tar", command: commandWith({ ...host, fence: "try" }, PUT, put) }]);
+  else await pipeline([staged("tar", folder.host, TAKE, take), staged("tar", { ...host, fence: "try" }, PUT, put)]);
   log.info(`Copied ${path.slice(1)} as it was in ${found.name} of ${folder.id} to ${to}`);
   report.event("get", { location: folder.id, name: found.name, path: to });
   report.event("summary", { ok: !report.failed });
@@ -6249,6 +6393,15 @@ function isReadonlySubvolume(path: string): boolean {
   }
 }
 
+/** A path without symbolic links, as far as it exists. */
+function resolvedPath(path: string): string {
+  try {
+    return realpathSync(path);
+  } catch {
+    return path === "/" ? path : join(resolvedPath(dirname(path)), basename(path));
+  }
+}
+
 /** A place that the key may use: below one of the paths, and not inside of a backup. */
 const PLACE_RULE: ArgumentRule = (value, said) => {
   if (!value.startsWith("/") || /[\n\r\0]/.test(value) || value !== withoutSlash(normalize(value))) refuse(`the path ${shown(value)}`);
@@ -6351,36 +6504,6 @@ function started<V extends Declared>(verb: V, given: ArgumentsOf<V>, [stdin, std
   const child = shell({ stdio: [stdin ?? "inherit", stdout ?? "inherit", stderr ?? "inherit"], env: { PATH: process.env["PATH"] ?? "" }, detached: true })`${`exec ${commandWith(host, verb, given)}`}`;
   running.add(() => sendSignal(-(child.pid as number), "SIGKILL"));
   return child;
-}
-
-/** What the processes of a group have done so far: proc(5), /proc/pid/stat and /proc/pid/io. */
-function workOf(group: number): string {
-  const processes = readdirSync("/proc").filter((name) => /^\d+$/.test(name));
-  const read = (path: string) => {
-    try {
-      return readFileSync(path, "utf8");
-    } catch {
-      return ""; // it has ended
-    }
-  };
-  return processes
-    .map((pid) => [pid, read(`/proc/${pid}/stat`).replace(/^.*\) /s, "").split(" ")] as const)
-    .filter(([, fields]) => Number(fields[2]) === group)
-    .map(([pid, fields]) => [pid, fields[11], fields[12], read(`/proc/${pid}/io`)].join())
-    .join();
-}
-
-const STALLED = 120_000; // ms
-
-/** Waits for the end of a group that gets nothing any more; what does nothing either, such as one that opens a FIFO, is killed. */
-async function endOf<T>(group: number, ended: Promise<T>): Promise<T> {
-  let [seen, since] = ["", Date.now()];
-  const watch = setInterval(() => {
-    const work = workOf(group);
-    if (work !== seen) [seen, since] = [work, Date.now()];
-    else if (Date.now() - since > STALLED) sendSignal(-group, "SIGKILL");
-  }, 1000);
-  return ended.finally(() => clearInterval(watch));
 }
 
 /** Reads what the folder of a guarded verb has. */
@@ -6516,6 +6639,7 @@ const GUARDED: ReadonlyMap<string, Use> = new Map([
   use(SHOW, ["source"], AT),
   use(SNAPSHOT, ["source"], { source: SOURCE_RULE, ...AT, name: DATED }),
   use(SEND, ["source", "read"], { flag: FLAG, ...AT, level: LEVEL, protocol: like(/^[12]?$/), holder: HOLDER, snapshot: STANDING, parent: PARENT, skip: perhaps(BYTES), sum: perhaps(SHA256), uuid: UUID_BYTES, clone: perhaps(UUID_BYTES) }),
+  use(WORK, ["add", "source", "read", "delete"], { group: oneOf(""), verb: like(/^[a-z-]{1,20}$/), folder: PLACE_RULE }),
   use(HEADS, ["source", "read"], { ...AT, snapshots: LISTED_NAME }),
   use(BIRTHS, ["source", "read"], { ...AT, snapshots: LISTED_NAME }),
   use(ESTIMATE, ["source", "read"], { ...AT, snapshot: STANDING, parent: PARENT }),
@@ -6660,7 +6784,7 @@ function checkFence(): void {
 async function openServed(given: ArgumentsOf<typeof OPEN>, said: Guarded): Promise<number> {
   const child = started(OPEN, given, ["inherit", "pipe"]);
   const output = await printed(child, `\n${given.nonce} end\n`);
-  if (output !== null) process.stdout.write(narrowed(output, given.nonce, said.folder));
+  if (typeof output === "string") process.stdout.write(narrowed(output, given.nonce, said.folder));
   return (await child).exitCode ?? 1;
 }
 
@@ -6751,7 +6875,9 @@ async function letIn<V extends Declared>(verb: V, given: ArgumentsOf<V>, { strea
   const child = spawn("sh", ["-c", text], { detached: true, env: { PATH: process.env["PATH"] ?? "" }, stdio: [file ?? "inherit", "inherit", "pipe", "pipe", "pipe"] });
   const group = child.pid as number;
   running.add(() => sendSignal(-group, "SIGKILL"));
-  const ended = new Promise<number | null>((done) => child.on("close", done));
+  const closed = new Promise<number | null>((done) => child.on("close", done));
+  const ended = attended(closed, verb.name, () => workOf(LOCAL, { group }), () => sendSignal(-group, "SIGKILL"));
+  ended.catch(() => {}); // told at the end
   child.stderr?.on("data", (chunk: Buffer) => process.stderr.write(visible(chunk.toString().replace(/^Chroot to .*\n/m, ""))));
   const [questions, answers] = child.stdio.slice(3) as unknown as [NodeJS.ReadableStream, NodeJS.WritableStream];
   answers.on("error", () => {}); // the relay has ended: its exit status tells
@@ -6770,7 +6896,9 @@ async function letIn<V extends Declared>(verb: V, given: ArgumentsOf<V>, { strea
     refused = refusalOf(error);
   }
   answers.end();
-  return endOf(group, ended).then((status) => (refused === null ? (status ?? 1) : Promise.reject(refused)));
+  const status = await ended;
+  if (refused !== null) throw refused;
+  return status ?? 1;
 }
 
 // ── what is checked of a stream ──
@@ -7032,6 +7160,7 @@ const HOST_ARGUMENTS = {
   sudo: { type: "boolean", description: "Run btrfs under sudo -n here" },
   "snapshot-folder": { type: "string", alias: "f", valueHint: "DIR", description: "Snapshot folder, relative to SOURCE or absolute (default: snapshot)" },
   "snapshot-prefix": { type: "string", alias: "p", valueHint: "PREFIX", description: "What snapshot names begin with (default: nothing)" },
+  timeout: { type: "string", valueHint: "SECONDS", description: "Give up what has done nothing for so long: no byte moved, and no process of it worked (default: 3600; 0 is never)" },
   verbosity: { type: "string", alias: "v", valueHint: "LEVEL", description: "debug, info, warning or error (default: info)" },
   quiet: { type: "boolean", alias: "q", description: "Same as --no-progress --verbosity warning" },
   json: { type: "boolean", description: "Tell what happens on standard output, one JSON object a line" },
@@ -7073,7 +7202,7 @@ const RUN_ARGUMENTS = {
   resume: { type: "boolean", description: "Over ssh: go on where a transfer broke. The stream is kept as a file over there until it is whole" },
   jobs: { type: "string", valueHint: "N", description: "Send at most N streams at a time; destinations that need the same stream get it together (default: all)" },
   retries: { type: "string", valueHint: "N", description: "Try again up to N times in this run when a connection is lost (default: 0)" },
-  "rate-limit": { type: "string", valueHint: "RATE", description: "Send at most so many bytes a second, with k, m or g for powers of 1024 (needs pv)" },
+  "rate-limit": { type: "string", valueHint: "RATE", description: "Send at most so many bytes a second, with k, m or g for powers of 1024" },
   "btrfs-debug": { type: "boolean", alias: "d", description: "Let btrfs send and receive tell everything (-vv)" },
   "no-progress": { type: "boolean", alias: "P", description: "Show no progress" },
   metrics: { type: "string", valueHint: "FILE", description: "Write metrics for Prometheus' node exporter (textfile collector)" },
@@ -7204,6 +7333,12 @@ function readableLocation(text: string): Readable {
   return location;
 }
 
+/** How long what does nothing is waited for. */
+function limitTime(given: Given): void {
+  LIMITS.stuck = 1000 * wholeNumber(given.value("timeout"), "--timeout", 3600) || Infinity;
+  LIMITS.parting = Math.min(10e3, LIMITS.stuck);
+}
+
 /** What every command understands. */
 function commonOptions(given: Given) {
   const verbosity = given.flag("quiet") ? "warning" : (given.value("verbosity") ?? "info");
@@ -7213,6 +7348,7 @@ function commonOptions(given: Given) {
   if (!isPrefix(prefix)) throw new UsageError("a prefix is at most 200 bytes, without slashes and control characters");
   const snapshotFolder = given.value("snapshot-folder") ?? "snapshot";
   if (snapshotFolder.trim() === "" || snapshotFolder.includes("\0")) throw new UsageError("--snapshot-folder cannot be empty");
+  limitTime(given);
   const hosts: Hosts = { sshOptions: given.all("ssh-opt"), sudo: given.flag("sudo"), sshSudo: given.flag("ssh-sudo") };
   return { prefix: given.value("snapshot-prefix"), snapshotFolder, hosts, wait: wholeNumber(given.value("wait"), "--wait", 0), json: given.flag("json") };
 }
@@ -7265,7 +7401,7 @@ export function runOptions(given: Given) {
     jobs: wholeNumber(given.value("jobs"), "--jobs", Infinity, 1),
     beforeSnapshot: given.value("before-snapshot"),
     afterSnapshot: given.value("after-snapshot"),
-    metrics: given.value("metrics"),
+    metrics: given.value("metrics") === null ? null : resolve(given.value("metrics") as string),
     retries: wholeNumber(given.value("retries"), "--retries", 0),
     ...displayOptions(given),
     sendingTo: (id: string) => sendingOptions(given, parseLocation(id)),
@@ -7370,6 +7506,7 @@ function guardOptions(given: Given) {
   const paths = given.all("path");
   if (given.positionals.length > 0) throw new UsageError(`too many arguments: ${given.positionals[0]}`);
   if (paths.length === 0 || !paths.every((path) => path.startsWith("/"))) throw new UsageError("--path DIR, an absolute path, says what the key is for");
+  limitTime(given);
   return { paths: paths.map((path) => withoutSlash(normalize(path))), source: given.flag("source"), allowRead: given.flag("allow-read"), allowDelete: given.flag("allow-delete"), maxBytes: given.value("max-bytes") === null ? null : parseSize(given.value("max-bytes") as string) };
 }
 
@@ -7452,6 +7589,7 @@ export const COMMANDS: Record<string, CommandDef<any>> = {
     "max-bytes": { type: "string", valueHint: "SIZE", description: "How many bytes the streams of its backups may have in all, with k, m or g for powers of 1024; one is received after the other then" },
     "allow-delete": { type: "boolean", description: "It may delete backups (default: only what a broken transfer left)" },
     source: { type: "boolean", description: "It may pull: take snapshots, send them, and delete old ones, but store nothing" },
+    timeout: HOST_ARGUMENTS.timeout,
     help: HOST_ARGUMENTS.help,
   }, guardOptions, guard),
   unpin: command(" unpin", "Forget destinations, so that no snapshot is kept for them.", {
@@ -7469,7 +7607,7 @@ const GROUPS: Readonly<Record<string, readonly string[]>> = {
   "What is sent, and how": ["no-transfer", "no-incremental", "newest-only", "compress", "rate-limit", "resume", "retries", "protocol"],
   "Several destinations": ["optional", "max-age", "for", "jobs", "keep-unsent", "drop-unsent", "make-room", "locked-dests", "remove-locks", "adopt", "skip-fs-checks", "skip-space-check"],
   "Stored streams": ["full-every", "encrypt-to", "unverified"],
-  "Other hosts, and rights": ["ssh-opt", "ssh-sudo", "sudo"],
+  "Other hosts, and rights": ["ssh-opt", "ssh-sudo", "sudo", "timeout"],
   "What it tells": ["dry-run", "wait", "verbosity", "quiet", "json", "metrics", "no-progress", "btrfs-debug", "help", "version"],
 };
 
@@ -7537,7 +7675,6 @@ function canEnter(path: string): boolean {
   }
 }
 
-/** The program, from its arguments to its exit status. */
 /** Text of UTF-8. Errors: UsageError for other bytes: they would become another path. */
 function inUtf8(bytes: Buffer, what: string): string {
   try {
@@ -7547,6 +7684,7 @@ function inUtf8(bytes: Buffer, what: string): string {
   }
 }
 
+/** The program, from its arguments to its exit status. */
 export async function main(args: readonly string[]): Promise<number> {
   try {
     if (!canEnter(".")) throw new UsageError("this user cannot enter the current directory: start in another, such as /");
@@ -7578,6 +7716,8 @@ if (import.meta.main) {
   let unheard = false;
   process.stdout.on("error", () => (unheard = true));
   const status = await main(process.argv.slice(2));
-  await new Promise<void>((done) => process.stdout.on("error", done).end(done)); // a pipe may still be full
-  process.exit(status || (unheard ? 1 : 0));
+  // A pipe may still be full, and its reader asleep: then a signal ends us at once, and time does.
+  const written = new Promise<void>((done) => process.stdout.on("error", () => done()).end(() => done()));
+  const isHeard = await Promise.race([within(LIMITS.parting, written), signalled.then(() => within(500, written))]);
+  process.exit(status || statusOfSignal() || (isHeard && !unheard ? 0 : 1));
 }
