@@ -50,8 +50,11 @@ export function entryName(text: string): EntryName | null {
   return isOne ? (text as EntryName) : null;
 }
 
-/** A subvolume standing directly in a folder, under `name`; `moment`: when that was, in ms since 1970, where the place says it. */
-export type Entry = Subvolume & { readonly name: EntryName; readonly moment: number | null };
+/**
+ * A subvolume standing directly in a folder, under `name`; `moment`: when that was, in ms since 1970, where the place says it. `onLater`: it is
+ * older than what it was received as a difference to.
+ */
+export type Entry = Subvolume & { readonly name: EntryName; readonly moment: number | null; readonly onLater?: true };
 
 /** An entry that is ours by its name; `time` is the name's wall clock, in ms, as if it were UTC. */
 export type Snapshot = Entry & { readonly time: number; readonly moment: number };
@@ -86,8 +89,8 @@ export type Owner = { readonly uuid: string; readonly place: string; readonly li
 /** What a record says of a chain's owner. `uuid` is the filesystem's where the subvolume has none. */
 export type Identity = { readonly uuid: string; readonly host: string; readonly path: string };
 
-/** One stream to send: `snapshot` in full, or as the difference to `parent`. `why`: why not as the difference to what is nearest. */
-export type Transfer = { readonly snapshot: Snapshot; readonly parent: Snapshot | null; readonly why?: string | undefined };
+/** One stream to send: `snapshot` in full, or as the difference to `parent`. `why`: why not as the difference to what is nearest; `onLater`: the parent is later. */
+export type Transfer = { readonly snapshot: Snapshot; readonly parent: Snapshot | null; readonly why?: string | undefined; readonly onLater?: true };
 
 /** The snapshot of the last stream that a command took; it may be gone. */
 export type Memory = { readonly name: string; readonly uuid: string };
@@ -404,13 +407,14 @@ export function snapshotsAmong(entries: readonly Entry[], prefix: string, source
   });
 }
 
-/** Moves what stands before its parent to behind it: a difference is newer than what it was made against, whatever the names say. */
-function behindParents<T extends Subvolume>(entries: readonly T[]): T[] {
+/** Moves what stands before its parent to behind it: a difference is newer than what it was made against, whatever the names say, unless it is known to be older. */
+function behindParents<T extends Entry>(entries: readonly T[]): T[] {
   const standing = byUuid(entries);
   const placed = new Set<T>();
   for (const entry of entries) {
     const line = [entry];
-    for (let one = standing.get(entry.parentUuid ?? ""); one !== undefined && !placed.has(one) && !line.includes(one); one = standing.get(one.parentUuid ?? "")) line.unshift(one);
+    const older = (one: T) => (one.onLater ? undefined : standing.get(one.parentUuid ?? ""));
+    for (let one = older(entry); one !== undefined && !placed.has(one) && !line.includes(one); one = older(one)) line.unshift(one);
     for (const one of line) placed.add(one);
   }
   return [...placed];
@@ -436,14 +440,14 @@ export function ownerOf({ uuid, host, path }: Identity): Owner {
   return { uuid: isUuid ? uuid : digestOf(uuid).replace(/^(.{8})(.{4})(.{4})(.{4})(.{12}).*$/, "$1-$2-$3-$4-$5"), place: digestOf(`${host}:${path}`).slice(0, 8), lineage: digestOf(uuid).slice(0, 8) };
 }
 
-/** The name of a stored stream, which says all that list and restore must know: NAME+HHMM_PLACE_LINEAGE_SOURCE_UUID_PARENT.btrfs[.zst][.gpg]. */
-export function streamName({ snapshot, parent }: Transfer, owner: Owner, filters: Filters): string {
+/** The name of a stored stream, which says all that list and restore must know: NAME+HHMM_PLACE_LINEAGE_SOURCE_UUID_PARENT.btrfs[.zst][.gpg], with + before a PARENT that is later. */
+export function streamName({ snapshot, parent, onLater }: Transfer, owner: Owner, filters: Filters): string {
   const minutes = Math.round((snapshot.time - snapshot.moment) / 60e3);
   const offset = `${minutes < 0 ? "-" : "+"}${two(Math.floor(Math.abs(minutes) / 60))}${two(Math.abs(minutes) % 60)}`;
-  return `${snapshot.name}${offset}_${owner.place}_${owner.lineage}_${owner.uuid}_${dataOf(snapshot)}_${parent === null ? "full" : dataOf(parent)}${suffixOf(filters)}`;
+  return `${snapshot.name}${offset}_${owner.place}_${owner.lineage}_${owner.uuid}_${dataOf(snapshot)}_${parent === null ? "full" : `${onLater ? "+" : ""}${dataOf(parent)}`}${suffixOf(filters)}`;
 }
 
-const STREAM = /^(.*\d{8}-\d{6})([+-])(\d\d)(\d\d)_([0-9a-f]{8})_([0-9a-f]{8})_([0-9a-f-]{36})_([0-9a-f-]{36})_(full|[0-9a-f-]{36})\.btrfs(\.zst)?(\.gpg)?$/s;
+const STREAM = /^(.*\d{8}-\d{6})([+-])(\d\d)(\d\d)_([0-9a-f]{8})_([0-9a-f]{8})_([0-9a-f-]{36})_([0-9a-f-]{36})_(full|\+?[0-9a-f-]{36})\.btrfs(\.zst)?(\.gpg)?$/s;
 const SUM = ".sha256";
 
 export type StoredFile = { readonly name: string; readonly bytes: number };
@@ -463,7 +467,7 @@ export function parseStreams(files: readonly StoredFile[], whole: boolean): { st
     const moment = time - (sign === "-" ? -1 : 1) * (Number(hours) * 60 + Number(minutes)) * 60e3;
     const summed = names.has(object + SUM);
     const itself = { id: 0, path: object, name, uuid: object, receivedUuid: uuid, parentUuid: null, readonly: false };
-    return [{ ...itself, moment, bytes, owner: { uuid: source, place, lineage }, from: from === "full" ? null : from, compressed: zst !== undefined, encrypted: gpg !== undefined, summed, stored: summed || whole }];
+    return [{ ...itself, moment, bytes, owner: { uuid: source, place, lineage }, from: from === "full" ? null : from.replace("+", ""), ...(from.startsWith("+") ? { onLater: true as const } : {}), compressed: zst !== undefined, encrypted: gpg !== undefined, summed, stored: summed || whole }];
   });
   const stored = found.filter((stream) => stream.stored);
   const children = groupBy(stored, ({ from }) => from);
@@ -2906,6 +2910,8 @@ export type KnownDestination = {
   readonly pin: { readonly name: string; readonly uuid: string } | null;
   /** When a run last served it, as ISO 8601. */
   readonly last: string | null;
+  /** UUIDs of snapshots that runs tried to send, and could not. */
+  readonly failed?: readonly string[];
   readonly receiving?: readonly string[];
   /** Snapshots that were changed since they were taken, by UUID, and are all the same what is there: compared when that generation was their last. */
   readonly cleared?: Cleared;
@@ -2921,6 +2927,8 @@ export type ChainRecord = {
   /** UUIDs of backups that are another source's: never pruned. */
   readonly strangers?: readonly string[];
   readonly destinations?: readonly KnownDestination[];
+  /** UUIDs that the data of backups go by which are older than what they were received as differences to. */
+  readonly onLater?: readonly string[];
   /** Names that the clock leapt to, and that --adopt-clock vouched for. */
   readonly leaps?: readonly string[];
   /** The destinations were written by a guarded key, which must not be believed. */
@@ -2969,16 +2977,16 @@ export function parseRecord(text: string): RecordFile {
 }
 
 function checkChain(chain: ChainRecord): void {
-  const { owner, receiving, since, strangers, destinations, leaps = [], guarded } = chain;
+  const { owner, receiving, since, strangers, destinations, leaps = [], onLater = [], guarded } = chain;
   const isText = (value: unknown) => typeof value === "string";
   const fine =
     Object.getPrototypeOf(chain) === Object.prototype &&
     (owner === undefined || [owner.uuid, owner.host, owner.path].every(isText)) &&
     [receiving, since].every((text) => text === undefined || isText(text)) &&
     (guarded === undefined || guarded === true) &&
-    Array.isArray(leaps) && leaps.every(isText) &&
+    [leaps, onLater].every((names) => Array.isArray(names) && names.every(isText)) &&
     (strangers === undefined || (Array.isArray(strangers) && strangers.every(isText))) &&
-    (destinations === undefined || (Array.isArray(destinations) && destinations.every((d) => isText(d.location) && [d.filesystem, d.last].every((v) => v === null || isText(v)) && (d.receiving === undefined || Array.isArray(d.receiving)) && (d.cleared === undefined || Object.values(d.cleared).every((n) => Number.isSafeInteger(n))) && (d.pin === null || (isText(d.pin.name) && isText(d.pin.uuid))))));
+    (destinations === undefined || (Array.isArray(destinations) && destinations.every((d) => isText(d.location) && [d.filesystem, d.last].every((v) => v === null || isText(v)) && (d.receiving === undefined || Array.isArray(d.receiving)) && (d.failed === undefined || (Array.isArray(d.failed) && d.failed.every(isText))) && (d.cleared === undefined || Object.values(d.cleared).every((n) => Number.isSafeInteger(n))) && (d.pin === null || (isText(d.pin.name) && isText(d.pin.uuid))))));
   if (!fine) throw new Error("a field is not what it should be");
 }
 
@@ -3052,7 +3060,11 @@ export const doubtedIn = ({ record, since }: Pick<Folder, "record" | "since">) =
 function withPrefix(folder: Omit<Folder, "prefix" | "snapshots" | "chain">, prefix: string): Folder {
   const doubted = doubtedIn(folder);
   // What is in doubt is not complete, for whoever asks.
-  const standing = doubted.size === 0 ? folder.standing : folder.standing.map((entry) => (doubted.has(entry.name) ? { ...entry, readonly: false } : entry));
+  const onLater = new Set(folder.record.chains.get(prefix)?.onLater);
+  const standing = folder.standing.map((entry) => {
+    const isOnLater = onLater.has(entry.receivedUuid ?? "");
+    return doubted.has(entry.name) || isOnLater ? { ...entry, readonly: entry.readonly && !doubted.has(entry.name), ...(isOnLater ? { onLater: true as const } : {}) } : entry;
+  });
   const snapshots = snapshotsAmong(standing, prefix, folder.source?.uuid ?? null);
   return { ...folder, prefix, standing, snapshots, chain: folder.record.chains.get(prefix) ?? {} };
 }
@@ -3425,8 +3437,10 @@ async function allOf<T>(all: readonly Promise<T>[]): Promise<T[]> {
 function folderDestination(folder: Folder, again: () => Promise<Folder>, owned: ChainRecord, announced: readonly string[], options: FolderOptions): Destination {
   const { host, prefix, id } = folder;
   const { sending } = options;
-  const { receiving: left, since: _, ...settled } = owned;
+  const { receiving: left, since: _, ...chain } = owned;
+  let settled: ChainRecord = chain;
   const doubted = doubtedIn(folder);
+  const isThere = (uuid: string) => folder.standing.some(({ receivedUuid }) => receivedUuid === uuid);
   let parts = false;
   return {
     id,
@@ -3439,6 +3453,7 @@ function folderDestination(folder: Folder, again: () => Promise<Folder>, owned: 
     async receive(source, transfer) {
       const form = formBetween(source, folder, sending);
       const isChecked = mustBeChecked(source, folder, sending);
+      if (transfer.onLater) settled = { ...settled, onLater: [...(settled.onLater ?? []).filter((uuid) => isThere(uuid)), dataOf(transfer.snapshot)] };
       const stages = (given: string, part?: Part) => {
         const end = (level: string) => receiving(folder, transfer.snapshot.name, level, settled, options.btrfsDebug, part, isChecked);
         return isChecked ? checked(folder, given, expected(source, transfer), end) : [end(given)];
@@ -3457,7 +3472,7 @@ function folderDestination(folder: Folder, again: () => Promise<Folder>, owned: 
       const [ours, theirs] = await allOf([digestIn(source, snapshot), digestIn(folder, backup)]);
       return ours === theirs;
     },
-    arrived: ({ snapshot }) => ({ ...arrived(snapshot), id: ARRIVED }),
+    arrived: (transfer) => ({ ...arrived(transfer), id: ARRIVED }),
     tidy: tidying(folder, () => parts),
     async discard(name) {
       await ask(host, DISCARD, { ...at(folder), prefix, name, ...recordArguments(folder, settled), how: doubted.has(name) ? "whole" : "" }, `${id}: cannot remove what the broken transfer of ${name} left`);
@@ -3476,8 +3491,8 @@ const ARRIVED = -1;
 
 const byUuidOfData = (entries: readonly Entry[]) => new Map(entries.filter(isComplete).map((entry) => [dataOf(entry), entry]));
 
-/** A snapshot as a backup that was received from it. */
-const arrived = (snapshot: Snapshot): Backup => ({ ...snapshot, receivedUuid: dataOf(snapshot) });
+/** A snapshot as the backup that its transfer makes. */
+const arrived = ({ snapshot, onLater }: Pick<Transfer, "snapshot" | "onLater">): Backup => ({ ...snapshot, receivedUuid: dataOf(snapshot), ...(onLater ? { onLater } : {}) });
 
 /** gpg(1) as we use it: neither a configuration file nor a signature makes it ask the network for a key, or add a reader. */
 const GPG = "gpg --batch --no-tty --quiet --no-auto-key-locate --no-auto-key-retrieve --disable-dirmngr";
@@ -3553,7 +3568,7 @@ function storeDestination(folder: Folder, store: Store, again: () => Promise<Fol
   let parts = false;
   const objects = new Map<string, string>();
   const inSource = dataFinder(standing.held);
-  const nameOf = ({ snapshot, parent }: Transfer) => streamName({ snapshot, parent }, owner, sending);
+  const nameOf = (transfer: Transfer) => streamName(transfer, owner, sending);
   const parentObject = (parent: Snapshot) => objects.get(parent.uuid) ?? inSource(parent)?.uuid ?? null;
   return {
     id,
@@ -3586,7 +3601,7 @@ function storeDestination(folder: Folder, store: Store, again: () => Promise<Fol
     arrived(transfer) {
       const object = nameOf(transfer);
       objects.set(transfer.snapshot.uuid, object);
-      return { ...arrived(transfer.snapshot), uuid: object, parentUuid: transfer.parent && parentObject(transfer.parent) };
+      return { ...arrived(transfer), uuid: object, parentUuid: transfer.parent && parentObject(transfer.parent) };
     },
     async discard(name) {
       const debris = (await again()).store?.debris.get(name) ?? [];
@@ -3671,7 +3686,7 @@ function shellDestination(location: Location & { kind: "shell" }, last: Memory |
       };
     },
     compare: null,
-    arrived: ({ snapshot }) => arrived(snapshot),
+    arrived,
     discard: async () => {},
     tidy: async () => {},
     remove: async () => {},
@@ -3843,7 +3858,7 @@ export function judge(facts: Facts, { cleared, refused }: Verdicts, isThere: (pa
   };
 }
 
-/** The nearest of what both sides hold, the last being that, which can be a parent; and why no nearer one can. */
+/** The nearest of what both sides hold, the last being the nearest, which can be a parent; and why no nearer one can. */
 function nearestFit(snapshot: Snapshot, shared: readonly Snapshot[], unfit: Unfit): Pick<Transfer, "parent" | "why"> {
   let why: string | undefined;
   for (let i = shared.length - 1; i >= 0; i--) {
@@ -3855,16 +3870,18 @@ function nearestFit(snapshot: Snapshot, shared: readonly Snapshot[], unfit: Unfi
   return { parent: null, ...(why === undefined ? {} : { why }) };
 }
 
-export type TransferOptions = { readonly policy: Policy | null; readonly incremental: boolean; readonly newestOnly: boolean; readonly now: number; readonly fullEvery: FullEvery | null };
+/** `failed`: the UUIDs of what earlier runs tried to send, and could not; `backfill`: sends also what is older than the newest that both have. */
+export type TransferOptions = { readonly policy: Policy | null; readonly incremental: boolean; readonly newestOnly: boolean; readonly now: number; readonly fullEvery: FullEvery | null; readonly backfill?: boolean; readonly failed?: ReadonlySet<string> };
 
 /** Whether a stored chain of that many streams, the first one from `since`, ends before a snapshot of `time`. */
 const chainEnds = ({ length, since }: { length: number; since: number }, time: number, { count, unit }: FullEvery) => (unit === null ? count > 0 && length >= count : before(time, count, unit) >= since);
 
 /**
- * What a destination lacks of what its policy would keep, oldest first, each against the closest
- * earlier snapshot that both sides hold by then, and that is fit for it. `snapshots` are in the source's order.
+ * What a destination lacks of what its policy would keep, oldest first, each against the closest earlier snapshot that both sides hold by then, and
+ * that is fit for it, or else the closest later one. `snapshots` are in the source's order. Without a policy, what is older than the newest that
+ * both have was deleted there, or left out on purpose: it is `skipped`.
  */
-export function planTransfers(snapshots: readonly Snapshot[], { held, backups, taken, chained }: Standing, options: TransferOptions, unfit: Unfit = () => null): { transfers: Transfer[]; conflicts: Conflict[] } {
+export function planTransfers(snapshots: readonly Snapshot[], { held, backups, taken, chained }: Standing, options: TransferOptions, unfit: Unfit = () => null): { transfers: Transfer[]; conflicts: Conflict[]; skipped: number } {
   const find = dataFinder(held);
   const rank = new Map(snapshots.map((snapshot, i) => [snapshot.uuid, i]));
   const here = dataFinder(snapshots); // the relation is the same from both sides
@@ -3877,29 +3894,39 @@ export function planTransfers(snapshots: readonly Snapshot[], { held, backups, t
   const standing = byUuid(chained === null ? [] : held);
   const shared: Snapshot[] = [];
   const chains = new Map<Snapshot | null, { length: number; since: number }>();
+  const lengthOf = (snapshot: Snapshot | null) => {
+    const there = snapshot === null || chained === null ? undefined : find(snapshot);
+    const streams = there === undefined ? [] : chainOf(there, standing);
+    return chains.get(snapshot) ?? { length: streams.length, since: timeIn(streams[0]?.name ?? "") ?? 0 };
+  };
+  const later = snapshots.filter((snapshot) => find(snapshot) !== undefined).reverse();
+  const isBehind = (snapshot: Snapshot) => later.length > 0 && (rank.get(snapshot.uuid) as number) < (rank.get(later[0]?.uuid as string) as number);
+  let skipped = 0;
   for (const snapshot of snapshots) {
     const there = find(snapshot);
     if (there === undefined) {
       // The newest always: a backup that is dated in the future must not stand in its place.
       if (snapshot !== newest && (options.newestOnly || !wanted.has(snapshot.uuid))) continue;
+      if (options.policy === null && !options.backfill && isBehind(snapshot) && !options.failed?.has(snapshot.uuid)) {
+        skipped++;
+        continue;
+      }
       const obstacle = taken.get(snapshot.name);
       if (obstacle !== undefined && obstacle !== "leftover") {
         conflicts.push({ name: snapshot.name, why: obstacle });
         continue;
       }
-      const nearest = options.incremental ? nearestFit(snapshot, shared, unfit) : { parent: null };
-      const chain = chains.get(nearest.parent) ?? { length: 0, since: 0 };
+      const nearest = options.incremental ? nearestFit(snapshot, [...later, ...shared], unfit) : { parent: null };
+      const chain = lengthOf(nearest.parent);
       const due = chained !== null && options.fullEvery !== null && chainEnds(chain, snapshot.time, options.fullEvery);
       const { parent } = due ? { parent: null } : nearest;
-      transfers.push({ snapshot, ...(due ? { parent } : nearest) });
+      const isOnLater = parent !== null && later.includes(parent);
+      transfers.push({ snapshot, ...(due ? { parent } : nearest), ...(isOnLater ? { onLater: true } : {}) });
       chains.set(snapshot, parent === null ? { length: 1, since: snapshot.time } : { ...chain, length: chain.length + 1 });
-    } else if (chained !== null) {
-      const streams = chainOf(there, standing);
-      chains.set(snapshot, { length: streams.length, since: timeIn(streams[0]?.name ?? "") ?? 0 });
-    }
+    } else later.pop();
     shared.push(snapshot);
   }
-  return { transfers, conflicts };
+  return { transfers, conflicts, skipped };
 }
 
 /**
@@ -3969,6 +3996,8 @@ export type Claimant = {
   readonly unread: boolean;
   /** Null unless what it could not get is to be kept for it. */
   readonly unsentPolicy: { readonly policy: Policy | null } | null;
+  /** UUIDs of snapshots older than the pin that could not be sent there. */
+  readonly failed?: readonly string[] | undefined;
 };
 
 /**
@@ -3977,12 +4006,12 @@ export type Claimant = {
  */
 export function planSource(snapshots: readonly Snapshot[], policy: Policy | null, claimants: readonly Claimant[], now: number, { adopted = [], full = false }: SourceState = {}): Decision<Snapshot>[] {
   const extra = new Map<string, string[]>(snapshots.map(({ uuid }) => [uuid, []]));
-  for (const { id, pin, unread, unsentPolicy } of claimants) {
+  for (const { id, pin, unread, unsentPolicy, failed = [] } of claimants) {
     const pinned = snapshots.findIndex(({ uuid }) => uuid === pin?.uuid);
     if (pinned !== -1) extra.get(snapshots[pinned]?.uuid ?? "")?.push(`shared with ${id}`);
     if (unread && pinned === -1) for (const reasons of extra.values()) reasons.push(`nothing is known of ${id} yet`);
     if (unsentPolicy === null) continue;
-    retain(snapshots, unsentPolicy.policy, now).forEach(({ entry, reasons }, i) => i > pinned && reasons.length > 0 && extra.get(entry.uuid)?.push(UNSENT + id));
+    retain(snapshots, unsentPolicy.policy, now).forEach(({ entry, reasons }, i) => (i > pinned || failed.includes(entry.uuid)) && reasons.length > 0 && extra.get(entry.uuid)?.push(UNSENT + id));
   }
   const decisions = despiteLeaps(retain(snapshots, policy, now), policy, adopted).map(({ entry, reasons }) => ({ entry, reasons: [...reasons, ...(extra.get(entry.uuid) ?? [])] }));
   const unsent = decisions.filter(({ reasons }) => reasons.length > 0 && reasons.every((reason) => reason.startsWith(UNSENT)));
@@ -4104,7 +4133,7 @@ If /etc/fstab has subvolid= for it, write subvol=${root.slice(1)} instead; if it
  */
 export function planRoom(snapshots: readonly Snapshot[], { backups, copied, chained }: Kept, coming: readonly Transfer[], policy: Policy | null, now: number, adopted: readonly string[] = []): Backup[] {
   const find = dataFinder(backups);
-  const then = [...backups, ...coming.slice(0, 1).map(({ snapshot }) => arrived(snapshot))];
+  const then = [...backups, ...coming.slice(0, 1).map(arrived)];
   const later = new Set(planDestination(snapshots, { backups: then, copied, chained }, policy, now, adopted).filter(({ reasons }) => reasons.length === 0).map(({ entry }) => entry));
   const parents = coming.map(({ parent }) => parent && find(parent));
   const [newest, pin] = [planDestination(snapshots, { backups, copied, chained }, policy, now).at(-1)?.entry, newestShared(snapshots, backups)];
@@ -4841,8 +4870,8 @@ function explained<T extends Dated>(decisions: readonly Decision<T>[], id: strin
   return decisions.filter(({ reasons }) => reasons.length === 0).map(({ entry }) => entry);
 }
 
-/** One run's view of a destination that could be opened. `compared`: a parent was compared with its backup; `failed`: what could not be sent, by UUID; `todo`: what is still to be sent; `complete`: nothing that should have been sent was not; `pruning`: of its backups, which goes on beside other work. */
-type Served = { readonly wanted: Wanted; readonly destination: Destination; standing: Standing; todo: readonly Transfer[]; complete: boolean; done: boolean; pruning: Promise<void>; free: number; compared: boolean; readonly verdicts: Verdicts; readonly failed: Set<string> };
+/** One run's view of a destination that could be opened. `compared`: a parent was compared with its backup; `failed`: what could not be sent, by UUID; `earlier`: what earlier runs could not send; `todo`: what is still to be sent; `complete`: nothing that should have been sent was not; `pruning`: of its backups, which goes on beside other work. */
+type Served = { readonly wanted: Wanted; readonly destination: Destination; standing: Standing; todo: readonly Transfer[]; complete: boolean; done: boolean; pruning: Promise<void>; free: number; compared: boolean; readonly verdicts: Verdicts; readonly failed: Set<string>; readonly earlier: ReadonlySet<string> };
 
 /** What serving destinations takes. `jobs`: how many streams flow at a time. */
 type Serving = { readonly source: Source; readonly inquiry: Inquiry; readonly snapshots: readonly Snapshot[]; readonly memory: Known; readonly o: RunOptions; readonly report: Report; readonly display: Display; readonly began: number; readonly jobs: <T>(work: () => Promise<T>) => Promise<T> };
@@ -4854,11 +4883,11 @@ async function planFor(served: Served, serving: Serving): Promise<ReturnType<typ
   const snapshots = serving.snapshots.filter(({ uuid }) => !failed.has(uuid));
   const find = dataFinder(standing.held);
   const isThere = (parent: Snapshot) => (stream === null ? find(parent) !== undefined : parent.uuid === stream.last?.uuid);
-  const options = { policy: wanted.policy, incremental: o.incremental, newestOnly: o.newestOnly, now: wallClock(new Date()), fullEvery: wanted.sending.fullEvery };
+  const options = { policy: wanted.policy, incremental: o.incremental, newestOnly: o.newestOnly, now: wallClock(new Date()), fullEvery: wanted.sending.fullEvery, backfill: o.backfill, failed: served.earlier };
   const mayBeEdited = (one: Snapshot) => isThere(one) && changedSince(one, inquiry, verdicts.cleared) !== false;
   for (;;) {
     const unfit = judge(inquiry, verdicts, isThere);
-    const plan = stream === null ? planTransfers(snapshots, standing, options, unfit) : { transfers: planStreams(snapshots, stream.last, o, unfit), conflicts: [] };
+    const plan = stream === null ? planTransfers(snapshots, standing, options, unfit) : { transfers: planStreams(snapshots, stream.last, o, unfit), conflicts: [], skipped: 0 };
     const open = plan.transfers.filter(({ parent, snapshot }) => parent !== null && unfit(parent, snapshot) === undefined);
     if (open.length > 0) {
       const parents = open.map(({ parent }) => parent as Snapshot);
@@ -4927,12 +4956,13 @@ async function begin(served: Served, serving: Serving): Promise<void> {
   const { o, report } = serving;
   const { id } = destination;
   if (!o.transfer) return;
-  const { transfers, conflicts } = await planFor(served, serving);
+  const { transfers, conflicts, skipped } = await planFor(served, serving);
   for (const { name, why } of conflicts) report.error(id, new Failure(`${name} is not sent: ${why}; rename or remove it`));
   if (conflicts.length > 0) served.complete = false;
   // All of them, since the next announcement replaces that of a leftover which is not sent again.
   for (const [name, what] of standing.taken) if (what === "leftover" && !o.dryRun) await destination.discard(name);
   if (!wanted.sending.resume && !o.dryRun) await destination.tidy();
+  if (skipped > 0) log.info(`${id}: ${count(skipped, "snapshot")} older than the newest one there ${skipped === 1 ? "is" : "are"} not sent; --backfill sends them`);
   if (transfers.length > 1 && standing.held.length === 0) log.info(`${id} is new: ${transfers.length} snapshots will be sent; --newest-only sends only the newest`);
   served.todo = transfers;
 }
@@ -4942,16 +4972,19 @@ async function sendNext(all: readonly Served[], transfer: Transfer, serving: Ser
   const { source, snapshots, o, report, display } = serving;
   const { snapshot, parent } = transfer;
   const now = wallClock(new Date());
-  const lacking = new Map<Served, NoSpace>();
+  const lacking = new Map<Served, Failure>();
   for (const served of all) {
     const { destination: { id }, wanted, standing, free, todo: [next] } = served;
     const why = next?.why === undefined ? "" : `: ${next.why}`;
-    const how = parent !== null ? `difference to ${parent.name}${why}` : !o.incremental ? "in full, as asked" : why !== "" ? `in full${why}` : newestShared(snapshots.slice(0, snapshots.indexOf(snapshot)), standing.held) !== null ? "in full: a new chain" : "in full: no earlier snapshot is on both sides";
+    const isRenewal = why === "" && newestShared(snapshots, standing.held) !== null;
+    const how = parent !== null ? `difference to ${parent.name}${why}` : !o.incremental ? "in full, as asked" : why !== "" ? `in full${why}` : isRenewal ? "in full: a new chain" : "in full: no snapshot is on both sides";
     log.info(`${o.dryRun ? "Would send" : "Sending"} ${snapshot.name} to ${id} (${how})`);
     // Quotas tell how large a full stream is; what is compressed on the way can need less.
     const size = parent === null && wanted.sending.level === "" ? (display.sizes.get(snapshot.uuid) ?? 0) : 0;
     const room = Math.max(0, free); // what was sent counts in full, and can have become less on the disk
-    if (o.spaceCheck && size > room) lacking.set(served, new NoSpace(`${snapshot.name} takes ${inBytes(size)}, and only ${inBytes(room)} are free there; --skip-space-check tries all the same`));
+    // A new chain of streams is full by design.
+    if (!o.full && parent === null && !isRenewal) lacking.set(served, new Failure(`${snapshot.name} would be sent in full${why === "" ? ": nothing of it is there" : why}; --no-full forbids it`));
+    else if (o.spaceCheck && size > room) lacking.set(served, new NoSpace(`${snapshot.name} takes ${inBytes(size)}, and only ${inBytes(room)} are free there; --skip-space-check tries all the same`));
   }
   const fitting = all.filter((served) => !lacking.has(served));
   const results = o.dryRun ? [] : await transferToAll(fitting.map(({ destination }) => destination), source, transfer, display);
@@ -5120,7 +5153,7 @@ async function openedInTime(all: Served[], openings: Openings, known: Known["kno
   const results = await Promise.allSettled([...openings.values()].map(({ destination }) => destination));
   const sorted = [...openings].map(([id, { wanted }], i) => ({ id, wanted, result: results[i] as PromiseSettledResult<Destination> }));
   for (const { id, wanted, result } of sorted)
-    if (result.status === "fulfilled") all.push({ wanted, destination: result.value, standing: result.value.standing, todo: [], complete: true, done: false, pruning: Promise.resolve(), free: result.value.free, compared: false, failed: new Set(), verdicts: { cleared: known.get(id)?.cleared ?? {}, refused: new Map() } });
+    if (result.status === "fulfilled") all.push({ wanted, destination: result.value, standing: result.value.standing, todo: [], complete: true, done: false, pruning: Promise.resolve(), free: result.value.free, compared: false, failed: new Set(), earlier: new Set(known.get(id)?.failed), verdicts: { cleared: known.get(id)?.cleared ?? {}, refused: new Map() } });
   for (const { id, wanted, result } of sorted) {
     if (result.status === "fulfilled") continue;
     const error: unknown = result.reason;
@@ -5140,9 +5173,11 @@ function clearedOf(snapshots: readonly Pick<Entry, "uuid">[], cleared: Cleared):
 }
 
 /** Writes down what a destination shares with the source now. */
-async function remember({ destination: { id, filesystem }, verdicts }: Served, pin: Memory | null, last: string | null, { snapshots, memory: { known, save } }: Serving): Promise<void> {
+async function remember({ destination: { id, filesystem }, standing, verdicts, failed, earlier }: Served, pin: Memory | null, last: string | null, { snapshots, memory: { known, save } }: Serving): Promise<void> {
   const cleared = clearedOf(snapshots, verdicts.cleared);
-  if (pin !== null || known.has(id)) known.set(id, { location: id, filesystem, pin: pin && { name: pin.name, uuid: pin.uuid }, last, ...cleared });
+  const find = dataFinder(standing.held);
+  const lacking = snapshots.filter((one) => (failed.has(one.uuid) || earlier.has(one.uuid)) && find(one) === undefined).map(({ uuid }) => uuid);
+  if (pin !== null || known.has(id)) known.set(id, { location: id, filesystem, pin: pin && { name: pin.name, uuid: pin.uuid }, last, ...(lacking.length === 0 ? {} : { failed: lacking }), ...cleared });
   await save();
 }
 
@@ -5381,12 +5416,12 @@ const LOW = 0.05;
 /** Keeps at the source what its policy, and every destination's next transfer, needs. */
 async function pruneSource(source: Source, snapshots: readonly Snapshot[], wanted: ReadonlyMap<string, Wanted>, known: readonly KnownDestination[], all: readonly Served[], o: RunOptions, report: Report): Promise<void> {
   const unknown = [...wanted.keys()].filter((id) => !known.some(({ location }) => location === id)).map((location) => ({ location, pin: null }));
-  const claimants = [...known, ...unknown].map(({ location: id, pin }): Claimant => {
+  const claimants = [...known, ...unknown].map(({ location: id, pin, failed }: Pick<KnownDestination, "location" | "pin" | "failed">): Claimant => {
     const served = all.find(({ destination }) => destination.id === id);
     const given = wanted.get(id);
     const unread = given !== undefined && (served === undefined || (served.destination.stream !== null && !served.done));
     const kept = given !== undefined && !served?.complete && (o.keepUnsent || !(o.dropUnsent || given.optional));
-    return { id, pin, unread, unsentPolicy: kept ? { policy: given.policy } : null };
+    return { id, pin, unread, unsentPolicy: kept ? { policy: given.policy } : null, failed };
   });
   const decide = (full: boolean) => planSource(snapshots, o.sourcePolicy, o.removeLocks ? claimants.filter(({ pin }) => pin) : claimants, wallClock(new Date()), { adopted: source.owned.leaps ?? [], full });
   const isFull = source.place.free < LOW * source.place.size;
@@ -6519,7 +6554,7 @@ const GUARDED_CHAINS = 200;
 export function guardedRecord(text: string, { chain: now, entries, prefix }: Pick<Folder, "chain" | "entries" | "prefix">, source: boolean): ChainRecord {
   const { chains, unreadable } = parseRecord(`${RECORD_HEADER}\n${recordKey(prefix)}${text}\n}`);
   const chain = chains.get(prefix);
-  if (chain === undefined || unreadable !== null || Object.keys(chain).some((key) => !["owner", "receiving", "since", "strangers", "destinations", "leaps", "guarded"].includes(key))) return refuse("a record of another form");
+  if (chain === undefined || unreadable !== null || Object.keys(chain).some((key) => !["owner", "receiving", "since", "strangers", "destinations", "leaps", "onLater", "guarded"].includes(key))) return refuse("a record of another form");
   const { owner, receiving, strangers = [], destinations } = chain;
   // An administrator's terminal will show it.
   if (/[\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069]|\\u00[01]|\\[bfnrt]/.test(text)) refuse("a record with control characters");
@@ -7176,7 +7211,9 @@ const RUN_ARGUMENTS = {
   "no-snapshot": { type: "boolean", alias: "S", description: "Take no snapshot, transfer existing ones" },
   "no-transfer": { type: "boolean", alias: "T", description: "Transfer nothing" },
   "no-incremental": { type: "boolean", alias: "I", description: "Always send in full" },
+  "no-full": { type: "boolean", description: "Fail rather than send in full to a destination that has nothing of SOURCE, or nothing that a difference can be made against" },
   "newest-only": { type: "boolean", description: "Send only the newest snapshot, not what was missed before" },
+  backfill: { type: "boolean", description: "Without -n: send also what is older than the newest snapshot that a destination has" },
   optional: { type: "string", valueHint: "DEST", description: "A destination that may be absent (repeatable)" },
   "max-age": { type: "string", valueHint: "DURATION", description: "Fail when an absent --optional destination was last served longer ago, e.g. 3d" },
   "keep-unsent": { type: "boolean", description: "Keep what a destination could not get yet also for those that are --optional" },
@@ -7375,6 +7412,8 @@ export function runOptions(given: Given) {
   const sourcePolicy = given.flag("latest-only") ? parsePolicy("1") : policyOf(given, "num-snapshots");
   const common = commonOptions(given);
   const destinations = destinationsOf(given, rest, common.prefix ?? "");
+  for (const [one, other] of [["keep-unsent", "drop-unsent"], ["no-full", "no-incremental"], ["backfill", "newest-only"]] as const)
+    if (given.flag(one) && given.flag(other)) throw new UsageError(`--${one} and --${other} contradict each other`);
   if (destinations.length === 0) sendingOptions(given, null); // nonsense is told all the same
   return {
     ...common,
@@ -7387,6 +7426,8 @@ export function runOptions(given: Given) {
     transfer: !given.flag("no-transfer"),
     incremental: !given.flag("no-incremental"),
     newestOnly: given.flag("newest-only"),
+    full: !given.flag("no-full"),
+    backfill: given.flag("backfill"),
     deletion: { convertRw: given.flag("convert-rw"), sync: given.flag("sync") },
     lockedDestinations: given.flag("locked-dests"),
     removeLocks: given.flag("remove-locks"),
@@ -7575,7 +7616,7 @@ export const COMMANDS: Record<string, CommandDef<any>> = {
   copy: command(" copy", "Send backups on to other places, as run does from a source.", {
     location: positional(`Backups: ${PLACE}; all prefixes one after the other, unless -p is given`),
     dest: positional("Where to; any number"),
-    ...ofRun("num-backups", "newest-only", "no-incremental", "optional", "max-age", "make-room", "adopt", "adopt-clock", "dry-run", "sync", "convert-rw", "skip-fs-checks", "skip-space-check", "for", "full-every", "compress", "encrypt-to", "protocol", "resume", "retries", "jobs", "rate-limit", "trust-stream", "btrfs-debug", "no-progress", "wait"),
+    ...ofRun("num-backups", "newest-only", "backfill", "no-incremental", "no-full", "optional", "max-age", "make-room", "adopt", "adopt-clock", "dry-run", "sync", "convert-rw", "skip-fs-checks", "skip-space-check", "for", "full-every", "compress", "encrypt-to", "protocol", "resume", "retries", "jobs", "rate-limit", "trust-stream", "btrfs-debug", "no-progress", "wait"),
     ...HOST_ARGUMENTS,
   }, copyOptions, copy),
   prune: command(" prune", "Delete backups that a policy does not keep, by when they were received.", {
@@ -7604,7 +7645,7 @@ export const COMMANDS: Record<string, CommandDef<any>> = {
 /** In which order options are told; what is in none of these is the command's own, and comes first. */
 const GROUPS: Readonly<Record<string, readonly string[]>> = {
   "What is taken and kept": ["num-snapshots", "num-backups", "latest-only", "no-snapshot", "snapshot-folder", "snapshot-prefix", "before-snapshot", "after-snapshot", "convert-rw", "sync"],
-  "What is sent, and how": ["no-transfer", "no-incremental", "newest-only", "compress", "rate-limit", "resume", "retries", "protocol"],
+  "What is sent, and how": ["no-transfer", "no-incremental", "no-full", "newest-only", "backfill", "compress", "rate-limit", "resume", "retries", "protocol"],
   "Several destinations": ["optional", "max-age", "for", "jobs", "keep-unsent", "drop-unsent", "make-room", "locked-dests", "remove-locks", "adopt", "skip-fs-checks", "skip-space-check"],
   "Stored streams": ["full-every", "encrypt-to", "unverified"],
   "Other hosts, and rights": ["ssh-opt", "ssh-sudo", "sudo", "timeout"],

@@ -1,0 +1,141 @@
+// What was sent once is not sent again: later snapshots are parents of earlier ones, and what retention removed does not come back.
+
+import { describe, expect, test } from "bun:test";
+import { existsSync, writeFileSync } from "node:fs";
+import { join } from "node:path";
+import {
+  change, contentsDigest, events, expectRun, expectSound, filesystem, pair, run, seeded, sh, snapshotAs, snapshotNames, soak, sshServer,
+  subvolumes, temporaryDirectory, treeDigest,
+} from "./support/rig.ts";
+
+const day = (n: number) => `202601${String(n).padStart(2, "0")}-000000`;
+const transfers = (result: Parameters<typeof events>[0]) => events(result).filter(({ event }) => event === "transfer");
+const listed = async (place: string) => {
+  const [{ snapshots }] = events(await expectRun(0, ["list", "--json", place])).filter(({ event }) => event === "list") as [any];
+  return (snapshots.map(({ name }: { name: string }) => name) as string[]).reverse(); // the newest is first there
+};
+/** A source of some MB with snapshots of so many days, each with a little that is new. */
+function days(count: number) {
+  const { source, snapshots, destination, a, b } = pair();
+  sh(`head -c 8M /dev/urandom >"$1/large"`, source);
+  for (let n = 1; n <= count; n++) {
+    writeFileSync(join(source, "day"), `${n}`);
+    snapshotAs(source, day(n));
+  }
+  return { source, snapshots, destination, a, b };
+}
+const range = (from: number, to: number) => Array.from({ length: to - from + 1 }, (_, i) => day(from + i));
+
+describe("an earlier snapshot is the difference to a later one", () => {
+  test.each(["folder", "ssh", "raw"])("where -n was loosened (%s), and the places keep the order of the days", async (kind) => {
+    const { source, snapshots, destination, a } = days(8);
+    const { options, url } = await sshServer();
+    const place = kind === "folder" ? destination : kind === "ssh" ? url(destination) : `raw://${destination}`;
+    const args = [...(kind === "ssh" ? options : []), "--json", "-S", source, place];
+    await expectRun(0, ["-n", "2", ...args]);
+    const more = transfers(await expectRun(0, ["-n", "6", ...args]));
+    expect(more.map(({ name, parent }) => [name, parent])).toEqual([[day(3), day(7)], [day(4), day(3)], [day(5), day(4)], [day(6), day(5)]]);
+    expect(Math.max(...more.map(({ bytes }) => bytes))).toBeLessThan(1e6);
+    expect(await listed(kind === "raw" ? place : destination)).toEqual(range(3, 8));
+    if (kind !== "raw") expectSound(destination, snapshots);
+    // By the same order, the newest is what is given back, and the oldest goes.
+    await expectRun(0, ["restore", kind === "raw" ? place : destination, join(a.path, "again")]);
+    expect(contentsDigest(join(a.path, "again"))).toBe(contentsDigest(source));
+    await expectRun(0, ["restore", "--snapshot", day(4), kind === "raw" ? place : destination, join(a.path, "fourth")]);
+    expect(sh(`cat "$1/day"`, join(a.path, "fourth"))).toBe("4");
+    writeFileSync(join(source, "day"), "9");
+    snapshotAs(source, day(9));
+    const last = transfers(await expectRun(0, ["-n", "3", ...args]));
+    expect(last.map(({ name, parent }) => [name, parent])).toEqual([[day(9), day(8)]]);
+    // Of streams, what others build on stays as well.
+    if (kind !== "raw") expect(snapshotNames(destination)).toEqual(range(7, 9));
+    // Without the source's help, too.
+    sh(`btrfs -q subvolume delete "$1"/2* >/dev/null`, snapshots);
+    expect((await listed(kind === "raw" ? place : destination)).at(-1)).toBe(day(9));
+  });
+
+  test("after one --newest-only as well, with --backfill; without, what is older is left out, which one line says", async () => {
+    const { source, snapshots, destination } = days(5);
+    await expectRun(0, ["-S", "--newest-only", source, destination]);
+    const nothing = await expectRun(0, ["--json", "-S", source, destination]);
+    expect(transfers(nothing)).toEqual([]);
+    expect(nothing.stderr.match(/4 snapshots older than the newest one there are not sent; --backfill sends them/g)?.length).toBe(1);
+    const all = transfers(await expectRun(0, ["--json", "-S", "--backfill", source, destination]));
+    expect(all.map(({ name, parent }) => [name, parent])).toEqual([[day(1), day(5)], [day(2), day(1)], [day(3), day(2)], [day(4), day(3)]]);
+    expectSound(destination, snapshots);
+    expect(await listed(destination)).toEqual(range(1, 5));
+    // A copy knows the order, too, and so does a prune there.
+    const copied = join(filesystem().path, "copied");
+    await expectRun(0, ["copy", destination, copied]);
+    expect(await listed(copied)).toEqual(range(1, 5));
+    expect((await expectRun(2, ["-S", "--backfill", "--newest-only", source, destination])).stderr).toContain("contradict each other");
+  });
+
+  test("random trees, changed in any way: what arrives is what was there", async () => {
+    const random = seeded();
+    const { source, snapshots, destination } = pair();
+    for (let round = 1; round <= soak(6); round++) {
+      for (let i = 0; i < 4; i++) {
+        change(source, random);
+        snapshotAs(source, `2026${String(1 + (round % 12)).padStart(2, "0")}${String(10 + Math.floor(round / 12)).padStart(2, "0")}-00000${i}`);
+      }
+      await expectRun(0, ["-S", "--newest-only", source, destination]);
+      const sent = transfers(await expectRun(0, ["--json", "-S", "--backfill", source, destination]));
+      expect(sent.every(({ parent }) => parent !== null)).toBe(true);
+    }
+    expectSound(destination, snapshots);
+    for (const name of snapshotNames(snapshots)) expect([name, treeDigest(join(destination, name))]).toEqual([name, treeDigest(join(snapshots, name))]);
+  });
+
+  test("--no-full fails where nothing is shared, and sends nothing", async () => {
+    const { source, snapshots, destination } = days(2);
+    const stored = `raw://${temporaryDirectory()}`;
+    for (const place of [destination, stored]) {
+      const result = await expectRun(1, ["--json", "-S", "--no-full", source, place]);
+      expect([transfers(result), result.stderr.includes("would be sent in full: nothing of it is there; --no-full forbids it")]).toEqual([[], true]);
+    }
+    expect(existsSync(destination) ? subvolumes(destination).size : 0).toBe(0);
+    await expectRun(0, ["-S", source, destination, stored]);
+    snapshotAs(source, day(3));
+    await expectRun(0, ["-S", "--no-full", source, destination, "--for", stored, "--full-every", "2"]); // a new chain is full
+    expectSound(destination, snapshots);
+    expect((await expectRun(2, ["-S", "--no-full", "--no-incremental", source, destination])).stderr).toContain("contradict each other");
+  });
+});
+
+describe("what retention removed does not come back", () => {
+  test("to a server that prunes by itself: in 40 days no snapshot is sent twice", async () => {
+    const { source, destination } = pair();
+    const { guarded, url } = await sshServer();
+    const key = guarded("--path", destination);
+    const sent: string[] = [];
+    for (let n = 1; n <= 40; n++) {
+      writeFileSync(join(source, "day"), `${n}`);
+      snapshotAs(source, `2026${n <= 31 ? "01" : "02"}${String(n <= 31 ? n : n - 31).padStart(2, "0")}-000000`);
+      sent.push(...transfers(await expectRun(0, ["--json", "-S", ...key, source, url(destination)])).map(({ name }) => name));
+      await expectRun(0, ["prune", "-n", "3", destination]);
+    }
+    expect(sent.length).toBe(40);
+    expect(new Set(sent).size).toBe(40);
+    expect(snapshotNames(destination)).toEqual(["20260207-000000", "20260208-000000", "20260209-000000"]);
+  });
+
+  test("but what a run tried to send, and could not, is sent by the next, and stays at the source until then", async () => {
+    const { source, snapshots, destination } = days(3);
+    const tools = temporaryDirectory();
+    writeFileSync(join(tools, "btrfs"), `#!/bin/sh\nPATH=\${PATH#*:}\ncase "$*" in "send "*--no-data*) ;; "send "*${day(2)}) echo "ERROR: failed to read" >&2; exit 1;; esac\nexec btrfs "$@"\n`, { mode: 0o755 });
+    const env = { PATH: `${tools}:${process.env["PATH"]}` };
+    const first = await expectRun(1, ["--json", "-S", "-N", "1", source, destination], { env });
+    expect(transfers(first).map(({ name }) => name)).toEqual([day(1), day(3)]);
+    expect(snapshotNames(snapshots)).toEqual([day(2), day(3)]);
+    writeFileSync(join(source, "day"), "4");
+    snapshotAs(source, day(4));
+    const again = await run(["--json", "-S", "-N", "1", source, destination], { env });
+    expect([again.status, transfers(again).map(({ name }) => name), snapshotNames(snapshots)]).toEqual([1, [day(4)], [day(2), day(4)]]);
+    const last = transfers(await expectRun(0, ["--json", "-S", "-N", "1", source, destination]));
+    expect(last.map(({ name, parent }) => [name, parent])).toEqual([[day(2), day(4)]]);
+    expect(snapshotNames(snapshots)).toEqual([day(4)]);
+    expect(await listed(destination)).toEqual(range(1, 4));
+    expect(sh(`cat "$1/${day(2)}/day"`, destination)).toBe("2");
+  });
+});
