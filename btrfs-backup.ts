@@ -5,7 +5,7 @@
 import { AsyncLocalStorage } from "node:async_hooks";
 import { spawn, spawnSync } from "node:child_process";
 import { createHash } from "node:crypto";
-import { accessSync, closeSync, constants, existsSync, fstatSync, lstatSync, mkdtempSync, openSync, readdirSync, readFileSync, readSync, realpathSync, rmSync, writeFileSync, writeSync } from "node:fs";
+import { accessSync, closeSync, constants, existsSync, fstatSync, lstatSync, mkdtempSync, openSync, readdirSync, readFileSync, readlinkSync, readSync, realpathSync, rmSync, writeFileSync, writeSync } from "node:fs";
 import { constants as osConstants, tmpdir } from "node:os";
 import { basename, dirname, join, normalize, resolve } from "node:path";
 import { fileURLToPath } from "node:url";
@@ -115,6 +115,8 @@ export class UsageError extends Error {}
 export class Busy extends Error {}
 /** A place is not there just now, which is normal for an `--optional` destination. */
 export class Absent extends Failure {}
+/** Not even what a place would be made in is there. */
+class Missing extends Absent {}
 /** A host cannot be reached, or no more. */
 export class Unreachable extends Absent {}
 /** The stream is not the one that a part of was kept. */
@@ -127,6 +129,8 @@ class Killed extends Failure {}
 class Taken extends Failure {}
 /** A restore was interrupted when it had begun to change names: see FINISH. */
 class Unfinished extends Failure {}
+/** What has been told already. */
+class AlreadyTold extends Failure {}
 /** The transfer's receiving side has no space left. */
 export class NoSpace extends Failure {}
 /** What the receiving side has as the parent is not what the difference was made against. */
@@ -648,22 +652,40 @@ export const log = createConsola({
 const shell = $({ shell: "/bin/sh", prefix: "", postfix: "", quote: (word) => word, nothrow: true, quiet: true });
 
 let privateDirectory: string | null = null;
+/** What a run's own directory is called, and in which namespace of processes that run has this number. */
+const OWN_DIRECTORY = /^btrfs-backup\.(\d+)\.(\d+)\.\w{6}$/;
 /** A directory for control sockets and the like, gone at exit; short, since a socket's path must be. */
 function runtimeDirectory(): string {
+  if (privateDirectory !== null) return privateDirectory;
   // A root that came from a user's session can still have that user's.
   const own = process.env["XDG_RUNTIME_DIR"];
   const isOwn = own !== undefined && lstatSync(own, { throwIfNoEntry: false })?.uid === process.getuid?.();
-  const candidates = [isOwn ? own : undefined, "/run", tmpdir(), "/tmp"];
-  for (const parent of privateDirectory === null ? candidates : []) {
+  const namespace = /\d+/.exec(readlinkSync("/proc/self/ns/pid"))?.[0] ?? "";
+  for (const parent of [isOwn ? own : undefined, "/run", tmpdir(), "/tmp"]) {
+    if (!parent || parent.length >= 40) continue;
     try {
-      if (parent && parent.length < 40) privateDirectory = mkdtempSync(join(parent, "btrfs-backup-"));
+      clearDead(parent, namespace);
+      const made = mkdtempSync(join(parent, `btrfs-backup.${process.pid}.${namespace}.`));
+      privateDirectory = made;
+      writeFileSync(join(made, "room"), Buffer.alloc(2 ** 16)); // a full one lets directories be made, and nothing be written
+      rmSync(join(made, "room"));
+      return made;
     } catch {
-      continue; // not ours to write to: the next one
+      // not ours to write to, or full: the next one
+      if (privateDirectory !== null) rmSync(privateDirectory, { recursive: true, force: true });
+      privateDirectory = null;
     }
-    if (privateDirectory !== null) break;
   }
-  if (privateDirectory === null) throw new Failure("cannot create a private directory in /run or /tmp");
-  return privateDirectory;
+  throw new Failure("cannot write to a private directory in /run or /tmp: are they full?");
+}
+
+/** Removes what runs that were killed have left. */
+function clearDead(parent: string, namespace: string): void {
+  for (const name of readdirSync(parent)) {
+    const [, pid, other] = OWN_DIRECTORY.exec(name) ?? [];
+    const isOurs = other === namespace && lstatSync(join(parent, name), { throwIfNoEntry: false })?.uid === process.getuid?.();
+    if (isOurs && !existsSync(`/proc/${pid}`)) rmSync(join(parent, name), { recursive: true, force: true });
+  }
 }
 process.on("exit", () => privateDirectory !== null && rmSync(privateDirectory, { recursive: true, force: true }));
 
@@ -798,8 +820,15 @@ function start<V extends Declared>(host: Host, verb: V, given: ArgumentsOf<V>): 
   // Ctrl-C at a terminal reaches every child there: these are ended by us, after cleaning up. A
   // verb has a process group of its own; ssh stays where it can ask for a passphrase.
   const child = shell({ stdio: ["pipe", "pipe", "pipe"], detached: local })`${`trap "" INT HUP; ${plain ? `: ${titleOf(verb)}; set -- ${scriptArguments(host, args)}; ${verb.script}` : `exec ${commandFor(host, verb, args)}`}`}`;
+  const pid = pidOf(child);
   child.stdin.on("error", () => {}); // gone before we were: its exit status tells
-  return { process: child, stop: () => sendSignal(local ? -(child.pid as number) : (child.pid as number), "SIGTERM") };
+  return { process: child, stop: () => sendSignal(local ? -pid : pid, "SIGTERM") };
+}
+
+/** The ID of a process that was started. Errors: Failure where none could be. */
+function pidOf(child: ProcessPromise): number {
+  if (child.pid === undefined) throw new Failure("no process can be started: see ulimit -n and -u, and the memory that is free");
+  return child.pid;
 }
 
 const WITHOUT_ROOT = `(see "Without root" in the README)`;
@@ -808,13 +837,18 @@ const WITHOUT_ROOT = `(see "Without root" in the README)`;
 function failureOf(host: Host, what: string, result: { exitCode: number | null; signal: string | null; stdout: string; stderr: string }): Error {
   const printed = result.stderr.trim() || result.stdout.trim().slice(0, 500); // nologin(8) speaks on stdout
   const denied = (host.sudo || (host.ssh === null && process.getuid?.() !== 0)) && /Permission denied|Operation not permitted/.test(printed);
-  const said = denied ? `${printed} ${WITHOUT_ROOT}` : printed;
-  const message = `${host.label === "" ? "" : `${host.label}: `}${what}: ${said || `ended by ${result.signal ?? `exit status ${result.exitCode}`}`}`;
+  const said = denied ? `${printed}: this needs root, as sudo gives it ${WITHOUT_ROOT}` : printed;
+  // A place stands once in a message, whoever named it.
+  const [place] = /^\/.*?(?=: )/.exec(said) ?? [];
+  const cause = place !== undefined && what.endsWith(place) ? said.slice(place.length + 2) : said;
+  const where = host.label === "" || what.includes(host.label) ? "" : `${host.label}: `;
+  const message = `${where}${what}: ${cause || `ended by ${result.signal ?? `exit status ${result.exitCode}`}`}`;
   if (result.exitCode === 64) return new UsageError(said);
   if (result.exitCode === 75) return new Busy(message);
   if (result.exitCode === 76) return new Taken(message);
   if (result.exitCode === 78) return new Unfinished(said);
   if (result.exitCode === 66) return new Absent(message);
+  if (result.exitCode === 79) return new Missing(message);
   const unreachable = /No route|timed out|Timeout, server|refused|not resolve|unreachable|Host is down|Broken pipe|mux_client|Connection .*(closed|reset)/i;
   return host.ssh !== null && result.exitCode === 255 && unreachable.test(said) ? new Unreachable(message) : new Failure(message);
 }
@@ -1048,6 +1082,7 @@ function flow(given: readonly Stage[], environment: Record<string, string>, { in
   });
   log.debug(`pipeline: ${stages.map(({ command, relay }) => (relay === undefined ? command : `relay ${JSON.stringify(relay)}`)).join(" | ")}`);
   const child = shell({ detached: true, stdio: ["ignore", "ignore", "pipe"], env: { ...process.env, ...environment } })`${`exec 3>&2 <${quote(input)}; ${texts.join(" | ")}`}`;
+  const group = pidOf(child);
   const said = new TextDecoder();
   child.stderr.on("data", (chunk: Buffer) => terminal.write(visible(said.decode(chunk, { stream: true }))));
   /** What a relay has told: how many bytes have passed, and which outputs take nothing. */
@@ -1055,7 +1090,6 @@ function flow(given: readonly Stage[], environment: Record<string, string>, { in
   const counting = stages.flatMap(({ counts }, i) => (counts === undefined ? [] : [{ counts, i }]));
   const tell = () => counting.forEach(({ counts, i }) => counts(toldNow(i)[0] as number));
   const watch = setInterval(tell, 500);
-  const group = child.pid as number;
   const kill = () => sendSignal(-group, "SIGKILL");
   running.add(kill);
   let waited = 0;
@@ -1170,6 +1204,13 @@ const PRELUDE = sh`
   shift
 
   line() { printf %s "$1"; echo; }
+  # go DIRECTORY: where it leads. Shells differ in what they say of a failure, and not all tell the cause.
+  go() {
+    cd -P -- "$1" 2>/dev/null && return
+    said=$(LC_ALL=C stat -- "$1/." 2>&1 >/dev/null) || :
+    line "\${1%/}: \${said##*: }" >&2
+    exit 1
+  }
 
   user_id() {
     while read -r field real user others; do
@@ -1421,7 +1462,7 @@ const ENTER = sh`
   fenced=
   strange=
   enter() {
-    cd -P -- "$1"
+    go "$1"
     here=$PWD
     case $mode in
       try) if fence 2>/dev/null; then fenced=yes; else cd -P -- "$here"; fi;;
@@ -1573,7 +1614,7 @@ const OPEN = verb("open", "nonce wait folder prefix source kind silence", sh`
   }
   if [ -n "$source" ]; then
     [ -d "$source" ] || { unfinished; line "no such directory: $source" >&2; exit 64; }
-    cd -P -- "$source"
+    go "$source"
     [ "$PWD" = "$source" ] || follow "$source"
     source=$PWD
     [ "$wait" = look ] || unfinished
@@ -1603,7 +1644,7 @@ const OPEN = verb("open", "nonce wait folder prefix source kind silence", sh`
     enter "\${folder%/*}/"
     say missing; line "$here"
   else
-    line "no such directory: \${folder%/*} (is the disk mounted?)" >&2; exit 66
+    line "no such directory: \${folder%/*} (is the disk mounted?)" >&2; exit 79
   fi
   # Behind the first step into the folder, which may be what mounts it. The inode of a filesystem there is a new one with each mount.
   say boot; read -r boot </proc/sys/kernel/random/boot_id; line "$boot"
@@ -1663,7 +1704,10 @@ const OPEN = verb("open", "nonce wait folder prefix source kind silence", sh`
     say entries; printf %s "$*"; echo
     unset IFS
     say old
-    if [ -f .outstanding_transfers ]; then
+    # Once this program has written its own, only if 0.3.1 has been back.
+    if [ -f .btrfs-backup.json ] && [ .btrfs-backup.json -nt .outstanding_transfers ]; then
+      :
+    elif [ -f .outstanding_transfers ]; then
       opened .outstanding_transfers
       cat <&6
     fi
@@ -1708,6 +1752,33 @@ const CREATE = verb("create", "folder fsid prefix", sh`
   fi
   at "$folder" "$fsid"
   make ".btrfs-backup.$prefix.lock"
+`);
+
+/**
+ * Makes what is missing of the directories above `folder`, and prints the first, where that cannot be a disk that is not mounted: what is there
+ * lies on a btrfs that is neither that of `source`, a path on the same host, nor the root filesystem. `how`: "look" makes nothing. Else it exits with 66.
+ */
+const PARENTS = verb("parents", "folder source how", sh`
+  ${ENTER}
+  filesystem_of() { findmnt -n -o MAJ:MIN -T "$1"; }
+  missing=\${folder%/*}
+  above=\${missing%/*}
+  rest=\${missing##*/}
+  until [ -d "$above/" ]; do
+    rest=\${above##*/}/$rest
+    above=\${above%/*}
+  done
+  refused() { line "no such directory: $missing (is the disk mounted? $1; if it is to be made: mkdir -p $missing)" >&2; exit 66; }
+  [ "$(stat -f -c %t "\${above:-/}")" = ${BTRFS_MAGIC} ] || refused "\${above:-/} is not on btrfs"
+  on=$(filesystem_of "\${above:-/}")
+  [ -n "$on" ] || refused "it cannot be told on which filesystem \${above:-/} is"
+  if [ "$on" = "$(filesystem_of /)" ]; then refused "\${above:-/} is on the root filesystem"; fi
+  if [ -n "$source" ] && [ "$on" = "$(filesystem_of "$source")" ]; then refused "\${above:-/} is on the filesystem of SOURCE"; fi
+  enter "\${above:-/}"
+  if [ -z "$fenced" ] && [ -n "$strange" ]; then refused "others can change $strange"; fi
+  line "$above/\${rest%%/*}"
+  if [ "$how" = look ]; then exit 0; fi
+  mkdir -p "./$rest"
 `);
 
 /** Replaces one line of the record: see RECORD. `sync`: when everything else is on the disk. */
@@ -2009,10 +2080,23 @@ const THOSE = sh`
     fi
   }`;
 
-/** Deletes many at once, as ./NAME, if they still have their IDs. The cleaner sleeps for up to 30 s unless a sync wakes it. */
+/**
+ * Deletes many at once, as ./NAME, if they still have their IDs. What cannot be deleted is as before, and the cause is told where it is an
+ * attribute, which a snapshot has from its source. The cleaner sleeps for up to 30 s unless a sync wakes it.
+ */
 const DELETE = verb("delete", "convert sync folder fsid top ids names...", sh`
   ${THOSE}
   not_ours() { if ours; then return 1; fi; }
+  stays() {
+    for name; do
+      [ -d "$name" ] || continue
+      if [ "$convert" = rw ]; then b property set -f -ts "$name" ro true || :; fi
+      case $(lsattr -d "$name" 2>/dev/null) in
+        ????i*|?????a*) line "$here/\${name#./} has the attribute i or a (lsattr -d), as its source had: btrfs property set -f NAME ro false, chattr -ia NAME, and delete it" >&2;;
+      esac
+    done
+    exit 1
+  }
   at "$folder" "$fsid"
   for name; do
     if [ -L "$name" ]; then echo "a symbolic link has the name of a subvolume" >&2; exit 65; fi
@@ -2020,13 +2104,13 @@ const DELETE = verb("delete", "convert sync folder fsid top ids names...", sh`
   if [ -n "$ids" ] && [ "$mode" = fence ] && { [ $# -le 3 ] || not_ours; }; then
     # Their IDs are all that others cannot change; for a few, it takes no more processes.
     # shellcheck disable=SC2086 # several words
-    delete_ids $ids >/dev/null
+    delete_ids $ids >/dev/null || stays "$@"
   else
     those "$ids" "$top" "$@"
     if [ "$convert" = rw ]; then
       for name; do b property set -f -ts "$name" ro false || :; done
     fi
-    b subvolume delete "$@" >/dev/null
+    b subvolume delete "$@" >/dev/null || stays "$@"
   fi
   if [ "$sync" = sync ]; then
     b filesystem sync .
@@ -2040,7 +2124,11 @@ const DELETE = verb("delete", "convert sync folder fsid top ids names...", sh`
 const RESTORING = verb("restoring", "folder fsid work end silence", sh`
   ${KEEP}
   at "$folder" "$fsid"
-  mkdir "./$work"
+  before=\${work%.restoring-*}.before-\${work##*.restoring-}
+  for name in "$work" "$before"; do
+    if [ -e "./$name" ] || [ -L "./$name" ]; then line "$here/$name is there" >&2; exit 76; fi
+  done
+  mkdir "./$work" || exit 76
   cd "./$work"
   exec 9<.
   flock -n 9
@@ -2369,7 +2457,7 @@ const LOCATE = verb("locate", "file", sh`
     rest=/\${above##*/}$rest
     above=\${above%/*}
   done
-  cd -P -- "$above/"
+  go "$above/"
   here=$PWD
   [ "$PWD" = "\${above:-/}" ] || follow "$above/"
   above=\${PWD%/}
@@ -3137,6 +3225,22 @@ async function openChecked(location: Readable, path: string, opening: Opening, c
     if (folder.locked || opening.wait === "look") return folder;
     await folder.close();
     await ask(folder.host, CREATE, { ...at(folder), prefix: opening.prefix }, `cannot create ${path}`);
+  }
+}
+
+/** Opens a new destination as openChecked does, and makes the directories above it where it is safe to say that these are to be made. */
+async function openNew(location: Readable, opening: Opening, source: Folder, isKnown: boolean, check: (folder: Folder) => void, begun?: Promise<Folder>): Promise<Folder> {
+  try {
+    return await openChecked(location, location.path, opening, check, begun);
+  } catch (error) {
+    if (!(error instanceof Missing) || isKnown) throw error;
+    const isLooking = opening.wait === "look";
+    const host = hostOf(location.host, opening.hosts);
+    const asked = { folder: location.path, source: sameHost(host, source.host) ? source.path : "", how: isLooking ? "look" : "" };
+    const made = await ask({ ...host, fence: "try" }, PARENTS, asked, location.id);
+    log.info(`${location.id}: ${isLooking ? "would make" : "made"} the directory ${made.trim()}`);
+    if (isLooking) throw error;
+    return openChecked(location, location.path, opening, check);
   }
 }
 
@@ -4189,6 +4293,15 @@ function placeIn(places: Report["places"], id: string | null): PlaceMetrics {
   return place;
 }
 
+/** What the system is short of, where an error says that; null for any other. */
+function lackOf(error: unknown): string | null {
+  const { code, path = "" } = error as NodeJS.ErrnoException;
+  if (code === "EMFILE" || code === "ENFILE") return "too many files are open: see ulimit -n";
+  if (code === "EAGAIN" || code === "ENOMEM") return "no process can be started: see ulimit -u, and the memory that is free";
+  if ((code === "ENOSPC" || code === "EDQUOT") && path.includes("btrfs-backup.")) return `there is no space left for ${path}`;
+  return null;
+}
+
 function newReport(json: boolean, dryRun: boolean): Report {
   const tally: Report["tally"] = {};
   const places: Report["places"] = new Map();
@@ -4212,8 +4325,9 @@ function newReport(json: boolean, dryRun: boolean): Report {
     },
     error(destination, error) {
       if (error instanceof Interrupted) throw error;
+      if (error instanceof AlreadyTold) return;
       // Anything but our own errors is a mistake in this program, and its stack tells where.
-      const message = error instanceof Failure || error instanceof Busy ? error.message : String((error as Error)?.stack ?? error);
+      const message = error instanceof Failure || error instanceof Busy ? error.message : (lackOf(error) ?? String((error as Error)?.stack ?? error));
       report.failed = true;
       placeIn(places, destination).errors++;
       log.error(destination === null || message.startsWith(destination) ? message : `${destination}: ${message}`);
@@ -4338,16 +4452,28 @@ async function stream(incoming: readonly (readonly [Receiver, Incoming])[], sour
 async function fanOut(stages: readonly Stage[], takers: readonly Incoming[]): Promise<PromiseSettledResult<Flown>[]> {
   const directory = mkdtempSync(join(runtimeDirectory(), "f"));
   const pipes = takers.map((_, i) => `${directory}/${i}`);
-  spawnSync("mkfifo", pipes);
+  const { error } = spawnSync("mkfifo", pipes);
+  if (error !== undefined) throw error;
   let isFlowing = true;
-  const blocked = (): readonly number[] => (isFlowing ? trunk.blocked() : []);
-  const branches = takers.map(({ stages, environment }, i) => {
-    // Who waits for what another one keeps from all does nothing, and is not stuck.
-    const waits = () => isFlowing && !blocked().includes(i);
-    return flow(stages, environment ?? {}, { input: pipes[i] as string, waits });
-  });
-  const to = branches.map(({ group }, i) => ({ path: pipes[i] as string, group }));
-  const trunk: Flowing = flow([...stages, relaying({ to })], {}, { feeds: branches.map(({ group }) => group), waits: () => blocked().length > 0 });
+  const blocked = (): readonly number[] => (isFlowing ? (trunk?.blocked() ?? []) : []);
+  const branches: Flowing[] = [];
+  let trunk: Flowing | null = null;
+  try {
+    for (const [i, { stages, environment }] of takers.entries()) {
+      // Who waits for what another one keeps from all does nothing, and is not stuck.
+      const waits = () => isFlowing && !blocked().includes(i);
+      branches.push(flow(stages, environment ?? {}, { input: pipes[i] as string, waits }));
+    }
+    const to = branches.map(({ group }, i) => ({ path: pipes[i] as string, group }));
+    trunk = flow([...stages, relaying({ to })], {}, { feeds: branches.map(({ group }) => group), waits: () => blocked().length > 0 });
+  } catch (error) {
+    for (const { kill, ended } of branches) {
+      kill();
+      await ended.catch(() => {});
+    }
+    rmSync(directory, { recursive: true, force: true });
+    throw error;
+  }
   // As long as we hold them open, nobody takes the end of a relay that was killed for the end of the stream.
   const held = Promise.all(branches.map(({ ended }, i) => heldOpen(pipes[i] as string, ended)));
   // Without its pipe, an output is given up, also while a dead disk keeps its reader.
@@ -4631,8 +4757,8 @@ function learn(inquiry: Inquiry, changed: readonly Entry[], born: readonly Entry
   return asking;
 }
 
-/** A destination as it was asked for. */
-export type Wanted = { readonly location: Location; readonly optional: boolean; readonly policy: Policy | null; readonly sending: Sending };
+/** A destination as it was asked for; `recorded`: by --locked-dests alone. */
+export type Wanted = { readonly location: Location; readonly optional: boolean; readonly recorded?: true; readonly policy: Policy | null; readonly sending: Sending };
 
 export type RunOptions = ReturnType<typeof runOptions>;
 
@@ -4685,17 +4811,18 @@ async function openSource(o: Pick<RunOptions, "source" | "snapshotFolder" | "pre
   };
 }
 
-/** The destinations that a source's record knows, or else those that 0.3.1 knew. */
+/** The destinations that a source's record knows, with what 0.3.1 has done since. */
 function knownDestinations({ chain, old, snapshots, prefix }: Folder): KnownDestination[] {
-  if (chain.destinations !== undefined) return [...chain.destinations];
   const ours = (names: readonly string[] = []) => names.filter((name) => parseName(name, prefix) !== null);
-  return [...new Set([...old.receiving.keys(), ...old.parents.keys()])]
-    .map((location) => {
+  const theirs = [...new Set([...old.receiving.keys(), ...old.parents.keys()])]
+    .map((location): KnownDestination => {
+      const known = chain.destinations?.find((one) => one.location === location);
       const pin = snapshots.findLast(({ name }) => ours(old.parents.get(location)).includes(name));
       const receiving = ours(old.receiving.get(location));
-      return { location, filesystem: null, pin: pin ? { name: pin.name, uuid: pin.uuid } : null, last: null, receiving };
+      return { location, filesystem: null, last: null, ...known, pin: pin ? { name: pin.name, uuid: pin.uuid } : (known?.pin ?? null), receiving };
     })
-    .filter(({ pin, receiving }) => pin !== null || receiving.length > 0);
+    .filter(({ pin, receiving = [] }) => pin !== null || receiving.length > 0);
+  return [...(chain.destinations ?? []).filter(({ location }) => !theirs.some((one) => one.location === location)), ...theirs];
 }
 
 /** A lock among the runtime files, for a chain that has no folder here. */
@@ -4746,7 +4873,7 @@ async function openDestination({ location, sending }: Wanted, source: Source, kn
   }
   const mounted = "(is the disk mounted?)";
   let claimed: Claim = { accepted: true, strangers: [] };
-  const folder = await openChecked(location, location.path, destinationOpening(o), (folder) => {
+  const folder = await openNew(location, destinationOpening(o), source, known !== undefined, (folder) => {
     const { place, exists, chain, record, snapshots, top } = folder;
     needRoot(folder, "receiving");
     const sameFilesystem = place.filesystem !== null && place.filesystem === source.place.filesystem;
@@ -4786,7 +4913,7 @@ async function openStore(location: Readable, sending: Sending, lock: string, sou
   let owner = ownerOf(source.identity);
   let lineages: ReadonlySet<string> = new Set();
   const opening = destinationOpening(o);
-  const folder = await openChecked(location, location.path, opening, (folder) => {
+  const folder = await openNew(location, opening, source, known !== undefined, (folder) => {
     checkFilters(source, sending);
     const ours = folder.standing.filter(({ name }) => parseName(name, o.prefix) !== null) as Stream[];
     if (location.kind === "raw" && sameHost(folder.host, source.host) && folder.hostName === source.hostName && nested(folder.path, source.path)) throw nestedError(location.id);
@@ -4855,12 +4982,17 @@ async function takeSnapshot(source: Source, all: readonly Pick<Destination, "sta
         return { ...made, id: Number(shownField(shown, "Subvolume ID")), uuid };
       } catch (error) {
         if (!(error instanceof Taken)) throw error;
-        await new Promise((nextSecond) => setTimeout(nextSecond, 1000 - now.getMilliseconds()));
+        await nextSecond();
       }
     }
   } finally {
     await whileCleaning(() => hook(o.afterSnapshot, "--after-snapshot")).catch((error) => report.error(null, error));
   }
+}
+
+/** Waits until names say another second. */
+async function nextSecond(): Promise<void> {
+  await new Promise((over) => setTimeout(over, 1000 - new Date().getMilliseconds()));
 }
 
 /** Tells what retention decided, and returns what goes. */
@@ -5149,7 +5281,7 @@ async function openedAtOnce(openings: Openings, known: Known["known"]): Promise<
 }
 
 /** Those destinations that can be served, when all have been opened; what fails is reported. Errors: UsageError, Interrupted. */
-async function openedInTime(all: Served[], openings: Openings, known: Known["known"], o: RunOptions, report: Report): Promise<void> {
+async function openedInTime(all: Served[], openings: Openings, known: Known["known"], snapshots: readonly Snapshot[], o: RunOptions, report: Report): Promise<void> {
   const results = await Promise.allSettled([...openings.values()].map(({ destination }) => destination));
   const sorted = [...openings].map(([id, { wanted }], i) => ({ id, wanted, result: results[i] as PromiseSettledResult<Destination> }));
   for (const { id, wanted, result } of sorted)
@@ -5159,8 +5291,14 @@ async function openedInTime(all: Served[], openings: Openings, known: Known["kno
     const error: unknown = result.reason;
     if (error instanceof UsageError || error instanceof Interrupted) throw error;
     if (error instanceof Absent && wanted.optional) skip(id, error, known.get(id), o, report);
+    else if (error instanceof Absent && wanted.recorded && !isOutstanding(known.get(id), snapshots)) log.debug(`${id} has all there is: ${error.message}`);
     else report.error(id, error);
   }
+}
+
+/** Whether a destination lacks any of a source's snapshots that a run would send it. */
+function isOutstanding(known: KnownDestination | undefined, snapshots: readonly Snapshot[]): boolean {
+  return known?.pin?.uuid !== snapshots.at(-1)?.uuid || (known?.failed ?? []).some((uuid) => snapshots.some((one) => one.uuid === uuid)) || (known?.receiving ?? []).length > 0;
 }
 
 /** What a source knows of its destinations, and how to write it down. */
@@ -5329,7 +5467,7 @@ async function backUpOpened(opened: Source, ahead: Map<string, Ahead>, o: RunOpt
   for (const id of o.lockedDestinations ? known.keys() : []) {
     if (wanted.has(id)) continue;
     if (doubt !== null) report.error(id, new Failure(`--locked-dests: ${doubt}: name the destination to use it`));
-    else wanted.set(id, { location: recordedLocation(id), optional: false, policy: o.backupPolicy, sending: o.sendingTo(id) });
+    else wanted.set(id, { location: recordedLocation(id), recorded: true, optional: false, policy: o.backupPolicy, sending: o.sendingTo(id) });
   }
   // Where something is sent again, it is still to the right disk.
   for (const id of o.removeLocks ? wanted.keys() : []) {
@@ -5344,8 +5482,13 @@ async function backUpOpened(opened: Source, ahead: Map<string, Ahead>, o: RunOpt
   const all: Served[] = [];
   let written = JSON.stringify(source.chain);
   let saving: Promise<unknown> = Promise.resolve();
+  let isTold = false;
   const saveKnown = () => {
-    const saved = saving.then(saveNow);
+    const saved = saving.then(saveNow).catch((error) => {
+      if (!isTold) report.error(null, error);
+      isTold = true;
+      throw new AlreadyTold((error as Error).message);
+    });
     saving = saved.catch(() => {});
     return saved;
   };
@@ -5383,7 +5526,7 @@ async function backUpOpened(opened: Source, ahead: Map<string, Ahead>, o: RunOpt
       } catch (error) {
         report.error(null, error);
       }
-    await openedInTime(all, openings, known, o, report);
+    await openedInTime(all, openings, known, snapshots, o, report);
     if (o.adoptClock) source = { ...source, owned: { ...source.owned, leaps: leapNames([snapshots, ...all.map(({ standing }) => standing.backups)], source.owned.leaps) } };
     await serve(all, { source, inquiry, snapshots, memory: { known, save: saveKnown }, o, report, display, began: Date.now(), jobs: limited(o.jobs) });
     // A full disk can keep the record from being written: then what it says still holds as well.
@@ -5731,6 +5874,16 @@ function decideRestore(location: Folder, chosen: Snapshot, target: Target, outsi
 
 /** Makes TARGET a writable subvolume with a backup's contents, and lets its next runs go on from there. */
 export async function restore(o: RestoreOptions, report: Report): Promise<void> {
+  for (;;)
+    try {
+      return await restoreOnce(o, report);
+    } catch (error) {
+      if (!(error instanceof Taken)) throw error;
+      await nextSecond(); // another restore has the names of this one
+    }
+}
+
+async function restoreOnce(o: RestoreOptions, report: Report): Promise<void> {
   const display = displayOf(o);
   if (!o.dryRun) await finishRestores(o.target, o.target.path, o.hosts);
   const location = await openLocation(o.location, { ...o, wait: o.dryRun ? "look" : o.wait });
@@ -6660,6 +6813,7 @@ const PARENT = perhaps(STANDING);
 const GUARDED: ReadonlyMap<string, Use> = new Map([
   use(OPEN, ["add", "source"], { nonce: NONCE, wait: LOCK_WAIT, folder: PLACE_RULE, prefix: PREFIX_RULE, source: SOURCE_OR_NONE, kind: oneOf("", "streams", "known"), silence: SECONDS }, { serve: openServed }),
   use(CREATE, ["add", "source"], { ...AT, prefix: PREFIX_RULE }),
+  use(PARENTS, ["add"], { folder: PLACE_RULE, source: oneOf(""), how: oneOf("", "look") }),
   use(WRITE_RECORD, ["add", "source"], { ...AT, ...RECORDED, sync: oneOf("sync") }, { again: recordAgain }),
   use(RECEIVE, ["add"], { flag: FLAG, ...AT, level: LEVEL, holder: HOLDER, prefix: PREFIX_RULE, ...RECORD_PARTS, ...KEPT_PART, sync: notGiven }, { serve: receiveServed }),
   use(KEPT, ["add"], { ...AT, prefix: PREFIX_RULE, object: OBJECT }),
