@@ -51,10 +51,10 @@ export function entryName(text: string): EntryName | null {
 }
 
 /**
- * A subvolume standing directly in a folder, under `name`; `moment`: when that was, in ms since 1970, where the place says it. `onLater`: it is
- * older than what it was received as a difference to.
+ * A subvolume standing directly in a folder, under `name`; `moment`: when that was, in ms since 1970, where the place says it. `belated`: a
+ * later one was there when it came, which it can have been received as a difference to.
  */
-export type Entry = Subvolume & { readonly name: EntryName; readonly moment: number | null; readonly onLater?: true };
+export type Entry = Subvolume & { readonly name: EntryName; readonly moment: number | null; readonly belated?: true };
 
 /** An entry that is ours by its name; `time` is the name's wall clock, in ms, as if it were UTC. */
 export type Snapshot = Entry & { readonly time: number; readonly moment: number };
@@ -89,14 +89,14 @@ export type Owner = { readonly uuid: string; readonly place: string; readonly li
 /** What a record says of a chain's owner. `uuid` is the filesystem's where the subvolume has none. */
 export type Identity = { readonly uuid: string; readonly host: string; readonly path: string };
 
-/** One stream to send: `snapshot` in full, or as the difference to `parent`. `why`: why not as the difference to what is nearest; `onLater`: the parent is later. */
-export type Transfer = { readonly snapshot: Snapshot; readonly parent: Snapshot | null; readonly why?: string | undefined; readonly onLater?: true };
+/** One stream to send: `snapshot` in full, or as the difference to `parent`. `why`: why not as the difference to what is nearest; `belated`: a later one is there already, and may be the parent. */
+export type Transfer = { readonly snapshot: Snapshot; readonly parent: Snapshot | null; readonly why?: string | undefined; readonly belated?: true };
 
 /** The snapshot of the last stream that a command took; it may be gone. */
 export type Memory = { readonly name: string; readonly uuid: string };
 
 /** A name at a destination that is taken by something that is not this snapshot's data. */
-export type Conflict = { readonly name: string; readonly why: string };
+export type Conflict = { readonly name: string; readonly uuid: string; readonly why: string };
 
 /** What to keep: nothing is dropped without one. Counts are Infinity for `*`. */
 export type Policy = {
@@ -129,6 +129,8 @@ class Killed extends Failure {}
 class Taken extends Failure {}
 /** A restore was interrupted when it had begun to change names: see FINISH. */
 class Unfinished extends Failure {}
+/** Another restore has the names of this second. */
+class SameSecond extends Failure {}
 /** What has been told already. */
 class AlreadyTold extends Failure {}
 /** The transfer's receiving side has no space left. */
@@ -417,7 +419,7 @@ function behindParents<T extends Entry>(entries: readonly T[]): T[] {
   const placed = new Set<T>();
   for (const entry of entries) {
     const line = [entry];
-    const older = (one: T) => (one.onLater ? undefined : standing.get(one.parentUuid ?? ""));
+    const older = (one: T) => (one.belated ? undefined : standing.get(one.parentUuid ?? ""));
     for (let one = older(entry); one !== undefined && !placed.has(one) && !line.includes(one); one = older(one)) line.unshift(one);
     for (const one of line) placed.add(one);
   }
@@ -444,14 +446,14 @@ export function ownerOf({ uuid, host, path }: Identity): Owner {
   return { uuid: isUuid ? uuid : digestOf(uuid).replace(/^(.{8})(.{4})(.{4})(.{4})(.{12}).*$/, "$1-$2-$3-$4-$5"), place: digestOf(`${host}:${path}`).slice(0, 8), lineage: digestOf(uuid).slice(0, 8) };
 }
 
-/** The name of a stored stream, which says all that list and restore must know: NAME+HHMM_PLACE_LINEAGE_SOURCE_UUID_PARENT.btrfs[.zst][.gpg], with + before a PARENT that is later. */
-export function streamName({ snapshot, parent, onLater }: Transfer, owner: Owner, filters: Filters): string {
+/** The name of a stored stream, which says all that list and restore must know: NAME+HHMM_PLACE_LINEAGE_SOURCE_UUID_PARENT.btrfs[.zst][.gpg], with + before PARENT if it is belated. */
+export function streamName({ snapshot, parent, belated }: Transfer, owner: Owner, filters: Filters): string {
   const minutes = Math.round((snapshot.time - snapshot.moment) / 60e3);
   const offset = `${minutes < 0 ? "-" : "+"}${two(Math.floor(Math.abs(minutes) / 60))}${two(Math.abs(minutes) % 60)}`;
-  return `${snapshot.name}${offset}_${owner.place}_${owner.lineage}_${owner.uuid}_${dataOf(snapshot)}_${parent === null ? "full" : `${onLater ? "+" : ""}${dataOf(parent)}`}${suffixOf(filters)}`;
+  return `${snapshot.name}${offset}_${owner.place}_${owner.lineage}_${owner.uuid}_${dataOf(snapshot)}_${belated ? "+" : ""}${parent === null ? "full" : dataOf(parent)}${suffixOf(filters)}`;
 }
 
-const STREAM = /^(.*\d{8}-\d{6})([+-])(\d\d)(\d\d)_([0-9a-f]{8})_([0-9a-f]{8})_([0-9a-f-]{36})_([0-9a-f-]{36})_(full|\+?[0-9a-f-]{36})\.btrfs(\.zst)?(\.gpg)?$/s;
+const STREAM = /^(.*\d{8}-\d{6})([+-])(\d\d)(\d\d)_([0-9a-f]{8})_([0-9a-f]{8})_([0-9a-f-]{36})_([0-9a-f-]{36})_(\+?(?:full|[0-9a-f-]{36}))\.btrfs(\.zst)?(\.gpg)?$/s;
 const SUM = ".sha256";
 
 export type StoredFile = { readonly name: string; readonly bytes: number };
@@ -471,7 +473,7 @@ export function parseStreams(files: readonly StoredFile[], whole: boolean): { st
     const moment = time - (sign === "-" ? -1 : 1) * (Number(hours) * 60 + Number(minutes)) * 60e3;
     const summed = names.has(object + SUM);
     const itself = { id: 0, path: object, name, uuid: object, receivedUuid: uuid, parentUuid: null, readonly: false };
-    return [{ ...itself, moment, bytes, owner: { uuid: source, place, lineage }, from: from === "full" ? null : from.replace("+", ""), ...(from.startsWith("+") ? { onLater: true as const } : {}), compressed: zst !== undefined, encrypted: gpg !== undefined, summed, stored: summed || whole }];
+    return [{ ...itself, moment, bytes, owner: { uuid: source, place, lineage }, from: from.endsWith("full") ? null : from.replace("+", ""), ...(from.startsWith("+") ? { belated: true as const } : {}), compressed: zst !== undefined, encrypted: gpg !== undefined, summed, stored: summed || whole }];
   });
   const stored = found.filter((stream) => stream.stored);
   const children = groupBy(stored, ({ from }) => from);
@@ -945,8 +947,10 @@ async function hold<V extends Declared>(host: Host, verb: V, given: ArgumentsOf<
   running.add(stop);
   void first?.then((line) => child.stdin.write(`${line}\n`));
   unwanted?.addEventListener("abort", () => running.has(stop) && stop());
-  const limit = Math.min(LIMITS.open, LIMITS.stuck) + 1000 * wait;
-  const output = await Promise.race([printed(child, `\n${end}\n`, { limit, from: first, seen }), signalled.then(() => within(LIMITS.parting, child)).then(() => null)]);
+  // It waits for the lock of the chain, and then for those of what is still being received there.
+  const limit = LIMITS.stuck === Infinity ? Infinity : Math.min(LIMITS.open, LIMITS.stuck) + 4000 * wait;
+  const interrupted = cleaning.getStore() ? new Promise<never>(() => {}) : signalled.then(() => within(LIMITS.parting, child)).then(() => null);
+  const output = await Promise.race([printed(child, `\n${end}\n`, { limit, from: first, seen }), interrupted]);
   running.delete(stop);
   if (output instanceof Silent) {
     stop();
@@ -1524,7 +1528,8 @@ const WORK = verb("work", "group verb folder", sh`
     if grep -qszxF -e --relay "$found/cmdline"; then set -- 0; fi
     line "\${found#/proc/} \${12} \${13}"
     grep -s "^[rw]char:" "$found/io" || :
-    if grep -qszxF -e sync "$found/cmdline"; then echo "${"btrfs filesystem sync"}"; fi
+    case $command in "btrfs)"*) ;; *) continue;; esac
+    if grep -qszxF -e filesystem "$found/cmdline" && grep -qszxF -e sync "$found/cmdline"; then echo "${"btrfs filesystem sync"}"; fi
   done
 `);
 
@@ -1815,6 +1820,13 @@ const SHOW = verb("show", "folder fsid", sh`
 `);
 
 // ── snapshots, and the way that they go ──
+
+/** Gives a snapshot another name, in the same folder. */
+const RENAME = verb("rename", "folder fsid name to", sh`
+  at "$folder" "$fsid"
+  if [ -e "./$to" ] || [ -L "./$to" ]; then line "$here/$to is there" >&2; exit 76; fi
+  mv -T "./$name" "./$to"
+`);
 
 /** The user's own command, before or after a snapshot. What it leaves running must not keep us waiting for our pipes. */
 const HOOK = verb("hook", "command", sh`
@@ -2128,7 +2140,7 @@ const RESTORING = verb("restoring", "folder fsid work end silence", sh`
   for name in "$work" "$before"; do
     if [ -e "./$name" ] || [ -L "./$name" ]; then line "$here/$name is there" >&2; exit 76; fi
   done
-  mkdir "./$work" || exit 76
+  mkdir "./$work" || { if [ -d "./$work" ]; then exit 76; fi; exit 1; }
   cd "./$work"
   exec 9<.
   flock -n 9
@@ -2432,6 +2444,14 @@ const LISTING = verb("listing", "folder fsid snapshot format", sh`
   [ "$told" = whole ]
 `);
 
+/** When each subvolume was made that has a parent, in UTC: as that is of all that was received as a difference. One process, whatever their number. */
+const MADE = verb("made", "folder fsid", sh`
+  at "$folder" "$fsid"
+  TZ=UTC0
+  export TZ
+  b subvolume list -a -s -u .
+`);
+
 /** Of each ./NAME a line with the name, and one with the creation time. */
 const RECEIVED = verb("received", "folder fsid names...", sh`
   at "$folder" "$fsid"
@@ -2555,7 +2575,7 @@ type PutVerb = Declared<"folder fsid lock object holder size">;
 type CommitVerb = Declared<"folder fsid lock object sum bytes part? kept? uuid?">;
 /** Prints objects, or the checksum of one if `how` is `sum`. */
 type GetVerb = Declared<"folder fsid how holder objects...">;
-/** Deletes objects in the order given, a checksum object only after its stream. */
+/** Deletes objects in the order given, a checksum object only after its stream; with one process, if no stream of these checksum objects is there. */
 type DropVerb = Declared<"folder fsid lock objects...">;
 /**
  * Where streams are stored: `list` (which is `open` for a folder), and these. `lock`, which those hold that write, is the
@@ -2635,12 +2655,19 @@ const RAW: StoreVerbs = {
     ${RECEIVING}
     at "$folder" "$fsid"
     receiving "$lock" 10
+    below() { case $1 in *${SUM}) [ -e "./\${1%${SUM}}" ];; *) false;; esac; }
+    together=yes
     for object; do
-      case $object in
-        *${SUM}) if [ -e "./\${object%${SUM}}" ]; then continue; fi;;
-      esac
-      rm -f "./$object"
+      if below "$object"; then together=; fi
     done
+    if [ -n "$together" ]; then
+      rm -f -- "$@"
+    else
+      for object; do
+        if below "$object"; then continue; fi
+        rm -f "./$object"
+      done
+    fi
     sync .
   `),
 };
@@ -2722,7 +2749,8 @@ const RCLONE: StoreVerbs & { readonly list: Declared<"folder"> } = {
     ${ALL_OBJECTS}
     ${LOCKED}
     locked "$lock" 10
-    for object; do rclone deletefile -- "$folder$object"; done
+    # One after the other, as they are given: each stream before what it builds on.
+    for object; do line "$object"; done | rclone delete --checkers 1 --transfers 1 --files-from-raw - -- "$folder"
   `),
 };
 
@@ -2732,6 +2760,7 @@ export const parseSums = (text: string) => new Map([...text.matchAll(/^([0-9a-f]
 const uuidOrNull = (text: string) => (text === "-" ? null : text);
 const UUID = "-|[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}";
 const LISTED = new RegExp(`^ID (\\d+) gen \\d+ cgen (\\d+) top level \\d+ parent_uuid (${UUID})\\s+received_uuid (${UUID})\\s+uuid (${UUID})\\s+path (?:<FS_TREE>/)?(.*)$`, "s");
+const LISTED_MADE = new RegExp(`^ID \\d+ gen \\d+ cgen \\d+ top level \\d+ otime (?:(\\S+) (\\S+)|-)\\s+uuid (${UUID})\\s+path (?:<FS_TREE>/)?(.*)$`, "s");
 const LISTED_READONLY = /^ID (\d+) gen \d+ top level \d+ path (?:<FS_TREE>\/)?(.*)$/s;
 
 /** The entries of `btrfs subvolume list`. A line of no known shape continues a path with a line break. */
@@ -3015,8 +3044,8 @@ export type ChainRecord = {
   /** UUIDs of backups that are another source's: never pruned. */
   readonly strangers?: readonly string[];
   readonly destinations?: readonly KnownDestination[];
-  /** UUIDs that the data of backups go by which are older than what they were received as differences to. */
-  readonly onLater?: readonly string[];
+  /** UUIDs that the data of backups go by which came when later ones were there. */
+  readonly belated?: readonly string[];
   /** Names that the clock leapt to, and that --adopt-clock vouched for. */
   readonly leaps?: readonly string[];
   /** The destinations were written by a guarded key, which must not be believed. */
@@ -3065,14 +3094,14 @@ export function parseRecord(text: string): RecordFile {
 }
 
 function checkChain(chain: ChainRecord): void {
-  const { owner, receiving, since, strangers, destinations, leaps = [], onLater = [], guarded } = chain;
+  const { owner, receiving, since, strangers, destinations, leaps = [], belated = [], guarded } = chain;
   const isText = (value: unknown) => typeof value === "string";
   const fine =
     Object.getPrototypeOf(chain) === Object.prototype &&
     (owner === undefined || [owner.uuid, owner.host, owner.path].every(isText)) &&
     [receiving, since].every((text) => text === undefined || isText(text)) &&
     (guarded === undefined || guarded === true) &&
-    [leaps, onLater].every((names) => Array.isArray(names) && names.every(isText)) &&
+    [leaps, belated].every((names) => Array.isArray(names) && names.every(isText)) &&
     (strangers === undefined || (Array.isArray(strangers) && strangers.every(isText))) &&
     (destinations === undefined || (Array.isArray(destinations) && destinations.every((d) => isText(d.location) && [d.filesystem, d.last].every((v) => v === null || isText(v)) && (d.receiving === undefined || Array.isArray(d.receiving)) && (d.failed === undefined || (Array.isArray(d.failed) && d.failed.every(isText))) && (d.cleared === undefined || Object.values(d.cleared).every((n) => Number.isSafeInteger(n))) && (d.pin === null || (isText(d.pin.name) && isText(d.pin.uuid))))));
   if (!fine) throw new Error("a field is not what it should be");
@@ -3148,10 +3177,10 @@ export const doubtedIn = ({ record, since }: Pick<Folder, "record" | "since">) =
 function withPrefix(folder: Omit<Folder, "prefix" | "snapshots" | "chain">, prefix: string): Folder {
   const doubted = doubtedIn(folder);
   // What is in doubt is not complete, for whoever asks.
-  const onLater = new Set(folder.record.chains.get(prefix)?.onLater);
+  const belated = new Set(folder.record.chains.get(prefix)?.belated);
   const standing = folder.standing.map((entry) => {
-    const isOnLater = onLater.has(entry.receivedUuid ?? "");
-    return doubted.has(entry.name) || isOnLater ? { ...entry, readonly: entry.readonly && !doubted.has(entry.name), ...(isOnLater ? { onLater: true as const } : {}) } : entry;
+    const isBelated = belated.has(entry.receivedUuid ?? "");
+    return doubted.has(entry.name) || isBelated ? { ...entry, readonly: entry.readonly && !doubted.has(entry.name), ...(isBelated ? { belated: true as const } : {}) } : entry;
   });
   const snapshots = snapshotsAmong(standing, prefix, folder.source?.uuid ?? null);
   return { ...folder, prefix, standing, snapshots, chain: folder.record.chains.get(prefix) ?? {} };
@@ -3369,6 +3398,8 @@ export type Standing = {
   readonly taken: ReadonlyMap<string, string>;
   /** Of streams, each needs its parent, and all that this needs: those of other sources there. Null where every backup is whole by itself. */
   readonly chained: readonly Entry[] | null;
+  /** The UUID of the backup with the newest data, where `backups` are in the order of arrival, and some came belated. */
+  readonly newest?: string | undefined;
 };
 
 /** How a stream goes to one destination: `rate` in bytes a second; `protocol` null for what btrfs takes by itself. */
@@ -3544,7 +3575,7 @@ function folderDestination(folder: Folder, again: () => Promise<Folder>, owned: 
   const { receiving: left, since: _, ...chain } = owned;
   let settled: ChainRecord = chain;
   const doubted = doubtedIn(folder);
-  const isThere = (uuid: string) => folder.standing.some(({ receivedUuid }) => receivedUuid === uuid);
+  const here = new Set(folder.standing.map(({ receivedUuid }) => receivedUuid));
   let parts = false;
   return {
     id,
@@ -3557,7 +3588,9 @@ function folderDestination(folder: Folder, again: () => Promise<Folder>, owned: 
     async receive(source, transfer) {
       const form = formBetween(source, folder, sending);
       const isChecked = mustBeChecked(source, folder, sending);
-      if (transfer.onLater) settled = { ...settled, onLater: [...(settled.onLater ?? []).filter((uuid) => isThere(uuid)), dataOf(transfer.snapshot)] };
+      const data = dataOf(transfer.snapshot);
+      const others = (settled.belated ?? []).filter((uuid) => uuid !== data && here.has(uuid));
+      if (transfer.belated || settled.belated !== undefined) settled = { ...settled, belated: [...others, ...(transfer.belated ? [data] : [])] };
       const stages = (given: string, part?: Part) => {
         const end = (level: string) => receiving(folder, transfer.snapshot.name, level, settled, options.btrfsDebug, part, isChecked);
         return isChecked ? checked(folder, given, expected(source, transfer), end) : [end(given)];
@@ -3576,7 +3609,10 @@ function folderDestination(folder: Folder, again: () => Promise<Folder>, owned: 
       const [ours, theirs] = await allOf([digestIn(source, snapshot), digestIn(folder, backup)]);
       return ours === theirs;
     },
-    arrived: (transfer) => ({ ...arrived(transfer), id: ARRIVED }),
+    arrived(transfer) {
+      here.add(dataOf(transfer.snapshot));
+      return { ...arrived(transfer), id: ARRIVED };
+    },
     tidy: tidying(folder, () => parts),
     async discard(name) {
       await ask(host, DISCARD, { ...at(folder), prefix, name, ...recordArguments(folder, settled), how: doubted.has(name) ? "whole" : "" }, `${id}: cannot remove what the broken transfer of ${name} left`);
@@ -3596,7 +3632,7 @@ const ARRIVED = -1;
 const byUuidOfData = (entries: readonly Entry[]) => new Map(entries.filter(isComplete).map((entry) => [dataOf(entry), entry]));
 
 /** A snapshot as the backup that its transfer makes. */
-const arrived = ({ snapshot, onLater }: Pick<Transfer, "snapshot" | "onLater">): Backup => ({ ...snapshot, receivedUuid: dataOf(snapshot), ...(onLater ? { onLater } : {}) });
+const arrived = ({ snapshot, belated }: Pick<Transfer, "snapshot" | "belated">): Backup => ({ ...snapshot, receivedUuid: dataOf(snapshot), ...(belated ? { belated } : {}) });
 
 /** gpg(1) as we use it: neither a configuration file nor a signature makes it ask the network for a key, or add a reader. */
 const GPG = "gpg --batch --no-tty --quiet --no-auto-key-locate --no-auto-key-retrieve --disable-dirmngr";
@@ -3667,7 +3703,9 @@ function storeDestination(folder: Folder, store: Store, again: () => Promise<Fol
   const place = { ...at(folder), lock: verbs === RCLONE ? lock : folder.prefix };
   const unsummed = store.unsummed.filter(({ name }) => parseName(name, folder.prefix) !== null);
   const drop = async (objects: readonly string[]) => {
-    for (const some of chunks(objects)) await ask(host, verbs.delete, { ...place, objects: some }, `${id}: cannot delete ${count(some.length, "object")}`);
+    // A stream without its checksum object would count as lost, and a checksum object without its stream is only debris.
+    const isSum = (object: string) => object.endsWith(SUM);
+    for (const some of [objects.filter((one) => !isSum(one)), objects.filter(isSum)].flatMap((all) => chunks(all))) await ask(host, verbs.delete, { ...place, objects: some }, `${id}: cannot delete ${count(some.length, "object")}`);
   };
   let parts = false;
   const objects = new Map<string, string>();
@@ -4017,15 +4055,14 @@ export function planTransfers(snapshots: readonly Snapshot[], { held, backups, t
       }
       const obstacle = taken.get(snapshot.name);
       if (obstacle !== undefined && obstacle !== "leftover") {
-        conflicts.push({ name: snapshot.name, why: obstacle });
+        conflicts.push({ name: snapshot.name, uuid: snapshot.uuid, why: obstacle });
         continue;
       }
       const nearest = options.incremental ? nearestFit(snapshot, [...later, ...shared], unfit) : { parent: null };
       const chain = lengthOf(nearest.parent);
       const due = chained !== null && options.fullEvery !== null && chainEnds(chain, snapshot.time, options.fullEvery);
       const { parent } = due ? { parent: null } : nearest;
-      const isOnLater = parent !== null && later.includes(parent);
-      transfers.push({ snapshot, ...(due ? { parent } : nearest), ...(isOnLater ? { onLater: true } : {}) });
+      transfers.push({ snapshot, ...(due ? { parent } : nearest), ...(later.length > 0 ? { belated: true } : {}) });
       chains.set(snapshot, parent === null ? { length: 1, since: snapshot.time } : { ...chain, length: chain.length + 1 });
     } else later.pop();
     shared.push(snapshot);
@@ -4050,14 +4087,14 @@ export function planStreams(snapshots: readonly Snapshot[], memory: Memory | nul
 }
 
 /** What planning must know of the backups at a destination. */
-type Kept = Pick<Standing, "backups" | "copied" | "chained">;
+type Kept = Pick<Standing, "backups" | "copied" | "chained" | "newest">;
 
 /**
  * What retention does at a destination after its transfers. Strangers are not among `backups`.
  * The newest backup, the newest that the source still has (the pin) and what was copied on last stay, whatever
  * the policy; and of streams all that these build on.
  */
-export function planDestination(snapshots: readonly Snapshot[], { backups, copied, chained }: Kept, policy: Policy | null, now: number, adopted: readonly string[] = []): Decision<Backup>[] {
+export function planDestination(snapshots: readonly Snapshot[], { backups, copied, chained, newest }: Kept, policy: Policy | null, now: number, adopted: readonly string[] = []): Decision<Backup>[] {
   const find = dataFinder(backups);
   const rank = new Map<string, number>();
   snapshots.forEach((snapshot, i) => {
@@ -4068,8 +4105,9 @@ export function planDestination(snapshots: readonly Snapshot[], { backups, copie
   const pinned = pin && find(pin);
   const ordered = arrange(backups, ({ uuid }) => rank.get(uuid));
   const decisions = despiteLeaps(retain(ordered, policy, now), policy, adopted).map(({ entry, reasons }) => {
+    const last = entry.uuid === newest ? ["the newest of the data"] : [];
     const shared = [...(entry === pinned ? ["the source"] : []), ...(copied.has(entry.uuid) ? [copied.get(entry.uuid)] : [])];
-    return { entry, reasons: [...reasons, ...shared.map((side) => `shared with ${side}`)] };
+    return { entry, reasons: [...reasons, ...last, ...shared.map((side) => `shared with ${side}`)] };
   });
   const needed = neededBy(decisions.filter(({ reasons }) => reasons.length > 0).map(({ entry }) => entry), { backups, chained });
   return decisions.map(({ entry, reasons }) => ({ entry, reasons: reasons.length === 0 && needed.has(entry.uuid) ? [`needed by ${needed.get(entry.uuid)}`] : reasons }));
@@ -4526,8 +4564,11 @@ type Relay = {
   readonly tell?: string;
   /** They must be this stream: see streamCheck. */
   readonly check?: Expected;
-  /** They come with a guarded key: a send stream, or any bytes; at most so many, which `refusal` says. Guard is asked: see Said. */
-  readonly guarded?: { readonly stream: boolean; readonly most: number | null; readonly refusal: string };
+  /**
+   * They come with a guarded key: a send stream, or any bytes; at most so many, which `refusal` says. Guard is asked: see Said. `state`: the file
+   * that says whether the relay waits for its input (r), or has something to pass on (w).
+   */
+  readonly guarded?: { readonly stream: boolean; readonly most: number | null; readonly refusal: string; readonly state: string };
   /** They go nowhere. */
   readonly drop?: boolean;
   /** Where they go instead of standard output: FIFOs, each with the process group that reads it. One that is removed is given up. */
@@ -4599,6 +4640,8 @@ function passOn(given: Relay): Passed {
   const room = Buffer.allocUnsafe(2 * BLOCK);
   const hash = sum ? createHash("sha256") : null;
   const checked = checkFor(given);
+  const state = guarded === undefined ? null : openSync(guarded.state, "w");
+  const mark = (letter: "r" | "w") => state !== null && writeSync(state, letter, 0);
   const tellBytes = (waiting: readonly number[] = []) => {
     told = performance.now();
     if (tell !== undefined) writeFileSync(`${tell}.now`, [bytes, ...waiting].join(" "));
@@ -4609,15 +4652,18 @@ function passOn(given: Relay): Passed {
   const began = performance.now();
   let [have, bytes, told] = [0, 0, began];
   const send = (end: number) => {
+    let hadToWait = false;
     if (end === 0) return;
     hash?.update(room.subarray(0, end));
-    if (outputs !== null) outputs.write(room, end);
+    if (outputs !== null) hadToWait = outputs.write(room, end);
     else if (!drop) writeAll(1, room, end);
     bytes += end;
+    if (hadToWait) tellBytes(); // nobody does any more
     if (rate !== undefined) pause((1000 * bytes) / rate - (performance.now() - began));
     if (performance.now() - told > 500) tellBytes();
   };
-  for (let n; (n = readSome(0, room, have, most)) > 0; ) {
+  for (let n; mark("r"), (n = readSome(0, room, have, most)) > 0; ) {
+    mark("w");
     have += n;
     if (bytes + have > limit) refuse(guarded?.refusal as string);
     const end = checked === null ? have : checked.pass(room, 0, have);
@@ -4625,6 +4671,7 @@ function passOn(given: Relay): Passed {
     room.copyWithin(0, end, have);
     have -= end;
   }
+  mark("w");
   checked?.finish();
   if (guarded !== undefined) askGuard({ whole: bytes + have });
   send(have);
@@ -4677,8 +4724,8 @@ function writeAll(descriptor: number, bytes: Buffer, end: number): void {
     }
 }
 
-/** Several outputs, each fed as it takes: `tell` gets those that all wait for, again and again. Who reads no more drops out, and tells why itself; so does whose pipe was removed. */
-function openOutputs(to: NonNullable<Relay["to"]>, tell: (waiting: readonly number[]) => void): { write: (bytes: Buffer, end: number) => void; readonly descriptors: readonly number[] } {
+/** Several outputs, each fed as it takes: `tell` gets those that all wait for, again and again, and `write` returns whether it did. Who reads no more drops out, and tells why itself; so does whose pipe was removed. */
+function openOutputs(to: NonNullable<Relay["to"]>, tell: (waiting: readonly number[]) => void): { write: (bytes: Buffer, end: number) => boolean; readonly descriptors: readonly number[] } {
   type Output = { readonly number: number; readonly path: string; descriptor: number; at: number };
   const most = process.versions["deno"] === undefined ? Infinity : 4096;
   const opened = performance.now();
@@ -4710,6 +4757,7 @@ function openOutputs(to: NonNullable<Relay["to"]>, tell: (waiting: readonly numb
   return {
     descriptors: open.map(({ descriptor }) => descriptor),
     write(bytes, end) {
+      let hadToWait = false;
       for (const output of open) output.at = 0;
       for (let wait = 0.05; ; ) {
         const waiting = open.filter(({ descriptor, at }) => descriptor !== -1 && at < end);
@@ -4719,10 +4767,12 @@ function openOutputs(to: NonNullable<Relay["to"]>, tell: (waiting: readonly numb
         if (taken) continue;
         pause(wait);
         tell(waiting.map(({ number }) => number));
+        hadToWait = true;
         if (wait === 100) for (const output of waiting) if (!existsSync(output.path)) close(output);
       }
       open = open.filter(({ descriptor }) => descriptor !== -1);
       if (open.length === 0) throw new Error("nobody takes it any more");
+      return hadToWait;
     },
   };
 }
@@ -4817,7 +4867,8 @@ function knownDestinations({ chain, old, snapshots, prefix }: Folder): KnownDest
   const theirs = [...new Set([...old.receiving.keys(), ...old.parents.keys()])]
     .map((location): KnownDestination => {
       const known = chain.destinations?.find((one) => one.location === location);
-      const pin = snapshots.findLast(({ name }) => ours(old.parents.get(location)).includes(name));
+      // The later one: what 0.3.1 did since, and not what it remembers from before.
+      const pin = snapshots.findLast(({ name, uuid }) => ours(old.parents.get(location)).includes(name) || uuid === known?.pin?.uuid);
       const receiving = ours(old.receiving.get(location));
       return { location, filesystem: null, last: null, ...known, pin: pin ? { name: pin.name, uuid: pin.uuid } : (known?.pin ?? null), receiving };
     })
@@ -4990,6 +5041,22 @@ async function takeSnapshot(source: Source, all: readonly Pick<Destination, "sta
   }
 }
 
+/** Gives the snapshot that was taken another name where a destination that has answered since has something by that: clocks go back. */
+async function withFreeName(source: Source, taken: Snapshot, all: readonly Pick<Served, "standing">[], o: Pick<RunOptions, "prefix" | "dryRun">): Promise<Snapshot> {
+  const isTaken = (name: string) => all.some(({ standing }) => standing.taken.has(name));
+  for (let free = taken.name; ; free = `${o.prefix}${stamp(new Date())}` as EntryName) {
+    if (isTaken(free) || (free !== taken.name && source.entries.has(free))) {
+      await nextSecond();
+      continue;
+    }
+    if (free === taken.name || o.dryRun) return taken;
+    await ask(source.host, RENAME, { ...at(source), name: taken.name, to: free }, `cannot rename ${join(source.path, taken.name)}`);
+    log.info(`${taken.name} is ${free} now: a destination has something else by that name`);
+    const time = parseName(free, o.prefix) as number;
+    return { ...taken, name: free, path: free, time, moment: momentOf(time) };
+  }
+}
+
 /** Waits until names say another second. */
 async function nextSecond(): Promise<void> {
   await new Promise((over) => setTimeout(over, 1000 - new Date().getMilliseconds()));
@@ -5002,8 +5069,8 @@ function explained<T extends Dated>(decisions: readonly Decision<T>[], id: strin
   return decisions.filter(({ reasons }) => reasons.length === 0).map(({ entry }) => entry);
 }
 
-/** One run's view of a destination that could be opened. `compared`: a parent was compared with its backup; `failed`: what could not be sent, by UUID; `earlier`: what earlier runs could not send; `todo`: what is still to be sent; `complete`: nothing that should have been sent was not; `pruning`: of its backups, which goes on beside other work. */
-type Served = { readonly wanted: Wanted; readonly destination: Destination; standing: Standing; todo: readonly Transfer[]; complete: boolean; done: boolean; pruning: Promise<void>; free: number; compared: boolean; readonly verdicts: Verdicts; readonly failed: Set<string>; readonly earlier: ReadonlySet<string> };
+/** One run's view of a destination that could be opened. `compared`: a parent was compared with its backup; `failed`: what could not be sent, by UUID; `earlier`: what earlier runs could not send, or what cannot get its name; `todo`: what is still to be sent; `complete`: nothing that should have been sent was not; `pruning`: of its backups, which goes on beside other work. */
+type Served = { readonly wanted: Wanted; readonly destination: Destination; standing: Standing; todo: readonly Transfer[]; complete: boolean; done: boolean; pruning: Promise<void>; free: number; compared: boolean; readonly verdicts: Verdicts; readonly failed: Set<string>; readonly earlier: Set<string> };
 
 /** What serving destinations takes. `jobs`: how many streams flow at a time. */
 type Serving = { readonly source: Source; readonly inquiry: Inquiry; readonly snapshots: readonly Snapshot[]; readonly memory: Known; readonly o: RunOptions; readonly report: Report; readonly display: Display; readonly began: number; readonly jobs: <T>(work: () => Promise<T>) => Promise<T> };
@@ -5089,7 +5156,10 @@ async function begin(served: Served, serving: Serving): Promise<void> {
   const { id } = destination;
   if (!o.transfer) return;
   const { transfers, conflicts, skipped } = await planFor(served, serving);
-  for (const { name, why } of conflicts) report.error(id, new Failure(`${name} is not sent: ${why}; rename or remove it`));
+  for (const { name, uuid, why } of conflicts) {
+    report.error(id, new Failure(`${name} is not sent: ${why}; rename or remove it`));
+    served.earlier.add(uuid);
+  }
   if (conflicts.length > 0) served.complete = false;
   // All of them, since the next announcement replaces that of a leftover which is not sent again.
   for (const [name, what] of standing.taken) if (what === "leftover" && !o.dryRun) await destination.discard(name);
@@ -5142,6 +5212,8 @@ async function sendNext(all: readonly Served[], transfer: Transfer, serving: Ser
       report.error(id, error);
       served.todo = await planWithout(served, error, snapshot, serving);
     }
+    // Were the run to end before its time, the next one would take what failed for what was deleted there.
+    if (destination.stream === null && served.failed.size > 0 && !o.dryRun) await remember(served, newestShared(snapshots, served.standing.held), serving.memory.known.get(id)?.last ?? null, serving).catch(() => {});
   }
 }
 
@@ -5501,6 +5573,7 @@ async function backUpOpened(opened: Source, ahead: Map<string, Ahead>, o: RunOpt
     written = JSON.stringify(chain);
   };
   let taken: Snapshot | null = null;
+  let openings: Openings = new Map();
   const began = Date.now();
   try {
     const display = displayOf(o);
@@ -5513,20 +5586,23 @@ async function backUpOpened(opened: Source, ahead: Map<string, Ahead>, o: RunOpt
     if (future.length > 0) report.warning(`${count(future.length, "snapshot")} of ${o.source.id} ${future.length === 1 ? "is" : "are"} dated in the future: ${future.slice(0, 3).map(({ name }) => name).join(", ")}${future.length > 3 ? ", …" : ""}; is the clock right?`);
     const { unreadable } = source.record;
     if (unreadable !== null) report.error(null, new Failure(`${source.path}/.btrfs-backup.json cannot be read (${unreadable}): nothing is deleted at the source; "btrfs-backup unpin --all ${o.source.id}" moves it aside`));
-    const openings: Openings = o.transfer || !o.removeLocks ? openAll(wanted, source, known, ahead, o, report) : new Map();
+    if (o.transfer || !o.removeLocks) openings = openAll(wanted, source, known, ahead, o, report);
     const opened = await openedAtOnce(openings, known);
     const snapshots = source.snapshots.filter(({ readonly }) => readonly);
     for (const { name, readonly } of source.snapshots) if (!readonly) report.warning(`${source.path}/${name} is writable: it is not sent, not counted and not deleted`);
     if (o.snapshot)
       try {
         taken = await takeSnapshot(source, opened, o, report, display);
-        snapshots.push(taken);
         log.info(`${o.dryRun ? "Would take" : "Took"} snapshot ${taken.name} of ${o.source.id}`);
-        report.event("snapshot", { name: taken.name, path: join(source.path, taken.name) });
       } catch (error) {
         report.error(null, error);
       }
-    await openedInTime(all, openings, known, snapshots, o, report);
+    await openedInTime(all, openings, known, [...snapshots, ...(taken === null ? [] : [taken])], o, report);
+    if (taken !== null) {
+      taken = await withFreeName(source, taken, all, o).catch((error) => (report.error(null, error), taken as Snapshot));
+      snapshots.push(taken);
+      report.event("snapshot", { name: taken.name, path: join(source.path, taken.name) });
+    }
     if (o.adoptClock) source = { ...source, owned: { ...source.owned, leaps: leapNames([snapshots, ...all.map(({ standing }) => standing.backups)], source.owned.leaps) } };
     await serve(all, { source, inquiry, snapshots, memory: { known, save: saveKnown }, o, report, display, began: Date.now(), jobs: limited(o.jobs) });
     // A full disk can keep the record from being written: then what it says still holds as well.
@@ -5537,7 +5613,8 @@ async function backUpOpened(opened: Source, ahead: Map<string, Ahead>, o: RunOpt
   } finally {
     await Promise.allSettled(all.map(({ pruning }) => pruning));
     // The source last: whoever has it finds the others free.
-    await whileCleaning(() => together(all, ({ destination }) => destination.close()).finally(source.close));
+    const closed = () => together([...openings.values()], ({ destination }) => destination.then((one) => one.close(), () => {}));
+    await whileCleaning(() => closed().finally(source.close));
   }
   for (const id of wanted.keys()) placeIn(report.places, id).last = known.get(id)?.last ?? null;
   placeIn(report.places, null).seconds += (Date.now() - began) / 1000;
@@ -5634,7 +5711,8 @@ export async function prune(o: PruneOptions, report: Report): Promise<void> {
       if (isSource(prefix)) throw new Failure(`the prefix ${JSON.stringify(prefix)} ${isOne}`);
       folder = await openFolder(o.location, o.location.path, { prefix, wait, hosts: o.hosts });
       const destination = pruned(folder, o);
-      const standing = { ...destination.standing, backups: await asReceived(folder, destination.standing.backups) };
+      const { backups } = destination.standing;
+      const standing = { ...destination.standing, backups: await asReceived(folder, backups), ...(backups.some(({ belated }) => belated) ? { newest: backups.at(-1)?.uuid } : {}) };
       const leaps = o.adoptClock ? leapNames([standing.backups], folder.chain.leaps) : folder.chain.leaps;
       const chain = { ...folder.chain, ...(leaps === undefined ? {} : { leaps }) };
       if (!o.dryRun && folder.store === null && folder.record.unreadable === null && !sameRecord(chain, folder.chain)) await writeRecord(folder, chain);
@@ -5668,18 +5746,24 @@ function pruned(folder: Folder, o: PruneOptions): Destination {
  * add backups can give them any name, but not any time.
  */
 async function asReceived(folder: Folder, backups: readonly Backup[]): Promise<Backup[]> {
+  const { host, id, store } = folder;
+  const cannot = `${id}: cannot tell when backups were received`;
   const times = new Map<string, number>(folder.written);
-  if (folder.store === null)
-    for (const names of chunks(backups.map(({ name }) => `./${name}`)))
-      for (const [, name = "", date, time, zone] of (await ask(folder.host, RECEIVED, { ...at(folder), names }, `${folder.id}: cannot tell when backups were received`)).matchAll(/^\.\/(.*)\n\s+Creation time:\s+(\S+) (\S+) ([+-]\d{4})$/gm)) times.set(name, Date.parse(`${date}T${time}${zone}`));
+  // sudo does not pass the time zone on.
+  const listed = store !== null || folder.alone || host.sudo ? "" : (await ask(host, MADE, at(folder), cannot)).replace(/\n$/, "");
+  const made = new Map(listedLines(listed, LISTED_MADE).map(([, date, time, uuid = ""]) => [uuid, Date.parse(`${date}T${time}Z`)]));
+  for (const { name, uuid } of backups) if (Number.isFinite(made.get(uuid))) times.set(name, made.get(uuid) as number);
+  const others = store === null ? backups.filter(({ name }) => !times.has(name)) : [];
+  for (const names of chunks(others.map(({ name }) => `./${name}`)))
+    for (const [, name = "", date, time, zone] of (await ask(host, RECEIVED, { ...at(folder), names }, cannot)).matchAll(/^\.\/(.*)\n\s+Creation time:\s+(\S+) (\S+) ([+-]\d{4})$/gm)) times.set(name, Date.parse(`${date}T${time}${zone}`));
   let last = -Infinity;
   return [...backups]
     .sort((a, b) => a.id - b.id)
     .map((backup) => {
-      const received = times.get(folder.store === null ? backup.name : backup.path);
-      if (received === undefined && folder.store?.verbs !== RCLONE) throw new Failure(`${folder.id}: it is not known when ${backup.name} was received`);
+      const received = times.get(store === null ? backup.name : backup.path);
+      if (received === undefined && store?.verbs !== RCLONE) throw new Failure(`${id}: it is not known when ${backup.name} was received`);
       // The order of arrival is that of IDs, whatever the clock did.
-      return received === undefined ? backup : { ...backup, time: wallClock(new Date(received)), moment: folder.store === null ? (last = Math.max(last, received)) : received };
+      return received === undefined ? backup : { ...backup, time: wallClock(new Date(received)), moment: store === null ? (last = Math.max(last, received)) : received };
     });
 }
 
@@ -5878,8 +5962,8 @@ export async function restore(o: RestoreOptions, report: Report): Promise<void> 
     try {
       return await restoreOnce(o, report);
     } catch (error) {
-      if (!(error instanceof Taken)) throw error;
-      await nextSecond(); // another restore has the names of this one
+      if (!(error instanceof SameSecond)) throw error;
+      await nextSecond();
     }
 }
 
@@ -5914,7 +5998,10 @@ async function restoreOnce(o: RestoreOptions, report: Report): Promise<void> {
     if (moved.length > 0) log.info(`${o.dryRun ? "Would move" : "Moving"} ${count(moved.length, "snapshot")} from ${location.path}, so that every destination goes on from ${o.target.id}`);
     if (!o.dryRun) {
       needOurs(target, o.target.id);
-      const { output, release } = await hold(target.host, RESTORING, { ...at(target), work, end: `${work} end`, silence: silence(target.host) }, `${work} end`, o.target.id);
+      const begun = hold(target.host, RESTORING, { ...at(target), work, end: `${work} end`, silence: silence(target.host) }, `${work} end`, o.target.id);
+      const { output, release } = await begun.catch((error: Error) => {
+        throw error instanceof Taken ? new SameSecond(error.message) : error;
+      });
       try {
         const holder = output.split("\n")[0] as string;
         const folder = { ...target, path: join(target.path, work), holder, host: behindFence(plainHost(target.host), { ...target, holder }) };
@@ -6707,7 +6794,7 @@ const GUARDED_CHAINS = 200;
 export function guardedRecord(text: string, { chain: now, entries, prefix }: Pick<Folder, "chain" | "entries" | "prefix">, source: boolean): ChainRecord {
   const { chains, unreadable } = parseRecord(`${RECORD_HEADER}\n${recordKey(prefix)}${text}\n}`);
   const chain = chains.get(prefix);
-  if (chain === undefined || unreadable !== null || Object.keys(chain).some((key) => !["owner", "receiving", "since", "strangers", "destinations", "leaps", "onLater", "guarded"].includes(key))) return refuse("a record of another form");
+  if (chain === undefined || unreadable !== null || Object.keys(chain).some((key) => !["owner", "receiving", "since", "strangers", "destinations", "leaps", "belated", "guarded"].includes(key))) return refuse("a record of another form");
   const { owner, receiving, strangers = [], destinations } = chain;
   // An administrator's terminal will show it.
   if (/[\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069]|\\u00[01]|\\[bfnrt]/.test(text)) refuse("a record with control characters");
@@ -6788,6 +6875,15 @@ async function deleteAgain(given: ArgumentsOf<typeof DELETE>, said: Guarded): Pr
   return given;
 }
 
+/** Only the newest snapshot, within its prefix. */
+async function renameAgain(given: ArgumentsOf<typeof RENAME>, said: Guarded): Promise<typeof given> {
+  const { standing } = await lookedAt(said, "folder");
+  const prefix = prefixOf(given.name);
+  const alike = standing.filter(({ name, readonly }) => readonly && prefixOf(name) === prefix);
+  if (prefixOf(given.to) !== prefix || alike.some(({ id }) => id > (alike.find(({ name }) => name === given.name)?.id ?? 0))) refuse(`${shown(given.name)} is not the newest snapshot`);
+  return given;
+}
+
 /** Whether a path of a snapshot is reached there without following links. */
 const isInside = (snapshot: string, path: string) => path.split("/").slice(1, -1).every((_, i, all) => !lstatSync(join(snapshot, ...all.slice(0, i + 1)), { throwIfNoEntry: false })?.isSymbolicLink());
 
@@ -6825,8 +6921,10 @@ const GUARDED: ReadonlyMap<string, Use> = new Map([
   use(RAW.get, ["read"], { ...AT, how: oneOf("", "sum"), holder: HOLDER, objects: ANY_OBJECT }),
   use(DELETE, ["delete", "source"], { convert: oneOf("", "rw"), sync: oneOf("", "sync"), ...AT, top: ONE_LINE, ids: like(/^\d+( \d+)*$/), names: LISTED_NAME }, { again: deleteAgain }),
   use(RECEIVED, ["delete", "read"], { ...AT, names: LISTED_NAME }),
+  use(MADE, ["delete", "read"], AT, { serve: madeServed }),
   use(SHOW, ["source"], AT),
   use(SNAPSHOT, ["source"], { source: SOURCE_RULE, ...AT, name: DATED }),
+  use(RENAME, ["source"], { ...AT, name: STANDING, to: DATED }, { again: renameAgain }),
   use(SEND, ["source", "read"], { flag: FLAG, ...AT, level: LEVEL, protocol: like(/^[12]?$/), holder: HOLDER, snapshot: STANDING, parent: PARENT, skip: perhaps(BYTES), sum: perhaps(SHA256), uuid: UUID_BYTES, clone: perhaps(UUID_BYTES) }),
   use(WORK, ["add", "source", "read", "delete"], { group: oneOf(""), verb: like(/^[a-z-]{1,20}$/), folder: PLACE_RULE }),
   use(HEADS, ["source", "read"], { ...AT, snapshots: LISTED_NAME }),
@@ -6977,6 +7075,14 @@ async function openServed(given: ArgumentsOf<typeof OPEN>, said: Guarded): Promi
   return (await child).exitCode ?? 1;
 }
 
+/** Tells of subvolumes in a folder when they were made. */
+async function madeServed(given: ArgumentsOf<typeof MADE>, said: Guarded): Promise<number> {
+  const { top } = await lookedAt(said, "folder");
+  const { stdout, exitCode } = await started(MADE, given, ["inherit", "pipe"]);
+  for (const [line, , , , path] of listedLines(stdout.replace(/\n$/, ""), LISTED_MADE)) if (dirname(`/${path}`) === top) process.stdout.write(`${line}\n`);
+  return exitCode ?? 1;
+}
+
 /** What `open` printed, without what concerns neither the folder nor the source. */
 export function narrowed(output: string, nonce: string, folder: string): string {
   const { top, source, mounts, place } = parseInspection(output, nonce, folder);
@@ -7057,7 +7163,8 @@ type Allowing = { readonly begins: (...begun: readonly [string, string, string |
  * closes. Returns the exit status. Errors: Refused.
  */
 async function letIn<V extends Declared>(verb: V, given: ArgumentsOf<V>, { stream, level, file, left, most }: Coming, allowing: Allowing): Promise<number> {
-  const relay: Relay = { guarded: { stream, most: left === Infinity ? null : left, refusal: noRoom(most) } };
+  const state = join(mkdtempSync(join(runtimeDirectory(), "g")), "state");
+  const relay: Relay = { guarded: { stream, most: left === Infinity ? null : left, refusal: noRoom(most), state } };
   const unpacked = level === "" ? "" : `{ zstd -q -d -c 3>&- 4>&-; echo "{\\"unpacked\\":$?}" >&3; } |`;
   const passed = `{ ${[...OURSELVES, RELAY, JSON.stringify(relay)].map(quote).join(" ")} || kill -KILL 0; } |`;
   const text = `${unpacked} ${passed} { exec 3>&- 4>&-; ${commandWith({ ...LOCAL, fence: "own" }, verb, given)}; }`;
@@ -7065,7 +7172,10 @@ async function letIn<V extends Declared>(verb: V, given: ArgumentsOf<V>, { strea
   const group = child.pid as number;
   running.add(() => sendSignal(-group, "SIGKILL"));
   const closed = new Promise<number | null>((done) => child.on("close", done));
-  const ended = attended(closed, verb.name, () => workOf(LOCAL, { group }), () => sendSignal(-group, "SIGKILL"));
+  // A client may be silent as long as it lives, which the verb looks at itself: it may have a large tree to walk.
+  let silent = 0;
+  const worked = async () => `${readIfThere(state) === "r" ? ++silent : silent} ${await workOf(LOCAL, { group })}`;
+  const ended = attended(closed, verb.name, worked, () => sendSignal(-group, "SIGKILL"));
   ended.catch(() => {}); // told at the end
   child.stderr?.on("data", (chunk: Buffer) => process.stderr.write(visible(chunk.toString().replace(/^Chroot to .*\n/m, ""))));
   const [questions, answers] = child.stdio.slice(3) as unknown as [NodeJS.ReadableStream, NodeJS.WritableStream];
@@ -7537,7 +7647,7 @@ function commonOptions(given: Given) {
   log.level = LEVELS[verbosity as keyof typeof LEVELS];
   const prefix = given.value("snapshot-prefix") ?? "";
   if (!isPrefix(prefix)) throw new UsageError("a prefix is at most 200 bytes, without slashes and control characters");
-  const snapshotFolder = given.value("snapshot-folder") ?? "snapshot";
+  const snapshotFolder = (given.value("snapshot-folder") ?? "snapshot") || "."; // an empty one was SOURCE itself for 0.3.1
   if (snapshotFolder.trim() === "" || snapshotFolder.includes("\0")) throw new UsageError("--snapshot-folder cannot be empty");
   limitTime(given);
   const hosts: Hosts = { sshOptions: given.all("ssh-opt"), sudo: given.flag("sudo"), sshSudo: given.flag("ssh-sudo") };

@@ -130,13 +130,16 @@ test("a destination below a bind mount of a plain folder is refused by its real 
   sh(`umount "$1" "$2"`, bound, mounted);
 });
 
-test("only the last component of a destination is made", async () => {
+test("a destination is made where it can be one, and nowhere else", async () => {
   const { source, b } = pair();
-  expect((await expectRun(1, [source, join(b.path, "no/such")])).stderr).toContain("no such directory");
-  expect(readdirSync(b.path)).toEqual([]);
+  const plain = temporaryDirectory();
+  expect((await expectRun(1, [source, join(plain, "no/such")])).stderr).toContain("no such directory");
+  expect(readdirSync(plain)).toEqual([]);
   writeFileSync(join(b.path, "file"), "");
   expect((await expectRun(1, ["-S", source, join(b.path, "file")])).stderr).toContain("not a directory");
-  expect((await expectRun(1, ["-S", source, temporaryDirectory()])).stderr).toContain("not on btrfs");
+  expect((await expectRun(1, ["-S", source, join(b.path, "file/below/it")])).stderr).toContain("[error]");
+  expect(readdirSync(b.path)).toEqual(["file"]);
+  expect((await expectRun(1, ["-S", source, plain])).stderr).toContain("not on btrfs");
 });
 
 test("an optional destination may be away, until it has been for longer than --max-age", async () => {

@@ -431,6 +431,10 @@ describe("a clock that leaps deletes nothing", () => {
           ${real} "$@" | sed "s/\\(Creation time:[[:space:]]*\\).*/\\1$time/"
           exit "\${PIPESTATUS[0]}"
         fi
+        if [ "$1 $2" = "subvolume list" ] && [[ " $* " = *" -s "* ]]; then
+          ${real} "$@" | sed -E "s/otime \\S+ \\S+ (.*)(....)(..)(..)-(..)(..)(..)\$/otime \\2-\\3-\\4 \\5:\\6:\\7 \\1\\2\\3\\4-\\5\\6\\7/"
+          exit "\${PIPESTATUS[0]}"
+        fi
         exec ${real} "$@"
         `.replace(/^ {8}/gm, ""),
         { mode: 0o755 },

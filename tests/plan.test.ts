@@ -62,6 +62,7 @@ import {
   type Snapshot,
   type Standing,
   type Stream,
+  type TransferOptions,
   type StoredFile,
 } from "../btrfs-backup.ts";
 import { named } from "./support/names.ts";
@@ -324,7 +325,7 @@ describe("order", () => {
 
 describe("transfers", () => {
   const options = { policy: null, incremental: true, newestOnly: false, now: FAR, fullEvery: null };
-  const planned = (snapshots: readonly Snapshot[], place: Standing, more: Partial<typeof options> | { policy: ReturnType<typeof parsePolicy> } = {}) => {
+  const planned = (snapshots: readonly Snapshot[], place: Standing, more: Partial<TransferOptions> = {}) => {
     const { transfers, conflicts } = planTransfers(snapshots, place, { ...options, ...more });
     const sent = transfers.map(({ snapshot, parent }) => `${shortOf(snapshot.uuid)}<${parent === null ? "" : shortOf(parent.uuid)}`);
     return [...sent, ...conflicts.map(({ name }) => `conflict ${name}`)].join(" ");
@@ -336,8 +337,10 @@ describe("transfers", () => {
     ["an empty destination gets all, the first in full", [], "0", "0101< 0102<0101 0103<0102 0104<0103 0105<0104"],
     ["only what is missing", [1, 2, 3, 4], "0", "0105<0104"],
     ["nothing, when nothing is missing", [1, 2, 3, 4, 5], "0", ""],
-    ["a gap is filled, each against the closest earlier one on both sides", [1, 3], "0", "0102<0101 0104<0103 0105<0104"],
-    ["no earlier one on both sides: in full, though later ones are there", [3, 4], "0", "0101< 0102<0101 0105<0104"],
+    ["a gap is filled, each against the closest earlier one on both sides", [1, 3], "9", "0102<0101 0104<0103 0105<0104"],
+    ["no earlier one on both sides: against the closest later one", [3, 4], "9", "0101<0103 0102<0101 0105<0104"],
+    ["without a policy, what is older than the newest there stays away", [1, 3], "0", "0104<0103 0105<0104"],
+    ["also where only the newest is there", [5], "0", ""],
     ["only what the policy would keep", [1], "2", "0104<0101 0105<0104"],
     ["nothing but the newest of an empty destination", [], "1", "0105<"],
     ["the backups that are there count", [1, 4], "2", "0105<0104"],
@@ -370,8 +373,17 @@ describe("transfers", () => {
     expect(planned(s, standing(backups(5)), { newestOnly: true })).toBe("");
   });
 
+  test("--backfill sends it all the same, and so is what a run could not send", () => {
+    expect(planned(s, standing(backups(5)), { backfill: true })).toBe("0101<0105 0102<0101 0103<0102 0104<0103");
+    expect(planned(s, standing(backups(2, 5)), { failed: new Set([s[2]?.uuid as string]) })).toBe("0103<0102");
+    const { skipped, transfers } = planTransfers(s, standing(backups(2, 5)), options);
+    expect([skipped, transfers]).toEqual([3, []]);
+    const [first] = planTransfers(s, standing(backups(5)), { ...options, backfill: true }).transfers;
+    expect(first?.belated).toBe(true);
+  });
+
   test("--no-incremental sends the same, each in full", () => {
-    expect(planned(s, standing(backups(1, 3)), { incremental: false })).toBe("0102< 0104< 0105<");
+    expect(planned(s, standing(backups(1, 3)), { incremental: false })).toBe("0104< 0105<");
   });
 
   test("a complete backup by any name is held: not sent again, and good as a parent", () => {
@@ -1007,7 +1019,7 @@ describe("when a chain ends", () => {
   const fulls = (stored: string, every: string, upTo = 6) => {
     const held = backupsIn(files(stored));
     const place: Standing = { held, backups: held, copied: new Map(), taken: new Map(), chained: [] };
-    return planTransfers(s.slice(0, upTo), place, { policy: null, incremental: true, newestOnly: false, now: FAR, fullEvery: parseFullEvery(every) }).transfers.map(({ snapshot, parent }) => `${snapshot.uuid[0]}${parent === null ? "" : `<${parent.uuid[0]}`}`).join(" ");
+    return planTransfers(s.slice(0, upTo), place, { policy: null, backfill: true, incremental: true, newestOnly: false, now: FAR, fullEvery: parseFullEvery(every) }).transfers.map(({ snapshot, parent }) => `${snapshot.uuid[0]}${parent === null ? "" : `<${parent.uuid[0]}`}`).join(" ");
   };
   test.each([
     ["after so many streams, all new", "", "3", "a b<a c<b d e<d f<e"],

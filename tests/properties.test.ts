@@ -86,7 +86,7 @@ test("a policy is a list of known words, each once; all else is a usage error", 
   holds(text, (word) => {
     try {
       parsePolicy(word);
-      expect(word.trim().split(/\s+/).every((one) => /^(\d+|\*[hdwmy]\+?|\d+[hdwmy]\+?)$/.test(one))).toBe(true);
+      expect(word.trim().replace(/^\+(?=\d+$)/, "").split(/\s+/).every((one) => /^(\d+|\*[hdwmy]\+?|\d+[hdwmy]\+?)$/.test(one))).toBe(true);
     } catch (error) {
       expect(error).toBeInstanceOf(UsageError);
     }
@@ -128,10 +128,17 @@ test("nothing takes the newest, a pin, a parent, or what is not ours, whatever i
     // Transfers: each snapshot once, the newest always, each on something that is there by then, oldest first.
     const { transfers } = planTransfers(all, state, { policy: parsePolicy(there), incremental: true, newestOnly: false, now, fullEvery: null });
     const known = new Set(backups.map(({ receivedUuid }) => receivedUuid as string));
-    for (const { snapshot, parent } of transfers) {
+    for (const { snapshot, parent, belated } of transfers) {
       expect(known.has(snapshot.uuid)).toBe(false);
-      if (parent !== null) expect(known.has(parent.uuid) && all.indexOf(parent) < all.indexOf(snapshot)).toBe(true);
-      else expect(all.slice(0, all.indexOf(snapshot)).some(({ uuid }) => known.has(uuid))).toBe(false);
+      if (parent === null) expect(all.some(({ uuid }) => known.has(uuid))).toBe(false);
+      else {
+        expect(known.has(parent.uuid)).toBe(true);
+        // A later one only where none is earlier, and then the nearest.
+        const [from, to] = [all.indexOf(parent), all.indexOf(snapshot)];
+        expect(all.slice(Math.min(from, to) + 1, Math.max(from, to)).some(({ uuid }) => known.has(uuid))).toBe(false);
+        if (from > to) expect(all.slice(0, to).some(({ uuid }) => known.has(uuid))).toBe(false);
+      }
+      expect(belated === true).toBe(all.slice(all.indexOf(snapshot)).some(({ uuid }) => known.has(uuid)));
       known.add(snapshot.uuid);
     }
     expect(known.has((all.at(-1) as Snapshot).uuid)).toBe(true);

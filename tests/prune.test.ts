@@ -1,7 +1,7 @@
 // prune, without a source: by the times when backups arrived, which nobody who may only add can make up.
 
 import { expect, test } from "bun:test";
-import { existsSync, readdirSync } from "node:fs";
+import { existsSync, readdirSync, readFileSync, writeFileSync } from "node:fs";
 import { join } from "node:path";
 import { change, contentsDigest, events, expectRun, expectSound, filesystem, nextSecond, pair, run, s3Remote, seeded, sh, snapshotAs, snapshotNames, soak, sshServer, subvolumes, temporaryDirectory } from "./support/rig.ts";
 
@@ -130,4 +130,21 @@ test("runs, prunes and restores of one chain at a time, in loops: each waits or 
   }
   await expectRun(0, ["-S", source, destination, `raw://${stored}`]);
   await expectRun(0, ["verify", source, destination, `raw://${stored}`]);
+});
+
+test("what was received as a difference takes no process of its own to tell when, here and with a key", async () => {
+  const { source, destination } = pair();
+  const { guarded, url } = await sshServer();
+  for (let day = 1; day <= 9; day++) snapshotAs(source, `2026010${day}-000000`);
+  await expectRun(0, ["-S", source, destination]);
+  const tools = temporaryDirectory();
+  const calls = join(tools, "calls");
+  writeFileSync(join(tools, "btrfs"), `#!/bin/sh\nPATH=\${PATH#*:}\necho "$*" >>${calls}\nexec btrfs "$@"\n`, { mode: 0o755 });
+  // A zone in which an hour comes twice.
+  const env = { PATH: `${tools}:${process.env["PATH"]}`, TZ: "Europe/Berlin" };
+  expect(deleted(await expectRun(0, ["prune", "--json", "--dry-run", "-n", "4", destination], { env })).length).toBe(5);
+  expect(readFileSync(calls, "utf8").match(/subvolume show/g)?.length).toBe(1); // of the first, which is in full
+  const key = guarded("--path", destination, "--allow-delete", "--allow-read");
+  await expectRun(0, ["prune", "-n", "4", ...key, url(destination)]);
+  expect(snapshotNames(destination)).toEqual(["20260106-000000", "20260107-000000", "20260108-000000", "20260109-000000"]);
 });

@@ -94,3 +94,17 @@ test("several restores in one second each get a name of their own", async () => 
   expect([all.length, all.every((name) => /^home(\.before-\d{8}-\d{6})?$/.test(name))]).toEqual([5, true]);
   for (const name of all) expect(contentsDigest(join(folder, name))).toBe(contentsDigest(source));
 });
+
+test("a restore that cannot make its directory says why, and ends", async () => {
+  const { source, a } = pair();
+  snapshotAs(source, "20260101-000000");
+  const folder = join(a.path, "restored");
+  mkdirSync(folder);
+  sh(`chattr +i "$1"`, folder);
+  try {
+    const { stderr } = await expectRun(1, ["restore", "--snapshot", "20260101-000000", source, join(folder, "home")]);
+    expect(stderr).toMatch(/cannot create directory.*(Operation not permitted|Read-only file system)/);
+  } finally {
+    sh(`chattr -i "$1"`, folder);
+  }
+});

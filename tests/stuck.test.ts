@@ -203,12 +203,40 @@ describe("a transfer", () => {
     }
   });
 
+  test("in which the stream is made slowly is not, though a destination was waited for before", async () => {
+    const { source, places: [one, other] } = sourceAnd(2);
+    sh(`head -c 40M /dev/urandom >"$1/file"`, source);
+    const running = start(["--json", "--protocol", "1", "--timeout", "4", "--rate-limit", "4m", source, one, other]);
+    const sends = () => descendants(running.pid).find(({ text }) => /^(\S*\/)?btrfs send -q/.test(text) && !text.includes("--no-data"))?.pid;
+    const pid = await receiverIn(one);
+    process.kill(pid, "SIGSTOP");
+    await waitFor("the relay to wait for it", () => sh(`cat /run/btrfs-backup.${running.pid}.*/p*/*.now 2>/dev/null || :`).split("\n").some((line) => / /.test(line)));
+    const sending = sends() as number;
+    process.kill(sending, "SIGSTOP");
+    process.kill(pid, "SIGCONT");
+    // Now nobody does anything, and it is the source's fault.
+    const { status, stderr } = await running.finished;
+    expect([status, stderr.includes("btrfs receive: stuck")]).toEqual([1, false]);
+    expect(stderr).toContain("stuck: for 4 s no byte moved");
+    signal(sending);
+  });
+
   test("waits longer while the disk writes what it has, and says so", async () => {
     const { source, snapshots, places: [well] } = sourceAnd(1);
     const slow = receiving(`case "$1 $2" in "filesystem sync") sleep 9;; esac`);
     const { stderr } = await expectRun(0, [...limit, source, well], { env: { PATH: slow } });
     expect(stderr).toContain("waiting for the disk to have everything (btrfs filesystem sync)");
     expectSound(well, snapshots);
+  });
+
+  test("with a guarded key may be silent while the client works", async () => {
+    const { source, snapshots, places: [place] } = sourceAnd(1);
+    mkdirSync(place);
+    const { guarded, url } = await sshServer();
+    const tools = temporaryDirectory();
+    writeFileSync(join(tools, "btrfs"), `#!/bin/sh\nPATH=\${PATH#*:}\ncase "$*" in "send "*--no-data*) ;; "send "*) end=$(($(date +%s) + 9)); while [ "$(date +%s)" -lt $end ]; do :; done;; esac\nexec btrfs "$@"\n`, { mode: 0o755 });
+    await expectRun(0, [...guarded("--path", place, "--timeout", "3"), ...limit, source, url(place)], { env: { PATH: `${tools}:${process.env["PATH"]}` } });
+    expectSound(place, snapshots);
   });
 
   test("with a guarded key, which does nothing any more, is ended on the server, too", async () => {

@@ -2,6 +2,8 @@
 
 import { afterAll, describe, expect, spyOn, test } from "bun:test";
 import { spawnSync } from "node:child_process";
+import { readFileSync } from "node:fs";
+import { join } from "node:path";
 import fc from "fast-check";
 import type { ArgsDef } from "citty";
 import {
@@ -311,7 +313,7 @@ describe("arguments", () => {
       [["/a", "--verbosity", "loud"], /loud/],
       [["/a", "-p", "a/b"], /prefix/],
       [["/a", "-p", "a\nb"], /prefix/],
-      [["/a", "-f", ""], /snapshot-folder/],
+      [["/a", "-f", " "], /snapshot-folder/],
       [["/a", "--max-age", "soon"], /duration/],
     ])("%j is a usage error", (words, message) => {
       expect(() => options(...words)).toThrow(UsageError);
@@ -625,4 +627,21 @@ test("the summary has a line for each place, the source first", () => {
     ["/backup", "2", "3.0M", "1.3 s", "1", "7"],
     ["shell://cat", "0", "0B", "0.0 s", "0", "failed"],
   ]);
+});
+
+test("the program calls the filesystem itself only for what is its own: what a location leads to can hang, and a verb answers for it", () => {
+  const [program = ""] = readFileSync(join(import.meta.dir, "../btrfs-backup.ts"), "utf8").split("\n// ── 8. Guard ");
+  // On a server, a guarded key's paths are looked at before anything is run.
+  const whole = readFileSync(join(import.meta.dir, "../btrfs-backup.ts"), "utf8").replace(/\n\/\/ ── 8\. Guard (.|\n)*(?=\n\/\/ ── 9\. )/, "");
+  const imported = /import \{([^}]*)\} from "node:fs";/.exec(program)?.[1]?.split(",").map((name) => name.trim()) ?? [];
+  expect(imported).toContain("readFileSync");
+  const calls = new RegExp(`\\b(${imported.filter((name) => name !== "constants").join("|")})\\(`, "g");
+  const found = new Map<string, Set<string>>();
+  let where = "";
+  for (const line of whole.split("\n")) {
+    where = /^(?:export )?(?:async )?(?:function|const|class|let) (\w+)/.exec(line)?.[1] ?? (line.startsWith("process.on") ? "at exit" : where);
+    for (const [, call = ""] of line.matchAll(calls)) found.set(where, (found.get(where) ?? new Set()).add(call));
+  }
+  const own = ["at exit", "canEnter", "clearDead", "fanOut", "flow", "heldOpen", "main", "openOutputs", "outcome", "passOn", "readIfThere", "readSome", "relay", "runtimeDirectory", "stopOnSignals", "writeAll"];
+  expect([...found.keys()].sort()).toEqual([...own].sort());
 });

@@ -1,7 +1,7 @@
 // What goes wrong is told once, by its cause, and with the way out; what cannot be wrong is done.
 
 import { describe, expect, test } from "bun:test";
-import { chmodSync, existsSync, mkdirSync, readFileSync, rmSync, utimesSync, writeFileSync } from "node:fs";
+import { chmodSync, existsSync, mkdirSync, readFileSync, renameSync, rmSync, utimesSync, writeFileSync } from "node:fs";
 import { join } from "node:path";
 import {
   events, expectRun, expectSound, filesystem, nextSecond, pair, run, sh, snapshotAs, snapshotNames, sshServer, subvolume, subvolumes, temporaryDirectory, unmount,
@@ -27,7 +27,7 @@ describe("who is not root", () => {
         const { status, stderr } = await run(command, nobody);
         const [line = ""] = stderr.split("\n").filter((one) => one.startsWith("[error]"));
         const place = /\/\S+?(?=:)/.exec(line)?.[0] ?? "";
-        const isFine = status === 1 && /: Permission denied: this needs root, as sudo gives it \(see "Without root" in the README\)$/.test(line) && !/can't cd|btrfs-backup:open/.test(stderr);
+        const isFine = status === 1 && line.endsWith(`: Permission denied: this needs root, as sudo gives it (see "Without root" in the README)`) && !/can't cd|btrfs-backup:open/.test(stderr);
         if (!isFine || place === "" || line.split(`${place}:`).length !== 2) wrong.push([mode, command, status, stderr]);
       }
     }
@@ -159,6 +159,14 @@ describe("going back to 0.3.1 for a while", () => {
     expect(transfers(result).map(({ name, parent }) => [name, parent])).toEqual([["20260103-000000", "20260102-000000"]]);
     expectSound(destination, snapshots);
     expect(readFileSync(join(destination, "20260103-000000/file"), "utf8")).toBe("3");
+    // What it remembers from before moves no pin back.
+    writeFileSync(old, JSON.stringify({ "20260101-000000": { parent_locks: [destination] } }));
+    utimesSync(record, 1, 1);
+    const away = join(destination, "../away");
+    renameSync(destination, away);
+    await expectRun(1, ["-S", "-N", "1", source, destination]);
+    expect(snapshotNames(snapshots)).toContain("20260103-000000");
+    renameSync(away, destination);
     // From then on, ours is the newer one.
     rmSync(old);
     writeFileSync(old, JSON.stringify({ "20260101-000000": { parent_locks: ["/nowhere/else"] } }));

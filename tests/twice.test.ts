@@ -4,7 +4,7 @@ import { describe, expect, test } from "bun:test";
 import { existsSync, writeFileSync } from "node:fs";
 import { join } from "node:path";
 import {
-  change, contentsDigest, events, expectRun, expectSound, filesystem, pair, run, seeded, sh, snapshotAs, snapshotNames, soak, sshServer,
+  change, contentsDigest, events, expectRun, expectSound, filesystem, pair, run, seeded, sh, snapshotAs, snapshotNames, soak, sshServer, start, waitFor,
   subvolumes, temporaryDirectory, treeDigest,
 } from "./support/rig.ts";
 
@@ -64,11 +64,26 @@ describe("an earlier snapshot is the difference to a later one", () => {
     expect(all.map(({ name, parent }) => [name, parent])).toEqual([[day(1), day(5)], [day(2), day(1)], [day(3), day(2)], [day(4), day(3)]]);
     expectSound(destination, snapshots);
     expect(await listed(destination)).toEqual(range(1, 5));
-    // A copy knows the order, too, and so does a prune there.
+    // A copy knows the order, too.
     const copied = join(filesystem().path, "copied");
     await expectRun(0, ["copy", destination, copied]);
     expect(await listed(copied)).toEqual(range(1, 5));
+    // And a prune, which goes by when they arrived, keeps the newest all the same, also when the first that came belated is gone.
+    await expectRun(0, ["prune", "-n", "3", destination]);
+    expect(snapshotNames(destination)).toEqual([day(2), day(3), day(4), day(5)]);
+    await expectRun(0, ["prune", "-n", "1", destination]);
+    expect(snapshotNames(destination)).toEqual([day(4), day(5)]);
     expect((await expectRun(2, ["-S", "--backfill", "--newest-only", source, destination])).stderr).toContain("contradict each other");
+  });
+
+  test("and streams, of which prune keeps the newest all the same", async () => {
+    const { source, destination } = days(5);
+    const stored = `raw://${destination}`;
+    await expectRun(0, ["-S", "-n", "2", source, stored]);
+    await expectRun(0, ["-S", "-n", "5", source, stored]);
+    await expectRun(0, ["prune", "-n", "1", stored]);
+    expect(await listed(stored)).toContain(day(5));
+    await expectRun(0, ["verify", stored]);
   });
 
   test("random trees, changed in any way: what arrives is what was there", async () => {
@@ -120,11 +135,44 @@ describe("what retention removed does not come back", () => {
     expect(snapshotNames(destination)).toEqual(["20260207-000000", "20260208-000000", "20260209-000000"]);
   });
 
+  /** A PATH on which the sending of one snapshot fails, and that of another lasts until it is ended. */
+  function failing(one: string, endless = "none") {
+    const tools = temporaryDirectory();
+    writeFileSync(join(tools, "btrfs"), `#!/bin/sh\nPATH=\${PATH#*:}\ncase "$*" in "send "*--no-data*) ;; "send "*${one}) echo "ERROR: failed to read" >&2; exit 1;; "send "*${endless}) touch ${tools}/begun; exec sleep 1000;; esac\nexec btrfs "$@"\n`, { mode: 0o755 });
+    return { env: { PATH: `${tools}:${process.env["PATH"]}` }, begun: () => existsSync(join(tools, "begun")) };
+  }
+
+  test("nor is what failed forgotten when the run ends before its time", async () => {
+    const { source, snapshots, destination } = days(4);
+    const { env, begun } = failing(day(2), day(4));
+    const running = start(["-S", source, destination], { env });
+    await waitFor("the last one", begun);
+    running.child.kill("SIGTERM");
+    expect((await running.finished).status).toBe(143);
+    expect(snapshotNames(destination)).toEqual([day(1), day(3)]);
+    const sent = transfers(await expectRun(0, ["--json", "-S", "-N", "1", source, destination]));
+    expect(sent.map(({ name }) => name).sort()).toEqual([day(2), day(4)]);
+    expect(await listed(destination)).toEqual(range(1, 4));
+    expect(snapshotNames(snapshots)).toEqual([day(4)]);
+  });
+
+  test("nor what cannot get its name there, until it can", async () => {
+    const { source, snapshots, destination } = days(3);
+    sh(`mkdir -p "$1/${day(2)}"`, destination);
+    for (const _ of [1, 2]) {
+      const result = await expectRun(1, ["--json", "-S", "-N", "1", source, destination]);
+      expect(result.stderr).toContain(`${day(2)} is not sent: something that is not a subvolume has that name`);
+      expect(snapshotNames(snapshots)).toContain(day(2));
+    }
+    sh(`rmdir "$1/${day(2)}"`, destination);
+    await expectRun(0, ["-S", "-N", "1", source, destination]);
+    expect(await listed(destination)).toEqual(range(1, 3));
+    expect(snapshotNames(snapshots)).toEqual([day(3)]);
+  });
+
   test("but what a run tried to send, and could not, is sent by the next, and stays at the source until then", async () => {
     const { source, snapshots, destination } = days(3);
-    const tools = temporaryDirectory();
-    writeFileSync(join(tools, "btrfs"), `#!/bin/sh\nPATH=\${PATH#*:}\ncase "$*" in "send "*--no-data*) ;; "send "*${day(2)}) echo "ERROR: failed to read" >&2; exit 1;; esac\nexec btrfs "$@"\n`, { mode: 0o755 });
-    const env = { PATH: `${tools}:${process.env["PATH"]}` };
+    const { env } = failing(day(2));
     const first = await expectRun(1, ["--json", "-S", "-N", "1", source, destination], { env });
     expect(transfers(first).map(({ name }) => name)).toEqual([day(1), day(3)]);
     expect(snapshotNames(snapshots)).toEqual([day(2), day(3)]);
