@@ -827,9 +827,11 @@ function start<V extends Declared>(host: Host, verb: V, given: ArgumentsOf<V>): 
   return { process: child, stop: () => sendSignal(local ? -pid : pid, "SIGTERM") };
 }
 
+const NO_PROCESS = "no process can be started: see ulimit -n and -u, and the memory that is free";
+
 /** The ID of a process that was started. Errors: Failure where none could be. */
 function pidOf(child: ProcessPromise): number {
-  if (child.pid === undefined) throw new Failure("no process can be started: see ulimit -n and -u, and the memory that is free");
+  if (child.pid === undefined) throw new Failure(NO_PROCESS);
   return child.pid;
 }
 
@@ -879,6 +881,9 @@ async function ask<V extends Declared>(host: Host, verb: V, given: ArgumentsOf<V
  */
 const LIMITS = { open: 120e3, stuck: 3600e3, parting: 10e3 };
 
+/** Comes with a signal, except for what cleans up after it. */
+const interrupting = (): Promise<true> => (cleaning.getStore() ? new Promise(() => {}) : signalled);
+
 /** Waits for so many ms, or until something else is over; tells whether that was over first. */
 async function within(ms: number, over: Promise<unknown>): Promise<boolean> {
   let timer: ReturnType<typeof setTimeout> | undefined;
@@ -895,9 +900,9 @@ async function within(ms: number, over: Promise<unknown>): Promise<boolean> {
 async function attended<T>(ended: Promise<T>, what: string, worked: () => Promise<string>, stop: () => void): Promise<T> {
   const pause = Math.min(60e3, LIMITS.stuck / 4); // ms
   let [seen, idle, told] = ["", 0, false];
-  const interrupted = cleaning.getStore() ? new Promise<true>(() => {}) : signalled;
+  const interrupted = interrupting();
   while (!(await Promise.race([within(pause, ended), interrupted]))) {
-    const work = await Promise.race([worked(), ended.then(() => "", () => "")]);
+    const work = await Promise.race([worked(), ...[ended, interrupted].map((over) => over.then(() => "", () => ""))]);
     const isSyncing = work.includes(SYNCING);
     idle = work === seen ? idle + pause : 0;
     seen = work;
@@ -949,7 +954,7 @@ async function hold<V extends Declared>(host: Host, verb: V, given: ArgumentsOf<
   unwanted?.addEventListener("abort", () => running.has(stop) && stop());
   // It waits for the lock of the chain, and then for those of what is still being received there.
   const limit = LIMITS.stuck === Infinity ? Infinity : Math.min(LIMITS.open, LIMITS.stuck) + 4000 * wait;
-  const interrupted = cleaning.getStore() ? new Promise<never>(() => {}) : signalled.then(() => within(LIMITS.parting, child)).then(() => null);
+  const interrupted = interrupting().then(() => within(LIMITS.parting, child)).then(() => null);
   const output = await Promise.race([printed(child, `\n${end}\n`, { limit, from: first, seen }), interrupted]);
   running.delete(stop);
   if (output instanceof Silent) {
@@ -1529,7 +1534,7 @@ const WORK = verb("work", "group verb folder", sh`
     line "\${found#/proc/} \${12} \${13}"
     grep -s "^[rw]char:" "$found/io" || :
     case $command in "btrfs)"*) ;; *) continue;; esac
-    if grep -qszxF -e filesystem "$found/cmdline" && grep -qszxF -e sync "$found/cmdline"; then echo "${"btrfs filesystem sync"}"; fi
+    if grep -qszxF -e filesystem "$found/cmdline" && grep -qszxF -e sync "$found/cmdline"; then echo "${SYNCING}"; fi
   done
 `);
 
@@ -3178,7 +3183,7 @@ function withPrefix(folder: Omit<Folder, "prefix" | "snapshots" | "chain">, pref
   const doubted = doubtedIn(folder);
   // What is in doubt is not complete, for whoever asks.
   const belated = new Set(folder.record.chains.get(prefix)?.belated);
-  const standing = folder.standing.map((entry) => {
+  const standing = doubted.size + belated.size === 0 ? folder.standing : folder.standing.map((entry) => {
     const isBelated = belated.has(entry.receivedUuid ?? "");
     return doubted.has(entry.name) || isBelated ? { ...entry, readonly: entry.readonly && !doubted.has(entry.name), ...(isBelated ? { belated: true as const } : {}) } : entry;
   });
@@ -4036,20 +4041,21 @@ export function planTransfers(snapshots: readonly Snapshot[], { held, backups, t
   const standing = byUuid(chained === null ? [] : held);
   const shared: Snapshot[] = [];
   const chains = new Map<Snapshot | null, { length: number; since: number }>();
-  const lengthOf = (snapshot: Snapshot | null) => {
+  const chainAt = (snapshot: Snapshot | null) => {
     const there = snapshot === null || chained === null ? undefined : find(snapshot);
     const streams = there === undefined ? [] : chainOf(there, standing);
-    return chains.get(snapshot) ?? { length: streams.length, since: timeIn(streams[0]?.name ?? "") ?? 0 };
+    return { length: streams.length, since: timeIn(streams[0]?.name ?? "") ?? 0 };
   };
+  /** What both have that is later than the snapshot at hand, the nearest last. */
   const later = snapshots.filter((snapshot) => find(snapshot) !== undefined).reverse();
-  const isBehind = (snapshot: Snapshot) => later.length > 0 && (rank.get(snapshot.uuid) as number) < (rank.get(later[0]?.uuid as string) as number);
   let skipped = 0;
   for (const snapshot of snapshots) {
     const there = find(snapshot);
     if (there === undefined) {
       // The newest always: a backup that is dated in the future must not stand in its place.
       if (snapshot !== newest && (options.newestOnly || !wanted.has(snapshot.uuid))) continue;
-      if (options.policy === null && !options.backfill && isBehind(snapshot) && !options.failed?.has(snapshot.uuid)) {
+      const isBelated = later.length > 0;
+      if (isBelated && options.policy === null && !options.backfill && !options.failed?.has(snapshot.uuid)) {
         skipped++;
         continue;
       }
@@ -4059,10 +4065,10 @@ export function planTransfers(snapshots: readonly Snapshot[], { held, backups, t
         continue;
       }
       const nearest = options.incremental ? nearestFit(snapshot, [...later, ...shared], unfit) : { parent: null };
-      const chain = lengthOf(nearest.parent);
+      const chain = chains.get(nearest.parent) ?? chainAt(nearest.parent);
       const due = chained !== null && options.fullEvery !== null && chainEnds(chain, snapshot.time, options.fullEvery);
       const { parent } = due ? { parent: null } : nearest;
-      transfers.push({ snapshot, ...(due ? { parent } : nearest), ...(later.length > 0 ? { belated: true } : {}) });
+      transfers.push({ snapshot, ...(due ? { parent } : nearest), ...(isBelated ? { belated: true } : {}) });
       chains.set(snapshot, parent === null ? { length: 1, since: snapshot.time } : { ...chain, length: chain.length + 1 });
     } else later.pop();
     shared.push(snapshot);
@@ -4335,7 +4341,7 @@ function placeIn(places: Report["places"], id: string | null): PlaceMetrics {
 function lackOf(error: unknown): string | null {
   const { code, path = "" } = error as NodeJS.ErrnoException;
   if (code === "EMFILE" || code === "ENFILE") return "too many files are open: see ulimit -n";
-  if (code === "EAGAIN" || code === "ENOMEM") return "no process can be started: see ulimit -u, and the memory that is free";
+  if (code === "EAGAIN" || code === "ENOMEM") return NO_PROCESS;
   if ((code === "ENOSPC" || code === "EDQUOT") && path.includes("btrfs-backup.")) return `there is no space left for ${path}`;
   return null;
 }
@@ -4883,7 +4889,7 @@ const lockFile = (chain: string) => join(dirname(runtimeDirectory()), `btrfs-bac
 const destinationOpening = (o: RunOptions): Opening => ({ prefix: o.prefix, wait: o.dryRun ? "look" : o.wait, hosts: o.hosts, peer: hostOf(o.source.host, o.hosts) });
 
 /** A destination that begins to be opened while the source is: it locks and looks after `go`; `drop` ends it, or closes what was opened. */
-type Ahead = { readonly folder: Promise<Folder>; readonly go: () => void; readonly drop: () => Promise<void> };
+type Ahead = { readonly folder: Promise<Folder>; readonly go: () => void; readonly drop: () => Promise<unknown> };
 
 /** Begins with those destinations that need no connection of another's, unless locks are waited for. Two hosts at once could ask for passwords at once. */
 function beginOpening(o: RunOptions): Map<string, Ahead> {
@@ -4900,7 +4906,7 @@ function beginOpening(o: RunOptions): Map<string, Ahead> {
     const drop = () => {
       controller.abort();
       const ended = folder.then((folder) => folder.close(), () => {});
-      return Promise.race([ended, new Promise<void>((over) => setTimeout(over, 5000))]); // on a dead disk nothing ends
+      return within(5000, ended); // on a dead disk nothing ends
     };
     folder.catch(() => {}); // told when it is its turn
     ahead.set(location.id, { folder, go, drop });
@@ -5244,7 +5250,7 @@ async function sendAll(all: readonly Served[], serving: Serving): Promise<void> 
 }
 
 /** Works on all at a time, and is over when all are. Errors: the first one. */
-async function together<T>(all: readonly T[], work: (one: T) => Promise<void>): Promise<void> {
+async function together<T>(all: readonly T[], work: (one: T) => Promise<unknown>): Promise<void> {
   await allOf(all.map((one) => work(one)));
 }
 
@@ -8006,7 +8012,7 @@ export async function main(args: readonly string[]): Promise<number> {
   } catch (error) {
     if (error instanceof Interrupted) {
       log.error(error.message);
-      return SIGNAL_STATUS[error.signal] ?? 1;
+      return statusOfSignal();
     }
     if (!(error instanceof UsageError)) throw error;
     process.stderr.write(visible(`btrfs-backup: ${error.message}\n`));
