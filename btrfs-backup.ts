@@ -4025,7 +4025,7 @@ const chainEnds = ({ length, since }: { length: number; since: number }, time: n
 
 /**
  * What a destination lacks of what its policy would keep, oldest first, each against the closest earlier snapshot that both sides hold by then, and
- * that is fit for it, or else the closest later one. `snapshots` are in the source's order. Without a policy, what is older than the newest that
+ * that is fit for it; never a later one, against which btrfs send was seen to make other contents. `snapshots` are in the source's order. Without a policy, what is older than the newest that
  * both have was deleted there, or left out on purpose: it is `skipped`.
  */
 export function planTransfers(snapshots: readonly Snapshot[], { held, backups, taken, chained }: Standing, options: TransferOptions, unfit: Unfit = () => null): { transfers: Transfer[]; conflicts: Conflict[]; skipped: number } {
@@ -4064,7 +4064,7 @@ export function planTransfers(snapshots: readonly Snapshot[], { held, backups, t
         conflicts.push({ name: snapshot.name, uuid: snapshot.uuid, why: obstacle });
         continue;
       }
-      const nearest = options.incremental ? nearestFit(snapshot, [...later, ...shared], unfit) : { parent: null };
+      const nearest = options.incremental ? nearestFit(snapshot, shared, unfit) : { parent: null };
       const chain = chains.get(nearest.parent) ?? chainAt(nearest.parent);
       const due = chained !== null && options.fullEvery !== null && chainEnds(chain, snapshot.time, options.fullEvery);
       const { parent } = due ? { parent: null } : nearest;

@@ -130,14 +130,8 @@ test("nothing takes the newest, a pin, a parent, or what is not ours, whatever i
     const known = new Set(backups.map(({ receivedUuid }) => receivedUuid as string));
     for (const { snapshot, parent, belated } of transfers) {
       expect(known.has(snapshot.uuid)).toBe(false);
-      if (parent === null) expect(all.some(({ uuid }) => known.has(uuid))).toBe(false);
-      else {
-        expect(known.has(parent.uuid)).toBe(true);
-        // A later one only where none is earlier, and then the nearest.
-        const [from, to] = [all.indexOf(parent), all.indexOf(snapshot)];
-        expect(all.slice(Math.min(from, to) + 1, Math.max(from, to)).some(({ uuid }) => known.has(uuid))).toBe(false);
-        if (from > to) expect(all.slice(0, to).some(({ uuid }) => known.has(uuid))).toBe(false);
-      }
+      if (parent !== null) expect(known.has(parent.uuid) && all.indexOf(parent) < all.indexOf(snapshot)).toBe(true);
+      else expect(all.slice(0, all.indexOf(snapshot)).some(({ uuid }) => known.has(uuid))).toBe(false);
       expect(belated === true).toBe(all.slice(all.indexOf(snapshot)).some(({ uuid }) => known.has(uuid)));
       known.add(snapshot.uuid);
     }

@@ -1,11 +1,11 @@
-// What was sent once is not sent again: later snapshots are parents of earlier ones, and what retention removed does not come back.
+// What was sent once is not sent again: what came belated keeps its place, and what retention removed does not come back.
 
 import { describe, expect, test } from "bun:test";
 import { existsSync, writeFileSync } from "node:fs";
 import { join } from "node:path";
 import {
   change, contentsDigest, events, expectRun, expectSound, filesystem, pair, run, seeded, sh, snapshotAs, snapshotNames, soak, sshServer, start, waitFor,
-  subvolumes, temporaryDirectory, treeDigest,
+  subvolumes, temporaryDirectory,
 } from "./support/rig.ts";
 
 const day = (n: number) => `202601${String(n).padStart(2, "0")}-000000`;
@@ -26,7 +26,7 @@ function days(count: number) {
 }
 const range = (from: number, to: number) => Array.from({ length: to - from + 1 }, (_, i) => day(from + i));
 
-describe("an earlier snapshot is the difference to a later one", () => {
+describe("an earlier snapshot that comes after a later one", () => {
   test.each(["folder", "ssh", "raw"])("where -n was loosened (%s), and the places keep the order of the days", async (kind) => {
     const { source, snapshots, destination, a } = days(8);
     const { options, url } = await sshServer();
@@ -34,8 +34,7 @@ describe("an earlier snapshot is the difference to a later one", () => {
     const args = [...(kind === "ssh" ? options : []), "--json", "-S", source, place];
     await expectRun(0, ["-n", "2", ...args]);
     const more = transfers(await expectRun(0, ["-n", "6", ...args]));
-    expect(more.map(({ name, parent }) => [name, parent])).toEqual([[day(3), day(7)], [day(4), day(3)], [day(5), day(4)], [day(6), day(5)]]);
-    expect(Math.max(...more.map(({ bytes }) => bytes))).toBeLessThan(1e6);
+    expect(more.map(({ name, parent }) => [name, parent])).toEqual([[day(3), null], [day(4), day(3)], [day(5), day(4)], [day(6), day(5)]]);
     expect(await listed(kind === "raw" ? place : destination)).toEqual(range(3, 8));
     if (kind !== "raw") expectSound(destination, snapshots);
     // By the same order, the newest is what is given back, and the oldest goes.
@@ -61,7 +60,7 @@ describe("an earlier snapshot is the difference to a later one", () => {
     expect(transfers(nothing)).toEqual([]);
     expect(nothing.stderr.match(/4 snapshots older than the newest one there are not sent; --backfill sends them/g)?.length).toBe(1);
     const all = transfers(await expectRun(0, ["--json", "-S", "--backfill", source, destination]));
-    expect(all.map(({ name, parent }) => [name, parent])).toEqual([[day(1), day(5)], [day(2), day(1)], [day(3), day(2)], [day(4), day(3)]]);
+    expect(all.map(({ name, parent }) => [name, parent])).toEqual([[day(1), null], [day(2), day(1)], [day(3), day(2)], [day(4), day(3)]]);
     expectSound(destination, snapshots);
     expect(await listed(destination)).toEqual(range(1, 5));
     // A copy knows the order, too.
@@ -95,11 +94,20 @@ describe("an earlier snapshot is the difference to a later one", () => {
         snapshotAs(source, `2026${String(1 + (round % 12)).padStart(2, "0")}${String(10 + Math.floor(round / 12)).padStart(2, "0")}-00000${i}`);
       }
       await expectRun(0, ["-S", "--newest-only", source, destination]);
-      const sent = transfers(await expectRun(0, ["--json", "-S", "--backfill", source, destination]));
-      expect(sent.every(({ parent }) => parent !== null)).toBe(true);
+      await expectRun(0, ["-S", "--backfill", source, destination]);
     }
-    expectSound(destination, snapshots);
-    for (const name of snapshotNames(snapshots)) expect([name, treeDigest(join(destination, name))]).toEqual([name, treeDigest(join(snapshots, name))]);
+    // Where the later one has data and the earlier one a hole, zeros are sent: the same in all but where it is sparse.
+    const tree = (path: string) => sh(
+      `cd "$1"; find . -mindepth 1 \\( -inum 2 -prune -o -print0 \\) | LC_ALL=C sort -z | while IFS= read -r -d "" f; do
+        stat -c "%n %f %u:%g %h %s %t:%T %Y" -- "$f"; getfattr -h -d -m - -- "$f" 2>/dev/null | LC_ALL=C sort
+        if [ -L "$f" ]; then readlink -- "$f"; else getfacl -npE -- "$f"; fi
+        if [ -f "$f" ] && [ ! -L "$f" ]; then sha256sum <"$f"; fi
+      done`, path);
+    const standing = subvolumes(destination);
+    for (const [name, { uuid }] of subvolumes(snapshots)) {
+      expect(standing.get(name)).toMatchObject({ readonly: true, receivedUuid: uuid });
+      expect([name, tree(join(destination, name))]).toEqual([name, tree(join(snapshots, name))]);
+    }
   });
 
   test("--no-full fails where nothing is shared, and sends nothing", async () => {
@@ -181,7 +189,7 @@ describe("what retention removed does not come back", () => {
     const again = await run(["--json", "-S", "-N", "1", source, destination], { env });
     expect([again.status, transfers(again).map(({ name }) => name), snapshotNames(snapshots)]).toEqual([1, [day(4)], [day(2), day(4)]]);
     const last = transfers(await expectRun(0, ["--json", "-S", "-N", "1", source, destination]));
-    expect(last.map(({ name, parent }) => [name, parent])).toEqual([[day(2), day(4)]]);
+    expect(last.map(({ name, parent }) => [name, parent])).toEqual([[day(2), null]]);
     expect(snapshotNames(snapshots)).toEqual([day(4)]);
     expect(await listed(destination)).toEqual(range(1, 4));
     expect(sh(`cat "$1/${day(2)}/day"`, destination)).toBe("2");
