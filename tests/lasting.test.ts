@@ -432,7 +432,7 @@ describe("a clock that leaps deletes nothing", () => {
           exit "\${PIPESTATUS[0]}"
         fi
         if [ "$1 $2" = "subvolume list" ] && [[ " $* " = *" -s "* ]]; then
-          ${real} "$@" | sed -E "s/otime \\S+ \\S+ (.*)(....)(..)(..)-(..)(..)(..)\$/otime \\2-\\3-\\4 \\5:\\6:\\7 \\1\\2\\3\\4-\\5\\6\\7/"
+          ${real} "$@" | sed -E "s/otime \\S+ \\S+ (.*)(....)(..)(..)-(..)(..)(..)$/otime \\2-\\3-\\4 \\5:\\6:\\7 \\1\\2\\3\\4-\\5\\6\\7/"
           exit "\${PIPESTATUS[0]}"
         fi
         exec ${real} "$@"
