@@ -1969,6 +1969,49 @@ const ESTIMATE = verb("estimate", "folder fsid snapshot parent", sh`
   stream | btrfs receive --dump | grep -o -e "^[a-z_]*" -e " len=[0-9]*$" | sort | uniq -c
 `);
 
+/** How much is listed of a difference at most, in bytes: some 100,000 commands. */
+const REWRITTEN_MOST = "32000000";
+
+/** The commands of a difference that write to files, as \`btrfs receive --dump\` puts them: the path and the range. */
+const REWRITTEN = verb("rewritten", "folder fsid snapshot parent", sh`
+  at "$folder" "$fsid"
+  exec 4>&1
+  # receive --dump ends before its input does.
+  told=$( {
+    { b send -q --no-data -p "./$parent" "./$snapshot" && echo ok >&3; } | { btrfs receive --dump && cat; } |
+      grep -E "^(update_extent|write|clone|truncate) " | head -c ${REWRITTEN_MOST} >&4
+  } 3>&1 )
+  [ "$told" = ok ]
+`);
+
+/** Of each path in a snapshot, its size there, and that of the same file in a parent, or -; nothing where there is no such path. */
+const FILE_SIZES = verb("filesizes", "folder fsid snapshot parent paths...", sh`
+  at "$folder" "$fsid"
+  # elsewhere INODE PARENT: number and size of the file that has another path there, or -.
+  elsewhere() {
+    if found=$(b inspect-internal inode-resolve "$1" "./$2" 2>&1); then
+      stat -c "%i %s" -- "$(echo "$found" | head -n 1)" | grep "^$1 "
+    else
+      case $found in
+        *"No such file"*) echo -;;
+        *) return 1;;
+      esac
+    fi
+  }
+  for path; do
+    here=$(stat -c "%i %s" -- "./$snapshot$path" 2>/dev/null) || here=
+    there=$(stat -c "%i %s" -- "./$parent$path" 2>/dev/null) || there=
+    inode=\${here% *}
+    if [ -n "$here" ]; then
+      case $there in
+        "$inode "*) ;;
+        *) there=$(elsewhere "$inode" "$parent") || here=;;
+      esac
+    fi
+    echo "\${here#* }\${here:+ }\${here:+\${there#* }}"
+  done
+`);
+
 /**
  * Takes the stream, see `send`. The record says `beginning` and `rest` meanwhile, and { and `rest` afterwards: the announcement
  * comes, and goes when all is on the disk. Unless `part` is empty, the stream is that file, if it is complete; with a `flag` of guard's (one that
@@ -3951,7 +3994,12 @@ export type Facts = {
   readonly ctransids: ReadonlyMap<string, number>;
   /** The generation of the top directory, null where nobody can tell: a snapshot has it from its origin, and what is received from its parent, through any number of them. */
   readonly births: ReadonlyMap<string, number | null>;
+  /** Why a difference would lose something, null if it would not; by `pairOf`. */
+  readonly losses: ReadonlyMap<string, string | null>;
 };
+
+/** The key of a difference among the facts. */
+const pairOf = (parent: Entry, snapshot: Entry) => `${parent.uuid} ${snapshot.uuid}`;
 
 /** Where a subvolume comes from, itself first: its parent, that one's, and so on. The last may be gone. */
 function lineOf(one: Subvolume, all: ReadonlyMap<string, Subvolume>): string[] {
@@ -3986,35 +4034,81 @@ export function changedSince({ uuid, receivedUuid, cgen }: Subvolume, { ctransid
   return ctransid === undefined ? undefined : ctransid > cgen && cleared[uuid] !== ctransid;
 }
 
+/**
+ * Whether a subvolume is an earlier state of another one: that one was made from it, or from what it was taken of, later. A difference
+ * to a later state, or to one from which the way led back, may lose something: see `lossIn`.
+ */
+export function isEarlierState(one: Subvolume, of: Subvolume, all: ReadonlyMap<string, Subvolume>): boolean {
+  const line = lineOf(of, all);
+  if (line.includes(one.uuid)) return true;
+  // What is received on top of something is not as that is.
+  const origin = one.receivedUuid === null && one.parentUuid !== null ? line.indexOf(one.parentUuid) : -1;
+  const next = origin < 2 ? of : all.get(line[origin - 1] as string);
+  return origin > 0 && one.cgen !== undefined && next?.cgen !== undefined && one.cgen <= next.cgen;
+}
+
+/** A file that a difference changes: the commands that write to it, its size in the snapshot, and in the parent; null where it is not there. */
+export type Rewritten = { readonly path: string; readonly ranges: readonly { readonly from: number; readonly to: number }[]; readonly size: number; readonly before: number | null };
+
+/** The largest block that btrfs stores a file's data in, in bytes: 4 KiB mostly, and a page where that is larger. */
+const SECTOR = 65536;
+
+/**
+ * The file that would come out wrong of a difference, if there is one. A file that is made shorter keeps its last block as it is, and what is
+ * behind its end stays on the disk. If it is longer in another subvolume, and has the same block, `btrfs send` takes that for
+ * unchanged, and whoever receives it has zeros there. (Seen with Linux 6.18.)
+ */
+export const lossIn = (files: readonly Rewritten[]) =>
+  files.find(({ ranges, size, before }) => before !== null && size > before && before % SECTOR !== 0 && !ranges.some(({ from, to }) => from <= before && before < to))?.path ?? null;
+
 /** Why no difference to a snapshot can be made against a parent; null if it can, undefined as long as that is not known. */
 export type Unfit = (parent: Snapshot, snapshot: Snapshot) => string | null | undefined;
+
+/** What makes a parent: whether it is fit at all; and whether it is known to be an earlier state, which is preferred to all that is nearer. */
+export type Fitness = { readonly unfit: Unfit; readonly isEarlier: (parent: Snapshot, snapshot: Snapshot) => boolean };
+const ANY: Fitness = { unfit: () => null, isEarlier: () => true };
 
 /** What a destination adds to the facts: what was compared with its backup there and is the same, and what is no parent there, with the reason. */
 export type Verdicts = { cleared: Cleared; readonly refused: Map<string, string> };
 
 /** Judges parents for a destination; those that `isThere` not yet are sent before in the same run, as they are. */
-export function judge(facts: Facts, { cleared, refused }: Verdicts, isThere: (parent: Snapshot) => boolean): Unfit {
-  return (parent, snapshot) => {
+export function judge(facts: Facts, { cleared, refused }: Verdicts, isThere: (parent: Snapshot) => boolean): Fitness {
+  const isEarlier = (parent: Snapshot, snapshot: Snapshot) => isEarlierState(parent, snapshot, facts.all);
+  const unfit: Unfit = (parent, snapshot) => {
     const reason = refused.get(parent.uuid);
     if (reason !== undefined) return reason;
     const kin = related(parent, snapshot, facts);
     if (kin === false) return `${parent.name} was received, and ${snapshot.name} was not made from it`;
     const changed = isThere(parent) ? changedSince(parent, facts, cleared) : false;
     if (changed === true) return `${parent.name} may have been edited since it was taken`;
-    return kin === undefined || changed === undefined ? undefined : null;
+    if (kin === undefined || changed === undefined) return undefined;
+    return isEarlier(parent, snapshot) ? null : facts.losses.get(pairOf(parent, snapshot));
   };
+  return { unfit, isEarlier };
 }
 
-/** The nearest of what both sides hold, the last being the nearest, which can be a parent; and why no nearer one can. */
-function nearestFit(snapshot: Snapshot, shared: readonly Snapshot[], unfit: Unfit): Pick<Transfer, "parent" | "why"> {
+/** How many that are not known to be earlier states are tried as a parent: to try one costs a walk through all that is different. */
+const TRIES = 2;
+
+/**
+ * The nearest of what both sides hold which can be a parent, and why no nearer one can: an earlier state, or else the nearest
+ * of what came earlier (the last one), or else of what came later (the first one).
+ */
+function nearestFit(snapshot: Snapshot, earlier: readonly Snapshot[], later: readonly Snapshot[], { unfit, isEarlier }: Fitness): Pick<Transfer, "parent" | "why"> {
   let why: string | undefined;
-  for (let i = shared.length - 1; i >= 0; i--) {
-    const parent = shared[i] as Snapshot;
+  const unsure: Snapshot[] = [];
+  const isFit = (parent: Snapshot) => {
     const reason = unfit(parent, snapshot) ?? null;
-    if (reason === null) return { parent, ...(why === undefined ? {} : { why }) };
-    why ??= reason;
+    why ??= reason ?? undefined;
+    return reason === null;
+  };
+  for (let i = earlier.length - 1; i >= 0; i--) {
+    const parent = earlier[i] as Snapshot;
+    if (!isEarlier(parent, snapshot)) unsure.push(parent);
+    else if (isFit(parent)) return { parent, ...(why === undefined ? {} : { why }) };
   }
-  return { parent: null, ...(why === undefined ? {} : { why }) };
+  const parent = [...unsure.slice(0, TRIES), ...later.slice(0, 1)].find(isFit) ?? null;
+  return { parent, ...(why === undefined ? {} : { why }) };
 }
 
 /** `failed`: the UUIDs of what earlier runs tried to send, and could not; `backfill`: sends also what is older than the newest that both have. */
@@ -4024,11 +4118,11 @@ export type TransferOptions = { readonly policy: Policy | null; readonly increme
 const chainEnds = ({ length, since }: { length: number; since: number }, time: number, { count, unit }: FullEvery) => (unit === null ? count > 0 && length >= count : before(time, count, unit) >= since);
 
 /**
- * What a destination lacks of what its policy would keep, oldest first, each against the closest earlier snapshot that both sides hold by then, and
- * that is fit for it; never a later one, against which btrfs send was seen to make other contents. `snapshots` are in the source's order. Without a policy, what is older than the newest that
+ * What a destination lacks of what its policy would keep, oldest first, each against what both sides hold by then and is nearest to it (see
+ * `nearestFit`); in full if they share nothing. `snapshots` are in the source's order. Without a policy, what is older than the newest that
  * both have was deleted there, or left out on purpose: it is `skipped`.
  */
-export function planTransfers(snapshots: readonly Snapshot[], { held, backups, taken, chained }: Standing, options: TransferOptions, unfit: Unfit = () => null): { transfers: Transfer[]; conflicts: Conflict[]; skipped: number } {
+export function planTransfers(snapshots: readonly Snapshot[], { held, backups, taken, chained }: Standing, options: TransferOptions, fitness = ANY): { transfers: Transfer[]; conflicts: Conflict[]; skipped: number } {
   const find = dataFinder(held);
   const rank = new Map(snapshots.map((snapshot, i) => [snapshot.uuid, i]));
   const here = dataFinder(snapshots); // the relation is the same from both sides
@@ -4064,7 +4158,7 @@ export function planTransfers(snapshots: readonly Snapshot[], { held, backups, t
         conflicts.push({ name: snapshot.name, uuid: snapshot.uuid, why: obstacle });
         continue;
       }
-      const nearest = options.incremental ? nearestFit(snapshot, shared, unfit) : { parent: null };
+      const nearest = options.incremental ? nearestFit(snapshot, shared, later.slice(-1), fitness) : { parent: null };
       const chain = chains.get(nearest.parent) ?? chainAt(nearest.parent);
       const due = chained !== null && options.fullEvery !== null && chainEnds(chain, snapshot.time, options.fullEvery);
       const { parent } = due ? { parent: null } : nearest;
@@ -4080,7 +4174,7 @@ export function planTransfers(snapshots: readonly Snapshot[], { held, backups, t
  * What a command gets, that cannot be asked what it has: what is newer than the last stream it
  * took, or only the newest if there was none.
  */
-export function planStreams(snapshots: readonly Snapshot[], memory: Memory | null, options: { readonly incremental: boolean; readonly newestOnly: boolean; readonly prefix: string }, unfit: Unfit = () => null): Transfer[] {
+export function planStreams(snapshots: readonly Snapshot[], memory: Memory | null, options: { readonly incremental: boolean; readonly newestOnly: boolean; readonly prefix: string }, fitness = ANY): Transfer[] {
   const last = memory === null ? -1 : snapshots.findIndex(({ uuid }) => uuid === memory.uuid);
   // The remembered snapshot is gone: its name still tells what came after it.
   const time = memory === null ? null : parseName(memory.name, options.prefix);
@@ -4088,7 +4182,7 @@ export function planStreams(snapshots: readonly Snapshot[], memory: Memory | nul
   const sent = memory === null || options.newestOnly ? newer.slice(-1) : newer;
   return sent.map((snapshot, i) => {
     const parent = sent[i - 1] ?? snapshots[last];
-    return { snapshot, ...nearestFit(snapshot, options.incremental && parent !== undefined ? [parent] : [], unfit) };
+    return { snapshot, ...nearestFit(snapshot, options.incremental && parent !== undefined ? [parent] : [], [], fitness) };
   });
 }
 
@@ -4218,15 +4312,14 @@ export function planPieces(chain: readonly Stream[], there: readonly Subvolume[]
 }
 
 /** `whole`: what its location has, oldest first; `there`: the read-only subvolumes that a receive could build on. */
-export function planRestore(chosen: Snapshot, whole: readonly Snapshot[], there: readonly Subvolume[], unfit: Unfit = () => null): RestorePlan {
+export function planRestore(chosen: Snapshot, whole: readonly Snapshot[], there: readonly Subvolume[], fitness = ANY): RestorePlan {
   const received = chosen.receivedUuid ?? chosen.uuid;
   const present = there.find(({ receivedUuid }) => receivedUuid === received) ?? null;
   const find = dataFinder(there);
   const shared = (snapshot: Snapshot) => find(snapshot) !== undefined;
   // Up to itself: where its data is there under another UUID, the stream is a few bytes.
   const behind = whole.findIndex(({ uuid }) => uuid === chosen.uuid) + 1 || whole.length;
-  const nearestLast = [...whole.slice(behind).filter(shared).reverse(), ...whole.slice(0, behind).filter(shared)];
-  return { present, ...nearestFit(chosen, nearestLast, unfit) };
+  return { present, ...nearestFit(chosen, whole.slice(0, behind).filter(shared), whole.slice(behind).filter(shared), fitness) };
 }
 
 /** What interrupted restores to a name in a folder left: directories, each with the subvolumes in it, innermost first. */
@@ -4786,13 +4879,64 @@ function openOutputs(to: NonNullable<Relay["to"]>, tell: (waiting: readonly numb
 // ── 7. Commands ──────────────────────────────────────────────────────────────────────────
 
 /** Facts about a place's snapshots, as far as they were asked for. */
-type Inquiry = Facts & { readonly folder: Folder; readonly ctransids: Map<string, number>; readonly births: Map<string, number | null>; asking: Promise<void> };
+type Inquiry = Facts & { readonly folder: Folder; readonly ctransids: Map<string, number>; readonly births: Map<string, number | null>; readonly losses: Map<string, string | null>; asking: Promise<void> };
 
-const inquiryInto = (folder: Folder): Inquiry => ({ folder, all: byUuid(folder.subvolumes), ctransids: new Map(), births: new Map(), asking: Promise.resolve() });
+const inquiryInto = (folder: Folder): Inquiry => ({ folder, all: byUuid(folder.subvolumes), ctransids: new Map(), births: new Map(), losses: new Map(), asking: Promise.resolve() });
 
-/** Learns when some snapshots were changed last, and the generations of other ones' top directories. Nothing is asked twice. Errors: Failure. */
-function learn(inquiry: Inquiry, changed: readonly Entry[], born: readonly Entry[]): Promise<void> {
-  const { folder: { host, id }, ctransids, births } = inquiry;
+/** A difference that is thought of. */
+type Pair = { readonly parent: Snapshot; readonly snapshot: Snapshot };
+
+/** What `btrfs receive --dump` writes for a path: C's escapes, a space after a backslash, octal digits for all that is not ASCII. */
+function unescaped(path: string): string {
+  const plain: Record<string, string> = { a: "\x07", b: "\b", e: "\x1b", f: "\f", n: "\n", r: "\r", t: "\t", v: "\v" };
+  const bytes = path.replace(/\\([0-7]{3}|.)/g, (_, one: string) => (one.length === 3 ? String.fromCharCode(Number.parseInt(one, 8)) : (plain[one] ?? one)));
+  return Buffer.from(bytes, "latin1").toString();
+}
+
+/** The lines of REWRITTEN, as the ranges that are written of each path in the snapshot. Errors: Failure, for a line that is none. */
+export function parseRewritten(lines: string): Map<string, { from: number; to: number }[]> {
+  const files = new Map<string, { from: number; to: number }[]>();
+  if (lines.length >= Number(REWRITTEN_MOST)) throw new Failure("too much differs");
+  for (const line of lines.split("\n").slice(0, -1)) {
+    const [, path, offset, length] = /^\w+ +\.\/[^/]*\/((?:[^ \\]|\\.)+) +(?:offset=(\d+) len=(\d+)|size=\d+)/.exec(line) ?? [];
+    if (path === undefined) throw new Failure(`unknown line of btrfs receive --dump: ${line}`);
+    const ranges = files.get(path) ?? [];
+    files.set(path, ranges);
+    if (offset !== undefined) ranges.push({ from: Number(offset), to: Number(offset) + Number(length) });
+  }
+  return new Map([...files].map(([path, ranges]) => [unescaped(path), ranges]));
+}
+
+/** Why a difference to a state that is no earlier one must not be made; null if it may. Errors: none: what cannot be looked at is not made. */
+async function lossOf(folder: Folder, { parent, snapshot }: Pair): Promise<string | null> {
+  const names = { snapshot: snapshot.name, parent: parent.name };
+  const why = `${parent.name} is no earlier state of ${snapshot.name}`;
+  try {
+    const ranges = parseRewritten(await ask(folder.host, REWRITTEN, { ...at(folder), ...names }, `cannot tell what differs`));
+    for (const paths of chunks([...ranges.keys()].map((path) => `/${path}`))) {
+      const sizes = (await ask(folder.host, FILE_SIZES, { ...at(folder), ...names, paths }, `cannot tell the sizes of what differs`)).split("\n");
+      const lost = lossIn(
+        paths.map((path, i) => {
+          const [, size, before] = /^(\d+) (\d+|-)$/.exec(sizes[i] ?? "") ?? [];
+          if (size === undefined) throw new Failure(`cannot tell the size of ${path}`);
+          return { path: path.slice(1), ranges: ranges.get(path.slice(1)) ?? [], size: Number(size), before: before === "-" ? null : Number(before) };
+        }),
+      );
+      if (lost !== null) return `${why}, and btrfs send would lose the end of ${lost}`;
+    }
+    return null;
+  } catch (error) {
+    if (!(error instanceof Failure)) throw error;
+    return `${why}, and it cannot be told whether btrfs send would lose something: ${error.message}`;
+  }
+}
+
+/**
+ * Learns when some snapshots were changed last, and of differences whether their two sides are related (the generations of the top directories), and
+ * what would be lost. Nothing is asked twice. Errors: Failure.
+ */
+function learn(inquiry: Inquiry, changed: readonly Entry[], differences: readonly Pair[]): Promise<void> {
+  const { folder: { host, id }, ctransids, births, losses } = inquiry;
   const place = at(inquiry.folder);
   const inChunks = async (some: readonly Entry[], work: (names: readonly string[], some: readonly Entry[]) => Promise<void>) => {
     let done = 0;
@@ -4803,11 +4947,17 @@ function learn(inquiry: Inquiry, changed: readonly Entry[], born: readonly Entry
       const heads = (await ask(host, HEADS, { ...place, snapshots }, `${id}: cannot tell when snapshots were changed`)).split("\n");
       for (const [i, one] of some.entries()) ctransids.set(one.uuid, changedIn(heads[i] ?? "", one));
     });
-    await inChunks(born.filter(({ uuid }) => !births.has(uuid)), async (snapshots, some) => {
+    const born = differences.flatMap(({ parent, snapshot }) => (related(parent, snapshot, inquiry) === undefined ? [parent, snapshot] : []));
+    await inChunks([...new Set(born)].filter(({ uuid }) => !births.has(uuid)), async (snapshots, some) => {
       const shown = await ask(host, BIRTHS, { ...place, snapshots }, `${id}: cannot tell where snapshots come from`);
       const told = new Map([...shown.matchAll(/^ *(\d+) +\S+ \.\/(.*)$/gm)].map(([, generation, name = ""]) => [name, Number(generation)]));
       for (const { uuid, name } of some) births.set(uuid, told.get(name) ?? null);
     });
+    for (const pair of differences) {
+      const { parent, snapshot } = pair;
+      if (!related(parent, snapshot, inquiry) || isEarlierState(parent, snapshot, inquiry.all) || losses.has(pairOf(parent, snapshot))) continue;
+      losses.set(pairOf(parent, snapshot), await lossOf(inquiry.folder, pair));
+    }
   });
   inquiry.asking = asking.catch(() => {});
   return asking;
@@ -5091,15 +5241,13 @@ async function planFor(served: Served, serving: Serving): Promise<ReturnType<typ
   const options = { policy: wanted.policy, incremental: o.incremental, newestOnly: o.newestOnly, now: wallClock(new Date()), fullEvery: wanted.sending.fullEvery, backfill: o.backfill, failed: served.earlier };
   const mayBeEdited = (one: Snapshot) => isThere(one) && changedSince(one, inquiry, verdicts.cleared) !== false;
   for (;;) {
-    const unfit = judge(inquiry, verdicts, isThere);
-    const plan = stream === null ? planTransfers(snapshots, standing, options, unfit) : { transfers: planStreams(snapshots, stream.last, o, unfit), conflicts: [], skipped: 0 };
-    const open = plan.transfers.filter(({ parent, snapshot }) => parent !== null && unfit(parent, snapshot) === undefined);
+    const fitness = judge(inquiry, verdicts, isThere);
+    const plan = stream === null ? planTransfers(snapshots, standing, options, fitness) : { transfers: planStreams(snapshots, stream.last, o, fitness), conflicts: [], skipped: 0 };
+    const open = plan.transfers.flatMap(({ parent, snapshot }) => (parent !== null && fitness.unfit(parent, snapshot) === undefined ? [{ parent, snapshot }] : []));
     if (open.length > 0) {
-      const parents = open.map(({ parent }) => parent as Snapshot);
       // One that was edited or deduplicated is mostly not alone.
       const suspicious = snapshots.some((one) => isThere(one) && changedSince(one, inquiry, verdicts.cleared));
-      const kin = open.flatMap(({ parent, snapshot }) => (related(parent as Snapshot, snapshot, inquiry) === undefined ? [parent as Snapshot, snapshot] : []));
-      await learn(inquiry, (suspicious ? snapshots.filter(isThere) : parents).filter(mayBeEdited), kin);
+      await learn(inquiry, (suspicious ? snapshots.filter(isThere) : open.map(({ parent }) => parent)).filter(mayBeEdited), open);
       continue;
     }
     const lacking = compare === null ? undefined : plan.transfers.find(({ parent, why }) => parent === null && why !== undefined);
@@ -5929,7 +6077,7 @@ async function groundOf(location: Folder, target: Target, outside: Folder | null
 }
 
 /** Decides what is there already, what is sent, and what moves. Errors: Failure or UsageError for what cannot be done, before anything is changed. */
-function decideRestore(location: Folder, chosen: Snapshot, target: Target, outside: Folder | null, { there, edited }: Ground, unfit: Unfit, o: RestoreOptions) {
+function decideRestore(location: Folder, chosen: Snapshot, target: Target, outside: Folder | null, { there, edited }: Ground, fitness: Fitness, o: RestoreOptions) {
   const { mount, through } = throughMount(target);
   const here = isHere(location, target);
   const own = here && isSnapshotFolder(location);
@@ -5938,7 +6086,7 @@ function decideRestore(location: Folder, chosen: Snapshot, target: Target, outsi
   const named = standing !== null && (standing.uuid === chosen.uuid || dataFinder([standing])(chosen) !== undefined);
   const stands = named && !edited.has(standing.uuid);
   if (!named && (outside?.entries.has(chosen.name) ?? false)) throw new Failure(`${outside?.path} has something else by the name of ${chosen.name}`);
-  const { present, parent, why }: RestorePlan = stands ? { present: standing, parent: null } : here ? { present: chosen, parent: null } : planRestore(chosen, wholeIn(location), there, unfit);
+  const { present, parent, why }: RestorePlan = stands ? { present: standing, parent: null } : here ? { present: chosen, parent: null } : planRestore(chosen, wholeIn(location), there, fitness);
   const pieces = location.store === null || present !== null ? [] : planPieces(chainOf(chosen as Entry as Stream, byUuid(location.store.streams)), there);
   const origin = present === null ? "" : stands ? join((outside as Folder).path, chosen.name) : here ? join(location.path, chosen.name) : through(`/${present.path}`);
   const replaced = target.existing !== null && isWithin(location.top, `/${target.existing.path}`);
@@ -5989,10 +6137,10 @@ async function restoreOnce(o: RestoreOptions, report: Report): Promise<void> {
     if (location.store === null) compressionBetween(location, target, o.sending.level);
     const ground = await groundOf(location, target, outside, asked, o);
     const inquiry = inquiryInto(location);
-    const unfit: Unfit = location.store !== null ? () => null : judge(inquiry, { cleared: {}, refused: new Map() }, () => true);
-    const decide = () => decideRestore(location, chosen, target, outside, ground, unfit, o);
+    const fitness = location.store !== null ? ANY : judge(inquiry, { cleared: {}, refused: new Map() }, () => true);
+    const decide = () => decideRestore(location, chosen, target, outside, ground, fitness, o);
     let decided = decide();
-    for (; decided.parent !== null && unfit(decided.parent, chosen) === undefined; decided = decide()) await learn(inquiry, changedSince(decided.parent, inquiry, {}) === undefined ? [decided.parent] : [], [decided.parent, chosen]);
+    for (; decided.parent !== null && fitness.unfit(decided.parent, chosen) === undefined; decided = decide()) await learn(inquiry, changedSince(decided.parent, inquiry, {}) === undefined ? [decided.parent] : [], [{ parent: decided.parent, snapshot: chosen }]);
     const { present, parent, why, pieces, origin, how, moved, from, to, chains, came, away, left, twins, work, before } = decided;
     if (twins.length > 0) report.warning(`${o.target.id}: ${chosen.name} stands twice on its filesystem then, which can confuse "btrfs receive"; keep one of it and ${twins.map(({ path }) => path).join(", ")}`);
     if (asked !== null && present === null && parent === null) report.warning(`--parent-from ${o.parentFrom}: nothing there is shared with ${location.id}`);
@@ -6898,6 +7046,13 @@ async function versionsAgain(given: ArgumentsOf<typeof VERSIONS>, { folder }: Gu
   return { ...given, names: given.names.filter((name) => isInside(join(folder, name), given.inner)) };
 }
 
+/** Only paths that lead through no link, on both sides. */
+async function sizesAgain(given: ArgumentsOf<typeof FILE_SIZES>, { folder }: Guarded): Promise<typeof given> {
+  const led = given.paths.find((path) => ![given.snapshot, given.parent].every((name) => isInside(join(folder, name), path)));
+  if (led !== undefined) refuse(`the path ${shown(led)}`);
+  return given;
+}
+
 /** The source itself, or a snapshot in the folder. */
 const VERSION_OF: ArgumentRule = (value, said) => (value === "." && said.o.source ? value : STANDING(value, said));
 
@@ -6936,6 +7091,8 @@ const GUARDED: ReadonlyMap<string, Use> = new Map([
   use(HEADS, ["source", "read"], { ...AT, snapshots: LISTED_NAME }),
   use(BIRTHS, ["source", "read"], { ...AT, snapshots: LISTED_NAME }),
   use(ESTIMATE, ["source", "read"], { ...AT, snapshot: STANDING, parent: PARENT }),
+  use(REWRITTEN, ["source", "read"], { ...AT, snapshot: STANDING, parent: STANDING }),
+  use(FILE_SIZES, ["source", "read"], { ...AT, snapshot: STANDING, parent: STANDING, paths: INNER }, { again: sizesAgain }),
   use(SIZES, ["read"], { ...AT, names: LISTED_NAME }),
   use(DIGEST, ["read"], { ...AT, snapshot: STANDING }),
   use(LISTING, ["read"], { ...AT, snapshot: STANDING, format: oneOf(STAT_FORMAT) }),

@@ -33,6 +33,9 @@ import {
   partSize,
   planDestination,
   planPieces,
+  isEarlierState,
+  lossIn,
+  parseRewritten,
   planRestore,
   planRoom,
   planSource,
@@ -40,6 +43,7 @@ import {
   planTransfers,
   prefixesIn,
   related,
+  type Rewritten,
   restoredDestinations,
   retain,
   snapshotsAmong,
@@ -338,7 +342,7 @@ describe("transfers", () => {
     ["only what is missing", [1, 2, 3, 4], "0", "0105<0104"],
     ["nothing, when nothing is missing", [1, 2, 3, 4, 5], "0", ""],
     ["a gap is filled, each against the closest earlier one on both sides", [1, 3], "9", "0102<0101 0104<0103 0105<0104"],
-    ["no earlier one on both sides: in full, though later ones are there", [3, 4], "9", "0101< 0102<0101 0105<0104"],
+    ["no earlier one on both sides: against the nearest later one", [3, 4], "9", "0101<0103 0102<0101 0105<0104"],
     ["without a policy, what is older than the newest there stays away", [1, 3], "0", "0104<0103 0105<0104"],
     ["also where only the newest is there", [5], "0", ""],
     ["only what the policy would keep", [1], "2", "0104<0101 0105<0104"],
@@ -374,7 +378,7 @@ describe("transfers", () => {
   });
 
   test("--backfill sends it all the same, and so is what a run could not send", () => {
-    expect(planned(s, standing(backups(5)), { backfill: true })).toBe("0101< 0102<0101 0103<0102 0104<0103");
+    expect(planned(s, standing(backups(5)), { backfill: true })).toBe("0101<0105 0102<0101 0103<0102 0104<0103");
     expect(planned(s, standing(backups(2, 5)), { failed: new Set([s[2]?.uuid as string]) })).toBe("0103<0102");
     const { skipped, transfers } = planTransfers(s, standing(backups(2, 5)), options);
     expect([skipped, transfers]).toEqual([3, []]);
@@ -433,7 +437,7 @@ describe("transfers", () => {
 });
 
 describe("parents", () => {
-  const facts = (all: readonly Snapshot[], more: Partial<Facts> = {}): Facts => ({ all: new Map(all.map((one) => [one.uuid, one])), ctransids: new Map(), births: new Map(), ...more });
+  const facts = (all: readonly Snapshot[], more: Partial<Facts> = {}): Facts => ({ all: new Map(all.map((one) => [one.uuid, one])), ctransids: new Map(), births: new Map(), losses: new Map(), ...more });
   const received = (short: string, parentUuid: string | null) => snap(short, { receivedUuid: `r${short}`, parentUuid });
 
   test.each<[string, (readonly [a: Snapshot, b: Snapshot]), Snapshot[], Record<string, number | null>, boolean | undefined]>([
@@ -466,10 +470,66 @@ describe("parents", () => {
   ])("a snapshot was changed: %s", (_, fields, ctransids, cleared, expected) =>
     expect(changedSince(snap("0101", fields), facts([], { ctransids: new Map(Object.entries(ctransids)) }), cleared)).toBe(expected));
 
+  const taken = (short: string, cgen: number, parentUuid = "source") => snap(short, { cgen, parentUuid });
+  const source = (more: Partial<Snapshot> = {}) => snap("0001", { uuid: "source", parentUuid: null, ...more });
+  test.each<[string, (readonly [one: Snapshot, of: Snapshot]), Snapshot[], boolean]>([
+    ["what was taken before", [taken("0101", 5), taken("0102", 6)], [source()], true],
+    ["at the same moment", [taken("0101", 5), taken("0102", 5)], [source()], true],
+    ["what was taken after", [taken("0102", 6), taken("0101", 5)], [source()], false],
+    ["nobody knows when", [snap("0101", { parentUuid: "source" }), taken("0102", 6)], [source()], false],
+    ["what the source was made of", [snap("0101"), taken("0102", 6)], [source({ parentUuid: "s0101" })], true],
+    ["what was taken before that, of the source before", [taken("0101", 3, "old"), taken("0103", 9)], [source({ parentUuid: "s0102", cgen: 8 }), taken("0102", 4, "old")], true],
+    ["what was taken after that, of the source before: the way led back", [taken("0102", 5, "old"), taken("0103", 9)], [source({ parentUuid: "s0101", cgen: 8 }), taken("0101", 4, "old")], false],
+    ["where what the source was made of is gone, nobody knows", [taken("0101", 3, "old"), taken("0103", 9)], [source({ parentUuid: "gone", cgen: 8 })], false],
+    ["what it was received on top of", [received("0101", null), received("0102", "s0101")], [], true],
+    ["what was received on top of the same", [received("0102", "s0101"), received("0103", "s0101")], [received("0101", null)], false],
+    ["what was received on top of what the source was made of", [{ ...received("0102", "s0101"), cgen: 5 }, taken("0103", 9)], [source({ parentUuid: "s0101", cgen: 8 }), received("0101", null)], false],
+    ["over a gap, nobody knows", [received("0101", null), received("0103", "gone")], [], false],
+  ])("an earlier state is %s", (_, [one, of], others, expected) => expect(isEarlierState(one, of, facts([one, of, ...others]).all)).toBe(expected));
+
+  test.each<[string, Partial<Rewritten>, string | null]>([
+    ["a file that is longer, and whose last block is the same", {}, "file"],
+    ["of which that block is sent", { ranges: [{ from: 0, to: 4096 }] }, null],
+    ["of which only what is behind is sent", { ranges: [{ from: 4096, to: 9000 }] }, "file"],
+    ["a shorter one", { size: 99 }, null],
+    ["a new one", { before: null }, null],
+    ["one that was empty", { before: 0 }, null],
+    ["one that ended where a block ends, however large blocks are", { before: 65536, size: 70000 }, null],
+  ])("what a difference would lose: %s", (_, fields, expected) => {
+    const file: Rewritten = { path: "file", ranges: [], size: 3000, before: 100, ...fields };
+    expect(lossIn([{ path: "other", ranges: [], size: 1, before: 1 }, file])).toBe(expected);
+  });
+
+  test("what a difference writes to is read from what btrfs says of it", () => {
+    const lines = ["write     ./s/plain/f1   offset=4096 len=4096", "update_extent   ./s/plain/f1     offset=8192 len=10", "truncate ./s/a\\ b\\\\\\303\\244\\n  size=3000", "clone ./s/c  offset=0 len=5 from=./s/x\\ clone clone_offset=0", ""];
+    expect([...parseRewritten(lines.join("\n"))]).toEqual([
+      ["plain/f1", [{ from: 4096, to: 8192 }, { from: 8192, to: 8202 }]],
+      ["a b\\ä\n", []],
+      ["c", [{ from: 0, to: 5 }]],
+    ]);
+    expect(() => parseRewritten("something else\n")).toThrow("unknown line");
+  });
+
+  test("an earlier state is preferred to what is nearer, and a later one is the last", () => {
+    const s = snaps("0101 0102 0103 0104 0105 0106 0107 0108");
+    const options = { policy: null, incremental: true, newestOnly: false, backfill: true, now: FAR, fullEvery: null };
+    const plan = (held: string, earlier: string, bad = "") => {
+      const fitness = { unfit: ({ uuid }: Snapshot) => (bad.includes(shortOf(uuid)) ? `not ${uuid}` : null), isEarlier: ({ uuid }: Snapshot) => earlier.includes(shortOf(uuid)) };
+      return planTransfers(s, standing(snaps(held).map((one) => backupOf(one))), options, fitness).transfers.find(({ snapshot }) => snapshot === s[4])?.parent?.uuid;
+    };
+    const all = "0101 0102 0103 0104 0106 0107 0108";
+    expect(plan(all, "0101 0102")).toBe("s0102");
+    expect(plan(all, "")).toBe("s0104");
+    expect(plan(all, "", "0104")).toBe("s0103");
+    expect(plan(all, "", "0104 0103")).toBe("s0106");
+    expect(plan(all, "", "0104 0103 0106")).toBeUndefined();
+    expect(plan("0106 0107 0108", "0101 0102 0103 0104", "0101 0102 0103 0104")).toBe("s0106");
+  });
+
   test("the nearest that is fit is taken, and why no nearer one; in full with the reason if there is none", () => {
     const s = snaps("0101 0102 0103 0104");
     const options = { policy: null, incremental: true, newestOnly: false, now: FAR, fullEvery: null };
-    const plan = (...bad: string[]) => planTransfers(s, standing(s.slice(0, 3).map((one) => backupOf(one))), options, (parent) => (bad.includes(shortOf(parent.uuid)) ? `not ${parent.name}` : null)).transfers;
+    const plan = (...bad: string[]) => planTransfers(s, standing(s.slice(0, 3).map((one) => backupOf(one))), options, { unfit: (parent) => (bad.includes(shortOf(parent.uuid)) ? `not ${parent.name}` : null), isEarlier: () => true }).transfers;
     expect(plan()).toEqual([{ snapshot: s[3] as Snapshot, parent: s[2] as Snapshot }]);
     expect(plan("0103")).toEqual([{ snapshot: s[3] as Snapshot, parent: s[1] as Snapshot, why: `not ${full("0103")}` }]);
     expect(plan("0101", "0102", "0103")).toEqual([{ snapshot: s[3] as Snapshot, parent: null, why: `not ${full("0103")}` }]);

@@ -350,7 +350,9 @@ describe("going back in time from the source's own snapshots", () => {
       change(source, generator(i));
       await nextSecond();
       const [sent, ...more] = transfers(await expectRun(0, ["--json", source, destination]));
-      expect([sent?.["parent"], more]).toEqual([names.at(-1) as string, []]);
+      // What it was made of, or what is nearer, if nothing is lost so.
+      expect([names.slice(-2).includes(String(sent?.["parent"])), more]).toEqual([true, []]);
+      expectSound(destination, snapshots);
       expectNoDuplicates(a.path);
       sh(`btrfs -q subvolume delete "$1"/home.before-* >/dev/null`, a.path);
     }
@@ -370,7 +372,7 @@ describe("going back in time from the source's own snapshots", () => {
     expect(stderr).toContain("they go on from");
     sh(`btrfs -q subvolume delete "$1"/snapshot/* "$1" >/dev/null; mv "$2" "$1"`, source, target);
     await nextSecond();
-    expect(transfers(await expectRun(0, ["--json", source, destination]))).toMatchObject([{ parent: third }]);
+    expect(transfers(await expectRun(0, ["--json", source, destination]))).toMatchObject([{ parent: first }]);
   });
 
   test("without destinations nothing moves, and there is no copy", async () => {
@@ -400,12 +402,11 @@ describe("going back in time from the source's own snapshots", () => {
     expectRestored(source, first, states.get(first), folder);
     expect(snapshotNames(folder)).toEqual([first, second]);
     await nextSecond();
-    expect(transfers(await expectRun(0, ["--json", "-f", folder, source, destination]))).toMatchObject([{ parent: second }]);
+    expect(transfers(await expectRun(0, ["--json", "-f", folder, source, destination]))).toMatchObject([{ parent: first }]);
     // Rolled back by hand, it is as much the same source.
     sh(`btrfs -q subvolume delete "$1" >/dev/null; btrfs -q subvolume snapshot "$2" "$1" >/dev/null`, source, join(folder, second));
     await nextSecond();
-    const third = snapshotNames(folder)[2];
-    expect(transfers(await expectRun(0, ["--json", "-f", folder, source, destination]))).toMatchObject([{ parent: third }]);
+    expect(transfers(await expectRun(0, ["--json", "-f", folder, source, destination]))).toMatchObject([{ parent: second }]);
     sh(`btrfs -q subvolume delete "$1" >/dev/null; btrfs -q subvolume create "$1" >/dev/null`, source);
     expect((await expectRun(1, ["-f", folder, source, destination])).stderr).toContain("belong to");
   });

@@ -34,7 +34,7 @@ describe("an earlier snapshot that comes after a later one", () => {
     const args = [...(kind === "ssh" ? options : []), "--json", "-S", source, place];
     await expectRun(0, ["-n", "2", ...args]);
     const more = transfers(await expectRun(0, ["-n", "6", ...args]));
-    expect(more.map(({ name, parent }) => [name, parent])).toEqual([[day(3), null], [day(4), day(3)], [day(5), day(4)], [day(6), day(5)]]);
+    expect(more.map(({ name, parent }) => [name, parent])).toEqual([[day(3), day(7)], [day(4), day(3)], [day(5), day(4)], [day(6), day(5)]]);
     expect(await listed(kind === "raw" ? place : destination)).toEqual(range(3, 8));
     if (kind !== "raw") expectSound(destination, snapshots);
     // By the same order, the newest is what is given back, and the oldest goes.
@@ -60,7 +60,7 @@ describe("an earlier snapshot that comes after a later one", () => {
     expect(transfers(nothing)).toEqual([]);
     expect(nothing.stderr.match(/4 snapshots older than the newest one there are not sent; --backfill sends them/g)?.length).toBe(1);
     const all = transfers(await expectRun(0, ["--json", "-S", "--backfill", source, destination]));
-    expect(all.map(({ name, parent }) => [name, parent])).toEqual([[day(1), null], [day(2), day(1)], [day(3), day(2)], [day(4), day(3)]]);
+    expect(all.map(({ name, parent }) => [name, parent])).toEqual([[day(1), day(5)], [day(2), day(1)], [day(3), day(2)], [day(4), day(3)]]);
     expectSound(destination, snapshots);
     expect(await listed(destination)).toEqual(range(1, 5));
     // A copy knows the order, too.
@@ -83,6 +83,76 @@ describe("an earlier snapshot that comes after a later one", () => {
     await expectRun(0, ["prune", "-n", "1", stored]);
     expect(await listed(stored)).toContain(day(5));
     await expectRun(0, ["verify", stored]);
+  });
+
+  /** A source with three snapshots, in the second of which a file is cut off within its only block, and moved. */
+  function cutOff(name = "odd \\303 \u00e4 name") {
+    const { source, snapshots, destination, a, b } = pair();
+    const file = join(source, name);
+    sh(`head -c 3000 /dev/urandom >"$1"`, file);
+    snapshotAs(source, day(1));
+    sh(`mkdir "$1/moved"; truncate -s 100 "$2"; mv "$2" "$1/moved/file"`, source, file);
+    snapshotAs(source, day(2));
+    writeFileSync(join(source, "day"), "3");
+    snapshotAs(source, day(3));
+    return { source, snapshots, destination, a, b };
+  }
+  const LOSS = /in full: (\d{8}-000000) is no earlier state of (\d{8}-000000), and btrfs send would lose the end of .*/;
+
+  test("is sent in full where btrfs send would lose something: what was cut off later", async () => {
+    const { source, snapshots, destination, a, b } = cutOff("odd \\303\n\u00e4 name");
+    const stored = `raw://${join(b.path, "stored")}`;
+    const { options, url } = await sshServer();
+    for (const place of [destination, stored]) {
+      await expectRun(0, ["-S", "--newest-only", source, place]);
+      const { stderr } = await expectRun(0, ["-S", "--backfill", source, place]);
+      expect(LOSS.exec(stderr)?.slice(1)).toEqual([day(3), day(1)]);
+    }
+    expectSound(destination, snapshots);
+    await expectRun(0, ["restore", "--snapshot", day(1), stored, join(a.path, "from-stream")]);
+    expect(treeDigest(join(a.path, "from-stream", "snapshot", day(1)))).toBe(treeDigest(join(snapshots, day(1))));
+    // The same between two destinations, by ssh, and on the way back.
+    const copied = join(filesystem().path, "copied");
+    await expectRun(0, ["copy", "--newest-only", ...options, url(destination), copied]);
+    // The first was received in full there: none of the others was made from it.
+    expect((await expectRun(0, ["copy", "--backfill", ...options, url(destination), copied])).stderr).toMatch(/in full: .* was not made from it/);
+    expectSound(copied, snapshots);
+  });
+
+  test("so is one that is restored where only a later one is", async () => {
+    const { source, snapshots, destination, a } = cutOff();
+    await expectRun(0, ["-S", source, destination]);
+    const original = treeDigest(join(snapshots, day(1)));
+    sh(`btrfs -q subvolume delete "$1" >/dev/null`, join(snapshots, day(1)));
+    expect((await expectRun(0, ["restore", "--parent-from", snapshots, "--snapshot", day(1), destination, join(a.path, "back")])).stderr).toMatch(LOSS);
+    expect(treeDigest(join(destination, day(1)))).toBe(original);
+    expect(contentsDigest(join(a.path, "back"))).toBe(contentsDigest(join(destination, day(1))));
+  });
+
+  test("is a difference after the way led back: to what the source was made of, else only if nothing is lost", async () => {
+    for (const isGone of [false, true]) {
+      const { source, snapshots, destination } = cutOff();
+      await expectRun(0, ["-S", source, destination]);
+      await expectRun(0, ["restore", "--replace", "--snapshot", day(1), snapshots, source]);
+      if (isGone) sh(`btrfs -q subvolume delete "$1/${day(1)}" "$2/${day(1)}" >/dev/null`, snapshots, destination);
+      writeFileSync(join(source, "day"), "4");
+      snapshotAs(source, day(4));
+      const result = await expectRun(0, ["--json", "-S", source, destination]);
+      expect(transfers(result).map(({ name, parent }) => [name, parent])).toEqual([[day(4), isGone ? null : day(1)]]);
+      expect(LOSS.test(result.stderr)).toBe(isGone);
+      expectSound(destination, snapshots);
+    }
+  });
+
+  test.each([true, false])("is told by btrfs over ssh, and by a guard (%s)", async (isGuarded) => {
+    const { source, snapshots, destination } = cutOff();
+    const { guarded, options, url } = await sshServer();
+    const key = isGuarded ? guarded("--path", source, "--source") : options;
+    await expectRun(0, ["-S", "--newest-only", ...key, url(source), destination]);
+    const result = await expectRun(0, ["--json", "-S", "--backfill", ...key, url(source), destination]);
+    expect(transfers(result).map(({ name, parent }) => [name, parent])).toEqual([[day(1), null], [day(2), day(1)]]);
+    expect(LOSS.exec(result.stderr)?.slice(1) ?? result.stderr).toEqual([day(3), day(1)]);
+    expectSound(destination, snapshots);
   });
 
   test("random trees, changed in any way: what arrives is what was there", async () => {
@@ -179,7 +249,7 @@ describe("what retention removed does not come back", () => {
     const again = await run(["--json", "-S", "-N", "1", source, destination], { env });
     expect([again.status, transfers(again).map(({ name }) => name), snapshotNames(snapshots)]).toEqual([1, [day(4)], [day(2), day(4)]]);
     const last = transfers(await expectRun(0, ["--json", "-S", "-N", "1", source, destination]));
-    expect(last.map(({ name, parent }) => [name, parent])).toEqual([[day(2), null]]);
+    expect(last.map(({ name, parent }) => [name, parent])).toEqual([[day(2), day(4)]]);
     expect(snapshotNames(snapshots)).toEqual([day(4)]);
     expect(await listed(destination)).toEqual(range(1, 4));
     expect(sh(`cat "$1/${day(2)}/day"`, destination)).toBe("2");
