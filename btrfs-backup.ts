@@ -989,29 +989,37 @@ function printed(child: ProcessPromise, end: string, { limit = Infinity, from = 
   return new Promise((done) => {
     const chunks: Buffer[] = [];
     const [line, last] = [Buffer.from(`\n${seen?.line}\n`), Buffer.from(end)];
-    let tail = Buffer.alloc(0);
+    const kept = Math.max(last.length, line.length);
+    let tail: Buffer = Buffer.alloc(0);
     let tell = seen?.tell;
     let silence: ReturnType<typeof setTimeout> | undefined;
+    let heard = 0;
     let isOver = false;
     const ended = (how: string | null | Silent) => {
       isOver = true;
       clearTimeout(silence);
       done(how);
     };
-    const wait = () => {
-      clearTimeout(silence);
-      if (!isOver && limit !== Infinity) silence = setTimeout(() => ended(new Silent()), limit);
+    // There can be thousands of chunks: none sets a timer.
+    const listen = (rest: number) => {
+      silence = setTimeout(() => {
+        const left = heard + limit - performance.now();
+        if (left <= 0) ended(new Silent());
+        else listen(left);
+      }, rest);
     };
-    void from.then(wait);
+    void from.then(() => {
+      heard = performance.now();
+      if (!isOver && limit !== Infinity) listen(limit);
+    });
     child.stdout.on("data", (chunk: Buffer) => {
-      if (silence !== undefined) wait();
+      heard = performance.now();
       chunks.push(chunk);
-      const fresh = Buffer.concat([tail, chunk]);
-      if (tell !== undefined && fresh.includes(line)) {
+      if (tell !== undefined && Buffer.concat([tail, chunk]).includes(line)) {
         tell();
         tell = undefined;
       }
-      tail = fresh.subarray(-Math.max(last.length, line.length));
+      tail = chunk.length < kept ? Buffer.concat([tail, chunk]).subarray(-kept) : chunk.subarray(-kept);
       if (tail.subarray(-last.length).equals(last)) ended(Buffer.concat(chunks).toString());
     });
     void child.then(() => ended(null));
@@ -2537,28 +2545,32 @@ const LOCATE = verb("locate", "file", sh`
 `);
 
 /**
- * `stat --printf FORMAT` of `inner`, a path, and of each directory above it, in every subvolume that has it, with one process
- * for each level: a symbolic link may lead out of a snapshot.
+ * Of `inner`, a path, in every subvolume that has it: what `realpath` makes of the directory above it, as NUL-terminated words after that of the
+ * folder itself, since a symbolic link may lead out of a snapshot (nothing where the kernel follows none); an empty one; and `stat --printf FORMAT`. `word` is printf's format of a word.
  */
-const VERSIONS = verb("versions", "folder fsid format inner names...", sh`
+const VERSIONS = verb("versions", "folder fsid format word inner names...", sh`
   at "$folder" "$fsid"
-  inner=\${inner#/}
   stat --printf x . >/dev/null || { echo "GNU stat not found: install coreutils" >&2; exit 69; }
-  set -f
-  IFS=/
-  for component in $inner; do
-    for name; do
-      set -- "$@" "$name/$component"
-      shift
-    done
-    {
-      { stat --printf "$format" -- "$@" 2>&1 >&3 || :; } | {
-        if grep -v -e ": No such file or directory" -e ": Not a directory" -e ": Too many levels of symbolic links" >&2; then
-          exit 1
-        fi
-      }
-    } 3>&1
-  done
+  # paths INNER NAME...
+  paths() {
+    within=$1
+    shift
+    for name; do printf "$word" "$name$within"; done
+  }
+  # Behind the fence the kernel follows no link.
+  if [ "$mode" = fence ]; then
+    :
+  else
+    { printf "$word" .; paths "\${inner%/*}" "$@"; } | xargs -0 realpath -q -z -e -- || :
+  fi
+  printf "$word" ""
+  {
+    { paths "$inner" "$@" | xargs -0 stat --printf "$format" -- 2>&1 >&3 || :; } | {
+      if grep -v -e ": No such file or directory" -e ": Not a directory" -e ": Too many levels of symbolic links" >&2; then
+        exit 1
+      fi
+    }
+  } 3>&1
 `);
 
 /** origin: enters the directory that `inner` is in, in a snapshot. Its parameters are those of TAKE. */
@@ -2811,16 +2823,20 @@ const LISTED = new RegExp(`^ID (\\d+) gen \\d+ cgen (\\d+) top level \\d+ parent
 const LISTED_MADE = new RegExp(`^ID \\d+ gen \\d+ cgen \\d+ top level \\d+ otime (?:(\\S+) (\\S+)|-)\\s+uuid (${UUID})\\s+path (?:<FS_TREE>/)?(.*)$`, "s");
 const LISTED_READONLY = /^ID (\d+) gen \d+ top level \d+ path (?:<FS_TREE>\/)?(.*)$/s;
 
-/** The entries of `btrfs subvolume list`. A line of no known shape continues a path with a line break. */
-function listedLines(text: string, shape: RegExp): RegExpExecArray[] {
-  const found: RegExpExecArray[] = [];
-  for (const line of text === "" ? [] : text.split("\n")) {
-    const last = found.at(-1);
-    const match = shape.exec(line) ?? (last === undefined ? null : shape.exec(`${found.pop()?.[0]}\n${line}`));
-    if (match === null) throw new Failure(`"btrfs subvolume list" printed something unknown: ${line}`);
-    found.push(match);
+/** The entries of `btrfs subvolume list`, one at a time: there can be many. A line of no known shape continues a path with a line break. Errors: Failure. */
+function* listedLines(text: string, shape: RegExp): Generator<RegExpExecArray> {
+  let last: RegExpExecArray | null = null;
+  for (let from = 0, to = 0; from < text.length; from = to + 1) {
+    to = text.indexOf("\n", from);
+    if (to < 0) to = text.length;
+    const line = text.slice(from, to);
+    const match = shape.exec(line);
+    const longer: RegExpExecArray | null = match === null && last !== null ? shape.exec(`${last[0]}\n${line}`) : null;
+    if (match === null && longer === null) throw new Failure(`"btrfs subvolume list" printed something unknown: ${line}`);
+    if (match !== null && last !== null) yield last;
+    last = match ?? longer;
   }
-  return found;
+  if (last !== null) yield last;
 }
 
 /**
@@ -2828,11 +2844,13 @@ function listedLines(text: string, shape: RegExp): RegExpExecArray[] {
  * -a all paths count from the top level, some with a mark; without, some count from where one asks.
  */
 export function parseSubvolumes(all: string, readonlyOnes: string): Subvolume[] {
-  const readonly = new Set(listedLines(readonlyOnes, LISTED_READONLY).map(([, id, path]) => `${id} ${path}`));
-  const subvolumes = listedLines(all, LISTED).map((match): Subvolume => {
+  const readonly = new Set<string>();
+  for (const [, id, path] of listedLines(readonlyOnes, LISTED_READONLY)) readonly.add(`${id} ${path}`);
+  const subvolumes: Subvolume[] = [];
+  for (const match of listedLines(all, LISTED)) {
     const [, id, cgen, parent, received, uuid, path] = match as unknown as [string, string, string, string, string, string, string];
-    return { id: Number(id), path, uuid, parentUuid: uuidOrNull(parent), receivedUuid: uuidOrNull(received), readonly: readonly.has(`${id} ${path}`), cgen: Number(cgen) };
-  });
+    subvolumes.push({ id: Number(id), path, uuid, parentUuid: uuidOrNull(parent), receivedUuid: uuidOrNull(received), readonly: readonly.has(`${id} ${path}`), cgen: Number(cgen) });
+  }
   // Any user can make subvolumes, and a name with a line break could pass for a subvolume of its own:
   // one that matters would need a path, an ID or a UUID that is somebody's already.
   for (const key of ["id", "uuid", "path"] as const) {
@@ -3364,8 +3382,8 @@ export function isSnapshotFolder({ source, chain: { owner, destinations }, snaps
 /** What a folder can give back, oldest first. */
 export function wholeIn(folder: Folder): Snapshot[] {
   const own = isSnapshotFolder(folder);
-  const { strangers = [] } = folder.chain;
-  return folder.snapshots.filter((entry) => (own ? entry.readonly : isComplete(entry)) && !strangers.includes(entry.uuid));
+  const strangers = new Set(folder.chain.strangers);
+  return folder.snapshots.filter((entry) => (own ? entry.readonly : isComplete(entry)) && !strangers.has(entry.uuid));
 }
 
 /** Warns of read-only subvolumes with one received UUID, among which `btrfs receive` could take the wrong one for a parent. */
@@ -5905,7 +5923,8 @@ async function asReceived(folder: Folder, backups: readonly Backup[]): Promise<B
   const times = new Map<string, number>(folder.written);
   // sudo does not pass the time zone on.
   const listed = store !== null || folder.alone || host.sudo ? "" : (await ask(host, MADE, at(folder), cannot)).replace(/\n$/, "");
-  const made = new Map(listedLines(listed, LISTED_MADE).map(([, date, time, uuid = ""]) => [uuid, Date.parse(`${date}T${time}Z`)]));
+  const made = new Map<string, number>();
+  for (const [, date, time, uuid = ""] of listedLines(listed, LISTED_MADE)) made.set(uuid, Date.parse(`${date}T${time}Z`));
   for (const { name, uuid } of backups) if (Number.isFinite(made.get(uuid))) times.set(name, made.get(uuid) as number);
   const others = store === null ? backups.filter(({ name }) => !times.has(name)) : [];
   for (const names of chunks(others.map(({ name }) => `./${name}`)))
@@ -6317,34 +6336,55 @@ type Column = { readonly id: string; readonly folder: Folder | null; readonly pr
 const whyEmpty = ({ problem, left }: Pick<Column, "problem" | "left">) => (problem === null ? "" : left ? `, not looked at: ${problem}` : ", cannot be read");
 
 /** Opens a location only to look; `known`: what SOURCE's record says of it. One that cannot be opened is a failure of the command, but not its end. */
-async function openColumn(location: Location, known: KnownDestination | null, o: Pick<RunOptions, "hosts" | "snapshotFolder"> & { readonly prefix: string | null }, report: Report): Promise<Column> {
+async function openColumn(location: Location, o: ColumnOptions): Promise<OpenedColumn> {
   const { id } = location;
   try {
     if (location.kind === "shell") return { id, folder: null, problem: null };
     const folder = await openLocation(location, { ...o, wait: "look" });
     if (folder.place.filesystem === null && folder.store === null) throw new Absent("not on btrfs (is the disk mounted?)");
-    if (known?.filesystem && known.filesystem !== folder.place.filesystem) throw new Absent("another filesystem than before is there (is the disk mounted?)");
     return { id, folder, problem: null };
   } catch (error) {
-    if (error instanceof UsageError || error instanceof Interrupted) throw error;
-    report.error(id, error);
-    return { id, folder: null, problem: (error as Error).message };
+    return { id, folder: null, problem: (error as Error).message, error: error as Error };
   }
 }
+type ColumnOptions = Pick<RunOptions, "hosts" | "snapshotFolder"> & { readonly prefix: string | null };
+type OpenedColumn = Column & { readonly error?: Error };
 
-/** The first location, and the others: given, or known to the first if that is a SOURCE. */
-async function openColumns(first: Location, others: readonly Location[], addKnown: boolean, o: Parameters<typeof openColumn>[2], report: Report): Promise<Column[]> {
-  const source = await openColumn(first, null, o, report);
+/** Tells what is wrong with a place, and goes on without it. Errors: UsageError, Interrupted. */
+function toldOf({ error, ...column }: OpenedColumn, report: Report): Column {
+  if (error instanceof UsageError || error instanceof Interrupted) throw error;
+  if (error !== undefined) report.error(column.id, error);
+  return column;
+}
+
+/** A place that was opened while nobody knew yet which prefix it is about, nor which filesystem was there before. */
+async function withKnown(location: Location, early: OpenedColumn, known: KnownDestination | undefined, o: ColumnOptions): Promise<OpenedColumn> {
+  const { id, folder } = early;
+  if (folder === null) return early;
+  if (known?.filesystem && known.filesystem !== folder.place.filesystem) {
+    const error = new Absent("another filesystem than before is there (is the disk mounted?)");
+    return { id, folder: null, problem: error.message, error };
+  }
+  if (o.prefix === null) return openColumn(location, o);
+  return folder.prefix === o.prefix ? early : { ...early, folder: withPrefix(folder, o.prefix) };
+}
+
+/** The first location, and the others: given, or known to the first if that is a SOURCE. They are opened side by side, and told of in order. */
+async function openColumns(first: Location, others: readonly Location[], addKnown: boolean, o: ColumnOptions, report: Report): Promise<Column[]> {
+  const early = { ...o, prefix: o.prefix ?? "" };
+  const open = (location: Location) => ({ location, opening: openColumn(location, early) });
+  const asked = new Map(others.map((location) => [location.id, open(location)]));
+  const source = toldOf(await openColumn(first, o), report);
   const known = source.folder !== null && isSnapshotFolder(source.folder) ? [...new Set([...prefixesIn(source.folder.standing), ...source.folder.record.chains.keys()])].flatMap((prefix) => knownDestinations(withPrefix(source.folder as Folder, prefix))) : [];
   const remembered = new Map(known.map((one) => [one.location, one]));
-  const asked = new Map(others.map((location) => [location.id, location]));
   const doubts = source.folder === null ? [] : [...source.folder.record.chains.values(), source.folder.chain].map((chain) => disbelief({ ...(source.folder as Folder), chain }));
   const doubt = doubts.find((one) => one !== null) ?? null;
   const added = addKnown ? [...remembered.keys()].filter((id) => !asked.has(id)) : [];
-  for (const id of doubt === null ? added : []) asked.set(id, recordedLocation(id));
+  for (const id of doubt === null ? added : []) asked.set(id, open(recordedLocation(id)));
   const left = doubt === null ? [] : added.map((id): Column => ({ id, folder: null, problem: doubt, left: true }));
   const prefix = o.prefix ?? (source.folder?.snapshots.length ? source.folder.prefix : null);
-  return [source, ...(await Promise.all([...asked.values()].map((location) => openColumn(location, remembered.get(location.id) ?? null, { ...o, prefix }, report)))), ...left];
+  const opened = await Promise.all([...asked].map(async ([id, { location, opening }]) => withKnown(location, await opening, remembered.get(id), { ...o, prefix })));
+  return [source, ...opened.map((column) => toldOf(column, report)), ...left];
 }
 
 export type ListOptions = ReturnType<typeof listOptions>;
@@ -6359,7 +6399,7 @@ export async function list(o: ListOptions, report: Report): Promise<void> {
   if (maxAge !== null) return checkAge(columns, { ...o, maxAge }, Date.now(), report);
   const prefixes = new Set(o.prefix !== null ? [o.prefix] : columns.flatMap(({ folder }) => prefixesIn(folder?.standing ?? [])));
   for (const prefix of prefixes.size === 0 ? [""] : prefixes) {
-    const shown = columns.map((column) => ({ ...column, folder: column.folder && withPrefix(column.folder, prefix) }));
+    const shown = columns.map((column) => ({ ...column, folder: column.folder && (column.folder.prefix === prefix ? column.folder : withPrefix(column.folder, prefix)) }));
     const sizes = new Map((await Promise.all(shown.map(({ id, folder }) => (o.size && folder ? sizesIn(folder).catch((error) => (report.error(id, error), [])) : [])))).flat());
     const { locations, snapshots } = inventory(shown, o, now, sizes);
     report.event("list", { prefix, locations, snapshots });
@@ -6564,6 +6604,9 @@ const STAT_FORMAT = "%n\\0%f\\0%u:%g\\0%s\\0%.9Y\\0%t:%T\\0%i\\0%N\\0";
 /** What a stream carries of a file besides its contents and attributes; what has no meaning for its type is left out. */
 export type FileState = { readonly type: string; readonly mode: string; readonly owner: string; readonly mtime: string; readonly size?: string; readonly device?: string; readonly target?: string };
 
+/** printf's format of a word of what it prints. */
+const WORD = "%s\\0";
+
 /** Reads the words of STAT_FORMAT. Errors: Failure for any other shape. */
 export function parseStats(words: readonly string[]): { path: string; inode: string; state: FileState }[] {
   const files: { path: string; inode: string; state: FileState }[] = [];
@@ -6678,11 +6721,17 @@ export async function versions(o: VersionsOptions, report: Report): Promise<void
 /** What `stat` says of a path in many subvolumes of a folder; nothing where it is not. */
 async function statesIn(host: Host, folder: ReturnType<typeof at>, path: string, names: readonly string[]): Promise<Map<string, FileState>> {
   const found = new Map<string, FileState>();
-  for (const some of chunks(names, Buffer.byteLength(path)))
-    for (const { path: there, state } of parseStats((await ask(host, VERSIONS, { ...folder, format: STAT_FORMAT, inner: path, names: some }, `cannot look for ${path}`)).split("\0").slice(0, -1))) found.set(there, state);
-  const above = [...path.matchAll(/\//g)].map(({ index }) => path.slice(0, index)).slice(1);
-  const has = (name: string) => above.every((directory) => found.get(name + directory)?.type === "directory") && found.has(name + path);
-  return new Map(names.filter(has).map((name) => [name, found.get(name + path) as FileState]));
+  for (const some of chunks(names)) {
+    const words = (await ask(host, VERSIONS, { ...folder, format: STAT_FORMAT, word: WORD, inner: path, names: some }, `cannot look for ${path}`)).split("\0");
+    const end = words.indexOf("");
+    const [place, ...paths] = words.slice(0, end);
+    const real = new Set(paths);
+    for (const { path: there, state } of parseStats(words.slice(end + 1, -1))) {
+      const name = there.slice(0, there.length - path.length);
+      if (place === undefined || real.has(join(place, name, dirname(path)))) found.set(name, state);
+    }
+  }
+  return found;
 }
 
 /** Copies a version of a file back to its host. */
@@ -7096,7 +7145,7 @@ const GUARDED: ReadonlyMap<string, Use> = new Map([
   use(SIZES, ["read"], { ...AT, names: LISTED_NAME }),
   use(DIGEST, ["read"], { ...AT, snapshot: STANDING }),
   use(LISTING, ["read"], { ...AT, snapshot: STANDING, format: oneOf(STAT_FORMAT) }),
-  use(VERSIONS, ["read"], { ...AT, format: oneOf(STAT_FORMAT), inner: INNER, names: VERSION_OF }, { again: versionsAgain }),
+  use(VERSIONS, ["read"], { ...AT, format: oneOf(STAT_FORMAT), word: oneOf(WORD), inner: INNER, names: VERSION_OF }, { again: versionsAgain }),
   use(TAKE, ["read"], { ...AT, snapshot: STANDING, inner: INNER }),
   use(LOCATE, ["read"], { file: FILE }),
 ]);
@@ -7253,8 +7302,8 @@ export function narrowed(output: string, nonce: string, folder: string): string 
   const ours = (path: string) => `/${path}` === mount.root || [top, ...(source === null ? [] : [source.top])].some((one) => isWithin(`/${path}`, one) || isWithin(one, `/${path}`));
   const near = (path: string) => [place.path, ...(source === null ? [] : [source.path])].some((one) => isWithin(one, path) || isWithin(path, one));
   const lines: Record<string, (text: string) => string[]> = {
-    subvolumes: (text) => listedLines(text, LISTED).filter((match) => ours(match[6] as string)).map(([line]) => line),
-    readonly: (text) => listedLines(text, LISTED_READONLY).filter((match) => ours(match[2] as string)).map(([line]) => line),
+    subvolumes: (text) => [...listedLines(text, LISTED)].filter((match) => ours(match[6] as string)).map(([line]) => line),
+    readonly: (text) => [...listedLines(text, LISTED_READONLY)].filter((match) => ours(match[2] as string)).map(([line]) => line),
     mounts: (text) => text.split("\n").filter((line) => near(parseMounts(line)[0]?.path ?? "")),
     filesystems: (text) => text.split("\n").filter((line) => [place.filesystem, source?.filesystem].includes(line.slice(line.lastIndexOf("/") + 1))),
   };

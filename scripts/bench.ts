@@ -132,10 +132,11 @@ async function besidesBtrfs(args: readonly string[]): Promise<number> {
 const processes = () => Number(/^processes (\d+)$/m.exec(readFileSync("/proc/stat", "utf8"))?.[1]);
 
 /**
- * Snapshots, one an hour, as many as asked for, and backups of them, made by nothing but ioctls (linux/btrfs.h): sending so many would take hours. The
- * base of the backups gets the UUID of a snapshot as its received UUID, and what is taken of it has that too.
+ * Snapshots, one an hour, as many as asked for, and backups of them in some folders, made by nothing but ioctls (linux/btrfs.h): sending so many would
+ * take hours. FOLDER.base gets the UUID of a snapshot as its received UUID, and what is taken of it has that too.
  */
-const HISTORY = `snapshot='sub dir { open(my $d, "<", $_[0]) or die "$_[0]: $!"; $d }
+const HISTORY = `source=$1 snapshots=$2 count=$3; shift 3
+  snapshot='sub dir { open(my $d, "<", $_[0]) or die "$_[0]: $!"; $d }
     sub snapshot { ioctl($_[0], 0x50009417, pack("q Q Q x32 a4040", fileno($_[1]), 0, 2, $_[2])) or die "snapshot: $!" }' # SNAP_CREATE_V2, read-only
   perl -MPOSIX -e "$snapshot"'
     my ($source, $snapshots, $count) = @ARGV; my ($s, $in) = (dir($source), dir($snapshots)); $| = 1;
@@ -144,12 +145,30 @@ const HISTORY = `snapshot='sub dir { open(my $d, "<", $_[0]) or die "$_[0]: $!";
       snapshot($in, $s, $name);
       my $info = chr(0) x 504; ioctl(dir("$snapshots/$name"), 0x81F8943C, $info) or die "info: $!"; # GET_SUBVOL_INFO
       print "$name ", unpack("H32", substr($info, 296)), "\\n";
-    }' "$1" "$2" "$3" | perl -e "$snapshot"'
-    my ($base, $backups) = @ARGV; my ($b, $in) = (dir($base), dir($backups));
+    }' "$source" "$snapshots" "$count" | perl -e "$snapshot"'
+    my @places = map { [dir("$_.base"), dir($_)] } @ARGV;
     while (my ($name, $uuid) = split(" ", <STDIN> // "")) {
-      my $received = pack("H32 x184", $uuid); ioctl($b, 0xC0C89425, $received) or die "received: $!"; # SET_RECEIVED_SUBVOL
-      snapshot($in, $b, $name);
-    }' "$4" "$5"`;
+      for my $place (@places) {
+        my ($b, $in) = @$place;
+        my $received = pack("H32 x184", $uuid); ioctl($b, 0xC0C89425, $received) or die "received: $!"; # SET_RECEIVED_SUBVOL
+        snapshot($in, $b, $name);
+      }
+    }' "$@"`;
+
+/** A source with one file, far below its top, and so many snapshots; and some places that have backups of all of them. */
+async function deep(count: number, places = 1): Promise<{ source: string; snapshots: string; backups: string[]; file: string }> {
+  const mkfs = ["--metadata", "single"]; // made in less time than what is written twice
+  const source = subvolume(join(filesystem({ size: "8G", mkfs }).path, "home"));
+  const file = join(source, "a/b/c/d/e/f/g/h/file");
+  sh(`mkdir -p "\${1%/*}"; echo x >"$1"`, file);
+  const snapshots = `${source}.snapshots`;
+  const backups = Array.from({ length: places }, (_, i) => place(`backup${i}`, "8G", mkfs));
+  await ours(["-f", snapshots, source, ...backups]);
+  for (const folder of backups) sh(`btrfs -q subvolume snapshot "$1"/2* "$1.base" >/dev/null`, folder);
+  sh(HISTORY, source, snapshots, String(count - 1), ...backups);
+  sh("sync");
+  return { source, snapshots, backups, file };
+}
 
 /** The rows of the same over ssh, where each destination has already what it had without. */
 async function overSsh(source: string, change: () => void, mine: string, peer: string): Promise<Row[]> {
@@ -339,17 +358,9 @@ const cases: Record<string, () => Promise<Row[]>> = {
   async history() {
     const measured = [];
     for (const count of [10, 10_000]) {
-      const mkfs = ["--metadata", "single"]; // made in less time than what is written twice
-      const { source, rewrite } = oneFile(4096, mkfs);
-      const backups = place("backup", "8G", mkfs);
-      const snapshots = `${source}.snapshots`;
-      const args = ["-N", String(count), "-n", String(count), "-f", snapshots, source, backups];
-      await ours(args);
-      const base = `${backups}.base`;
-      sh(`btrfs -q subvolume snapshot "$1"/2* "$2" >/dev/null`, backups, base);
-      sh(HISTORY, source, snapshots, String(count - 1), base, backups);
-      sh("sync");
-      const [taken = 0] = await inTurn([{ before: rewrite, work: () => ours(args) }]);
+      const { source, snapshots, backups, file } = await deep(count);
+      const args = ["-N", String(count), "-n", String(count), "-f", snapshots, source, ...backups];
+      const [taken = 0] = await inTurn([{ before: () => sh(`date >"$1"`, file), work: () => ours(args) }]);
       await nextSecond();
       const began = processes();
       await ours(args);
@@ -409,6 +420,105 @@ const cases: Record<string, () => Promise<Row[]>> = {
   },
 };
 
+const within = (what: string, ours: number, most: number, other = ""): Row => [what, ms(ours), other, "", `≤ ${most < 1000 ? ms(most) : `${most / 1000} s`}`, ours <= most];
+/** The time of one of so many things in a row, where a run of one and of several took so long. */
+const each = (what: string, ours: number, other: number, count: number, most: number): Row => [what, `${(ours / count).toFixed(1)} ms`, `${(other / count).toFixed(1)} ms`, "", `≤ ${most} ms`, ours / count <= most];
+
+/** A source of some bytes, with so many snapshots that differ by one small file. */
+function small(count: number): { source: string; snapshots: string } {
+  const source = subvolume(join(filesystem({ size: "4G" }).path, "home"));
+  sh(`mkdir "$1/snapshot"; for i in $(seq "$2"); do echo $i >"$1/file"; btrfs -q subvolume snapshot -r "$1" "$1/snapshot/$(date -d "2026-01-01 + $i hours" +%Y%m%d-%H%M%S)" >/dev/null; done; sync`, source, String(count));
+  return { source, snapshots: join(source, "snapshot") };
+}
+/** Objects as \`raw://\` has them, of the newest stream there, as if there were so many. */
+const MANY_STREAMS = `cd "$1"; one=$(ls | grep -v "^[.]" | grep -v sha256 | tail -n 1)
+  for i in $(seq "$2"); do uuid=$(printf "%08x-0000-4000-8000-000000000000" $i); name=$(date -u -d "@$((1262304000 + 3600 * i))" +%Y%m%d-%H%M%S)
+    echo "$name $uuid"; done | perl -e '
+    my $one = shift; while (<STDIN>) { my ($name, $uuid) = split; my $new = $one; $new =~ s/^[0-9]{8}-[0-9]{6}/$name/; $new =~ s/[0-9a-f]{8}-[0-9a-f-]{27}/$uuid/;
+      link($one, $new) or die "$new: $!"; open(my $sum, ">", "$new.sha256"); open(my $old, "<", "$one.sha256"); my $line = <$old>; $line =~ s/\\Q$one\\E/$new/; print $sum $line; close $sum }' "$one"; sync`;
+
+/** What has to grow with its work, and not with its square; with more than the others have, so that it takes its time. */
+const scale: Record<string, () => Promise<Row[]>> = {
+  async prune() {
+    const { backups: [folder = ""] } = await deep(10_000);
+    const [own = 0, bare = 0] = await inTurn([{ work: () => ours(["prune", "--dry-run", "-n", "10000", folder]) }, { work: shell(`btrfs subvolume list -a -s -u "$1" >/dev/null`, folder) }]);
+    return [within("prune of 10,000 backups, nothing goes: btrfs subvolume list", own, 1000, ms(bare))];
+  },
+
+  async versions() {
+    const { source, snapshots, backups, file } = await deep(10_000, 2);
+    const args = ["-f", snapshots, file, ...backups];
+    const [own = 0] = await inTurn([{ work: () => ours(["versions", ...args]) }]);
+    const [list = 0] = await inTurn([{ work: () => ours(["list", "-f", snapshots, source, ...backups]) }]);
+    const most = await memory(["list", "-f", snapshots, source, ...backups]);
+    return [within("versions of a file in 10,000 snapshots at three places", own, 1000), within("list of 10,000 snapshots at three places", list, 400), ["the same: memory of all processes", `${(most / 1e6).toFixed(0)} MB`, "", "", "≤ 120 MB", most <= 120e6]];
+  },
+
+  async deletions() {
+    const { source } = small(1);
+    const stores: [string, number, string][] = [[`raw://${place("raw")}`, 10_000, "5000"], [`rclone://:local:${place("rclone")}`, 200, "100"]];
+    const rows: Row[] = [];
+    for (const [store, count, kept] of stores) {
+      const folder = store.replace(/^.*:(\/\/)?(?=\/)/, "");
+      await ours(["-S", source, store]);
+      const [own = 0] = await inTurn([{ before: () => sh(MANY_STREAMS, folder, String(count)), work: () => ours(["prune", "-n", kept, store]) }]);
+      rows.push(within(`prune of ${count} streams in ${store.split(":")[0]}://, ${kept} stay`, own, count > 1000 ? 1500 : 500));
+    }
+    return rows;
+  },
+
+  async prefixes() {
+    const { source } = small(1);
+    const folder = place("backup");
+    mkdirSync(folder);
+    for (let i = 0; i < 200; i++) await ours(["-q", "-f", `snapshots${i}`, "-p", `host${i}-`, source, folder]);
+    const [prune = 0] = await inTurn([{ work: () => ours(["prune", "-n", "5", folder]) }]);
+    const [copy = 0] = await inTurn([{ before: () => sh(`for s in "$1"/*; do [ ! -d "$s" ] || btrfs -q subvolume delete "$s" >/dev/null; done; rm -rf "$1"`, `${folder}-copy`), work: () => ours(["copy", folder, `${folder}-copy`]) }]);
+    return [within("prune of 200 prefixes in one folder, nothing goes", prune, 300), each("copy of 200 prefixes in one folder, for each", copy, 0, 200, 15)];
+  },
+
+  async small() {
+    const count = 200;
+    const { source, snapshots } = small(count + 1);
+    const [mine, bare] = [place("backup"), place("bare")];
+    sh(`cd "$1"; mkdir "$2"; btrfs -q send "$(ls | head -n 1)" 2>/dev/null | btrfs -q receive "$2"`, snapshots, bare);
+    const clear = (folder: string) => () => sh(`cd "$1" 2>/dev/null || exit 0; rm -f ./*.sha256 ./*-*.btrfs* 2>/dev/null; for s in $(ls | tail -n +2); do btrfs -q subvolume delete "$s" >/dev/null 2>&1 || rm -f "$s"; done; btrfs subvolume sync .`, folder);
+    await ours(["-S", source, mine]);
+    const raw = place("raw");
+    const [folder = 0, store = 0, other = 0] = await inTurn([
+      { before: clear(mine), work: () => ours(["-S", "--backfill", source, mine]) },
+      { before: () => sh(`rm -rf "$1"`, raw), work: () => ours(["-S", "--full-every", "0", source, `raw://${raw}`]) },
+      { before: clear(bare), work: shell(`cd "$1"; old=; for new in *; do [ -z "$old" ] || btrfs -q send -p "$old" "$new" 2>/dev/null | btrfs -q receive "$2"; old=$new; done; btrfs filesystem sync "$2"`, snapshots, bare) },
+    ]);
+    const chain = `raw://${raw}`;
+    const target = `${mine}-restored`;
+    const [restore = 0] = await inTurn([{ before: () => sh(`[ ! -d "$1" ] || btrfs -q subvolume delete "$1"/snapshot/* "$1" >/dev/null`, target), work: () => ours(["restore", chain, target]) }]);
+    const [verify = 0] = await inTurn([{ work: () => ours(["verify", chain]) }]);
+    return [
+      each("a small transfer of 200 in a row, to btrfs: send | receive", folder, other, count, 10),
+      each("the same to raw://", store, other, count, 12),
+      each("a piece of a chain of 200, restored from raw://: send | receive", restore, other, count, 20),
+      each("a small stream of 200, verified", verify, 0, count, 1),
+    ];
+  },
+
+  async strangers() {
+    const taken = [];
+    for (const count of [0, 10_000]) {
+      const { source, rewrite } = oneFile(4096);
+      const backups = place("backup");
+      const args = ["-N", "1", "-n", "1", source, backups];
+      await ours(args);
+      sh(`mkdir "$1.others"; [ "$2" = 0 ] || { btrfs -q subvolume snapshot "$1" "$1.0" >/dev/null; for i in $(seq "$2"); do echo "subvolume snapshot -r $1.0 $1.others/$i"; done | perl -e '
+        sub dir { open(my $d, "<", $_[0]) or die "$_[0]: $!"; $d } my ($s, $in) = map { dir($_) } @ARGV;
+        for my $i (1 .. ${count}) { ioctl($in, 0x50009417, pack("q Q Q x32 a4040", fileno($s), 0, 2, $i)) or die "$!" }' "$1.0" "$1.others"; sync; }`, source, String(count));
+      taken.push((await inTurn([{ before: rewrite, work: () => ours(args) }]))[0] ?? 0);
+    }
+    const [few = 0, many = 0] = taken;
+    return [slower("a run with 10,000 other subvolumes on the source's filesystem: without", many, few, 50)];
+  },
+};
+
 let profiled = "";
 /** What begins with the line of the debug log that matches: what the time of a local run is spent on. */
 const PHASES: readonly (readonly [what: string, begins: RegExp])[] = [
@@ -442,15 +552,16 @@ async function profile(args: readonly string[], change: () => void): Promise<str
   return [...PHASES.map(([what], i) => `${ms(median(taken[i] as number[])).padStart(8)}  ${what}`), `${String(started).padStart(8)}  processes and threads`].join("\n");
 }
 
-const asked = process.argv.slice(2);
-const unknown = asked.find((name) => !Object.hasOwn(cases, name));
+const asked = process.argv.slice(2).filter((word) => word !== "--scale");
+const chosen = process.argv.includes("--scale") ? scale : cases;
+const unknown = asked.find((name) => !Object.hasOwn(chosen, name));
 if (unknown !== undefined) {
-  console.error(`there is no row ${unknown}: ${Object.keys(cases).join(", ")}`);
+  console.error(`there is no row ${unknown}: ${Object.keys(chosen).join(", ")}`);
   process.exit(2);
 }
 const rows: Row[] = [["case: compared with", "ours", "other", "result", "aim", true]];
 try {
-  for (const [name, measure] of Object.entries(cases)) {
+  for (const [name, measure] of Object.entries(chosen)) {
     if (asked.length > 0 && !asked.includes(name)) continue;
     const began = performance.now();
     rows.push(...(await measure()));

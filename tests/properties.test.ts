@@ -130,8 +130,9 @@ test("nothing takes the newest, a pin, a parent, or what is not ours, whatever i
     const known = new Set(backups.map(({ receivedUuid }) => receivedUuid as string));
     for (const { snapshot, parent, belated } of transfers) {
       expect(known.has(snapshot.uuid)).toBe(false);
-      if (parent !== null) expect(known.has(parent.uuid) && all.indexOf(parent) < all.indexOf(snapshot)).toBe(true);
-      else expect(all.slice(0, all.indexOf(snapshot)).some(({ uuid }) => known.has(uuid))).toBe(false);
+      const earlier = all.slice(0, all.indexOf(snapshot)).filter(({ uuid }) => known.has(uuid));
+      const [later = null] = all.slice(all.indexOf(snapshot)).filter(({ uuid }) => known.has(uuid));
+      expect(parent).toBe(earlier.at(-1) ?? later);
       expect(belated === true).toBe(all.slice(all.indexOf(snapshot)).some(({ uuid }) => known.has(uuid)));
       known.add(snapshot.uuid);
     }
