@@ -430,12 +430,16 @@ function small(count: number): { source: string; snapshots: string } {
   sh(`mkdir "$1/snapshot"; for i in $(seq "$2"); do echo $i >"$1/file"; btrfs -q subvolume snapshot -r "$1" "$1/snapshot/$(date -d "2026-01-01 + $i hours" +%Y%m%d-%H%M%S)" >/dev/null; done; sync`, source, String(count));
   return { source, snapshots: join(source, "snapshot") };
 }
-/** Objects as \`raw://\` has them, of the newest stream there, as if there were so many. */
-const MANY_STREAMS = `cd "$1"; one=$(ls | grep -v "^[.]" | grep -v sha256 | tail -n 1)
-  for i in $(seq "$2"); do uuid=$(printf "%08x-0000-4000-8000-000000000000" $i); name=$(date -u -d "@$((1262304000 + 3600 * i))" +%Y%m%d-%H%M%S)
-    echo "$name $uuid"; done | perl -e '
-    my $one = shift; while (<STDIN>) { my ($name, $uuid) = split; my $new = $one; $new =~ s/^[0-9]{8}-[0-9]{6}/$name/; $new =~ s/[0-9a-f]{8}-[0-9a-f-]{27}/$uuid/;
-      link($one, $new) or die "$new: $!"; open(my $sum, ">", "$new.sha256"); open(my $old, "<", "$one.sha256"); my $line = <$old>; $line =~ s/\\Q$one\\E/$new/; print $sum $line; close $sum }' "$one"; sync`;
+/** Streams as `raw://` has them: as many as asked for, which are the one in a folder under other names. */
+const MANY_STREAMS = `cd "$1"; perl -MPOSIX -e '
+  my ($one) = grep { /full[.]btrfs$/ } sort(glob("2*")); open(my $sums, "<", "$one.sha256"); my ($sum) = split(" ", <$sums>);
+  for my $i (1 .. $ARGV[0]) {
+    my ($name, $uuid) = (strftime("%Y%m%d-%H%M%S", gmtime(1262304000 + 3600 * $i)), sprintf("%08x-0000-4000-8000-000000000000", $i));
+    (my $new = $one) =~ s/^[0-9]{8}-[0-9]{6}(.*?_[0-9a-f-]{36}_)[0-9a-f-]{36}/$name$1$uuid/;
+    next if -e $new;
+    link($one, $new) or die "$new: $!";
+    open(my $file, ">", "$new.sha256"); print $file "$sum  $new\\n"; close $file;
+  }' "$2"; sync`;
 
 /** What has to grow with its work, and not with its square; with more than the others have, so that it takes its time. */
 const scale: Record<string, () => Promise<Row[]>> = {
