@@ -2509,6 +2509,15 @@ const MADE = verb("made", "folder fsid", sh`
 `);
 
 /** Of each ./NAME a line with the name, and one with the creation time. */
+/**
+ * When directories were made, in s since 1970, as far as the kernel tells: of a subvolume that is not a snapshot, when it was made itself. (A
+ * snapshot has its directory from what it was taken of.)
+ */
+const BORN = verb("born", "folder fsid names...", sh`
+  at "$folder" "$fsid"
+  stat -c "%W %n" -- "$@"
+`);
+
 const RECEIVED = verb("received", "folder fsid names...", sh`
   at "$folder" "$fsid"
   for name; do
@@ -5871,28 +5880,31 @@ export type PruneOptions = ReturnType<typeof pruneOptions>;
 
 /** Deletes from a place of backups what a policy does not keep, without its source. */
 export async function prune(o: PruneOptions, report: Report): Promise<void> {
-  const wait = o.dryRun ? ("look" as const) : o.wait;
   const first = await openLocation(o.location, { ...o, prefix: o.prefix ?? "", wait: "look" });
   const prefixes = o.prefix === null ? prefixesIn(first.standing) : [o.prefix];
   const isSource = (prefix: string) => isSnapshotFolder(withPrefix(first, prefix));
   const isOne = `has snapshots of a source: "btrfs-backup run --no-snapshot --no-transfer -N …" prunes these`;
   if ([first.prefix, ...prefixes].every(isSource)) throw new UsageError(`${o.location.id} ${isOne}`);
+  // One look for all prefixes; only where something is to be done is one opened once more, and locked.
+  const all = prefixes.flatMap((prefix) => withPrefix(first, prefix).snapshots);
+  const arriving = arrivals(first, all);
+  arriving.catch(() => {});
   for (const prefix of prefixes) {
-    let folder: Folder | null = null;
+    const looked = withPrefix(first, prefix);
+    let folder = looked;
     try {
       if (isSource(prefix)) throw new Failure(`the prefix ${JSON.stringify(prefix)} ${isOne}`);
-      folder = await openFolder(o.location, o.location.path, { prefix, wait, hosts: o.hosts });
-      const destination = pruned(folder, o);
-      const { backups } = destination.standing;
-      const standing = { ...destination.standing, backups: await asReceived(folder, backups), ...(backups.some(({ belated }) => belated) ? { newest: backups.at(-1)?.uuid } : {}) };
-      const leaps = o.adoptClock ? leapNames([standing.backups], folder.chain.leaps) : folder.chain.leaps;
-      const chain = { ...folder.chain, ...(leaps === undefined ? {} : { leaps }) };
-      if (!o.dryRun && folder.store === null && folder.record.unreadable === null && !sameRecord(chain, folder.chain)) await writeRecord(folder, chain);
-      await pruneDestination({ wanted: { policy: o.policy }, destination, standing }, [], leaps ?? [], o, report);
+      let pruning = pruningOf(looked, o, await arriving);
+      if (!o.dryRun && !pruning.isIdle) {
+        folder = await openFolder(o.location, o.location.path, { prefix, wait: o.wait, hosts: o.hosts });
+        pruning = pruningOf(folder, o, await arrivals(folder, folder.snapshots));
+        if (pruning.isNews) await writeRecord(folder, pruning.chain);
+      }
+      await pruneDestination({ ...pruning, wanted: { policy: o.policy } }, [], pruning.leaps, o, report);
     } catch (error) {
       report.error(o.location.id, error); // the other prefixes can still be pruned
     } finally {
-      if (folder !== null) await whileCleaning(folder.close);
+      if (folder !== looked) await whileCleaning(folder.close);
     }
   }
   const { delete: deletions = 0 } = report.tally;
@@ -5914,31 +5926,54 @@ function pruned(folder: Folder, o: PruneOptions): Destination {
 }
 
 /**
- * Backups with the times when they arrived, as far as the place tells them, in that order: whoever may only
- * add backups can give them any name, but not any time.
+ * When backups arrived, by UUID, as far as their place tells: whoever may only add backups can give them any name, but not any time. Three
+ * processes at most, whatever their number, but for what neither btrfs-progs nor the kernel tells in a list. Errors: Failure.
  */
-async function asReceived(folder: Folder, backups: readonly Backup[]): Promise<Backup[]> {
-  const { host, id, store } = folder;
+async function arrivals(folder: Folder, entries: readonly Entry[]): Promise<Map<string, number>> {
+  const { host, id, store, alone, written } = folder;
+  if (store !== null) return new Map(entries.flatMap(({ path, uuid }) => (written.has(path) ? [[uuid, written.get(path) as number]] : [])));
+  const place = at(folder);
   const cannot = `${id}: cannot tell when backups were received`;
-  const times = new Map<string, number>(folder.written);
+  const arrived = new Map<string, number>();
+  const lacking = () => entries.filter(({ uuid }) => !arrived.has(uuid));
   // sudo does not pass the time zone on.
-  const listed = store !== null || folder.alone || host.sudo ? "" : (await ask(host, MADE, at(folder), cannot)).replace(/\n$/, "");
-  const made = new Map<string, number>();
-  for (const [, date, time, uuid = ""] of listedLines(listed, LISTED_MADE)) made.set(uuid, Date.parse(`${date}T${time}Z`));
-  for (const { name, uuid } of backups) if (Number.isFinite(made.get(uuid))) times.set(name, made.get(uuid) as number);
-  const others = store === null ? backups.filter(({ name }) => !times.has(name)) : [];
-  for (const names of chunks(others.map(({ name }) => `./${name}`)))
-    for (const [, name = "", date, time, zone] of (await ask(host, RECEIVED, { ...at(folder), names }, cannot)).matchAll(/^\.\/(.*)\n\s+Creation time:\s+(\S+) (\S+) ([+-]\d{4})$/gm)) times.set(name, Date.parse(`${date}T${time}${zone}`));
+  const listed = alone || host.sudo ? "" : (await ask(host, MADE, place, cannot)).replace(/\n$/, "");
+  for (const [, date, time, uuid = ""] of listedLines(listed, LISTED_MADE)) if (date !== undefined) arrived.set(uuid, Date.parse(`${date}T${time}Z`));
+  const byName = (some: readonly Entry[]) => new Map(some.map(({ name, uuid }) => [`./${name}`, uuid]));
+  const full = byName(lacking().filter(({ parentUuid }) => parentUuid === null));
+  for (const names of chunks([...full.keys()]))
+    for (const [, seconds, name = ""] of (await ask(host, BORN, { ...place, names }, cannot)).matchAll(/^([1-9]\d*) (.*)$/gm)) arrived.set(full.get(name) ?? "", Number(seconds) * 1000);
+  const others = byName(lacking());
+  for (const names of chunks([...others.keys()]))
+    for (const [, name = "", date, time, zone] of (await ask(host, RECEIVED, { ...place, names }, cannot)).matchAll(/^(\.\/.*)\n\s+Creation time:\s+(\S+) (\S+) ([+-]\d{4})$/gm)) arrived.set(others.get(name) ?? "", Date.parse(`${date}T${time}${zone}`));
+  return arrived;
+}
+
+/** Backups in the order of their arrival, dated by it. Errors: Failure for one of which it is not known. */
+function asReceived({ id, store }: Pick<Folder, "id" | "store">, backups: readonly Backup[], arrived: ReadonlyMap<string, number>): Backup[] {
   let last = -Infinity;
   return [...backups]
     .sort((a, b) => a.id - b.id)
     .map((backup) => {
-      const received = times.get(store === null ? backup.name : backup.path);
+      const received = arrived.get(backup.uuid);
       if (received === undefined && store?.verbs !== RCLONE) throw new Failure(`${id}: it is not known when ${backup.name} was received`);
       // The order of arrival is that of IDs, whatever the clock did.
       return received === undefined ? backup : { ...backup, time: wallClock(new Date(received)), moment: store === null ? (last = Math.max(last, received)) : received };
     });
 }
+
+/** What there is to prune of one prefix. */
+function pruningOf(folder: Folder, o: PruneOptions, arrived: ReadonlyMap<string, number>) {
+  const destination = pruned(folder, o);
+  const { backups } = destination.standing;
+  const standing = { ...destination.standing, backups: asReceived(folder, backups, arrived), ...(backups.some(({ belated }) => belated) ? { newest: backups.at(-1)?.uuid } : {}) };
+  const leaps = o.adoptClock ? leapNames([standing.backups], folder.chain.leaps) : folder.chain.leaps;
+  const chain = { ...folder.chain, ...(leaps === undefined ? {} : { leaps }) };
+  const isNews = folder.store === null && folder.record.unreadable === null && !sameRecord(chain, folder.chain);
+  const goes = () => planDestination([], standing, o.policy, wallClock(new Date()), leaps).some(({ reasons }) => reasons.length === 0);
+  return { destination, standing, leaps: leaps ?? [], chain, isNews, isIdle: !isNews && destination.frozen === null && !goes() };
+}
+
 
 export type RestoreOptions = ReturnType<typeof restoreOptions>;
 
@@ -7132,6 +7167,7 @@ const GUARDED: ReadonlyMap<string, Use> = new Map([
   use(DELETE, ["delete", "source"], { convert: oneOf("", "rw"), sync: oneOf("", "sync"), ...AT, top: ONE_LINE, ids: like(/^\d+( \d+)*$/), names: LISTED_NAME }, { again: deleteAgain }),
   use(RECEIVED, ["delete", "read"], { ...AT, names: LISTED_NAME }),
   use(MADE, ["delete", "read"], AT, { serve: madeServed }),
+  use(BORN, ["delete", "read"], { ...AT, names: LISTED_NAME }),
   use(SHOW, ["source"], AT),
   use(SNAPSHOT, ["source"], { source: SOURCE_RULE, ...AT, name: DATED }),
   use(RENAME, ["source"], { ...AT, name: STANDING, to: DATED }, { again: renameAgain }),
