@@ -3118,6 +3118,8 @@ export type ChainRecord = {
   readonly since?: string;
   /** UUIDs of backups that are another source's: never pruned. */
   readonly strangers?: readonly string[];
+  /** The same, as only the file has it where they are many: all backups up to this subvolume ID, but for these UUIDs. */
+  readonly elders?: { readonly until: number; readonly but: readonly string[] };
   readonly destinations?: readonly KnownDestination[];
   /** UUIDs that the data of backups go by which came when later ones were there. */
   readonly belated?: readonly string[];
@@ -3169,7 +3171,7 @@ export function parseRecord(text: string): RecordFile {
 }
 
 function checkChain(chain: ChainRecord): void {
-  const { owner, receiving, since, strangers, destinations, leaps = [], belated = [], guarded } = chain;
+  const { owner, receiving, since, strangers, elders, destinations, leaps = [], belated = [], guarded } = chain;
   const isText = (value: unknown) => typeof value === "string";
   const fine =
     Object.getPrototypeOf(chain) === Object.prototype &&
@@ -3178,8 +3180,31 @@ function checkChain(chain: ChainRecord): void {
     (guarded === undefined || guarded === true) &&
     [leaps, belated].every((names) => Array.isArray(names) && names.every(isText)) &&
     (strangers === undefined || (Array.isArray(strangers) && strangers.every(isText))) &&
+    (elders === undefined || (strangers === undefined && Number.isSafeInteger(elders.until) && Array.isArray(elders.but) && elders.but.every(isText))) &&
     (destinations === undefined || (Array.isArray(destinations) && destinations.every((d) => isText(d.location) && [d.filesystem, d.last].every((v) => v === null || isText(v)) && (d.receiving === undefined || Array.isArray(d.receiving)) && (d.failed === undefined || (Array.isArray(d.failed) && d.failed.every(isText))) && (d.cleared === undefined || Object.values(d.cleared).every((n) => Number.isSafeInteger(n))) && (d.pin === null || (isText(d.pin.name) && isText(d.pin.uuid))))));
   if (!fine) throw new Error("a field is not what it should be");
+}
+
+/** How many strangers a record lists by their UUIDs; a line has room for some 2,000. */
+const LISTED_STRANGERS = 500;
+
+/** The backups of a prefix that a record can speak of. */
+const ofPrefix = (standing: readonly Entry[], prefix: string) => standing.filter(({ name }) => parseName(name, prefix) !== null);
+
+/** A chain's record as it is written: many strangers by a rule instead of a list. */
+export function asWritten({ strangers, ...chain }: ChainRecord, standing: readonly Entry[], prefix: string): ChainRecord {
+  if (strangers === undefined || strangers.length <= LISTED_STRANGERS) return strangers === undefined ? chain : { ...chain, strangers };
+  const foreign = new Set(strangers);
+  const all = ofPrefix(standing, prefix);
+  const until = all.reduce((last, { id, uuid }) => (foreign.has(uuid) ? Math.max(last, id) : last), 0);
+  return { ...chain, elders: { until, but: all.filter(({ id, uuid }) => id <= until && !foreign.has(uuid)).map(({ uuid }) => uuid) } };
+}
+
+/** A chain's record with all strangers that are there by their UUIDs. */
+export function asRead({ elders, ...chain }: ChainRecord, standing: readonly Entry[], prefix: string): ChainRecord {
+  if (elders === undefined) return chain;
+  const own = new Set(elders.but);
+  return { ...chain, strangers: ofPrefix(standing, prefix).filter(({ id, uuid }) => id <= elders.until && !own.has(uuid)).map(({ uuid }) => uuid) };
 }
 
 /** What 0.2 to 0.3.1 left in `.outstanding_transfers`: for each destination's ID the names it concerns. */
@@ -3286,7 +3311,9 @@ async function openFolder(location: Readable, path: string, opening: Opening): P
       });
     const real = inspection.exists ? inspection.place.path : join(inspection.place.path, basename(path));
     const folder = { ...inspection, source: inspection.source && { ...inspection.source, uuid: await uuidOfSource(host, inspection) } };
-    return withPrefix({ ...folder, id: location.id, host: behindFence(host, inspection), hostName: inspection.host, path: real, store, standing: store?.streams ?? subvolumes, close: release }, prefix);
+    const standing = store?.streams ?? subvolumes;
+    const chains = new Map([...folder.record.chains].map(([prefix, chain]) => [prefix, asRead(chain, standing, prefix)]));
+    return withPrefix({ ...folder, record: { ...folder.record, chains }, id: location.id, host: behindFence(host, inspection), hostName: inspection.host, path: real, store, standing, close: release }, prefix);
   } catch (error) {
     await release();
     throw error;
@@ -3416,7 +3443,7 @@ const NO_RECORD = { header: "", key: "", value: "" } as const;
 
 /** What the record verbs need to make a chain's line say `chain`: nothing if the file is not ours to write. */
 function recordArguments(folder: Folder, chain: ChainRecord): { header: string; key: string; value: string } {
-  const value = JSON.stringify(chain);
+  const value = JSON.stringify(asWritten(chain, folder.standing, folder.prefix));
   if (Buffer.byteLength(value) > RECORD_BYTES) throw new Failure(`${folder.id}: its record would be larger than ${RECORD_BYTES} bytes`);
   return folder.record.unreadable === null ? { header: RECORD_HEADER, key: recordKey(folder.prefix), value } : NO_RECORD;
 }
@@ -4419,10 +4446,11 @@ export type Claim = { readonly accepted: true; readonly strangers: readonly stri
  */
 export function claim(identity: Identity, chain: ChainRecord, standing: readonly Snapshot[], shared: readonly Snapshot[], adopt: boolean): Claim {
   const { owner, strangers = [] } = chain;
+  const foreign = new Set(strangers);
   const samePlace = owner?.host === identity.host && owner.path === identity.path;
   if (owner?.uuid === identity.uuid) {
     // A machine that was cloned has the original's subvolume UUIDs, but not what the original has sent since.
-    const newest = standing.findLast(({ uuid }) => !strangers.includes(uuid));
+    const newest = standing.findLast(({ uuid }) => !foreign.has(uuid));
     if (samePlace || newest === undefined || shared.some(({ uuid }) => uuid === newest.uuid)) return { accepted: true, strangers };
     if (!adopt) return { accepted: false, why: `the backups there were made on ${owner.host}:${owner.path}, and the newest, ${newest.name}, is unknown to ${identity.host}:${identity.path}, which has the same subvolume UUID (${identity.uuid}): is one a clone of the other? Use a prefix (-p) or another folder; --adopt goes on with them` };
   }
@@ -7029,23 +7057,26 @@ async function lookedAt({ folder: path, prefix }: Guarded, kind: "folder" | "raw
 const GUARDED_CHAINS = 200;
 
 /** A chain's record as a guarded key may write it. Errors: Refused for what would take anything away from what is there. */
-export function guardedRecord(text: string, { chain: now, entries, prefix }: Pick<Folder, "chain" | "entries" | "prefix">, source: boolean): ChainRecord {
+export function guardedRecord(text: string, { chain: now, entries, standing, prefix }: Pick<Folder, "chain" | "entries" | "standing" | "prefix">, source: boolean): ChainRecord {
   const { chains, unreadable } = parseRecord(`${RECORD_HEADER}\n${recordKey(prefix)}${text}\n}`);
   const chain = chains.get(prefix);
-  if (chain === undefined || unreadable !== null || Object.keys(chain).some((key) => !["owner", "receiving", "since", "strangers", "destinations", "leaps", "belated", "guarded"].includes(key))) return refuse("a record of another form");
-  const { owner, receiving, strangers = [], destinations } = chain;
+  if (chain === undefined || unreadable !== null || Object.keys(chain).some((key) => !["owner", "receiving", "since", "strangers", "elders", "destinations", "leaps", "belated", "guarded"].includes(key))) return refuse("a record of another form");
+  const full = asRead(chain, standing, prefix);
+  const { owner, receiving, strangers = [], destinations } = full;
+  if ((chain.elders?.until ?? 0) > Math.max(0, ...standing.map(({ id }) => id))) refuse("a record of backups that are not there yet");
   // An administrator's terminal will show it.
   if (/[\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069]|\\u00[01]|\\[bfnrt]/.test(text)) refuse("a record with control characters");
   if (receiving !== undefined && receiving !== now.receiving && (parseName(receiving, prefix) === null || entries.has(receiving))) refuse(`an announcement of ${shown(receiving)}`);
   // Whose the backups are, and which are not, is settled once; a restored source has another UUID.
   const settled = now.owner !== undefined;
   if (settled && (owner?.host !== now.owner?.host || owner?.path !== now.owner?.path)) refuse("a record with another owner: --adopt is for the server");
-  if (now.strangers?.some((uuid) => !strangers.includes(uuid)) || (settled && strangers.length !== (now.strangers ?? []).length)) refuse("a record with other strangers");
+  const foreign = new Set(strangers);
+  if (now.strangers?.some((uuid) => !foreign.has(uuid)) || (settled && strangers.length !== (now.strangers ?? []).length)) refuse("a record with other strangers");
   const same = JSON.stringify(destinations) === JSON.stringify(now.destinations);
   if (!same && !source) refuse("a record with other destinations");
   if (!source && JSON.stringify(chain.leaps) !== JSON.stringify(now.leaps)) refuse("a record with other leaps of the clock: --adopt-clock is for the server");
   // Since when a name is announced is the server's to know. Destinations are the key's word only: nobody's --locked-dests may go by them.
-  const { since: _, ...said } = chain;
+  const { since: _, ...said } = full;
   const known = receiving !== undefined && receiving === now.receiving && now.since !== undefined ? { since: now.since } : {};
   return { ...said, ...known, ...(now.guarded || !same ? { guarded: true as const } : {}) };
 }
@@ -7063,7 +7094,7 @@ function recordedLine({ header, value }: { readonly header: string; readonly val
   if (folder.record.chains.size >= GUARDED_CHAINS && !folder.record.chains.has(folder.prefix)) refuse("more prefixes than a guarded key can have in a folder");
   const chain = guardedRecord(value, folder, said.o.source);
   notFromHere(chain, folder, said);
-  return { header: RECORD_HEADER, key: recordKey(folder.prefix), value: JSON.stringify(chain) };
+  return recordArguments(folder, chain);
 }
 
 /** Only what the record's own rules allow: see guardedRecord. */

@@ -1,7 +1,7 @@
 // The right place, the right owner, and room: what stands between a run and somebody's data.
 
 import { expect, test } from "bun:test";
-import { existsSync, mkdirSync, readdirSync, readFileSync, rmSync, writeFileSync } from "node:fs";
+import { existsSync, mkdirSync, readdirSync, readFileSync, statSync, rmSync, writeFileSync } from "node:fs";
 import { join } from "node:path";
 import { events, expectRun, expectSound, filesystem, fill, nextSecond, pair, run, sh, snapshotAs, snapshotNames, sshServer, start, subvolume, subvolumes, temporaryDirectory, waitFor } from "./support/rig.ts";
 
@@ -394,6 +394,29 @@ test("where nobody else's backup is left, no stranger is on record", async () =>
   expect(record()).toContain("strangers");
   await expectRun(0, ["--adopt", "-S", source, destination]);
   expect(record()).not.toContain("strangers");
+});
+
+test("however many strangers there are, they stay, and the record of them is small", async () => {
+  const { source, destination, a } = pair();
+  const second = subvolume(join(a.path, "second"));
+  snapshotAs(source, "20260101-000000");
+  await expectRun(0, ["-S", source, destination]);
+  const many = 3000;
+  // By the ioctl of linux/btrfs.h, since so many processes would take minutes.
+  sh(`cd "$1"; perl -MPOSIX -e 'sub dir { open(my $d, "<", $_[0]) or die; $d } my ($s, $in) = (dir("20260101-000000"), dir("."));
+    for my $i (1 .. ${many}) { ioctl($in, 0x50009417, pack("q Q Q x32 a4040", fileno($s), 0, 2, strftime("%Y%m%d-%H%M%S", gmtime(1262304000 + 3600 * $i)))) or die "$!" }'`, destination);
+  snapshotAs(second, "20260102-000000");
+  for (const _ of [1, 2]) {
+    await expectRun(0, ["--adopt", "-n", "1", "-S", second, destination]);
+    expect(statSync(join(destination, ".btrfs-backup.json")).size).toBeLessThan(1000);
+  }
+  snapshotAs(second, "20260103-000000");
+  await expectRun(0, ["-n", "1", "-S", second, destination]);
+  const names = snapshotNames(destination);
+  expect([names.length, names.includes("20260102-000000"), names.includes("20260103-000000")]).toEqual([many + 2, false, true]);
+  await expectRun(0, ["prune", "-n", "1", destination]);
+  expect(snapshotNames(destination).length).toBe(many + 2);
+  expect((await expectRun(1, ["-S", source, destination])).stderr).toContain("belong to");
 });
 
 test("a fifo or link in the place of a file of ours is refused, and holds nobody up", async () => {

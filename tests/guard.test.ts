@@ -340,7 +340,7 @@ test("what became complete between a look and the lock is neither deleted nor do
 test("a record over a guarded key can take nothing away", () => {
   const owner = { uuid: uuid(1), host: "h", path: "/p" };
   const known = [{ location: "/x", filesystem: null, pin: null, last: null }];
-  const now = { chain: { owner, receiving: "20260101-000000", strangers: [uuid(2)], destinations: known }, entries: new Set(["20260101-000000", "20260102-000000"]), prefix: "" };
+  const now = { chain: { owner, receiving: "20260101-000000", strangers: [uuid(2)], destinations: known }, standing: [], entries: new Set(["20260101-000000", "20260102-000000"]), prefix: "" };
   const write = (chain: unknown, source = false) => guardedRecord(JSON.stringify(chain), now, source);
   expect(write({ ...now.chain })).toEqual(now.chain);
   expect(write({ ...now.chain, receiving: "20260103-000000" }).receiving).toBe("20260103-000000");
@@ -576,7 +576,7 @@ test("an added stream does not stand for the data of one that is stored, and non
 test("names of the program's own, and what would show in an administrator's terminal, are refused", async () => {
   const it = await server();
   for (const name of [".outstanding_transfers", ".btrfs-backup.json.new", ".btrfs-backup.x.lock", OBJECT, `.${OBJECT}.part`]) expect((await it.guard(sent("create", join(it.home, name), it.fsid, ""))).stderr).toContain("has a name that this program uses");
-  const now = { chain: {}, entries: new Set<string>(), prefix: "" };
+  const now = { chain: {}, standing: [], entries: new Set<string>(), prefix: "" };
   for (const evil of ["\x1b[2J", "\x9b2J", "\u202e", "a\nb", "\x7f"]) for (const owner of [{ uuid: evil, host: "h", path: "/p" }, { uuid: "u", host: evil, path: "/p" }, { uuid: "u", host: "h", path: evil }]) expect(() => guardedRecord(JSON.stringify({ owner }), now, false)).toThrow();
 });
 

@@ -33,8 +33,11 @@ import {
   partSize,
   planDestination,
   planPieces,
+  asRead,
+  asWritten,
   isEarlierState,
   lossIn,
+  parseRecord,
   parseRewritten,
   planRestore,
   planRoom,
@@ -434,6 +437,29 @@ describe("transfers", () => {
     const transfers = planStreams(s, { name: full("0105"), uuid: "s0102" }, { incremental: true, newestOnly: false, prefix: "" });
     expect(transfers.map(({ snapshot }) => snapshot.uuid)).toEqual(["s0103", "s0104", "s0105"]);
   });
+});
+
+describe("strangers in a record", () => {
+  const there = snaps("0101 0102 0103 0104").map((one, i) => ({ ...one, id: 300 + i }));
+  const others = Array.from({ length: 600 }, (_, i) => ({ ...snap("0105", { uuid: `o${i}` }), id: 400 + i }));
+  const standing = [...there, ...others, { ...snap("0106", { uuid: "later" }), id: 2000 }];
+  const strangers = ["s0101", "s0103", ...others.map(({ uuid }) => uuid)];
+
+  test("are a list when they are few, else a rule that gives the same list", () => {
+    expect(asWritten({ strangers: ["a"] }, standing, "")).toEqual({ strangers: ["a"] });
+    const written = asWritten({ leaps: ["x"], strangers }, standing, "");
+    expect(written).toEqual({ leaps: ["x"], elders: { until: 999, but: ["s0102", "s0104"] } });
+    expect(asRead(written, standing, "")).toEqual({ leaps: ["x"], strangers });
+    expect(parseRecord(`{"/": 1\n,"": ${JSON.stringify(written)}\n}\n`)).toEqual({ chains: new Map([["", written]]), unreadable: null });
+  });
+
+  test("those of other prefixes, and what came later, are none", () => {
+    const other = { ...snap("0101", { uuid: "prefixed" }), name: `x${full("0101")}` as Snapshot["name"], id: 350 };
+    expect(asRead({ elders: { until: 999, but: [] } }, [...there, other], "").strangers).toEqual(there.map(({ uuid }) => uuid));
+  });
+
+  test.each([{ until: 1 }, { until: "1", but: [] }, { until: 1, but: [1] }])("a rule that is none is not read: %j", (elders) =>
+    expect(parseRecord(`{"/": 1\n,"": ${JSON.stringify({ elders })}\n}\n`).unreadable).not.toBeNull());
 });
 
 describe("parents", () => {
