@@ -401,7 +401,7 @@ test("however many strangers there are, they stay, and the record of them is sma
   const second = subvolume(join(a.path, "second"));
   snapshotAs(source, "20260101-000000");
   await expectRun(0, ["-S", source, destination]);
-  const many = 3000;
+  const many = 2500;
   // By the ioctl of linux/btrfs.h, since so many processes would take minutes.
   sh(`cd "$1"; perl -MPOSIX -e 'sub dir { open(my $d, "<", $_[0]) or die; $d } my ($s, $in) = (dir("20260101-000000"), dir("."));
     for my $i (1 .. ${many}) { ioctl($in, 0x50009417, pack("q Q Q x32 a4040", fileno($s), 0, 2, strftime("%Y%m%d-%H%M%S", gmtime(1262304000 + 3600 * $i)))) or die "$!" }'`, destination);
@@ -412,10 +412,11 @@ test("however many strangers there are, they stay, and the record of them is sma
   }
   snapshotAs(second, "20260103-000000");
   await expectRun(0, ["-n", "1", "-S", second, destination]);
-  const names = snapshotNames(destination);
+  const standing = () => readdirSync(destination).filter((name) => /^\d{8}-\d{6}$/.test(name));
+  const names = standing();
   expect([names.length, names.includes("20260102-000000"), names.includes("20260103-000000")]).toEqual([many + 2, false, true]);
   await expectRun(0, ["prune", "-n", "1", destination]);
-  expect(snapshotNames(destination).length).toBe(many + 2);
+  expect(standing().length).toBe(many + 2);
   expect((await expectRun(1, ["-S", source, destination])).stderr).toContain("belong to");
 });
 
