@@ -858,19 +858,28 @@ function failureOf(host: Host, what: string, result: { exitCode: number | null; 
 }
 
 /** Runs a verb for its output. Errors: Failure, Busy (exit 75), Absent (exit 66, host not reached). */
-async function ask<V extends Declared>(host: Host, verb: V, given: ArgumentsOf<V>, what: string, input = ""): Promise<string> {
+const ask = async <V extends Declared>(host: Host, verb: V, given: ArgumentsOf<V>, what: string, input = ""): Promise<string> => (await askAll(host, verb, given, what, input)).stdout;
+
+/** Runs a verb for its output in bytes. Errors: those of `ask`. */
+const askBytes = async <V extends Declared>(host: Host, verb: V, given: ArgumentsOf<V>, what: string): Promise<Buffer> => Buffer.concat((await askAll(host, verb, given, what, "")).chunks);
+
+async function askAll<V extends Declared>(host: Host, verb: V, given: ArgumentsOf<V>, what: string, input: string): Promise<{ readonly stdout: string; readonly chunks: readonly Buffer[] }> {
   const { process: child, stop } = start(host, verb, given);
   child.stdin.end(input);
   if (!cleaning.getStore()) running.add(stop);
   let bytes = 0;
-  child.stdout.on("data", (chunk: Buffer) => (bytes += chunk.length));
+  const chunks: Buffer[] = [];
+  child.stdout.on("data", (chunk: Buffer) => {
+    bytes += chunk.length;
+    chunks.push(chunk);
+  });
   const whose = host.ssh === null ? { group: child.pid as number } : { verb, folder: folderOf(given) };
   const worked = async () => `${bytes} ${await workOf(host, whose)}`;
   // What the user's own command waits for is the user's.
   const result = await (verb === HOOK ? child : attended(child, what, worked, stop)).finally(() => running.delete(stop));
   checkInterruption();
   if (result.exitCode !== 0) throw failureOf(host, what, result);
-  return result.stdout;
+  return { stdout: result.stdout, chunks };
 }
 
 // ── what does not end ──
@@ -2661,8 +2670,10 @@ const GET = sh`
   ${SUMMING}
   if [ "$how" = sum ]; then
     exec 4>&1
-    told=$( { { get "$1" && echo ok >&3; } | sha256 >&4; } 3>&1 )
-    [ "$told" = ok ]
+    for object; do
+      told=$( { { get "$object" && echo ok >&3; } | sha256 >&4; } 3>&1 )
+      [ "$told" = ok ]
+    done
   else
     for object; do get "$object"; done
   fi`;
@@ -6627,6 +6638,69 @@ async function readStream(folder: Folder, verbs: StoreVerbs, { uuid: object, nam
   }
 }
 
+/** Small streams, in bytes: how large one is at most, and all that are read at a time. */
+const SMALL = { one: 1 << 20, all: 32 << 20 };
+
+/** Small streams of a folder, as many at a time as are read at once. */
+function smallOnes(streams: readonly Stream[]): Stream[][] {
+  const batches: Stream[][] = [];
+  let bytes = Infinity;
+  for (const stream of streams.filter((one) => one.bytes <= SMALL.one)) {
+    bytes += stream.bytes;
+    if (bytes > SMALL.all) {
+      batches.push([]);
+      bytes = stream.bytes;
+    }
+    batches.at(-1)?.push(stream);
+  }
+  return batches.flatMap((batch) => {
+    let done = 0;
+    return chunks(batch.map(({ uuid }) => uuid)).map((objects) => batch.slice(done, (done += objects.length)));
+  });
+}
+
+/** Why a stream could not be received; null if it could. */
+function refusedFor({ name, receivedUuid, from }: Stream, bytes: Buffer): string | null {
+  try {
+    const { pass, finish } = streamCheck(expecting({ name, uuid: receivedUuid as string, parent: from, alone: false }));
+    pass(bytes, 0, bytes.length);
+    finish();
+    return null;
+  } catch (error) {
+    return (error as Error).message;
+  }
+}
+
+/**
+ * Reads many small streams with one process: here those that are no more than a stream, for what each is; of all others, on
+ * another host, their sums. What cannot be read so is not in the result.
+ */
+async function readSmall(folder: Folder, verbs: StoreVerbs, streams: readonly Stream[]): Promise<Map<Stream, Read>> {
+  const read = new Map<Stream, Read>();
+  if (verbs !== RAW) return read;
+  const isHere = folder.host.ssh === null;
+  for (const some of smallOnes(isHere ? streams.filter(({ compressed, encrypted }) => !compressed && !encrypted) : streams)) {
+    const given = { ...at(folder), holder: "", objects: some.map(({ uuid }) => uuid) };
+    try {
+      if (isHere) {
+        const bytes = await askBytes(folder.host, verbs.get, { ...given, how: "" }, `${folder.id}: cannot read streams`);
+        if (bytes.length !== some.reduce((sum, one) => sum + one.bytes, 0)) continue;
+        let done = 0;
+        for (const stream of some) {
+          const own = bytes.subarray(done, (done += stream.bytes));
+          read.set(stream, { sha256: createHash("sha256").update(own).digest("hex"), refused: refusedFor(stream, own) });
+        }
+      } else {
+        const sums = [...(await ask(folder.host, verbs.get, { ...given, how: "sum" }, `${folder.id}: cannot read streams`)).matchAll(/^[0-9a-f]{64}/gm)];
+        if (sums.length === some.length) some.forEach((stream, i) => read.set(stream, { sha256: sums[i]?.[0] ?? "", refused: null }));
+      }
+    } catch (error) {
+      if (!(error instanceof Failure)) throw error; // each is read by itself then, and told of
+    }
+  }
+  return read;
+}
+
 /** Reads every stored stream, and compares it with its checksum object. Returns how many could be read. */
 async function verifyStreams(folder: Folder, store: Store, o: VerifyOptions, report: Report): Promise<number> {
   const { id } = folder;
@@ -6644,9 +6718,10 @@ async function verifyStreams(folder: Folder, store: Store, o: VerifyOptions, rep
   for (const objects of store.debris.values()) for (const object of objects) report.warning(`${id}: ${object} is what a broken transfer left; the next run removes it`);
   const summed = streams.filter((stream) => stream.summed);
   const sums = await readSums(folder, verbs, summed);
+  const small = await readSmall(folder, verbs, summed);
   for (const stream of summed) {
     log.info(`Reading ${stream.name} in ${id}`);
-    const read = await readStream(folder, verbs, stream);
+    const read = small.get(stream) ?? (await readStream(folder, verbs, stream));
     if ("problem" in read) {
       failed(stream, read.problem);
       continue;
