@@ -6329,9 +6329,14 @@ async function readSums(location: Folder, verbs: StoreVerbs, streams: readonly S
   return parseSums(texts.join(""));
 }
 
-/** Receives stored streams, one on top of the other, and removes each as soon as the next stands on it. Errors: Failure naming a piece that is damaged, and what can be restored without it. */
+/** How many subvolumes that others were received on top of stand in the way at most. */
+const BELOW = 16;
+
+/** Receives stored streams, one on top of the other, and removes each when the next stands on it. Errors: Failure naming a piece that is damaged, and what can be restored without it. */
 async function receivePieces(location: Folder, { verbs, streams }: Store, pieces: readonly Stream[], sums: ReadonlyMap<string, string>, work: Folder, display: Display, o: RestoreOptions, report: Report): Promise<void> {
-  const without = ({ uuid }: Stream) => instead(location, wholeIn(location).filter((one) => !chainOf(one as Entry as Stream, byUuid(streams)).some((piece) => piece.uuid === uuid)));
+  const all = byUuid(streams);
+  const without = ({ uuid }: Stream) => instead(location, wholeIn(location).filter((one) => !chainOf(one as Entry as Stream, all).some((piece) => piece.uuid === uuid)));
+  const below: Stream[] = [];
   for (const [i, piece] of pieces.entries()) {
     const { uuid: object, name, bytes: size, compressed, encrypted } = piece;
     const fetch = staged("reading", location.host, verbs.get, { ...at(location), how: "", holder: holderOf(location), objects: [object] }, { sends: true });
@@ -6350,9 +6355,11 @@ async function receivePieces(location: Folder, { verbs, streams }: Store, pieces
     const { sum, bytes } = summed as Summed;
     const right = sums.get(object);
     if (!o.unverified && sum !== right) throw new Failure(`${location.id}: ${object} is damaged: it has the SHA-256 ${sum}, and should have ${right ?? "one"}; ${without(piece)}`);
-    report.event("transfer", { destination: o.target.id, name, parent: streams.find(({ uuid }) => uuid === piece.parentUuid)?.name ?? null, bytes, seconds: (Date.now() - began) / 1000 });
-    const below = pieces[i - 1];
-    if (below !== undefined) await deleteFrom(work, [{ name: below.name, id: null }], { convertRw: false, sync: false });
+    report.event("transfer", { destination: o.target.id, name, parent: all.get(piece.parentUuid ?? "")?.name ?? null, bytes, seconds: (Date.now() - began) / 1000 });
+    // What the next one stands on goes, a few at a time, unless that is much.
+    if (i > 0) below.push(pieces[i - 1] as Stream);
+    if (piece !== pieces.at(-1) && below.length < BELOW && below.reduce((sum, { bytes }) => sum + bytes, 0) < SMALL.all) continue;
+    await deleteFrom(work, below.splice(0).map(({ name }) => ({ name, id: null })), { convertRw: false, sync: false });
   }
 }
 

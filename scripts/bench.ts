@@ -485,11 +485,11 @@ const scale: Record<string, () => Promise<Row[]>> = {
   },
 
   async small() {
-    const count = 200;
+    const count = 60;
     const { source, snapshots } = small(count + 1);
     const [mine, bare] = [place("backup"), place("bare")];
     sh(`cd "$1"; mkdir "$2"; btrfs -q send "$(ls | head -n 1)" 2>/dev/null | btrfs -q receive "$2"`, snapshots, bare);
-    const clear = (folder: string) => () => sh(`cd "$1" 2>/dev/null || exit 0; rm -f ./*.sha256 ./*-*.btrfs* 2>/dev/null; for s in $(ls | tail -n +2); do btrfs -q subvolume delete "$s" >/dev/null 2>&1 || rm -f "$s"; done; btrfs subvolume sync .`, folder);
+    const clear = (folder: string) => () => sh(`cd "$1" 2>/dev/null || exit 0; rm -f ./*.sha256 ./*-*.btrfs* 2>/dev/null; for s in $(ls | tail -n +2); do btrfs -q subvolume delete "$s" >/dev/null 2>&1 || rm -f "$s"; done`, folder);
     await ours(["-S", source, mine]);
     const raw = place("raw");
     let round = 0;
@@ -503,10 +503,10 @@ const scale: Record<string, () => Promise<Row[]>> = {
     const [restore = 0] = await inTurn([{ before: () => sh(`[ ! -d "$1" ] || btrfs -q subvolume delete "$1"/snapshot/* "$1" >/dev/null`, target), work: () => ours(["restore", chain, target]) }]);
     const [verify = 0] = await inTurn([{ work: () => ours(["verify", chain]) }]);
     return [
-      each("a small transfer of 200 in a row, to btrfs: send | receive", folder, other, count, 10),
+      each("a small transfer of 60 in a row, to btrfs: send | receive", folder, other, count, 10),
       each("the same to raw://", store, other, count, 12),
-      each("a piece of a chain of 200, restored from raw://: send | receive", restore, other, count, 20),
-      each("a small stream of 200, verified", verify, 0, count, 1),
+      each("a piece of a chain of 60, restored from raw://: send | receive", restore, other, count, 20),
+      each("a small stream of 60, verified", verify, 0, count, 1),
     ];
   },
 
