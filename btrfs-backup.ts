@@ -1934,7 +1934,7 @@ const SEND = verb("send", "flag folder fsid level protocol holder snapshot paren
       { sent=$( { { made_within && echo ok >&5; } | as_asked >&6; } 5>&1 ) && [ "$sent" = ok ]; } 6>&1
     fi
   }
-  pack() { if [ -n "$level" ]; then zstd -q -c -T0 "-$level"; else cat; fi; }
+  pack() { if [ -n "$level" ]; then zstd -q -c -T2 "-$level"; else cat; fi; }
   rest() {
     kept=$(dd bs=65536 count=$((skip / 65536)) iflag=fullblock 2>/dev/null | sha256)
     if [ "$kept" = "$sum  -" ]; then cat; else echo other >&3; fi
@@ -3610,7 +3610,7 @@ function checked(target: Folder, level: string, { name, uuid, parent }: Omit<Exp
   const isElsewhere = target.host.ssh !== null;
   if (level !== "" && which.sync("zstd", { nothrow: true }) === null) throw new Failure("zstd not found: install zstd");
   const unpack: Stage[] = level === "" ? [] : [{ label: "zstd", command: "zstd -q -d -c" }];
-  const pack: Stage[] = level === "" || !isElsewhere ? [] : [{ label: "zstd", command: `zstd -q -c -T0 -${level}` }];
+  const pack: Stage[] = level === "" || !isElsewhere ? [] : [{ label: "zstd", command: `zstd -q -c -T2 -${level}` }];
   return [...unpack, relaying({ check: { name, uuid, parent, alone: !target.fenced } }), ...pack, end(isElsewhere ? level : "")];
 }
 
@@ -3875,7 +3875,7 @@ const S3_OBJECT = 5 * 2 ** 40; // bytes; in at most 10,000 parts: the limits of 
 export function partSize(bytes: number): number {
   if (bytes > S3_OBJECT) throw new Failure(`the stream would have some ${inBytes(bytes)}, and an object of S3 at most ${inBytes(S3_OBJECT)}`);
   // The estimate does not count every byte, and filters can add some.
-  return Math.max(32 * MIB, Math.ceil((bytes * 1.05 + 64 * MIB) / 10_000 / MIB) * MIB);
+  return Math.max(16 * MIB, Math.ceil((bytes * 1.05 + 64 * MIB) / 10_000 / MIB) * MIB);
 }
 
 /** Bytes as people read them, in powers of 1024. */

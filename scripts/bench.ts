@@ -4,7 +4,7 @@
 import { mkdirSync, readdirSync, readFileSync, writeFileSync } from "node:fs";
 import { cpus } from "node:os";
 import { join } from "node:path";
-import { cleanUp, events, expectRun, filesystem, linkedServer, nextSecond, ROOT, sh, sshServer, start, subvolume, temporaryDirectory } from "../tests/support/rig.ts";
+import { cleanUp, events, expectRun, filesystem, linkedServer, nextSecond, ROOT, s3Remote, sh, sshServer, start, subvolume, temporaryDirectory } from "../tests/support/rig.ts";
 
 const BINARY = [join(ROOT, "dist/btrfs-backup")];
 const ROUNDS = 5;
@@ -94,8 +94,8 @@ function tree(pid: number): number[] {
 }
 
 /** Runs the program, and tells how much memory all of its processes took at most together (PSS, in bytes), looked at all the time. */
-async function memory(args: readonly string[]): Promise<number> {
-  const running = start(args);
+async function memory(args: readonly string[], env: Record<string, string> = {}): Promise<number> {
+  const running = start(args, { env });
   let most = 0;
   let ended = false;
   void running.finished.finally(() => (ended = true));
@@ -420,6 +420,7 @@ const cases: Record<string, () => Promise<Row[]>> = {
   },
 };
 
+const memoryRow = (what: string, most: number, aim: number): Row => [what, `${(most / 1e6).toFixed(0)} MB`, "", "", `≤ ${aim} MB`, most <= aim * 1e6];
 const within = (what: string, ours: number, most: number, other = ""): Row => [what, ms(ours), other, "", `≤ ${most < 1000 ? ms(most) : `${most / 1000} s`}`, ours <= most];
 /** The time of one of so many things in a row, where a run of one and of several took so long. */
 const each = (what: string, ours: number, other: number, count: number, most: number): Row => [what, `${(ours / count).toFixed(1)} ms`, `${(other / count).toFixed(1)} ms`, "", `≤ ${most} ms`, ours / count <= most];
@@ -455,7 +456,7 @@ const scale: Record<string, () => Promise<Row[]>> = {
     const [own = 0] = await inTurn([{ work: () => ours(["versions", ...args]) }]);
     const [list = 0] = await inTurn([{ work: () => ours(["list", "-f", snapshots, source, ...backups]) }]);
     const most = await memory(["list", "-f", snapshots, source, ...backups]);
-    return [within("versions of a file in 10,000 snapshots at three places", own, 1000), within("list of 10,000 snapshots at three places", list, 400), ["the same: memory of all processes", `${(most / 1e6).toFixed(0)} MB`, "", "", "≤ 120 MB", most <= 120e6]];
+    return [within("versions of a file in 10,000 snapshots at three places", own, 1000), within("list of 10,000 snapshots at three places", list, 400), memoryRow("the same: memory of all processes", most, 120)];
   },
 
   async deletions() {
@@ -508,6 +509,18 @@ const scale: Record<string, () => Promise<Row[]>> = {
       each("a piece of a chain of 60, restored from raw://: send | receive", restore, other, count, 20),
       each("a small stream of 60, verified", verify, 0, count, 1),
     ];
+  },
+
+  async s3() {
+    const { source } = oneFile(1024 * MiB);
+    const { env, url } = await s3Remote();
+    const rows: Row[] = [];
+    for (const options of [[], ["--compress", "zstd"]]) {
+      const most = await memory(["-P", ...options, source, url(`home${rows.length}`)], env);
+      rows.push(memoryRow(`1 GiB to S3${options.length > 0 ? " with --compress zstd" : ""}: memory of all processes`, most, 150));
+      await nextSecond();
+    }
+    return rows;
   },
 
   async strangers() {

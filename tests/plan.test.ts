@@ -1154,14 +1154,14 @@ describe("the pieces of a restore", () => {
 describe("parts of an object in S3", () => {
   const [mib, gib, tib] = [2 ** 20, 2 ** 30, 2 ** 40];
   test.each([
-    [0, 32 * mib],
-    [48 * gib, 32 * mib],
-    [250 * gib, 32 * mib],
-  ])("%d bytes in parts of 32 MiB", (bytes, part) => expect(partSize(bytes)).toBe(part));
+    [0, 16 * mib],
+    [48 * gib, 16 * mib],
+    [140 * gib, 16 * mib],
+  ])("%d bytes in parts of 16 MiB", (bytes, part) => expect(partSize(bytes)).toBe(part));
   test("any size fits into 10,000 parts, with something to spare, and takes no more memory than that", () => {
-    for (const bytes of [300 * gib, 305 * gib, 312 * gib, tib, 5 * tib]) {
+    for (const bytes of [150 * gib, 160 * gib, 300 * gib, 305 * gib, 312 * gib, tib, 5 * tib]) {
       expect(partSize(bytes) * 10_000).toBeGreaterThan(bytes * 1.04);
-      expect(partSize(bytes)).toBeLessThan(Math.max(33 * mib, (bytes / 10_000) * 1.06 + mib));
+      expect(partSize(bytes)).toBeLessThan(Math.max(17 * mib, (bytes / 10_000) * 1.06 + mib));
     }
   });
   test("what no object can hold is refused", () => expect(() => partSize(5.1 * tib)).toThrow("5.0T"));

@@ -445,7 +445,7 @@ test("part sizes follow the estimate, a variable of the user's wins, and what S3
   const env = { ...s3.env, PATH: `${tools}:${s3.env["PATH"]}` };
   const parts = () => sh(`sed -n 1p "$1"; rm "$1"`, out); // the checksum's comes second
   await expectRun(0, [source, s3.url("s")], { env });
-  expect(parts()).toBe("32M 2");
+  expect(parts()).toBe("16M 2");
   await nextSecond();
   await expectRun(0, [source, s3.url("s")], { env: { ...env, LENGTH: String(2 ** 40) } });
   expect(parts()).toBe("111M 2");
