@@ -2675,7 +2675,7 @@ const GET = sh`
       [ "$told" = ok ]
     done
   else
-    for object; do get "$object"; done
+    every "$@"
   fi`;
 
 /** A file has a temporary name until it is complete, and on the disk. Others may be able to write there: no link that they plant is followed. */
@@ -2729,6 +2729,15 @@ const RAW: StoreVerbs = {
     watch "$holder"
     at "$folder" "$fsid"
     get() { opened "./$1"; cat <&6; }
+    every() {
+      for object; do
+        # Behind the fence the kernel follows no link.
+        if [ "$mode" = fence ] && [ -f "./$object" ]; then continue; fi
+        for object; do get "$object"; done
+        return
+      done
+      cat -- "$@"
+    }
     ${GET}
   `),
   delete: verb("drop", "folder fsid lock objects...", sh`
@@ -2823,6 +2832,7 @@ const RCLONE: StoreVerbs & { readonly list: Declared<"folder"> } = {
   get: verb("rclone-get", "folder fsid how holder objects...", sh`
     ${ALL_OBJECTS}
     get() { rclone cat -- "$folder$1"; }
+    every() { for object; do get "$object"; done; }
     ${GET}
   `),
   delete: verb("rclone-delete", "folder fsid lock objects...", sh`

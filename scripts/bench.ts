@@ -4,7 +4,7 @@
 import { mkdirSync, readdirSync, readFileSync, writeFileSync } from "node:fs";
 import { cpus } from "node:os";
 import { join } from "node:path";
-import { cleanUp, events, expectRun, filesystem, linkedServer, nextSecond, ROOT, s3Remote, sh, sshServer, start, subvolume, temporaryDirectory } from "../tests/support/rig.ts";
+import { cleanUp, events, expectRun, filesystem, history, linkedServer, manyStreams, nextSecond, ROOT, s3Remote, sh, sshServer, start, subvolume, temporaryDirectory } from "../tests/support/rig.ts";
 
 const BINARY = [join(ROOT, "dist/btrfs-backup")];
 const ROUNDS = 5;
@@ -131,30 +131,6 @@ async function besidesBtrfs(args: readonly string[]): Promise<number> {
 /** As many processes and threads as have been started so far. */
 const processes = () => Number(/^processes (\d+)$/m.exec(readFileSync("/proc/stat", "utf8"))?.[1]);
 
-/**
- * Snapshots, one an hour, as many as asked for, and backups of them in some folders, made by nothing but ioctls (linux/btrfs.h): sending so many would
- * take hours. FOLDER.base gets the UUID of a snapshot as its received UUID, and what is taken of it has that too.
- */
-const HISTORY = `source=$1 snapshots=$2 count=$3; shift 3
-  snapshot='sub dir { open(my $d, "<", $_[0]) or die "$_[0]: $!"; $d }
-    sub snapshot { ioctl($_[0], 0x50009417, pack("q Q Q x32 a4040", fileno($_[1]), 0, 2, $_[2])) or die "snapshot: $!" }' # SNAP_CREATE_V2, read-only
-  perl -MPOSIX -e "$snapshot"'
-    my ($source, $snapshots, $count) = @ARGV; my ($s, $in) = (dir($source), dir($snapshots)); $| = 1;
-    for my $i (1 .. $count) {
-      my $name = strftime("%Y%m%d-%H%M%S", gmtime(1262304000 + 3600 * $i));
-      snapshot($in, $s, $name);
-      my $info = chr(0) x 504; ioctl(dir("$snapshots/$name"), 0x81F8943C, $info) or die "info: $!"; # GET_SUBVOL_INFO
-      print "$name ", unpack("H32", substr($info, 296)), "\\n";
-    }' "$source" "$snapshots" "$count" | perl -e "$snapshot"'
-    my @places = map { [dir("$_.base"), dir($_)] } @ARGV;
-    while (my ($name, $uuid) = split(" ", <STDIN> // "")) {
-      for my $place (@places) {
-        my ($b, $in) = @$place;
-        my $received = pack("H32 x184", $uuid); ioctl($b, 0xC0C89425, $received) or die "received: $!"; # SET_RECEIVED_SUBVOL
-        snapshot($in, $b, $name);
-      }
-    }' "$@"`;
-
 /** A source with one file, far below its top, and so many snapshots; and some places that have backups of all of them. */
 async function deep(count: number, places = 1): Promise<{ source: string; snapshots: string; backups: string[]; file: string }> {
   const mkfs = ["--metadata", "single"]; // made in less time than what is written twice
@@ -164,8 +140,7 @@ async function deep(count: number, places = 1): Promise<{ source: string; snapsh
   const snapshots = `${source}.snapshots`;
   const backups = Array.from({ length: places }, (_, i) => place(`backup${i}`, "8G", mkfs));
   await ours(["-f", snapshots, source, ...backups]);
-  for (const folder of backups) sh(`btrfs -q subvolume snapshot "$1"/2* "$1.base" >/dev/null`, folder);
-  sh(HISTORY, source, snapshots, String(count - 1), ...backups);
+  history(source, snapshots, count - 1, backups);
   sh("sync");
   return { source, snapshots, backups, file };
 }
@@ -431,17 +406,6 @@ function small(count: number): { source: string; snapshots: string } {
   sh(`mkdir "$1/snapshot"; for i in $(seq "$2"); do echo $i >"$1/file"; btrfs -q subvolume snapshot -r "$1" "$1/snapshot/$(date -d "2026-01-01 + $i hours" +%Y%m%d-%H%M%S)" >/dev/null; done; sync`, source, String(count));
   return { source, snapshots: join(source, "snapshot") };
 }
-/** Streams as `raw://` has them: as many as asked for, which are the one in a folder under other names. */
-const MANY_STREAMS = `cd "$1"; perl -MPOSIX -e '
-  my ($one) = grep { /full[.]btrfs$/ } sort(glob("2*")); open(my $sums, "<", "$one.sha256"); my ($sum) = split(" ", <$sums>);
-  for my $i (1 .. $ARGV[0]) {
-    my ($name, $uuid) = (strftime("%Y%m%d-%H%M%S", gmtime(1262304000 + 3600 * $i)), sprintf("%08x-0000-4000-8000-000000000000", $i));
-    (my $new = $one) =~ s/^[0-9]{8}-[0-9]{6}(.*?_[0-9a-f-]{36}_)[0-9a-f-]{36}/$name$1$uuid/;
-    next if -e $new;
-    link($one, $new) or die "$new: $!";
-    open(my $file, ">", "$new.sha256"); print $file "$sum  $new\\n"; close $file;
-  }' "$2"; sync`;
-
 /** What has to grow with its work, and not with its square; with more than the others have, so that it takes its time. */
 const scale: Record<string, () => Promise<Row[]>> = {
   async prune() {
@@ -466,7 +430,7 @@ const scale: Record<string, () => Promise<Row[]>> = {
     for (const [store, count, kept] of stores) {
       const folder = store.replace(/^.*:(\/\/)?(?=\/)/, "");
       await ours(["-S", source, store]);
-      const [own = 0] = await inTurn([{ before: () => sh(MANY_STREAMS, folder, String(count)), work: () => ours(["prune", "-n", kept, store]) }]);
+      const [own = 0] = await inTurn([{ before: () => manyStreams(folder, count), work: () => ours(["prune", "-n", kept, store]) }]);
       rows.push(within(`prune of ${count} streams in ${store.split(":")[0]}://, ${kept} stay`, own, count > 1000 ? 1500 : 500));
     }
     return rows;

@@ -4,7 +4,7 @@
 import { describe, expect, test } from "bun:test";
 import { existsSync, lstatSync, mkdirSync, readdirSync, readFileSync, rmSync, statSync, writeFileSync } from "node:fs";
 import { join } from "node:path";
-import { change, damage, events, expectRun, expectSameTree, filesystem, generator, mountImage, nextSecond, pair, pathWithout, sh, snapshotAs, snapshotNames, sshServer, subvolume, temporaryDirectory, unmount, type Result } from "./support/rig.ts";
+import { change, damage, events, expectRun, expectSameTree, filesystem, generator, history, manyStreams, mountImage, nextSecond, pair, pathWithout, run, sh, snapshotAs, snapshotNames, sshServer, subvolume, temporaryDirectory, unmount, type Result } from "./support/rig.ts";
 
 const listed = (result: Result) => events(result).find(({ event }) => event === "list") as Record<string, any>;
 /** The rows of a printed table, by name: its age and marks. */
@@ -386,33 +386,61 @@ describe("versions", () => {
   });
 });
 
-test("list and versions of 1,000 snapshots at two places take as many processes as of 10", async () => {
-  const { source, snapshots, destination, b } = pair();
-  writeFileSync(join(source, "file"), "x");
-  await expectRun(0, [source, destination]);
-  // As if received: a snapshot of each, with the received UUID of the one at the source.
-  const many = (from: number, to: number) =>
-    sh(
-      `cd "$1"; base=$(ls -d "$2"/2* | head -n 1); for i in $(seq "$3" "$4"); do n=$(date -u -d "2001-01-01 +$i hours" +%Y%m%d-%H%M%S); btrfs -q subvolume snapshot -r "$5" "$n"; btrfs -q subvolume snapshot "$base" "$2/$n"; echo "$2/$n"; btrfs subvolume show "$n" | sed -n 's/^\\tUUID:[[:space:]]*//p'; done |
-      perl -ne 'chomp; if (!defined $p) { $p = $_; next } open(my $d, "<", $p) or die; s/-//g; my $a = pack("H32", $_) . chr(0) x 184; ioctl($d, 0xC0C89425, $a) or die "$!"; my $f = pack("Q", 2); ioctl($d, 0x4008941A, $f) or die "$!"; undef $p'`,
-      snapshots, destination, String(from), String(to), source,
-    );
+/** The numbers of processes and threads that commands take on few things, and on many. */
+async function taken(commands: readonly (readonly string[])[]) {
   const pids = () => Number(sh("echo $BASHPID"));
-  const processes = async (args: string[]) => {
+  const all = [];
+  for (const args of commands) {
     const before = pids();
-    const result = await expectRun(0, args);
-    return { spent: pids() - before, result };
+    const result = await run(args);
+    all.push({ spent: pids() - before, result });
+  }
+  return all;
+}
+/** Threads of the runtime come and go; a process for each of many would be hundreds. */
+function expectAlike(few: Awaited<ReturnType<typeof taken>>, many: Awaited<ReturnType<typeof taken>>) {
+  console.log("processes and threads:", few.map(({ spent }, i) => `${spent} and ${many[i]?.spent}`).join(", "));
+  for (const [i, { spent }] of few.entries()) expect(Math.abs((many[i]?.spent ?? 0) - spent)).toBeLessThan(50);
+}
+
+test("list, versions and prune of 1,000 snapshots at two places take as many processes as of 10", async () => {
+  const { source, snapshots, destination } = pair();
+  sh(`mkdir -p "$1/a/b/c"; echo x >"$1/a/b/c/file"`, source);
+  await expectRun(0, [source, destination]);
+  history(source, snapshots, 9, [destination]);
+  const commands = [["list", "--json", source], ["versions", "--json", join(source, "a/b/c/file")], ["prune", "--dry-run", "-n", "1000", destination], ["prune", "--dry-run", "-n", "5", destination]];
+  const few = await taken(commands);
+  sh(`cd "$1"; btrfs -q subvolume delete 2010* >/dev/null; cd "$2"; btrfs -q subvolume delete 2010* >/dev/null`, snapshots, destination);
+  history(source, snapshots, 999, [destination]);
+  const many = await taken(commands);
+  expect(many.map(({ result }) => result.status)).toEqual([0, 0, 0, 0]);
+  const [list, versions] = many.map(({ result }) => result) as [any, any];
+  expect(listed(list)["snapshots"].length).toBe(1000);
+  expect(listed(list)["snapshots"].every(({ at }: any) => at[0]?.state === "whole" && at[1]?.state === "whole")).toBe(true);
+  expect(events(versions).find(({ event }) => event === "version")?.["snapshots"].length).toBe(1000);
+  expectAlike(few, many);
+}, 120_000);
+
+test("verify and prune of 300 small streams, and prune of 30 prefixes, take as many processes as of a few", async () => {
+  const { source, b } = pair();
+  const folder = join(b.path, "stored");
+  await expectRun(0, [source, `raw://${folder}`]);
+  manyStreams(folder, 5);
+  const few = await taken([["verify", `raw://${folder}`], ["prune", "-n", "5", `raw://${folder}`]]);
+  manyStreams(folder, 300);
+  const many = await taken([["verify", `raw://${folder}`], ["prune", "-n", "5", `raw://${folder}`]]);
+  expectAlike(few, many);
+  // Each is read: under another name, it is another stream than that says.
+  expect(many[0]?.result.stderr.match(/has the right SHA-256, but cannot be received: a stream of/g)?.length).toBe(300);
+  expect(many[1]?.result.status).toBe(0);
+  expect(readdirSync(folder).filter((name) => name.endsWith(".btrfs")).length).toBe(5);
+  // Prefixes: nothing goes, and all are looked at together.
+  const backups = join(b.path, "backups");
+  const prefixed = async (from: number, to: number) => {
+    for (let i = from; i <= to; i++) await expectRun(0, ["-q", "-f", `snapshots${i}`, "-p", `host${i}-`, source, backups]);
   };
-  many(1, 9);
-  const [fewList, fewVersions] = [await processes(["list", "--json", source]), await processes(["versions", "--json", join(source, "file")])];
-  many(10, 999);
-  const [list, versions] = [await processes(["list", "--json", source]), await processes(["versions", "--json", join(source, "file")])];
-  expect(listed(list.result)["snapshots"].length).toBe(1000);
-  expect(listed(list.result)["snapshots"].every(({ at }: any) => at[0]?.state === "whole" && at[1]?.state === "whole")).toBe(true);
-  expect(events(versions.result).find(({ event }) => event === "version")?.["snapshots"].length).toBe(1000);
-  console.log(`processes and threads: list ${fewList.spent} and ${list.spent}, versions ${fewVersions.spent} and ${versions.spent}`);
-  // Threads of the runtime come and go; a process a snapshot would be a thousand.
-  expect(Math.abs(list.spent - fewList.spent)).toBeLessThan(50);
-  expect(Math.abs(versions.spent - fewVersions.spent)).toBeLessThan(50);
-  expect(b.path).not.toBe(source);
+  await prefixed(1, 2);
+  const two = await taken([["prune", "-n", "5", backups]]);
+  await prefixed(3, 30);
+  expectAlike(two, await taken([["prune", "-n", "5", backups]]));
 }, 120_000);

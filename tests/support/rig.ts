@@ -365,6 +365,50 @@ export const treeDigest = (path: string) => sh(`{ ${TAR}; } | sha256sum`, path);
 /** One digest of a subvolume without its snapshot folder: what a restore must bring back. */
 export const contentsDigest = (path: string) => sh(`{ ${TAR}; } | sha256sum`, path, "./snapshot");
 
+/**
+ * Snapshots, one an hour, as many as asked for, and backups of them in some folders, made by nothing but ioctls (linux/btrfs.h): sending so many would
+ * take hours. FOLDER.base gets the UUID of a snapshot as its received UUID, and what is taken of it has that too.
+ */
+const HISTORY = `source=$1 snapshots=$2 count=$3; shift 3
+  snapshot='sub dir { open(my $d, "<", $_[0]) or die "$_[0]: $!"; $d }
+    sub snapshot { ioctl($_[0], 0x50009417, pack("q Q Q x32 a4040", fileno($_[1]), 0, 2, $_[2])) or die "snapshot: $!" }' # SNAP_CREATE_V2, read-only
+  perl -MPOSIX -e "$snapshot"'
+    my ($source, $snapshots, $count) = @ARGV; my ($s, $in) = (dir($source), dir($snapshots)); $| = 1;
+    for my $i (1 .. $count) {
+      my $name = strftime("%Y%m%d-%H%M%S", gmtime(1262304000 + 3600 * $i));
+      snapshot($in, $s, $name);
+      my $info = chr(0) x 504; ioctl(dir("$snapshots/$name"), 0x81F8943C, $info) or die "info: $!"; # GET_SUBVOL_INFO
+      print "$name ", unpack("H32", substr($info, 296)), "\\n";
+    }' "$source" "$snapshots" "$count" | perl -e "$snapshot"'
+    my @places = map { [dir("$_.base"), dir($_)] } @ARGV;
+    while (my ($name, $uuid) = split(" ", <STDIN> // "")) {
+      for my $place (@places) {
+        my ($b, $in) = @$place;
+        my $received = pack("H32 x184", $uuid); ioctl($b, 0xC0C89425, $received) or die "received: $!"; # SET_RECEIVED_SUBVOL
+        snapshot($in, $b, $name);
+      }
+    }' "$@"`;
+
+/** Makes so many snapshots of a source, and backups of them in folders that have one backup of it. */
+export function history(source: string, snapshots: string, count: number, places: readonly string[]): void {
+  for (const folder of places) sh(`base="$(ls -d "$1"/2* | head -n 1)"; [ -d "$1.base" ] || btrfs -q subvolume snapshot "$base" "$1.base" >/dev/null`, folder);
+  sh(HISTORY, source, snapshots, String(count), ...places);
+}
+
+/** Streams as `raw://` has them: as many as asked for, which are the one in a folder under other names. */
+const MANY_STREAMS = `cd "$1"; perl -MPOSIX -e '
+  my ($one) = grep { /full[.]btrfs$/ } sort(glob("2*")); open(my $sums, "<", "$one.sha256"); my ($sum) = split(" ", <$sums>);
+  for my $i (1 .. $ARGV[0]) {
+    my ($name, $uuid) = (strftime("%Y%m%d-%H%M%S", gmtime(1262304000 + 3600 * $i)), sprintf("%08x-0000-4000-8000-000000000000", $i));
+    (my $new = $one) =~ s/^[0-9]{8}-[0-9]{6}(.*?_[0-9a-f-]{36}_)[0-9a-f-]{36}/$name$1$uuid/;
+    next if -e $new;
+    link($one, $new) or die "$new: $!";
+    open(my $file, ">", "$new.sha256"); print $file "$sum  $new\\n"; close $file;
+  }' "$2"; sync`;
+
+/** Adds streams to a folder of `raw://` until there are so many: the full one that is there, under other names. */
+export const manyStreams = (folder: string, count: number) => void sh(MANY_STREAMS, folder, String(count));
+
 /** Damages a received subvolume by a script that runs in it, so that it still looks as it was received. */
 export function damage(path: string, script: string): void {
   const received = sh(`btrfs subvolume show "$1" | sed -n 's/.*Received UUID:[[:space:]]*//p'`, path);
