@@ -105,7 +105,7 @@ export type Policy = {
   readonly firstOf: readonly { readonly unit: Unit; readonly count: number }[];
   readonly within: readonly { readonly unit: Unit; readonly count: number }[];
 };
-export type Unit = "h" | "d" | "w" | "m" | "y";
+export type Unit = keyof typeof UNITS;
 
 /** Something went wrong that the user can read about in `message`: exit status 1. */
 export class Failure extends Error {}
@@ -238,22 +238,70 @@ export function dataFinder<T extends Subvolume>(held: readonly T[]): (snapshot: 
 /** `btrfs receive` sets both, as its last act. */
 export const isComplete = (backup: Subvolume) => backup.readonly && backup.receivedUuid !== null;
 
-const DURATION = { h: 3600e3, d: 86400e3, w: 7 * 86400e3 } as const;
+/** In ms. */
+const DURATION = { h: 3600e3, d: 86400e3 } as const;
 
-/** The moment `count` units before `time`; months and years go by the calendar. */
-export function before(time: number, count: number, unit: Unit): number {
-  if (count === Infinity) return -Infinity;
-  if (unit !== "m" && unit !== "y") return time - count * DURATION[unit];
+/** The moment so many months before a time. */
+function monthsBefore(time: number, count: number): number {
   const date = new Date(time);
   const day = date.getUTCDate();
   date.setUTCDate(1);
-  date.setUTCMonth(date.getUTCMonth() - count * (unit === "y" ? 12 : 1));
+  date.setUTCMonth(date.getUTCMonth() - count);
   // A month before the 31st is the last day of a shorter month, not the first days of the next.
-  date.setUTCDate(Math.min(day, new Date(Date.UTC(date.getUTCFullYear(), date.getUTCMonth() + 1, 0)).getUTCDate()));
+  const last = new Date(Date.UTC(date.getUTCFullYear(), date.getUTCMonth() + 1, 0)).getUTCDate();
+  date.setUTCDate(Math.min(day, last));
   return Number.isNaN(date.getTime()) ? -Infinity : date.getTime();
 }
 
-const UNITS = { h: "hour", d: "day", w: "week", m: "month", y: "year" } as const;
+/**
+ * A unit of policies and durations: its noun; the number of the period that a wall-clock time lies in, counted from
+ * 1970; and the moment `count` of them before a time.
+ */
+type UnitOfTime = {
+  readonly noun: string;
+  readonly period: (time: number) => number;
+  readonly before: (time: number, count: number) => number;
+};
+const UNITS = {
+  h: {
+    noun: "hour",
+    period: (time) => Math.floor(time / DURATION.h),
+    before: (time, count) => time - count * DURATION.h,
+  },
+  d: {
+    noun: "day",
+    period: (time) => Math.floor(time / DURATION.d),
+    before: (time, count) => time - count * DURATION.d,
+  },
+  w: {
+    noun: "week",
+    // ISO weeks begin on Monday, and 1970-01-01 was a Thursday.
+    period: (time) => Math.floor((Math.floor(time / DURATION.d) + 3) / 7),
+    before: (time, count) => time - count * 7 * DURATION.d,
+  },
+  m: {
+    noun: "month",
+    period: (time) => new Date(time).getUTCFullYear() * 12 + new Date(time).getUTCMonth(),
+    before: monthsBefore,
+  },
+  y: {
+    noun: "year",
+    period: (time) => new Date(time).getUTCFullYear(),
+    before: (time, count) => monthsBefore(time, count * 12),
+  },
+} as const satisfies Record<string, UnitOfTime>;
+
+const LETTERS = Object.keys(UNITS);
+
+/** The number of the period that a wall-clock time lies in. */
+const period = (time: number, unit: Unit) => UNITS[unit].period(time);
+
+/** The moment `count` units before `time`. */
+export const before = (time: number, count: number, unit: Unit) =>
+  count === Infinity ? -Infinity : UNITS[unit].before(time, count);
+
+const POLICY_WORD = new RegExp(`^(\\d+|\\*)([${LETTERS.join("")}]?)(\\+?)$`);
+const DURATION_WORD = new RegExp(`^(\\d+)([${LETTERS.join("")}])$`);
 
 /** Reads a POLICY; null is "keep everything" (`0`). */
 export function parsePolicy(text: string): Policy | null {
@@ -261,7 +309,7 @@ export function parsePolicy(text: string): Policy | null {
   const seen = new Set<string>();
   const policy = { text, newest: 0, firstOf: [] as Policy["firstOf"][number][], within: [] as Policy["within"][number][] };
   for (const word of text.trim().replace(/^\+(?=\d+$)/, "").split(/\s+/)) {
-    const match = /^(\d+|\*)([hdwmy]?)(\+?)$/.exec(word);
+    const match = POLICY_WORD.exec(word);
     const count = match?.[1] === "*" ? Infinity : Number(match?.[1]);
     const [, , unit = "", plus = ""] = match ?? [];
     if (!match || count === 0 || !Number.isSafeInteger(count === Infinity ? 0 : count) || (unit === "" && (plus !== "" || count === Infinity)))
@@ -276,8 +324,8 @@ export function parsePolicy(text: string): Policy | null {
 
 /** Reads a DURATION like `3d`. */
 export function parseDuration(text: string): { count: number; unit: Unit } {
-  const match = /^(\d+)([hdwmy])$/.exec(text);
-  if (!match) throw new UsageError(`"${text}" is not a duration: a number with h, d, w, m or y`);
+  const match = DURATION_WORD.exec(text);
+  if (!match) throw new UsageError(`"${text}" is not a duration: a number with ${LETTERS.slice(0, -1).join(", ")} or ${LETTERS.at(-1)}`);
   return { count: Number(match[1]), unit: match[2] as Unit };
 }
 
@@ -307,8 +355,8 @@ export type FullEvery = { readonly count: number; readonly unit: Unit | null };
 
 /** Reads the value of --full-every. */
 export function parseFullEvery(text: string): FullEvery {
-  const [, number = "", unit = ""] = /^(\d{1,9})([hdwmy]?)$/.exec(text) ?? [];
-  if (number === "" || (unit !== "" && Number(number) === 0)) throw new UsageError(`"${text}" says not when a chain ends: a number of streams, a duration like 30d, or 0 for never`);
+  const [, number = "", unit = ""] = DURATION_WORD.exec(text) ?? /^(\d+)()$/.exec(text) ?? [];
+  if (!/^\d{1,9}$/.test(number) || (unit !== "" && Number(number) === 0)) throw new UsageError(`"${text}" says not when a chain ends: a number of streams, a duration like 30d, or 0 for never`);
   return { count: Number(number), unit: unit === "" ? null : (unit as Unit) };
 }
 
@@ -2573,15 +2621,16 @@ const VERSIONS = verb("versions", "folder fsid format word inner names...", sh`
   paths() {
     within=$1
     shift
+    # shellcheck disable=SC2059 # a format that this program gives
     for name; do printf "$word" "$name$within"; done
   }
   # Behind the fence the kernel follows no link.
   if [ "$mode" = fence ]; then
     :
   else
-    { printf "$word" .; paths "\${inner%/*}" "$@"; } | xargs -0 realpath -q -z -e -- || :
+    { paths "" .; paths "\${inner%/*}" "$@"; } | xargs -0 realpath -q -z -e -- || :
   fi
-  printf "$word" ""
+  paths "" ""
   {
     { paths "$inner" "$@" | xargs -0 stat --printf "$format" -- 2>&1 >&3 || :; } | {
       if grep -v -e ": No such file or directory" -e ": Not a directory" -e ": Too many levels of symbolic links" >&2; then
@@ -2730,13 +2779,14 @@ const RAW: StoreVerbs = {
     at "$folder" "$fsid"
     get() { opened "./$1"; cat <&6; }
     every() {
-      for object; do
-        # Behind the fence the kernel follows no link.
-        if [ "$mode" = fence ] && [ -f "./$object" ]; then continue; fi
+      # Behind the fence the kernel follows no link.
+      plain=$mode
+      for object; do [ -f "./$object" ] || plain=; done
+      if [ "$plain" = fence ]; then
+        cat -- "$@"
+      else
         for object; do get "$object"; done
-        return
-      done
-      cat -- "$@"
+      fi
     }
     ${GET}
   `),
@@ -3965,16 +4015,6 @@ function shellDestination(location: Location & { kind: "shell" }, last: Memory |
 /** A snapshot with the reasons to keep it; without any, it goes. */
 export type Decision<T extends Dated> = { readonly entry: T; readonly reasons: readonly string[] };
 
-/** The number of a wall-clock time's period, ISO weeks beginning on Monday. */
-function period(time: number, unit: Unit): number {
-  const date = new Date(time);
-  const day = Math.floor(time / DURATION.d);
-  if (unit === "h") return Math.floor(time / DURATION.h);
-  if (unit === "d") return day;
-  if (unit === "w") return Math.floor((day + 3) / 7); // 1970-01-01 was a Thursday
-  return unit === "m" ? date.getUTCFullYear() * 12 + date.getUTCMonth() : date.getUTCFullYear();
-}
-
 /**
  * Why a policy keeps each of `entries` (oldest first). Calendar words keep the first of a period,
  * so that what is kept stays the same for its whole life. `now` is wall-clock ms: windows like
@@ -3992,7 +4032,7 @@ export function retain<T extends Dated>(entries: readonly T[], policy: Policy | 
       const firsts = new Map<number, number>();
       entries.forEach(({ time }, i) => firsts.has(period(time, unit)) || firsts.set(period(time, unit), i));
       const kept = [...firsts.values()];
-      for (const i of count === Infinity ? kept : kept.slice(-count)) reasons[i]?.push(`first of its ${UNITS[unit]} (${count === Infinity ? "*" : count}${unit})`);
+      for (const i of count === Infinity ? kept : kept.slice(-count)) reasons[i]?.push(`first of its ${UNITS[unit].noun} (${count === Infinity ? "*" : count}${unit})`);
     }
     for (const { unit, count } of policy.within) {
       const from = before(Math.min(now, newest.time), count, unit);
