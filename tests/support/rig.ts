@@ -203,25 +203,20 @@ export const sshServer = () => (server ??= startSshServer());
 
 export type LinkedServer = SshServer & { readonly cut: () => void; readonly mend: () => void; readonly crossed: () => number };
 
+let links = 0;
+
 /** An sshd at the other end of a link that can be cut: in a network namespace of its own. `crossed`: bytes sent over it, both ways. */
 export async function linkedServer(): Promise<LinkedServer> {
   const namespace = spawn("unshare", ["--net", "sleep", "infinity"], { stdio: "ignore" });
-  let [device, net] = ["", ""];
+  const device = `link${++links}`;
+  const net = `198.18.${links}`;
   cleanups.push(() => {
     sh(`ip link delete "$1"`, device); // sockets of dead connections keep the namespace for a while
     namespace.kill("SIGKILL");
   });
   const pid = String(namespace.pid);
   await waitFor("a network namespace", () => readlinkSync(`/proc/${pid}/ns/net`) !== readlinkSync("/proc/self/ns/net"));
-  // Another test run has other namespaces of processes, and the same of devices: who can add the device has its number.
-  const added = () => spawnSync("ip", ["link", "add", device, "type", "veth", "peer", "name", device, "netns", pid]);
-  for (let tries = 1; ; tries++) {
-    const number = Math.floor(Math.random() * 500);
-    [device, net] = [`bb${number}`, `198.${18 + (number % 2)}.${number >> 1}`];
-    const { status, stderr } = added();
-    if (status === 0) break;
-    if (tries === 100) throw new Error(`no pair of network devices: ${stderr}`);
-  }
+  sh(`ip link add "$1" type veth peer name "$1" netns "$2"`, device, pid);
   sh(`ip address add "$2.1/24" dev "$1"; ip link set "$1" up`, device, net);
   sh(`nsenter --target "$2" --net sh -c 'ip address add "$2.2/24" dev "$1"; ip link set "$1" up; ip link set lo up' sh "$1" "$3"`, device, pid, net);
   const server = await startSshServer(`${net}.2`, ["nsenter", "--target", pid, "--net"]);
@@ -229,7 +224,10 @@ export async function linkedServer(): Promise<LinkedServer> {
     ...server,
     cut: () => void sh(`nsenter --target "$2" --net ip link set "$1" down`, device, pid),
     mend: () => void sh(`nsenter --target "$2" --net ip link set "$1" up`, device, pid),
-    crossed: () => ["tx", "rx"].reduce((sum, way) => sum + Number(readFileSync(`/sys/class/net/${device}/statistics/${way}_bytes`, "utf8")), 0),
+    crossed: () => {
+      const [{ stats64 }] = JSON.parse(sh(`ip -j -s link show dev "$1"`, device)) as [{ stats64: Record<"rx" | "tx", { bytes: number }> }];
+      return stats64.rx.bytes + stats64.tx.bytes;
+    },
   };
 }
 
