@@ -2037,16 +2037,19 @@ const ESTIMATE = verb("estimate", "folder fsid snapshot parent", sh`
 /** How much is listed of a difference at most, in bytes: some 100,000 commands. */
 const REWRITTEN_MOST = "32000000";
 
-/** The commands of a difference that write to files, as \`btrfs receive --dump\` puts them: the path and the range. */
+/** The commands of a difference that write to files, or change their paths, as `btrfs receive --dump` puts them. */
 const REWRITTEN = verb("rewritten", "folder fsid snapshot parent", sh`
   at "$folder" "$fsid"
   exec 4>&1
   # receive --dump ends before its input does.
   told=$( {
-    { b send -q --no-data -p "./$parent" "./$snapshot" && echo ok >&3; } | { btrfs receive --dump && cat; } |
-      grep -E "^(update_extent|write|clone|truncate) " | head -c ${REWRITTEN_MOST} >&4
+    { b send -q --no-data -p "./$parent" "./$snapshot" && echo ok >&3; } | { btrfs receive --dump && cat && echo ok >&3; } |
+      grep -E "^(update_extent|write|clone|truncate|rename|unlink) " | head -c ${REWRITTEN_MOST} >&4
   } 3>&1 )
-  [ "$told" = ok ]
+  # Both of them.
+  # shellcheck disable=SC2086 # words
+  set -- $told
+  [ $# = 2 ]
 `);
 
 /** Of each path in a snapshot, its size there, and that of the same file in a parent, or -; nothing where there is no such path. */
@@ -2055,7 +2058,7 @@ const FILE_SIZES = verb("filesizes", "folder fsid snapshot parent paths...", sh`
   # elsewhere INODE PARENT: number and size of the file that has another path there, or -.
   elsewhere() {
     if found=$(b inspect-internal inode-resolve "$1" "./$2" 2>&1); then
-      stat -c "%i %s" -- "$(echo "$found" | head -n 1)" | grep "^$1 "
+      stat -c "%i %s" -- "$(line "$found" | head -n 1)" | grep "^$1 "
     else
       case $found in
         *"No such file"*) echo -;;
@@ -2611,8 +2614,8 @@ const LOCATE = verb("locate", "file", sh`
 `);
 
 /**
- * Of `inner`, a path, in every subvolume that has it: what `realpath` makes of the directory above it, as NUL-terminated words after that of the
- * folder itself, since a symbolic link may lead out of a snapshot (nothing where the kernel follows none); an empty one; and `stat --printf FORMAT`. `word` is printf's format of a word.
+ * Of `inner`, a path, in every subvolume that has it: what `realpath` makes of the directory above it, as NUL-terminated words after
+ * "open" and that of the folder itself, since a symbolic link may lead out of a snapshot (only "fenced", where the kernel follows none); an empty one; and `stat --printf FORMAT`. `word` is printf's format of a word.
  */
 const VERSIONS = verb("versions", "folder fsid format word inner names...", sh`
   at "$folder" "$fsid"
@@ -2626,8 +2629,9 @@ const VERSIONS = verb("versions", "folder fsid format word inner names...", sh`
   }
   # Behind the fence the kernel follows no link.
   if [ "$mode" = fence ]; then
-    :
+    paths "" fenced
   else
+    paths "" open
     { paths "" .; paths "\${inner%/*}" "$@"; } | xargs -0 realpath -q -z -e -- || :
   fi
   paths "" ""
@@ -3262,17 +3266,25 @@ const LISTED_STRANGERS = 500;
 /** The backups of a prefix that a record can speak of. */
 const ofPrefix = (standing: readonly Entry[], prefix: string) => standing.filter(({ name }) => parseName(name, prefix) !== null);
 
-/** A chain's record as it is written: many strangers by a rule instead of a list. */
-export function asWritten({ strangers, ...chain }: ChainRecord, standing: readonly Entry[], prefix: string): ChainRecord {
-  if (strangers === undefined || strangers.length <= LISTED_STRANGERS) return strangers === undefined ? chain : { ...chain, strangers };
+/**
+ * A chain's record as it is written: many strangers by a rule instead of a list. A rule that still says the same stays as it is: what
+ * is not there just now may come back.
+ */
+export function asWritten({ strangers, elders, ...chain }: ChainRecord, standing: readonly Entry[], prefix: string): ChainRecord {
   const foreign = new Set(strangers);
+  if (elders !== undefined) {
+    const told = asRead({ elders }, standing, prefix).strangers ?? [];
+    if (told.length === foreign.size && told.every((uuid) => foreign.has(uuid))) return { ...chain, elders };
+  }
+  if (strangers === undefined || strangers.length <= LISTED_STRANGERS) return strangers === undefined ? chain : { ...chain, strangers };
   const all = ofPrefix(standing, prefix);
   const until = all.reduce((last, { id, uuid }) => (foreign.has(uuid) ? Math.max(last, id) : last), 0);
   return { ...chain, elders: { until, but: all.filter(({ id, uuid }) => id <= until && !foreign.has(uuid)).map(({ uuid }) => uuid) } };
 }
 
-/** A chain's record with all strangers that are there by their UUIDs. */
-export function asRead({ elders, ...chain }: ChainRecord, standing: readonly Entry[], prefix: string): ChainRecord {
+/** A chain's record with all strangers that are there by their UUIDs, beside the rule. */
+export function asRead(chain: ChainRecord, standing: readonly Entry[], prefix: string): ChainRecord {
+  const { elders } = chain;
   if (elders === undefined) return chain;
   const own = new Set(elders.but);
   return { ...chain, strangers: ofPrefix(standing, prefix).filter(({ id, uuid }) => id <= elders.until && !own.has(uuid)).map(({ uuid }) => uuid) };
@@ -4188,14 +4200,15 @@ export type Verdicts = { cleared: Cleared; readonly refused: Map<string, string>
 
 /** Judges parents for a destination; those that `isThere` not yet are sent before in the same run, as they are. */
 export function judge(facts: Facts, { cleared, refused }: Verdicts, isThere: (parent: Snapshot) => boolean): Fitness {
-  const isEarlier = (parent: Snapshot, snapshot: Snapshot) => isEarlierState(parent, snapshot, facts.all);
+  // What was edited is no more what it was, whatever it was compared with.
+  const isEarlier = (parent: Snapshot, snapshot: Snapshot) => changedSince(parent, facts, {}) !== true && isEarlierState(parent, snapshot, facts.all);
   const unfit: Unfit = (parent, snapshot) => {
     const reason = refused.get(parent.uuid);
     if (reason !== undefined) return reason;
     const kin = related(parent, snapshot, facts);
     if (kin === false) return `${parent.name} was received, and ${snapshot.name} was not made from it`;
-    const changed = isThere(parent) ? changedSince(parent, facts, cleared) : false;
-    if (changed === true) return `${parent.name} may have been edited since it was taken`;
+    const changed = changedSince(parent, facts, cleared);
+    if (changed === true && isThere(parent)) return `${parent.name} may have been edited since it was taken`;
     if (kin === undefined || changed === undefined) return undefined;
     return isEarlier(parent, snapshot) ? null : facts.losses.get(pairOf(parent, snapshot));
   };
@@ -5009,24 +5022,51 @@ function unescaped(path: string): string {
   return Buffer.from(bytes, "latin1").toString();
 }
 
-/** The lines of REWRITTEN, as the ranges that are written of each path in the snapshot. Errors: Failure, for a line that is none. */
+/** How many paths are looked at for renames at most. */
+const FOLLOWED = 10_000_000;
+
+/**
+ * The lines of REWRITTEN, as the ranges that are written of each path in the snapshot: what is written to has the path of that
+ * moment, and is followed when it, or a directory above it, is renamed later. Errors: Failure, for what cannot be followed.
+ */
 export function parseRewritten(lines: string): Map<string, { from: number; to: number }[]> {
-  const files = new Map<string, { from: number; to: number }[]>();
   if (lines.length >= Number(REWRITTEN_MOST)) throw new Failure("too much differs");
+  const files = new Map<string, { from: number; to: number }[]>();
+  let steps = 0;
+  const rename = (from: string, to: string) => {
+    if ((steps += files.size) > FOLLOWED) throw new Failure("too much was renamed");
+    for (const [path, ranges] of [...files]) {
+      if (path !== from && !path.startsWith(`${from}/`)) continue;
+      files.delete(path);
+      files.set(to + path.slice(from.length), ranges);
+    }
+  };
   for (const line of lines.split("\n").slice(0, -1)) {
-    const [, path, offset, length] = /^\w+ +\.\/[^/]*\/((?:[^ \\]|\\.)+) +(?:offset=(\d+) len=(\d+)|size=\d+)/.exec(line) ?? [];
+    const [, command, path, rest = ""] = /^(\w+) +\.\/[^/]*\/((?:[^ \\]|\\.)+) *(.*)$/.exec(line) ?? [];
     if (path === undefined) throw new Failure(`unknown line of btrfs receive --dump: ${line}`);
-    const ranges = files.get(path) ?? [];
-    files.set(path, ranges);
-    if (offset !== undefined) ranges.push({ from: Number(offset), to: Number(offset) + Number(length) });
+    if (command === "rename") {
+      const [, to] = /^dest=\.\/[^/]*\/((?:[^ \\]|\\.)+)$/.exec(rest) ?? [];
+      if (to === undefined) throw new Failure(`unknown line of btrfs receive --dump: ${line}`);
+      rename(path, to);
+    } else if (command === "unlink") {
+      if (files.has(path)) throw new Failure("a file is changed by a name that it loses");
+    } else {
+      const ranges = files.get(path) ?? [];
+      files.set(path, ranges);
+      const [, offset, length] = /^offset=(\d+) len=(\d+)/.exec(rest) ?? [];
+      if (offset !== undefined) ranges.push({ from: Number(offset), to: Number(offset) + Number(length) });
+    }
   }
   return new Map([...files].map(([path, ranges]) => [unescaped(path), ranges]));
 }
 
-/** Why a difference to a state that is no earlier one must not be made; null if it may. Errors: none: what cannot be looked at is not made. */
+/**
+ * Why a difference to a state that is not known to be an earlier one must not be made; null if it may. What cannot be looked at is
+ * made only where one was received after the other, as nearly always one on top of the other. Errors: none.
+ */
 async function lossOf(folder: Folder, { parent, snapshot }: Pair): Promise<string | null> {
   const names = { snapshot: snapshot.name, parent: parent.name };
-  const why = `${parent.name} is no earlier state of ${snapshot.name}`;
+  const why = `${parent.name} is not known to be an earlier state of ${snapshot.name}`;
   try {
     const ranges = parseRewritten(await ask(folder.host, REWRITTEN, { ...at(folder), ...names }, `cannot tell what differs`));
     for (const paths of chunks([...ranges.keys()].map((path) => `/${path}`))) {
@@ -5043,6 +5083,7 @@ async function lossOf(folder: Folder, { parent, snapshot }: Pair): Promise<strin
     return null;
   } catch (error) {
     if (!(error instanceof Failure)) throw error;
+    if (parent.receivedUuid !== null && snapshot.receivedUuid !== null && parent.id < snapshot.id) return null;
     return `${why}, and it cannot be told whether btrfs send would lose something: ${error.message}`;
   }
 }
@@ -5071,7 +5112,8 @@ function learn(inquiry: Inquiry, changed: readonly Entry[], differences: readonl
     });
     for (const pair of differences) {
       const { parent, snapshot } = pair;
-      if (!related(parent, snapshot, inquiry) || isEarlierState(parent, snapshot, inquiry.all) || losses.has(pairOf(parent, snapshot))) continue;
+      const isKnown = changedSince(parent, inquiry, {}) === false && isEarlierState(parent, snapshot, inquiry.all);
+      if (!related(parent, snapshot, inquiry) || isKnown || losses.has(pairOf(parent, snapshot))) continue;
       losses.set(pairOf(parent, snapshot), await lossOf(inquiry.folder, pair));
     }
   });
@@ -5290,7 +5332,7 @@ async function takeSnapshot(source: Source, all: readonly Pick<Destination, "sta
     for (let now = new Date(); ; now = new Date()) {
       checkInterruption();
       const name = `${o.prefix}${stamp(now)}` as EntryName; // a prefix holds nothing that a name cannot
-      const made = { ...NO_SUBVOLUME, name, time: wallClock(now), moment: Math.floor(now.getTime() / 1000) * 1000, path: name, parentUuid: source.identity.uuid };
+      const made = { ...NO_SUBVOLUME, name, time: wallClock(now), moment: Math.floor(now.getTime() / 1000) * 1000, path: name, parentUuid: source.identity.uuid, cgen: Number.MAX_SAFE_INTEGER };
       try {
         // When clocks go back, a destination can still have the name.
         if (source.entries.has(name) || all.some(({ standing }) => standing.taken.has(name))) throw new Taken(name);
@@ -5355,7 +5397,8 @@ async function planFor(served: Served, serving: Serving): Promise<ReturnType<typ
   const find = dataFinder(standing.held);
   const isThere = (parent: Snapshot) => (stream === null ? find(parent) !== undefined : parent.uuid === stream.last?.uuid);
   const options = { policy: wanted.policy, incremental: o.incremental, newestOnly: o.newestOnly, now: wallClock(new Date()), fullEvery: wanted.sending.fullEvery, backfill: o.backfill, failed: served.earlier };
-  const mayBeEdited = (one: Snapshot) => isThere(one) && changedSince(one, inquiry, verdicts.cleared) !== false;
+  const isOpen = (one: Snapshot) => changedSince(one, inquiry, verdicts.cleared) !== false;
+  const mayBeEdited = (one: Snapshot) => isThere(one) && isOpen(one);
   for (;;) {
     const fitness = judge(inquiry, verdicts, isThere);
     const plan = stream === null ? planTransfers(snapshots, standing, options, fitness) : { transfers: planStreams(snapshots, stream.last, o, fitness), conflicts: [], skipped: 0 };
@@ -5363,7 +5406,7 @@ async function planFor(served: Served, serving: Serving): Promise<ReturnType<typ
     if (open.length > 0) {
       // One that was edited or deduplicated is mostly not alone.
       const suspicious = snapshots.some((one) => isThere(one) && changedSince(one, inquiry, verdicts.cleared));
-      await learn(inquiry, (suspicious ? snapshots.filter(isThere) : open.map(({ parent }) => parent)).filter(mayBeEdited), open);
+      await learn(inquiry, [...(suspicious ? snapshots.filter(isThere) : []), ...open.map(({ parent }) => parent)].filter(isOpen), open);
       continue;
     }
     const lacking = compare === null ? undefined : plan.transfers.find(({ parent, why }) => parent === null && why !== undefined);
@@ -5542,11 +5585,11 @@ function warnOfLeap(decisions: readonly Decision<Dated>[], id: string, report: R
 }
 
 /** Deletes what a destination's policy does not keep. */
-async function pruneDestination(served: Pick<Served, "destination" | "standing"> & { readonly wanted: Pick<Wanted, "policy"> }, snapshots: readonly Snapshot[], leaps: readonly string[], o: Pick<RunOptions, "dryRun">, report: Report): Promise<void> {
+async function pruneDestination(served: Pick<Served, "destination" | "standing"> & { readonly wanted: Pick<Wanted, "policy"> }, snapshots: readonly Snapshot[], leaps: readonly string[], o: Pick<RunOptions, "dryRun">, report: Report, now = wallClock(new Date())): Promise<void> {
   const { destination, wanted } = served;
   if (destination.stream !== null) return;
   if (destination.frozen !== null) throw new Failure(`nothing is deleted there: ${destination.frozen}`);
-  const decisions = planDestination(snapshots, served.standing, wanted.policy, wallClock(new Date()), leaps);
+  const decisions = planDestination(snapshots, served.standing, wanted.policy, now, leaps);
   warnOfLeap(decisions, destination.id, report);
   await removeFrom(served, explained(decisions, destination.id, o.dryRun), `not kept by "${wanted.policy?.text}"`, o, report, false);
 }
@@ -5978,18 +6021,21 @@ export async function prune(o: PruneOptions, report: Report): Promise<void> {
   const all = prefixes.flatMap((prefix) => withPrefix(first, prefix).snapshots);
   const arriving = arrivals(first, all);
   arriving.catch(() => {});
+  const now = wallClock(new Date());
   for (const prefix of prefixes) {
     const looked = withPrefix(first, prefix);
     let folder = looked;
     try {
       if (isSource(prefix)) throw new Failure(`the prefix ${JSON.stringify(prefix)} ${isOne}`);
-      let pruning = pruningOf(looked, o, await arriving);
-      if (!o.dryRun && !pruning.isIdle) {
-        folder = await openFolder(o.location, o.location.path, { prefix, wait: o.wait, hosts: o.hosts });
-        pruning = pruningOf(folder, o, await arrivals(folder, folder.snapshots));
-        if (pruning.isNews) await writeRecord(folder, pruning.chain);
+      // Something may have gone in this moment: then each is asked for by itself.
+      const arrived = await arriving.catch(() => null);
+      let pruning = arrived === null ? null : pruningOf(looked, o, arrived, now);
+      if (pruning === null || !(o.dryRun || pruning.isIdle)) {
+        folder = await openFolder(o.location, o.location.path, { prefix, wait: o.dryRun ? "look" : o.wait, hosts: o.hosts });
+        pruning = pruningOf(folder, o, await arrivals(folder, folder.snapshots), now);
+        if (pruning.isNews && !o.dryRun) await writeRecord(folder, pruning.chain);
       }
-      await pruneDestination({ ...pruning, wanted: { policy: o.policy } }, [], pruning.leaps, o, report);
+      await pruneDestination({ ...pruning, wanted: { policy: o.policy } }, [], pruning.leaps, o, report, now);
     } catch (error) {
       report.error(o.location.id, error); // the other prefixes can still be pruned
     } finally {
@@ -6052,14 +6098,14 @@ function asReceived({ id, store }: Pick<Folder, "id" | "store">, backups: readon
 }
 
 /** What there is to prune of one prefix. */
-function pruningOf(folder: Folder, o: PruneOptions, arrived: ReadonlyMap<string, number>) {
+function pruningOf(folder: Folder, o: PruneOptions, arrived: ReadonlyMap<string, number>, now: number) {
   const destination = pruned(folder, o);
   const { backups } = destination.standing;
   const standing = { ...destination.standing, backups: asReceived(folder, backups, arrived), ...(backups.some(({ belated }) => belated) ? { newest: backups.at(-1)?.uuid } : {}) };
   const leaps = o.adoptClock ? leapNames([standing.backups], folder.chain.leaps) : folder.chain.leaps;
   const chain = { ...folder.chain, ...(leaps === undefined ? {} : { leaps }) };
   const isNews = folder.store === null && folder.record.unreadable === null && !sameRecord(chain, folder.chain);
-  const goes = () => planDestination([], standing, o.policy, wallClock(new Date()), leaps).some(({ reasons }) => reasons.length === 0);
+  const goes = () => planDestination([], standing, o.policy, now, leaps).some(({ reasons }) => reasons.length === 0);
   return { destination, standing, leaps: leaps ?? [], chain, isNews, isIdle: !isNews && destination.frozen === null && !goes() };
 }
 
@@ -6919,11 +6965,12 @@ async function statesIn(host: Host, folder: ReturnType<typeof at>, path: string,
   for (const some of chunks(names)) {
     const words = (await ask(host, VERSIONS, { ...folder, format: STAT_FORMAT, word: WORD, inner: path, names: some }, `cannot look for ${path}`)).split("\0");
     const end = words.indexOf("");
-    const [place, ...paths] = words.slice(0, end);
+    const [mode, place = "", ...paths] = words.slice(0, end);
+    if (mode !== "fenced" && !(mode === "open" && place.startsWith("/"))) throw new Failure(`cannot look for ${path}: GNU realpath not found: install coreutils`);
     const real = new Set(paths);
     for (const { path: there, state } of parseStats(words.slice(end + 1, -1))) {
       const name = there.slice(0, there.length - path.length);
-      if (place === undefined || real.has(join(place, name, dirname(path)))) found.set(name, state);
+      if (mode === "fenced" || real.has(join(place, name, dirname(path)))) found.set(name, state);
     }
   }
   return found;
@@ -7195,6 +7242,7 @@ export function guardedRecord(text: string, { chain: now, entries, standing, pre
   if (chain === undefined || unreadable !== null || Object.keys(chain).some((key) => !["owner", "receiving", "since", "strangers", "elders", "destinations", "leaps", "belated", "guarded"].includes(key))) return refuse("a record of another form");
   const full = asRead(chain, standing, prefix);
   const { owner, receiving, strangers = [], destinations } = full;
+  if (now.elders !== undefined && JSON.stringify(chain.elders) !== JSON.stringify(now.elders)) refuse("a record with other strangers");
   if ((chain.elders?.until ?? 0) > Math.max(0, ...standing.map(({ id }) => id))) refuse("a record of backups that are not there yet");
   // An administrator's terminal will show it.
   if (/[\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069]|\\u00[01]|\\[bfnrt]/.test(text)) refuse("a record with control characters");

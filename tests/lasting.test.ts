@@ -417,7 +417,7 @@ describe("a clock that leaps deletes nothing", () => {
   });
 
   describe("prune goes by when backups arrived, and by its own clock", () => {
-    /** A `btrfs` for which each backup arrived at the time of its name. */
+    /** A `btrfs`, and a `stat`, for which each backup arrived at the time of its name. */
     function arrivalByName() {
       const tools = temporaryDirectory();
       const real = sh("command -v btrfs");
@@ -436,6 +436,18 @@ describe("a clock that leaps deletes nothing", () => {
           exit "\${PIPESTATUS[0]}"
         fi
         exec ${real} "$@"
+        `.replace(/^ {8}/gm, ""),
+        { mode: 0o755 },
+      );
+      writeFileSync(
+        join(tools, "stat"),
+        `#!/bin/bash
+        [ "$2" = "%W %n" ] || exec ${sh("command -v stat")} "$@"
+        shift 3
+        for path; do
+          name=\${path##*/}
+          echo "$(TZ=UTC0 date -d "\${name:0:4}-\${name:4:2}-\${name:6:2} \${name:9:2}:\${name:11:2}:\${name:13:2} +0000" +%s) $path"
+        done
         `.replace(/^ {8}/gm, ""),
         { mode: 0o755 },
       );

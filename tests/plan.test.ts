@@ -449,7 +449,14 @@ describe("strangers in a record", () => {
     expect(asWritten({ strangers: ["a"] }, standing, "")).toEqual({ strangers: ["a"] });
     const written = asWritten({ leaps: ["x"], strangers }, standing, "");
     expect(written).toEqual({ leaps: ["x"], elders: { until: 999, but: ["s0102", "s0104"] } });
-    expect(asRead(written, standing, "")).toEqual({ leaps: ["x"], strangers });
+    const read = asRead(written, standing, "");
+    expect(read).toEqual({ ...written, strangers });
+    expect(asWritten(read, standing, "")).toEqual(written);
+    // Of some that are away for a while, the rule still tells; whoever is adopted anew has another.
+    const fewer = standing.filter(({ uuid }) => !["o599", "o598", "s0102"].includes(uuid));
+    expect(asWritten(asRead(written, fewer, ""), fewer, "")).toEqual(written);
+    expect(asWritten(asRead(written, standing.slice(0, 5), ""), standing.slice(0, 5), "")).toEqual(written);
+    expect(asWritten({ ...read, strangers: ["s0101"] }, standing, "")).toEqual({ leaps: ["x"], strangers: ["s0101"] });
     expect(parseRecord(`{"/": 1\n,"": ${JSON.stringify(written)}\n}\n`)).toEqual({ chains: new Map([["", written]]), unreadable: null });
   });
 
@@ -534,6 +541,17 @@ describe("parents", () => {
       ["c", [{ from: 0, to: 5 }]],
     ]);
     expect(() => parseRewritten("something else\n")).toThrow("unknown line");
+  });
+
+  test("what is renamed after it was written to is followed, and so is what is below it", () => {
+    const ranges = (...lines: string[]) => [...parseRewritten(`${lines.join("\n")}\n`).keys()];
+    const write = (path: string) => `write  ./s/${path}   offset=0 len=1`;
+    const rename = (from: string, to: string) => `rename    ./s/${from}     dest=./s/${to}`;
+    expect(ranges(write("old/f"), rename("old", "o257-7-0"), write("old/f"), rename("o257-7-0", "new"))).toEqual(["old/f", "new/f"]);
+    expect(ranges(rename("a", "b"), write("a"))).toEqual(["a"]);
+    expect(ranges(write("a\\ b/c"), rename("a\\ b", "d\\ e"))).toEqual(["d e/c"]);
+    expect(() => ranges(write("a"), "unlink   ./s/a")).toThrow("loses");
+    expect(ranges(write("a"), "unlink   ./s/b")).toEqual(["a"]);
   });
 
   test("an earlier state is preferred to what is nearer, and a later one is the last", () => {
