@@ -190,12 +190,22 @@ describe("an earlier snapshot that comes after a later one", () => {
     expectSound(destination, snapshots);
   });
 
+  /** Cuts off a file somewhere, and lets directories change their names, or their places. */
+  function move(source: string, random: () => number) {
+    const all = sh(`cd "$1"; find plain -type f; echo; find plain -mindepth 1 -type d`, source).split("\n\n").map((some) => some.split("\n"));
+    const pick = (some: readonly string[] = []) => some[Math.floor(random() * some.length)] ?? "";
+    sh(`cd "$1"; [ ! -f "$2" ] || truncate -s "$3" "$2"`, source, pick(all[0]), String(Math.floor(random() * 9000)));
+    const [one, other] = [pick(all[1]), pick(all[1])];
+    sh(`cd "$1"; [ ! -d "$2" ] || [ ! -d "$3" ] || case "$2/" in "$3"/*) ;; *) case "$3/" in "$2"/*) ;; *) mv -T "$2" plain/away; mv -T "$3" "$2"; mv -T plain/away "$3";; esac;; esac`, source, one, other);
+  }
+
   test("random trees, changed in any way: what arrives is what was there", async () => {
     const random = seeded();
     const { source, snapshots, destination } = pair();
     for (let round = 1; round <= soak(6); round++) {
       for (let i = 0; i < 4; i++) {
         change(source, random);
+        move(source, random);
         snapshotAs(source, `2026${String(1 + (round % 12)).padStart(2, "0")}${String(10 + Math.floor(round / 12)).padStart(2, "0")}-00000${i}`);
       }
       await expectRun(0, ["-S", "--newest-only", source, destination]);
