@@ -403,6 +403,8 @@ export function parseLocation(text: string): Location {
     return { kind: "rclone", id: `rclone://${path}`, host: null, path: /[:/]$/.test(path) ? path : `${path}/` };
   }
   if (scheme) throw new UsageError(`"${scheme}://" is no kind of location; there are /path, ssh://[user@]host[:port]/path, raw:///path, raw+ssh://[user@]host[:port]/path, rclone://REMOTE:PATH and shell://COMMAND`);
+  const [, login, there] = /^([^/:\s]+):([/~].*)$/s.exec(text) ?? [];
+  if (login !== undefined) throw new UsageError(`"${text}" is not a path: write ssh://${login}${there?.startsWith("/") ? there : "/path"}, or ./${text} for a directory here`);
   if (text === "" || text.includes("\0")) throw new UsageError("a path cannot be empty");
   const path = resolve(text);
   return { kind: "folder", id: path, host: null, path };
@@ -5035,11 +5037,9 @@ export function parseRewritten(lines: string): Map<string, { from: number; to: n
   let steps = 0;
   const rename = (from: string, to: string) => {
     if ((steps += files.size) > FOLLOWED) throw new Failure("too much was renamed");
-    for (const [path, ranges] of [...files]) {
-      if (path !== from && !path.startsWith(`${from}/`)) continue;
-      files.delete(path);
-      files.set(to + path.slice(from.length), ranges);
-    }
+    const moved = [...files].filter(([path]) => path === from || path.startsWith(`${from}/`));
+    for (const [path] of moved) files.delete(path);
+    for (const [path, ranges] of moved) files.set(to + path.slice(from.length), ranges);
   };
   for (const line of lines.split("\n").slice(0, -1)) {
     const [, command, path, rest = ""] = /^(\w+) +\.\/[^/]*\/((?:[^ \\]|\\.)+) *(.*)$/.exec(line) ?? [];
@@ -8032,9 +8032,11 @@ export function readArguments(args: readonly string[], definitions: ArgsDef): Gi
     if (code !== "ERR_PARSE_ARGS_UNKNOWN_OPTION") throw new UsageError(message.replaceAll("\n", " "));
     const named = /'(-*)([^']*)'/.exec(message); // Bun leaves the dash of a short one out
     const unknown = `${named?.[1] || "-"}${named?.[2] ?? ""}`;
-    const names = defined.map(([name]) => `--${name}`);
-    const best = names.map((name) => ({ name, far: distance(unknown, name) })).sort((a, b) => a.far - b.far)[0];
-    throw new UsageError(`unknown option ${unknown}${unknown.startsWith("--") && best && best.far <= 3 ? `; did you mean ${best.name}?` : ""}`);
+    const best = nearest(unknown, defined.map(([name]) => `--${name}`));
+    const meant = unknown.startsWith("--keep-")
+      ? `; what is kept is said by -N (at the source) and -n (at destinations), as in -n "7d 4w 12m"`
+      : unknown.startsWith("--") && best.far <= 3 ? `; did you mean ${best.word}?` : "";
+    throw new UsageError(`unknown option ${unknown}${meant}`);
   }
 }
 
@@ -8448,20 +8450,55 @@ function inUtf8(bytes: Buffer, what: string): string {
   }
 }
 
+/** Which of some words is nearest to one, and how far. */
+const nearest = (word: string, words: readonly string[]) => words.map((other) => ({ word: other, far: distance(word, other) })).sort((a, b) => a.far - b.far)[0] ?? { word: "", far: Infinity };
+
+/** What people call commands elsewhere. */
+const ELSEWHERE: Readonly<Record<string, string>> = { status: "list", ls: "list", snapshots: "list", backup: "run", send: "run", check: "verify", diff: "versions" };
+
+/** Errors: UsageError, where the first word is neither a command nor a path, but nearly a command. */
+function notMisspelt(word: string): void {
+  if (!/^[a-z]{2,12}$/.test(word) || Object.hasOwn(COMMANDS, word)) return;
+  const { word: command, far } = nearest(word, Object.keys(COMMANDS));
+  const meant = ELSEWHERE[word] ?? (far <= 2 ? command : undefined);
+  if (meant !== undefined) throw new UsageError(`there is no command ${word}; did you mean "btrfs-backup ${meant}"? (A directory of that name is ./${word}; "btrfs-backup --help" tells all commands)`);
+}
+
+const FIRST_WORDS = `btrfs-backup: incremental backups of btrfs subvolumes
+
+  btrfs-backup -N 5 -n '7d 4w 12m' /home /mnt/disk/home     take a snapshot of /home, and send it
+  btrfs-backup list /home                                   what there is, here and there
+  btrfs-backup restore /mnt/disk/home /home.restored        get it back
+
+"btrfs-backup --help" tells all options, and "btrfs-backup COMMAND --help" those of
+another command: ${Object.keys(COMMANDS).filter((name) => name !== "run").join(", ")}.
+`;
+
 /** The program, from its arguments to its exit status. */
 export async function main(args: readonly string[]): Promise<number> {
   try {
     if (!canEnter(".")) throw new UsageError("this user cannot enter the current directory: start in another, such as /");
     inUtf8(readFileSync("/proc/self/cmdline"), "an argument");
     const words = expandFiles(args, (path) => inUtf8(readFileSync(path), "it"));
+    if (words.length === 0) {
+      process.stderr.write(FIRST_WORDS);
+      return 2;
+    }
+    notMisspelt(words[0] as string);
+    if (words[0] === "help") {
+      const [, about = "run"] = words;
+      notMisspelt(about);
+      if (!Object.hasOwn(COMMANDS, about)) throw new UsageError(`there is no command ${about}: ${Object.keys(COMMANDS).join(", ")}`);
+      words.splice(0, words.length, about, "--help");
+    }
     const named = Object.hasOwn(COMMANDS, words[0] ?? "");
     const command = COMMANDS[named ? (words[0] as string) : "run"] as CommandDef<any>;
     const given = readArguments(named ? words.slice(1) : words, command.args as ArgsDef);
     if (!named && Object.hasOwn(COMMANDS, given.positionals[0] ?? "")) throw new UsageError(`the command comes first: btrfs-backup ${given.positionals[0]} …`);
     if (given.flag("version")) console.log(versionText());
-    else if (given.flag("help") || words.length === 0) process.stdout.write(helpText(command, process.stdout.columns || 80));
+    else if (given.flag("help")) process.stdout.write(helpText(command, process.stdout.columns || 80));
     else return (await command.run?.({ rawArgs: [...words], args: { _: [] } as never, cmd: command, data: given })) as number;
-    return words.length === 0 ? 2 : 0;
+    return 0;
   } catch (error) {
     if (error instanceof Interrupted) {
       log.error(error.message);

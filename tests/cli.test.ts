@@ -30,7 +30,15 @@ test("usage errors are one line, exit 2, and nothing is done", async () => {
     [["-v", "loud", source], "--verbosity is one of"],
     [["--wait", "soon", source], "--wait takes a whole number"],
     [["-p", "a/b", source], "prefix"],
-    [[], "Usage: "],
+    [[], "btrfs-backup list /home"],
+    [["lsit", source], 'there is no command lsit; did you mean "btrfs-backup list"?'],
+    [["resotre", source, "/x"], 'did you mean "btrfs-backup restore"?'],
+    [["status"], 'did you mean "btrfs-backup list"?'],
+    [["help", "nonsense"], "nonsense"],
+    [["--keep-daily", "7", source], "-n (at destinations)"],
+    [[source, "nas:/path"], "write ssh://nas/path"],
+    [[source, "root@nas:/path"], "write ssh://root@nas/path"],
+    [[source, "nas:~/path"], "write ssh://nas/path"],
     [["-S"], "SOURCE is missing"],
     [[join(a.path, "plain"), destination], `not a subvolume: ${join(a.path, "plain")}`],
     [[join(a.path, "a plain # Z"), destination], `not a subvolume: ${join(a.path, "a plain # Z")}`],
@@ -50,6 +58,13 @@ test("usage errors are one line, exit 2, and nothing is done", async () => {
     if (args.length > 0) expect(stderr.trimEnd().split("\n").length).toBe(1);
   }
   expect([existsSync(snapshots), existsSync(destination)]).toEqual([false, false]);
+});
+
+test("help is a command as well, and no arguments get a few lines", async () => {
+  const [help, restore, none] = [await run(["help"]), await run(["help", "restore"]), await run([])];
+  expect([help.status, restore.status]).toEqual([0, 0]);
+  expect([help.stdout, restore.stdout]).toEqual([(await run(["--help"])).stdout, (await run(["restore", "--help"])).stdout]);
+  expect([none.status, none.stdout, none.stderr.trimEnd().split("\n").length]).toEqual([2, "", 8]);
 });
 
 test("what 0.2 and 0.3.1 took is taken: unambiguous beginnings of their options, -C, and a sign before a number", async () => {
