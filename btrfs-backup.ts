@@ -2036,22 +2036,13 @@ const ESTIMATE = verb("estimate", "folder fsid snapshot parent", sh`
   stream | btrfs receive --dump | grep -o -e "^[a-z_]*" -e " len=[0-9]*$" | sort | uniq -c
 `);
 
-/** How much is listed of a difference at most, in bytes: some 100,000 commands. */
+/** How much is read of a difference without its data at most, in bytes: some 100,000 commands. */
 const REWRITTEN_MOST = "32000000";
 
-/** The commands of a difference that write to files, or change their paths, as `btrfs receive --dump` puts them. */
+/** A difference without the data of its files; of a large one, the beginning. */
 const REWRITTEN = verb("rewritten", "folder fsid snapshot parent", sh`
   at "$folder" "$fsid"
-  exec 4>&1
-  # receive --dump ends before its input does.
-  told=$( {
-    { b send -q --no-data -p "./$parent" "./$snapshot" && echo ok >&3; } | { btrfs receive --dump && cat && echo ok >&3; } |
-      grep -E "^(update_extent|write|clone|truncate|rename|unlink) " | head -c ${REWRITTEN_MOST} >&4
-  } 3>&1 )
-  # Both of them.
-  # shellcheck disable=SC2086 # words
-  set -- $told
-  [ $# = 2 ]
+  b send -q --no-data -p "./$parent" "./$snapshot" | head -c ${REWRITTEN_MOST}
 `);
 
 /** Of each path in a snapshot, its size there, and that of the same file in a parent, or -; nothing where there is no such path. */
@@ -2070,7 +2061,9 @@ const FILE_SIZES = verb("filesizes", "folder fsid snapshot parent paths...", sh`
   }
   for path; do
     here=$(stat -c "%i %s" -- "./$snapshot$path" 2>/dev/null) || here=
-    there=$(stat -c "%i %s" -- "./$parent$path" 2>/dev/null) || there=
+    there=
+    # Where links are followed, the path could lead elsewhere.
+    if [ "$mode" = fence ]; then there=$(stat -c "%i %s" -- "./$parent$path" 2>/dev/null) || there=; fi
     inode=\${here% *}
     if [ -n "$here" ]; then
       case $there in
@@ -3280,8 +3273,9 @@ export function asWritten({ strangers, elders, ...chain }: ChainRecord, standing
   }
   if (strangers === undefined || strangers.length <= LISTED_STRANGERS) return strangers === undefined ? chain : { ...chain, strangers };
   const all = ofPrefix(standing, prefix);
-  const until = all.reduce((last, { id, uuid }) => (foreign.has(uuid) ? Math.max(last, id) : last), 0);
-  return { ...chain, elders: { until, but: all.filter(({ id, uuid }) => id <= until && !foreign.has(uuid)).map(({ uuid }) => uuid) } };
+  const until = all.reduce((last, { id, uuid }) => (foreign.has(uuid) ? Math.max(last, id) : last), elders?.until ?? 0);
+  const own = all.filter(({ id, uuid }) => id <= until && !foreign.has(uuid)).map(({ uuid }) => uuid);
+  return { ...chain, elders: { until, but: [...new Set([...(elders?.but ?? []).filter((uuid) => !foreign.has(uuid)), ...own])] } };
 }
 
 /** A chain's record with all strangers that are there by their UUIDs, beside the rule. */
@@ -5017,22 +5011,49 @@ const inquiryInto = (folder: Folder): Inquiry => ({ folder, all: byUuid(folder.s
 /** A difference that is thought of. */
 type Pair = { readonly parent: Snapshot; readonly snapshot: Snapshot };
 
-/** What `btrfs receive --dump` writes for a path: C's escapes, a space after a backslash, octal digits for all that is not ASCII. */
-function unescaped(path: string): string {
-  const plain: Record<string, string> = { a: "\x07", b: "\b", e: "\x1b", f: "\f", n: "\n", r: "\r", t: "\t", v: "\v" };
-  const bytes = path.replace(/\\([0-7]{3}|.)/g, (_, one: string) => (one.length === 3 ? String.fromCharCode(Number.parseInt(one, 8)) : (plain[one] ?? one)));
-  return Buffer.from(bytes, "latin1").toString();
-}
-
 /** How many paths are looked at for renames at most. */
 const FOLLOWED = 10_000_000;
 
+/** The commands of a send stream of protocol 1, with what is looked for of their attributes. Errors: Failure for one that is cut off. */
+function* commandsIn(stream: Buffer): Generator<{ readonly name: string | undefined; readonly text: (attribute: number) => string; readonly number: (attribute: number) => number }> {
+  const { commands } = streamCommands();
+  const UPDATE_EXTENT = 22; // in place of what writes, without data
+  if (stream.toString("latin1", 0, 17) !== "btrfs-stream\0\x01\0\0\0") throw new Failure("btrfs send began with something unknown");
+  for (let at = 17; at + 10 <= stream.length; ) {
+    const end = at + 10 + stream.readUInt32LE(at);
+    const command = stream.readUInt16LE(at + 4);
+    if (end > stream.length) break;
+    const found = new Map<number, Buffer>();
+    for (let next = at + 10; next + 4 <= end; next += 4 + stream.readUInt16LE(next + 2)) found.set(stream.readUInt16LE(next), stream.subarray(next + 4, next + 4 + stream.readUInt16LE(next + 2)));
+    const bytes = (one: number, least: number) => {
+      const value = found.get(one);
+      if (value === undefined || value.length < least) throw new Failure("btrfs send left something out");
+      return value;
+    };
+    yield {
+      name: command === UPDATE_EXTENT ? "update_extent" : commands[command]?.name,
+      text: (one) => bytes(one, 0).toString("latin1"),
+      number: (one) => Number(bytes(one, 8).readBigUInt64LE()),
+    };
+    if (commands[command]?.name === "end") return;
+    at = end;
+  }
+  throw new Failure(stream.length >= Number(REWRITTEN_MOST) ? "too much differs" : "btrfs send ended early");
+}
+
+/** A path as text. Errors: Failure for what is not UTF-8, and cannot be asked for. */
+function pathOf(latin1: string): string {
+  const path = Buffer.from(latin1, "latin1").toString();
+  if (Buffer.from(path).toString("latin1") !== latin1) throw new Failure(`a name is not UTF-8: ${path}`);
+  return path;
+}
+
 /**
- * The lines of REWRITTEN, as the ranges that are written of each path in the snapshot: what is written to has the path of that
+ * The ranges that a difference without data writes to, by the path in the snapshot: what is written to has the path of that
  * moment, and is followed when it, or a directory above it, is renamed later. Errors: Failure, for what cannot be followed.
  */
-export function parseRewritten(lines: string): Map<string, { from: number; to: number }[]> {
-  if (lines.length >= Number(REWRITTEN_MOST)) throw new Failure("too much differs");
+export function parseRewritten(stream: Buffer): Map<string, { from: number; to: number }[]> {
+  const { attribute } = streamCommands();
   const files = new Map<string, { from: number; to: number }[]>();
   let steps = 0;
   const rename = (from: string, to: string) => {
@@ -5041,34 +5062,29 @@ export function parseRewritten(lines: string): Map<string, { from: number; to: n
     for (const [path] of moved) files.delete(path);
     for (const [path, ranges] of moved) files.set(to + path.slice(from.length), ranges);
   };
-  for (const line of lines.split("\n").slice(0, -1)) {
-    const [, command, path, rest = ""] = /^(\w+) +\.\/[^/]*\/((?:[^ \\]|\\.)+) *(.*)$/.exec(line) ?? [];
-    if (path === undefined) throw new Failure(`unknown line of btrfs receive --dump: ${line}`);
-    if (command === "rename") {
-      const [, to] = /^dest=\.\/[^/]*\/((?:[^ \\]|\\.)+)$/.exec(rest) ?? [];
-      if (to === undefined) throw new Failure(`unknown line of btrfs receive --dump: ${line}`);
-      rename(path, to);
-    } else if (command === "unlink") {
-      if (files.has(path)) throw new Failure("a file is changed by a name that it loses");
-    } else {
-      const ranges = files.get(path) ?? [];
+  for (const { name, text, number } of commandsIn(stream)) {
+    if (name === "end") break;
+    const path = text(attribute.path);
+    const ranges = files.get(path) ?? [];
+    if (name === undefined) throw new Failure("btrfs send said something unknown");
+    if (name === "rename") rename(path, text(attribute.pathTo));
+    else if (name === "unlink" && files.has(path)) throw new Failure("a file is changed by a name that it loses");
+    else if (name === "truncate") files.set(path, ranges);
+    else if (["update_extent", "clone", "write", "encoded_write"].includes(name)) {
+      const from = number(attribute.offset);
+      ranges.push({ from, to: from + number(name === "clone" ? attribute.cloneLength : attribute.size) });
       files.set(path, ranges);
-      const [, offset, length] = /^offset=(\d+) len=(\d+)/.exec(rest) ?? [];
-      if (offset !== undefined) ranges.push({ from: Number(offset), to: Number(offset) + Number(length) });
     }
   }
-  return new Map([...files].map(([path, ranges]) => [unescaped(path), ranges]));
+  return new Map([...files].map(([path, ranges]) => [pathOf(path), ranges]));
 }
 
-/**
- * Why a difference to a state that is not known to be an earlier one must not be made; null if it may. What cannot be looked at is
- * made only where one was received after the other, as nearly always one on top of the other. Errors: none.
- */
+/** Why a difference to a state that is not known to be an earlier one must not be made; null if it may. Errors: none: what cannot be looked at is not made. */
 async function lossOf(folder: Folder, { parent, snapshot }: Pair): Promise<string | null> {
   const names = { snapshot: snapshot.name, parent: parent.name };
   const why = `${parent.name} is not known to be an earlier state of ${snapshot.name}`;
   try {
-    const ranges = parseRewritten(await ask(folder.host, REWRITTEN, { ...at(folder), ...names }, `cannot tell what differs`));
+    const ranges = parseRewritten(await askBytes(folder.host, REWRITTEN, { ...at(folder), ...names }, `cannot tell what differs`));
     for (const paths of chunks([...ranges.keys()].map((path) => `/${path}`))) {
       const sizes = (await ask(folder.host, FILE_SIZES, { ...at(folder), ...names, paths }, `cannot tell the sizes of what differs`)).split("\n");
       const lost = lossIn(
@@ -5083,7 +5099,6 @@ async function lossOf(folder: Folder, { parent, snapshot }: Pair): Promise<strin
     return null;
   } catch (error) {
     if (!(error instanceof Failure)) throw error;
-    if (parent.receivedUuid !== null && snapshot.receivedUuid !== null && parent.id < snapshot.id) return null;
     return `${why}, and it cannot be told whether btrfs send would lose something: ${error.message}`;
   }
 }
@@ -6966,11 +6981,11 @@ async function statesIn(host: Host, folder: ReturnType<typeof at>, path: string,
     const words = (await ask(host, VERSIONS, { ...folder, format: STAT_FORMAT, word: WORD, inner: path, names: some }, `cannot look for ${path}`)).split("\0");
     const end = words.indexOf("");
     const [mode, place = "", ...paths] = words.slice(0, end);
-    if (mode !== "fenced" && !(mode === "open" && place.startsWith("/"))) throw new Failure(`cannot look for ${path}: GNU realpath not found: install coreutils`);
+    if (mode !== "fenced" && !(mode === "open" && /^\/[^\n]*$/.test(place))) throw new Failure(`cannot look for ${path}: GNU realpath not found: install coreutils`);
     const real = new Set(paths);
     for (const { path: there, state } of parseStats(words.slice(end + 1, -1))) {
       const name = there.slice(0, there.length - path.length);
-      if (mode === "fenced" || real.has(join(place, name, dirname(path)))) found.set(name, state);
+      if (mode === "fenced" || real.has(withoutSlash(join(place, name, dirname(path))))) found.set(name, state);
     }
   }
   return found;

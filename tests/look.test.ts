@@ -403,6 +403,23 @@ function expectAlike(few: Awaited<ReturnType<typeof taken>>, many: Awaited<Retur
   for (const [i, { spent }] of few.entries()) expect(Math.abs((many[i]?.spent ?? 0) - spent)).toBeLessThan(50);
 }
 
+test("where no fence can be had, versions looks for links itself, at every depth, or says that it cannot", async () => {
+  const { source, snapshots } = pair();
+  sh(`cd "$1"; echo x >file; mkdir -p a/b; echo y >a/b/file; ln -s /etc link`, source);
+  await expectRun(0, [source]);
+  sh(`cd "$1"; rm link; mkdir link`, source);
+  const tools = temporaryDirectory();
+  writeFileSync(join(tools, "mount"), "#!/bin/sh\nexit 1\n", { mode: 0o755 });
+  const env = { PATH: `${tools}:${process.env["PATH"]}` };
+  const [name = ""] = snapshotNames(snapshots);
+  for (const path of ["file", "a/b/file", "a/b"]) expect((await expectRun(0, ["versions", join(source, path)], { env })).stdout).toContain(name);
+  expect((await expectRun(1, ["versions", join(source, "link/hostname")], { env })).stderr).toContain("is in none of 1 snapshot");
+  for (const script of ["exit 127", 'for path; do [ "$path" = -e ] || echo "/$path"; done']) {
+    writeFileSync(join(tools, "realpath"), `#!/bin/sh\n${script}\n`, { mode: 0o755 });
+    expect((await expectRun(1, ["versions", join(source, "file")], { env })).stderr).toContain("GNU realpath not found");
+  }
+});
+
 test("list, versions and prune of 1,000 snapshots at two places take as many processes as of 10", async () => {
   const { source, snapshots, destination } = pair();
   sh(`mkdir -p "$1/a/b/c"; echo x >"$1/a/b/c/file"`, source);

@@ -72,6 +72,7 @@ import {
   type TransferOptions,
   type StoredFile,
 } from "../btrfs-backup.ts";
+import { attribute, command, stream } from "./support/stream.ts";
 import { named } from "./support/names.ts";
 
 // A day or a moment is written as in names, shortened: "0301" is 2024-03-01, 00:00:00.
@@ -533,25 +534,44 @@ describe("parents", () => {
     expect(lossIn([{ path: "other", ranges: [], size: 1, before: 1 }, file])).toBe(expected);
   });
 
-  test("what a difference writes to is read from what btrfs says of it", () => {
-    const lines = ["write     ./s/plain/f1   offset=4096 len=4096", "update_extent   ./s/plain/f1     offset=8192 len=10", "truncate ./s/a\\ b\\\\\\303\\244\\n  size=3000", "clone ./s/c  offset=0 len=5 from=./s/x\\ clone clone_offset=0", ""];
-    expect([...parseRewritten(lines.join("\n"))]).toEqual([
+  const { path: at, pathTo, offset, size, cloneLength, cloneUuid, cloneCtransid, clonePath, cloneOffset, xattrName, xattrData } = attribute;
+  const U = "00000001-aaaa-bbbb-cccc-0123456789ab";
+  const difference = (...commands: Buffer[]) => stream(command("snapshot", at("s"), attribute.uuid(U), attribute.ctransid(7), cloneUuid(U), cloneCtransid(5)), ...commands, command("end"));
+  /** In place of a command with data. */
+  const extent = (path: string, from: number, length: number) => command(22, at(path), offset(from), size(length));
+
+  test("what a difference writes to is read from a stream without data", () => {
+    const told = parseRewritten(
+      difference(
+        extent("plain/f1", 4096, 4096),
+        extent("plain/f1", 8192, 10),
+        command("truncate", at(Buffer.from("a b\\ä\n").toString("latin1")), size(3000)),
+        command("clone", at("c"), offset(0), cloneLength(5), cloneUuid(U), cloneCtransid(7), clonePath("x"), cloneOffset(0)),
+        command("set_xattr", at("d"), xattrName("user.q"), xattrData("x\nwrite ./s/plain/f1 offset=0 len=99")),
+      ),
+    );
+    expect([...told]).toEqual([
       ["plain/f1", [{ from: 4096, to: 8192 }, { from: 8192, to: 8202 }]],
       ["a b\\ä\n", []],
       ["c", [{ from: 0, to: 5 }]],
     ]);
-    expect(() => parseRewritten("something else\n")).toThrow("unknown line");
+    const whole = difference(extent("f", 0, 1));
+    for (const bytes of [Buffer.from("something else, and long enough"), whole.subarray(0, -1), whole.subarray(0, -10), whole.subarray(0, 40)]) expect(() => parseRewritten(bytes)).toThrow(/btrfs send/);
+    expect(() => parseRewritten(difference(command(22, at("f"), offset(0))))).toThrow("left something out");
+    expect(() => parseRewritten(difference(command(99, at("f"))))).toThrow("unknown");
+    expect(() => parseRewritten(difference(extent("caf\xe9", 0, 1)))).toThrow("not UTF-8");
   });
 
   test("what is renamed after it was written to is followed, and so is what is below it", () => {
-    const ranges = (...lines: string[]) => [...parseRewritten(`${lines.join("\n")}\n`).keys()];
-    const write = (path: string) => `write  ./s/${path}   offset=0 len=1`;
-    const rename = (from: string, to: string) => `rename    ./s/${from}     dest=./s/${to}`;
-    expect(ranges(write("old/f"), rename("old", "o257-7-0"), write("old/f"), rename("o257-7-0", "new"))).toEqual(["old/f", "new/f"]);
-    expect(ranges(rename("a", "b"), write("a"))).toEqual(["a"]);
-    expect(ranges(write("a\\ b/c"), rename("a\\ b", "d\\ e"))).toEqual(["d e/c"]);
-    expect(() => ranges(write("a"), "unlink   ./s/a")).toThrow("loses");
-    expect(ranges(write("a"), "unlink   ./s/b")).toEqual(["a"]);
+    const paths = (...commands: Buffer[]) => [...parseRewritten(difference(...commands)).keys()];
+    const write = (path: string) => extent(path, 0, 1);
+    const rename = (from: string, to: string) => command("rename", at(from), pathTo(to));
+    expect(paths(write("old/f"), rename("old", "o257-7-0"), write("old/f"), rename("o257-7-0", "new"))).toEqual(["old/f", "new/f"]);
+    expect(paths(rename("a", "b"), write("a"))).toEqual(["a"]);
+    expect(paths(write("a b/c"), rename("a b", "d e"))).toEqual(["d e/c"]);
+    expect(paths(write("x/f"), rename("x", "x/y"))).toEqual(["x/y/f"]);
+    expect(() => paths(write("a"), command("unlink", at("a")))).toThrow("loses");
+    expect(paths(write("a"), command("unlink", at("b")))).toEqual(["a"]);
   });
 
   test("an earlier state is preferred to what is nearer, and a later one is the last", () => {

@@ -130,6 +130,23 @@ describe("an earlier snapshot that comes after a later one", () => {
     expectSound(destination, snapshots);
   });
 
+  test.each<[string, string, string]>([
+    ["somebody's attribute looks like a command", `touch g; setfattr -n user.q -v "$(printf 'x\\nwrite           ./${day(1)}/f offset=0 len=99999\\n.')" g`, "setfattr -x user.q g"],
+    ["a link leads from the parent to the snapshot", "mkdir dir; mv f dir/f", `mv dir dir2; ln -s "$1/snapshot/${day(1)}/dir" dir; mv dir2/f f`],
+    ["a file with another name than UTF-8 has changed as well", "echo x >\"$(printf 'caf\\351')\"", "echo y >>\"$(printf 'caf\\351')\""],
+  ])("and where %s", async (_, first, second) => {
+    for (const how of [[], ["--sudo"]]) {
+      const { source, snapshots, destination } = pair();
+      sh(`cd "$1"; head -c 20000 /dev/urandom >f; sync; ${first}`, source);
+      snapshotAs(source, day(1));
+      sh(`cd "$1"; truncate -s 18000 $([ -f f ] && echo f || echo dir/f); ${second}`, source);
+      snapshotAs(source, day(2));
+      await expectRun(0, [...how, "-S", "--newest-only", source, destination]);
+      expect((await expectRun(0, [...how, "-S", "--backfill", source, destination])).stderr).toContain(`in full: ${day(2)} is not known to be an earlier state of ${day(1)}`);
+      expectSound(destination, snapshots);
+    }
+  });
+
   test("so is a difference to a snapshot that was edited before it was sent", async () => {
     const { source, snapshots, destination } = pair();
     sh(`head -c 8000 /dev/urandom >"$1/f"`, source);

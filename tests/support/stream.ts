@@ -2,7 +2,7 @@
 
 import { spawnSync } from "node:child_process";
 
-const COMMANDS = { subvol: 1, snapshot: 2, mkfile: 3, mkdir: 4, mknod: 5, mkfifo: 6, symlink: 8, rename: 9, link: 10, unlink: 11, rmdir: 12, write: 15, clone: 16, truncate: 17, chmod: 18, chown: 19, utimes: 20, end: 21, encoded_write: 25 };
+const COMMANDS = { subvol: 1, snapshot: 2, mkfile: 3, mkdir: 4, mknod: 5, mkfifo: 6, symlink: 8, rename: 9, link: 10, unlink: 11, rmdir: 12, set_xattr: 13, write: 15, clone: 16, truncate: 17, chmod: 18, chown: 19, utimes: 20, end: 21, encoded_write: 25 };
 
 const TABLE = Array.from({ length: 256 }, (_, n) => {
   let c = n;
@@ -31,7 +31,7 @@ const uuid = (type: number) => (value: string) => of(type)(Buffer.from(value.rep
 const time = (type: number) => () => of(type)(Buffer.alloc(12));
 
 /** Attributes of commands. */
-export const attribute = { uuid: uuid(1), ctransid: number(2), ino: number(3), size: number(4), mode: number(5), uid: number(6), gid: number(7), rdev: number(8), ctime: time(9), mtime: time(10), atime: time(11), path: text(15), pathTo: text(16), pathLink: text(17), offset: number(18), data: text(19), cloneUuid: uuid(20), cloneCtransid: number(21), clonePath: text(22), cloneOffset: number(23), cloneLength: number(24), unencodedFileLength: number(27), unencodedLength: number(28), unencodedOffset: number(29), compression: small(30), dataOf2 };
+export const attribute = { uuid: uuid(1), ctransid: number(2), ino: number(3), size: number(4), mode: number(5), uid: number(6), gid: number(7), rdev: number(8), ctime: time(9), mtime: time(10), atime: time(11), xattrName: text(13), xattrData: text(14), path: text(15), pathTo: text(16), pathLink: text(17), offset: number(18), data: text(19), cloneUuid: uuid(20), cloneCtransid: number(21), clonePath: text(22), cloneOffset: number(23), cloneLength: number(24), unencodedFileLength: number(27), unencodedLength: number(28), unencodedOffset: number(29), compression: small(30), dataOf2 };
 
 /** A command with its attributes, and the right CRC. */
 export function command(name: keyof typeof COMMANDS | number, ...attributes: Buffer[]): Buffer {
