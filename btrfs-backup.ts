@@ -8044,6 +8044,8 @@ export function readArguments(args: readonly string[], definitions: ArgsDef): Gi
     return { ...given(everywhere), positionals, scopes: scopes.map(({ value, words }) => ({ value, given: within(words) })) };
   } catch (error) {
     const { code, message } = error as Error & { code?: string };
+    const dashed = /^Option '(--?[\w-]+)' argument is ambiguous/.exec(message)?.[1];
+    if (dashed !== undefined) throw new UsageError(`${dashed} has no value: what follows it begins with a dash, and would be another option`);
     if (code !== "ERR_PARSE_ARGS_UNKNOWN_OPTION") throw new UsageError(message.replaceAll("\n", " "));
     const named = /'(-*)([^']*)'/.exec(message); // Bun leaves the dash of a short one out
     const unknown = `${named?.[1] || "-"}${named?.[2] ?? ""}`;

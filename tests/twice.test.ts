@@ -286,6 +286,18 @@ describe("what retention removed does not come back", () => {
     expect(snapshotNames(snapshots)).toEqual([day(4)]);
   });
 
+  test("where all backups of a known destination are gone, nothing is sent until --adopt says so; of one, nothing either", async () => {
+    const { source, snapshots, destination } = days(3);
+    await expectRun(0, ["-S", source, destination]);
+    sh(`btrfs -q subvolume delete "$1/${day(2)}" >/dev/null`, destination);
+    expect(transfers(await expectRun(0, ["--json", "-S", source, destination]))).toEqual([]);
+    sh(`btrfs -q subvolume delete "$1"/2* >/dev/null; rm "$1"/.btrfs-backup*`, destination);
+    expect((await expectRun(1, ["-S", source, destination])).stderr).toContain("--adopt begins anew");
+    expect(existsSync(join(destination, day(3)))).toBe(false);
+    await expectRun(0, ["-S", "--adopt", source, destination]);
+    expectSound(destination, snapshots);
+  });
+
   test("nor what cannot get its name there, until it can", async () => {
     const { source, snapshots, destination } = days(3);
     sh(`mkdir -p "$1/${day(2)}"`, destination);
