@@ -5115,10 +5115,17 @@ function learn(inquiry: Inquiry, changed: readonly Entry[], differences: readonl
     for (const names of chunks(some.map(({ name }) => `./${name}`))) await work(names, some.slice(done, (done += names.length)));
   };
   const asking = inquiry.asking.then(async () => {
-    await inChunks(changed.filter(({ uuid }) => !ctransids.has(uuid)), async (snapshots, some) => {
+    const askHeads = async (snapshots: readonly string[], some: readonly Entry[]) => {
       const heads = (await ask(host, HEADS, { ...place, snapshots }, `${id}: cannot tell when snapshots were changed`)).split("\n");
       for (const [i, one] of some.entries()) ctransids.set(one.uuid, changedIn(heads[i] ?? "", one));
-    });
+    };
+    await inChunks(changed.filter(({ uuid }) => !ctransids.has(uuid)), askHeads);
+    // One that is still to be sent, and cannot be, is found out when it is its turn: it may as well have been edited.
+    const coming = [...new Set(differences.map(({ parent }) => parent))].filter((parent) => changedSince(parent, inquiry, {}) === undefined);
+    const askEach = async (some: readonly Entry[]) => {
+      for (const one of some) await askHeads([`./${one.name}`], [one]).catch(() => ctransids.set(one.uuid, Infinity));
+    };
+    await inChunks(coming, (names, some) => askHeads(names, some).catch(() => askEach(some)));
     const born = differences.flatMap(({ parent, snapshot }) => (related(parent, snapshot, inquiry) === undefined ? [parent, snapshot] : []));
     await inChunks([...new Set(born)].filter(({ uuid }) => !births.has(uuid)), async (snapshots, some) => {
       const shown = await ask(host, BIRTHS, { ...place, snapshots }, `${id}: cannot tell where snapshots come from`);
@@ -5412,8 +5419,7 @@ async function planFor(served: Served, serving: Serving): Promise<ReturnType<typ
   const find = dataFinder(standing.held);
   const isThere = (parent: Snapshot) => (stream === null ? find(parent) !== undefined : parent.uuid === stream.last?.uuid);
   const options = { policy: wanted.policy, incremental: o.incremental, newestOnly: o.newestOnly, now: wallClock(new Date()), fullEvery: wanted.sending.fullEvery, backfill: o.backfill, failed: served.earlier };
-  const isOpen = (one: Snapshot) => changedSince(one, inquiry, verdicts.cleared) !== false;
-  const mayBeEdited = (one: Snapshot) => isThere(one) && isOpen(one);
+  const mayBeEdited = (one: Snapshot) => isThere(one) && changedSince(one, inquiry, verdicts.cleared) !== false;
   for (;;) {
     const fitness = judge(inquiry, verdicts, isThere);
     const plan = stream === null ? planTransfers(snapshots, standing, options, fitness) : { transfers: planStreams(snapshots, stream.last, o, fitness), conflicts: [], skipped: 0 };
@@ -5421,7 +5427,7 @@ async function planFor(served: Served, serving: Serving): Promise<ReturnType<typ
     if (open.length > 0) {
       // One that was edited or deduplicated is mostly not alone.
       const suspicious = snapshots.some((one) => isThere(one) && changedSince(one, inquiry, verdicts.cleared));
-      await learn(inquiry, [...(suspicious ? snapshots.filter(isThere) : []), ...open.map(({ parent }) => parent)].filter(isOpen), open);
+      await learn(inquiry, (suspicious ? snapshots.filter(isThere) : open.map(({ parent }) => parent)).filter(mayBeEdited), open);
       continue;
     }
     const lacking = compare === null ? undefined : plan.transfers.find(({ parent, why }) => parent === null && why !== undefined);
