@@ -89,7 +89,14 @@ test("several restores in one second each get a name of their own", async () => 
   const folder = join(a.path, "restored");
   mkdirSync(folder);
   for (let i = 0; i < 3; i++) await expectRun(0, ["restore", "--replace", "--snapshot", "20260101-000000", source, join(folder, "home")]);
-  await Promise.all([1, 2].map(() => expectRun(0, ["restore", "--replace", "--wait", "20", "--snapshot", "20260101-000000", source, join(folder, "home")])));
+  // One that meets the other at work may as well say so, and be repeated.
+  const args = ["restore", "--replace", "--wait", "20", "--snapshot", "20260101-000000", source, join(folder, "home")];
+  const both = await Promise.all([1, 2].map(() => run(args)));
+  expect(both.some(({ status }) => status === 0)).toBe(true);
+  for (const { status, stderr } of both.filter((one) => one.status !== 0)) {
+    expect([status, stderr]).toEqual([3, expect.stringContaining("another restore is at work")]);
+    await expectRun(0, args);
+  }
   const all = readdirSync(folder).sort();
   expect([all.length, all.every((name) => /^home(\.before-\d{8}-\d{6})?$/.test(name))]).toEqual([5, true]);
   for (const name of all) expect(contentsDigest(join(folder, name))).toBe(contentsDigest(source));
