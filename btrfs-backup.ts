@@ -2905,7 +2905,8 @@ const LISTED_READONLY = /^ID (\d+) gen \d+ top level \d+ path (?:<FS_TREE>\/)?(.
 /** The entries of `btrfs subvolume list`, one at a time: there can be many. A line of no known shape continues a path with a line break. Errors: Failure. */
 function* listedLines(text: string, shape: RegExp): Generator<RegExpExecArray> {
   let last: RegExpExecArray | null = null;
-  for (let from = 0, to = 0; from < text.length; from = to + 1) {
+  // What ends in a line break has an empty line behind it: a name can end so.
+  for (let from = 0, to = 0; text !== "" && from <= text.length; from = to + 1) {
     to = text.indexOf("\n", from);
     if (to < 0) to = text.length;
     const line = text.slice(from, to);
@@ -4170,6 +4171,9 @@ export function isEarlierState(one: Subvolume, of: Subvolume, all: ReadonlyMap<s
   return origin > 0 && one.cgen !== undefined && next?.cgen !== undefined && one.cgen <= next.cgen;
 }
 
+/** Whether it is one still: what was edited is no more what it was, whatever it was compared with. */
+const isStillEarlier = (one: Subvolume, of: Subvolume, facts: Facts) => changedSince(one, facts, {}) !== true && isEarlierState(one, of, facts.all);
+
 /** A file that a difference changes: the commands that write to it, its size in the snapshot, and in the parent; null where it is not there. */
 export type Rewritten = { readonly path: string; readonly ranges: readonly { readonly from: number; readonly to: number }[]; readonly size: number; readonly before: number | null };
 
@@ -4196,8 +4200,7 @@ export type Verdicts = { cleared: Cleared; readonly refused: Map<string, string>
 
 /** Judges parents for a destination; those that `isThere` not yet are sent before in the same run, as they are. */
 export function judge(facts: Facts, { cleared, refused }: Verdicts, isThere: (parent: Snapshot) => boolean): Fitness {
-  // What was edited is no more what it was, whatever it was compared with.
-  const isEarlier = (parent: Snapshot, snapshot: Snapshot) => changedSince(parent, facts, {}) !== true && isEarlierState(parent, snapshot, facts.all);
+  const isEarlier = (parent: Snapshot, snapshot: Snapshot) => isStillEarlier(parent, snapshot, facts);
   const unfit: Unfit = (parent, snapshot) => {
     const reason = refused.get(parent.uuid);
     if (reason !== undefined) return reason;
@@ -5122,10 +5125,14 @@ function learn(inquiry: Inquiry, changed: readonly Entry[], differences: readonl
     await inChunks(changed.filter(({ uuid }) => !ctransids.has(uuid)), askHeads);
     // One that is still to be sent, and cannot be, is found out when it is its turn: it may as well have been edited.
     const coming = [...new Set(differences.map(({ parent }) => parent))].filter((parent) => changedSince(parent, inquiry, {}) === undefined);
-    const askEach = async (some: readonly Entry[]) => {
-      for (const one of some) await askHeads([`./${one.name}`], [one]).catch(() => ctransids.set(one.uuid, Infinity));
+    const orElse = (work: () => unknown) => (error: unknown) => {
+      if (!(error instanceof Failure)) throw error;
+      return work();
     };
-    await inChunks(coming, (names, some) => askHeads(names, some).catch(() => askEach(some)));
+    const askEach = async (some: readonly Entry[]) => {
+      for (const one of some) await askHeads([`./${one.name}`], [one]).catch(orElse(() => ctransids.set(one.uuid, Infinity)));
+    };
+    await inChunks(coming, async (names, some) => void (await askHeads(names, some).catch(orElse(() => askEach(some)))));
     const born = differences.flatMap(({ parent, snapshot }) => (related(parent, snapshot, inquiry) === undefined ? [parent, snapshot] : []));
     await inChunks([...new Set(born)].filter(({ uuid }) => !births.has(uuid)), async (snapshots, some) => {
       const shown = await ask(host, BIRTHS, { ...place, snapshots }, `${id}: cannot tell where snapshots come from`);
@@ -5134,8 +5141,7 @@ function learn(inquiry: Inquiry, changed: readonly Entry[], differences: readonl
     });
     for (const pair of differences) {
       const { parent, snapshot } = pair;
-      const isKnown = changedSince(parent, inquiry, {}) === false && isEarlierState(parent, snapshot, inquiry.all);
-      if (!related(parent, snapshot, inquiry) || isKnown || losses.has(pairOf(parent, snapshot))) continue;
+      if (!related(parent, snapshot, inquiry) || isStillEarlier(parent, snapshot, inquiry) || losses.has(pairOf(parent, snapshot))) continue;
       losses.set(pairOf(parent, snapshot), await lossOf(inquiry.folder, pair));
     }
   });
@@ -6129,7 +6135,6 @@ function pruningOf(folder: Folder, o: PruneOptions, arrived: ReadonlyMap<string,
   const goes = () => planDestination([], standing, o.policy, now, leaps).some(({ reasons }) => reasons.length === 0);
   return { destination, standing, leaps: leaps ?? [], chain, isNews, isIdle: !isNews && destination.frozen === null && !goes() };
 }
-
 
 export type RestoreOptions = ReturnType<typeof restoreOptions>;
 

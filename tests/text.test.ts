@@ -66,6 +66,9 @@ describe("btrfs subvolume list", () => {
 
   test("no subvolumes", () => expect(parseSubvolumes("", "")).toEqual([]));
 
+  test.each(["ends\n", "ends twice\n\n", "\n"])("the path %j is kept as it is where it is the last one", (path) =>
+    expect(parseSubvolumes(line(256, path), readonly(256, path)).map((s) => [s.path, s.readonly])).toEqual([[path, true]]));
+
   test.each(["with blanks  in it", " and at both ends ", "uuid - path x", "line\nbreak", "\nat the ends\n", "a\n\nb", "ID of mine\nID 5", "ünïcode 'quoted'", "not/<FS_TREE>/at the start"])("the path %j is kept as it is", (path) => {
     const parsed = parseSubvolumes([line(256, path), line(257, "next")].join("\n"), [readonly(256, path), readonly(257, "next")].join("\n"));
     expect(parsed.map((s) => [s.id, s.path, s.readonly])).toEqual([[256, path, true], [257, "next", true]]);
