@@ -1864,6 +1864,7 @@ const WRITE_RECORD = verb("record", "folder fsid header key value sync?", sh`
   at "$folder" "$fsid"
   [ "$sync" = "" ] || b filesystem sync . >&2
   record "$header" "$key" "$value"
+  [ "$sync" = "" ] || sync .
 `);
 
 /** Standard input becomes a file that everybody may read. Nobody reads half of it, and after a power cut it has one of both contents. */
@@ -2077,7 +2078,7 @@ const FILE_SIZES = verb("filesizes", "folder fsid snapshot parent paths...", sh`
 
 /**
  * Takes the stream, see `send`. The record says `beginning` and `rest` meanwhile, and { and `rest` afterwards: the announcement
- * comes, and goes when all is on the disk. Unless `part` is empty, the stream is that file, if it is complete; with a `flag` of guard's (one that
+ * comes, and goes when all is on the disk; with a `sync` of `next`, the next transfer's replaces it. Unless `part` is empty, the stream is that file, if it is complete; with a `flag` of guard's (one that
  * ends in C) it comes from there all the same.
  */
 const RECEIVE = verb("receive", "flag folder fsid level holder prefix header key beginning rest part? sum? bytes? kept? sync?", sh`
@@ -2119,6 +2120,8 @@ const RECEIVE = verb("receive", "flag folder fsid level holder prefix header key
   [ $result = 0 ] || exit 1
   # Its data are in memory until now: as long as they are, the announcement stays. A restore syncs at its end.
   [ "$sync" = later ] || b filesystem sync . >&2
+  # What the next transfer writes will replace it.
+  if [ "$sync" = next ]; then exit 0; fi
   if [ -n "$header" ]; then
     record "$header" "$key" "{$rest" "$beginning"
     # The new name of the record, too: else the announcement could come back.
@@ -3609,8 +3612,10 @@ export interface Destination {
   readonly frozen: string | null;
   /** Null where each transfer has to look what it can go on from. */
   readonly form: (source: Folder) => Form | null;
-  /** Errors: Failure for what makes the transfer impossible. */
-  readonly receive: (source: Folder, transfer: Transfer) => Promise<Incoming>;
+  /** `isFollowed`: another transfer comes next, or else `settle`. Errors: Failure for what makes the transfer impossible. */
+  readonly receive: (source: Folder, transfer: Transfer, isFollowed?: boolean) => Promise<Incoming>;
+  /** What the last transfer left to the next is done, where there was no next. */
+  readonly settle?: () => Promise<void>;
   /** Whether the backup of a snapshot is the same as that; null where nobody can tell. Errors: Failure. */
   readonly compare: ((source: Folder, snapshot: Snapshot) => Promise<boolean>) | null;
   /** What a snapshot's transfer has become there. */
@@ -3662,9 +3667,9 @@ function formBetween(source: Folder, target: Folder, { level, rate, protocol }: 
 const announcement = (name: string, { since }: Pick<Folder, "since">) => `{"receiving":${JSON.stringify(name)},"since":${JSON.stringify(since)},`;
 
 /** The receiving end of a transfer into a folder. `chain`: what its record says, with the announcement meanwhile. */
-function receiving(folder: Folder, name: string, level: string, chain: ChainRecord | null, btrfsDebug: boolean, kept: Partial<Part> = {}, isChecked = false): Stage {
+function receiving(folder: Folder, name: string, level: string, chain: ChainRecord | null, btrfsDebug: boolean, kept: Partial<Part> = {}, isChecked = false, isFollowed = false): Stage {
   const { header, key, value } = chain === null ? NO_RECORD : recordArguments(folder, chain);
-  const announced = { header, key, beginning: announcement(name, folder), rest: value.slice(1), ...(chain === null ? { sync: "later" } : {}) };
+  const announced = { header, key, beginning: announcement(name, folder), rest: value.slice(1), ...(chain === null ? { sync: "later" } : isFollowed ? { sync: "next" } : {}) };
   // What was checked comes from us, and not from the file that it was kept in.
   const flag = `${btrfsDebug ? "-vv" : "-q"}${isChecked && kept.part !== undefined ? "C" : ""}`;
   const given = { flag, ...at(folder), level, holder: holderOf(folder), prefix: folder.prefix, ...announced, ...kept };
@@ -3759,6 +3764,7 @@ function folderDestination(folder: Folder, again: () => Promise<Folder>, owned: 
   const doubted = doubtedIn(folder);
   const here = new Set(folder.standing.map(({ receivedUuid }) => receivedUuid));
   let parts = false;
+  let isAnnounced = false;
   return {
     id,
     stream: null,
@@ -3767,14 +3773,16 @@ function folderDestination(folder: Folder, again: () => Promise<Folder>, owned: 
     standing: standingIn(folder, settled, left === undefined ? announced : [...announced, left]),
     frozen: folder.record.unreadable === null ? null : `its .btrfs-backup.json cannot be read (${folder.record.unreadable}); move it aside and run once with --adopt`,
     form: (source) => (canResume(source, folder, sending) ? null : formBetween(source, folder, sending)),
-    async receive(source, transfer) {
+    async receive(source, transfer, isFollowed = false) {
+      // A guarded key has to take its announcement back.
+      isAnnounced = isFollowed && host.ssh === null;
       const form = formBetween(source, folder, sending);
       const isChecked = mustBeChecked(source, folder, sending);
       const data = dataOf(transfer.snapshot);
       const others = (settled.belated ?? []).filter((uuid) => uuid !== data && here.has(uuid));
       if (transfer.belated || settled.belated !== undefined) settled = { ...settled, belated: [...others, ...(transfer.belated ? [data] : [])] };
       const stages = (given: string, part?: Part) => {
-        const end = (level: string) => receiving(folder, transfer.snapshot.name, level, settled, options.btrfsDebug, part, isChecked);
+        const end = (level: string) => receiving(folder, transfer.snapshot.name, level, settled, options.btrfsDebug, part, isChecked, isAnnounced);
         return isChecked ? checked(folder, given, expected(source, transfer), end) : [end(given)];
       };
       if (!canResume(source, folder, sending)) return { stages: stages(form.level) };
@@ -3794,6 +3802,10 @@ function folderDestination(folder: Folder, again: () => Promise<Folder>, owned: 
     arrived(transfer) {
       here.add(dataOf(transfer.snapshot));
       return { ...arrived(transfer), id: ARRIVED };
+    },
+    async settle() {
+      if (isAnnounced) await writeRecord(folder, settled, true);
+      isAnnounced = false;
     },
     tidy: tidying(folder, () => parts),
     async discard(name) {
@@ -5529,7 +5541,8 @@ async function sendNext(all: readonly Served[], transfer: Transfer, serving: Ser
     else if (o.spaceCheck && size > room) lacking.set(served, new NoSpace(`${snapshot.name} takes ${inBytes(size)}, and only ${inBytes(room)} are free there; --skip-space-check tries all the same`));
   }
   const fitting = all.filter((served) => !lacking.has(served));
-  const results = o.dryRun ? [] : await transferToAll(fitting.map(({ destination }) => destination), source, transfer, display);
+  const receivers = fitting.map(({ destination, todo }): Receiver => ({ ...destination, receive: (source, transfer) => destination.receive(source, transfer, todo.length > 1) }));
+  const results = o.dryRun ? [] : await transferToAll(receivers, source, transfer, display);
   const sent = new Map(fitting.map((served, i) => [served, results[i]]));
   for (const served of all) {
     const { destination, wanted } = served;
@@ -5746,9 +5759,10 @@ async function serve(all: readonly Served[], serving: Serving): Promise<void> {
 
 /** Ends the service of a destination. */
 async function conclude(served: Served, serving: Serving): Promise<void> {
-  const { destination: { id, stream, tidy }, standing, wanted, complete } = served;
+  const { destination: { id, stream, tidy, settle }, standing, wanted, complete } = served;
   const { snapshots, o, report, began, memory: { known } } = serving;
   try {
+    await settle?.();
     if (o.transfer && complete && wanted.sending.resume && !o.dryRun) await tidy();
     // Before anything is deleted there: were the run to end here, the source would go by an old pin.
     if (stream === null) await remember(served, newestShared(snapshots, standing.held), o.transfer && complete ? new Date().toISOString() : (known.get(id)?.last ?? null), serving);

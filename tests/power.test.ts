@@ -69,6 +69,11 @@ test("after a power cut at any moment of a run, copy, prune or restore, what is 
       sh(`cd "$1"; rm -rf "d$(($2 % 4))"; mkdir "d$(($2 % 4))"; for i in $(seq 60); do head -c 40000 /dev/urandom >"d$(($2 % 4))/$i"; done; head -c 3M /dev/urandom >large`, source, String(round));
       await nextSecond();
       if (work !== "run") await expectRun(0, all);
+      else if (random() < 0.5) {
+        // One more transfer, whose announcement replaces that of the first.
+        await expectRun(0, ["--no-transfer", source]);
+        await nextSecond();
+      }
       const running = start(works[work] as string[], { group: true });
       await Promise.race([running.finished, Bun.sleep(Math.floor(random() * 450))]);
       let done = false;
@@ -139,6 +144,19 @@ describe("what is announced", () => {
     expect(snapshotNames(destination)).toEqual(["20260102-000000"]);
     expect(treeDigest(join(destination, "20260102-000000"))).toBe(treeDigest(join(snapshots, "20260102-000000")));
     expect(readFileSync(file, "utf8")).not.toContain("receiving");
+  });
+
+  test("is replaced by that of the next transfer in a row, and taken out after the last: a record is written once for each", async () => {
+    const { source, destination } = pair();
+    for (const n of [1, 2, 3, 4, 5]) snapshotAs(source, `2026010${n}-000000`);
+    const tools = temporaryDirectory();
+    const log = join(tools, "log");
+    const written = `case "$*" in *" .btrfs-backup.json") grep -q destinations .btrfs-backup.json.new || { sed -n 's/.*{"receiving":"\\([^"]*\\)".*/\\1/p; t; s/.*"owner".*/none/p' .btrfs-backup.json.new; } >>${log};; esac`;
+    writeFileSync(join(tools, "mv"), `#!/bin/sh\n${written}\nexec ${sh("command -v mv")} "$@"\n`, { mode: 0o755 });
+    await expectRun(0, ["-S", source, destination], { env: { PATH: `${tools}:${process.env["PATH"]}` } });
+    expect(readFileSync(log, "utf8").trim().split("\n")).toEqual([...[1, 2, 3, 4, 5].map((n) => `2026010${n}-000000`), "none"]);
+    expect(snapshotNames(destination).length).toBe(5);
+    expect(readFileSync(join(destination, ".btrfs-backup.json"), "utf8")).not.toContain("receiving");
   });
 
   test("is not taken out when the sync fails: the transfer has failed", async () => {
