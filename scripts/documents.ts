@@ -5,20 +5,40 @@ import { join } from "node:path";
 import { COMMANDS, LEVELS, told, VERSION, type Told } from "../btrfs-backup.ts";
 
 const commands = Object.entries(COMMANDS).map(([name, command]) => ({ name, ...told(command) }));
-const optionsOf = ({ groups }: (typeof commands)[number]) => groups.flatMap(([, options]) => options);
+const optionsOf = ({ groups }: (typeof commands)[number]) =>
+  groups.flatMap(([, options]) => options);
 
 // ── The man page ─────────────────────────────────────────────────────────────────────────
 
-const roff = (text: string) => text.replaceAll("\\", "\\e").replaceAll("-", "\\-").replaceAll("…", "\\|.\\|.\\|.").replaceAll("~", "\\(ti").replaceAll("^", "\\(ha").replace(/^[.']/gm, "\\&$&");
+const roff = (text: string) =>
+  text
+    .replaceAll("\\", "\\e")
+    .replaceAll("-", "\\-")
+    .replaceAll("…", "\\|.\\|.\\|.")
+    .replaceAll("~", "\\(ti")
+    .replaceAll("^", "\\(ha")
+    .replace(/^[.']/gm, "\\&$&");
 const bold = (text: string) => `\\fB${roff(text)}\\fR`;
 const item = (term: string, text: string) => `.TP\n${term}\n${roff(text)}\n`;
-const spelled = ({ name, short, hint }: Told) => `${short === null ? "" : `${bold(`-${short}`)}, `}${bold(`--${name}`)}${hint === null ? "" : ` \\fI${roff(hint)}\\fR`}`;
-const items = (all: readonly Told[]) => all.map((option) => item(spelled(option), option.description)).join("");
-const positionals = (all: readonly Told[]) => all.map(({ name, description }) => item(`\\fI${name.toUpperCase()}\\fR`, description)).join("");
-const synopsis = (usage: string) => usage.replace(/^(btrfs-backup(?: [a-z]+)?) (.*)$/, (_, name: string, rest: string) => `.B ${roff(name)}\n.RI ${rest.split(" ").map((word) => `"${roff(word)}"`).join(' " " ')}\n`);
+const spelled = ({ name, short, hint }: Told) =>
+  `${short === null ? "" : `${bold(`-${short}`)}, `}${bold(`--${name}`)}${hint === null ? "" : ` \\fI${roff(hint)}\\fR`}`;
+const items = (all: readonly Told[]) =>
+  all.map((option) => item(spelled(option), option.description)).join("");
+const positionals = (all: readonly Told[]) =>
+  all.map(({ name, description }) => item(`\\fI${name.toUpperCase()}\\fR`, description)).join("");
+const synopsis = (usage: string) =>
+  usage.replace(
+    /^(btrfs-backup(?: [a-z]+)?) (.*)$/,
+    (_, name: string, rest: string) =>
+      `.B ${roff(name)}\n.RI ${rest
+        .split(" ")
+        .map((word) => `"${roff(word)}"`)
+        .join(' " " ')}\n`,
+  );
 const [run, ...others] = commands as [(typeof commands)[number], ...typeof commands];
 /** Whether a command has just this option: one of that name can mean something else. */
-const has = (command: (typeof commands)[number], { name, description }: Told) => optionsOf(command).some((one) => one.name === name && one.description === description);
+const has = (command: (typeof commands)[number], { name, description }: Told) =>
+  optionsOf(command).some((one) => one.name === name && one.description === description);
 
 const STATUS = {
   "0": "All is done.",
@@ -32,18 +52,25 @@ const ENVIRONMENT = {
   XDG_RUNTIME_DIR: "Where the sockets of ssh connections are, if it is set; else /run, or /tmp.",
 };
 const FILES = {
-  ".btrfs-backup.json": "Beside snapshots and backups: to whom they belong, and what destinations still need.",
+  ".btrfs-backup.json":
+    "Beside snapshots and backups: to whom they belong, and what destinations still need.",
   ".btrfs-backup.PREFIX.lock": "The lock of a folder and prefix.",
   "/etc/btrfs-backup/NAME.args": "Arguments of the systemd unit btrfs-backup@NAME.service.",
 };
 const EXAMPLES = {
-  "Snapshot and back up, and keep a calendar of backups on the disk:": "btrfs-backup -N 7 -n '14d+ 8w 12m' /home /backup/home",
-  "To another host as well, which may be away for three days:": "btrfs-backup -n 30 --optional ssh://root@nas/backup/home --max-age 3d /home /backup/home",
-  "Encrypted, to an object store:": "btrfs-backup --compress zstd --encrypt-to me@example.org -n 60d+ /home rclone://s3:bucket/home",
+  "Snapshot and back up, and keep a calendar of backups on the disk:":
+    "btrfs-backup -N 7 -n '14d+ 8w 12m' /home /backup/home",
+  "To another host as well, which may be away for three days:":
+    "btrfs-backup -n 30 --optional ssh://root@nas/backup/home --max-age 3d /home /backup/home",
+  "Encrypted, to an object store:":
+    "btrfs-backup --compress zstd --encrypt-to me@example.org -n 60d+ /home rclone://s3:bucket/home",
   "Make it again:": "btrfs-backup restore /backup/home /home",
   "One file as it was:": "btrfs-backup versions --get '2026-01-31 12:00' /home/me/letter",
 };
-const list = (entries: Readonly<Record<string, string>>) => Object.entries(entries).map(([term, text]) => item(bold(term), text)).join("");
+const list = (entries: Readonly<Record<string, string>>) =>
+  Object.entries(entries)
+    .map(([term, text]) => item(bold(term), text))
+    .join("");
 
 const manual = () => `.TH BTRFS\\-BACKUP 8 "" "btrfs\\-backup ${VERSION}" "System Administration"
 .SH NAME
@@ -63,31 +90,52 @@ ${roff("A POLICY is a number of the newest to keep, or words: 24h 7d 4w 12m 10y 
 ${list(STATUS)}.SH ENVIRONMENT
 ${list(ENVIRONMENT)}.SH FILES
 ${list(FILES)}.SH EXAMPLES
-${Object.entries(EXAMPLES).map(([text, line]) => `${roff(text)}\n.PP\n.in +4n\n.EX\n${roff(line)}\n.EE\n.in\n.PP\n`).join("")}.SH SEE ALSO
+${Object.entries(EXAMPLES)
+  .map(([text, line]) => `${roff(text)}\n.PP\n.in +4n\n.EX\n${roff(line)}\n.EE\n.in\n.PP\n`)
+  .join("")}.SH SEE ALSO
 ${["btrfs-subvolume", "btrfs-send", "btrfs-receive", "ssh", "rclone", "gpg"].map((name) => `.BR ${roff(name)} (${name.startsWith("btrfs") ? 8 : 1})`).join(",\n")}
 `;
 
 /** Which of the options of `run` another command understands. */
 function shared(command: (typeof commands)[number]): string {
-  const names = optionsOf(command).filter((option) => has(run, option)).map(({ name }) => bold(`--${name}`));
+  const names = optionsOf(command)
+    .filter((option) => has(run, option))
+    .map(({ name }) => bold(`--${name}`));
   return names.length === 0 ? "" : `.PP\nAs for run: ${names.join(", ")}\n`;
 }
 
 // ── Completions ──────────────────────────────────────────────────────────────────────────
 
-const CHOICES: Readonly<Record<string, readonly string[]>> = { LEVEL: Object.keys(LEVELS), "zstd[:LEVEL]": ["zstd"], "1|2": ["1", "2"] };
+const CHOICES: Readonly<Record<string, readonly string[]>> = {
+  LEVEL: Object.keys(LEVELS),
+  "zstd[:LEVEL]": ["zstd"],
+  "1|2": ["1", "2"],
+};
 
 /** What the value of an option is. */
 type Kind = "snapshot" | "directory" | "file" | "choice" | "other";
 function kindOf({ name, hint }: Told): Kind {
   if (name === "snapshot" || name === "get") return "snapshot";
-  return { DIR: "directory", DEST: "directory", PATH: "file", FILE: "file" }[hint ?? ""] as Kind | undefined ?? (Object.hasOwn(CHOICES, hint ?? "") ? "choice" : "other");
+  return (
+    ({ DIR: "directory", DEST: "directory", PATH: "file", FILE: "file" }[hint ?? ""] as
+      Kind | undefined) ?? (Object.hasOwn(CHOICES, hint ?? "") ? "choice" : "other")
+  );
 }
 const choicesOf = ({ hint }: Told) => CHOICES[hint ?? ""] ?? [];
 
 /** All options that take a value, each once: those of the same name mean the same. */
-const valued = [...new Map(commands.flatMap(optionsOf).filter(({ hint }) => hint !== null).map((option) => [option.name, option])).values()];
-const spellings = ({ name, short }: Told) => [`--${name}`, ...(short === null ? [] : [`-${short}`])];
+const valued = [
+  ...new Map(
+    commands
+      .flatMap(optionsOf)
+      .filter(({ hint }) => hint !== null)
+      .map((option) => [option.name, option]),
+  ).values(),
+];
+const spellings = ({ name, short }: Told) => [
+  `--${name}`,
+  ...(short === null ? [] : [`-${short}`]),
+];
 
 /**
  * Prints the names of snapshots, the newest first, that stand in the local locations among the words of a command line: in
@@ -123,7 +171,9 @@ _btrfs_backup() {
   COMPREPLY=()
   case $before in
   @) compopt -o filenames; mapfile -t COMPREPLY < <(compgen -P @ -f -- "$current"); return ;;
-${groupedBy((option) => `${kindOf(option)} ${choicesOf(option).join(" ")}`.trim()).map(([kind, some]) => `  ${some.flatMap(spellings).join(" | ")}) ${bashValue(kind)}; return ;;`).join("\n")}
+${groupedBy((option) => `${kindOf(option)} ${choicesOf(option).join(" ")}`.trim())
+  .map(([kind, some]) => `  ${some.flatMap(spellings).join(" | ")}) ${bashValue(kind)}; return ;;`)
+  .join("\n")}
   esac
   case $current in
   -*)
@@ -142,13 +192,20 @@ ${commands.map((command) => `    ${command.name}) options="${optionsOf(command).
 }
 complete -o nosort -F _btrfs_backup btrfs-backup
 `;
-const groupedBy = (keyOf: (option: Told) => string) => [...new Set(valued.map(keyOf))].map((key): [string, Told[]] => [key, valued.filter((option) => keyOf(option) === key)]);
+const groupedBy = (keyOf: (option: Told) => string) =>
+  [...new Set(valued.map(keyOf))].map((key): [string, Told[]] => [
+    key,
+    valued.filter((option) => keyOf(option) === key),
+  ]);
 function bashValue(key: string): string {
   const [kind, ...choices] = key.split(" ");
   const reply = (from: string) => `mapfile -t COMPREPLY < <(${from})`;
   if (kind === "choice") return reply(`compgen -W "${choices.join(" ")}" -- "$current"`);
   // Whoever may add backups chooses their names: compgen -W would expand them, and the shell what is inserted unquoted.
-  if (kind === "snapshot") return reply(`_btrfs_backup_snapshots "$command" "\${COMP_WORDS[@]:2}" | while IFS= read -r name; do name=$(printf %q "$name"); [[ $name != "$current"* ]] || echo "$name"; done`);
+  if (kind === "snapshot")
+    return reply(
+      `_btrfs_backup_snapshots "$command" "\${COMP_WORDS[@]:2}" | while IFS= read -r name; do name=$(printf %q "$name"); [[ $name != "$current"* ]] || echo "$name"; done`,
+    );
   if (kind === "other") return ":";
   return `compopt -o filenames; ${reply(`compgen ${kind === "file" ? "-f" : "-d"} -- "$current"`)}`;
 }
@@ -158,14 +215,23 @@ function zshValue(option: Told): string {
   const { hint } = option;
   if (hint === null) return "";
   const kind = kindOf(option);
-  const action = { snapshot: "_btrfs_backup_snapshots", directory: "_directories", file: "_files", choice: `(${choicesOf(option).join(" ")})`, other: " " }[kind];
+  const action = {
+    snapshot: "_btrfs_backup_snapshots",
+    directory: "_directories",
+    file: "_files",
+    choice: `(${choicesOf(option).join(" ")})`,
+    other: " ",
+  }[kind];
   return `:${zshText(hint)}:${action}`;
 }
 function zshOption(option: Told): string {
   const { short, hint, description, repeatable } = option;
   const [long, brief] = spellings(option) as [string, string?];
   const rest = `'[${zshText(description)}]${zshValue(option)}'`;
-  const written = [`${long}${hint === null ? "" : "="}`, ...(brief === undefined ? [] : [`${brief}${hint === null ? "" : "+"}`])];
+  const written = [
+    `${long}${hint === null ? "" : "="}`,
+    ...(brief === undefined ? [] : [`${brief}${hint === null ? "" : "+"}`]),
+  ];
   const other = repeatable ? "'*'" : short === null ? "" : `'(${long} ${brief})'`;
   return `${other}${written.length === 1 ? written[0] : `{${written.join(",")}}`}${rest}`;
 }
@@ -196,10 +262,18 @@ ${commands.map(({ name, description }) => `    '${name}:${zshText(description)}'
     (( CURRENT-- ))
   fi
   case $command in
-${commands.map((command) => `  ${command.name})
+${commands
+  .map(
+    (command) => `  ${command.name})
     _arguments -s \\
-${optionsOf(command).map((option) => `      ${zshOption(option)}`).join(" \\\n")}${command.positionals.length === 0 ? "" : ` \\\n      '*:${command.positionals.map(({ name }) => name.toUpperCase()).join(" or ")}: _btrfs_backup_places ${command.name === "versions" ? "_files" : "_directories"}'`}
-    ;;`).join("\n")}
+${optionsOf(command)
+  .map((option) => `      ${zshOption(option)}`)
+  .join(
+    " \\\n",
+  )}${command.positionals.length === 0 ? "" : ` \\\n      '*:${command.positionals.map(({ name }) => name.toUpperCase()).join(" or ")}: _btrfs_backup_places ${command.name === "versions" ? "_files" : "_directories"}'`}
+    ;;`,
+  )
+  .join("\n")}
   esac
 }
 
@@ -210,10 +284,23 @@ const fishText = (text: string) => `'${text.replace(/[\\']/g, "\\$&")}'`;
 function fishOption(option: Told): string {
   const { name, short, hint, description } = option;
   const used = commands.filter((command) => has(command, option)).map((command) => command.name);
-  const value = hint === null ? "" : { snapshot: " -x -k -a '(__btrfs_backup_snapshots)'", directory: " -x -a '(__fish_complete_directories (commandline -ct))'", file: " -r -F", choice: ` -x -a ${fishText(choicesOf(option).join(" "))}`, other: " -x" }[kindOf(option)];
+  const value =
+    hint === null
+      ? ""
+      : {
+          snapshot: " -x -k -a '(__btrfs_backup_snapshots)'",
+          directory: " -x -a '(__fish_complete_directories (commandline -ct))'",
+          file: " -r -F",
+          choice: ` -x -a ${fishText(choicesOf(option).join(" "))}`,
+          other: " -x",
+        }[kindOf(option)];
   return `complete -c btrfs-backup -n ${fishText(`__btrfs_backup_is ${used.join(" ")}`)}${short === null ? "" : ` -s ${short}`} -l ${name}${value} -d ${fishText(description)}`;
 }
-const everyOption = [...new Map(commands.flatMap(optionsOf).map((option) => [`${option.name} ${option.description}`, option])).values()];
+const everyOption = [
+  ...new Map(
+    commands.flatMap(optionsOf).map((option) => [`${option.name} ${option.description}`, option]),
+  ).values(),
+];
 const fish = () => `# fish completion of btrfs-backup
 
 function __btrfs_backup_is -d 'Whether the command line is that of one of these commands'
@@ -230,11 +317,20 @@ end
 
 complete -c btrfs-backup -f
 ${commands.map(({ name, description }) => `complete -c btrfs-backup -n 'test (count (commandline -opc)) = 1' -a ${name} -d ${fishText(description)}`).join("\n")}
-complete -c btrfs-backup -n '__btrfs_backup_is ${commands.filter(({ name }) => name !== "guard" && name !== "versions").map(({ name }) => name).join(" ")}' -a '(__fish_complete_directories (commandline -ct))'
+complete -c btrfs-backup -n '__btrfs_backup_is ${commands
+  .filter(({ name }) => name !== "guard" && name !== "versions")
+  .map(({ name }) => name)
+  .join(" ")}' -a '(__fish_complete_directories (commandline -ct))'
 complete -c btrfs-backup -n '__btrfs_backup_is versions' -F
 complete -c btrfs-backup -n 'string match -q "@*" -- (commandline -ct)' -a '@(__fish_complete_suffix (string sub -s 2 -- (commandline -ct)) "")'
 ${everyOption.map(fishOption).join("\n")}
 `;
 
 const [directory = "."] = process.argv.slice(2);
-for (const [name, text] of Object.entries({ "btrfs-backup.8": manual(), "btrfs-backup.bash": bash(), "_btrfs-backup": zsh(), "btrfs-backup.fish": fish() })) writeFileSync(join(directory, name), text);
+for (const [name, text] of Object.entries({
+  "btrfs-backup.8": manual(),
+  "btrfs-backup.bash": bash(),
+  "_btrfs-backup": zsh(),
+  "btrfs-backup.fish": fish(),
+}))
+  writeFileSync(join(directory, name), text);

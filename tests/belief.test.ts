@@ -43,9 +43,17 @@ const day = (n: number) => `202601${String(n).padStart(2, "0")}-000000`;
 const recordIn = (folder: string) => join(folder, ".btrfs-backup.json");
 
 /** A record as the program writes one. */
-const recordOf = (chain: object, prefix = "") => `{"/": 1\n,${JSON.stringify(prefix)}: ${JSON.stringify(chain)}\n}\n`;
+const recordOf = (chain: object, prefix = "") =>
+  `{"/": 1\n,${JSON.stringify(prefix)}: ${JSON.stringify(chain)}\n}\n`;
 const knowing = (...locations: string[]) =>
-  recordOf({ destinations: locations.map((location) => ({ location, filesystem: null, pin: null, last: null })) });
+  recordOf({
+    destinations: locations.map((location) => ({
+      location,
+      filesystem: null,
+      pin: null,
+      last: null,
+    })),
+  });
 
 type Trap = {
   readonly commands: string[];
@@ -59,7 +67,11 @@ type Trap = {
  */
 async function trap(): Promise<Trap> {
   const { path } = filesystem({ mount: "strictatime" });
-  const [folder, store, missing] = [join(path, "folder"), join(path, "store"), join(path, "missing")];
+  const [folder, store, missing] = [
+    join(path, "folder"),
+    join(path, "store"),
+    join(path, "missing"),
+  ];
   const other = subvolume(join(filesystem().path, "other"));
   writeFileSync(join(other, "file"), "x");
   await expectRun(0, [other, folder, `raw://${store}`]);
@@ -76,13 +88,14 @@ async function trap(): Promise<Trap> {
   const sprung = () => [
     ...readdirSync(files).map((name) => (gone(join(files, name)), `${name} ran`)),
     ...(existsSync(missing) ? [`${missing} was made`] : []),
-    ...places.flatMap((place) => (Math.round(statSync(place).atimeMs) === 1e12 ? [] : [`${place} was read`])),
-    ...places.flatMap((
-      place,
-      i,
-    ) => (sh(`ls -A "$1" | LC_ALL=C sort | paste -sd,; touch -a -d @1000000000 "$1"`, place) === before[i]
-      ? []
-      : [`${place} has changed`])
+    ...places.flatMap((place) =>
+      Math.round(statSync(place).atimeMs) === 1e12 ? [] : [`${place} was read`],
+    ),
+    ...places.flatMap((place, i) =>
+      sh(`ls -A "$1" | LC_ALL=C sort | paste -sd,; touch -a -d @1000000000 "$1"`, place) ===
+      before[i]
+        ? []
+        : [`${place} has changed`],
     ),
   ];
   return { commands, locations: [folder, `raw://${store}`, missing, ...commands], sprung, folder };
@@ -134,10 +147,12 @@ describe("destinations that another host's record names", () => {
       const { source, snapshots } = sourceWithSnapshot();
       const { locations, sprung, folder } = await trap();
       if (how === "a record") writeFileSync(recordIn(snapshots), knowing(...locations));
-      else {writeFileSync(
+      else {
+        writeFileSync(
           join(snapshots, ".outstanding_transfers"),
           JSON.stringify({ [day(1)]: { locks: [], parent_locks: locations } }),
-        );}
+        );
+      }
       const { stdout } = await run(["list", ...options, url(source)]);
       expect(sprung()).toEqual([]);
       for (const location of locations) expect(stdout).toContain(location);
@@ -159,11 +174,11 @@ describe("destinations that another host's record names", () => {
       writeFileSync(recordIn(snapshots), knowing(...some));
       const result = await run(["-S", "--locked-dests", ...options, url(source)]);
       expect([some, sprung()]).toEqual([some, []]);
-      expect([some, result.status, result.stderr.includes("at ") && /\n {4}at /.test(result.stderr)]).toEqual([
+      expect([
         some,
-        1,
-        false,
-      ]);
+        result.status,
+        result.stderr.includes("at ") && /\n {4}at /.test(result.stderr),
+      ]).toEqual([some, 1, false]);
       expect(result.stderr).toMatch(/known destination|--locked-dests/);
     }
     expect(commands.length).toBe(2);
@@ -175,13 +190,11 @@ describe("destinations that another host's record names", () => {
     sh(`chown 1234:1234 "$1"`, snapshots);
     const { locations, sprung } = await trap();
     const name = await forgingRecord(knowing(...locations));
-    for (
-      const words of [["list", url(source, name)], ["versions", url(join(source, "file"), name)], [
-        "-S",
-        "--locked-dests",
-        url(source, name),
-      ]]
-    ) {
+    for (const words of [
+      ["list", url(source, name)],
+      ["versions", url(join(source, "file"), name)],
+      ["-S", "--locked-dests", url(source, name)],
+    ]) {
       const { status } = await run([...words, ...options]);
       expect([words, sprung()]).toEqual([words, []]);
       if (words[0] === "-S") expect(status).toBe(1);
@@ -198,7 +211,11 @@ test("a record that came back with what another host had, runs nothing here", as
   await expectRun(0, [source, backups]);
   const target = join(filesystem().path, "home");
   await expectRun(0, ["restore", ...options, url(backups), target]);
-  for (const words of [["list", target], ["versions", join(target, "file")], ["-S", "--locked-dests", target]]) {
+  for (const words of [
+    ["list", target],
+    ["versions", join(target, "file")],
+    ["-S", "--locked-dests", target],
+  ]) {
     await run(words);
     expect([words, sprung()]).toEqual([words, []]);
   }
@@ -207,10 +224,12 @@ test("a record that came back with what another host had, runs nothing here", as
 test("a record here that others can write, by whatever way, opens nothing and runs nothing", async () => {
   const ways: Record<string, (source: string, snapshots: string) => void> = {
     "the folder is another user's": (_, snapshots) => sh(`chown 1234:1234 "$1"`, snapshots),
-    "the record is another user's": (_, snapshots) => sh(`chown 1234:1234 "$1"`, recordIn(snapshots)),
+    "the record is another user's": (_, snapshots) =>
+      sh(`chown 1234:1234 "$1"`, recordIn(snapshots)),
     "all may write to the folder": (_, snapshots) => chmodSync(snapshots, 0o777),
     "all may write to the record": (_, snapshots) => chmodSync(recordIn(snapshots), 0o666),
-    "an ACL lets one write to the folder": (_, snapshots) => sh(`setfacl -m u:1234:rwx "$1"`, snapshots),
+    "an ACL lets one write to the folder": (_, snapshots) =>
+      sh(`setfacl -m u:1234:rwx "$1"`, snapshots),
     "another user's link leads to a folder of root's": (source, snapshots) =>
       sh(`mv "$2" "$1/kept"; ln -s kept "$2"; chown -h 1234:1234 "$2" "$1"`, source, snapshots),
   };
@@ -220,7 +239,11 @@ test("a record here that others can write, by whatever way, opens nothing and ru
     const { source, snapshots } = sourceWithSnapshot();
     writeFileSync(recordIn(snapshots), knowing(...locations));
     prepare(source, snapshots);
-    for (const words of [["list", source], ["versions", join(source, "file")], ["-S", "--locked-dests", source]]) {
+    for (const words of [
+      ["list", source],
+      ["versions", join(source, "file")],
+      ["-S", "--locked-dests", source],
+    ]) {
       const { status } = await run(words);
       found.push(...sprung().map((what) => `${way}: ${words[0]}: ${what}`));
       if (words[0] === "-S" && status !== 1) found.push(`${way}: exit ${status}`);
@@ -241,7 +264,11 @@ describe("what open prints is checked", () => {
     const found: unknown[] = [];
     for (const [what, script] of Object.entries(scripts)) {
       const result = await run(["list", ...options, url(source, await forger(script))]);
-      if (result.status !== 1 || /^ {4}at /m.test(result.stderr) || result.stderr.split("\n").length !== 2) {
+      if (
+        result.status !== 1 ||
+        /^ {4}at /m.test(result.stderr) ||
+        result.stderr.split("\n").length !== 2
+      ) {
         found.push([what, result.status, result.stderr]);
       }
     }
@@ -260,14 +287,14 @@ describe("what open prints is checked", () => {
   test("a section that comes twice, is missing, or is unknown", () =>
     refusedBy({
       ...Object.fromEntries(
-        ["folder", "host", "user", "inodes", "places", "record", "entries", "subvolumes"].map((
-          name,
-        ) => [`${name} twice`, `print "$n ${name}\\n\\n" if $head && $s eq "old";`]),
+        ["folder", "host", "user", "inodes", "places", "record", "entries", "subvolumes"].map(
+          (name) => [`${name} twice`, `print "$n ${name}\\n\\n" if $head && $s eq "old";`],
+        ),
       ),
       ...Object.fromEntries(
-        ["host", "user", "inodes", "places", "record", "entries", "subvolumes", "filesystems"].map((
-          name,
-        ) => [`no ${name}`, `$skip = 1 if $s eq "${name}";`]),
+        ["host", "user", "inodes", "places", "record", "entries", "subvolumes", "filesystems"].map(
+          (name) => [`no ${name}`, `$skip = 1 if $s eq "${name}";`],
+        ),
       ),
       "one that nobody knows": `print "$n evil\\n\\n" if $head && $s eq "old";`,
     }));
@@ -299,7 +326,9 @@ class Watch {
     const at = text.search(UNSEEN);
     const shown = JSON.stringify([what, text.slice(Math.max(0, at - 30), at + 20)]);
     if (at >= 0) {
-      this.found.push(shown.replace(/[^ -~]/g, (c) => `\\u${c.charCodeAt(0).toString(16).padStart(4, "0")}`));
+      this.found.push(
+        shown.replace(/[^ -~]/g, (c) => `\\u${c.charCodeAt(0).toString(16).padStart(4, "0")}`),
+      );
     }
   }
   async run(words: readonly string[], options: Options = {}): Promise<Result> {
@@ -324,18 +353,22 @@ describe("nothing that a person sees has control characters:", () => {
       `shell://printf '${EVIL}' >&2; exit 1`,
     ];
     const common = ["-p", C1, "--metrics", metrics, source];
-    for (
-      const words of [["-v", "debug", "-d"], ["-S", "-v", "debug", "-N", "1", "-n", "1", "--dry-run"], [
-        "--before-snapshot",
-        `printf '${EVIL}'; exit 1`,
-      ]]
-    ) {
+    for (const words of [
+      ["-v", "debug", "-d"],
+      ["-S", "-v", "debug", "-N", "1", "-n", "1", "--dry-run"],
+      ["--before-snapshot", `printf '${EVIL}'; exit 1`],
+    ]) {
       await watch.run([...words, ...common, ...places]);
       if (!words.includes("--dry-run")) watch.look("metrics", readFileSync(metrics, "utf8"));
     }
-    await watch.run(["-S", source, `raw://${join(source, `snapshot/${EVIL}`)}`, join(b.path, `no/${EVIL}`)]);
-    const sent = events(await watch.run(["--json", ...common, places[0] as string])).find(({ event }) =>
-      event === "transfer"
+    await watch.run([
+      "-S",
+      source,
+      `raw://${join(source, `snapshot/${EVIL}`)}`,
+      join(b.path, `no/${EVIL}`),
+    ]);
+    const sent = events(await watch.run(["--json", ...common, places[0] as string])).find(
+      ({ event }) => event === "transfer",
     );
     expect(sent).toMatchObject({
       destination: places[0],
@@ -366,50 +399,54 @@ describe("nothing that a person sees has control characters:", () => {
       `\x1b[2J${day(1)}`,
       `${C1}${day(9)}`,
     );
-    for (
-      const words of [["list", ...p, source], ["list", "-N", "1", "-n", "1", "--size", source], [
-        "list",
-        destination,
-        store,
-        `/no/${EVIL}`,
-      ], ["list", "--max-age", "1h", ...p, destination, store, `/no/${EVIL}`]]
-    ) await watch.run(words);
-    for (
-      const words of [["verify", ...p, source, destination], ["verify", store], [
-        "verify",
-        "-v",
-        "debug",
-        ...p,
-        destination,
-        `/no/${EVIL}`,
-      ], ["verify", "--snapshot", EVIL, ...p, source, destination]]
-    ) await watch.run(words);
-    for (
-      const words of [["versions", ...p, join(source, EVIL)], ["versions", ...p, join(source, `${EVIL}2`)], [
-        "versions",
-        ...p,
-        join(source, EVIL),
-        destination,
-        "--get",
-        `${C1}${day(1)}`,
-      ], ["versions", ...p, join(source, EVIL), "--get", EVIL]]
-    ) await watch.run(words);
+    for (const words of [
+      ["list", ...p, source],
+      ["list", "-N", "1", "-n", "1", "--size", source],
+      ["list", destination, store, `/no/${EVIL}`],
+      ["list", "--max-age", "1h", ...p, destination, store, `/no/${EVIL}`],
+    ])
+      await watch.run(words);
+    for (const words of [
+      ["verify", ...p, source, destination],
+      ["verify", store],
+      ["verify", "-v", "debug", ...p, destination, `/no/${EVIL}`],
+      ["verify", "--snapshot", EVIL, ...p, source, destination],
+    ])
+      await watch.run(words);
+    for (const words of [
+      ["versions", ...p, join(source, EVIL)],
+      ["versions", ...p, join(source, `${EVIL}2`)],
+      ["versions", ...p, join(source, EVIL), destination, "--get", `${C1}${day(1)}`],
+      ["versions", ...p, join(source, EVIL), "--get", EVIL],
+    ])
+      await watch.run(words);
     damage(join(destination, `${C1}${day(3)}`), `for f in *x; do echo more >>"$f"; done`);
     await watch.run(["verify", ...p, source, destination]);
     await watch.run(["copy", ...p, destination, second]);
     for (const from of [destination, store]) {
       await watch.run(["restore", ...p, from, join(b.path, `again${EVIL}${from.length}`)]);
     }
-    await watch.run(["restore", ...p, "--snapshot", EVIL, destination, join(b.path, `more${EVIL}`)]);
+    await watch.run([
+      "restore",
+      ...p,
+      "--snapshot",
+      EVIL,
+      destination,
+      join(b.path, `more${EVIL}`),
+    ]);
     await watch.run(["unpin", ...p, source, `/no/${EVIL}`]);
     for (const place of [destination, store]) {
-      for (const words of [["-n", "2", "--dry-run"], ["-n", "1", ...p], ["-n", "1"]]) {
+      for (const words of [
+        ["-n", "2", "--dry-run"],
+        ["-n", "1", ...p],
+        ["-n", "1"],
+      ]) {
         await watch.run(["prune", ...words, place]);
       }
     }
-    const version = events(await watch.run(["versions", "--json", ...p, join(source, EVIL), second])).find((
-      { event },
-    ) => event === "version");
+    const version = events(
+      await watch.run(["versions", "--json", ...p, join(source, EVIL), second]),
+    ).find(({ event }) => event === "version");
     expect(version).toMatchObject({ locations: [source, second], last: `${C1}${day(3)}` });
     expect(watch.found).toEqual([]);
   });
@@ -434,17 +471,16 @@ describe("nothing that a person sees has control characters:", () => {
       user(`noisy${i}`, shell);
       const place = url(destination, `noisy${i}`);
       const retries = script.includes("255") ? ["--retries", "1"] : [];
-      for (
-        const words of [
-          ["list", place],
-          ["list", "--max-age", "1h", place],
-          ["prune", "-n", "1", place],
-          ["verify", source, place],
-          ["versions", join(source, "plain/1"), place],
-          ["-S", "-d", "-v", "debug", ...retries, source, place],
-        ]
-      ) {
-        if (i === 0 || words[0] === "list" || (i < 4 && words[0] === "-S")) await watch.run([...words, ...options]);
+      for (const words of [
+        ["list", place],
+        ["list", "--max-age", "1h", place],
+        ["prune", "-n", "1", place],
+        ["verify", source, place],
+        ["versions", join(source, "plain/1"), place],
+        ["-S", "-d", "-v", "debug", ...retries, source, place],
+      ]) {
+        if (i === 0 || words[0] === "list" || (i < 4 && words[0] === "-S"))
+          await watch.run([...words, ...options]);
       }
     }
     expect(watch.found).toEqual([]);
@@ -459,24 +495,27 @@ describe("nothing that a person sees has control characters:", () => {
     const before = readFileSync(recordIn(snapshots), "utf8");
     await watch.run(["-S", source, destination]);
     await watch.run(["restore", destination, join(source, "../again")]);
-    writeFileSync(recordIn(snapshots), knowing(`/no/${EVIL}`, `shell://cat # ${EVIL}`, `ssh://${EVIL}`));
-    for (
-      const words of [["list", source], ["unpin", source, "/x"], ["-S", "--locked-dests", source], [
-        "-S",
-        source,
-        destination,
-      ]]
-    ) await watch.run(words);
+    writeFileSync(
+      recordIn(snapshots),
+      knowing(`/no/${EVIL}`, `shell://cat # ${EVIL}`, `ssh://${EVIL}`),
+    );
+    for (const words of [
+      ["list", source],
+      ["unpin", source, "/x"],
+      ["-S", "--locked-dests", source],
+      ["-S", source, destination],
+    ])
+      await watch.run(words);
     for (const nonsense of [`{"/": 1\n,"": ${EVIL}\n}\n`, `{"/": 1\n,"": {"owner":${EVIL}}\n}\n`]) {
       writeFileSync(recordIn(destination), nonsense);
       writeFileSync(recordIn(snapshots), nonsense);
-      for (
-        const words of [["-S", source, destination], ["prune", "-n", "1", destination], ["unpin", source, "/x"], [
-          "list",
-          source,
-          destination,
-        ]]
-      ) await watch.run(words);
+      for (const words of [
+        ["-S", source, destination],
+        ["prune", "-n", "1", destination],
+        ["unpin", source, "/x"],
+        ["list", source, destination],
+      ])
+        await watch.run(words);
     }
     expect(before).toContain(destination);
     expect(watch.found).toEqual([]);
@@ -509,34 +548,33 @@ describe("nothing that a person sees has control characters:", () => {
     }
     for (const line of logged()) watch.look("log", line);
     for (const folder of [...readdirSync(mine), name, `new${EVIL}`].map((one) => join(mine, one))) {
-      for (
-        const words of [["list", folder], ["list", "--max-age", "1h", folder], ["prune", "-n", "1", folder], [
-          "verify",
-          folder,
-          source,
-        ]]
-      ) await watch.run(words);
+      for (const words of [
+        ["list", folder],
+        ["list", "--max-age", "1h", folder],
+        ["prune", "-n", "1", folder],
+        ["verify", folder, source],
+      ])
+        await watch.run(words);
     }
     expect(watch.found).toEqual([]);
   });
 
   test("mistakes on the command line, and files that are not there", async () => {
     const watch = new Watch();
-    for (
-      const words of [
-        [`--${EVIL}`, "/x"],
-        ["list", `evil${EVIL}://x`],
-        ["list", `x://${EVIL}`],
-        [`@/no/${EVIL}`],
-        ["-n", EVIL, "/x"],
-        ["--compress", EVIL, "/x"],
-        ["--ssh-opt", EVIL, "/x", `ssh://h${EVIL}/x`],
-        ["guard", "--path", "/x", EVIL],
-        ["restore", "--before", EVIL, "/x", "/y"],
-        ["list", "/x", `shell://${EVIL}`],
-        [`/no/${EVIL}`, "/y"],
-      ]
-    ) await watch.run(words);
+    for (const words of [
+      [`--${EVIL}`, "/x"],
+      ["list", `evil${EVIL}://x`],
+      ["list", `x://${EVIL}`],
+      [`@/no/${EVIL}`],
+      ["-n", EVIL, "/x"],
+      ["--compress", EVIL, "/x"],
+      ["--ssh-opt", EVIL, "/x", `ssh://h${EVIL}/x`],
+      ["guard", "--path", "/x", EVIL],
+      ["restore", "--before", EVIL, "/x", "/y"],
+      ["list", "/x", `shell://${EVIL}`],
+      [`/no/${EVIL}`, "/y"],
+    ])
+      await watch.run(words);
     expect(watch.found).toEqual([]);
   });
 });
@@ -545,7 +583,11 @@ describe("nothing that a person sees has control characters:", () => {
 
 describe("--encrypt-to", () => {
   /** A gpg and a btrfs, first in PATH, and a dirmngr that keep a list of how they were called. */
-  function recording(): { env: Record<string, string>; recipient: string; calls: (name: string) => string[] } {
+  function recording(): {
+    env: Record<string, string>;
+    recipient: string;
+    calls: (name: string) => string[];
+  } {
     const { env, recipient } = gpgKey();
     const tools = temporaryDirectory();
     for (const name of ["gpg", "btrfs"]) {
@@ -555,33 +597,42 @@ describe("--encrypt-to", () => {
         { mode: 0o755 },
       );
     }
-    writeFileSync(join(tools, "dirmngr"), `#!/bin/sh\necho "$*" >>"${tools}/dirmngr.calls"\nexit 1\n`, { mode: 0o755 });
+    writeFileSync(
+      join(tools, "dirmngr"),
+      `#!/bin/sh\necho "$*" >>"${tools}/dirmngr.calls"\nexit 1\n`,
+      { mode: 0o755 },
+    );
     writeFileSync(
       join(env["GNUPGHOME"] as string, "gpg.conf"),
       `auto-key-locate clear,local,wkd,keyserver\nauto-key-retrieve\ndirmngr-program ${tools}/dirmngr\n`,
     );
-    const calls = (
-      name: string,
-    ) => (existsSync(join(tools, `${name}.calls`))
-      ? readFileSync(join(tools, `${name}.calls`), "utf8").trimEnd().split("\n")
-      : []);
+    const calls = (name: string) =>
+      existsSync(join(tools, `${name}.calls`))
+        ? readFileSync(join(tools, `${name}.calls`), "utf8")
+            .trimEnd()
+            .split("\n")
+        : [];
     return { env: { ...env, PATH: `${tools}:${process.env["PATH"]}` }, recipient, calls };
   }
-  const contents = (
-    folder: string,
-  ) => (existsSync(folder) ? readdirSync(folder).filter((name) => !name.startsWith(".btrfs-backup.")) : []);
+  const contents = (folder: string) =>
+    existsSync(folder)
+      ? readdirSync(folder).filter((name) => !name.startsWith(".btrfs-backup."))
+      : [];
 
   test("an unknown recipient is refused before the first byte; no network is asked", async () => {
     const { env, recipient, calls } = recording();
     const { source } = pair();
     const [store, ran] = [join(temporaryDirectory(), "store"), join(temporaryDirectory(), "ran")];
-    for (
-      const recipients of [["nobody@example.org"], [recipient, "nobody@example.org"], [
-        "0123456789ABCDEF0123456789ABCDEF01234567",
-      ]]
-    ) {
+    for (const recipients of [
+      ["nobody@example.org"],
+      [recipient, "nobody@example.org"],
+      ["0123456789ABCDEF0123456789ABCDEF01234567"],
+    ]) {
       for (const place of [`raw://${store}`, `shell://touch ${ran}; cat >/dev/null`]) {
-        const result = await run([...recipients.flatMap((one) => ["--encrypt-to", one]), source, place], { env });
+        const result = await run(
+          [...recipients.flatMap((one) => ["--encrypt-to", one]), source, place],
+          { env },
+        );
         expect([place, result.status, contents(store), existsSync(ran), calls("dirmngr")]).toEqual([
           place,
           1,
@@ -601,7 +652,9 @@ describe("--encrypt-to", () => {
     const { source, b } = pair();
     const store = join(temporaryDirectory(), "store");
     await expectRun(0, ["--encrypt-to", recipient, source, `raw://${store}`], { env });
-    await expectRun(0, ["-S", "--encrypt-to", recipient, source, "shell://cat >/dev/null"], { env });
+    await expectRun(0, ["-S", "--encrypt-to", recipient, source, "shell://cat >/dev/null"], {
+      env,
+    });
     const stranger = gpgKey();
     const [object = ""] = readdirSync(store).filter((name) => name.endsWith(".gpg"));
     const keys = [env["GNUPGHOME"] as string, stranger.env["GNUPGHOME"] as string];
@@ -621,20 +674,31 @@ describe("--encrypt-to", () => {
     const encrypting = calls("gpg").filter((call) => /(^| )(-[a-z]*e|--encrypt)( |$)/.test(call));
     expect(encrypting.length).toBeGreaterThan(1);
     const lacking = encrypting.filter((call) => !call.includes("--no-auto-key-locate"));
-    const asking = calls("gpg").filter((call) => /--(recv|search|refresh|fetch|locate)-/.test(call));
-    expect({ lacking, asking, started: calls("dirmngr") }).toEqual({ lacking: [], asking: [], started: [] });
+    const asking = calls("gpg").filter((call) =>
+      /--(recv|search|refresh|fetch|locate)-/.test(call),
+    );
+    expect({ lacking, asking, started: calls("dirmngr") }).toEqual({
+      lacking: [],
+      asking: [],
+      started: [],
+    });
   });
 });
 
 // ── Guarded keys ──
 
 type Answer = { readonly status: number | null; readonly stdout: string; readonly stderr: string };
-type Guard = (text: string, how?: { input?: string | Buffer; env?: Record<string, string> }) => Promise<Answer>;
+type Guard = (
+  text: string,
+  how?: { input?: string | Buffer; env?: Record<string, string> },
+) => Promise<Answer>;
 /** The real program as the command of a key for a folder; what it tells the system's log is kept. */
 function guardOf(path: string, ...flags: string[]): { guard: Guard; logged: () => string[] } {
   const tools = temporaryDirectory();
   const log = join(tools, "log");
-  writeFileSync(join(tools, "logger"), `#!/bin/sh\nprintf '%s\\n' "$*" >>"${log}"\n`, { mode: 0o755 });
+  writeFileSync(join(tools, "logger"), `#!/bin/sh\nprintf '%s\\n' "$*" >>"${log}"\n`, {
+    mode: 0o755,
+  });
   const guard: Guard = (text, { input = "", env = {} } = {}) =>
     new Promise((done) => {
       const child = spawn(join(ROOT, "dist/btrfs-backup"), ["guard", "--path", path, ...flags], {
@@ -654,7 +718,10 @@ function guardOf(path: string, ...flags: string[]): { guard: Guard; logged: () =
       child.stdin.on("error", () => {});
       child.stdin.end(input);
     });
-  return { guard, logged: () => (existsSync(log) ? readFileSync(log, "utf8").trimEnd().split("\n") : []) };
+  return {
+    guard,
+    logged: () => (existsSync(log) ? readFileSync(log, "utf8").trimEnd().split("\n") : []),
+  };
 }
 const OBJECT = `20300101-000000+0000_12345678_12345678_${crypto.randomUUID()}_${crypto.randomUUID()}_full.btrfs`;
 
@@ -672,7 +739,9 @@ describe("a guarded key", () => {
   test("that names a part which is not there, or is none, is refused in one line, which is logged", async () => {
     const { mine, home, fsid } = await served();
     const { guard, logged } = guardOf(mine);
-    const chain = JSON.parse(readFileSync(recordIn(home), "utf8").split("\n")[1]?.slice(5) as string) as object;
+    const chain = JSON.parse(
+      readFileSync(recordIn(home), "utf8").split("\n")[1]?.slice(5) as string,
+    ) as object;
     const receive = (part: string) =>
       sent(
         "receive",
@@ -699,9 +768,12 @@ describe("a guarded key", () => {
     for (const [i, part] of ["p0-", "p1-", "p2-", "p2-3"].entries()) {
       const { status, stdout, stderr } = await guard(receive(`${OBJECT}.${part}`));
       if (
-        status !== 65 || stdout !== "" || !/^btrfs-backup guard: refused: [^\n]+\n$/.test(stderr) ||
+        status !== 65 ||
+        stdout !== "" ||
+        !/^btrfs-backup guard: refused: [^\n]+\n$/.test(stderr) ||
         logged().length !== i + 1
-      ) found.push([part, status, stdout, stderr, logged().length]);
+      )
+        found.push([part, status, stdout, stderr, logged().length]);
     }
     expect(found).toEqual([]);
     expect(readdirSync(home).sort()).toEqual(names);
@@ -743,7 +815,8 @@ describe("a guarded key", () => {
     const { guarded, options, url } = await sshServer();
     const { source, b, mine, home } = await served();
     const raw = join(mine, "raw");
-    for (const prefix of ["", "b-", "c-"]) for (const n of [1, 2, 3]) snapshotAs(source, `${prefix}${day(n)}`);
+    for (const prefix of ["", "b-", "c-"])
+      for (const n of [1, 2, 3]) snapshotAs(source, `${prefix}${day(n)}`);
     for (const prefix of ["", "b-", "c-"]) {
       await expectRun(0, [
         "-S",
@@ -760,21 +833,29 @@ describe("a guarded key", () => {
     }
     sh(`head -c 60M /dev/urandom >"$1/large"`, source);
     const key = guarded("--path", mine);
-    for (const [folder, place] of [[home, url(home)], [raw, `raw+${url(raw)}`]] as const) {
+    for (const [folder, place] of [
+      [home, url(home)],
+      [raw, `raw+${url(raw)}`],
+    ] as const) {
       const running = start([...key, "--rate-limit", "3m", source, place], { group: true });
-      const busy = () => (folder === raw
-        ? readdirSync(raw).some((name) =>
-          name.endsWith(".part")
-        )
-        : [...subvolumes(home).values()].some(({ readonly }) => !readonly));
+      const busy = () =>
+        folder === raw
+          ? readdirSync(raw).some((name) => name.endsWith(".part"))
+          : [...subvolumes(home).values()].some(({ readonly }) => !readonly);
       await waitFor("the transfer", busy);
-      const namesOf = (prefix: string) => (folder === raw
-        ? readdirSync(raw).filter((name) =>
-          name.startsWith(`${prefix}2`) && name.endsWith(".btrfs")
-        )
-        : snapshotNames(home, prefix));
+      const namesOf = (prefix: string) =>
+        folder === raw
+          ? readdirSync(raw).filter(
+              (name) => name.startsWith(`${prefix}2`) && name.endsWith(".btrfs"),
+            )
+          : snapshotNames(home, prefix);
       const first = namesOf("");
-      const result = await run(["prune", "-n", "1", ...(folder === raw ? [...options, place] : [home])]);
+      const result = await run([
+        "prune",
+        "-n",
+        "1",
+        ...(folder === raw ? [...options, place] : [home]),
+      ]);
       expect([place, namesOf("b-").length, namesOf("c-").length]).toEqual([place, 1, 1]);
       expect(namesOf("")).toEqual(first);
       expect([0, 1]).toContain(result.status as number);
@@ -805,12 +886,14 @@ describe("guard --max-bytes", () => {
     mkdirSync(mine);
     return { mine, home: join(mine, "home"), raw: join(mine, "raw"), other: join(mine, "other") };
   }
-  const stored = (
-    folder: string,
-  ) => (existsSync(folder)
-    ? readdirSync(folder).filter((name) => name.endsWith(".btrfs")).map((name) => name.slice(0, name.indexOf("+")))
-    : []);
-  const standing = (folder: string) => (existsSync(folder) ? [...subvolumes(folder).keys()].sort() : []);
+  const stored = (folder: string) =>
+    existsSync(folder)
+      ? readdirSync(folder)
+          .filter((name) => name.endsWith(".btrfs"))
+          .map((name) => name.slice(0, name.indexOf("+")))
+      : [];
+  const standing = (folder: string) =>
+    existsSync(folder) ? [...subvolumes(folder).keys()].sort() : [];
 
   test("of ten streams of a third of it three stay; what is pruned is taken off; no key resets it", async () => {
     const { guarded, url } = await sshServer();
@@ -832,7 +915,9 @@ describe("guard --max-bytes", () => {
     expect(standing(home)).toEqual(names.slice(2, 5));
     // A thief writes the record as if there was nothing.
     const { guard } = guardOf(mine, "--max-bytes", "10m");
-    const { owner } = JSON.parse(readFileSync(recordIn(home), "utf8").split("\n")[1]?.slice(5) as string) as {
+    const { owner } = JSON.parse(
+      readFileSync(recordIn(home), "utf8").split("\n")[1]?.slice(5) as string,
+    ) as {
       owner: object;
     };
     await guard(sent("record", home, fsidOf(home), '{"/": 1', ',"": ', JSON.stringify({ owner })));
@@ -873,7 +958,11 @@ describe("guard --max-bytes", () => {
     await full();
     await expectRun(0, ["prune", ...options, "-n", "1", store]);
     await backUp(0, "-p", "b-", url(other));
-    expect([standing(home), stored(raw), standing(other)]).toEqual([[`a-${day(1)}`], [day(3)], [`b-${day(1)}`]]);
+    expect([standing(home), stored(raw), standing(other)]).toEqual([
+      [`a-${day(1)}`],
+      [day(3)],
+      [`b-${day(1)}`],
+    ]);
     await backUp(1, "-p", "b-", folder);
     await expectRun(0, ["verify", `raw://${raw}`]);
   });
@@ -887,11 +976,16 @@ describe("guard --max-bytes", () => {
     const options = guarded("--path", mine, "--max-bytes", "10m");
     const words = [...options, "-S", "--resume", large.source, `raw+${url(raw)}`];
     const running = start(["--rate-limit", "4m", ...words], { group: true });
-    const part =
-      () => (existsSync(raw)
-        ? readdirSync(raw).filter((name) => name.endsWith(".part")).map((name) => statSync(join(raw, name)).size)
-        : []);
-    await waitFor("a part", () => running.child.exitCode !== null || part().some((size) => size > 5 * MIB));
+    const part = () =>
+      existsSync(raw)
+        ? readdirSync(raw)
+            .filter((name) => name.endsWith(".part"))
+            .map((name) => statSync(join(raw, name)).size)
+        : [];
+    await waitFor(
+      "a part",
+      () => running.child.exitCode !== null || part().some((size) => size > 5 * MIB),
+    );
     expect(running.child.exitCode).toBe(null);
     process.kill(-running.pid, "SIGKILL");
     await running.finished;
@@ -916,7 +1010,7 @@ describe("guard --max-bytes", () => {
     const count = () => standing(home).length + stored(raw).length + standing(other).length;
     await Promise.all(
       places.map((place, i) =>
-        run([...options, "-S", "-p", prefixes[i] as string, "--rate-limit", "6m", source, place])
+        run([...options, "-S", "-p", prefixes[i] as string, "--rate-limit", "6m", source, place]),
       ),
     );
     expect(count()).toBeLessThanOrEqual(1);
@@ -939,9 +1033,11 @@ describe("guard --max-bytes", () => {
     await expectRun(0, ["-S", source, home]);
     for (const size of ["1", "1000k", "1M", "2g"]) {
       expect(
-        (await guardOf(mine, "--max-bytes", size).guard(
-          sent("open", crypto.randomUUID(), "look", home, "", "", "", "60"),
-        )).status,
+        (
+          await guardOf(mine, "--max-bytes", size).guard(
+            sent("open", crypto.randomUUID(), "look", home, "", "", "", "60"),
+          )
+        ).status,
       ).toBe(0);
     }
   });

@@ -5,7 +5,18 @@ import { existsSync, mkdirSync, readFileSync, writeFileSync } from "node:fs";
 import { join } from "node:path";
 import type { ArgsDef } from "citty";
 import { COMMANDS } from "../btrfs-backup.ts";
-import { expectRun, filesystem, nextSecond, pair, ROOT, run, sh, snapshotNames, subvolume, temporaryDirectory } from "./support/rig.ts";
+import {
+  expectRun,
+  filesystem,
+  nextSecond,
+  pair,
+  ROOT,
+  run,
+  sh,
+  snapshotNames,
+  subvolume,
+  temporaryDirectory,
+} from "./support/rig.ts";
 
 test("usage errors are one line, exit 2, and nothing is done", async () => {
   const { source, snapshots, destination, a } = pair();
@@ -13,7 +24,10 @@ test("usage errors are one line, exit 2, and nothing is done", async () => {
   const off = temporaryDirectory();
   const wrong: [string[], string][] = [
     [["--json", "list", source], "the command comes first: btrfs-backup list …"],
-    [["--num-snapshosts", "3", source], "unknown option --num-snapshosts; did you mean --num-snapshots?"],
+    [
+      ["--num-snapshosts", "3", source],
+      "unknown option --num-snapshosts; did you mean --num-snapshots?",
+    ],
     [["--verbose", "info", source], "--verbosity"],
     [["--num", "3", source], "--num can mean --num-snapshots or --num-backups"],
     [["--dry", source], "unknown option --dry"],
@@ -45,7 +59,10 @@ test("usage errors are one line, exit 2, and nothing is done", async () => {
     [["-S"], "SOURCE is missing"],
     [[join(a.path, "plain"), destination], `not a subvolume: ${join(a.path, "plain")}`],
     [[join(a.path, "a plain # Z"), destination], `not a subvolume: ${join(a.path, "a plain # Z")}`],
-    ...[source, a.path].map((source): [string[], string] => [["-f", join(destination, "../snapshots"), source], "is not on the filesystem"]),
+    ...[source, a.path].map((source): [string[], string] => [
+      ["-f", join(destination, "../snapshots"), source],
+      "is not on the filesystem",
+    ]),
     [[join(a.path, "none"), destination], "no such directory"],
     [[off, destination], `not on btrfs: ${off}`],
     [[source, "s3://bucket/x"], '"s3://" is no kind of location'],
@@ -64,16 +81,32 @@ test("usage errors are one line, exit 2, and nothing is done", async () => {
 });
 
 test("help is a command as well, and no arguments get a few lines", async () => {
-  const [help, restore, none] = [await run(["help"]), await run(["help", "restore"]), await run([])];
+  const [help, restore, none] = [
+    await run(["help"]),
+    await run(["help", "restore"]),
+    await run([]),
+  ];
   expect([help.status, restore.status]).toEqual([0, 0]);
-  expect([help.stdout, restore.stdout]).toEqual([(await run(["--help"])).stdout, (await run(["restore", "--help"])).stdout]);
+  expect([help.stdout, restore.stdout]).toEqual([
+    (await run(["--help"])).stdout,
+    (await run(["restore", "--help"])).stdout,
+  ]);
   expect([none.status, none.stdout, none.stderr.trimEnd().split("\n").length]).toEqual([2, "", 8]);
 });
 
 test("what 0.2 and 0.3.1 took is taken: unambiguous beginnings of their options, -C, and a sign before a number", async () => {
   const { source, snapshots, a } = pair();
   const beside = join(a.path, "beside");
-  const old = ["--verb", "warning", "--no-prog", "--num-snap", "+2", "--num-b=1", "--snapshot-f", "snapshot"];
+  const old = [
+    "--verb",
+    "warning",
+    "--no-prog",
+    "--num-snap",
+    "+2",
+    "--num-b=1",
+    "--snapshot-f",
+    "snapshot",
+  ];
   const { stderr } = await expectRun(0, [...old, source, "-C", beside]);
   expect(stderr).toBe("");
   for (let i = 0; i < 2; i++) {
@@ -86,44 +119,80 @@ test("what 0.2 and 0.3.1 took is taken: unambiguous beginnings of their options,
 test("a path that is not UTF-8 is a usage error, and nothing is made under another name", () => {
   const { source, snapshots, a } = pair();
   const program = join(ROOT, "dist/btrfs-backup");
-  writeFileSync(join(a.path, "arguments"), Buffer.concat([Buffer.from(`${a.path}/back`), Buffer.from([0xff])]));
-  for (const words of [`"$2" "$3/back"$'\\xff'`, `--metrics "$3/metrics"$'\\xff' "$2"`, `"$2"$'\\xff'`, `"$2" "@$3/arguments"`, `restore "$3" "$3/back"$'\\xff'`, `versions "$2/file"$'\\xff'`])
-    expect(sh(`"$1" ${words} 2>&1 && exit 1; s=$?; echo "$s"`, program, source, a.path)).toMatch(/not UTF-8[^\n]*\n2$/);
+  writeFileSync(
+    join(a.path, "arguments"),
+    Buffer.concat([Buffer.from(`${a.path}/back`), Buffer.from([0xff])]),
+  );
+  for (const words of [
+    `"$2" "$3/back"$'\\xff'`,
+    `--metrics "$3/metrics"$'\\xff' "$2"`,
+    `"$2"$'\\xff'`,
+    `"$2" "@$3/arguments"`,
+    `restore "$3" "$3/back"$'\\xff'`,
+    `versions "$2/file"$'\\xff'`,
+  ])
+    expect(sh(`"$1" ${words} 2>&1 && exit 1; s=$?; echo "$s"`, program, source, a.path)).toMatch(
+      /not UTF-8[^\n]*\n2$/,
+    );
   expect(existsSync(snapshots)).toBe(false);
   expect(sh(`ls "$1"`, a.path)).toBe("arguments\nhome");
 });
 
 test("--help and --version answer on stdout", async () => {
-  const { version } = JSON.parse(readFileSync(join(ROOT, "package.json"), "utf8")) as { version: string };
-  expect((await expectRun(0, ["--version"], { how: "bun" })).stdout).toBe(`btrfs-backup ${version} (from source, Bun ${Bun.version})\n`);
+  const { version } = JSON.parse(readFileSync(join(ROOT, "package.json"), "utf8")) as {
+    version: string;
+  };
+  expect((await expectRun(0, ["--version"], { how: "bun" })).stdout).toBe(
+    `btrfs-backup ${version} (from source, Bun ${Bun.version})\n`,
+  );
   // A build says what it was built from, where that is known: a tree can be unpacked from an archive, or belong to another user.
-  const commit = sh(`cd "$1"; git -c safe.directory="$PWD" rev-parse --short=10 HEAD 2>/dev/null || echo "no commit"`, ROOT);
-  expect((await expectRun(0, ["--version"])).stdout).toBe(`btrfs-backup ${version} (${commit}, Bun ${Bun.version})\n`);
+  const commit = sh(
+    `cd "$1"; git -c safe.directory="$PWD" rev-parse --short=10 HEAD 2>/dev/null || echo "no commit"`,
+    ROOT,
+  );
+  expect((await expectRun(0, ["--version"])).stdout).toBe(
+    `btrfs-backup ${version} (${commit}, Bun ${Bun.version})\n`,
+  );
   expect((await expectRun(0, ["--help"])).stdout).toContain("--num-backups");
   expect((await expectRun(0, ["unpin", "--help"])).stdout).toContain("--all");
   // All that there is, in a terminal's width, and the same words in the README.
   const { stdout: main } = await expectRun(0, ["--help"]);
   for (const [command, { args }] of Object.entries(COMMANDS)) {
     const { stdout } = await expectRun(0, [command, "--help"]);
-    for (const line of stdout.split("\n")) expect([line.length <= 80, line]).toEqual([true, line.trimEnd()]);
+    for (const line of stdout.split("\n"))
+      expect([line.length <= 80, line]).toEqual([true, line.trimEnd()]);
     if (command !== "run") expect(main).toContain(`\n  ${command} `);
-    const told = [...stdout.matchAll(/^ {2}(?:-\w, | {4})--([a-z-]+)/gm)].map(([, option]) => option as string);
+    const told = [...stdout.matchAll(/^ {2}(?:-\w, | {4})--([a-z-]+)/gm)].map(
+      ([, option]) => option as string,
+    );
     const options = Object.entries(args as ArgsDef).filter(([, { type }]) => type !== "positional");
     expect(told.toSorted()).toEqual(options.map(([option]) => option).sort());
   }
 });
 
 test("deno.json imports what package.json pins", () => {
-  const { dependencies } = JSON.parse(readFileSync(join(ROOT, "package.json"), "utf8")) as { dependencies: Record<string, string> };
-  const { imports } = JSON.parse(readFileSync(join(ROOT, "deno.json"), "utf8")) as { imports: Record<string, string> };
-  for (const target of Object.values(imports)) expect(Object.entries(dependencies).some(([name, version]) => target.startsWith(`npm:${name}@${version}`))).toBe(true);
+  const { dependencies } = JSON.parse(readFileSync(join(ROOT, "package.json"), "utf8")) as {
+    dependencies: Record<string, string>;
+  };
+  const { imports } = JSON.parse(readFileSync(join(ROOT, "deno.json"), "utf8")) as {
+    imports: Record<string, string>;
+  };
+  for (const target of Object.values(imports))
+    expect(
+      Object.entries(dependencies).some(([name, version]) =>
+        target.startsWith(`npm:${name}@${version}`),
+      ),
+    ).toBe(true);
 });
 
 test("argument files are read as 0.3.1 read them", async () => {
   const { source, snapshots, destination } = pair();
   const directory = temporaryDirectory();
   mkdirSync(join(directory, "more"));
-  writeFileSync(join(directory, "main"), `# a comment\n\n   -q\n  --num-snapshots 1\n-p   two words-\n@more/rest\n`);
+  writeFileSync(
+    join(directory, "main"),
+    `# a comment\n\n   -q\n  --num-snapshots 1\n-p   two words-\n@more/rest\n`,
+  );
   writeFileSync(join(directory, "more/rest"), `@../dests\n--json\n`);
   writeFileSync(join(directory, "dests"), `${destination}\n`);
   const result = await expectRun(0, [source, `@${join(directory, "main")}`]);
@@ -132,7 +201,9 @@ test("argument files are read as 0.3.1 read them", async () => {
   expect(snapshotNames(destination, "two words-").length).toBe(1);
   writeFileSync(join(directory, "more/rest"), `@../main\n`);
   const loop = await expectRun(2, [`@${join(directory, "main")}`]);
-  expect(loop.stderr).toContain(`${join(directory, "main")} -> ${join(directory, "more/rest")} -> ${join(directory, "main")}`);
+  expect(loop.stderr).toContain(
+    `${join(directory, "main")} -> ${join(directory, "more/rest")} -> ${join(directory, "main")}`,
+  );
   expect((await expectRun(2, ["@/no/such/file"])).stderr).toContain("/no/such/file");
 });
 
@@ -140,7 +211,12 @@ test("a top-level subvolume, and one mounted by itself, can be SOURCE", async ()
   const [a, b] = [filesystem(), filesystem()];
   sh(`echo text >"$1/file"`, a.path);
   await expectRun(0, [a.path, join(b.path, "top")]);
-  expect(readFileSync(join(b.path, "top", snapshotNames(join(b.path, "top"))[0] as string, "file"), "utf8")).toBe("text\n");
+  expect(
+    readFileSync(
+      join(b.path, "top", snapshotNames(join(b.path, "top"))[0] as string, "file"),
+      "utf8",
+    ),
+  ).toBe("text\n");
   const home = subvolume(join(a.path, "@home"));
   sh(`echo home >"$1/file"`, home);
   const mounted = temporaryDirectory();
@@ -166,5 +242,11 @@ test("a short option takes its value behind a =, as it always did, and nobody ha
   const { source, snapshots, destination } = pair();
   await expectRun(0, ["-p=x-", "-n=3", source, destination]);
   expect(snapshotNames(snapshots, "x-").length).toBe(1);
-  expect(sh(`set +e; "$1" btrfs-backup.ts -q --json "$2" >/dev/full; echo $?`, join(ROOT, "node_modules/.bin/bun"), source)).toBe("1");
+  expect(
+    sh(
+      `set +e; "$1" btrfs-backup.ts -q --json "$2" >/dev/full; echo $?`,
+      join(ROOT, "node_modules/.bin/bun"),
+      source,
+    ),
+  ).toBe("1");
 });

@@ -1,9 +1,35 @@
 // The right place, the right owner, and room: what stands between a run and somebody's data.
 
 import { expect, test } from "bun:test";
-import { existsSync, mkdirSync, readdirSync, readFileSync, statSync, rmSync, writeFileSync } from "node:fs";
+import {
+  existsSync,
+  mkdirSync,
+  readdirSync,
+  readFileSync,
+  statSync,
+  rmSync,
+  writeFileSync,
+} from "node:fs";
 import { join } from "node:path";
-import { events, expectRun, expectSound, filesystem, fill, nextSecond, pair, run, sh, snapshotAs, snapshotNames, sshServer, start, subvolume, subvolumes, temporaryDirectory, waitFor } from "./support/rig.ts";
+import {
+  events,
+  expectRun,
+  expectSound,
+  filesystem,
+  fill,
+  nextSecond,
+  pair,
+  run,
+  sh,
+  snapshotAs,
+  snapshotNames,
+  sshServer,
+  start,
+  subvolume,
+  subvolumes,
+  temporaryDirectory,
+  waitFor,
+} from "./support/rig.ts";
 
 test("a second source is refused a folder with another's backups, before anything is written, and --adopt takes over", async () => {
   const { source, destination, a } = pair();
@@ -13,7 +39,8 @@ test("a second source is refused a folder with another's backups, before anythin
   const before = sh(`cd "$1"; ls -A; cat .btrfs-backup.json`, destination);
   await nextSecond();
   const refused = await expectRun(1, ["-n", "1", second, destination]);
-  for (const word of [source, second, "-p", "another folder", "--adopt"]) expect(refused.stderr).toContain(word);
+  for (const word of [source, second, "-p", "another folder", "--adopt"])
+    expect(refused.stderr).toContain(word);
   expect(sh(`cd "$1"; ls -A; cat .btrfs-backup.json`, destination)).toBe(before);
   await expectRun(0, ["-p", "second-", second, destination]);
   await expectRun(0, ["--adopt", "-n", "1", "-S", second, destination]);
@@ -45,12 +72,18 @@ test("a source that was rolled back to a snapshot goes on incrementally, and the
   await expectRun(0, [source, destination]);
   const [name] = snapshotNames(snapshots) as [string];
   // As one rolls back by hand: the old subvolume goes aside, its snapshot takes its place, the snapshots move over.
-  sh(`mv "$1" "$1.old"; btrfs -q subvolume snapshot "$1.old/snapshot/$2" "$1" >/dev/null; rm -rf "$1/snapshot"; mkdir "$1/snapshot"
-    btrfs property set -ts "$1.old/snapshot/$2" ro false; mv "$1.old/snapshot/$2" "$1/snapshot/$2"; btrfs property set -ts "$1/snapshot/$2" ro true; cp "$1.old/snapshot/.btrfs-backup.json" "$1/snapshot"`, source, name);
+  sh(
+    `mv "$1" "$1.old"; btrfs -q subvolume snapshot "$1.old/snapshot/$2" "$1" >/dev/null; rm -rf "$1/snapshot"; mkdir "$1/snapshot"
+    btrfs property set -ts "$1.old/snapshot/$2" ro false; mv "$1.old/snapshot/$2" "$1/snapshot/$2"; btrfs property set -ts "$1/snapshot/$2" ro true; cp "$1.old/snapshot/.btrfs-backup.json" "$1/snapshot"`,
+    source,
+    name,
+  );
   await nextSecond();
   const result = await expectRun(0, ["--json", source, destination]);
   expect(events(result).find(({ event }) => event === "transfer")).toMatchObject({ parent: name });
-  expect(readFileSync(join(destination, ".btrfs-backup.json"), "utf8")).toContain(sh(`btrfs subvolume show "$1" | awk '/^\\tUUID/ { print $2 }'`, source));
+  expect(readFileSync(join(destination, ".btrfs-backup.json"), "utf8")).toContain(
+    sh(`btrfs subvolume show "$1" | awk '/^\\tUUID/ { print $2 }'`, source),
+  );
   expectSound(destination, snapshots);
 });
 
@@ -70,7 +103,11 @@ test("another disk in the same place is refused until --adopt", async () => {
   const { source, b } = pair();
   const destination = b.path;
   await expectRun(0, [source, destination]);
-  sh(`umount "$1"; truncate -s 0 "$2"; truncate -s 1G "$2"; mkfs.btrfs -q "$2" >/dev/null 2>&1; mount -o loop "$2" "$1"`, b.path, b.image);
+  sh(
+    `umount "$1"; truncate -s 0 "$2"; truncate -s 1G "$2"; mkfs.btrfs -q "$2" >/dev/null 2>&1; mount -o loop "$2" "$1"`,
+    b.path,
+    b.image,
+  );
   await nextSecond();
   expect((await expectRun(1, [source, destination])).stderr).toContain("another filesystem");
   expect(readdirSync(destination)).toEqual([]);
@@ -88,7 +125,9 @@ test("a destination whose record is gone, and one with its folder gone, are refu
   expect((await expectRun(1, [source, destination])).stderr).toContain("--adopt");
   await expectRun(0, ["--adopt", source, destination]);
   sh(`btrfs subvolume delete "$1"/2* >/dev/null; rm -r "$1"`, destination);
-  expect((await expectRun(1, ["-S", source, destination])).stderr).toContain("is the disk mounted?");
+  expect((await expectRun(1, ["-S", source, destination])).stderr).toContain(
+    "is the disk mounted?",
+  );
   expect(existsSync(destination)).toBe(false);
   await expectRun(0, ["-S", "--adopt", source, destination]);
 });
@@ -106,9 +145,19 @@ test("a destination in, at or above the snapshot folder is a usage error, by wha
   const { source, snapshots, a } = pair();
   const link = join(temporaryDirectory(), "link");
   sh(`ln -s "$1" "$2"`, a.path, link);
-  for (const place of [snapshots, join(snapshots, "x"), source, a.path, join(link, "home/snapshot")]) {
+  for (const place of [
+    snapshots,
+    join(snapshots, "x"),
+    source,
+    a.path,
+    join(link, "home/snapshot"),
+  ]) {
     const result = await run([source, place]);
-    expect([place, result.status, result.stderr]).toEqual([place, 2, expect.stringContaining("snapshot folder")]);
+    expect([place, result.status, result.stderr]).toEqual([
+      place,
+      2,
+      expect.stringContaining("snapshot folder"),
+    ]);
     expect(existsSync(snapshots) && snapshotNames(snapshots).length > 0).toBe(false);
     sh(`rm -rf "$1"`, snapshots);
   }
@@ -119,7 +168,12 @@ test("a destination below a bind mount of a plain folder is refused by its real 
   const [bound, mounted] = [temporaryDirectory(), temporaryDirectory()];
   mkdirSync(join(b.path, "folder"));
   subvolume(join(b.path, "vault"));
-  sh(`mount --bind "$1/folder" "$2"; mount -o subvol=vault "$(findmnt -no SOURCE "$1")" "$3"`, b.path, bound, mounted);
+  sh(
+    `mount --bind "$1/folder" "$2"; mount -o subvol=vault "$(findmnt -no SOURCE "$1")" "$3"`,
+    b.path,
+    bound,
+    mounted,
+  );
   const refused = await expectRun(1, [source, join(bound, "backup")]);
   expect(refused.stderr).toContain("bind mount of the plain folder /folder");
   await expectRun(0, ["-S", source, join(mounted, "backup")]);
@@ -133,11 +187,17 @@ test("a destination below a bind mount of a plain folder is refused by its real 
 test("a destination is made where it can be one, and nowhere else", async () => {
   const { source, b } = pair();
   const plain = temporaryDirectory();
-  expect((await expectRun(1, [source, join(plain, "no/such")])).stderr).toContain("no such directory");
+  expect((await expectRun(1, [source, join(plain, "no/such")])).stderr).toContain(
+    "no such directory",
+  );
   expect(readdirSync(plain)).toEqual([]);
   writeFileSync(join(b.path, "file"), "");
-  expect((await expectRun(1, ["-S", source, join(b.path, "file")])).stderr).toContain("not a directory");
-  expect((await expectRun(1, ["-S", source, join(b.path, "file/below/it")])).stderr).toContain("[error]");
+  expect((await expectRun(1, ["-S", source, join(b.path, "file")])).stderr).toContain(
+    "not a directory",
+  );
+  expect((await expectRun(1, ["-S", source, join(b.path, "file/below/it")])).stderr).toContain(
+    "[error]",
+  );
   expect(readdirSync(b.path)).toEqual(["file"]);
   expect((await expectRun(1, ["-S", source, plain])).stderr).toContain("not on btrfs");
 });
@@ -150,15 +210,29 @@ test("an optional destination may be away, until it has been for longer than --m
   sh(`umount "$1"`, b.path);
   await nextSecond();
   const away = await expectRun(0, ["--json", "--max-age", "3d", "-N", "1", source, ...at]);
-  expect(events(away)).toContainEqual({ event: "skipped", destination, message: expect.any(String) });
+  expect(events(away)).toContainEqual({
+    event: "skipped",
+    destination,
+    message: expect.any(String),
+  });
   expect(away.stderr).not.toContain("[error]");
   expect(snapshotNames(snapshots)).toContain(pin);
   // Four days ago, says the record now.
   const record = join(snapshots, ".btrfs-backup.json");
-  writeFileSync(record, readFileSync(record, "utf8").replace(/"last":"[^"]*"/, `"last":"${new Date(Date.now() - 4 * 86400e3).toISOString()}"`));
-  expect((await expectRun(1, ["--max-age", "3d", "-S", source, ...at])).stderr).toContain("longer ago than 3d");
+  writeFileSync(
+    record,
+    readFileSync(record, "utf8").replace(
+      /"last":"[^"]*"/,
+      `"last":"${new Date(Date.now() - 4 * 86400e3).toISOString()}"`,
+    ),
+  );
+  expect((await expectRun(1, ["--max-age", "3d", "-S", source, ...at])).stderr).toContain(
+    "longer ago than 3d",
+  );
   await expectRun(0, ["--max-age", "5d", "-S", source, ...at]);
-  expect((await expectRun(0, ["-S", source, "--optional", "/nowhere/at/all"])).stderr).toContain("Skipping");
+  expect((await expectRun(0, ["-S", source, "--optional", "/nowhere/at/all"])).stderr).toContain(
+    "Skipping",
+  );
 });
 
 test("what an absent destination would still want is kept for it with --keep-unsent", async () => {
@@ -167,8 +241,22 @@ test("what an absent destination would still want is kept for it with --keep-uns
   await expectRun(0, ["-S", source, destination]);
   sh(`umount "$1"`, b.path);
   for (const day of [2, 3, 4]) snapshotAs(source, `2026010${day}-000000`);
-  await expectRun(0, ["-S", "-N", "1", "-n", "2", "--keep-unsent", source, "--optional", destination]);
-  expect(snapshotNames(snapshots)).toEqual(["20260101-000000", "20260103-000000", "20260104-000000"]);
+  await expectRun(0, [
+    "-S",
+    "-N",
+    "1",
+    "-n",
+    "2",
+    "--keep-unsent",
+    source,
+    "--optional",
+    destination,
+  ]);
+  expect(snapshotNames(snapshots)).toEqual([
+    "20260101-000000",
+    "20260103-000000",
+    "20260104-000000",
+  ]);
   sh(`mount -o loop "$1" "$2"`, b.image, b.path);
   await expectRun(0, ["-S", "-N", "1", "-n", "2", "--keep-unsent", source, destination]);
   expect(snapshotNames(destination)).toEqual(["20260103-000000", "20260104-000000"]);
@@ -198,10 +286,18 @@ test("a full destination fails alone, deletes nothing, and --make-room lets go f
   snapshotAs(source, "20260104-000000");
   const full = await expectRun(1, ["-S", "-n", "1", source, destination]);
   expect(full.stderr).toContain("No space left on device");
-  expect(snapshotNames(destination)).toEqual(["20260101-000000", "20260102-000000", "20260103-000000"]);
+  expect(snapshotNames(destination)).toEqual([
+    "20260101-000000",
+    "20260102-000000",
+    "20260103-000000",
+  ]);
   expectSound(destination, snapshots);
   const room = await expectRun(0, ["-S", "-n", "1", "--make-room", "--json", source, destination]);
-  expect(events(room).filter(({ event }) => event === "transfer" || event === "delete").map(({ event, name, reason }) => [event, name, reason])).toEqual([
+  expect(
+    events(room)
+      .filter(({ event }) => event === "transfer" || event === "delete")
+      .map(({ event, name, reason }) => [event, name, reason]),
+  ).toEqual([
     ["delete", "20260101-000000", "to make room"],
     ["delete", "20260102-000000", "to make room"],
     ["transfer", "20260104-000000", undefined],
@@ -244,15 +340,29 @@ test("a source and destination last used by 0.3.1 continue incrementally", async
   const { source, snapshots, destination } = pair();
   mkdirSync(destination);
   for (const day of [1, 2]) snapshotAs(source, `2026010${day}-000000`);
-  sh(`btrfs send -q "$1/20260101-000000" | btrfs receive -q "$2"; btrfs send -q -p "$1/20260101-000000" "$1/20260102-000000" | btrfs receive -q "$2"`, snapshots, destination);
+  sh(
+    `btrfs send -q "$1/20260101-000000" | btrfs receive -q "$2"; btrfs send -q -p "$1/20260101-000000" "$1/20260102-000000" | btrfs receive -q "$2"`,
+    snapshots,
+    destination,
+  );
   // A third was being sent when the power failed: half of it is there, and noted.
   sh(`head -c 3M /dev/urandom >"$1/new"`, source);
   snapshotAs(source, "20260103-000000");
-  sh(`btrfs send -q -p "$1/20260102-000000" "$1/20260103-000000" | head -c 2000000 | btrfs receive -q "$2" 2>/dev/null || :`, snapshots, destination);
-  const old = JSON.stringify({ "20260103-000000": { locks: [destination] }, "20260102-000000": { parent_locks: [destination] }, "20260101-000000": { locks: ["/mnt/usb"] } });
+  sh(
+    `btrfs send -q -p "$1/20260102-000000" "$1/20260103-000000" | head -c 2000000 | btrfs receive -q "$2" 2>/dev/null || :`,
+    snapshots,
+    destination,
+  );
+  const old = JSON.stringify({
+    "20260103-000000": { locks: [destination] },
+    "20260102-000000": { parent_locks: [destination] },
+    "20260101-000000": { locks: ["/mnt/usb"] },
+  });
   writeFileSync(join(snapshots, ".outstanding_transfers"), old);
   const result = await expectRun(0, ["-S", "--json", source, destination]);
-  expect(events(result).filter(({ event }) => event === "transfer")).toMatchObject([{ name: "20260103-000000", parent: "20260102-000000" }]);
+  expect(events(result).filter(({ event }) => event === "transfer")).toMatchObject([
+    { name: "20260103-000000", parent: "20260102-000000" },
+  ]);
   expect(readFileSync(join(snapshots, ".outstanding_transfers"), "utf8")).toBe(old);
   expectSound(destination, snapshots);
   expect(snapshotNames(destination).length).toBe(3);
@@ -261,7 +371,10 @@ test("a source and destination last used by 0.3.1 continue incrementally", async
 test("0.3.1's known destinations keep their pins, and an empty place is not taken for one of them", async () => {
   const { source, snapshots, destination, b } = pair();
   for (const day of [1, 2, 3]) snapshotAs(source, `2026010${day}-000000`);
-  writeFileSync(join(snapshots, ".outstanding_transfers"), JSON.stringify({ "20260101-000000": { parent_locks: [destination] } }));
+  writeFileSync(
+    join(snapshots, ".outstanding_transfers"),
+    JSON.stringify({ "20260101-000000": { parent_locks: [destination] } }),
+  );
   await expectRun(0, ["-S", "-N", "1", source]);
   expect(snapshotNames(snapshots)).toEqual(["20260101-000000", "20260103-000000"]);
   mkdirSync(destination);
@@ -276,8 +389,21 @@ test("a folder in which 0.3.1 mixed two sources is taken over without pruning th
   const second = subvolume(join(a.path, "second"));
   fill(second, 2);
   mkdirSync(destination);
-  const send = (folder: string, name: string, parent?: string) => sh(`btrfs send -q \${3:+-p "$1/$3"} "$1/$2" | btrfs receive -q "$4"`, folder, name, parent ?? "", destination);
-  for (const [at, name] of [[source, "20260101-000000"], [second, "20260101-120000"], [source, "20260102-000000"], [second, "20260102-120000"]] as const) snapshotAs(at, name);
+  const send = (folder: string, name: string, parent?: string) =>
+    sh(
+      `btrfs send -q \${3:+-p "$1/$3"} "$1/$2" | btrfs receive -q "$4"`,
+      folder,
+      name,
+      parent ?? "",
+      destination,
+    );
+  for (const [at, name] of [
+    [source, "20260101-000000"],
+    [second, "20260101-120000"],
+    [source, "20260102-000000"],
+    [second, "20260102-120000"],
+  ] as const)
+    snapshotAs(at, name);
   send(snapshots, "20260101-000000");
   send(join(second, "snapshot"), "20260101-120000");
   send(snapshots, "20260102-000000", "20260101-000000");
@@ -296,8 +422,17 @@ test("a snapshot folder that 0.3.1 let two sources share is taken over without t
   const folder = join(a.path, "snapshots");
   mkdirSync(folder);
   const second = subvolume(join(a.path, "second"));
-  for (const day of [1, 2, 3]) sh(`btrfs -q subvolume snapshot -r "$1" "$2" >/dev/null`, second, join(folder, `2026010${day}-000000`));
-  sh(`btrfs -q subvolume snapshot -r "$1" "$2" >/dev/null`, source, join(folder, "20260104-000000"));
+  for (const day of [1, 2, 3])
+    sh(
+      `btrfs -q subvolume snapshot -r "$1" "$2" >/dev/null`,
+      second,
+      join(folder, `2026010${day}-000000`),
+    );
+  sh(
+    `btrfs -q subvolume snapshot -r "$1" "$2" >/dev/null`,
+    source,
+    join(folder, "20260104-000000"),
+  );
   for (let i = 0; i < 2; i++) {
     await expectRun(0, ["-N", "1", "-f", folder, source, destination]);
     await nextSecond();
@@ -326,7 +461,10 @@ test("another disk that is mounted in mid-run at a destination is neither writte
   const before = sh(`ls -A "$1"; cat "$1/.btrfs-backup.json"`, one.path);
   rmSync(gate);
   const result = await running.finished;
-  expect([result.status, result.stderr]).toEqual([1, expect.stringContaining("another filesystem or directory is at")]);
+  expect([result.status, result.stderr]).toEqual([
+    1,
+    expect.stringContaining("another filesystem or directory is at"),
+  ]);
   expect(sh(`ls -A "$1"; cat "$1/.btrfs-backup.json"`, one.path)).toBe(before);
   expect(snapshotNames(destination).length).toBe(1);
 });
@@ -335,11 +473,19 @@ test("a user's subvolume with a line break in its name cannot pass for a snapsho
   const { source, snapshots, destination, a } = pair();
   await expectRun(0, [source, destination]);
   const [name] = snapshotNames(snapshots) as [string];
-  const lines = [`x\nID 1 gen 1 boo`, `y\nID 9999 gen 1 cgen 1 top level 5 parent_uuid - received_uuid - uuid 11111111-1111-1111-1111-111111111111 path home`];
+  const lines = [
+    `x\nID 1 gen 1 boo`,
+    `y\nID 9999 gen 1 cgen 1 top level 5 parent_uuid - received_uuid - uuid 11111111-1111-1111-1111-111111111111 path home`,
+  ];
   sh(`btrfs -q subvolume create "$1/$2" >/dev/null`, a.path, lines[0] as string);
   await nextSecond();
   await expectRun(0, [source, destination]);
-  sh(`mkdir -p "$1/$2/snapshot"; btrfs -q subvolume create "$1/$2/snapshot/$3" >/dev/null`, a.path, lines[1] as string, name);
+  sh(
+    `mkdir -p "$1/$2/snapshot"; btrfs -q subvolume create "$1/$2/snapshot/$3" >/dev/null`,
+    a.path,
+    lines[1] as string,
+    name,
+  );
   const result = await expectRun(1, ["-S", "-N", "1", source, destination]);
   expect(result.stderr).toContain("line break");
   expect(snapshotNames(snapshots).length).toBe(2);
@@ -358,9 +504,15 @@ test("a takeover that sends nothing is remembered on both sides", async () => {
 test("--remove-locks forgets pins, not which disk it was", async () => {
   const { source, b } = pair();
   await expectRun(0, [source, b.path]);
-  sh(`umount "$1"; truncate -s 0 "$2"; truncate -s 1G "$2"; mkfs.btrfs -q "$2" >/dev/null 2>&1; mount -o loop "$2" "$1"`, b.path, b.image);
+  sh(
+    `umount "$1"; truncate -s 0 "$2"; truncate -s 1G "$2"; mkfs.btrfs -q "$2" >/dev/null 2>&1; mount -o loop "$2" "$1"`,
+    b.path,
+    b.image,
+  );
   await nextSecond();
-  expect((await expectRun(1, ["--remove-locks", source, b.path])).stderr).toContain("another filesystem");
+  expect((await expectRun(1, ["--remove-locks", source, b.path])).stderr).toContain(
+    "another filesystem",
+  );
 });
 
 test("a chain that ends in a folder goes on although that folder begins another", async () => {
@@ -403,8 +555,11 @@ test("however many strangers there are, they stay, and the record of them is sma
   await expectRun(0, ["-S", source, destination]);
   const many = 2500;
   // By the ioctl of linux/btrfs.h, since so many processes would take minutes.
-  sh(`cd "$1"; perl -MPOSIX -e 'sub dir { open(my $d, "<", $_[0]) or die; $d } my ($s, $in) = (dir("20260101-000000"), dir("."));
-    for my $i (1 .. ${many}) { ioctl($in, 0x50009417, pack("q Q Q x32 a4040", fileno($s), 0, 2, strftime("%Y%m%d-%H%M%S", gmtime(1262304000 + 3600 * $i)))) or die "$!" }'`, destination);
+  sh(
+    `cd "$1"; perl -MPOSIX -e 'sub dir { open(my $d, "<", $_[0]) or die; $d } my ($s, $in) = (dir("20260101-000000"), dir("."));
+    for my $i (1 .. ${many}) { ioctl($in, 0x50009417, pack("q Q Q x32 a4040", fileno($s), 0, 2, strftime("%Y%m%d-%H%M%S", gmtime(1262304000 + 3600 * $i)))) or die "$!" }'`,
+    destination,
+  );
   snapshotAs(second, "20260102-000000");
   for (const _ of [1, 2]) {
     await expectRun(0, ["--adopt", "-n", "1", "-S", second, destination]);
@@ -414,7 +569,11 @@ test("however many strangers there are, they stay, and the record of them is sma
   await expectRun(0, ["-n", "1", "-S", second, destination]);
   const standing = () => readdirSync(destination).filter((name) => /^\d{8}-\d{6}$/.test(name));
   const names = standing();
-  expect([names.length, names.includes("20260102-000000"), names.includes("20260103-000000")]).toEqual([many + 2, false, true]);
+  expect([
+    names.length,
+    names.includes("20260102-000000"),
+    names.includes("20260103-000000"),
+  ]).toEqual([many + 2, false, true]);
   await expectRun(0, ["prune", "-n", "1", destination]);
   expect(standing().length).toBe(many + 2);
   expect((await expectRun(1, ["-S", source, destination])).stderr).toContain("belong to");
@@ -426,7 +585,9 @@ test("a fifo or link in the place of a file of ours is refused, and holds nobody
   for (const name of [".btrfs-backup..lock", ".btrfs-backup..receiving", ".btrfs-backup.json"])
     for (const make of ["mkfifo", "ln -s /etc/passwd"]) {
       sh(`mv "$1/$2" "$1/saved"; ${make} "$1/$2"`, destination, name);
-      expect((await expectRun(1, ["-S", source, destination])).stderr).toContain("is not a plain file");
+      expect((await expectRun(1, ["-S", source, destination])).stderr).toContain(
+        "is not a plain file",
+      );
       sh(`mv -f "$1/saved" "$1/$2"`, destination, name);
     }
   await expectRun(0, ["-S", source, destination]);
@@ -436,9 +597,18 @@ test("known destinations are not taken from a record that another user could hav
   const { source, snapshots } = pair();
   await expectRun(0, [source]);
   const proof = join(temporaryDirectory(), "proof");
-  writeFileSync(join(snapshots, ".outstanding_transfers"), JSON.stringify({ [snapshotNames(snapshots)[0] as string]: { locks: [`shell://touch ${proof}; cat >/dev/null`] } }));
+  writeFileSync(
+    join(snapshots, ".outstanding_transfers"),
+    JSON.stringify({
+      [snapshotNames(snapshots)[0] as string]: {
+        locks: [`shell://touch ${proof}; cat >/dev/null`],
+      },
+    }),
+  );
   sh(`chown 4711 "$1"`, join(snapshots, ".outstanding_transfers"));
-  expect((await expectRun(1, ["-S", "--locked-dests", source])).stderr).toContain("belongs to another user");
+  expect((await expectRun(1, ["-S", "--locked-dests", source])).stderr).toContain(
+    "belongs to another user",
+  );
   expect(existsSync(proof)).toBe(false);
 });
 
@@ -447,13 +617,23 @@ test("destinations are opened side by side; each of one host uses the first one'
   const { options, url } = await sshServer();
   const tools = temporaryDirectory();
   // Nobody goes on before all three are there, but for the source, which comes first.
-  writeFileSync(join(tools, "flock"), `#!/bin/bash\nif [ "$1" = -V ] && [ -e ${tools}/go ]; then : >"${tools}/here-$$"; for i in {1..400}; do [ "$(ls ${tools} | grep -c here)" -ge 3 ] && break; sleep 0.05; [ $i -lt 400 ] || exit 1; done; fi\n[ "$1" != -V ] || : >${tools}/go\nexec ${sh("command -v flock")} "$@"\n`, { mode: 0o755 });
+  writeFileSync(
+    join(tools, "flock"),
+    `#!/bin/bash\nif [ "$1" = -V ] && [ -e ${tools}/go ]; then : >"${tools}/here-$$"; for i in {1..400}; do [ "$(ls ${tools} | grep -c here)" -ge 3 ] && break; sleep 0.05; [ $i -lt 400 ] || exit 1; done; fi\n[ "$1" != -V ] || : >${tools}/go\nexec ${sh("command -v flock")} "$@"\n`,
+    { mode: 0o755 },
+  );
   const places = ["x", "y", "z"].map((name) => join(b.path, name));
   for (const place of places) mkdirSync(place);
-  await expectRun(0, ["-q", "--dry-run", source, ...places], { env: { PATH: `${tools}:${process.env["PATH"]}` } });
+  await expectRun(0, ["-q", "--dry-run", source, ...places], {
+    env: { PATH: `${tools}:${process.env["PATH"]}` },
+  });
   // One connection for all.
   const watched = temporaryDirectory();
-  writeFileSync(join(watched, "ssh"), `#!/bin/bash\nexec ${sh("command -v ssh")} -v "$@" 2> >(tee -a ${watched}/log >&2)\n`, { mode: 0o755 });
+  writeFileSync(
+    join(watched, "ssh"),
+    `#!/bin/bash\nexec ${sh("command -v ssh")} -v "$@" 2> >(tee -a ${watched}/log >&2)\n`,
+    { mode: 0o755 },
+  );
   const ssh = ["-q", ...options, source, ...places.map((place) => url(place))];
   await expectRun(0, ssh); // the folders' locks are made
   await expectRun(0, [...ssh, "-S"], { env: { PATH: `${watched}:${process.env["PATH"]}` } });
@@ -466,16 +646,25 @@ test("a cloned machine does not take the original's chain: its backups are neith
   for (const n of [1, 2, 3]) snapshotAs(source, `2026010${n}-000000`);
   await expectRun(0, ["-S", source, destination]);
   // The clone was made after the second snapshot, and is another host with the same subvolume.
-  sh(`btrfs -q subvolume delete "$1/20260103-000000"; sed -i 's/"host":"[^"]*"/"host":"original"/' "$2/.btrfs-backup.json"`, snapshots, destination);
+  sh(
+    `btrfs -q subvolume delete "$1/20260103-000000"; sed -i 's/"host":"[^"]*"/"host":"original"/' "$2/.btrfs-backup.json"`,
+    snapshots,
+    destination,
+  );
   const record = readFileSync(join(destination, ".btrfs-backup.json"), "utf8");
   const refused = await expectRun(1, ["-n", "1", source, destination]);
   expect(refused.stderr).toMatch(/made on original:.*newest, 20260103-000000, is unknown.*clone/);
-  expect([snapshotNames(destination), readFileSync(join(destination, ".btrfs-backup.json"), "utf8")]).toEqual([["20260101-000000", "20260102-000000", "20260103-000000"], record]);
+  expect([
+    snapshotNames(destination),
+    readFileSync(join(destination, ".btrfs-backup.json"), "utf8"),
+  ]).toEqual([["20260101-000000", "20260102-000000", "20260103-000000"], record]);
   await nextSecond();
   await expectRun(0, ["--adopt", "-n", "1", source, destination]);
   expect(snapshotNames(destination)).toContain("20260103-000000");
   // A machine that was only renamed goes on.
   sh(`sed -i 's/"host":"[^"]*"/"host":"before"/' "$1/.btrfs-backup.json"`, destination);
   await nextSecond();
-  expect((await expectRun(0, [source, destination])).stderr).toContain("its backups were made on before:");
+  expect((await expectRun(0, [source, destination])).stderr).toContain(
+    "its backups were made on before:",
+  );
 });

@@ -4,17 +4,29 @@ import { expect, test } from "bun:test";
 import { existsSync, mkdirSync } from "node:fs";
 import { join } from "node:path";
 import { COMMANDS, told } from "../btrfs-backup.ts";
-import { pair, expectRun, nextSecond, ROOT, sh, snapshotNames, temporaryDirectory } from "./support/rig.ts";
+import {
+  pair,
+  expectRun,
+  nextSecond,
+  ROOT,
+  sh,
+  snapshotNames,
+  temporaryDirectory,
+} from "./support/rig.ts";
 
 const DIST = join(ROOT, "dist");
 const every = Object.entries(COMMANDS).map(([name, command]) => ({ name, ...told(command) }));
 
 test("the man page has no fault, and tells of every command and option", () => {
   expect(sh(`groff -man -Tutf8 -ww -z "$1" 2>&1`, join(DIST, "btrfs-backup.8"))).toBe("");
-  const page = sh(`MANWIDTH=400 man --warnings -E ascii -P cat -l "$1" 2>&1 | col -b`, join(DIST, "btrfs-backup.8"));
+  const page = sh(
+    `MANWIDTH=400 man --warnings -E ascii -P cat -l "$1" 2>&1 | col -b`,
+    join(DIST, "btrfs-backup.8"),
+  );
   for (const { name, usage, description, groups } of every) {
     expect(page).toContain(usage.replaceAll("…", "..."));
-    if (name !== "run") expect(page.replace(/\s+/g, " ")).toContain(`${name} ${description}`.replace(/\s+/g, " "));
+    if (name !== "run")
+      expect(page.replace(/\s+/g, " ")).toContain(`${name} ${description}`.replace(/\s+/g, " "));
     for (const { name, hint, description } of groups.flatMap(([, options]) => options)) {
       expect(page).toContain(`--${name}${hint === null ? "" : ` ${hint}`}`);
       expect(page.replace(/\s+/g, " ")).toContain(description.replace(/\s+/g, " "));
@@ -28,7 +40,21 @@ async function typed(shell: "bash" | "zsh", line: string, directory = "/"): Prom
     bash: `bind 'set enable-bracketed-paste off'; bind 'set bell-style none'; source ${DIST}/btrfs-backup.bash`,
     zsh: `unsetopt beep; fpath=(${DIST} $fpath); autoload -Uz compinit; compinit -D`,
   }[shell];
-  const child = Bun.spawn(["script", "-qec", { bash: "bash --norc --noprofile -i", zsh: "zsh -f -i" }[shell], "/dev/null"], { cwd: directory, stdin: "pipe", stdout: "pipe", stderr: "ignore", env: { PATH: process.env["PATH"] ?? "", HOME: directory, TERM: "dumb", LC_ALL: "C.UTF-8" } });
+  const child = Bun.spawn(
+    [
+      "script",
+      "-qec",
+      { bash: "bash --norc --noprofile -i", zsh: "zsh -f -i" }[shell],
+      "/dev/null",
+    ],
+    {
+      cwd: directory,
+      stdin: "pipe",
+      stdout: "pipe",
+      stderr: "ignore",
+      env: { PATH: process.env["PATH"] ?? "", HOME: directory, TERM: "dumb", LC_ALL: "C.UTF-8" },
+    },
+  );
   const decoder = new TextDecoder();
   const output = child.stdout.getReader();
   let said = "";
@@ -42,7 +68,9 @@ async function typed(shell: "bash" | "zsh", line: string, directory = "/"): Prom
   };
   try {
     // The words are put together behind the echo of what is typed, which therefore cannot be taken for them.
-    child.stdin.write(` ${setup}; btrfs-backup() { printf '%s{%s' GOT ''; printf '<%s>' "$@"; printf '}%s' END; }; PS1=REA''DY; PS2=\n`);
+    child.stdin.write(
+      ` ${setup}; btrfs-backup() { printf '%s{%s' GOT ''; printf '<%s>' "$@"; printf '}%s' END; }; PS1=REA''DY; PS2=\n`,
+    );
     await until(/READY/);
     child.stdin.write(`btrfs-backup ${line}\t\n`);
     return await until(/GOT\{(.*?)\}END/s);
@@ -53,7 +81,16 @@ async function typed(shell: "bash" | "zsh", line: string, directory = "/"): Prom
 }
 
 /** What fish offers for this, by its own account. */
-const offered = (line: string, directory = "/") => sh(`cd "$3"; HOME=$3 fish --no-config -c 'source $argv[1]; complete -C $argv[2]' "$1" "btrfs-backup $2"`, join(DIST, "btrfs-backup.fish"), line, directory).split("\n").map((one) => one.split("\t")[0] as string).filter(Boolean);
+const offered = (line: string, directory = "/") =>
+  sh(
+    `cd "$3"; HOME=$3 fish --no-config -c 'source $argv[1]; complete -C $argv[2]' "$1" "btrfs-backup $2"`,
+    join(DIST, "btrfs-backup.fish"),
+    line,
+    directory,
+  )
+    .split("\n")
+    .map((one) => one.split("\t")[0] as string)
+    .filter(Boolean);
 
 /** A source with a backup, and the only snapshot's name. */
 async function backedUp() {
@@ -78,10 +115,18 @@ for (const shell of ["bash", "zsh"] as const)
     expect(await typed(shell, "list back", directory)).toMatch(/^<list><backups\/?>$/); // zsh takes the slash away again
     expect(await typed(shell, "versions let", directory)).toBe("<versions><letter>");
     expect(await typed(shell, "-q @ho", directory)).toBe("<-q><@home.args>");
-    expect(await typed(shell, `restore ${destination} /target --snapshot `)).toBe(`<restore><${destination}></target><--snapshot><${name}>`);
-    expect(await typed(shell, `restore raw://${destination} /target --snapshot=2`)).toBe(`<restore><raw://${destination}></target><--snapshot=${name}>`);
-    expect(await typed(shell, `verify ${source} --snapshot 2`)).toBe(`<verify><${source}><--snapshot><${name}>`);
-    expect(await typed(shell, `versions ${source}/some/file --get 2`)).toBe(`<versions><${source}/some/file><--get><${name}>`);
+    expect(await typed(shell, `restore ${destination} /target --snapshot `)).toBe(
+      `<restore><${destination}></target><--snapshot><${name}>`,
+    );
+    expect(await typed(shell, `restore raw://${destination} /target --snapshot=2`)).toBe(
+      `<restore><raw://${destination}></target><--snapshot=${name}>`,
+    );
+    expect(await typed(shell, `verify ${source} --snapshot 2`)).toBe(
+      `<verify><${source}><--snapshot><${name}>`,
+    );
+    expect(await typed(shell, `versions ${source}/some/file --get 2`)).toBe(
+      `<versions><${source}/some/file><--get><${name}>`,
+    );
   });
 
 test("a snapshot's name is never run, whatever whoever made it called it", async () => {
@@ -90,7 +135,10 @@ test("a snapshot's name is never run, whatever whoever made it called it", async
   const prefix = "$(touch run)`touch run`;touch run;'\"-";
   await expectRun(0, ["-p", prefix, source, destination]);
   const [name = ""] = snapshotNames(destination, prefix);
-  for (const shell of ["bash", "zsh"] as const) expect(await typed(shell, `restore ${destination} /target --snapshot `, directory)).toBe(`<restore><${destination}></target><--snapshot><${name}>`);
+  for (const shell of ["bash", "zsh"] as const)
+    expect(await typed(shell, `restore ${destination} /target --snapshot `, directory)).toBe(
+      `<restore><${destination}></target><--snapshot><${name}>`,
+    );
   expect(offered(`restore ${destination} /target --snapshot `, directory)).toEqual([name]);
   expect(existsSync(join(directory, "run"))).toBe(false);
 });
@@ -112,7 +160,11 @@ test("fish completes commands, options, choices, paths, and snapshots' names, th
   expect(offered("versions let", directory)).toEqual(["letter"]);
   expect(offered("-q @ho", directory)).toEqual(["@home.args"]);
   expect(offered(`restore ${destination} /target --snapshot `)).toEqual(names);
-  expect(offered(`restore raw://${destination} /target --snapshot=2`).map((one) => one.replace("--snapshot=", ""))).toEqual(names);
+  expect(
+    offered(`restore raw://${destination} /target --snapshot=2`).map((one) =>
+      one.replace("--snapshot=", ""),
+    ),
+  ).toEqual(names);
   expect(offered(`versions ${source}/some/file --get 2`)).toEqual(names);
 });
 
@@ -120,7 +172,11 @@ test("every option of every command is completed, in each shell", () => {
   for (const { name: command, groups } of every) {
     const options = groups.flatMap(([, some]) => some.map(({ name }) => `--${name}`)).sort();
     expect(offered(`${command} --`).toSorted()).toEqual(options);
-    const reply = sh(`set +u; source "$1"; COMP_WORDS=(btrfs-backup "$2" --) COMP_CWORD=2; _btrfs_backup; printf "%s\\n" "\${COMPREPLY[@]}"`, join(DIST, "btrfs-backup.bash"), command);
+    const reply = sh(
+      `set +u; source "$1"; COMP_WORDS=(btrfs-backup "$2" --) COMP_CWORD=2; _btrfs_backup; printf "%s\\n" "\${COMPREPLY[@]}"`,
+      join(DIST, "btrfs-backup.bash"),
+      command,
+    );
     expect(reply.split("\n").toSorted()).toEqual(options);
   }
 });

@@ -2,14 +2,41 @@
 
 import { expect, test } from "bun:test";
 import { join } from "node:path";
-import { change, events, expectRun, expectSound, generator, nextSecond, pair, ROOT, sh, snapshotNames, sshServer, start, temporaryDirectory, type How, type Options } from "./support/rig.ts";
+import {
+  change,
+  events,
+  expectRun,
+  expectSound,
+  generator,
+  nextSecond,
+  pair,
+  ROOT,
+  sh,
+  snapshotNames,
+  sshServer,
+  start,
+  temporaryDirectory,
+  type How,
+  type Options,
+} from "./support/rig.ts";
 
 async function wholeJob(options: Options): Promise<void> {
   const { source, snapshots, destination, b } = pair();
   const { options: ssh, url } = await sshServer();
   const random = generator(11);
   const out = temporaryDirectory();
-  const args = ["--json", "-N", "2", "-n", "2", ...ssh, source, destination, url(join(b.path, "pushed")), `shell://cat >${out}/$BTRFS_BACKUP_NAME`];
+  const args = [
+    "--json",
+    "-N",
+    "2",
+    "-n",
+    "2",
+    ...ssh,
+    source,
+    destination,
+    url(join(b.path, "pushed")),
+    `shell://cat >${out}/$BTRFS_BACKUP_NAME`,
+  ];
   for (let i = 0; i < 3; i++) {
     const result = await expectRun(0, args, options);
     expect(events(result).at(-1)).toMatchObject({ event: "summary", ok: true, transfers: 3 });
@@ -30,17 +57,46 @@ async function wholeJob(options: Options): Promise<void> {
   expect((await running.finished).status).toBe(143);
 }
 
-for (const how of ["bun", "binary", "baseline", "arm64", "deno", "one file by bun", "one file by deno", "one file by node"] as How[]) test(`by ${how}`, () => wholeJob({ how }));
+for (const how of [
+  "bun",
+  "binary",
+  "baseline",
+  "arm64",
+  "deno",
+  "one file by bun",
+  "one file by deno",
+  "one file by node",
+] as How[])
+  test(`by ${how}`, () => wholeJob({ how }));
 
 test("by Deno, in a clone without node_modules", async () => {
   const clone = join(temporaryDirectory(), "clone");
-  sh(`mkdir "$2"; cd "$1"; cp btrfs-backup.ts package.json package-lock.json deno.json tsconfig.json "$2"`, ROOT, clone);
-  expect(sh(`cd "$2"; "$1/node_modules/.bin/deno" run -A btrfs-backup.ts --version 2>/dev/null; "$1/node_modules/.bin/deno" check --quiet btrfs-backup.ts; ls -d node_modules 2>/dev/null || :`, ROOT, clone)).toMatch(/^btrfs-backup \d+\.\d+\.\d+ \(from source, Deno [\d.]+\)$/);
+  sh(
+    `mkdir "$2"; cd "$1"; cp btrfs-backup.ts package.json package-lock.json deno.json tsconfig.json "$2"`,
+    ROOT,
+    clone,
+  );
+  expect(
+    sh(
+      `cd "$2"; "$1/node_modules/.bin/deno" run -A btrfs-backup.ts --version 2>/dev/null; "$1/node_modules/.bin/deno" check --quiet btrfs-backup.ts; ls -d node_modules 2>/dev/null || :`,
+      ROOT,
+      clone,
+    ),
+  ).toMatch(/^btrfs-backup \d+\.\d+\.\d+ \(from source, Deno [\d.]+\)$/);
 });
 
 test("a second build of the same commit, elsewhere, gives the same bytes for every machine", () => {
   const elsewhere = temporaryDirectory();
-  sh(`cd "$1"; cp -r btrfs-backup.ts package.json package-lock.json tsconfig.json scripts $(ls -d .git 2>/dev/null) "$2"; ln -s "$PWD/node_modules" "$2/node_modules"; cd "$2"; scripts/build all >/dev/null 2>&1`, ROOT, elsewhere);
+  sh(
+    `cd "$1"; cp -r btrfs-backup.ts package.json package-lock.json tsconfig.json scripts $(ls -d .git 2>/dev/null) "$2"; ln -s "$PWD/node_modules" "$2/node_modules"; cd "$2"; scripts/build all >/dev/null 2>&1`,
+    ROOT,
+    elsewhere,
+  );
   expect(sh(`cat "$1/dist/SHA256SUMS"`, elsewhere)).toBe(sh(`cat "$1/dist/SHA256SUMS"`, ROOT));
-  expect(sh(`cd "$1/dist"; sha256sum --check --quiet SHA256SUMS; wc -l <SHA256SUMS; file -b btrfs-backup-linux-arm64 | grep -o aarch64 || :`, ROOT)).toMatch(/^10/);
+  expect(
+    sh(
+      `cd "$1/dist"; sha256sum --check --quiet SHA256SUMS; wc -l <SHA256SUMS; file -b btrfs-backup-linux-arm64 | grep -o aarch64 || :`,
+      ROOT,
+    ),
+  ).toMatch(/^10/);
 });

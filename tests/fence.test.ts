@@ -74,23 +74,35 @@ function scratchDevice(): Device {
 }
 
 type Answer = { readonly status: number | null; readonly stdout: string; readonly stderr: string };
-type Session = { readonly write: (bytes: Buffer) => void; readonly end: (bytes?: Buffer) => Promise<Answer> };
+type Session = {
+  readonly write: (bytes: Buffer) => void;
+  readonly end: (bytes?: Buffer) => Promise<Answer>;
+};
 
 /** A session of a guarded key, as sshd begins it. */
 function session(flags: readonly string[], text: string): Session {
-  const env = { PATH: process.env["PATH"], SSH_CONNECTION: "192.0.2.1 1 192.0.2.2 22", SSH_ORIGINAL_COMMAND: text };
-  const child = ours(spawn(join(ROOT, "dist/btrfs-backup"), ["guard", ...flags], { cwd: "/", env, detached: true }));
+  const env = {
+    PATH: process.env["PATH"],
+    SSH_CONNECTION: "192.0.2.1 1 192.0.2.2 22",
+    SSH_ORIGINAL_COMMAND: text,
+  };
+  const child = ours(
+    spawn(join(ROOT, "dist/btrfs-backup"), ["guard", ...flags], { cwd: "/", env, detached: true }),
+  );
   const texts = { stdout: "", stderr: "" };
   child.stdout?.on("data", (data) => (texts.stdout += (data as Buffer).toString("latin1")));
   child.stderr?.on("data", (data) => (texts.stderr += data));
   child.stdin?.on("error", () => {});
-  const finished = new Promise<Answer>((done) => child.on("close", (status) => done({ status, ...texts })));
+  const finished = new Promise<Answer>((done) =>
+    child.on("close", (status) => done({ status, ...texts })),
+  );
   return {
     write: (bytes) => void child.stdin?.write(bytes),
     end: (bytes = Buffer.alloc(0)) => (child.stdin?.end(bytes), finished),
   };
 }
-const answer = (flags: readonly string[], text: string, input?: Buffer) => session(flags, text).end(input);
+const answer = (flags: readonly string[], text: string, input?: Buffer) =>
+  session(flags, text).end(input);
 
 /** A perl script that another user runs until it is stopped; it has begun, and says so. */
 async function attack(script: string, ...args: string[]): Promise<{ stop: () => Promise<void> }> {
@@ -108,11 +120,16 @@ async function attack(script: string, ...args: string[]): Promise<{ stop: () => 
     "-e",
   ] as const;
   const child = ours(
-    spawn(program, [...words, `$| = 1; ${script}`, ...args], { cwd: "/", stdio: ["ignore", "pipe", "inherit"] }),
+    spawn(program, [...words, `$| = 1; ${script}`, ...args], {
+      cwd: "/",
+      stdio: ["ignore", "pipe", "inherit"],
+    }),
   );
   const closed = new Promise<void>((done) => child.on("close", () => done()));
   await new Promise<void>((begun, fail) =>
-    child.stdout?.on("data", () => begun()).on("close", () => fail(new Error("the attacker has ended")))
+    child.stdout
+      ?.on("data", () => begun())
+      .on("close", () => fail(new Error("the attacker has ended"))),
   );
   return { stop: async () => (child.kill("SIGKILL"), closed) };
 }
@@ -172,11 +189,24 @@ describe("a guarded key that may push", () => {
     mkdirSync(mine);
     const home = join(mine, "home");
     await expectRun(0, [source, home]);
-    return { b, mine, home, flags: ["--path", mine, ...flags], options: guarded("--path", mine, ...flags), url };
+    return {
+      b,
+      mine,
+      home,
+      flags: ["--path", mine, ...flags],
+      options: guarded("--path", mine, ...flags),
+      url,
+    };
   }
 
-  const removals: Record<string, { flags: string[]; prune: (it: Awaited<ReturnType<typeof server>>) => string[] }> = {
-    "the key itself": { flags: ["--allow-delete"], prune: ({ options, url, home }) => [...options, url(home)] },
+  const removals: Record<
+    string,
+    { flags: string[]; prune: (it: Awaited<ReturnType<typeof server>>) => string[] }
+  > = {
+    "the key itself": {
+      flags: ["--allow-delete"],
+      prune: ({ options, url, home }) => [...options, url(home)],
+    },
     "the server's own prune": { flags: [], prune: ({ home }) => [home] },
   };
   for (const [who, { flags, prune }] of Object.entries(removals)) {
@@ -184,22 +214,45 @@ describe("a guarded key that may push", () => {
       const it = await server(...flags);
       const device = scratchDevice();
       const before = device.contents();
-      const node = command("mknod", P("a"), attribute.ino(300), attribute.rdev(device.rdev), attribute.mode(0o60600));
-      expect(await answer(it.flags, receive(it.home, ""), stream(begin("20200101-000000", 5), node, end)))
-        .toMatchObject({ status: 0 });
-      expect(await answer(it.flags, receive(it.home, ""), stream(begin("20200102-000000", 8), end))).toMatchObject({
+      const node = command(
+        "mknod",
+        P("a"),
+        attribute.ino(300),
+        attribute.rdev(device.rdev),
+        attribute.mode(0o60600),
+      );
+      expect(
+        await answer(
+          it.flags,
+          receive(it.home, ""),
+          stream(begin("20200101-000000", 5), node, end),
+        ),
+      ).toMatchObject({ status: 0 });
+      expect(
+        await answer(it.flags, receive(it.home, ""), stream(begin("20200102-000000", 8), end)),
+      ).toMatchObject({
         status: 0,
       });
       const waiting = session(it.flags, receive(it.home, "x-"));
       waiting.write(stream(on("x-20200103-000000", 6, 5)));
-      await waitFor("the stream's subvolume", () => existsSync(join(it.home, "x-20200103-000000/a")));
+      await waitFor("the stream's subvolume", () =>
+        existsSync(join(it.home, "x-20200103-000000/a")),
+      );
       await expectRun(0, ["prune", "-p", "", "-n", "1", ...prune(it)]);
       expect(existsSync(join(it.home, "20200101-000000"))).toBe(false);
-      expect(await answer(it.flags, receive(it.home, ""), stream(begin("20200101-000000", 7), mkfile, end)))
-        .toMatchObject({ status: 0 });
+      expect(
+        await answer(
+          it.flags,
+          receive(it.home, ""),
+          stream(begin("20200101-000000", 7), mkfile, end),
+        ),
+      ).toMatchObject({ status: 0 });
       expect(lstatSync(join(it.home, "x-20200103-000000/a")).isBlockDevice()).toBe(true);
       const { status } = await waiting.end(Buffer.concat([write, end]));
-      expect({ device: device.contents(), succeeded: status === 0 }).toEqual({ device: before, succeeded: false });
+      expect({ device: device.contents(), succeeded: status === 0 }).toEqual({
+        device: before,
+        succeeded: false,
+      });
     });
   }
 
@@ -210,23 +263,42 @@ describe("a guarded key that may push", () => {
     // Receive is in a chroot there: a link leads to what is beside it, at the most.
     const beside = join(it.home, "beside");
     writeFileSync(beside, "root's");
-    for (const [i, [to, file]] of ([[victim, victim], ["../beside", beside], ["/beside", beside]] as const).entries()) {
+    for (const [i, [to, file]] of (
+      [
+        [victim, victim],
+        ["../beside", beside],
+        ["/beside", beside],
+      ] as const
+    ).entries()) {
       const [first, second] = [`2020010${i + 1}-000000`, `x-2020010${i + 1}-000000`];
       const link = command("symlink", P("a"), attribute.ino(300), attribute.pathLink(to));
-      expect(await answer(it.flags, receive(it.home, ""), stream(begin(first, 10 + i), link, end))).toMatchObject({
+      expect(
+        await answer(it.flags, receive(it.home, ""), stream(begin(first, 10 + i), link, end)),
+      ).toMatchObject({
         status: 0,
       });
-      expect(await answer(it.flags, receive(it.home, ""), stream(begin(`2020020${i + 1}-000000`, 40 + i), end)))
-        .toMatchObject({ status: 0 });
+      expect(
+        await answer(
+          it.flags,
+          receive(it.home, ""),
+          stream(begin(`2020020${i + 1}-000000`, 40 + i), end),
+        ),
+      ).toMatchObject({ status: 0 });
       const waiting = session(it.flags, receive(it.home, "x-"));
       waiting.write(stream(on(second, 20 + i, 10 + i)));
       await waitFor("the stream's subvolume", () => subvolumes(it.home).has(second));
       await expectRun(0, ["prune", "-p", "", "-n", "1", ...it.options, it.url(it.home)]);
-      expect(await answer(it.flags, receive(it.home, ""), stream(begin(first, 30 + i), mkfile, end))).toMatchObject({
+      expect(
+        await answer(it.flags, receive(it.home, ""), stream(begin(first, 30 + i), mkfile, end)),
+      ).toMatchObject({
         status: 0,
       });
       const { status } = await waiting.end(Buffer.concat([truncate, write, end]));
-      expect({ to, file: readFileSync(file, "utf8").slice(0, 10), succeeded: status === 0 }).toEqual({
+      expect({
+        to,
+        file: readFileSync(file, "utf8").slice(0, 10),
+        succeeded: status === 0,
+      }).toEqual({
         to,
         file: "root's",
         succeeded: false,
@@ -243,7 +315,11 @@ describe("the owner of SOURCE", () => {
       { length: count },
       (_, i) => `${day}-${two(Math.floor(i / 3600))}${two(Math.floor(i / 60) % 60)}${two(i % 60)}`,
     );
-    sh(`cd "$1"; shift; for n; do btrfs -q subvolume snapshot -r . "snapshot/$n" >/dev/null; done`, source, ...names);
+    sh(
+      `cd "$1"; shift; for n; do btrfs -q subvolume snapshot -r . "snapshot/$n" >/dev/null; done`,
+      source,
+      ...names,
+    );
     return names;
   }
   /** Once a snapshot at an end of the list is GONE, all others become links, the last ones first. */
@@ -253,11 +329,10 @@ describe("the owner of SOURCE", () => {
     until ($test->($rest[0]) || $test->($rest[-1])) { }
     my $i = 0; for (reverse @rest) { rename $_, "$_.x" and symlink $links[$i++ % @links], $_ }`;
 
-  for (
-    const [what, gone, options] of [["deleted", "deleted", []], ["made writable and deleted", "writable", [
-      "-w",
-    ]]] as const
-  ) {
+  for (const [what, gone, options] of [
+    ["deleted", "deleted", []],
+    ["made writable and deleted", "writable", ["-w"]],
+  ] as const) {
     test(`has no other subvolume touched by links in the place of snapshots that are being ${what}`, async () => {
       const { source, a, b } = homeOf();
       const [roots, backup] = [subvolume(join(a.path, "roots")), join(b.path, "backup")];
@@ -271,10 +346,20 @@ describe("the owner of SOURCE", () => {
       const before = victims.map(state);
       for (let round = 1; round <= 3; round++) {
         const names = snapshots(source, 150, `2020010${round}`);
-        const attacker = await attack(SWAP, join(source, "snapshot"), gone, "2", ...victims, ...names);
+        const attacker = await attack(
+          SWAP,
+          join(source, "snapshot"),
+          gone,
+          "2",
+          ...victims,
+          ...names,
+        );
         await endedRun("-N", "1", ...options, source);
         await attacker.stop();
-        expect([round, ...victims.map((victim) => existsSync(victim) && state(victim))]).toEqual([round, ...before]);
+        expect([round, ...victims.map((victim) => existsSync(victim) && state(victim))]).toEqual([
+          round,
+          ...before,
+        ]);
         sh(
           `cd "$1/snapshot"; find . -maxdepth 1 -type l -delete
           find . -maxdepth 1 -inum 256 -exec btrfs -q subvolume delete {} + >/dev/null`,
@@ -326,12 +411,24 @@ describe("who owns a folder that root writes in", () => {
 
   const TARGETS: Record<
     string,
-    { place: (it: ReturnType<typeof places>) => string; names: (objects: string[]) => string[]; store?: boolean }
+    {
+      place: (it: ReturnType<typeof places>) => string;
+      names: (objects: string[]) => string[];
+      store?: boolean;
+    }
   > = {
     "SOURCE's record": { place: (it) => it.snapshots, names: () => [RECORD] },
     "a destination's record": { place: (it) => it.destination, names: () => [RECORD] },
-    "a stored stream": { place: (it) => it.store, names: ([object]) => [`.${object}.part`], store: true },
-    "a stored checksum": { place: (it) => it.store, names: ([, sum]) => [`.${sum}.part`], store: true },
+    "a stored stream": {
+      place: (it) => it.store,
+      names: ([object]) => [`.${object}.part`],
+      store: true,
+    },
+    "a stored checksum": {
+      place: (it) => it.store,
+      names: ([, sum]) => [`.${sum}.part`],
+      store: true,
+    },
   };
   for (const [what, { place, names, store = false }] of Object.entries(TARGETS)) {
     /** Rounds with something in the place of the file that is made; of a stored stream, the name was seen before. */
@@ -339,7 +436,9 @@ describe("who owns a folder that root writes in", () => {
       const it = places();
       const where = store ? `raw://${it.store}` : it.destination;
       await expectRun(0, [it.source, where]);
-      const objects = readdirSync(it.store).filter((name) => /\.btrfs(\.sha256)?$/.test(name)).sort();
+      const objects = readdirSync(it.store)
+        .filter((name) => /\.btrfs(\.sha256)?$/.test(name))
+        .sort();
       for (let round = 1; round <= count; round++) {
         sh(`find "$1" -name '*.btrfs*' -delete`, it.store);
         const attacking = await attack(PUT, place(it), to, ...names(objects));
@@ -350,14 +449,19 @@ describe("who owns a folder that root writes in", () => {
           release(place(it));
         }
         each(round);
-        sh(`cd "$1"; rm -f .btrfs-backup.json.new; [ ! -L .btrfs-backup.json ] || rm .btrfs-backup.json`, place(it));
+        sh(
+          `cd "$1"; rm -f .btrfs-backup.json.new; [ ! -L .btrfs-backup.json ] || rm .btrfs-backup.json`,
+          place(it),
+        );
       }
     }
 
     test(`has nothing written to a device by links in the place of ${what}`, async () => {
       const device = scratchDevice();
       const before = device.contents();
-      await rounds(device.path, store ? 8 : 4, (round) => expect([round, device.contents()]).toEqual([round, before]));
+      await rounds(device.path, store ? 8 : 4, (round) =>
+        expect([round, device.contents()]).toEqual([round, before]),
+      );
     });
 
     test(`does not make a run wait for ever by a FIFO in the place of ${what}`, async () => {
@@ -365,9 +469,14 @@ describe("who owns a folder that root writes in", () => {
     });
   }
 
-  const LOCKS = ["lock", "receiving"].map((end) => (prefix: string) => `.btrfs-backup.${prefix}.${end}`);
+  const LOCKS = ["lock", "receiving"].map(
+    (end) => (prefix: string) => `.btrfs-backup.${prefix}.${end}`,
+  );
   const READ = [".btrfs-backup.json", ".outstanding_transfers"].map((name) => () => name);
-  for (const [what, names] of [["locks that are made", LOCKS], ["files that are read", READ]] as const) {
+  for (const [what, names] of [
+    ["locks that are made", LOCKS],
+    ["files that are read", READ],
+  ] as const) {
     test(`does not make a run wait for ever by FIFOs that come and go in the place of ${what}`, async () => {
       const it = places();
       for (let round = 1; round <= 15; round++) {
@@ -399,35 +508,49 @@ describe("symbolic links on the way", () => {
     );
     return { source, snapshots, destination, b, target, before: state(target) };
   }
-  const link = (to: string, path: string, owner = USER) => sh(`ln -s "$1" "$2"; chown -h "$3" "$2"`, to, path, owner);
+  const link = (to: string, path: string, owner = USER) =>
+    sh(`ln -s "$1" "$2"; chown -h "$3" "$2"`, to, path, owner);
 
   const lures: [what: string, folder: string, lay: (source: string, target: string) => void][] = [
     ["the snapshot folder", "snapshot", (source, target) => link(target, join(source, "snapshot"))],
-    ["the snapshot folder, relative", "snapshot", (source) => link("../roots/snapshot", join(source, "snapshot"))],
-    ["a folder above it", "sub/snapshot", (source, target) => link(join(target, ".."), join(source, "sub"))],
+    [
+      "the snapshot folder, relative",
+      "snapshot",
+      (source) => link("../roots/snapshot", join(source, "snapshot")),
+    ],
+    [
+      "a folder above it",
+      "sub/snapshot",
+      (source, target) => link(join(target, ".."), join(source, "sub")),
+    ],
     [
       "a link to a link",
       "snapshot",
-      (source, target) => (link(target, join(source, "other")), link("other", join(source, "snapshot"))),
+      (source, target) => (
+        link(target, join(source, "other")),
+        link("other", join(source, "snapshot"))
+      ),
     ],
     [
       "a folder that is not there yet",
       "snapshot",
       (source, target) => link(join(target, "new"), join(source, "snapshot")),
     ],
-    ["a plain folder of root's", "snapshot", (source, target) => link(join(target, "plain"), join(source, "snapshot"))],
+    [
+      "a plain folder of root's",
+      "snapshot",
+      (source, target) => link(join(target, "plain"), join(source, "snapshot")),
+    ],
   ];
   for (const [what, folder, lay] of lures) {
     test(`of the owner of SOURCE lead nobody to a folder of root's: ${what}`, async () => {
       const { source, destination, target, before } = await lured();
       lay(source, target);
-      for (
-        const args of [
-          ["run", "-f", folder, "-N", "1", source, destination],
-          ["run", "-f", folder, "-N", "1", source],
-          ["unpin", "--all", "-f", folder, source],
-        ]
-      ) {
+      for (const args of [
+        ["run", "-f", folder, "-N", "1", source, destination],
+        ["run", "-f", folder, "-N", "1", source],
+        ["unpin", "--all", "-f", folder, source],
+      ]) {
         const { status, stdout, stderr } = await endedRun(...args);
         expect({ args, refused: status === 1 || status === 2, stdout, stderr }).toEqual({
           args,
@@ -482,7 +605,13 @@ describe("symbolic links on the way", () => {
       target,
       secret,
     );
-    sh(`btrfs -q subvolume snapshot -r "$1" "$2/$3" >/dev/null; chown "$4" "$2"`, source, snapshots, name, USER);
+    sh(
+      `btrfs -q subvolume snapshot -r "$1" "$2/$3" >/dev/null; chown "$4" "$2"`,
+      source,
+      snapshots,
+      name,
+      USER,
+    );
     const attacker = await attack(SWITCH, snapshots, "btrfs send", name, join(target, "roots"));
     for (let round = 1; round <= 8; round++) {
       const places = [join(b.path, `backup-${round}`), join(b.path, `store-${round}`)];
@@ -508,7 +637,9 @@ describe("symbolic links on the way", () => {
     symlinkSync("../snapshots", join(other, "snapshot"));
     await expectRun(0, ["-N", "1", other, join(to, "other")]);
     expect(snapshotNames(join(a.path, "snapshots")).length).toBe(1);
-    expect(snapshotNames(join(destination, "other"))).toEqual(snapshotNames(join(a.path, "snapshots")));
+    expect(snapshotNames(join(destination, "other"))).toEqual(
+      snapshotNames(join(a.path, "snapshots")),
+    );
   });
 });
 
@@ -546,15 +677,21 @@ describe("what is no name of a snapshot", () => {
     );
     const [fsid, flags] = [fsidOf(home), ["--path", home, "--source", "--allow-read"]];
     // It is a key that works.
-    expect((await answer(flags, sent("send", "-q", home, fsid, "", "", "1", "20200101-000000", "", "", ""))).status)
-      .toBe(0);
+    expect(
+      (
+        await answer(
+          flags,
+          sent("send", "-q", home, fsid, "", "", "1", "20200101-000000", "", "", ""),
+        )
+      ).status,
+    ).toBe(0);
     const hostile = NO_NAMES.flatMap((name) => [
       sent("send", "-q", home, fsid, "", "", "1", name, "", "", ""),
       sent("send", "-q", home, fsid, "", "2", "1", name, "", "", ""),
       sent("estimate", home, fsid, name, ""),
     ]);
     const parents = NO_NAMES.filter(Boolean).map((name) =>
-      sent("send", "-q", home, fsid, "", "", "1", "20200101-000000", name, "", "")
+      sent("send", "-q", home, fsid, "", "", "1", "20200101-000000", name, "", ""),
     );
     await allRefused(flags, [...hostile, ...parents]);
   });
@@ -572,7 +709,9 @@ describe("what is no name of a snapshot", () => {
     );
     const [fsid, flags] = [fsidOf(mine), ["--path", mine, "--allow-read"]];
     // It is a key that works.
-    expect((await answer(flags, sent("listing", mine, fsid, "20200101-000000", LISTED))).status).toBe(0);
+    expect(
+      (await answer(flags, sent("listing", mine, fsid, "20200101-000000", LISTED))).status,
+    ).toBe(0);
     const hostile = NO_NAMES.flatMap((name) => [
       sent("listing", mine, fsid, name, LISTED),
       sent("digest", mine, fsid, name),
@@ -616,7 +755,9 @@ describe("whoever works behind the fence", () => {
           waiting = { finish: async () => (await ended(running)).status };
           await waitFor(
             "the transfer",
-            () => existsSync(destination) && [...subvolumes(destination).values()].some(({ readonly }) => !readonly),
+            () =>
+              existsSync(destination) &&
+              [...subvolumes(destination).values()].some(({ readonly }) => !readonly),
           );
         } else {
           mkdirSync(destination);
@@ -634,7 +775,11 @@ describe("whoever works behind the fence", () => {
           waiting = { finish: async () => (await receiving.end(command("end"))).status };
           await waitFor("the transfer", () => existsSync(join(destination, "20200101-000000")));
         }
-        sh(`umount "$1/disk"; mkfs.btrfs -q -f "$2" >/dev/null; mount "$2" "$1/later"; umount "$1/later"`, top, device);
+        sh(
+          `umount "$1/disk"; mkfs.btrfs -q -f "$2" >/dev/null; mount "$2" "$1/later"; umount "$1/later"`,
+          top,
+          device,
+        );
         // It has waited all the time.
         expect([...subvolumes(destination).values()].some(({ readonly }) => !readonly)).toBe(true);
         expect(await waiting.finish()).toBe(0);
@@ -659,13 +804,11 @@ describe("whoever works behind the fence", () => {
         attribute.uuid(uuid(5)),
         attribute.ctransid(1),
       );
-      for (
-        const text of [
-          sent("create", join(there, "new"), fsidOf(there), ""),
-          sent("create", there, fsidOf(there), ""),
-          sent("receive", "-q", there, fsidOf(there), "", "1", "", "", "", "", ""),
-        ]
-      ) {
+      for (const text of [
+        sent("create", join(there, "new"), fsidOf(there), ""),
+        sent("create", there, fsidOf(there), ""),
+        sent("receive", "-q", there, fsidOf(there), "", "1", "", "", "", "", ""),
+      ]) {
         expect((await answer(flags, text, stream(begin, command("end")))).status).not.toBe(0);
       }
       expect(state(b.path)).toBe(before);
@@ -682,7 +825,9 @@ describe("whoever works behind the fence", () => {
     const running = start(["--rate-limit", "5m", source, destination], { group: true });
     await waitFor(
       "the transfer",
-      () => existsSync(destination) && [...subvolumes(destination).values()].some(({ readonly }) => !readonly),
+      () =>
+        existsSync(destination) &&
+        [...subvolumes(destination).values()].some(({ readonly }) => !readonly),
     );
     process.kill(-running.pid, "SIGKILL");
     await running.finished;
@@ -695,18 +840,25 @@ describe("whoever works behind the fence", () => {
     const running = start(["--rate-limit", "5m", source, destination], { group: true });
     await waitFor(
       "the transfer",
-      () => existsSync(destination) && [...subvolumes(destination).values()].some(({ readonly }) => !readonly),
+      () =>
+        existsSync(destination) &&
+        [...subvolumes(destination).values()].some(({ readonly }) => !readonly),
     );
     const unmounting = [a, b].map(({ path }) => spawnSync("umount", [path], { encoding: "utf8" }));
     expect((await ended(running)).status).toBe(0);
-    for (const { status, stderr } of unmounting) expect([status, stderr]).toEqual([32, expect.stringMatching(/busy/)]);
+    for (const { status, stderr } of unmounting)
+      expect([status, stderr]).toEqual([32, expect.stringMatching(/busy/)]);
     sh(`umount "$1" "$2"`, a.path, b.path);
   });
 
   test("needs no more of systemd than the unit gives: RestrictNamespaces=mnt", async () => {
-    expect(readFileSync(join(ROOT, "scripts/btrfs-backup@.service"), "utf8")).toContain("\nRestrictNamespaces=mnt\n");
+    expect(readFileSync(join(ROOT, "scripts/btrfs-backup@.service"), "utf8")).toContain(
+      "\nRestrictNamespaces=mnt\n",
+    );
     const { source, destination } = homeOf();
-    const told = await expectRun(0, ["-v", "debug", source, destination], { wrapper: restricted("mnt") });
+    const told = await expectRun(0, ["-v", "debug", source, destination], {
+      wrapper: restricted("mnt"),
+    });
     expect(told.stderr).toMatch(/pipeline: nsenter -t \d+ -m/);
     expect(snapshotNames(destination).length).toBe(1);
   });
@@ -754,7 +906,10 @@ describe("where the fence cannot be had", () => {
       );
       const PATH = `${tools}:${options.env?.["PATH"] ?? process.env["PATH"]}`;
       await nextSecond();
-      await expectRun(0, ["-N", "1", "-n", "1", source, destination], { ...options, env: { PATH } });
+      await expectRun(0, ["-N", "1", "-n", "1", source, destination], {
+        ...options,
+        env: { PATH },
+      });
       expect(snapshotNames(destination)).toEqual(snapshotNames(snapshots));
       expect(snapshotNames(destination).length).toBe(1);
       expect(readFileSync(log, "utf8")).toBe("receive -q -C .\n"); // the difference, in a chroot
@@ -770,20 +925,26 @@ describe("where the fence cannot be had", () => {
       }
       const theirs = homeOf();
       const refused = await run(["-T", theirs.source], options);
-      expect([refused.status === 0, refused.stderr]).toEqual([false, expect.stringContaining("others can change")]);
+      expect([refused.status === 0, refused.stderr]).toEqual([
+        false,
+        expect.stringContaining("others can change"),
+      ]);
       expect(readdirSync(theirs.snapshots)).toEqual([]);
       expect(state(b.path)).toBe(before);
 
-      const [program = "", ...words] = [...(options.wrapper ?? []), join(ROOT, "dist/btrfs-backup")];
-      const served = spawnSync(
-        program,
-        [...words, "guard", "--path", b.path],
-        {
-          encoding: "utf8",
-          input: "",
-          env: { ...process.env, ...options.env, SSH_ORIGINAL_COMMAND: sent("create", join(b.path, "new"), fsidOf(b.path), "") },
+      const [program = "", ...words] = [
+        ...(options.wrapper ?? []),
+        join(ROOT, "dist/btrfs-backup"),
+      ];
+      const served = spawnSync(program, [...words, "guard", "--path", b.path], {
+        encoding: "utf8",
+        input: "",
+        env: {
+          ...process.env,
+          ...options.env,
+          SSH_ORIGINAL_COMMAND: sent("create", join(b.path, "new"), fsidOf(b.path), ""),
         },
-      );
+      });
       expect(served.status).not.toBe(0);
       expect(served.stderr).toMatch(/^[^\n]*(mount namespace|no mount can be had)[^\n]*\n$/);
       expect(state(b.path)).toBe(before);
@@ -796,12 +957,15 @@ describe("random commands over sshd", () => {
   function recorder() {
     const log = join(temporaryDirectory(), "log");
     const tools = temporaryDirectory();
-    const script = `#!/bin/sh\nfor last; do :; done\nprintf '%s\\0' "$last" >>${log}\nexec ${
-      sh("command -v ssh")
-    } "$@"\n`;
+    const script = `#!/bin/sh\nfor last; do :; done\nprintf '%s\\0' "$last" >>${log}\nexec ${sh(
+      "command -v ssh",
+    )} "$@"\n`;
     writeFileSync(join(tools, "ssh"), script, { mode: 0o755 });
     const env = { PATH: `${tools}:${process.env["PATH"]}` };
-    const texts = () => readFileSync(log, "utf8").split("\0").filter((text) => /^(sh|nsenter|unshare) /.test(text));
+    const texts = () =>
+      readFileSync(log, "utf8")
+        .split("\0")
+        .filter((text) => /^(sh|nsenter|unshare) /.test(text));
     return {
       run: (...args: string[]) => expectRun(0, args, { env }),
       recorded: () => [...new Set(texts())].map(parseCommand),
@@ -821,9 +985,9 @@ describe("random commands over sshd", () => {
     ).split("\n");
   /** What a key that may only add must leave as it is: complete backups, and stored streams. */
   const kept = (folder: string) => [
-    ...[...subvolumes(join(folder, "home"))].filter(([, one]) => one.readonly && one.receivedUuid !== null).map((
-      [name, { id, uuid, receivedUuid }],
-    ) => [name, id, uuid, receivedUuid].join()),
+    ...[...subvolumes(join(folder, "home"))]
+      .filter(([, one]) => one.readonly && one.receivedUuid !== null)
+      .map(([name, { id, uuid, receivedUuid }]) => [name, id, uuid, receivedUuid].join()),
     ...sh(`cd "$1/raw"; sha256sum *.btrfs *.sha256`, folder).split("\n"),
   ];
 
@@ -866,7 +1030,13 @@ describe("random commands over sshd", () => {
       child.stdin?.end(input);
       child.on("close", (status) => {
         clearTimeout(timer);
-        done({ text, status, stdout: Buffer.concat(stdout), stderr: Buffer.concat(stderr).toString(), late });
+        done({
+          text,
+          status,
+          stdout: Buffer.concat(stdout),
+          stderr: Buffer.concat(stderr).toString(),
+          late,
+        });
       });
     });
 
@@ -875,7 +1045,9 @@ describe("random commands over sshd", () => {
     const unzipped = stdout.subarray(0, 4).equals(Buffer.from([0x28, 0xb5, 0x2f, 0xfd]))
       ? spawnSync("zstd", ["-dc"], { input: stdout }).stdout
       : Buffer.alloc(0);
-    return [stdout, unzipped, Buffer.from(stdout.toString("latin1"), "base64")].some((bytes) => bytes.includes(secret));
+    return [stdout, unzipped, Buffer.from(stdout.toString("latin1"), "base64")].some((bytes) =>
+      bytes.includes(secret),
+    );
   }
 
   test("change nothing beside what their keys are for, tell nothing of others, and all end", async () => {
@@ -904,8 +1076,13 @@ describe("random commands over sshd", () => {
 
     const [{ run, recorded }, pull] = [recorder(), recorder()];
     const all = guarded("--path", join(b.path, "laptop"), "--allow-read", "--allow-delete");
-    const [home, raw] = into(join(b.path, "laptop")).map((place) => place.replace("raw://", "")) as [string, string];
-    for (const [prefix, how] of [["", ["--compress", "zstd"]], ["p-", ["--resume"]]] as const) {
+    const [home, raw] = into(join(b.path, "laptop")).map((place) =>
+      place.replace("raw://", ""),
+    ) as [string, string];
+    for (const [prefix, how] of [
+      ["", ["--compress", "zstd"]],
+      ["p-", ["--resume"]],
+    ] as const) {
       writeFileSync(join(source, `file${prefix}`), prefix);
       await run(...all, "-p", prefix, ...how, source, url(home), `raw+${url(raw)}`);
     }
@@ -954,7 +1131,10 @@ describe("random commands over sshd", () => {
       ["send", "-q", home, fsid, "", "", "1", name, "", "", ""],
       ["create", join(home, "new"), fsid, "q-"],
     ];
-    const real = [...recorded(), ...unasked.map(([verb, ...args]) => ({ name: verb, sudo: false, args }))];
+    const real = [
+      ...recorded(),
+      ...unasked.map(([verb, ...args]) => ({ name: verb, sudo: false, args })),
+    ];
     const pulled = pull.recorded();
     const verbs = [...new Set([...real, ...pulled].map((one) => one.name))];
     console.log(`${real.length + pulled.length} real commands: ${verbs.join(" ")}`);
@@ -971,9 +1151,25 @@ describe("random commands over sshd", () => {
       "received",
       "locate",
     ];
-    const adding = ["open", "create", "record", "receive", "kept", "tidy", "discard", "store", "commit", "drop"];
+    const adding = [
+      "open",
+      "create",
+      "record",
+      "receive",
+      "kept",
+      "tidy",
+      "discard",
+      "store",
+      "commit",
+      "drop",
+    ];
     const users: { path: string; home: string; may: string[]; options: string[] }[] = [
-      { path: join(b.path, "laptop"), home, may: [...reading, ...adding, "delete", "fetch"], options: all },
+      {
+        path: join(b.path, "laptop"),
+        home,
+        may: [...reading, ...adding, "delete", "fetch"],
+        options: all,
+      },
       {
         path: join(b.path, "tablet"),
         home: join(b.path, "tablet/home"),
@@ -986,18 +1182,23 @@ describe("random commands over sshd", () => {
         may: ["snapshot", "show", "delete", "record", "create", ...reading, "send", "snapshot"],
         options: pulling,
       },
-      ...disks.slice(1).map((disk) => join(disk, "flat")).map((path) => ({
-        path,
-        home: path,
-        may: reading,
-        options: guarded("--path", path, "--allow-read"),
-      })),
+      ...disks
+        .slice(1)
+        .map((disk) => join(disk, "flat"))
+        .map((path) => ({
+          path,
+          home: path,
+          may: reading,
+          options: guarded("--path", path, "--allow-read"),
+        })),
     ];
     const keys = await Promise.all(
       users.map(async (user) => ({ ...user, key: await connected(user.options, url("/")) })),
     );
     const places = [
-      ...disks.flatMap((disk) => ["laptop", "tablet", "phone", "flat"].map((one) => join(disk, one))),
+      ...disks.flatMap((disk) =>
+        ["laptop", "tablet", "phone", "flat"].map((one) => join(disk, one)),
+      ),
       ...disks,
       source,
       other,
@@ -1049,7 +1250,12 @@ describe("random commands over sshd", () => {
       ...places.map((place) => join(place, "home")),
     ];
     const whole = streamOf(join(snapshots, name));
-    const fresh = command("subvol", attribute.path("20300101-000000"), attribute.uuid(uuid(9)), attribute.ctransid(1));
+    const fresh = command(
+      "subvol",
+      attribute.path("20300101-000000"),
+      attribute.uuid(uuid(9)),
+      attribute.ctransid(1),
+    );
     const streams = [
       whole,
       streamOf(join(snapshots, name), null, "--proto", "2"),
@@ -1063,28 +1269,40 @@ describe("random commands over sshd", () => {
       const chosen = pick(random() < 0.1 ? verbs : may);
       const [asked, unasked] = path === source ? [pulled, real] : [real, pulled];
       const called = (all: typeof real) => all.filter((one) => one.name === chosen);
-      const from = [called(asked), called(unasked), real].find((all) => all.length > 0) as typeof real;
+      const from = [called(asked), called(unasked), real].find(
+        (all) => all.length > 0,
+      ) as typeof real;
       const { name: verb, sudo, args: old } = pick(from);
       let args = old.map((word) => word.replace(home, place).replace(join(b.path, "laptop"), path));
       // The holders of locks are gone.
-      args = args.map((
-        word,
-      ) => (/^[0-9a-f]{10,16}\/\d*$/.test(word) ? `${fsidOf(place)}/` : word.replace(/^\d{2,8}$/, "1")));
+      args = args.map((word) =>
+        /^[0-9a-f]{10,16}\/\d*$/.test(word) ? `${fsidOf(place)}/` : word.replace(/^\d{2,8}$/, "1"),
+      );
       const renamed = random() < 0.3;
-      if (renamed) args = args.map((word) => (DATED.test(word) ? word.replace(/[^/]*$/, pick(noNames)) : word));
+      if (renamed)
+        args = args.map((word) =>
+          DATED.test(word) ? word.replace(/[^/]*$/, pick(noNames)) : word,
+        );
       for (let changes = pick(renamed ? [0, 0, 1] : [0, 1, 1, 1, 2, 4]); changes > 0; changes--) {
         const at = below(args.length + 1);
         const how = below(12);
         if (how < 8) args[Math.min(at, args.length - 1)] = pick(random() < 0.4 ? nasty : words);
         else if (how === 8) args.splice(at, 1);
         else if (how === 9) args.splice(at, 0, pick(words));
-        else if (how === 10) args[at] = `${args[at] ?? ""}${pick(["/..", "/.", "/", " ", "x", "'", "\\", `/${name}`])}`;
+        else if (how === 10)
+          args[at] =
+            `${args[at] ?? ""}${pick(["/..", "/.", "/", " ", "x", "'", "\\", `/${name}`])}`;
         else args = args.map((word) => word.replace(path, pick(places)));
       }
-      let text = commandFor({ ...HOST, sudo }, { name: random() < 0.05 ? pick(verbs) : verb, script: "exit 0" }, args);
+      let text = commandFor(
+        { ...HOST, sudo },
+        { name: random() < 0.05 ? pick(verbs) : verb, script: "exit 0" },
+        args,
+      );
       if (random() < 0.1) {
         const at = below(text.length);
-        text = text.slice(0, at) +
+        text =
+          text.slice(0, at) +
           pick(["'", "\\", ";", "\n", " ", "''", "\x7f", "$(id)", text.slice(below(text.length))]) +
           text.slice(at + below(3));
       }
@@ -1092,7 +1310,11 @@ describe("random commands over sshd", () => {
     }
     function bytes(): Buffer {
       const chosen = Buffer.from(random() < 0.4 ? Buffer.alloc(0) : pick(streams));
-      for (let changes = random() < 0.5 ? 0 : below(5); changes > 0 && chosen.length > 0; changes--) {
+      for (
+        let changes = random() < 0.5 ? 0 : below(5);
+        changes > 0 && chosen.length > 0;
+        changes--
+      ) {
         chosen[below(chosen.length)] = below(256);
       }
       return random() < 0.2 ? spawnSync("zstd", ["-qc"], { input: chosen }).stdout : chosen;
@@ -1120,9 +1342,12 @@ describe("random commands over sshd", () => {
     for (const { key } of keys) key.master.kill();
 
     const having = (test: (one: Told) => boolean) =>
-      answers.filter(test).map(({ path, text, status, stderr, stdout }) =>
-        `${path}: … ${text.slice(-250)}: exit ${status}, ${stdout.length} bytes, ${stderr.slice(0, 300)}`
-      );
+      answers
+        .filter(test)
+        .map(
+          ({ path, text, status, stderr, stdout }) =>
+            `${path}: … ${text.slice(-250)}: exit ${status}, ${stdout.length} bytes, ${stderr.slice(0, 300)}`,
+        );
     console.log(
       `${answers.length} commands: ${having((one) => one.status === 0).length} succeeded, ${
         having((one) => one.status === 65).length
@@ -1130,7 +1355,8 @@ describe("random commands over sshd", () => {
     );
     const naming = /^(send|estimate|digest|listing|take|versions|sizes|received|delete)$/;
     const astray = (text: string) =>
-      naming.test(parseCommand(text).name) && parseCommand(text).args.some((word) => word.split("/").includes(".."));
+      naming.test(parseCommand(text).name) &&
+      parseCommand(text).args.some((word) => word.split("/").includes(".."));
     expect({
       late: having(({ late }) => late),
       telling: having(({ stdout }) => tells(stdout, secret)),
@@ -1158,15 +1384,23 @@ describe("a thief who has read the program", () => {
   test("wipes no record, and writes no line without a name", async () => {
     const { mine, home, record } = await served();
     const before = readFileSync(record, "utf8");
-    for (const flags of [["--path", mine], ["--path", mine, "--source"]]) {
-      for (
-        const words of [["", ',"": ', ""], ["", "", ""], ["", ',"": ', JSON.stringify({ owner })], [HEADER, "", ""], [
-          HEADER,
-          ',"": ',
-          "",
-        ], [HEADER, ',"/": ', "{}"], [HEADER, ',"": ', JSON.stringify({ owner })]]
-      ) {
-        expect([words, (await answer(flags, sent("record", home, fsidOf(home), ...words))).status]).toEqual([words, 65]);
+    for (const flags of [
+      ["--path", mine],
+      ["--path", mine, "--source"],
+    ]) {
+      for (const words of [
+        ["", ',"": ', ""],
+        ["", "", ""],
+        ["", ',"": ', JSON.stringify({ owner })],
+        [HEADER, "", ""],
+        [HEADER, ',"": ', ""],
+        [HEADER, ',"/": ', "{}"],
+        [HEADER, ',"": ', JSON.stringify({ owner })],
+      ]) {
+        expect([
+          words,
+          (await answer(flags, sent("record", home, fsidOf(home), ...words))).status,
+        ]).toEqual([words, 65]);
         expect(readFileSync(record, "utf8")).toBe(before);
       }
     }
@@ -1177,19 +1411,32 @@ describe("a thief who has read the program", () => {
     const filesystem = sh(`btrfs filesystem show "$1" | sed -n 's/.*uuid: //p'`, b.path);
     const [backup] = [...subvolumes(home).values()];
     for (const uuid of [filesystem, backup?.uuid as string]) {
-      const text = sent("record", home, fsidOf(home), HEADER, ',"x-": ', JSON.stringify({ owner: { ...owner, uuid } }));
+      const text = sent(
+        "record",
+        home,
+        fsidOf(home),
+        HEADER,
+        ',"x-": ',
+        JSON.stringify({ owner: { ...owner, uuid } }),
+      );
       expect((await answer(["--path", mine], text)).status).toBe(65);
     }
     // A stream without a UUID would leave a snapshot that was never received.
     const P = attribute.path;
     const nobody = "00000000-0000-0000-0000-000000000000";
     const streams = [nobody, uuid(7)].map((one) =>
-      stream(command("subvol", P("x-20300101-000000"), attribute.uuid(one), attribute.ctransid(1)), command("end"))
+      stream(
+        command("subvol", P("x-20300101-000000"), attribute.uuid(one), attribute.ctransid(1)),
+        command("end"),
+      ),
     );
     const receive = sent("receive", "-q", home, fsidOf(home), "", "1", "x-", "", "", "", "");
     expect((await answer(["--path", mine], receive, streams[0])).status).toBe(65);
     expect((await answer(["--path", mine], receive, streams[1])).status).toBe(0);
-    sh(`btrfs -q subvolume snapshot -r "$1/x-20300101-000000" "$1/y-20300101-000000" >/dev/null`, home);
+    sh(
+      `btrfs -q subvolume snapshot -r "$1/x-20300101-000000" "$1/y-20300101-000000" >/dev/null`,
+      home,
+    );
     await expectRun(0, ["prune", "-n", "1", home]);
   });
 
@@ -1202,7 +1449,9 @@ describe("a thief who has read the program", () => {
       );
       const receive = sent("receive", "-q", home, fsidOf(home), "", "1", "\ufffd", "", "", "", "");
       expect((await answer(["--path", mine], receive, bytes)).status).toBe(65);
-      expect((await answer(["--path", mine], receive.replace("\ufffd", ""), bytes)).status).toBe(65);
+      expect((await answer(["--path", mine], receive.replace("\ufffd", ""), bytes)).status).toBe(
+        65,
+      );
     }
     expect(snapshotNames(home).length).toBe(1);
   });
@@ -1214,7 +1463,7 @@ describe("a thief who has read the program", () => {
     const flags = ["--path", link, "--max-bytes", "4m"];
     const P = attribute.path;
     const data = Array.from({ length: 96 }, (_, i) =>
-      command("write", P("x"), attribute.offset(i * 32768), attribute.data("e".repeat(32768)))
+      command("write", P("x"), attribute.offset(i * 32768), attribute.data("e".repeat(32768))),
     );
     const begun = (name: string, n: number) =>
       stream(
@@ -1242,7 +1491,9 @@ describe("a thief who has read the program", () => {
       expect((await answer(flags, text, begun(name, 30 + i))).status).not.toBe(0);
     }
     // However much of each was written when it was ended: together no more than that, and no room for what comes.
-    const written = [...subvolumes(home).keys()].filter((name) => name.includes("2030")).map((name) => statSync(join(home, name, "x"), { throwIfNoEntry: false })?.size ?? 0);
+    const written = [...subvolumes(home).keys()]
+      .filter((name) => name.includes("2030"))
+      .map((name) => statSync(join(home, name, "x"), { throwIfNoEntry: false })?.size ?? 0);
     expect(written.length).toBeGreaterThan(0);
     expect(written.reduce((sum, bytes) => sum + bytes, 0)).toBeLessThanOrEqual(4 << 20);
   });
@@ -1253,17 +1504,42 @@ describe("who owns SOURCE, with root's snapshot folder in it,", () => {
     const { source, snapshots, a, b } = pair();
     const victim = subvolume(join(a.path, "roots"));
     writeFileSync(join(victim, "secret"), "of root");
-    sh(`chmod 700 "$1"; btrfs -q subvolume snapshot -r "$1" "$1.ro" >/dev/null; mkdir -m 700 "$2"`, victim, snapshots);
+    sh(
+      `chmod 700 "$1"; btrfs -q subvolume snapshot -r "$1" "$1.ro" >/dev/null; mkdir -m 700 "$2"`,
+      victim,
+      snapshots,
+    );
     sh(`chown "$2" "$1"; mkdir "$1/evil"; chown "$2" "$1/evil"`, source, USER);
-    const names = Array.from({ length: 12 }, (_, i) => `202501${String(i + 1).padStart(2, "0")}-000000`);
+    const names = Array.from(
+      { length: 12 },
+      (_, i) => `202501${String(i + 1).padStart(2, "0")}-000000`,
+    );
     for (const [i, name] of names.entries()) {
-      sh(`btrfs -q subvolume snapshot -r "$1" "$2/$3" >/dev/null; ln -s "$4" "$1/evil/$3"`, source, snapshots, name, i < 6 ? victim : `${victim}.ro`);
+      sh(
+        `btrfs -q subvolume snapshot -r "$1" "$2/$3" >/dev/null; ln -s "$4" "$1/evil/$3"`,
+        source,
+        snapshots,
+        name,
+        i < 6 ? victim : `${victim}.ro`,
+      );
     }
     const exchange = `chdir $ARGV[0] or die; print "ready\\n"; my ($x, $y) = ("snapshot", "evil"); while (1) { syscall(316, -100, $x, -100, $y, 2) }`;
     const attacker = await attack(exchange, source);
     for (let round = 1; round <= 6; round++) {
-      await endedRun("-S", "--newest-only", "-N", String(Math.max(1, 12 - round * 2)), source, join(b.path, `${round}`), `raw://${b.path}/raw${round}`);
-      expect([round, existsSync(join(victim, "secret")), sh(`grep -rl "of root" "$1" || :`, b.path)]).toEqual([round, true, ""]);
+      await endedRun(
+        "-S",
+        "--newest-only",
+        "-N",
+        String(Math.max(1, 12 - round * 2)),
+        source,
+        join(b.path, `${round}`),
+        `raw://${b.path}/raw${round}`,
+      );
+      expect([
+        round,
+        existsSync(join(victim, "secret")),
+        sh(`grep -rl "of root" "$1" || :`, b.path),
+      ]).toEqual([round, true, ""]);
     }
     await attacker.stop();
   });
@@ -1271,14 +1547,28 @@ describe("who owns SOURCE, with root's snapshot folder in it,", () => {
 
 test("what stands at the top of a filesystem is deleted there, many at once", async () => {
   const { source, a, b } = pair();
-  for (let n = 1; n <= 6; n++) sh(`mkdir -p "$1/snapshot"; btrfs -q subvolume snapshot -r "$1" "$1/snapshot/2026010$2-000000" >/dev/null`, source, String(n));
+  for (let n = 1; n <= 6; n++)
+    sh(
+      `mkdir -p "$1/snapshot"; btrfs -q subvolume snapshot -r "$1" "$1/snapshot/2026010$2-000000" >/dev/null`,
+      source,
+      String(n),
+    );
   await expectRun(0, ["-S", "-p", "", source, b.path]);
   await expectRun(0, ["prune", "-n", "1", b.path]);
   expect(snapshotNames(b.path)).toEqual(["20260106-000000"]);
   // A prefix that looks like a line of btrfs's own.
   const odd = "x top level 5 path ";
-  for (let n = 1; n <= 6; n++) sh(`btrfs -q subvolume snapshot -r "$1" "$1/snapshot/$3""2026010$2-000000" >/dev/null`, source, String(n), odd);
+  for (let n = 1; n <= 6; n++)
+    sh(
+      `btrfs -q subvolume snapshot -r "$1" "$1/snapshot/$3""2026010$2-000000" >/dev/null`,
+      source,
+      String(n),
+      odd,
+    );
   await expectRun(0, ["-S", "-p", odd, "-N", "1", "-n", "1", source, join(b.path, "odd")]);
-  expect([snapshotNames(join(b.path, "odd"), odd), snapshotNames(join(source, "snapshot"), odd)]).toEqual([[`${odd}20260106-000000`], [`${odd}20260106-000000`]]);
+  expect([
+    snapshotNames(join(b.path, "odd"), odd),
+    snapshotNames(join(source, "snapshot"), odd),
+  ]).toEqual([[`${odd}20260106-000000`], [`${odd}20260106-000000`]]);
   expect(a.path).not.toBe(b.path);
 });

@@ -4,13 +4,37 @@
 import { expect, test } from "bun:test";
 import { existsSync, readFileSync, writeFileSync } from "node:fs";
 import { join } from "node:path";
-import { change, events, expectRun, expectSound, filesystem, generator, nextSecond, pair, run, seeded, sh, snapshotNames, soak, sshServer, start, subvolume, subvolumes, temporaryDirectory, waitFor } from "./support/rig.ts";
+import {
+  change,
+  events,
+  expectRun,
+  expectSound,
+  filesystem,
+  generator,
+  nextSecond,
+  pair,
+  run,
+  seeded,
+  sh,
+  snapshotNames,
+  soak,
+  sshServer,
+  start,
+  subvolume,
+  subvolumes,
+  temporaryDirectory,
+  waitFor,
+} from "./support/rig.ts";
 
 /** A `pv` in front of every `btrfs receive`, so that a transfer takes its time. */
 function slowReceive(): { env: Record<string, string> } {
   const directory = temporaryDirectory();
   const real = sh("command -v btrfs");
-  writeFileSync(join(directory, "btrfs"), `#!/bin/bash\nif [ "$1" = receive ]; then exec ${real} "$@" < <(exec pv -q -L 5m); fi\nexec ${real} "$@"\n`, { mode: 0o755 });
+  writeFileSync(
+    join(directory, "btrfs"),
+    `#!/bin/bash\nif [ "$1" = receive ]; then exec ${real} "$@" < <(exec pv -q -L 5m); fi\nexec ${real} "$@"\n`,
+    { mode: 0o755 },
+  );
   return { env: { PATH: `${directory}:${process.env["PATH"]}` } };
 }
 
@@ -26,7 +50,11 @@ async function transferUnderWay() {
   return { ...made, running };
 }
 
-const receiving = (folder: string) => existsSync(folder) && [...subvolumesSafely(folder).values()].some(({ readonly, receivedUuid }) => !readonly && receivedUuid === null);
+const receiving = (folder: string) =>
+  existsSync(folder) &&
+  [...subvolumesSafely(folder).values()].some(
+    ({ readonly, receivedUuid }) => !readonly && receivedUuid === null,
+  );
 function subvolumesSafely(folder: string) {
   try {
     return subvolumes(folder);
@@ -36,14 +64,21 @@ function subvolumesSafely(folder: string) {
 }
 /** The streams that are under way; a test file has a namespace of processes of its own. */
 const streams = () => sh(`pgrep -f "$1" || :`, "^btrfs (send|receive) ");
-const announced = (folder: string) => readFileSync(join(folder, ".btrfs-backup.json"), "utf8").includes('"receiving"');
+const announced = (folder: string) =>
+  readFileSync(join(folder, ".btrfs-backup.json"), "utf8").includes('"receiving"');
 
-for (const [signal, status] of [["SIGINT", 130], ["SIGTERM", 143]] as const)
+for (const [signal, status] of [
+  ["SIGINT", 130],
+  ["SIGTERM", 143],
+] as const)
   test(`${signal} in a transfer stops every child, removes what was half received, and exits ${status}`, async () => {
     const { source, snapshots, destination, running } = await transferUnderWay();
     running.child.kill(signal);
     const result = await running.finished;
-    expect([result.status, result.stderr]).toEqual([status, expect.stringContaining(`interrupted by ${signal}`)]);
+    expect([result.status, result.stderr]).toEqual([
+      status,
+      expect.stringContaining(`interrupted by ${signal}`),
+    ]);
     expect(streams()).toBe("");
     expect(snapshotNames(destination).length).toBe(1);
     expect(announced(destination)).toBe(false);
@@ -90,7 +125,12 @@ test("a busy source is exit 3, a busy destination is its own failure, and --wait
   const other = join(filesystem().path, "other");
   await expectRun(0, [source, destination, other]);
   const atSource = holdLock(snapshots, ".btrfs-backup..lock");
-  await waitFor("the lock", () => sh(`flock -n "$1" true && echo free || echo held`, join(snapshots, ".btrfs-backup..lock")) === "held");
+  await waitFor(
+    "the lock",
+    () =>
+      sh(`flock -n "$1" true && echo free || echo held`, join(snapshots, ".btrfs-backup..lock")) ===
+      "held",
+  );
   expect((await expectRun(3, [source, destination])).stderr).toContain("another run holds");
   await nextSecond();
   await expectRun(0, ["-p", "another-chain-", source]);
@@ -99,7 +139,14 @@ test("a busy source is exit 3, a busy destination is its own failure, and --wait
   atSource.kill();
   expect((await waiting.finished).status).toBe(0);
   const atDestination = holdLock(destination, ".btrfs-backup..lock");
-  await waitFor("the lock", () => sh(`flock -n "$1" true && echo free || echo held`, join(destination, ".btrfs-backup..lock")) === "held");
+  await waitFor(
+    "the lock",
+    () =>
+      sh(
+        `flock -n "$1" true && echo free || echo held`,
+        join(destination, ".btrfs-backup..lock"),
+      ) === "held",
+  );
   await nextSecond();
   expect((await expectRun(1, [source, destination, other])).stderr).toContain("another run holds");
   expect(snapshotNames(other).length).toBe(3);
@@ -111,12 +158,25 @@ test("destinations are opened beside the source, but nothing of them is locked b
   const other = join(filesystem().path, "other");
   await expectRun(0, [source, destination, other]);
   const tools = temporaryDirectory();
-  writeFileSync(join(tools, "flock"), `#!/bin/sh\n[ "$3" != 9 ] || stat -c %d/%i . >>${tools}/log\nexec ${sh("command -v flock")} "$@"\n`, { mode: 0o755 });
-  const locked = () => (existsSync(join(tools, "log")) ? readFileSync(join(tools, "log"), "utf8").trim().split("\n") : []);
+  writeFileSync(
+    join(tools, "flock"),
+    `#!/bin/sh\n[ "$3" != 9 ] || stat -c %d/%i . >>${tools}/log\nexec ${sh("command -v flock")} "$@"\n`,
+    { mode: 0o755 },
+  );
+  const locked = () =>
+    existsSync(join(tools, "log"))
+      ? readFileSync(join(tools, "log"), "utf8").trim().split("\n")
+      : [];
   const env = { PATH: `${tools}:${process.env["PATH"]}` };
   const holder = holdLock(snapshots, ".btrfs-backup..lock");
-  await waitFor("the lock", () => sh(`flock -n "$1" true && echo free || echo held`, join(snapshots, ".btrfs-backup..lock")) === "held");
-  for (const wait of [["--wait", "1"], []]) await expectRun(3, [...wait, source, other, destination], { env });
+  await waitFor(
+    "the lock",
+    () =>
+      sh(`flock -n "$1" true && echo free || echo held`, join(snapshots, ".btrfs-backup..lock")) ===
+      "held",
+  );
+  for (const wait of [["--wait", "1"], []])
+    await expectRun(3, [...wait, source, other, destination], { env });
   // Behind the fence a path begins elsewhere: a directory is told by its inode.
   const inode = (path: string) => sh(`stat -c %d/%i "$1"`, path);
   expect(locked()).toEqual([snapshots, snapshots].map(inode));
@@ -126,7 +186,9 @@ test("destinations are opened beside the source, but nothing of them is locked b
   await nextSecond();
   await expectRun(0, ["--wait", "1", source, other, destination], { env });
   expect(locked().slice(2)).toEqual([snapshots, ...[destination, other].sort()].map(inode));
-  expect((await expectRun(2, [join(source, "plain"), destination], { env })).stderr).toContain("not a subvolume");
+  expect((await expectRun(2, [join(source, "plain"), destination], { env })).stderr).toContain(
+    "not a subvolume",
+  );
   expect(locked().length).toBe(5);
 });
 
@@ -140,19 +202,33 @@ test("what was opened beside a source that is refused after all is let go, and n
   const stranger = subvolume(join(a.path, "stranger"));
   const hanging = join(filesystem().path, "hanging");
   await expectRun(0, [stranger, hanging]);
-  writeFileSync(join(tools, "stat"), `#!/bin/sh\ncase $PWD in ${snapshots}) until [ -e ${tools}/hangs ]; do sleep 0.01; done;; ${hanging}) : >${tools}/hangs; exec sleep infinity;; esac\nexec ${sh("command -v stat")} "$@"\n`, { mode: 0o755 });
-  expect((await expectRun(1, ["-f", snapshots, stranger, hanging], { env })).stderr).toContain("belong");
+  writeFileSync(
+    join(tools, "stat"),
+    `#!/bin/sh\ncase $PWD in ${snapshots}) until [ -e ${tools}/hangs ]; do sleep 0.01; done;; ${hanging}) : >${tools}/hangs; exec sleep infinity;; esac\nexec ${sh("command -v stat")} "$@"\n`,
+    { mode: 0o755 },
+  );
+  expect((await expectRun(1, ["-f", snapshots, stranger, hanging], { env })).stderr).toContain(
+    "belong",
+  );
   expect(sh(`pgrep -f "$1" || :`, `btrfs-backup[:].*${hanging}`)).toBe("");
   // A connection that is lost just then: the next try finds all free.
-  writeFileSync(join(tools, "ssh"), `#!/bin/bash
+  writeFileSync(
+    join(tools, "ssh"),
+    `#!/bin/bash
     if [[ \${!#} == *btrfs-backup:open* ]] && mkdir ${tools}/lost 2>/dev/null; then
       /usr/bin/ssh "$@" | sed "/ locked$/q"
       until pgrep -P $PPID -x cat >/dev/null; do sleep 0.01; done
       echo "client_loop: send disconnect: Broken pipe" >&2; exit 255
     fi
-    exec /usr/bin/ssh "$@"\n`, { mode: 0o755 });
+    exec /usr/bin/ssh "$@"\n`,
+    { mode: 0o755 },
+  );
   await nextSecond();
-  await expectRun(0, [...options, "--ssh-opt", "ServerAliveInterval=1", "--retries", "1", url(source), destination], { env });
+  await expectRun(
+    0,
+    [...options, "--ssh-opt", "ServerAliveInterval=1", "--retries", "1", url(source), destination],
+    { env },
+  );
   expect(existsSync(join(tools, "lost"))).toBe(true);
   expect(snapshotNames(destination).length).toBe(2);
   expectSound(destination, snapshots);
@@ -164,7 +240,11 @@ test("a folder that another run makes meanwhile is not mixed up with the one abo
   const other = subvolume(join(a.path, "other"));
   const tools = temporaryDirectory();
   const inner = join(destination, "inner");
-  writeFileSync(join(tools, "stat"), `#!/bin/sh\n[ "$PWD" != ${destination} ] || mkdir -p ${inner}\nexec ${sh("command -v stat")} "$@"\n`, { mode: 0o755 });
+  writeFileSync(
+    join(tools, "stat"),
+    `#!/bin/sh\n[ "$PWD" != ${destination} ] || mkdir -p ${inner}\nexec ${sh("command -v stat")} "$@"\n`,
+    { mode: 0o755 },
+  );
   const before = readFileSync(join(destination, ".btrfs-backup.json"), "utf8");
   await expectRun(0, [other, inner], { env: { PATH: `${tools}:${process.env["PATH"]}` } });
   expectSound(inner, join(other, "snapshot"));
@@ -178,14 +258,22 @@ test("whether something is still received there is asked of its lock, whatever t
   writeFileSync(join(destination, ".btrfs-backup.json"), "nonsense");
   const lock = join(destination, ".btrfs-backup..receiving");
   const holder = holdLock(destination, ".btrfs-backup..receiving");
-  await waitFor("the lock", () => sh(`flock -n "$1" true && echo free || echo held`, lock) === "held");
+  await waitFor(
+    "the lock",
+    () => sh(`flock -n "$1" true && echo free || echo held`, lock) === "held",
+  );
   await nextSecond();
-  expect((await expectRun(1, ["--adopt", source, destination])).stderr).toContain("an earlier transfer is still being received");
+  expect((await expectRun(1, ["--adopt", source, destination])).stderr).toContain(
+    "an earlier transfer is still being received",
+  );
   const waiting = start(["-S", "--adopt", "--wait", "100", source, destination]);
   await waitFor("the run to wait", () => sh(`pgrep -f "^flock -w 100 8$" || :`) !== "");
   holder.kill();
   const { status, stderr } = await waiting.finished;
-  expect([status, stderr]).toEqual([1, expect.stringContaining("nothing is deleted there: its .btrfs-backup.json cannot be read")]);
+  expect([status, stderr]).toEqual([
+    1,
+    expect.stringContaining("nothing is deleted there: its .btrfs-backup.json cannot be read"),
+  ]);
   expectSound(destination, snapshots);
   expect(snapshotNames(destination).length).toBe(2);
 });
@@ -195,7 +283,10 @@ test("after kill -9 of the program alone, the next run does not race its pipelin
   running.child.kill("SIGKILL");
   expect(receiving(destination)).toBe(true);
   const early = await run(["-S", source, destination]);
-  expect([early.status, early.stderr]).toEqual([1, expect.stringContaining("still being received")]);
+  expect([early.status, early.stderr]).toEqual([
+    1,
+    expect.stringContaining("still being received"),
+  ]);
   // Left alone it comes to its end, and what it leaves is whole.
   const late = await expectRun(0, ["-S", "--wait", "300", "--json", source, destination]);
   expect(events(late).filter(({ event }) => event === "transfer")).toEqual([]);
@@ -220,8 +311,15 @@ test("a receive that was killed between its last two steps is a leftover, too", 
   await expectRun(0, [source, destination]);
   // Writable, with a received UUID, and announced: the state between the two ioctls.
   const [name] = snapshotNames(destination) as [string];
-  sh(`cp "$1/.btrfs-backup.json" "$1/saved"; btrfs property set -f -ts "$1/$2" ro false`, destination, name);
-  const record = readFileSync(join(destination, "saved"), "utf8").replace("{\"owner\"", `{"receiving":"${name}","owner"`);
+  sh(
+    `cp "$1/.btrfs-backup.json" "$1/saved"; btrfs property set -f -ts "$1/$2" ro false`,
+    destination,
+    name,
+  );
+  const record = readFileSync(join(destination, "saved"), "utf8").replace(
+    '{"owner"',
+    `{"receiving":"${name}","owner"`,
+  );
   writeFileSync(join(destination, ".btrfs-backup.json"), record);
   await expectRun(0, ["-S", source, destination]);
   expectSound(destination, snapshots);
@@ -233,7 +331,10 @@ test("an announcement ends when its backup is found complete", async () => {
   await expectRun(0, [source, destination]);
   const [name] = snapshotNames(destination) as [string];
   const file = join(destination, ".btrfs-backup.json");
-  writeFileSync(file, readFileSync(file, "utf8").replace("{\"owner\"", `{"receiving":"${name}","owner"`));
+  writeFileSync(
+    file,
+    readFileSync(file, "utf8").replace('{"owner"', `{"receiving":"${name}","owner"`),
+  );
   await expectRun(0, ["-S", source, destination]);
   expect(announced(destination)).toBe(false);
 });
@@ -253,8 +354,16 @@ test("kill -9 at random moments: one ordinary run afterwards, and everything is 
   const random = seeded();
   const { source, snapshots, destination, a, b } = pair({ size: "2G" });
   const second = join(b.path, "second");
-  sh(`mkdir "$1" "$2"; for d in "$1" "$2"; do btrfs -q subvolume create "$d/20200101-000000-mine" >/dev/null; mkdir "$d/20200102-000000"; echo mine >"$d/20200102-000000/file"; done`, join(a.path, "x"), destination);
-  const foreign = () => sh(`cd "$1"; find 20200101-000000-mine 20200102-000000 -printf '%p %i %T@\\n'; cat 20200102-000000/file`, destination);
+  sh(
+    `mkdir "$1" "$2"; for d in "$1" "$2"; do btrfs -q subvolume create "$d/20200101-000000-mine" >/dev/null; mkdir "$d/20200102-000000"; echo mine >"$d/20200102-000000/file"; done`,
+    join(a.path, "x"),
+    destination,
+  );
+  const foreign = () =>
+    sh(
+      `cd "$1"; find 20200101-000000-mine 20200102-000000 -printf '%p %i %T@\\n'; cat 20200102-000000/file`,
+      destination,
+    );
   const before = foreign();
   await expectRun(0, [source, destination, second]);
   const rounds = soak(12);
@@ -266,7 +375,12 @@ test("kill -9 at random moments: one ordinary run afterwards, and everything is 
     const began = start(["-N", "3", "-n", "3", source, destination, second], { group: true });
     await Bun.sleep(random() * 500);
     // Half of the time the whole of it, as a power failure would; its pipeline has a group of its own.
-    if (round % 2 === 0) sh(`kill -KILL -- "-$1" 2>/dev/null || :; pkill -KILL -f "$2" || :`, String(began.pid), `[b]trfs.*${b.path}|^btrfs (send|receive) `);
+    if (round % 2 === 0)
+      sh(
+        `kill -KILL -- "-$1" 2>/dev/null || :; pkill -KILL -f "$2" || :`,
+        String(began.pid),
+        `[b]trfs.*${b.path}|^btrfs (send|receive) `,
+      );
     else began.child.kill("SIGKILL");
     const { signal } = await began.finished;
     if (signal === "SIGKILL") killed++;
@@ -276,7 +390,9 @@ test("kill -9 at random moments: one ordinary run afterwards, and everything is 
     expect(snapshotNames(destination).at(-1)).toBe(snapshotNames(snapshots).at(-1) as string);
   }
   expect(foreign()).toBe(before);
-  console.log(`${rounds} rounds, ${killed} killed before they had ended; ${snapshotNames(destination).length} backups are left`);
+  console.log(
+    `${rounds} rounds, ${killed} killed before they had ended; ${snapshotNames(destination).length} backups are left`,
+  );
 });
 
 test("two runs of one chain at a time, in loops: each waits or leaves, nothing breaks", async () => {
@@ -286,8 +402,18 @@ test("two runs of one chain at a time, in loops: each waits or leaves, nothing b
     [0, 1, 2].map(async (n) => {
       for (let i = 0; i < 4; i++) {
         if (n === 0) change(source, random);
-        const { status, stderr } = await run([...(n === 2 ? [] : ["--wait", "60"]), "-N", "2", "-n", "2", source, destination]);
-        expect({ stderr, fine: (n === 2 ? [0, 3] : [0]).includes(status as number) }).toMatchObject({ fine: true });
+        const { status, stderr } = await run([
+          ...(n === 2 ? [] : ["--wait", "60"]),
+          "-N",
+          "2",
+          "-n",
+          "2",
+          source,
+          destination,
+        ]);
+        expect({ stderr, fine: (n === 2 ? [0, 3] : [0]).includes(status as number) }).toMatchObject(
+          { fine: true },
+        );
       }
     }),
   );

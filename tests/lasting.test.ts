@@ -5,11 +5,36 @@ import { describe, expect, test } from "bun:test";
 import { spawn } from "node:child_process";
 import { existsSync, mkdirSync, readFileSync, readdirSync, writeFileSync } from "node:fs";
 import { join } from "node:path";
-import { contentsDigest, events, expectRun, expectSound, filesystem, mountImage, nextSecond, pair, run, seeded, sh } from "./support/rig.ts";
-import { snapshotAs, snapshotNames, soak, sshServer, start, subvolume, subvolumes, temporaryDirectory, unmount, waitFor, type Result } from "./support/rig.ts";
+import {
+  contentsDigest,
+  events,
+  expectRun,
+  expectSound,
+  filesystem,
+  mountImage,
+  nextSecond,
+  pair,
+  run,
+  seeded,
+  sh,
+} from "./support/rig.ts";
+import {
+  snapshotAs,
+  snapshotNames,
+  soak,
+  sshServer,
+  start,
+  subvolume,
+  subvolumes,
+  temporaryDirectory,
+  unmount,
+  waitFor,
+  type Result,
+} from "./support/rig.ts";
 
 const transfers = (result: Result) => events(result).filter(({ event }) => event === "transfer");
-const warnings = (result: Result) => events(result).filter(({ event, message }) => event === "warning" && /clock/.test(message));
+const warnings = (result: Result) =>
+  events(result).filter(({ event, message }) => event === "warning" && /clock/.test(message));
 const pathWith = (tools: string) => ({ PATH: `${tools}:${process.env["PATH"]}` });
 
 describe("restore --replace can be killed at any moment", () => {
@@ -31,14 +56,26 @@ describe("restore --replace can be killed at any moment", () => {
     }
     writeFileSync(join(source, "state"), "not backed up");
     const standing = subvolumes(snapshots);
-    expect([standing.size, [...standing.values()].filter(({ receivedUuid }) => receivedUuid !== null).length]).toEqual([8, 1]);
+    expect([
+      standing.size,
+      [...standing.values()].filter(({ receivedUuid }) => receivedUuid !== null).length,
+    ]).toEqual([8, 1]);
     const [old, restored] = [contentsDigest(source), contentsDigest(join(snapshots, CHOSEN))];
     for (const { path, image } of [a, b])
-      sh(`sync -f "$1"; umount "$1"; cp --sparse=always "$2" "$2.first"; mount -o loop,noatime "$2" "$1"`, path, image);
+      sh(
+        `sync -f "$1"; umount "$1"; cp --sparse=always "$2" "$2.first"; mount -o loop,noatime "$2" "$1"`,
+        path,
+        image,
+      );
     const anew = () => {
       for (const { path, image, uuid } of [a, b])
-        sh(`umount "$1"; for i in $(seq 600); do [ -e "/sys/fs/btrfs/$3" ] || break; sleep 0.05; done
-          cp --sparse=always "$2.first" "$2"; mount -o loop,noatime "$2" "$1"`, path, image, uuid);
+        sh(
+          `umount "$1"; for i in $(seq 600); do [ -e "/sys/fs/btrfs/$3" ] || break; sleep 0.05; done
+          cp --sparse=always "$2.first" "$2"; mount -o loop,noatime "$2" "$1"`,
+          path,
+          image,
+          uuid,
+        );
     };
     /** What is not as it should be after a kill, and after what was run next. */
     const wrongs = (): string[] => {
@@ -49,13 +86,16 @@ describe("restore --replace can be killed at any moment", () => {
         const one = now.get(name);
         if (one === undefined) wrong.push(`${name} is not there`);
         else if (!one.readonly) wrong.push(`${name} is writable`);
-        else if (one.uuid !== uuid && (receivedUuid === null || one.receivedUuid !== receivedUuid)) wrong.push(`${name} is no longer itself`);
+        else if (one.uuid !== uuid && (receivedUuid === null || one.receivedUuid !== receivedUuid))
+          wrong.push(`${name} is no longer itself`);
       }
       const kept = readdirSync(a.path).filter((name) => name.startsWith("home.before-"));
       for (const folder of kept.map((name) => join(a.path, name, "snapshot")))
-        if (existsSync(folder)) wrong.push(...[...subvolumes(folder).keys()].map((name) => `${folder} has ${name}`));
+        if (existsSync(folder))
+          wrong.push(...[...subvolumes(folder).keys()].map((name) => `${folder} has ${name}`));
       const [right, when] = kept.length > 0 ? [restored, "in the snapshot"] : [old, "before"];
-      if (existsSync(source) && contentsDigest(source) !== right) wrong.push(`${source} is not what it was ${when}`);
+      if (existsSync(source) && contentsDigest(source) !== right)
+        wrong.push(`${source} is not what it was ${when}`);
       return wrong;
     };
     /** The next command, and after a restore the next run; what they leave. */
@@ -71,16 +111,25 @@ describe("restore --replace can be killed at any moment", () => {
       if (after.status !== 0) wrong.push(`run: exit ${after.status}: ${after.stderr}`);
       const sent = transfers(after);
       // The restored one is held there already, and so is every parent.
-      if (sent.length === 0 || sent.some(({ parent }) => parent === null)) wrong.push(`run: sent ${JSON.stringify(sent)}`);
+      if (sent.length === 0 || sent.some(({ parent }) => parent === null))
+        wrong.push(`run: sent ${JSON.stringify(sent)}`);
       return [...wrong, ...wrongs()];
     };
     const working = `btrfs-backup[:].*(${a.path}|${b.path})|^btrfs (send|receive) `;
-    const ended = () => waitFor("its children to end", () => sh(`pgrep -f "$1" || :`, working) === "");
+    const ended = () =>
+      waitFor("its children to end", () => sh(`pgrep -f "$1" || :`, working) === "");
     return { source, snapshots, destination, a, b, restored, standing, anew, goOn, ended };
   }
 
   const CHOSEN = "20260108-000000";
-  const RESTORE = (source: string) => ["restore", "--replace", "--snapshot", CHOSEN, source, source];
+  const RESTORE = (source: string) => [
+    "restore",
+    "--replace",
+    "--snapshot",
+    CHOSEN,
+    source,
+    source,
+  ];
 
   /**
    * A `btrfs` and an `mv` that count the steps of a restore once it changes anything that stands, in `steps`; at the one
@@ -118,7 +167,10 @@ describe("restore --replace can be killed at any moment", () => {
         `.replace(/^ {8}/gm, ""),
         { mode: 0o755 },
       );
-    const steps = () => (existsSync(join(tools, "steps")) ? readFileSync(join(tools, "steps"), "utf8").trimEnd().split("\n") : []);
+    const steps = () =>
+      existsSync(join(tools, "steps"))
+        ? readFileSync(join(tools, "steps"), "utf8").trimEnd().split("\n")
+        : [];
     const end = (how: "all" | "verb" | "none", at: number) => {
       sh(`rm -f "$1/steps"`, tools);
       writeFileSync(join(tools, "end"), `${how} ${at}\n`);
@@ -139,7 +191,10 @@ describe("restore --replace can be killed at any moment", () => {
         end("all", i + 1);
         const killed = await start(RESTORE(source), { env, group: true }).finished;
         await ended();
-        const problems = [...(killed.signal === "SIGKILL" ? [] : [`not killed: ${killed.stderr}`]), ...(await goOn(next))];
+        const problems = [
+          ...(killed.signal === "SIGKILL" ? [] : [`not killed: ${killed.stderr}`]),
+          ...(await goOn(next)),
+        ];
         if (problems.length > 0) wrong[`before step ${i + 1}: ${step}`] = problems;
       }
       console.log(`${all.length} steps`);
@@ -164,7 +219,10 @@ describe("restore --replace can be killed at any moment", () => {
       if (running.child.exitCode === null) {
         inTheMiddle++;
         process.kill(-running.pid, "SIGKILL");
-        sh(`for p in $(pgrep -f "btrfs-backup[:].*$1"); do kill -KILL "$p" 2>/dev/null || :; done`, a.path);
+        sh(
+          `for p in $(pgrep -f "btrfs-backup[:].*$1"); do kill -KILL "$p" 2>/dev/null || :; done`,
+          a.path,
+        );
       }
       await running.finished;
       await ended();
@@ -219,12 +277,28 @@ describe("restore --replace can be killed at any moment", () => {
     snapshotAs(source, "20260102-000000");
     sh(`rm -r "$1/20260101-000000"`, snapshots);
     for (const name of ["20260101-000000", "20260103-000000"]) snapshotAs(source, name);
-    const { stderr } = await expectRun(1, ["restore", "--replace", "--snapshot", "20260102-000000", source, source]);
-    const old = join(a.path, readdirSync(a.path).find((name) => name.startsWith("home.before-")) ?? "", "snapshot");
+    const { stderr } = await expectRun(1, [
+      "restore",
+      "--replace",
+      "--snapshot",
+      "20260102-000000",
+      source,
+      source,
+    ]);
+    const old = join(
+      a.path,
+      readdirSync(a.path).find((name) => name.startsWith("home.before-")) ?? "",
+      "snapshot",
+    );
     expect(stderr).toMatch(/is restored/);
-    expect(stderr).toMatch(new RegExp(`could not move from ${old.replace("/snapshot", "")}.*20260101-000000`));
+    expect(stderr).toMatch(
+      new RegExp(`could not move from ${old.replace("/snapshot", "")}.*20260101-000000`),
+    );
     expect([...subvolumes(old)]).toMatchObject([["20260101-000000", { readonly: true }]]);
-    expect([...subvolumes(snapshots)]).toMatchObject([["20260102-000000", { readonly: true }], ["20260103-000000", { readonly: true }]]);
+    expect([...subvolumes(snapshots)]).toMatchObject([
+      ["20260102-000000", { readonly: true }],
+      ["20260103-000000", { readonly: true }],
+    ]);
     expect(readFileSync(join(snapshots, "20260101-000000", "in the way"), "utf8")).toBe("x\n");
     // Nothing stands in two places, so the next run goes on.
     await expectRun(0, [source]);
@@ -248,13 +322,18 @@ writeFileSync(
   };`,
 );
 /** The clock shows that UTC time when the program starts. */
-const at = (utc: string, env: Record<string, string> = {}) => ({ env: { TZ: "UTC", CLOCK: `${utc}Z`, BUN_OPTIONS: `--preload=${clock}`, ...env } });
+const at = (utc: string, env: Record<string, string> = {}) => ({
+  env: { TZ: "UTC", CLOCK: `${utc}Z`, BUN_OPTIONS: `--preload=${clock}`, ...env },
+});
 
 const DAY = 86400e3;
-const nameAt = (moment: number) => new Date(moment).toISOString().slice(0, 19).replaceAll(/[-:]/g, "").replace("T", "-");
+const nameAt = (moment: number) =>
+  new Date(moment).toISOString().slice(0, 19).replaceAll(/[-:]/g, "").replace("T", "-");
 /** Names `count` times, `days` apart, the last one at that UTC time. */
 const every = (days: number, count: number, last: string) =>
-  Array.from({ length: count }, (_, i) => nameAt(Date.parse(`${last}Z`) - (count - 1 - i) * days * DAY));
+  Array.from({ length: count }, (_, i) =>
+    nameAt(Date.parse(`${last}Z`) - (count - 1 - i) * days * DAY),
+  );
 
 describe("a clock that leaps deletes nothing", () => {
   /** A source and a destination with snapshots by these names. */
@@ -265,7 +344,11 @@ describe("a clock that leaps deletes nothing", () => {
     const standing = () => [snapshotNames(snapshots).sort(), snapshotNames(destination).sort()];
     expect(standing()).toEqual([names, names]);
     const runAt = async (utc: string, policy: string, ...more: string[]) => {
-      const result = await expectRun(0, ["--json", "-N", policy, "-n", policy, ...more, source, destination], at(utc));
+      const result = await expectRun(
+        0,
+        ["--json", "-N", policy, "-n", policy, ...more, source, destination],
+        at(utc),
+      );
       const name = events(result).find(({ event }) => event === "snapshot")?.["name"] as string;
       expect(transfers(result)).toMatchObject([{ name }]);
       expect(name.slice(0, 8)).toBe(utc.slice(0, 10).replaceAll("-", ""));
@@ -310,12 +393,15 @@ describe("a clock that leaps deletes nothing", () => {
     expect(standing()).toEqual(both([...january.slice(-3), ...taken.slice(1), third.name]));
   });
 
-  test.each(["5h", "5d", "2w", "2m", "1y", "2d+", "3 14d+"])("policy %p is suspended", async (policy) => {
-    const names = every(1, 10, "2025-01-31T03:00:00");
-    const { standing, runAt } = await habit(names, "2025-01-31T03:00:10");
-    const ahead = await runAt("2029-02-01T04:00:00", policy);
-    expect(standing()).toEqual(both([...names, ahead.name]));
-  });
+  test.each(["5h", "5d", "2w", "2m", "1y", "2d+", "3 14d+"])(
+    "policy %p is suspended",
+    async (policy) => {
+      const names = every(1, 10, "2025-01-31T03:00:00");
+      const { standing, runAt } = await habit(names, "2025-01-31T03:00:10");
+      const ahead = await runAt("2029-02-01T04:00:00", policy);
+      expect(standing()).toEqual(both([...names, ahead.name]));
+    },
+  );
 
   test("a number of snapshots does not depend on the clock, and is kept to", async () => {
     const { standing, runAt } = await afterJanuary();
@@ -347,20 +433,39 @@ describe("a clock that leaps deletes nothing", () => {
     const right: string[] = [];
     for (const day of ["01", "02", "03"]) {
       right.push((await runAt(`2025-02-${day}T04:00:00`, "7d")).name);
-      for (const side of standing()) expect(side).toEqual(expect.arrayContaining([...january.slice(-3), ...right]));
+      for (const side of standing())
+        expect(side).toEqual(expect.arrayContaining([...january.slice(-3), ...right]));
     }
     // And the policy is kept to again.
     for (const side of standing()) expect(side).not.toContain(january[0]);
   });
 
   test.each<[string, string, string[], string, string]>([
-    ["forward", "2025-03-30", ["20250329-220000", "20250329-230000", "20250330-000000", "20250330-010000"], "2025-03-30T01:00:00", "20250330-030000"],
-    ["back", "2025-10-26", ["20251025-230000", "20251026-010000", "20251026-020000", "20251026-025900"], "2025-10-26T01:10:00", "20251026-0210"],
+    [
+      "forward",
+      "2025-03-30",
+      ["20250329-220000", "20250329-230000", "20250330-000000", "20250330-010000"],
+      "2025-03-30T01:00:00",
+      "20250330-030000",
+    ],
+    [
+      "back",
+      "2025-10-26",
+      ["20251025-230000", "20251026-010000", "20251026-020000", "20251026-025900"],
+      "2025-10-26T01:10:00",
+      "20251026-0210",
+    ],
   ])("clocks that go an hour %s (%s) do not leap", async (_, __, names, utc, name) => {
     const { source, snapshots, destination } = pair();
     for (const one of names) snapshotAs(source, one);
-    const result = await expectRun(0, ["--json", "-N", "2h+", "-n", "2h+", source, destination], at(utc, { TZ: "Europe/Berlin" }));
-    expect(events(result).find(({ event }) => event === "snapshot")?.["name"]).toStartWith(name.slice(0, 13));
+    const result = await expectRun(
+      0,
+      ["--json", "-N", "2h+", "-n", "2h+", source, destination],
+      at(utc, { TZ: "Europe/Berlin" }),
+    );
+    expect(events(result).find(({ event }) => event === "snapshot")?.["name"]).toStartWith(
+      name.slice(0, 13),
+    );
     expect(result.stderr).not.toMatch(/clock/);
     expect(snapshotNames(snapshots)).not.toContain(names[0] as string);
     expect(snapshotNames(destination)).not.toContain(names[0] as string);
@@ -368,10 +473,21 @@ describe("a clock that leaps deletes nothing", () => {
 
   test("a flight over the date line, 25 hours back by the ticket, is no leap", async () => {
     const { source, snapshots, destination } = pair();
-    for (const name of ["20250601-100000", "20250602-100000", "20250610-120000"]) snapshotAs(source, name);
-    const result = await expectRun(0, ["--json", "-N", "3d+", "-n", "3d+", source, destination], at("2025-06-09T22:05:00", { TZ: "Pacific/Niue" }));
-    expect(events(result).find(({ event }) => event === "snapshot")?.["name"]).toStartWith("20250609-1105");
-    expect(snapshotNames(snapshots).sort().map((name) => name.slice(0, 13))).toEqual(["20250609-1105", "20250610-1200"]);
+    for (const name of ["20250601-100000", "20250602-100000", "20250610-120000"])
+      snapshotAs(source, name);
+    const result = await expectRun(
+      0,
+      ["--json", "-N", "3d+", "-n", "3d+", source, destination],
+      at("2025-06-09T22:05:00", { TZ: "Pacific/Niue" }),
+    );
+    expect(events(result).find(({ event }) => event === "snapshot")?.["name"]).toStartWith(
+      "20250609-1105",
+    );
+    expect(
+      snapshotNames(snapshots)
+        .sort()
+        .map((name) => name.slice(0, 13)),
+    ).toEqual(["20250609-1105", "20250610-1200"]);
   });
 
   test("60 days away after a habit of once a week is no leap", async () => {
@@ -395,12 +511,21 @@ describe("a clock that leaps deletes nothing", () => {
 
   test("one lone snapshot: the first is never a leap, and a second one a year later takes nothing from it", async () => {
     const { source, snapshots, destination } = pair();
-    const first = await expectRun(0, ["--json", "-N", "14d+", "-n", "14d+", source, destination], at("2025-01-31T03:00:00"));
+    const first = await expectRun(
+      0,
+      ["--json", "-N", "14d+", "-n", "14d+", source, destination],
+      at("2025-01-31T03:00:00"),
+    );
     expect([first.stderr, warnings(first)]).toEqual([expect.not.stringMatching(/clock/), []]);
     const names = snapshotNames(snapshots);
-    await expectRun(0, ["--json", "-N", "14d+", "-n", "14d+", source, destination], at("2026-01-31T03:00:00"));
+    await expectRun(
+      0,
+      ["--json", "-N", "14d+", "-n", "14d+", source, destination],
+      at("2026-01-31T03:00:00"),
+    );
     const later = expect.stringContaining("20260131-0300");
-    for (const folder of [snapshots, destination]) expect(snapshotNames(folder)).toEqual([...names, later]);
+    for (const folder of [snapshots, destination])
+      expect(snapshotNames(folder)).toEqual([...names, later]);
   });
 
   test("a copy of backups keeps to it as well, and --adopt-clock ends it there", async () => {
@@ -410,9 +535,19 @@ describe("a clock that leaps deletes nothing", () => {
     await expectRun(0, ["-S", source, destination], at("2026-02-01T03:00:10"));
     const other = join(filesystem().path, "other");
     await expectRun(0, ["copy", destination, other], at("2026-02-01T04:00:00"));
-    expectWarned(await expectRun(0, ["copy", "--json", "-n", "14d+", destination, other], at("2026-02-01T04:00:00")));
+    expectWarned(
+      await expectRun(
+        0,
+        ["copy", "--json", "-n", "14d+", destination, other],
+        at("2026-02-01T04:00:00"),
+      ),
+    );
     expect(snapshotNames(other)).toEqual(names);
-    await expectRun(0, ["copy", "-n", "14d+", "--adopt-clock", destination, other], at("2026-02-01T04:00:00"));
+    await expectRun(
+      0,
+      ["copy", "-n", "14d+", "--adopt-clock", destination, other],
+      at("2026-02-01T04:00:00"),
+    );
     expect(snapshotNames(other)).toEqual(names.slice(-4));
   });
 
@@ -476,9 +611,21 @@ describe("a clock that leaps deletes nothing", () => {
       for (const name of names) snapshotAs(source, name);
       await expectRun(0, ["-S", "--full-every", "1", source, `raw://${folder}`]);
       for (const name of readdirSync(folder).filter((one) => /^\d{8}-/.test(one)))
-        sh(`touch -d "$2" "$1"`, join(folder, name), `${name.slice(0, 8)} ${name.slice(9, 11)}:${name.slice(11, 13)}Z`);
-      const standing = () => readdirSync(folder).filter((one) => one.endsWith(".btrfs")).map((one) => one.slice(0, 15)).sort();
-      const pruned = await expectRun(0, ["prune", "--json", "-n", "14d+", `raw://${folder}`], at(now));
+        sh(
+          `touch -d "$2" "$1"`,
+          join(folder, name),
+          `${name.slice(0, 8)} ${name.slice(9, 11)}:${name.slice(11, 13)}Z`,
+        );
+      const standing = () =>
+        readdirSync(folder)
+          .filter((one) => one.endsWith(".btrfs"))
+          .map((one) => one.slice(0, 15))
+          .sort();
+      const pruned = await expectRun(
+        0,
+        ["prune", "--json", "-n", "14d+", `raw://${folder}`],
+        at(now),
+      );
       expect(standing()).toEqual(names);
       expectWarned(pruned);
       await expectRun(0, ["prune", "-n", "14d+", "--adopt-clock", `raw://${folder}`], at(now));
@@ -489,7 +636,11 @@ describe("a clock that leaps deletes nothing", () => {
       const { source, destination } = pair();
       for (const name of january) snapshotAs(source, name);
       await expectRun(0, ["-S", source, destination]);
-      const pruned = await expectRun(0, ["prune", "-n", "14d+", destination], at("2025-01-31T04:00:00", arrivalByName()));
+      const pruned = await expectRun(
+        0,
+        ["prune", "-n", "14d+", destination],
+        at("2025-01-31T04:00:00", arrivalByName()),
+      );
       expect(pruned.stderr).not.toMatch(/clock/);
       expect(snapshotNames(destination)).toEqual(january.slice(-15));
     });
@@ -500,7 +651,13 @@ describe("what could not be sent is kept", () => {
   type Made = Pick<ReturnType<typeof pair>, "source" | "snapshots" | "destination">;
 
   /** Runs again and again, with something new each time; the snapshots' names. */
-  async function runs(times: number, status: number, source: string, args: readonly string[], options?: Parameters<typeof run>[1]) {
+  async function runs(
+    times: number,
+    status: number,
+    source: string,
+    args: readonly string[],
+    options?: Parameters<typeof run>[1],
+  ) {
     const names: string[] = [];
     let last: Result | null = null;
     for (let i = 0; i < times; i++) {
@@ -532,14 +689,23 @@ describe("what could not be sent is kept", () => {
   }
 
   /** All of them arrive in the next run, each as a difference, and then the source's policy is kept to. */
-  async function expectAllArrive(made: Made, pin: string, names: readonly string[], policy: number, id = made.destination, more: string[] = []) {
+  async function expectAllArrive(
+    made: Made,
+    pin: string,
+    names: readonly string[],
+    policy: number,
+    id = made.destination,
+    more: string[] = [],
+  ) {
     const { source, snapshots, destination } = made;
     await nextSecond();
     const back = await expectRun(0, ["--json", "-N", String(policy), source, id, ...more]);
     const now = events(back).find(({ event }) => event === "snapshot")?.["name"] as string;
     const all = [pin, ...names, now];
     const sent = transfers(back).filter((transfer) => transfer["destination"] === id);
-    expect(sent.map(({ name, parent }) => [name, parent])).toEqual(all.slice(1).map((name, i) => [name, all[i]]));
+    expect(sent.map(({ name, parent }) => [name, parent])).toEqual(
+      all.slice(1).map((name, i) => [name, all[i]]),
+    );
     expect(snapshotNames(destination)).toEqual(all);
     expect(snapshotNames(snapshots)).toEqual(all.slice(-policy));
     expectSound(destination, snapshots);
@@ -547,7 +713,12 @@ describe("what could not be sent is kept", () => {
 
   test("six runs while the disk is unmounted, -N 2: all six are kept, told of, and arrive as soon as it is back", async () => {
     const { pin, ...made } = await away();
-    const { names, last } = await runs(6, 1, made.source, ["-N", "2", made.source, made.destination]);
+    const { names, last } = await runs(6, 1, made.source, [
+      "-N",
+      "2",
+      made.source,
+      made.destination,
+    ]);
     expect(snapshotNames(made.snapshots)).toEqual([pin, ...names]);
     expectTold(last.stderr, made.destination);
     mountImage(made.b);
@@ -561,14 +732,18 @@ describe("what could not be sent is kept", () => {
     await expectRun(0, [...options, source, url(destination), other]);
     const [pin = ""] = snapshotNames(snapshots);
     const tools = temporaryDirectory();
-    const script = "#!/bin/sh\necho 'ssh: connect to host 127.0.0.1: Connection refused' >&2\nexit 255\n";
+    const script =
+      "#!/bin/sh\necho 'ssh: connect to host 127.0.0.1: Connection refused' >&2\nexit 255\n";
     writeFileSync(join(tools, "ssh"), script, { mode: 0o755 });
     const args = ["-N", "1", ...options, source, url(destination), "--for", other, "-n", "2"];
     const { names, last } = await runs(3, 1, source, args, { env: pathWith(tools) });
     expect(snapshotNames(snapshots)).toEqual([pin, ...names]);
     expect(snapshotNames(other)).toEqual(names.slice(-2));
     expectTold(last.stderr, url(destination));
-    await expectAllArrive({ source, snapshots, destination }, pin, names, 1, url(destination), [...options, other]);
+    await expectAllArrive({ source, snapshots, destination }, pin, names, 1, url(destination), [
+      ...options,
+      other,
+    ]);
   });
 
   test("and when a transfer fails", async () => {
@@ -579,7 +754,9 @@ describe("what could not be sent is kept", () => {
     const real = sh("command -v btrfs");
     const script = `#!/bin/sh\ncase "$*" in *receive*) echo "ERROR: no luck" >&2; exit 1;; esac\nexec ${real} "$@"\n`;
     writeFileSync(join(tools, "btrfs"), script, { mode: 0o755 });
-    const { names, last } = await runs(3, 1, source, ["-N", "1", source, destination], { env: pathWith(tools) });
+    const { names, last } = await runs(3, 1, source, ["-N", "1", source, destination], {
+      env: pathWith(tools),
+    });
     expect(last.stderr).toContain("no luck");
     expect(snapshotNames(snapshots)).toEqual([pin, ...names]);
     expectTold(last.stderr, destination);
@@ -602,7 +779,13 @@ describe("what could not be sent is kept", () => {
 
   test("for an --optional destination only what the next transfer builds on stays", async () => {
     const { source, snapshots, destination, pin } = await away();
-    const { names, last } = await runs(6, 0, source, ["-N", "2", "--optional", destination, source]);
+    const { names, last } = await runs(6, 0, source, [
+      "-N",
+      "2",
+      "--optional",
+      destination,
+      source,
+    ]);
     expect(snapshotNames(snapshots)).toEqual([pin, ...names.slice(-2)]);
     expect(last.stderr).not.toContain("--drop-unsent");
   });
@@ -617,24 +800,34 @@ describe("what could not be sent is kept", () => {
     const { names } = await runs(3, 0, source, ["-N", "1", source, destination, "--optional", usb]);
     expect(snapshotNames(snapshots)).toEqual([pin, ...names.slice(-1)]);
     unmount(b);
-    const { names: more, last } = await runs(3, 1, source, ["-N", "1", source, destination, "--optional", usb]);
+    const { names: more, last } = await runs(3, 1, source, [
+      "-N",
+      "1",
+      source,
+      destination,
+      "--optional",
+      usb,
+    ]);
     expect(snapshotNames(snapshots)).toEqual([pin, ...names.slice(-1), ...more]);
     expectTold(last.stderr, destination);
     for (const one of [b, optional]) mountImage(one);
   });
 
-  test.each([1, 3])("no more is kept than the destination's own policy would still want: -n %i", async (wanted) => {
-    const { source, snapshots, destination, pin, b } = await away();
-    const policy = ["-N", "1", "-n", String(wanted)];
-    const { names } = await runs(5, 1, source, [...policy, source, destination]);
-    expect(snapshotNames(snapshots)).toEqual([pin, ...names.slice(-wanted)]);
-    mountImage(b);
-    await nextSecond();
-    const back = await expectRun(0, ["--json", ...policy, source, destination]);
-    for (const { parent } of transfers(back)) expect(parent).not.toBeNull();
-    expect(snapshotNames(destination).length).toBe(wanted);
-    expectSound(destination, snapshots);
-  });
+  test.each([1, 3])(
+    "no more is kept than the destination's own policy would still want: -n %i",
+    async (wanted) => {
+      const { source, snapshots, destination, pin, b } = await away();
+      const policy = ["-N", "1", "-n", String(wanted)];
+      const { names } = await runs(5, 1, source, [...policy, source, destination]);
+      expect(snapshotNames(snapshots)).toEqual([pin, ...names.slice(-wanted)]);
+      mountImage(b);
+      await nextSecond();
+      const back = await expectRun(0, ["--json", ...policy, source, destination]);
+      for (const { parent } of transfers(back)) expect(parent).not.toBeNull();
+      expect(snapshotNames(destination).length).toBe(wanted);
+      expectSound(destination, snapshots);
+    },
+  );
 
   test("when less than 5 % of the source's filesystem is free, the oldest of them go, never what the next transfer builds on", async () => {
     const small = filesystem({ size: "300M", mkfs: ["--mixed"] });
@@ -652,9 +845,17 @@ describe("what could not be sent is kept", () => {
       names.push(...(await runs(1, 1, source, ["-N", "1", source, destination])).names);
     }
     expect(snapshotNames(snapshots)).toEqual([pin, ...names]);
-    const free = () => sh(`sync -f "$1"; df --output=avail,size "$1" | awk 'NR == 2 { printf "%d", 100 * $1 / $2 }'`, small.path);
-    for (let i = 0; Number(free()) >= 3; i++) sh(`fallocate -l 2M "$1/ballast-$2"`, small.path, String(i));
-    const { names: [newest = ""], last } = await runs(1, 1, source, ["-N", "1", source, destination]);
+    const free = () =>
+      sh(
+        `sync -f "$1"; df --output=avail,size "$1" | awk 'NR == 2 { printf "%d", 100 * $1 / $2 }'`,
+        small.path,
+      );
+    for (let i = 0; Number(free()) >= 3; i++)
+      sh(`fallocate -l 2M "$1/ballast-$2"`, small.path, String(i));
+    const {
+      names: [newest = ""],
+      last,
+    } = await runs(1, 1, source, ["-N", "1", source, destination]);
     const left = snapshotNames(snapshots);
     expect(left[0]).toBe(pin);
     expect(left.at(-1)).toBe(newest);
@@ -662,7 +863,11 @@ describe("what could not be sent is kept", () => {
     // The oldest first: what is left are the last ones.
     expect([...names, newest].slice(1 - left.length)).toEqual(left.slice(1));
     expect(last.stderr).toMatch(/5 ?%|free|space/);
-    expect(events(last).filter(({ event, message }) => event === "warning" && /5 ?%|free|space/.test(message)).length).toBeGreaterThan(0);
+    expect(
+      events(last).filter(
+        ({ event, message }) => event === "warning" && /5 ?%|free|space/.test(message),
+      ).length,
+    ).toBeGreaterThan(0);
     mountImage(b);
     await nextSecond();
     const back = await expectRun(0, ["--json", source, destination]);
@@ -682,15 +887,24 @@ describe("an automounted destination works at the first touch", () => {
     writeFileSync(join(directory, "master"), `${folder} ${directory}/map\n`);
     writeFileSync(join(directory, "map"), `disk -fstype=btrfs,loop,noatime :${disk.image}\n`);
     // In a session of its own: what is in automount's process group mounts nothing by touching it.
-    const words = ["-f", "-t", "600", "--pid-file", join(directory, "pid"), join(directory, "master")];
+    const words = [
+      "-f",
+      "-t",
+      "600",
+      "--pid-file",
+      join(directory, "pid"),
+      join(directory, "master"),
+    ];
     const automount = spawn("/usr/sbin/automount", words, { detached: true, stdio: "ignore" });
     const gone = new Promise((done) => automount.on("close", done));
     const mounts = () => readFileSync("/proc/self/mountinfo", "utf8").split("\n");
-    const mounted = (path: string, type: string) => mounts().some((line) => line.includes(` ${path} `) && line.includes(` - ${type} `));
+    const mounted = (path: string, type: string) =>
+      mounts().some((line) => line.includes(` ${path} `) && line.includes(` - ${type} `));
     const known = () => existsSync(`/sys/fs/btrfs/${disk.uuid}`);
     const at = join(folder, "disk");
     const expire = async () => {
-      const free = () => !mounted(at, "btrfs") || sh(`umount "$1" 2>/dev/null && echo free || :`, at) === "free";
+      const free = () =>
+        !mounted(at, "btrfs") || sh(`umount "$1" 2>/dev/null && echo free || :`, at) === "free";
       await waitFor("the disk to be free", free);
       await waitFor("the filesystem to be gone", () => !known());
     };
@@ -724,7 +938,9 @@ describe("an automounted destination works at the first touch", () => {
       await touch(source, place);
       expect(snapshotNames(place)).toEqual(snapshotNames(snapshots));
       writeFileSync(join(source, "state"), "second");
-      expect(transfers(await touch("--json", source, place))).toMatchObject([{ parent: snapshotNames(snapshots)[0] }]);
+      expect(transfers(await touch("--json", source, place))).toMatchObject([
+        { parent: snapshotNames(snapshots)[0] },
+      ]);
       expectSound(place, snapshots);
       expect((await touch("list", place)).stdout).toMatch(/whole(.|\n)*whole/);
       expect((await touch("list", source)).stdout).toMatch(/whole, pin/);

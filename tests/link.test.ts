@@ -4,16 +4,38 @@
 import { expect, test } from "bun:test";
 import { existsSync, readdirSync } from "node:fs";
 import { dirname, join } from "node:path";
-import { events, expectRun, expectSound, linkedServer, loginShells, nextSecond, pair, sh, snapshotNames, start, subvolumes, temporaryDirectory, waitFor } from "./support/rig.ts";
+import {
+  events,
+  expectRun,
+  expectSound,
+  linkedServer,
+  loginShells,
+  nextSecond,
+  pair,
+  sh,
+  snapshotNames,
+  start,
+  subvolumes,
+  temporaryDirectory,
+  waitFor,
+} from "./support/rig.ts";
 
 /** Heartbeats and keep-alives every second, so that silence is noticed after some. */
 const FAST = ["--ssh-opt", "ServerAliveInterval=1"];
 /** What a run started there, or here: verbs, and btrfs at work on a path. */
-const atWork = (path: string) => sh(`pgrep -af '[b]trfs-backup:(open|send|receive|store|fetch|restoring)' | grep -F "$1" || :; pgrep -af '^btrfs (send|receive)' || :`, path);
-const lockOf = (folder: string) => sh(`flock -n "$1" echo free || echo held`, join(folder, ".btrfs-backup..lock"));
-const incomplete = (folder: string) => existsSync(folder) && [...subvolumes(folder).values()].some(({ readonly }) => !readonly);
+const atWork = (path: string) =>
+  sh(
+    `pgrep -af '[b]trfs-backup:(open|send|receive|store|fetch|restoring)' | grep -F "$1" || :; pgrep -af '^btrfs (send|receive)' || :`,
+    path,
+  );
+const lockOf = (folder: string) =>
+  sh(`flock -n "$1" echo free || echo held`, join(folder, ".btrfs-backup..lock"));
+const incomplete = (folder: string) =>
+  existsSync(folder) && [...subvolumes(folder).values()].some(({ readonly }) => !readonly);
 
-for (const [shell, path] of Object.entries(loginShells()).filter(([name]) => ["bash", "dash", "ash"].includes(name)))
+for (const [shell, path] of Object.entries(loginShells()).filter(([name]) =>
+  ["bash", "dash", "ash"].includes(name),
+))
   test(`a dead link ends a run here, and the receive, the send and the locks there (${shell})`, async () => {
     const { source, snapshots, destination, b } = pair();
     const server = await linkedServer();
@@ -21,11 +43,31 @@ for (const [shell, path] of Object.entries(loginShells()).filter(([name]) => ["b
     const url = (path: string) => server.url(path, `link-${shell}`);
     const options = [...server.options, ...FAST];
     const stored = join(b.path, "stored");
-    await expectRun(0, [...options, source, url(destination), url(stored).replace(/^ssh:/, "raw+ssh:")]);
+    await expectRun(0, [
+      ...options,
+      source,
+      url(destination),
+      url(stored).replace(/^ssh:/, "raw+ssh:"),
+    ]);
     const cases = [
-      { args: [source, url(destination)], there: destination, busy: () => incomplete(destination), lock: destination },
-      { args: [source, url(stored).replace(/^ssh:/, "raw+ssh:")], there: stored, busy: () => readdirSync(stored).some((name) => name.endsWith(".part")), lock: stored },
-      { args: [url(source), destination], there: snapshots, busy: () => incomplete(destination), lock: snapshots },
+      {
+        args: [source, url(destination)],
+        there: destination,
+        busy: () => incomplete(destination),
+        lock: destination,
+      },
+      {
+        args: [source, url(stored).replace(/^ssh:/, "raw+ssh:")],
+        there: stored,
+        busy: () => readdirSync(stored).some((name) => name.endsWith(".part")),
+        lock: stored,
+      },
+      {
+        args: [url(source), destination],
+        there: snapshots,
+        busy: () => incomplete(destination),
+        lock: snapshots,
+      },
     ];
     for (const { args, there, busy, lock } of shell === "dash" ? cases : cases.slice(0, 1)) {
       await nextSecond();
@@ -51,9 +93,19 @@ test("a transfer that is slow but alive is never ended, however long it takes", 
   const server = await linkedServer();
   sh(`head -c 10M /dev/urandom >"$1/large"`, source);
   // Silence ends the other side after 4 s; this takes twice as long.
-  const args = [...server.options, ...FAST, "--json", "--rate-limit", "1300k", source, server.url(destination), server.url(join(b.path, "stored")).replace(/^ssh:/, "raw+ssh:")];
+  const args = [
+    ...server.options,
+    ...FAST,
+    "--json",
+    "--rate-limit",
+    "1300k",
+    source,
+    server.url(destination),
+    server.url(join(b.path, "stored")).replace(/^ssh:/, "raw+ssh:"),
+  ];
   const result = await expectRun(0, args);
-  for (const { seconds } of events(result).filter(({ event }) => event === "transfer")) expect(seconds).toBeGreaterThan(5);
+  for (const { seconds } of events(result).filter(({ event }) => event === "transfer"))
+    expect(seconds).toBeGreaterThan(5);
   expectSound(destination, snapshots);
 });
 
@@ -63,7 +115,14 @@ test("a run that is stopped, not ended, is given up by the other side, which lea
   await expectRun(0, [...server.options, source, server.url(destination)]);
   sh(`head -c 40M /dev/urandom >"$1/large"`, source);
   await nextSecond();
-  const running = start([...server.options, ...FAST, "--rate-limit", "5m", source, server.url(destination)]);
+  const running = start([
+    ...server.options,
+    ...FAST,
+    "--rate-limit",
+    "5m",
+    source,
+    server.url(destination),
+  ]);
   await waitFor("the transfer", () => incomplete(destination));
   running.child.kill("SIGSTOP");
   await waitFor("the other side", () => atWork(destination) === "");
@@ -80,7 +139,10 @@ test("with --ssh-sudo, what runs as root over there ends as well", async () => {
   const server = await linkedServer();
   server.user("linksaver", "/bin/sh", 4712);
   const sudoers = join(temporaryDirectory(), "sudoers");
-  sh(`echo 'linksaver ALL=(root) NOPASSWD: /usr/bin/btrfs' >"$1"; chmod 440 "$1"; mount --bind "$1" /etc/sudoers`, sudoers);
+  sh(
+    `echo 'linksaver ALL=(root) NOPASSWD: /usr/bin/btrfs' >"$1"; chmod 440 "$1"; mount --bind "$1" /etc/sudoers`,
+    sudoers,
+  );
   try {
     sh(`mkdir "$1" "$2"; chown 4712 "$1" "$2"`, snapshots, destination);
     const options = [...server.options, ...FAST, "--ssh-sudo"];
@@ -92,7 +154,11 @@ test("with --ssh-sudo, what runs as root over there ends as well", async () => {
       [[url(source), other], snapshots, other],
     ] as const) {
       await nextSecond();
-      sh(`head -c 40M /dev/urandom >"$1/large"; chown -f 4712 "$2"/.btrfs-backup*`, source, snapshots);
+      sh(
+        `head -c 40M /dev/urandom >"$1/large"; chown -f 4712 "$2"/.btrfs-backup*`,
+        source,
+        snapshots,
+      );
       const running = start([...options, "--rate-limit", "5m", ...args]);
       await waitFor("the transfer", () => incomplete(busy));
       server.cut();

@@ -5,9 +5,27 @@ import { describe, expect, test } from "bun:test";
 import { existsSync, mkdirSync, readFileSync, writeFileSync } from "node:fs";
 import { join } from "node:path";
 import {
-  contentsDigest, damage, events, expectRun, expectSameTree, expectSound, filesystem, nextSecond, pair, reformat,
-  s3Remote, sh, snapshotAs, snapshotNames, sshServer, subvolume, subvolumes, temporaryDirectory, treeDigest,
-  type Options, type Result,
+  contentsDigest,
+  damage,
+  events,
+  expectRun,
+  expectSameTree,
+  expectSound,
+  filesystem,
+  nextSecond,
+  pair,
+  reformat,
+  s3Remote,
+  sh,
+  snapshotAs,
+  snapshotNames,
+  sshServer,
+  subvolume,
+  subvolumes,
+  temporaryDirectory,
+  treeDigest,
+  type Options,
+  type Result,
 } from "./support/rig.ts";
 
 const EDITED = /edited/i;
@@ -32,11 +50,23 @@ async function backedUp(...days: number[]) {
   const it = pair();
   for (const n of days) next(it.source, n);
   await send(it.source, it.destination);
-  return { ...it, snapshot: (n: number) => join(it.snapshots, day(n)), backup: (n: number) => join(it.destination, day(n)) };
+  return {
+    ...it,
+    snapshot: (n: number) => join(it.snapshots, day(n)),
+    backup: (n: number) => join(it.destination, day(n)),
+  };
 }
 
 /** What was sent in full on the second day is what the third one builds on, and nothing is said of why not. */
-async function expectGoesOn({ source, destination, snapshot, backup }: Pick<Awaited<ReturnType<typeof backedUp>>, "source" | "destination" | "snapshot" | "backup">, why: RegExp): Promise<void> {
+async function expectGoesOn(
+  {
+    source,
+    destination,
+    snapshot,
+    backup,
+  }: Pick<Awaited<ReturnType<typeof backedUp>>, "source" | "destination" | "snapshot" | "backup">,
+  why: RegExp,
+): Promise<void> {
   next(source, 3);
   const after = await send(source, destination);
   expect(sent(after)).toEqual([[day(3), day(2)]]);
@@ -46,7 +76,11 @@ async function expectGoesOn({ source, destination, snapshot, backup }: Pick<Awai
 
 /** What anybody can do with a snapshot: make it writable, change it by a script that runs in it, make it read-only again. */
 const edit = (snapshot: string, script: string, ...args: string[]) =>
-  sh(`cd "$1"; shift; btrfs property set -ts . ro false; ${script}; btrfs property set -ts . ro true`, snapshot, ...args);
+  sh(
+    `cd "$1"; shift; btrfs property set -ts . ro false; ${script}; btrfs property set -ts . ro true`,
+    snapshot,
+    ...args,
+  );
 
 /** A change that leaves all as it was. */
 const HARMLESS = "chmod u+x plain/9; chmod u-x plain/9";
@@ -65,17 +99,32 @@ const EDITS: [string, string, string][] = [
 
 /** A program in a directory that does something before it is the one of this machine. */
 const first = (directory: string, tool: string, script: string) =>
-  writeFileSync(join(directory, tool), `#!/bin/sh\n${script}\nexec ${sh(`command -v ${tool}`)} "$@"\n`, { mode: 0o755 });
+  writeFileSync(
+    join(directory, tool),
+    `#!/bin/sh\n${script}\nexec ${sh(`command -v ${tool}`)} "$@"\n`,
+    { mode: 0o755 },
+  );
 const pathWith = (directory: string) => ({ PATH: `${directory}:${process.env["PATH"]}` });
 
 /** A `tar` and a `btrfs` first on the PATH that note what they are called with. */
-function watched(): { env: Record<string, string>; comparisons: () => number; receives: () => number } {
+function watched(): {
+  env: Record<string, string>;
+  comparisons: () => number;
+  receives: () => number;
+} {
   const directory = temporaryDirectory();
   const notes = join(directory, "notes");
   writeFileSync(notes, "");
   for (const tool of ["tar", "btrfs"]) first(directory, tool, `echo "${tool} $1" >>${notes}`);
-  const counted = (line: string) => readFileSync(notes, "utf8").split("\n").filter((note) => note === line).length;
-  return { env: pathWith(directory), comparisons: () => counted("tar --create"), receives: () => counted("btrfs receive") };
+  const counted = (line: string) =>
+    readFileSync(notes, "utf8")
+      .split("\n")
+      .filter((note) => note === line).length;
+  return {
+    env: pathWith(directory),
+    comparisons: () => counted("tar --create"),
+    receives: () => counted("btrfs receive"),
+  };
 }
 
 /** Has the kernel store the same data of two files once, as tools for deduplication do; it works on read-only snapshots. */
@@ -104,18 +153,21 @@ describe("a snapshot that was edited", () => {
     expect(watch.comparisons()).toBe(0);
   });
 
-  test.each(EDITS)("and is the only one that is shared: what follows is sent in full, and says why (%s)", async (_, change, edits) => {
-    const { source, destination, snapshot, backup } = await backedUp(1);
-    sh(`cd "$1"; ${change}`, source);
-    edit(snapshot(1), edits, source);
-    next(source, 2);
-    const result = await send(source, destination);
-    expectSameTree(snapshot(2), backup(2));
-    expect(sent(result)).toEqual([[day(2), null]]);
-    expect(result.stderr).toMatch(EDITED);
-    expect(result.stderr).toContain(day(1));
-    await expectGoesOn({ source, destination, snapshot, backup }, EDITED);
-  });
+  test.each(EDITS)(
+    "and is the only one that is shared: what follows is sent in full, and says why (%s)",
+    async (_, change, edits) => {
+      const { source, destination, snapshot, backup } = await backedUp(1);
+      sh(`cd "$1"; ${change}`, source);
+      edit(snapshot(1), edits, source);
+      next(source, 2);
+      const result = await send(source, destination);
+      expectSameTree(snapshot(2), backup(2));
+      expect(sent(result)).toEqual([[day(2), null]]);
+      expect(result.stderr).toMatch(EDITED);
+      expect(result.stderr).toContain(day(1));
+      await expectGoesOn({ source, destination, snapshot, backup }, EDITED);
+    },
+  );
 
   test("as all that are shared were: nothing is built on the one that differs", async () => {
     const { source, destination, snapshot, backup } = await backedUp(1, 2);
@@ -134,7 +186,11 @@ describe("a snapshot that was edited", () => {
     sh(`rm "$1/plain/9"`, source);
     edit(snapshot(1), "rm plain/9");
     next(source, 4);
-    expect(sent(await send(source, destination))).toEqual([[day(2), null], [day(3), day(2)], [day(4), day(3)]]);
+    expect(sent(await send(source, destination))).toEqual([
+      [day(2), null],
+      [day(3), day(2)],
+      [day(4), day(3)],
+    ]);
     for (const n of [2, 3, 4]) expectSameTree(snapshot(n), backup(n));
   });
 
@@ -153,33 +209,36 @@ describe("a snapshot that was edited", () => {
     }
   });
 
-  test.each(["a folder", "a bucket"])("cannot be compared with a stored stream (in %s): what follows is sent in full", async (where) => {
-    const { source, snapshots } = pair();
-    const s3 = where === "a bucket" ? await s3Remote() : null;
-    const store = s3?.url("s") ?? `raw://${temporaryDirectory()}/s`;
-    const options = { env: s3?.env ?? {} };
-    next(source, 1);
-    await send(source, store, options);
-    sh(`rm "$1/plain/9"`, source);
-    edit(join(snapshots, day(1)), "rm plain/9");
-    next(source, 2);
-    const result = await send(source, store, options);
-    const target = join(filesystem().path, "again");
-    await expectRun(0, ["restore", "-q", "--snapshot", day(2), store, target], options);
-    expect(contentsDigest(target)).toBe(contentsDigest(join(snapshots, day(2))));
-    expect(sent(result)).toEqual([[day(2), null]]);
-    expect(result.stderr).toMatch(EDITED);
-    // One that was not edited is there again.
-    edit(join(snapshots, day(1)), "rm plain/8");
-    next(source, 3);
-    expect(sent(await send(source, store, options))).toEqual([[day(3), day(2)]]);
-    edit(join(snapshots, day(3)), "rm plain/10");
-    next(source, 4, "rm plain/10");
-    expect(sent(await send(source, store, options))).toEqual([[day(4), day(2)]]);
-    const last = join(filesystem().path, "last");
-    await expectRun(0, ["restore", "-q", "--snapshot", day(4), store, last], options);
-    expect(contentsDigest(last)).toBe(contentsDigest(join(snapshots, day(4))));
-  });
+  test.each(["a folder", "a bucket"])(
+    "cannot be compared with a stored stream (in %s): what follows is sent in full",
+    async (where) => {
+      const { source, snapshots } = pair();
+      const s3 = where === "a bucket" ? await s3Remote() : null;
+      const store = s3?.url("s") ?? `raw://${temporaryDirectory()}/s`;
+      const options = { env: s3?.env ?? {} };
+      next(source, 1);
+      await send(source, store, options);
+      sh(`rm "$1/plain/9"`, source);
+      edit(join(snapshots, day(1)), "rm plain/9");
+      next(source, 2);
+      const result = await send(source, store, options);
+      const target = join(filesystem().path, "again");
+      await expectRun(0, ["restore", "-q", "--snapshot", day(2), store, target], options);
+      expect(contentsDigest(target)).toBe(contentsDigest(join(snapshots, day(2))));
+      expect(sent(result)).toEqual([[day(2), null]]);
+      expect(result.stderr).toMatch(EDITED);
+      // One that was not edited is there again.
+      edit(join(snapshots, day(1)), "rm plain/8");
+      next(source, 3);
+      expect(sent(await send(source, store, options))).toEqual([[day(3), day(2)]]);
+      edit(join(snapshots, day(3)), "rm plain/10");
+      next(source, 4, "rm plain/10");
+      expect(sent(await send(source, store, options))).toEqual([[day(4), day(2)]]);
+      const last = join(filesystem().path, "last");
+      await expectRun(0, ["restore", "-q", "--snapshot", day(4), store, last], options);
+      expect(contentsDigest(last)).toBe(contentsDigest(join(snapshots, day(4))));
+    },
+  );
 
   test("cannot be compared with what a command took: it gets the next one in full, and is told so", async () => {
     const { source, snapshots } = pair();
@@ -204,7 +263,12 @@ describe("a snapshot that was edited", () => {
 
 describe("a snapshot that may have been edited", () => {
   /** Another day is sent after the last one was taken back on both sides: it has the same parents to choose from. */
-  async function again(it: Awaited<ReturnType<typeof backedUp>>, gone: number, n: number, options: Options): Promise<Result> {
+  async function again(
+    it: Awaited<ReturnType<typeof backedUp>>,
+    gone: number,
+    n: number,
+    options: Options,
+  ): Promise<Result> {
     sh(`btrfs -q subvolume delete "$1" "$2" >/dev/null`, it.snapshot(gone), it.backup(gone));
     next(it.source, n);
     return send(it.source, it.destination, options);
@@ -271,7 +335,11 @@ describe("a snapshot that may have been edited", () => {
     sh(`cd "$1"; head -c 1M /dev/urandom >one; cp --reflink=never one two`, it.source);
     for (const n of [1, 2]) next(it.source, n);
     await send(it.source, it.destination);
-    const full = { ...it, snapshot: (n: number) => join(it.snapshots, day(n)), backup: (n: number) => join(it.destination, day(n)) };
+    const full = {
+      ...it,
+      snapshot: (n: number) => join(it.snapshots, day(n)),
+      backup: (n: number) => join(it.destination, day(n)),
+    };
     for (const n of [1, 2]) deduplicate(full.snapshot(n), "one", "two");
     return full;
   }
@@ -313,7 +381,9 @@ describe("a restore brings back what the backup has, though the source's own sna
     const snapshots = folder === "snapshot" ? it.snapshots : join(it.a.path, folder);
     if (folder === "outside") mkdirSync(snapshots);
     const run = async () => {
-      const told = events(await expectRun(0, ["--json", "-f", snapshots, it.source, it.destination]));
+      const told = events(
+        await expectRun(0, ["--json", "-f", snapshots, it.source, it.destination]),
+      );
       const name = told.find(({ event }) => event === "snapshot")?.["name"] as string;
       return { name, state: contentsDigest(join(snapshots, name)) };
     };
@@ -333,10 +403,26 @@ describe("a restore brings back what the backup has, though the source's own sna
 
   test("to a new place, with the source's snapshots to build on", async () => {
     const { destination, a, snapshots, first, second } = await edited();
-    await expectRun(0, ["restore", "--snapshot", first.name, "--parent-from", snapshots, destination, join(a.path, "new")]);
+    await expectRun(0, [
+      "restore",
+      "--snapshot",
+      first.name,
+      "--parent-from",
+      snapshots,
+      destination,
+      join(a.path, "new"),
+    ]);
     expect(contentsDigest(join(a.path, "new"))).toBe(first.state);
     sh(`btrfs -q subvolume delete "$1" >/dev/null`, join(snapshots, second.name));
-    await expectRun(0, ["restore", "--snapshot", second.name, "--parent-from", snapshots, destination, join(a.path, "newer")]);
+    await expectRun(0, [
+      "restore",
+      "--snapshot",
+      second.name,
+      "--parent-from",
+      snapshots,
+      destination,
+      join(a.path, "newer"),
+    ]);
     expect(contentsDigest(join(a.path, "newer"))).toBe(second.state);
   });
 
@@ -368,7 +454,12 @@ describe("a restore brings back what the backup has, though the source's own sna
 
 describe("a received snapshot", () => {
   const receive = (backup: string, folder: string, parent?: string) =>
-    sh(`mkdir -p "$2"; btrfs send -q \${3:+-p "$3"} "$1" | btrfs receive -q "$2"`, backup, folder, parent ?? "");
+    sh(
+      `mkdir -p "$2"; btrfs send -q \${3:+-p "$3"} "$1" | btrfs receive -q "$2"`,
+      backup,
+      folder,
+      parent ?? "",
+    );
 
   test("is no parent of a source that its files were only copied to: what follows is sent in full, and says why", async () => {
     const { source, destination, snapshots, snapshot, backup, a } = await backedUp(1);
@@ -389,7 +480,11 @@ describe("a received snapshot", () => {
     reformat(a);
     const folder = join(a.path, "snapshots");
     receive(backup(1), folder);
-    sh(`btrfs -q subvolume snapshot "$1" "$2" >/dev/null; rm "$2/plain/10"`, join(folder, day(1)), source);
+    sh(
+      `btrfs -q subvolume snapshot "$1" "$2" >/dev/null; rm "$2/plain/10"`,
+      join(folder, day(1)),
+      source,
+    );
     const result = await expectRun(0, ["--json", "-f", folder, source, destination]);
     const newest = snapshotNames(folder).at(-1) as string;
     expect(sent(result)).toEqual([[newest, day(1)]]);
@@ -406,7 +501,10 @@ describe("a received snapshot", () => {
     receive(backup(2), snapshots, backup(1));
     const gone = subvolumes(join(a.path, "tmp")).get(day(1))?.uuid as string;
     sh(`btrfs -q subvolume delete "$1" >/dev/null`, first);
-    expect([subvolumes(snapshots).get(day(2))?.parentUuid, subvolumes(a.path).get("home")?.parentUuid]).toEqual([gone, gone]);
+    expect([
+      subvolumes(snapshots).get(day(2))?.parentUuid,
+      subvolumes(a.path).get("home")?.parentUuid,
+    ]).toEqual([gone, gone]);
     next(source, 3, "rm plain/10");
     const result = await send(source, destination);
     expect(sent(result)).toEqual([[day(3), day(2)]]);
@@ -438,42 +536,64 @@ describe("copy", () => {
     }
     const second = join(filesystem().path, "second");
     const copy = () => expectRun(0, ["copy", "--json", it.destination, second]);
-    const expectCopied = (n: number) => expectSameTree(join(it.destination, day(n)), join(second, day(n)));
+    const expectCopied = (n: number) =>
+      expectSameTree(join(it.destination, day(n)), join(second, day(n)));
     return { ...it, second, copy, expectCopied };
   }
 
   test("sends a backup in full that was received in full, whatever else is shared", async () => {
     const { copy, expectCopied } = await line([1, "full"], [2, "full"]);
     const result = await copy();
-    expect(sent(result)).toEqual([[day(1), null], [day(2), null]]);
+    expect(sent(result)).toEqual([
+      [day(1), null],
+      [day(2), null],
+    ]);
     expect(result.stderr).toMatch(UNRELATED);
     for (const n of [1, 2]) expectCopied(n);
   });
 
   test("sends a difference within each line of backups, and none between two lines", async () => {
-    const { copy, expectCopied } = await line([1, "full"], [2, "difference"], [3, "full"], [4, "difference"]);
-    expect(sent(await copy())).toEqual([[day(1), null], [day(2), day(1)], [day(3), null], [day(4), day(3)]]);
+    const { copy, expectCopied } = await line(
+      [1, "full"],
+      [2, "difference"],
+      [3, "full"],
+      [4, "difference"],
+    );
+    expect(sent(await copy())).toEqual([
+      [day(1), null],
+      [day(2), day(1)],
+      [day(3), null],
+      [day(4), day(3)],
+    ]);
     for (const n of [1, 2, 3, 4]) expectCopied(n);
   });
 
   test("sends differences along a line of backups that were received one on top of the other", async () => {
     const { copy, expectCopied } = await line([1, "full"], [2, "difference"], [3, "difference"]);
-    expect(sent(await copy())).toEqual([[day(1), null], [day(2), day(1)], [day(3), day(2)]]);
+    expect(sent(await copy())).toEqual([
+      [day(1), null],
+      [day(2), day(1)],
+      [day(3), day(2)],
+    ]);
     for (const n of [1, 2, 3]) expectCopied(n);
   });
 
-  test.each(["by hand", "by retention"])("sends a difference over a gap in the line, which was made %s", async (how) => {
-    const { source, destination, copy, expectCopied } = await line([1, "full"]);
-    expect(sent(await copy())).toEqual([[day(1), null]]);
-    for (const n of [2, 3, 4]) {
-      next(source, n, `mv plain/${n} plain/moved-${n}`);
-      await send(source, destination, {}, how === "by retention" ? ["-n", "1", "-N", "1"] : []);
-    }
-    if (how === "by hand") sh(`btrfs -q subvolume delete "$1/$2" "$1/$3" >/dev/null`, destination, day(2), day(3));
-    expect(snapshotNames(destination)).toEqual([day(1), day(4)]);
-    expect(sent(await copy())).toEqual([[day(4), day(1)]]);
-    expectCopied(4);
-  });
+  test.each(["by hand", "by retention"])(
+    "sends a difference over a gap in the line, which was made %s",
+    async (how) => {
+      const { source, destination, copy, expectCopied } = await line([1, "full"]);
+      expect(sent(await copy())).toEqual([[day(1), null]]);
+      for (const n of [2, 3, 4]) {
+        next(source, n, `mv plain/${n} plain/moved-${n}`);
+        await send(source, destination, {}, how === "by retention" ? ["-n", "1", "-N", "1"] : []);
+      }
+      if (how === "by hand")
+        sh(`btrfs -q subvolume delete "$1/$2" "$1/$3" >/dev/null`, destination, day(2), day(3));
+      expect(snapshotNames(destination)).toEqual([day(1), day(4)]);
+      expect(sent(await copy())).toEqual([[day(4), day(1)]]);
+      expectCopied(4);
+    },
+  );
 });
 
 describe("a parent that is not what it should be at the destination", () => {
@@ -491,32 +611,41 @@ describe("a parent that is not what it should be at the destination", () => {
     expect(stderr).toContain("verify");
   }
 
-  test.each(MISSING)("keeps no backup from being made, in full where there is no other (it lacks %s)", async (_, change) => {
-    const { source, destination, snapshots, snapshot, backup } = await backedUp(1);
-    spoil(backup(1));
-    next(source, 2, change);
-    const result = await send(source, destination);
-    expect(sent(result)).toEqual([[day(2), null]]);
-    expectSameTree(snapshot(2), backup(2));
-    const uuid = subvolumes(snapshots).get(day(2))?.uuid as string;
-    expect(subvolumes(destination).get(day(2))).toMatchObject({ readonly: true, receivedUuid: uuid });
-    expectNamed(result, 1);
-    next(source, 3);
-    const after = await send(source, destination);
-    expect(sent(after)).toEqual([[day(3), day(2)]]);
-    expectSameTree(snapshot(3), backup(3));
-  });
+  test.each(MISSING)(
+    "keeps no backup from being made, in full where there is no other (it lacks %s)",
+    async (_, change) => {
+      const { source, destination, snapshots, snapshot, backup } = await backedUp(1);
+      spoil(backup(1));
+      next(source, 2, change);
+      const result = await send(source, destination);
+      expect(sent(result)).toEqual([[day(2), null]]);
+      expectSameTree(snapshot(2), backup(2));
+      const uuid = subvolumes(snapshots).get(day(2))?.uuid as string;
+      expect(subvolumes(destination).get(day(2))).toMatchObject({
+        readonly: true,
+        receivedUuid: uuid,
+      });
+      expectNamed(result, 1);
+      next(source, 3);
+      const after = await send(source, destination);
+      expect(sent(after)).toEqual([[day(3), day(2)]]);
+      expectSameTree(snapshot(3), backup(3));
+    },
+  );
 
-  test.each(MISSING)("is replaced by an earlier one that is shared (it lacks %s)", async (_, change) => {
-    const { source, destination, snapshot, backup } = await backedUp(1, 2);
-    spoil(backup(2));
-    next(source, 3, change);
-    const result = await send(source, destination);
-    expect(sent(result)).toEqual([[day(3), day(1)]]);
-    expectSameTree(snapshot(3), backup(3));
-    expectNamed(result, 2);
-    expect(snapshotNames(destination)).toEqual([day(1), day(2), day(3)]);
-  });
+  test.each(MISSING)(
+    "is replaced by an earlier one that is shared (it lacks %s)",
+    async (_, change) => {
+      const { source, destination, snapshot, backup } = await backedUp(1, 2);
+      spoil(backup(2));
+      next(source, 3, change);
+      const result = await send(source, destination);
+      expect(sent(result)).toEqual([[day(3), day(1)]]);
+      expectSameTree(snapshot(3), backup(3));
+      expectNamed(result, 2);
+      expect(snapshotNames(destination)).toEqual([day(1), day(2), day(3)]);
+    },
+  );
 
   test("is found by the verify that was proposed", async () => {
     const { source, destination, backup } = await backedUp(1);
@@ -524,8 +653,18 @@ describe("a parent that is not what it should be at the destination", () => {
     next(source, 2, "rm plain/10");
     await send(source, destination);
     await expectRun(0, ["verify", source, destination]);
-    const { stdout } = await expectRun(1, ["verify", "--json", "--snapshot", day(1), source, destination]);
-    expect(events({ stdout } as Result).find(({ event }) => event === "verify")).toMatchObject({ name: day(1), equal: false });
+    const { stdout } = await expectRun(1, [
+      "verify",
+      "--json",
+      "--snapshot",
+      day(1),
+      source,
+      destination,
+    ]);
+    expect(events({ stdout } as Result).find(({ event }) => event === "verify")).toMatchObject({
+      name: day(1),
+      equal: false,
+    });
   });
 
   test("keeps no backup from being made over ssh, and the other destination of the run gets its difference", async () => {
@@ -536,9 +675,21 @@ describe("a parent that is not what it should be at the destination", () => {
     await send(source, url(destination), {}, [...options, "--adopt"]);
     spoil(backup(1));
     next(source, 2, "rm plain/10");
-    const result = await expectRun(0, ["-S", "--json", ...options, source, url(destination), third]);
+    const result = await expectRun(0, [
+      "-S",
+      "--json",
+      ...options,
+      source,
+      url(destination),
+      third,
+    ]);
     const parents = new Map(transfers(result).map(({ destination: to, parent }) => [to, parent]));
-    expect(parents).toEqual(new Map([[url(destination), null], [third, day(1)]]));
+    expect(parents).toEqual(
+      new Map([
+        [url(destination), null],
+        [third, day(1)],
+      ]),
+    );
     for (const place of [destination, third]) expectSameTree(snapshot(2), join(place, day(2)));
     expectNamed(result, 1);
   });
@@ -600,7 +751,14 @@ describe("a parent that is not what it should be at the destination", () => {
     sh(`btrfs send -q "$1" | btrfs receive -q "$2"`, backup(1), flat.path);
     spoil(join(flat.path, day(1)));
     const target = join(flat.path, "home");
-    const result = await expectRun(0, ["restore", "--json", "--snapshot", day(2), destination, target]);
+    const result = await expectRun(0, [
+      "restore",
+      "--json",
+      "--snapshot",
+      day(2),
+      destination,
+      target,
+    ]);
     expect(contentsDigest(target)).toBe(contentsDigest(backup(2)));
     expect(treeDigest(join(target, "snapshot", day(2)))).toBe(treeDigest(backup(2)));
     expectNamed(result, 1);

@@ -87,7 +87,18 @@ let lastId = 256;
 /** A snapshot at the source: its UUID is "s" and its short name; the ID grows with every call. */
 const snap = (short: string, fields: Partial<Snapshot> = {}): Snapshot => {
   const name = full(short);
-  return { id: lastId++, name: named(name), time: at(short), moment: at(short), path: `snapshot/${name}`, uuid: `s${short}`, parentUuid: "source", receivedUuid: null, readonly: true, ...fields };
+  return {
+    id: lastId++,
+    name: named(name),
+    time: at(short),
+    moment: at(short),
+    path: `snapshot/${name}`,
+    uuid: `s${short}`,
+    parentUuid: "source",
+    receivedUuid: null,
+    readonly: true,
+    ...fields,
+  };
 };
 /** What a destination has of it after a transfer. */
 const backupOf = (snapshot: Snapshot, fields: Partial<Backup> = {}): Backup => ({
@@ -99,12 +110,27 @@ const backupOf = (snapshot: Snapshot, fields: Partial<Backup> = {}): Backup => (
   receivedUuid: snapshot.receivedUuid ?? snapshot.uuid,
   ...fields,
 });
-const snaps = (shorts: string) => shorts.split(" ").filter(Boolean).map((short) => snap(short));
+const snaps = (shorts: string) =>
+  shorts
+    .split(" ")
+    .filter(Boolean)
+    .map((short) => snap(short));
 const shortOf = (uuid: string) => uuid.slice(1);
 const kept = <T extends Snapshot>(decisions: readonly Decision<T>[]) =>
-  decisions.filter(({ reasons }) => reasons.length > 0).map(({ entry }) => shortOf(entry.uuid)).join(" ");
-const reasonsOf = (decisions: readonly Decision<Snapshot>[], short: string) => decisions.find(({ entry }) => shortOf(entry.uuid) === short)?.reasons;
-const standing = (backups: readonly Backup[], rest: Partial<Standing> = {}): Standing => ({ held: backups, backups, copied: new Map(), taken: new Map(), chained: null, ...rest });
+  decisions
+    .filter(({ reasons }) => reasons.length > 0)
+    .map(({ entry }) => shortOf(entry.uuid))
+    .join(" ");
+const reasonsOf = (decisions: readonly Decision<Snapshot>[], short: string) =>
+  decisions.find(({ entry }) => shortOf(entry.uuid) === short)?.reasons;
+const standing = (backups: readonly Backup[], rest: Partial<Standing> = {}): Standing => ({
+  held: backups,
+  backups,
+  copied: new Map(),
+  taken: new Map(),
+  chained: null,
+  ...rest,
+});
 
 describe("names", () => {
   test.each<[string, string, boolean]>([
@@ -143,13 +169,20 @@ describe("names", () => {
 
   test("the time in a name is the wall clock, counted as if it were UTC", () => {
     expect(parseName("p20240229-010203", "p")).toBe(Date.UTC(2024, 1, 29, 1, 2, 3));
-    expect(parseName("00500101-000000", "")).toBeLessThan(parseName("19000101-000000", "") as number);
+    expect(parseName("00500101-000000", "")).toBeLessThan(
+      parseName("19000101-000000", "") as number,
+    );
   });
 
   test("a stamp is local time in fifteen characters, and is read back as the wall clock", () => {
     expect(stamp(new Date(2024, 1, 3, 4, 5, 6))).toBe("20240203-040506");
     expect(wallClock(new Date(2024, 1, 3, 4, 5, 6))).toBe(Date.UTC(2024, 1, 3, 4, 5, 6));
-    fc.assert(fc.property(fc.date({ min: new Date("0002-01-01"), max: new Date("9999-12-30"), noInvalidDate: true }), (date) => expect(parseName(stamp(date), "")).not.toBeNull()));
+    fc.assert(
+      fc.property(
+        fc.date({ min: new Date("0002-01-01"), max: new Date("9999-12-30"), noInvalidDate: true }),
+        (date) => expect(parseName(stamp(date), "")).not.toBeNull(),
+      ),
+    );
   });
 });
 
@@ -159,21 +192,39 @@ describe("same data", () => {
   const find = dataFinder([orphan, held]);
   test.each<[string, Partial<Snapshot>, string | undefined]>([
     ["received from the snapshot", { uuid: "R", receivedUuid: null }, "H"],
-    ["received from the snapshot, itself restored from elsewhere", { uuid: "R", receivedUuid: "elsewhere" }, "H"],
+    [
+      "received from the snapshot, itself restored from elsewhere",
+      { uuid: "R", receivedUuid: "elsewhere" },
+      "H",
+    ],
     ["both received from the same third", { uuid: "S", receivedUuid: "R" }, "H"],
     ["the snapshot was received from it (a restore)", { uuid: "S", receivedUuid: "H" }, "H"],
-    ["the snapshot was received from one that was not received itself", { uuid: "S", receivedUuid: "O" }, "O"],
+    [
+      "the snapshot was received from one that was not received itself",
+      { uuid: "S", receivedUuid: "O" },
+      "O",
+    ],
     ["nothing in common", { uuid: "S", receivedUuid: null }, undefined],
-    ["neither was received: no UUID is not the same UUID", { uuid: "S", receivedUuid: null, name: orphan.name }, undefined],
+    [
+      "neither was received: no UUID is not the same UUID",
+      { uuid: "S", receivedUuid: null, name: orphan.name },
+      undefined,
+    ],
     ["the same parent is not the same data", { uuid: "S", parentUuid: "P" }, undefined],
     ["its parent is not the snapshot", { uuid: "P" }, undefined],
-    ["the same name is not the same data", { uuid: "S", name: held.name, time: held.time }, undefined],
+    [
+      "the same name is not the same data",
+      { uuid: "S", name: held.name, time: held.time },
+      undefined,
+    ],
   ])("%s", (_, fields, found) => {
     expect(find({ ...snap("0101"), ...fields })?.uuid).toBe(found);
   });
 
   test("complete is read-only and received", () => {
-    const table = [true, false].flatMap((readonly) => ["R", null].map((receivedUuid) => isComplete({ ...held, readonly, receivedUuid })));
+    const table = [true, false].flatMap((readonly) =>
+      ["R", null].map((receivedUuid) => isComplete({ ...held, readonly, receivedUuid })),
+    );
     expect(table).toEqual([true, false, false, false]);
   });
 
@@ -186,20 +237,53 @@ describe("same data", () => {
 
 describe("what stands at a destination", () => {
   const name = full("0301");
-  const found = (fields: Partial<Backup> | null, announced: string[] = [], strangers: string[] = []) => {
+  const found = (
+    fields: Partial<Backup> | null,
+    announced: string[] = [],
+    strangers: string[] = [],
+  ) => {
     const entry = fields && backupOf(snap("0301"), fields);
     const list = entry ? [entry] : [];
-    return standingIn({ standing: list, snapshots: list, entries: new Set([".", "..", "photos", name]), prefix: "" }, { strangers }, announced);
+    return standingIn(
+      {
+        standing: list,
+        snapshots: list,
+        entries: new Set([".", "..", "photos", name]),
+        prefix: "",
+      },
+      { strangers },
+      announced,
+    );
   };
   test.each<[string, Standing, RegExp | "leftover", backups: number, held?: number]>([
     ["a plain directory or file", found(null), /not a subvolume/, 0],
     ["a complete backup", found({}), /other data/, 1],
     ["a complete backup of another source", found({}, [], ["b0301"]), /other data/, 0, 1],
-    ["half a transfer that was announced", found({ readonly: false, receivedUuid: null }, [name]), "leftover", 0],
-    ["something writable that nobody announced", found({ readonly: false, receivedUuid: null }), /no transfer/, 0],
-    ["half a transfer, killed between the two last steps of btrfs receive", found({ readonly: false }, [name]), "leftover", 0],
+    [
+      "half a transfer that was announced",
+      found({ readonly: false, receivedUuid: null }, [name]),
+      "leftover",
+      0,
+    ],
+    [
+      "something writable that nobody announced",
+      found({ readonly: false, receivedUuid: null }),
+      /no transfer/,
+      0,
+    ],
+    [
+      "half a transfer, killed between the two last steps of btrfs receive",
+      found({ readonly: false }, [name]),
+      "leftover",
+      0,
+    ],
     ["a backup that was made writable", found({ readonly: false }), /made writable/, 0],
-    ["a snapshot that was never received, even if it was announced", found({ receivedUuid: null }, [name]), /not received/, 0],
+    [
+      "a snapshot that was never received, even if it was announced",
+      found({ receivedUuid: null }, [name]),
+      /not received/,
+      0,
+    ],
   ])("%s", (_, { taken, backups, held }, why, count, holding = count) => {
     expect([...taken.keys()]).toEqual([name]);
     expect(taken.get(name)).toMatch(why);
@@ -212,30 +296,96 @@ describe("policies", () => {
   test.each<[string, object]>([
     ["7", { newest: 7, firstOf: [], within: [] }],
     [" 7 ", { newest: 7, firstOf: [], within: [] }],
-    ["24h 7d 4w 12m 10y", { newest: 0, firstOf: [["h", 24], ["d", 7], ["w", 4], ["m", 12], ["y", 10]], within: [] }],
+    [
+      "24h 7d 4w 12m 10y",
+      {
+        newest: 0,
+        firstOf: [
+          ["h", 24],
+          ["d", 7],
+          ["w", 4],
+          ["m", 12],
+          ["y", 10],
+        ],
+        within: [],
+      },
+    ],
     ["*m", { newest: 0, firstOf: [["m", Infinity]], within: [] }],
     ["14d+", { newest: 0, firstOf: [], within: [["d", 14]] }],
     ["*y+", { newest: 0, firstOf: [], within: [["y", Infinity]] }],
-    ["3 7d\t2w+  7d+", { newest: 3, firstOf: [["d", 7]], within: [["w", 2], ["d", 7]] }],
+    [
+      "3 7d\t2w+  7d+",
+      {
+        newest: 3,
+        firstOf: [["d", 7]],
+        within: [
+          ["w", 2],
+          ["d", 7],
+        ],
+      },
+    ],
   ])("%j is understood", (text, expected) => {
     const policy = parsePolicy(text);
-    const pairs = (words: readonly { unit: string; count: number }[] = []) => words.map(({ unit, count }) => [unit, count]);
-    expect({ newest: policy?.newest, firstOf: pairs(policy?.firstOf), within: pairs(policy?.within) }).toEqual(expected as never);
+    const pairs = (words: readonly { unit: string; count: number }[] = []) =>
+      words.map(({ unit, count }) => [unit, count]);
+    expect({
+      newest: policy?.newest,
+      firstOf: pairs(policy?.firstOf),
+      within: pairs(policy?.within),
+    }).toEqual(expected as never);
     expect(policy?.text).toBe(text);
   });
 
   test.each(["0", " 0 "])("%j keeps everything", (text) => expect(parsePolicy(text)).toBeNull());
 
-  const wrong = ["", " ", "x", "-1", "1.5", "0d", "0h+", "0 7d", "7d 0", "00", "*", "*+", "7+", "d", "7D", "7days", "7 d", "7d,4w", "7d7d", "+7d", "7d++", "3 5", "7d 7d", "7d 14d", "2w+ 4w+", "99999999999999999999", "٧"];
-  test.each(wrong)("%j is a usage error", (text) => expect(() => parsePolicy(text)).toThrow(UsageError));
+  const wrong = [
+    "",
+    " ",
+    "x",
+    "-1",
+    "1.5",
+    "0d",
+    "0h+",
+    "0 7d",
+    "7d 0",
+    "00",
+    "*",
+    "*+",
+    "7+",
+    "d",
+    "7D",
+    "7days",
+    "7 d",
+    "7d,4w",
+    "7d7d",
+    "+7d",
+    "7d++",
+    "3 5",
+    "7d 7d",
+    "7d 14d",
+    "2w+ 4w+",
+    "99999999999999999999",
+    "٧",
+  ];
+  test.each(wrong)("%j is a usage error", (text) =>
+    expect(() => parsePolicy(text)).toThrow(UsageError),
+  );
 
-  test.each<[string, object]>([["3d", { count: 3, unit: "d" }], ["12m", { count: 12, unit: "m" }], ["0h", { count: 0, unit: "h" }]])("the duration %j is understood", (text, expected) =>
+  test.each<[string, object]>([
+    ["3d", { count: 3, unit: "d" }],
+    ["12m", { count: 12, unit: "m" }],
+    ["0h", { count: 0, unit: "h" }],
+  ])("the duration %j is understood", (text, expected) =>
     expect(parseDuration(text)).toEqual(expected as never),
   );
-  test.each(["", "3", "d", "3 d", "-3d", "3d+", "1.5d", "*d", "3x"])("the duration %j is a usage error", (text) => expect(() => parseDuration(text)).toThrow(UsageError));
+  test.each(["", "3", "d", "3 d", "-3d", "3d+", "1.5d", "*d", "3x"])(
+    "the duration %j is a usage error",
+    (text) => expect(() => parseDuration(text)).toThrow(UsageError),
+  );
 
   test("a window goes back by the calendar", () => {
-    const back = (from: string, count: number, unit: "h" | "d" | "w" | "m" | "y") => new Date(before(at(from), count, unit)).toISOString().slice(0, 16);
+    const back = (from: string, count: number, unit: "h" | "d" | "w" | "m" | "y") =>
+      new Date(before(at(from), count, unit)).toISOString().slice(0, 16);
     expect(back("0301-12", 1, "h")).toBe("2024-03-01T11:00");
     expect(back("0301-12", 1, "d")).toBe("2024-02-29T12:00");
     expect(back("0301-12", 2, "w")).toBe("2024-02-16T12:00");
@@ -245,14 +395,26 @@ describe("policies", () => {
     expect(before(at("0301"), Infinity, "m")).toBe(-Infinity);
   });
 
-  test.each(["m", "y"] as const)("a window of %s never moves backwards as time goes on: nothing is dropped that is wanted again a day later", (unit) => {
-    for (let day = at("20230101"); day < at("20250101"); day += 86400e3)
-      for (const count of [1, 2, 6]) expect(before(day + 86400e3, count, unit), new Date(day).toISOString()).toBeGreaterThanOrEqual(before(day, count, unit));
-  });
+  test.each(["m", "y"] as const)(
+    "a window of %s never moves backwards as time goes on: nothing is dropped that is wanted again a day later",
+    (unit) => {
+      for (let day = at("20230101"); day < at("20250101"); day += 86400e3)
+        for (const count of [1, 2, 6])
+          expect(
+            before(day + 86400e3, count, unit),
+            new Date(day).toISOString(),
+          ).toBeGreaterThanOrEqual(before(day, count, unit));
+    },
+  );
 
-  test.each(["h", "d", "w", "m", "y"] as const)("a window longer than time itself (%s) keeps everything", (unit) => {
-    expect(kept(retain(snaps("0101 0102 0103"), parsePolicy(`9999999${unit}+`), FAR))).toBe("0101 0102 0103");
-  });
+  test.each(["h", "d", "w", "m", "y"] as const)(
+    "a window longer than time itself (%s) keeps everything",
+    (unit) => {
+      expect(kept(retain(snaps("0101 0102 0103"), parsePolicy(`9999999${unit}+`), FAR))).toBe(
+        "0101 0102 0103",
+      );
+    },
+  );
 });
 
 describe("retention", () => {
@@ -266,14 +428,26 @@ describe("retention", () => {
     ["*d", "0101-08 0101-23 0102-00 0102-01 0103-05", "0101-08 0102-00 0103-05"],
     ["*m", "0105 0131 0201 0229 0301 0331", "0105 0201 0301 0331"],
     ["*m", "20230301 20240301 20240302 20250301", "20230301 20240301 20250301"],
-    ["*y", "20221231 20230101 20230601 20231231 20240101 20240102", "20221231 20230101 20240101 20240102"],
+    [
+      "*y",
+      "20221231 20230101 20230601 20231231 20240101 20240102",
+      "20221231 20230101 20240101 20240102",
+    ],
     // the last N periods that have one, however far back they are
     ["2d", "20200101 20200102 0101 0101-12", "20200102 0101 0101-12"],
     ["2h", "0101-01 0301-01 0301-0130 0401-01", "0301-01 0401-01"],
     ["1y", "20230101 20240301 20240302", "20240301 20240302"],
     // ISO weeks: Monday to Sunday, across the new year
-    ["*w", "20201227 20201228 20201231 20210101 20210103 20210104 20210105", "20201227 20201228 20210104 20210105"],
-    ["2w", "20201227 20201228 20201231 20210101 20210103 20210104 20210105", "20201228 20210104 20210105"],
+    [
+      "*w",
+      "20201227 20201228 20201231 20210101 20210103 20210104 20210105",
+      "20201227 20201228 20210104 20210105",
+    ],
+    [
+      "2w",
+      "20201227 20201228 20201231 20210101 20210103 20210104 20210105",
+      "20201228 20210104 20210105",
+    ],
     ["*w", "20241229 20241230 20250101 20250105 20250106", "20241229 20241230 20250106"],
     ["*w", "19691231 19700101 19700104 19700105", "19691231 19700105"], // before and after the epoch
     // windows end at the newest, and include their beginning
@@ -294,12 +468,18 @@ describe("retention", () => {
 
   test("every reason is told, and the newest is always one", () => {
     const decisions = retain(snaps("0101 0102 0103"), parsePolicy("1 *m 1d+"), FAR);
-    expect(decisions.map(({ reasons }) => reasons)).toEqual([["first of its month (*m)"], ["within 1d"], ["newest", "one of the newest 1", "within 1d"]]);
+    expect(decisions.map(({ reasons }) => reasons)).toEqual([
+      ["first of its month (*m)"],
+      ["within 1d"],
+      ["newest", "one of the newest 1", "within 1d"],
+    ]);
     expect(reasonsOf(retain(snaps("0101"), null, FAR), "0101")).toContain("newest");
   });
 
   test("a newest snapshot that is dated in the future does not empty the window", () => {
-    expect(kept(retain(snaps("0101 0110 0111 20350101"), parsePolicy("2d+"), at("0112")))).toBe("0110 0111 20350101");
+    expect(kept(retain(snaps("0101 0110 0111 20350101"), parsePolicy("2d+"), at("0112")))).toBe(
+      "0110 0111 20350101",
+    );
   });
 
   test("a run of days keeps one and the same snapshot of each for as long as it is kept", () => {
@@ -308,58 +488,120 @@ describe("retention", () => {
     const first = new Map<string, string>();
     for (let hour = 0; hour < 24 * 10; hour += 5) {
       const time = at("0101") + hour * 3600e3;
-      const name = new Date(time).toISOString().replace(/[-:]|\..*/g, "").replace("T", "-");
-      here = retain([...here, snap(name)], policy, FAR).filter(({ reasons }) => reasons.length > 0).map(({ entry }) => entry);
+      const name = new Date(time)
+        .toISOString()
+        .replace(/[-:]|\..*/g, "")
+        .replace("T", "-");
+      here = retain([...here, snap(name)], policy, FAR)
+        .filter(({ reasons }) => reasons.length > 0)
+        .map(({ entry }) => entry);
       const day = name.slice(0, 8);
       if (!first.has(day)) first.set(day, name);
       const days = [...first.values()].slice(-3);
-      expect(here.map((entry) => entry.name)).toEqual([...new Set([...days, name].map(named))].sort());
+      expect(here.map((entry) => entry.name)).toEqual(
+        [...new Set([...days, name].map(named))].sort(),
+      );
     }
   });
 });
 
 describe("order", () => {
-  const rankBy = (order: string) => (entry: Snapshot) => (order.split(" ").indexOf(shortOf(entry.uuid)) + 1 || undefined);
-  const arranged = (entries: string, order: string) => arrange(snaps(entries), rankBy(order)).map(({ uuid }) => shortOf(uuid)).join(" ");
+  const rankBy = (order: string) => (entry: Snapshot) =>
+    order.split(" ").indexOf(shortOf(entry.uuid)) + 1 || undefined;
+  const arranged = (entries: string, order: string) =>
+    arrange(snaps(entries), rankBy(order))
+      .map(({ uuid }) => shortOf(uuid))
+      .join(" ");
   test.each<[string, entries: string, ranks: string, expected: string]>([
     ["by name, when the source knows none", "0103 0101 0102", "", "0101 0102 0103"],
-    ["by the source's order, when it knows all", "0103 0101 0102", "0102 0103 0101", "0102 0103 0101"],
-    ["names went back when summer time ended", "1027-0100 1027-0200 1027-0230 1027-0215 1027-0300", "1027-0100 1027-0200 1027-0230 1027-0215 1027-0300", "1027-0100 1027-0200 1027-0230 1027-0215 1027-0300"],
-    ["what is gone at the source stands by its name", "1027-0230 1027-0215 1026 1028", "1027-0230 1027-0215", "1026 1027-0230 1027-0215 1028"],
-    ["what is gone stands between, too", "0101 0102 0103 0104 0105", "0101 0105 0103", "0101 0102 0105 0104 0103"],
+    [
+      "by the source's order, when it knows all",
+      "0103 0101 0102",
+      "0102 0103 0101",
+      "0102 0103 0101",
+    ],
+    [
+      "names went back when summer time ended",
+      "1027-0100 1027-0200 1027-0230 1027-0215 1027-0300",
+      "1027-0100 1027-0200 1027-0230 1027-0215 1027-0300",
+      "1027-0100 1027-0200 1027-0230 1027-0215 1027-0300",
+    ],
+    [
+      "what is gone at the source stands by its name",
+      "1027-0230 1027-0215 1026 1028",
+      "1027-0230 1027-0215",
+      "1026 1027-0230 1027-0215 1028",
+    ],
+    [
+      "what is gone stands between, too",
+      "0101 0102 0103 0104 0105",
+      "0101 0105 0103",
+      "0101 0102 0105 0104 0103",
+    ],
     ["nothing", "", "", ""],
   ])("%s", (_, entries, ranks, expected) => expect(arranged(entries, ranks)).toBe(expected));
 });
 
 describe("transfers", () => {
   const options = { policy: null, incremental: true, newestOnly: false, now: FAR, fullEvery: null };
-  const planned = (snapshots: readonly Snapshot[], place: Standing, more: Partial<TransferOptions> = {}) => {
+  const planned = (
+    snapshots: readonly Snapshot[],
+    place: Standing,
+    more: Partial<TransferOptions> = {},
+  ) => {
     const { transfers, conflicts } = planTransfers(snapshots, place, { ...options, ...more });
-    const sent = transfers.map(({ snapshot, parent }) => `${shortOf(snapshot.uuid)}<${parent === null ? "" : shortOf(parent.uuid)}`);
+    const sent = transfers.map(
+      ({ snapshot, parent }) =>
+        `${shortOf(snapshot.uuid)}<${parent === null ? "" : shortOf(parent.uuid)}`,
+    );
     return [...sent, ...conflicts.map(({ name }) => `conflict ${name}`)].join(" ");
   };
   const s = snaps("0101 0102 0103 0104 0105");
   const backups = (...numbers: number[]) => numbers.map((n) => backupOf(s[n - 1] as Snapshot));
 
   test.each<[string, number[], string, string]>([
-    ["an empty destination gets all, the first in full", [], "0", "0101< 0102<0101 0103<0102 0104<0103 0105<0104"],
+    [
+      "an empty destination gets all, the first in full",
+      [],
+      "0",
+      "0101< 0102<0101 0103<0102 0104<0103 0105<0104",
+    ],
     ["only what is missing", [1, 2, 3, 4], "0", "0105<0104"],
     ["nothing, when nothing is missing", [1, 2, 3, 4, 5], "0", ""],
-    ["a gap is filled, each against the closest earlier one on both sides", [1, 3], "9", "0102<0101 0104<0103 0105<0104"],
-    ["no earlier one on both sides: against the nearest later one", [3, 4], "9", "0101<0103 0102<0101 0105<0104"],
-    ["without a policy, what is older than the newest there stays away", [1, 3], "0", "0104<0103 0105<0104"],
+    [
+      "a gap is filled, each against the closest earlier one on both sides",
+      [1, 3],
+      "9",
+      "0102<0101 0104<0103 0105<0104",
+    ],
+    [
+      "no earlier one on both sides: against the nearest later one",
+      [3, 4],
+      "9",
+      "0101<0103 0102<0101 0105<0104",
+    ],
+    [
+      "without a policy, what is older than the newest there stays away",
+      [1, 3],
+      "0",
+      "0104<0103 0105<0104",
+    ],
     ["also where only the newest is there", [5], "0", ""],
     ["only what the policy would keep", [1], "2", "0104<0101 0105<0104"],
     ["nothing but the newest of an empty destination", [], "1", "0105<"],
     ["the backups that are there count", [1, 4], "2", "0105<0104"],
-  ])("%s", (_, held, policy, expected) => expect(planned(s, standing(backups(...held)), { policy: parsePolicy(policy) })).toBe(expected));
+  ])("%s", (_, held, policy, expected) =>
+    expect(planned(s, standing(backups(...held)), { policy: parsePolicy(policy) })).toBe(expected),
+  );
 
   test("nothing is sent when there is nothing", () => expect(planned([], standing([]))).toBe(""));
 
   test("a backup whose snapshot is gone at the source still is the first of its period", () => {
     const gone = backupOf(snap("0301-00"));
     const here = snaps("0301-01 0301-02 0302-00 0302-01");
-    expect(planned(here, standing([gone]), { policy: parsePolicy("*d") })).toBe("0302-00< 0302-01<0302-00");
+    expect(planned(here, standing([gone]), { policy: parsePolicy("*d") })).toBe(
+      "0302-00< 0302-01<0302-00",
+    );
   });
 
   test("the newest snapshot is sent even if a backup there is dated in the future", () => {
@@ -372,7 +614,9 @@ describe("transfers", () => {
 
   test("the parent is the closest by the source's order when clocks went back", () => {
     const here = snaps("1027-0200 1027-0230 1027-0215");
-    expect(planned(here, standing([backupOf(here[0] as Snapshot), backupOf(here[1] as Snapshot)]))).toBe("1027-0215<1027-0230");
+    expect(
+      planned(here, standing([backupOf(here[0] as Snapshot), backupOf(here[1] as Snapshot)])),
+    ).toBe("1027-0215<1027-0230");
   });
 
   test("--newest-only sends the newest, against the closest one there", () => {
@@ -382,11 +626,18 @@ describe("transfers", () => {
   });
 
   test("--backfill sends it all the same, and so is what a run could not send", () => {
-    expect(planned(s, standing(backups(5)), { backfill: true })).toBe("0101<0105 0102<0101 0103<0102 0104<0103");
-    expect(planned(s, standing(backups(2, 5)), { failed: new Set([s[2]?.uuid as string]) })).toBe("0103<0102");
+    expect(planned(s, standing(backups(5)), { backfill: true })).toBe(
+      "0101<0105 0102<0101 0103<0102 0104<0103",
+    );
+    expect(planned(s, standing(backups(2, 5)), { failed: new Set([s[2]?.uuid as string]) })).toBe(
+      "0103<0102",
+    );
     const { skipped, transfers } = planTransfers(s, standing(backups(2, 5)), options);
     expect([skipped, transfers]).toEqual([3, []]);
-    const [first] = planTransfers(s, standing(backups(5)), { ...options, backfill: true }).transfers;
+    const [first] = planTransfers(s, standing(backups(5)), {
+      ...options,
+      backfill: true,
+    }).transfers;
     expect(first?.belated).toBe(true);
   });
 
@@ -396,7 +647,9 @@ describe("transfers", () => {
 
   test("a complete backup by any name is held: not sent again, and good as a parent", () => {
     const renamed = backupOf(s[3] as Snapshot, { name: named("before the upgrade") });
-    expect(planned(s, standing([], { held: [renamed] }), { policy: parsePolicy("2") })).toBe("0105<0104");
+    expect(planned(s, standing([], { held: [renamed] }), { policy: parsePolicy("2") })).toBe(
+      "0105<0104",
+    );
   });
 
   test("a leftover is in nobody's way, and no parent", () => {
@@ -405,7 +658,9 @@ describe("transfers", () => {
   });
 
   test("a name taken by something else is a conflict: left alone, no parent, and the others are sent", () => {
-    const place = standing(backups(1), { taken: new Map([[full("0102"), "a backup of other data has that name"]]) });
+    const place = standing(backups(1), {
+      taken: new Map([[full("0102"), "a backup of other data has that name"]]),
+    });
     expect(planned(s.slice(0, 3), place)).toBe(`0103<0101 conflict ${full("0102")}`);
   });
 
@@ -430,19 +685,38 @@ describe("transfers", () => {
     ["only the newest, and it is there", "0105", { newestOnly: true }, ""],
   ])("to a command: %s", (_, last, more, expected) => {
     const memory = last === null ? null : { name: full(last), uuid: `s${last}` };
-    const transfers = planStreams(s, memory, { incremental: true, newestOnly: false, prefix: "", ...more });
-    expect(transfers.map(({ snapshot, parent }) => `${shortOf(snapshot.uuid)}<${parent === null ? "" : shortOf(parent.uuid)}`).join(" ")).toBe(expected);
+    const transfers = planStreams(s, memory, {
+      incremental: true,
+      newestOnly: false,
+      prefix: "",
+      ...more,
+    });
+    expect(
+      transfers
+        .map(
+          ({ snapshot, parent }) =>
+            `${shortOf(snapshot.uuid)}<${parent === null ? "" : shortOf(parent.uuid)}`,
+        )
+        .join(" "),
+    ).toBe(expected);
   });
 
   test("to a command: the last stream is known by its UUID, whatever stands under its name now", () => {
-    const transfers = planStreams(s, { name: full("0105"), uuid: "s0102" }, { incremental: true, newestOnly: false, prefix: "" });
+    const transfers = planStreams(
+      s,
+      { name: full("0105"), uuid: "s0102" },
+      { incremental: true, newestOnly: false, prefix: "" },
+    );
     expect(transfers.map(({ snapshot }) => snapshot.uuid)).toEqual(["s0103", "s0104", "s0105"]);
   });
 });
 
 describe("strangers in a record", () => {
   const there = snaps("0101 0102 0103 0104").map((one, i) => ({ ...one, id: 300 + i }));
-  const others = Array.from({ length: 600 }, (_, i) => ({ ...snap("0105", { uuid: `o${i}` }), id: 400 + i }));
+  const others = Array.from({ length: 600 }, (_, i) => ({
+    ...snap("0105", { uuid: `o${i}` }),
+    id: 400 + i,
+  }));
   const standing = [...there, ...others, { ...snap("0106", { uuid: "later" }), id: 2000 }];
   const strangers = ["s0101", "s0103", ...others.map(({ uuid }) => uuid)];
 
@@ -456,43 +730,145 @@ describe("strangers in a record", () => {
     // Of some that are away for a while, the rule still tells; whoever is adopted anew has another.
     const fewer = standing.filter(({ uuid }) => !["o599", "o598", "s0102"].includes(uuid));
     expect(asWritten(asRead(written, fewer, ""), fewer, "")).toEqual(written);
-    expect(asWritten(asRead(written, standing.slice(0, 5), ""), standing.slice(0, 5), "")).toEqual(written);
-    expect(asWritten({ ...read, strangers: ["s0101"] }, standing, "")).toEqual({ leaps: ["x"], strangers: ["s0101"] });
-    expect(parseRecord(`{"/": 1\n,"": ${JSON.stringify(written)}\n}\n`)).toEqual({ chains: new Map([["", written]]), unreadable: null });
+    expect(asWritten(asRead(written, standing.slice(0, 5), ""), standing.slice(0, 5), "")).toEqual(
+      written,
+    );
+    expect(asWritten({ ...read, strangers: ["s0101"] }, standing, "")).toEqual({
+      leaps: ["x"],
+      strangers: ["s0101"],
+    });
+    expect(parseRecord(`{"/": 1\n,"": ${JSON.stringify(written)}\n}\n`)).toEqual({
+      chains: new Map([["", written]]),
+      unreadable: null,
+    });
   });
 
   test("those of other prefixes, and what came later, are none", () => {
-    const other = { ...snap("0101", { uuid: "prefixed" }), name: `x${full("0101")}` as Snapshot["name"], id: 350 };
-    expect(asRead({ elders: { until: 999, but: [] } }, [...there, other], "").strangers).toEqual(there.map(({ uuid }) => uuid));
+    const other = {
+      ...snap("0101", { uuid: "prefixed" }),
+      name: `x${full("0101")}` as Snapshot["name"],
+      id: 350,
+    };
+    expect(asRead({ elders: { until: 999, but: [] } }, [...there, other], "").strangers).toEqual(
+      there.map(({ uuid }) => uuid),
+    );
   });
 
-  test.each([{ until: 1 }, { until: "1", but: [] }, { until: 1, but: [1] }])("a rule that is none is not read: %j", (elders) =>
-    expect(parseRecord(`{"/": 1\n,"": ${JSON.stringify({ elders })}\n}\n`).unreadable).not.toBeNull());
+  test.each([{ until: 1 }, { until: "1", but: [] }, { until: 1, but: [1] }])(
+    "a rule that is none is not read: %j",
+    (elders) =>
+      expect(
+        parseRecord(`{"/": 1\n,"": ${JSON.stringify({ elders })}\n}\n`).unreadable,
+      ).not.toBeNull(),
+  );
 });
 
 describe("parents", () => {
-  const facts = (all: readonly Snapshot[], more: Partial<Facts> = {}): Facts => ({ all: new Map(all.map((one) => [one.uuid, one])), ctransids: new Map(), births: new Map(), losses: new Map(), ...more });
-  const received = (short: string, parentUuid: string | null) => snap(short, { receivedUuid: `r${short}`, parentUuid });
+  const facts = (all: readonly Snapshot[], more: Partial<Facts> = {}): Facts => ({
+    all: new Map(all.map((one) => [one.uuid, one])),
+    ctransids: new Map(),
+    births: new Map(),
+    losses: new Map(),
+    ...more,
+  });
+  const received = (short: string, parentUuid: string | null) =>
+    snap(short, { receivedUuid: `r${short}`, parentUuid });
 
-  test.each<[string, (readonly [a: Snapshot, b: Snapshot]), Snapshot[], Record<string, number | null>, boolean | undefined]>([
-    ["what was taken here is, always", [snap("0101", { parentUuid: "old" }), snap("0102")], [], {}, true],
-    ["a received one that the source was made of is", [received("0101", null), snap("0102")], [snap("0001", { uuid: "source", parentUuid: "s0101" })], {}, true],
-    ["a received one that only shares files is not", [received("0101", null), snap("0102")], [snap("0001", { uuid: "source", parentUuid: null })], {}, false],
-    ["both from one that is gone are", [received("0101", "gone"), snap("0102")], [snap("0001", { uuid: "source", parentUuid: "gone" })], {}, true],
-    ["over a gap, it has to be asked", [received("0101", null), snap("0102")], [snap("0001", { uuid: "source", parentUuid: "gone" })], {}, undefined],
-    ["over a gap, the same top directory tells", [received("0101", null), snap("0102")], [snap("0001", { uuid: "source", parentUuid: "gone" })], { s0101: 7, s0102: 7 }, true],
-    ["over a gap, another top directory tells", [received("0101", null), snap("0102")], [snap("0001", { uuid: "source", parentUuid: "gone" })], { s0101: 7, s0102: 8 }, false],
-    ["over a gap, what cannot be told is not", [received("0101", null), snap("0102")], [snap("0001", { uuid: "source", parentUuid: "gone" })], { s0101: null, s0102: null }, false],
-    ["of received ones, one on top of the other is", [received("0101", null), received("0102", "s0101")], [], {}, true],
-    ["of received ones, two on top of a third are not", [received("0101", "s0100"), received("0102", "s0100")], [received("0100", null)], {}, false],
-    ["of received ones, two in full are not", [received("0101", null), received("0102", null)], [], {}, false],
+  test.each<
+    [
+      string,
+      readonly [a: Snapshot, b: Snapshot],
+      Snapshot[],
+      Record<string, number | null>,
+      boolean | undefined,
+    ]
+  >([
+    [
+      "what was taken here is, always",
+      [snap("0101", { parentUuid: "old" }), snap("0102")],
+      [],
+      {},
+      true,
+    ],
+    [
+      "a received one that the source was made of is",
+      [received("0101", null), snap("0102")],
+      [snap("0001", { uuid: "source", parentUuid: "s0101" })],
+      {},
+      true,
+    ],
+    [
+      "a received one that only shares files is not",
+      [received("0101", null), snap("0102")],
+      [snap("0001", { uuid: "source", parentUuid: null })],
+      {},
+      false,
+    ],
+    [
+      "both from one that is gone are",
+      [received("0101", "gone"), snap("0102")],
+      [snap("0001", { uuid: "source", parentUuid: "gone" })],
+      {},
+      true,
+    ],
+    [
+      "over a gap, it has to be asked",
+      [received("0101", null), snap("0102")],
+      [snap("0001", { uuid: "source", parentUuid: "gone" })],
+      {},
+      undefined,
+    ],
+    [
+      "over a gap, the same top directory tells",
+      [received("0101", null), snap("0102")],
+      [snap("0001", { uuid: "source", parentUuid: "gone" })],
+      { s0101: 7, s0102: 7 },
+      true,
+    ],
+    [
+      "over a gap, another top directory tells",
+      [received("0101", null), snap("0102")],
+      [snap("0001", { uuid: "source", parentUuid: "gone" })],
+      { s0101: 7, s0102: 8 },
+      false,
+    ],
+    [
+      "over a gap, what cannot be told is not",
+      [received("0101", null), snap("0102")],
+      [snap("0001", { uuid: "source", parentUuid: "gone" })],
+      { s0101: null, s0102: null },
+      false,
+    ],
+    [
+      "of received ones, one on top of the other is",
+      [received("0101", null), received("0102", "s0101")],
+      [],
+      {},
+      true,
+    ],
+    [
+      "of received ones, two on top of a third are not",
+      [received("0101", "s0100"), received("0102", "s0100")],
+      [received("0100", null)],
+      {},
+      false,
+    ],
+    [
+      "of received ones, two in full are not",
+      [received("0101", null), received("0102", null)],
+      [],
+      {},
+      false,
+    ],
   ])("%s", (_, pair, others, births, expected) => {
     const known = facts([...pair, ...others], { births: new Map(Object.entries(births)) });
     expect(related(...pair, known)).toBe(expected);
     expect(related(pair[1], pair[0], known)).toBe(expected);
   });
 
-  test.each<[string, Partial<Snapshot>, Record<string, number>, Record<string, number>, boolean | undefined]>([
+  test.each<
+    [string, Partial<Snapshot>, Record<string, number>, Record<string, number>, boolean | undefined]
+  >([
     ["nothing was asked", { cgen: 7 }, {}, {}, undefined],
     ["as old as its source", { cgen: 7 }, { s0101: 7 }, {}, false],
     ["older than itself", { cgen: 7 }, { s0101: 5 }, {}, false],
@@ -502,24 +878,75 @@ describe("parents", () => {
     ["received", { cgen: 7, receivedUuid: "x" }, { s0101: 8 }, {}, false],
     ["no list told its generation", {}, { s0101: 8 }, {}, false],
   ])("a snapshot was changed: %s", (_, fields, ctransids, cleared, expected) =>
-    expect(changedSince(snap("0101", fields), facts([], { ctransids: new Map(Object.entries(ctransids)) }), cleared)).toBe(expected));
+    expect(
+      changedSince(
+        snap("0101", fields),
+        facts([], { ctransids: new Map(Object.entries(ctransids)) }),
+        cleared,
+      ),
+    ).toBe(expected),
+  );
 
-  const taken = (short: string, cgen: number, parentUuid = "source") => snap(short, { cgen, parentUuid });
-  const source = (more: Partial<Snapshot> = {}) => snap("0001", { uuid: "source", parentUuid: null, ...more });
-  test.each<[string, (readonly [one: Snapshot, of: Snapshot]), Snapshot[], boolean]>([
+  const taken = (short: string, cgen: number, parentUuid = "source") =>
+    snap(short, { cgen, parentUuid });
+  const source = (more: Partial<Snapshot> = {}) =>
+    snap("0001", { uuid: "source", parentUuid: null, ...more });
+  test.each<[string, readonly [one: Snapshot, of: Snapshot], Snapshot[], boolean]>([
     ["what was taken before", [taken("0101", 5), taken("0102", 6)], [source()], true],
     ["at the same moment", [taken("0101", 5), taken("0102", 5)], [source()], true],
     ["what was taken after", [taken("0102", 6), taken("0101", 5)], [source()], false],
-    ["nobody knows when", [snap("0101", { parentUuid: "source" }), taken("0102", 6)], [source()], false],
-    ["what the source was made of", [snap("0101"), taken("0102", 6)], [source({ parentUuid: "s0101" })], true],
-    ["what was taken before that, of the source before", [taken("0101", 3, "old"), taken("0103", 9)], [source({ parentUuid: "s0102", cgen: 8 }), taken("0102", 4, "old")], true],
-    ["what was taken after that, of the source before: the way led back", [taken("0102", 5, "old"), taken("0103", 9)], [source({ parentUuid: "s0101", cgen: 8 }), taken("0101", 4, "old")], false],
-    ["where what the source was made of is gone, nobody knows", [taken("0101", 3, "old"), taken("0103", 9)], [source({ parentUuid: "gone", cgen: 8 })], false],
-    ["what it was received on top of", [received("0101", null), received("0102", "s0101")], [], true],
-    ["what was received on top of the same", [received("0102", "s0101"), received("0103", "s0101")], [received("0101", null)], false],
-    ["what was received on top of what the source was made of", [{ ...received("0102", "s0101"), cgen: 5 }, taken("0103", 9)], [source({ parentUuid: "s0101", cgen: 8 }), received("0101", null)], false],
+    [
+      "nobody knows when",
+      [snap("0101", { parentUuid: "source" }), taken("0102", 6)],
+      [source()],
+      false,
+    ],
+    [
+      "what the source was made of",
+      [snap("0101"), taken("0102", 6)],
+      [source({ parentUuid: "s0101" })],
+      true,
+    ],
+    [
+      "what was taken before that, of the source before",
+      [taken("0101", 3, "old"), taken("0103", 9)],
+      [source({ parentUuid: "s0102", cgen: 8 }), taken("0102", 4, "old")],
+      true,
+    ],
+    [
+      "what was taken after that, of the source before: the way led back",
+      [taken("0102", 5, "old"), taken("0103", 9)],
+      [source({ parentUuid: "s0101", cgen: 8 }), taken("0101", 4, "old")],
+      false,
+    ],
+    [
+      "where what the source was made of is gone, nobody knows",
+      [taken("0101", 3, "old"), taken("0103", 9)],
+      [source({ parentUuid: "gone", cgen: 8 })],
+      false,
+    ],
+    [
+      "what it was received on top of",
+      [received("0101", null), received("0102", "s0101")],
+      [],
+      true,
+    ],
+    [
+      "what was received on top of the same",
+      [received("0102", "s0101"), received("0103", "s0101")],
+      [received("0101", null)],
+      false,
+    ],
+    [
+      "what was received on top of what the source was made of",
+      [{ ...received("0102", "s0101"), cgen: 5 }, taken("0103", 9)],
+      [source({ parentUuid: "s0101", cgen: 8 }), received("0101", null)],
+      false,
+    ],
     ["over a gap, nobody knows", [received("0101", null), received("0103", "gone")], [], false],
-  ])("an earlier state is %s", (_, [one, of], others, expected) => expect(isEarlierState(one, of, facts([one, of, ...others]).all)).toBe(expected));
+  ])("an earlier state is %s", (_, [one, of], others, expected) =>
+    expect(isEarlierState(one, of, facts([one, of, ...others]).all)).toBe(expected),
+  );
 
   test.each<[string, Partial<Rewritten>, string | null]>([
     ["a file that is longer, and whose last block is the same", {}, "file"],
@@ -528,17 +955,46 @@ describe("parents", () => {
     ["a shorter one", { size: 99 }, null],
     ["a new one", { before: null }, null],
     ["one that was empty", { before: 0 }, null],
-    ["one that ended where a block ends, however large blocks are", { before: 65536, size: 70000 }, null],
+    [
+      "one that ended where a block ends, however large blocks are",
+      { before: 65536, size: 70000 },
+      null,
+    ],
   ])("what a difference would lose: %s", (_, fields, expected) => {
     const file: Rewritten = { path: "file", ranges: [], size: 3000, before: 100, ...fields };
     expect(lossIn([{ path: "other", ranges: [], size: 1, before: 1 }, file])).toBe(expected);
   });
 
-  const { path: at, pathTo, offset, size, cloneLength, cloneUuid, cloneCtransid, clonePath, cloneOffset, xattrName, xattrData } = attribute;
+  const {
+    path: at,
+    pathTo,
+    offset,
+    size,
+    cloneLength,
+    cloneUuid,
+    cloneCtransid,
+    clonePath,
+    cloneOffset,
+    xattrName,
+    xattrData,
+  } = attribute;
   const U = "00000001-aaaa-bbbb-cccc-0123456789ab";
-  const difference = (...commands: Buffer[]) => stream(command("snapshot", at("s"), attribute.uuid(U), attribute.ctransid(7), cloneUuid(U), cloneCtransid(5)), ...commands, command("end"));
+  const difference = (...commands: Buffer[]) =>
+    stream(
+      command(
+        "snapshot",
+        at("s"),
+        attribute.uuid(U),
+        attribute.ctransid(7),
+        cloneUuid(U),
+        cloneCtransid(5),
+      ),
+      ...commands,
+      command("end"),
+    );
   /** In place of a command with data. */
-  const extent = (path: string, from: number, length: number) => command(22, at(path), offset(from), size(length));
+  const extent = (path: string, from: number, length: number) =>
+    command(22, at(path), offset(from), size(length));
 
   test("what a difference writes to is read from a stream without data", () => {
     const told = parseRewritten(
@@ -546,18 +1002,46 @@ describe("parents", () => {
         extent("plain/f1", 4096, 4096),
         extent("plain/f1", 8192, 10),
         command("truncate", at(Buffer.from("a b\\ä\n").toString("latin1")), size(3000)),
-        command("clone", at("c"), offset(0), cloneLength(5), cloneUuid(U), cloneCtransid(7), clonePath("x"), cloneOffset(0)),
-        command("set_xattr", at("d"), xattrName("user.q"), xattrData("x\nwrite ./s/plain/f1 offset=0 len=99")),
+        command(
+          "clone",
+          at("c"),
+          offset(0),
+          cloneLength(5),
+          cloneUuid(U),
+          cloneCtransid(7),
+          clonePath("x"),
+          cloneOffset(0),
+        ),
+        command(
+          "set_xattr",
+          at("d"),
+          xattrName("user.q"),
+          xattrData("x\nwrite ./s/plain/f1 offset=0 len=99"),
+        ),
       ),
     );
     expect([...told]).toEqual([
-      ["plain/f1", [{ from: 4096, to: 8192 }, { from: 8192, to: 8202 }]],
+      [
+        "plain/f1",
+        [
+          { from: 4096, to: 8192 },
+          { from: 8192, to: 8202 },
+        ],
+      ],
       ["a b\\ä\n", []],
       ["c", [{ from: 0, to: 5 }]],
     ]);
     const whole = difference(extent("f", 0, 1));
-    for (const bytes of [Buffer.from("something else, and long enough"), whole.subarray(0, -1), whole.subarray(0, -10), whole.subarray(0, 40)]) expect(() => parseRewritten(bytes)).toThrow(/btrfs send/);
-    expect(() => parseRewritten(difference(command(22, at("f"), offset(0))))).toThrow("left something out");
+    for (const bytes of [
+      Buffer.from("something else, and long enough"),
+      whole.subarray(0, -1),
+      whole.subarray(0, -10),
+      whole.subarray(0, 40),
+    ])
+      expect(() => parseRewritten(bytes)).toThrow(/btrfs send/);
+    expect(() => parseRewritten(difference(command(22, at("f"), offset(0))))).toThrow(
+      "left something out",
+    );
     expect(() => parseRewritten(difference(command(99, at("f"))))).toThrow("unknown");
     expect(() => parseRewritten(difference(extent("caf\xe9", 0, 1)))).toThrow("not UTF-8");
   });
@@ -566,7 +1050,9 @@ describe("parents", () => {
     const paths = (...commands: Buffer[]) => [...parseRewritten(difference(...commands)).keys()];
     const write = (path: string) => extent(path, 0, 1);
     const rename = (from: string, to: string) => command("rename", at(from), pathTo(to));
-    expect(paths(write("old/f"), rename("old", "o257-7-0"), write("old/f"), rename("o257-7-0", "new"))).toEqual(["old/f", "new/f"]);
+    expect(
+      paths(write("old/f"), rename("old", "o257-7-0"), write("old/f"), rename("o257-7-0", "new")),
+    ).toEqual(["old/f", "new/f"]);
     expect(paths(rename("a", "b"), write("a"))).toEqual(["a"]);
     expect(paths(write("a b/c"), rename("a b", "d e"))).toEqual(["d e/c"]);
     expect(paths(write("x/f"), rename("x", "x/y"))).toEqual(["x/y/f"]);
@@ -576,10 +1062,25 @@ describe("parents", () => {
 
   test("an earlier state is preferred to what is nearer, and a later one is the last", () => {
     const s = snaps("0101 0102 0103 0104 0105 0106 0107 0108");
-    const options = { policy: null, incremental: true, newestOnly: false, backfill: true, now: FAR, fullEvery: null };
+    const options = {
+      policy: null,
+      incremental: true,
+      newestOnly: false,
+      backfill: true,
+      now: FAR,
+      fullEvery: null,
+    };
     const plan = (held: string, earlier: string, bad = "") => {
-      const fitness = { unfit: ({ uuid }: Snapshot) => (bad.includes(shortOf(uuid)) ? `not ${uuid}` : null), isEarlier: ({ uuid }: Snapshot) => earlier.includes(shortOf(uuid)) };
-      return planTransfers(s, standing(snaps(held).map((one) => backupOf(one))), options, fitness).transfers.find(({ snapshot }) => snapshot === s[4])?.parent?.uuid;
+      const fitness = {
+        unfit: ({ uuid }: Snapshot) => (bad.includes(shortOf(uuid)) ? `not ${uuid}` : null),
+        isEarlier: ({ uuid }: Snapshot) => earlier.includes(shortOf(uuid)),
+      };
+      return planTransfers(
+        s,
+        standing(snaps(held).map((one) => backupOf(one))),
+        options,
+        fitness,
+      ).transfers.find(({ snapshot }) => snapshot === s[4])?.parent?.uuid;
     };
     const all = "0101 0102 0103 0104 0106 0107 0108";
     expect(plan(all, "0101 0102")).toBe("s0102");
@@ -592,44 +1093,94 @@ describe("parents", () => {
 
   test("the nearest that is fit is taken, and why no nearer one; in full with the reason if there is none", () => {
     const s = snaps("0101 0102 0103 0104");
-    const options = { policy: null, incremental: true, newestOnly: false, now: FAR, fullEvery: null };
-    const plan = (...bad: string[]) => planTransfers(s, standing(s.slice(0, 3).map((one) => backupOf(one))), options, { unfit: (parent) => (bad.includes(shortOf(parent.uuid)) ? `not ${parent.name}` : null), isEarlier: () => true }).transfers;
+    const options = {
+      policy: null,
+      incremental: true,
+      newestOnly: false,
+      now: FAR,
+      fullEvery: null,
+    };
+    const plan = (...bad: string[]) =>
+      planTransfers(s, standing(s.slice(0, 3).map((one) => backupOf(one))), options, {
+        unfit: (parent) => (bad.includes(shortOf(parent.uuid)) ? `not ${parent.name}` : null),
+        isEarlier: () => true,
+      }).transfers;
     expect(plan()).toEqual([{ snapshot: s[3] as Snapshot, parent: s[2] as Snapshot }]);
-    expect(plan("0103")).toEqual([{ snapshot: s[3] as Snapshot, parent: s[1] as Snapshot, why: `not ${full("0103")}` }]);
-    expect(plan("0101", "0102", "0103")).toEqual([{ snapshot: s[3] as Snapshot, parent: null, why: `not ${full("0103")}` }]);
+    expect(plan("0103")).toEqual([
+      { snapshot: s[3] as Snapshot, parent: s[1] as Snapshot, why: `not ${full("0103")}` },
+    ]);
+    expect(plan("0101", "0102", "0103")).toEqual([
+      { snapshot: s[3] as Snapshot, parent: null, why: `not ${full("0103")}` },
+    ]);
   });
 });
 
 describe("a clock that leaps", () => {
   const HOUR = 3600e3;
-  const daily = (from: string, days: number) => Array.from({ length: days }, (_, i) => at(from) + i * 24 * HOUR);
-  const dated = (times: readonly number[]) => times.map((time) => ({ name: new Date(time).toISOString(), time }));
+  const daily = (from: string, days: number) =>
+    Array.from({ length: days }, (_, i) => at(from) + i * 24 * HOUR);
+  const dated = (times: readonly number[]) =>
+    times.map((time) => ({ name: new Date(time).toISOString(), time }));
 
   test.each<[string, number[], number[]]>([
     ["nothing", [], []],
     ["one snapshot", [at("0101")], []],
     ["daily", daily("0101", 31), []],
-    ["an hour back in autumn", [at("1024-0200"), at("1025-0230"), at("1025-0200"), at("1026-0200")], []],
+    [
+      "an hour back in autumn",
+      [at("1024-0200"), at("1025-0230"), at("1025-0200"), at("1026-0200")],
+      [],
+    ],
     ["an hour forward in spring", [at("0328-0200"), at("0329-0300"), at("0330-0200")], []],
-    ["25 hours back over the date line", [...daily("0101", 5), at("0105") - 25 * HOUR, at("0106")], []],
+    [
+      "25 hours back over the date line",
+      [...daily("0101", 5), at("0105") - 25 * HOUR, at("0106")],
+      [],
+    ],
     ["27 hours back", [...daily("0101", 5), at("0105") - 27 * HOUR, at("0106")], [5]],
-    ["a laptop away for 60 days, by a weekly habit", [...Array.from({ length: 9 }, (_, i) => at("0101") + i * 7 * 24 * HOUR), at("0101") + 116 * 24 * HOUR], []],
-    ["a laptop away for 60 days, by a daily habit", [...daily("0101", 9), at("0109") + 60 * 24 * HOUR], [9]],
+    [
+      "a laptop away for 60 days, by a weekly habit",
+      [
+        ...Array.from({ length: 9 }, (_, i) => at("0101") + i * 7 * 24 * HOUR),
+        at("0101") + 116 * 24 * HOUR,
+      ],
+      [],
+    ],
+    [
+      "a laptop away for 60 days, by a daily habit",
+      [...daily("0101", 9), at("0109") + 60 * 24 * HOUR],
+      [9],
+    ],
     ["29 days after one other", [at("0101"), at("0101") + 29 * 24 * HOUR], []],
     ["a year after one other", [at("0101"), at("0101") + 365 * 24 * HOUR], [1]],
     ["at 1970, and right again", [...daily("0101", 9), 5000, at("0110"), at("0111")], [9]],
-    ["a year ahead, and back", [...daily("0101", 9), at("0110") + 365 * 24 * HOUR, at("0111"), at("0112")], [9, 10]],
-    ["a disk that comes each 40 days", [0, 1, 2, 3].map((i) => at("0101") + i * 40 * 24 * HOUR), [1]],
+    [
+      "a year ahead, and back",
+      [...daily("0101", 9), at("0110") + 365 * 24 * HOUR, at("0111"), at("0112")],
+      [9, 10],
+    ],
+    [
+      "a disk that comes each 40 days",
+      [0, 1, 2, 3].map((i) => at("0101") + i * 40 * 24 * HOUR),
+      [1],
+    ],
   ])("%s", (_, times, expected) => expect(leapsAmong(dated(times))).toEqual(expected));
 
   const policy = (text: string) => parsePolicy(text);
   const goes = (times: readonly number[], text = "14d+", adopted: string[] = []) => {
-    const all = times.map((time, i) => snap("0101", { name: named(String(i)), time, moment: time, uuid: `s${i}` }));
-    return planSource(all, policy(text), [], FAR, { adopted }).filter(({ reasons }) => reasons.length === 0).map(({ entry }) => Number(entry.name));
+    const all = times.map((time, i) =>
+      snap("0101", { name: named(String(i)), time, moment: time, uuid: `s${i}` }),
+    );
+    return planSource(all, policy(text), [], FAR, { adopted })
+      .filter(({ reasons }) => reasons.length === 0)
+      .map(({ entry }) => Number(entry.name));
   };
   const upTo = (n: number) => Array.from({ length: n }, (_, i) => i);
   const year = at("0101") + 400 * 24 * HOUR;
-  const ahead = (days: number) => [...daily("0101", 31), ...Array.from({ length: days }, (_, i) => year + i * 24 * HOUR)];
+  const ahead = (days: number) => [
+    ...daily("0101", 31),
+    ...Array.from({ length: days }, (_, i) => year + i * 24 * HOUR),
+  ];
 
   test("deletes nothing until there is something of three days, then all but the newest three from before, then these", () => {
     expect([1, 2].map((days) => goes(ahead(days)))).toEqual([[], []]);
@@ -655,11 +1206,28 @@ describe("a clock that leaps", () => {
   });
 
   test("keeps what a destination has, and makes no room, either", () => {
-    const all = ahead(1).map((time, i) => backupOf(snap("0101", { name: named(String(i)), time, moment: time, uuid: `s${i}` })));
+    const all = ahead(1).map((time, i) =>
+      backupOf(snap("0101", { name: named(String(i)), time, moment: time, uuid: `s${i}` })),
+    );
     const kept = { backups: all, copied: new Map(), chained: null };
-    expect(planDestination([], kept, policy("14d+"), FAR).filter(({ reasons }) => reasons.length === 0)).toEqual([]);
+    expect(
+      planDestination([], kept, policy("14d+"), FAR).filter(({ reasons }) => reasons.length === 0),
+    ).toEqual([]);
     expect(leaptTo(planDestination([], kept, policy("14d+"), FAR))).toBe("31");
-    expect(planRoom([], { ...kept, backups: all.slice(0, 31) }, [{ snapshot: snap("0101", { name: named("31"), time: year, moment: year, uuid: "new" }), parent: null }], policy("14d+"), FAR)).toEqual([]);
+    expect(
+      planRoom(
+        [],
+        { ...kept, backups: all.slice(0, 31) },
+        [
+          {
+            snapshot: snap("0101", { name: named("31"), time: year, moment: year, uuid: "new" }),
+            parent: null,
+          },
+        ],
+        policy("14d+"),
+        FAR,
+      ),
+    ).toEqual([]);
   });
 });
 
@@ -671,59 +1239,159 @@ describe("retention at a destination", () => {
     ["the policy alone decides when the newest is shared", "2", "0104 0105"],
     ["everything", "0", "0101 0102 0103 0104 0105"],
     ["calendar words", "*m", "0101 0105"],
-  ])("%s", (_, policy, expected) => expect(kept(planDestination(s, { backups: all, copied: new Map(), chained: null }, parsePolicy(policy), FAR))).toBe(expected));
+  ])("%s", (_, policy, expected) =>
+    expect(
+      kept(
+        planDestination(
+          s,
+          { backups: all, copied: new Map(), chained: null },
+          parsePolicy(policy),
+          FAR,
+        ),
+      ),
+    ).toBe(expected),
+  );
 
   test("what is shared with the source stays, whatever the policy", () => {
-    const decisions = planDestination(s.slice(0, 2), { backups: all, copied: new Map(), chained: null }, parsePolicy("1"), FAR); // 0103 and later are gone at the source
+    const decisions = planDestination(
+      s.slice(0, 2),
+      { backups: all, copied: new Map(), chained: null },
+      parsePolicy("1"),
+      FAR,
+    ); // 0103 and later are gone at the source
     expect(kept(decisions)).toBe("0102 0105");
     expect(reasonsOf(decisions, "0102")).toEqual(["shared with the source"]);
   });
 
   test("the newest is the source's newest, not the one that arrived last, nor the last by name", () => {
     const here = snaps("1027-0230 1027-0215");
-    expect(kept(planDestination(here, { backups: here.toReversed().map((x) => backupOf(x)), copied: new Map(), chained: null }, parsePolicy("1"), FAR))).toBe("1027-0215");
+    expect(
+      kept(
+        planDestination(
+          here,
+          { backups: here.toReversed().map((x) => backupOf(x)), copied: new Map(), chained: null },
+          parsePolicy("1"),
+          FAR,
+        ),
+      ),
+    ).toBe("1027-0215");
   });
 
   test("a source without snapshots takes nothing away from the policy", () => {
-    expect(kept(planDestination([], { backups: all, copied: new Map(), chained: null }, parsePolicy("2"), FAR))).toBe("0104 0105");
-    expect(planDestination(s, { backups: [], copied: new Map(), chained: null }, parsePolicy("2"), FAR)).toEqual([]);
+    expect(
+      kept(
+        planDestination(
+          [],
+          { backups: all, copied: new Map(), chained: null },
+          parsePolicy("2"),
+          FAR,
+        ),
+      ),
+    ).toBe("0104 0105");
+    expect(
+      planDestination(s, { backups: [], copied: new Map(), chained: null }, parsePolicy("2"), FAR),
+    ).toEqual([]);
   });
 });
 
 describe("retention at the source", () => {
   const s = snaps("0101 0102 0103 0104 0105");
-  const claimant = (id: string, pin: string | null, rest: Partial<Claimant> = {}): Claimant => ({ id, pin: pin === null ? null : { uuid: `s${pin}` }, unread: false, unsentPolicy: null, ...rest });
+  const claimant = (id: string, pin: string | null, rest: Partial<Claimant> = {}): Claimant => ({
+    id,
+    pin: pin === null ? null : { uuid: `s${pin}` },
+    unread: false,
+    unsentPolicy: null,
+    ...rest,
+  });
   test.each<[string, policy: string, claimants: Claimant[], kept: string]>([
     ["no destination", "1", [], "0105"],
     ["everything", "0", [], "0101 0102 0103 0104 0105"],
     ["every pin stays", "1", [claimant("a", "0102"), claimant("b", "0104")], "0102 0104 0105"],
-    ["a pin stays while its destination cannot be read", "1", [claimant("a", "0102", { unread: true })], "0102 0105"],
+    [
+      "a pin stays while its destination cannot be read",
+      "1",
+      [claimant("a", "0102", { unread: true })],
+      "0102 0105",
+    ],
     ["a pin that is gone holds nothing", "1", [claimant("a", "0099"), claimant("b", null)], "0105"],
-    ["nothing is known of a destination that could not be read: all stay", "1", [claimant("a", null, { unread: true }), claimant("b", "0105")], "0101 0102 0103 0104 0105"],
-    ["a destination that was read and shares nothing holds nothing", "1", [claimant("a", null)], "0105"],
-    ["--keep-unsent: what its policy would still want after its pin", "1", [claimant("a", "0102", { unsentPolicy: { policy: null } })], "0102 0103 0104 0105"],
-    ["--keep-unsent: limited by its policy", "1", [claimant("a", "0102", { unsentPolicy: { policy: parsePolicy("2") } })], "0102 0104 0105"],
-    ["--keep-unsent: for a destination that has nothing yet", "1", [claimant("a", null, { unsentPolicy: { policy: parsePolicy("3") } })], "0103 0104 0105"],
-  ])("%s", (_, policy, claimants, expected) => expect(kept(planSource(s, parsePolicy(policy), claimants, FAR))).toBe(expected));
+    [
+      "nothing is known of a destination that could not be read: all stay",
+      "1",
+      [claimant("a", null, { unread: true }), claimant("b", "0105")],
+      "0101 0102 0103 0104 0105",
+    ],
+    [
+      "a destination that was read and shares nothing holds nothing",
+      "1",
+      [claimant("a", null)],
+      "0105",
+    ],
+    [
+      "--keep-unsent: what its policy would still want after its pin",
+      "1",
+      [claimant("a", "0102", { unsentPolicy: { policy: null } })],
+      "0102 0103 0104 0105",
+    ],
+    [
+      "--keep-unsent: limited by its policy",
+      "1",
+      [claimant("a", "0102", { unsentPolicy: { policy: parsePolicy("2") } })],
+      "0102 0104 0105",
+    ],
+    [
+      "--keep-unsent: for a destination that has nothing yet",
+      "1",
+      [claimant("a", null, { unsentPolicy: { policy: parsePolicy("3") } })],
+      "0103 0104 0105",
+    ],
+  ])("%s", (_, policy, claimants, expected) =>
+    expect(kept(planSource(s, parsePolicy(policy), claimants, FAR))).toBe(expected),
+  );
 
   test("the reasons name the destination", () => {
-    const decisions = planSource(s, parsePolicy("1"), [claimant("/disk", "0102", { unsentPolicy: { policy: null } }), claimant("/new", null, { unread: true })], FAR);
-    expect(reasonsOf(decisions, "0102")).toEqual(["shared with /disk", "nothing is known of /new yet"]);
-    expect(reasonsOf(decisions, "0103")).toEqual(["not yet sent to /disk", "nothing is known of /new yet"]);
+    const decisions = planSource(
+      s,
+      parsePolicy("1"),
+      [
+        claimant("/disk", "0102", { unsentPolicy: { policy: null } }),
+        claimant("/new", null, { unread: true }),
+      ],
+      FAR,
+    );
+    expect(reasonsOf(decisions, "0102")).toEqual([
+      "shared with /disk",
+      "nothing is known of /new yet",
+    ]);
+    expect(reasonsOf(decisions, "0103")).toEqual([
+      "not yet sent to /disk",
+      "nothing is known of /new yet",
+    ]);
   });
 
   test("what is only kept to be sent is counted for whom, from when on; of a full disk the older half of it goes, never a pin", () => {
-    const claimants = [claimant("/disk", "0101", { unsentPolicy: { policy: null } }), claimant("/other", "0102", { unsentPolicy: { policy: null } })];
+    const claimants = [
+      claimant("/disk", "0101", { unsentPolicy: { policy: null } }),
+      claimant("/other", "0102", { unsentPolicy: { policy: null } }),
+    ];
     const decisions = planSource(s, parsePolicy("1"), claimants, FAR);
     expect(kept(decisions)).toBe("0101 0102 0103 0104 0105");
-    expect([...unsentIn(decisions)]).toEqual([["/disk", { count: 2, oldest: full("0103") }], ["/other", { count: 2, oldest: full("0103") }]]);
-    expect(kept(planSource(s, parsePolicy("1"), claimants, FAR, { full: true }))).toBe("0101 0102 0104 0105");
-    expect(kept(planSource(s, parsePolicy("0"), claimants, FAR, { full: true }))).toBe("0101 0102 0103 0104 0105");
+    expect([...unsentIn(decisions)]).toEqual([
+      ["/disk", { count: 2, oldest: full("0103") }],
+      ["/other", { count: 2, oldest: full("0103") }],
+    ]);
+    expect(kept(planSource(s, parsePolicy("1"), claimants, FAR, { full: true }))).toBe(
+      "0101 0102 0104 0105",
+    );
+    expect(kept(planSource(s, parsePolicy("0"), claimants, FAR, { full: true }))).toBe(
+      "0101 0102 0103 0104 0105",
+    );
     expect([...unsentIn(planSource(s, parsePolicy("5"), claimants, FAR))]).toEqual([]);
   });
 
   test("the newest is the one with the highest ID when clocks went back", () => {
-    expect(kept(planSource(snaps("1027-0230 1027-0215"), parsePolicy("1"), [], FAR))).toBe("1027-0215");
+    expect(kept(planSource(snaps("1027-0230 1027-0215"), parsePolicy("1"), [], FAR))).toBe(
+      "1027-0215",
+    );
   });
 });
 
@@ -732,15 +1400,31 @@ describe("making room", () => {
   const backups = (...numbers: number[]) => numbers.map((n) => backupOf(s[n - 1] as Snapshot));
   const room = (held: readonly Backup[], policy: string, here = s) => {
     const place = standing(held);
-    const { transfers } = planTransfers(here, place, { policy: parsePolicy(policy), incremental: true, newestOnly: false, now: FAR, fullEvery: null });
+    const { transfers } = planTransfers(here, place, {
+      policy: parsePolicy(policy),
+      incremental: true,
+      newestOnly: false,
+      now: FAR,
+      fullEvery: null,
+    });
     const goes = planRoom(here, place, transfers, parsePolicy(policy), FAR);
     return { transfers, goes, names: goes.map(({ uuid }) => shortOf(uuid)).join(" ") };
   };
 
   test.each<[string, held: number[], policy: string, goes: string]>([
     ["what the policy drops once the new one is there", [1, 2, 3, 4], "2", "0101 0102 0103"],
-    ["never the parent and newest, though the policy will drop it", [1, 2, 3, 4], "1", "0101 0102 0103"],
-    ["only what it drops with the first of those to come: the others may not arrive", [1, 2, 3], "3", "0101"],
+    [
+      "never the parent and newest, though the policy will drop it",
+      [1, 2, 3, 4],
+      "1",
+      "0101 0102 0103",
+    ],
+    [
+      "only what it drops with the first of those to come: the others may not arrive",
+      [1, 2, 3],
+      "3",
+      "0101",
+    ],
     ["nothing, when everything is kept", [1, 2, 3, 4], "0", ""],
     ["nothing, when nothing is there", [], "1", ""],
   ])("%s", (_, held, policy, goes) => expect(room(backups(...held), policy).names).toBe(goes));
@@ -753,7 +1437,9 @@ describe("making room", () => {
   test("never the parent, though the policy drops it and newer ones are shared", () => {
     const [first, missing] = s as [Snapshot, Snapshot];
     const place = standing(backups(1, 3));
-    expect(planRoom(s, place, [{ snapshot: missing, parent: first }], parsePolicy("1"), FAR)).toEqual([]);
+    expect(
+      planRoom(s, place, [{ snapshot: missing, parent: first }], parsePolicy("1"), FAR),
+    ).toEqual([]);
   });
 
   test("never what is shared with the source, though it is neither the parent nor the newest", () => {
@@ -762,7 +1448,11 @@ describe("making room", () => {
     const [first, , third, last] = here;
     // In full, as with -I: there is no parent. 0203 is shared, "0301" is the newest there by name.
     const place = standing([backupOf(first), backupOf(third), gone]);
-    expect(planRoom(here, place, [{ snapshot: last, parent: null }], parsePolicy("1"), FAR).map(({ uuid }) => uuid)).toEqual(["b0201"]);
+    expect(
+      planRoom(here, place, [{ snapshot: last, parent: null }], parsePolicy("1"), FAR).map(
+        ({ uuid }) => uuid,
+      ),
+    ).toEqual(["b0201"]);
   });
 
   test("never the parent of a transfer that is still to come", () => {
@@ -783,32 +1473,126 @@ describe("one chain, one owner", () => {
   const a3 = backupOf(snap("0103"), { uuid: "a3", parentUuid: "a2" });
   const x1 = backupOf(snap("0104"), { uuid: "x1", parentUuid: null });
   const x2 = backupOf(snap("0105"), { uuid: "x2", parentUuid: "x1" });
-  type Case = [string, { chain: ChainRecord; there: Backup[]; shared: Backup[]; identity?: Identity; adopt?: boolean }, strangers: string[] | null];
+  type Case = [
+    string,
+    { chain: ChainRecord; there: Backup[]; shared: Backup[]; identity?: Identity; adopt?: boolean },
+    strangers: string[] | null,
+  ];
   test.each<Case>([
     ["the owner comes back", { chain: { owner: me }, there: [a1, a2], shared: [a2] }, []],
-    ["the owner comes back after its snapshots are gone", { chain: { owner: me }, there: [a1, a2], shared: [] }, []],
-    ["the owner comes back, moved: the newest backup is known", { chain: { owner: { ...me, path: "/old", host: "old" } }, there: [a1, a2], shared: [a2] }, []],
-    ["the owner comes back, moved, to a folder that is empty by now", { chain: { owner: { ...me, host: "old" } }, there: [], shared: [] }, []],
-    ["a clone: the same UUID on another host, which does not know the newest backup", { chain: { owner: { ...me, host: "original" } }, there: [a1, a2], shared: [a1] }, null],
-    ["a clone at another path", { chain: { owner: { ...me, path: "/original" } }, there: [a1, a2], shared: [] }, null],
-    ["strangers do not tell of a clone", { chain: { owner: { ...me, host: "old" }, strangers: ["x1"] }, there: [a1, x1], shared: [a1] }, ["x1"]],
-    ["a clone that adopts: what the original has sent since is never pruned", { chain: { owner: { ...me, host: "original" } }, there: [a1, a2, a3], shared: [a2], adopt: true }, ["a3"]],
-    ["the owner's recorded strangers stay so", { chain: { owner: me, strangers: ["x1"] }, there: [a1, x1], shared: [a1] }, ["x1"]],
-    ["a restored source: other UUID, same place, shared data", { chain: { owner: { ...me, uuid: "before" } }, there: [a1, a2], shared: [a1] }, []],
-    ["another source made at the same place: nothing shared", { chain: { owner: { ...me, uuid: "before" } }, there: [a1], shared: [] }, null],
-    ["the same host is not enough", { chain: { owner: { ...other, host: "here" } }, there: [a1], shared: [a1] }, null],
-    ["the same path is not enough", { chain: { owner: { ...other, path: "/home" } }, there: [a1], shared: [a1] }, null],
+    [
+      "the owner comes back after its snapshots are gone",
+      { chain: { owner: me }, there: [a1, a2], shared: [] },
+      [],
+    ],
+    [
+      "the owner comes back, moved: the newest backup is known",
+      { chain: { owner: { ...me, path: "/old", host: "old" } }, there: [a1, a2], shared: [a2] },
+      [],
+    ],
+    [
+      "the owner comes back, moved, to a folder that is empty by now",
+      { chain: { owner: { ...me, host: "old" } }, there: [], shared: [] },
+      [],
+    ],
+    [
+      "a clone: the same UUID on another host, which does not know the newest backup",
+      { chain: { owner: { ...me, host: "original" } }, there: [a1, a2], shared: [a1] },
+      null,
+    ],
+    [
+      "a clone at another path",
+      { chain: { owner: { ...me, path: "/original" } }, there: [a1, a2], shared: [] },
+      null,
+    ],
+    [
+      "strangers do not tell of a clone",
+      {
+        chain: { owner: { ...me, host: "old" }, strangers: ["x1"] },
+        there: [a1, x1],
+        shared: [a1],
+      },
+      ["x1"],
+    ],
+    [
+      "a clone that adopts: what the original has sent since is never pruned",
+      {
+        chain: { owner: { ...me, host: "original" } },
+        there: [a1, a2, a3],
+        shared: [a2],
+        adopt: true,
+      },
+      ["a3"],
+    ],
+    [
+      "the owner's recorded strangers stay so",
+      { chain: { owner: me, strangers: ["x1"] }, there: [a1, x1], shared: [a1] },
+      ["x1"],
+    ],
+    [
+      "a restored source: other UUID, same place, shared data",
+      { chain: { owner: { ...me, uuid: "before" } }, there: [a1, a2], shared: [a1] },
+      [],
+    ],
+    [
+      "another source made at the same place: nothing shared",
+      { chain: { owner: { ...me, uuid: "before" } }, there: [a1], shared: [] },
+      null,
+    ],
+    [
+      "the same host is not enough",
+      { chain: { owner: { ...other, host: "here" } }, there: [a1], shared: [a1] },
+      null,
+    ],
+    [
+      "the same path is not enough",
+      { chain: { owner: { ...other, path: "/home" } }, there: [a1], shared: [a1] },
+      null,
+    ],
     ["an empty folder", { chain: {}, there: [], shared: [] }, []],
-    ["no record, as 0.3.1 left it, all linked to this source", { chain: {}, there: [a1, a2, a3], shared: [a3] }, []],
-    ["no record, what came after the shared one is not linked", { chain: {}, there: [a1, a2, a3], shared: [a2] }, ["a3"]],
-    ["no record, mixed by 0.3.1", { chain: {}, there: [a1, a2, a3, x1, x2], shared: [a2, a3] }, ["x1", "x2"]],
+    [
+      "no record, as 0.3.1 left it, all linked to this source",
+      { chain: {}, there: [a1, a2, a3], shared: [a3] },
+      [],
+    ],
+    [
+      "no record, what came after the shared one is not linked",
+      { chain: {}, there: [a1, a2, a3], shared: [a2] },
+      ["a3"],
+    ],
+    [
+      "no record, mixed by 0.3.1",
+      { chain: {}, there: [a1, a2, a3, x1, x2], shared: [a2, a3] },
+      ["x1", "x2"],
+    ],
     ["no record, nothing shared", { chain: {}, there: [x1, x2], shared: [] }, null],
     ["another's", { chain: { owner: other }, there: [x1, x2], shared: [] }, null],
-    ["another's, though data is shared", { chain: { owner: other }, there: [a1, x1], shared: [a1] }, null],
-    ["another's, adopted: what was there is never pruned", { chain: { owner: other }, there: [x1, x2], shared: [], adopt: true }, ["x1", "x2"]],
+    [
+      "another's, though data is shared",
+      { chain: { owner: other }, there: [a1, x1], shared: [a1] },
+      null,
+    ],
+    [
+      "another's, adopted: what was there is never pruned",
+      { chain: { owner: other }, there: [x1, x2], shared: [], adopt: true },
+      ["x1", "x2"],
+    ],
     ["no record, adopted", { chain: {}, there: [x1, a1], shared: [a1], adopt: true }, ["x1"]],
-    ["adopted again and again, each stranger is recorded once", { chain: { owner: other, strangers: ["x1"] }, there: [x1, x2, a1], shared: [a1], adopt: true }, ["x1", "x2"]],
-    ["--adopt changes nothing for the owner", { chain: { owner: me }, there: [a1, x1], shared: [a1], adopt: true }, []],
+    [
+      "adopted again and again, each stranger is recorded once",
+      {
+        chain: { owner: other, strangers: ["x1"] },
+        there: [x1, x2, a1],
+        shared: [a1],
+        adopt: true,
+      },
+      ["x1", "x2"],
+    ],
+    [
+      "--adopt changes nothing for the owner",
+      { chain: { owner: me }, there: [a1, x1], shared: [a1], adopt: true },
+      [],
+    ],
   ])("%s", (_, { chain, there, shared, identity = me, adopt = false }, strangers) => {
     const claimed = claim(identity, chain, there, shared, adopt);
     expect(claimed.accepted ? claimed.strangers : null).toEqual(strangers);
@@ -816,83 +1600,239 @@ describe("one chain, one owner", () => {
 
   test("a refusal names both sources and what to do", () => {
     const claimed = claim(me, { owner: other }, [x1], [], false);
-    for (const text of ["there:/srv", "subvolume other", "here:/home", "subvolume source", "-p", "another folder", "--adopt"]) expect(claimed.accepted ? "" : claimed.why).toContain(text);
+    for (const text of [
+      "there:/srv",
+      "subvolume other",
+      "here:/home",
+      "subvolume source",
+      "-p",
+      "another folder",
+      "--adopt",
+    ])
+      expect(claimed.accepted ? "" : claimed.why).toContain(text);
   });
 });
 
 describe("order in a snapshot folder", () => {
   const entry = ({ time: _, ...rest }: Snapshot) => rest;
-  const names = (...snapshots: Snapshot[]) => snapshotsAmong(snapshots.map(entry), "", "source").map(({ uuid }) => shortOf(uuid)).join(" ");
+  const names = (...snapshots: Snapshot[]) =>
+    snapshotsAmong(snapshots.map(entry), "", "source")
+      .map(({ uuid }) => shortOf(uuid))
+      .join(" ");
 
   test("what was taken of the source as it is stands by ID, behind what came with a restore", () => {
     const [late, early] = [snap("0302-03"), snap("0302-02")]; // the clock went back between the two
     expect(names(early, late)).toBe("0302-03 0302-02");
     // Moved from the source before: by ID among themselves; received: by name; the new one is last, whatever it is called.
-    expect(names(snap("0201"), snap("0305", { parentUuid: "old" }), snap("0304", { parentUuid: "old" }))).toBe("0305 0304 0201");
-    expect(names(snap("0305", { parentUuid: "old", receivedUuid: "x5" }), snap("0304", { parentUuid: "old", receivedUuid: "x4" }), snap("0201"))).toBe("0304 0305 0201");
+    expect(
+      names(snap("0201"), snap("0305", { parentUuid: "old" }), snap("0304", { parentUuid: "old" })),
+    ).toBe("0305 0304 0201");
+    expect(
+      names(
+        snap("0305", { parentUuid: "old", receivedUuid: "x5" }),
+        snap("0304", { parentUuid: "old", receivedUuid: "x4" }),
+        snap("0201"),
+      ),
+    ).toBe("0304 0305 0201");
   });
 
   test("only what has the prefix and a date; a folder of backups is in order of names", () => {
     const all = [snap("0302"), snap("0301")].map(entry);
-    expect(snapshotsAmong([...all, { ...entry(snap("0303")), name: named(`x${full("0303")}`) }, { ...entry(snap("0304")), name: named("photos") }], "", null).map(({ name }) => name)).toEqual([named(full("0302")), named(full("0301"))]);
-    expect(snapshotsAmong(all.map((one) => ({ ...one, receivedUuid: one.uuid })), "", null).map(({ name }) => name)).toEqual([named(full("0301")), named(full("0302"))]);
+    expect(
+      snapshotsAmong(
+        [
+          ...all,
+          { ...entry(snap("0303")), name: named(`x${full("0303")}`) },
+          { ...entry(snap("0304")), name: named("photos") },
+        ],
+        "",
+        null,
+      ).map(({ name }) => name),
+    ).toEqual([named(full("0302")), named(full("0301"))]);
+    expect(
+      snapshotsAmong(
+        all.map((one) => ({ ...one, receivedUuid: one.uuid })),
+        "",
+        null,
+      ).map(({ name }) => name),
+    ).toEqual([named(full("0301")), named(full("0302"))]);
   });
 
   test.each<[string[], string[]]>([
     [[], []],
     [["20240101-000000", "20240102-000000"], [""]],
-    [["home-20240101-000000", "20240102-000000", "etc-20240101-000000", "home-20240103-000000"], ["", "etc-", "home-"]],
+    [
+      ["home-20240101-000000", "20240102-000000", "etc-20240101-000000", "home-20240103-000000"],
+      ["", "etc-", "home-"],
+    ],
     [["photos", "20240101", "x-20240231-000000", ".btrfs-backup.json", "20240101-000000.old"], []],
     [["20240101-00000020240101-000000"], ["20240101-000000"]],
-  ])("prefixes of %p", (entries, prefixes) => expect(prefixesIn(entries.map((name) => ({ name: named(name) })))).toEqual(prefixes));
+  ])("prefixes of %p", (entries, prefixes) =>
+    expect(prefixesIn(entries.map((name) => ({ name: named(name) })))).toEqual(prefixes),
+  );
 });
 
 /** A folder as it was opened: of backups, or (with a subvolume that they were taken of) of snapshots. */
 const folder = (snapshots: readonly Snapshot[], fields: Partial<Folder> = {}): Folder =>
-  ({ id: "/place", path: "/place", snapshots, standing: snapshots, entries: new Set(snapshots.map(({ name }) => name)), store: null, prefix: "", chain: {}, source: null, subvolumes: snapshots, place: { filesystem: "fs" }, record: { chains: new Map(), unreadable: null }, old: { parents: new Map(), receiving: new Map() }, ...fields }) as unknown as Folder;
-const sourceFolder = (snapshots: readonly Snapshot[], fields: Partial<Folder> = {}) => folder(snapshots, { source: { uuid: "source" } as Folder["source"], ...fields });
+  ({
+    id: "/place",
+    path: "/place",
+    snapshots,
+    standing: snapshots,
+    entries: new Set(snapshots.map(({ name }) => name)),
+    store: null,
+    prefix: "",
+    chain: {},
+    source: null,
+    subvolumes: snapshots,
+    place: { filesystem: "fs" },
+    record: { chains: new Map(), unreadable: null },
+    old: { parents: new Map(), receiving: new Map() },
+    ...fields,
+  }) as unknown as Folder;
+const sourceFolder = (snapshots: readonly Snapshot[], fields: Partial<Folder> = {}) =>
+  folder(snapshots, { source: { uuid: "source" } as Folder["source"], ...fields });
 
 describe("whose folder it is", () => {
   const owner = (uuid: string) => ({ owner: { uuid, host: "h", path: "/home" } });
   test.each<[string, Partial<Folder>, readonly Snapshot[], boolean]>([
-    ["a source's, as it was asked for", { source: { uuid: "source" } as Folder["source"] }, [], true],
+    [
+      "a source's, as it was asked for",
+      { source: { uuid: "source" } as Folder["source"] },
+      [],
+      true,
+    ],
     ["nothing there", {}, [], false],
     ["received backups", {}, [backupOf(snap("0301"))], false],
     ["snapshots that were taken there", {}, [snap("0301")], true],
-    ["the owner is on this filesystem", { chain: owner("source"), subvolumes: [snap("0301", { uuid: "source" })] }, [backupOf(snap("0301"))], true],
-    ["the owner is lost, its snapshots are there", { chain: owner("source") }, [snap("0301")], true],
+    [
+      "the owner is on this filesystem",
+      { chain: owner("source"), subvolumes: [snap("0301", { uuid: "source" })] },
+      [backupOf(snap("0301"))],
+      true,
+    ],
+    [
+      "the owner is lost, its snapshots are there",
+      { chain: owner("source") },
+      [snap("0301")],
+      true,
+    ],
     ["the owner is its top level", { chain: owner("fs") }, [], true],
     ["the owner is elsewhere", { chain: owner("away") }, [snap("0301")], false],
     ["it has destinations", { chain: { destinations: [] } }, [], true],
-    ["backups that are copied on: an owner and destinations", { chain: { ...owner("away"), destinations: [] } }, [backupOf(snap("0301"))], false],
-  ])("%s", (_, fields, snapshots, own) => expect(isSnapshotFolder(folder(snapshots, fields))).toBe(own));
+    [
+      "backups that are copied on: an owner and destinations",
+      { chain: { ...owner("away"), destinations: [] } },
+      [backupOf(snap("0301"))],
+      false,
+    ],
+  ])("%s", (_, fields, snapshots, own) =>
+    expect(isSnapshotFolder(folder(snapshots, fields))).toBe(own),
+  );
 });
 
 describe("side by side", () => {
   const [s1, s2, s3] = snaps("0301 0302 0303") as [Snapshot, Snapshot, Snapshot];
   /** Rows, newest last: the name's day, and what each column has. */
-  const rows = (...columns: (Folder | null)[]) => align(columns).map(({ name, cells }) => `${name.slice(4, 8)}:${cells.map((cell) => cell?.state[0] ?? "-").join("")}`).join(" ");
+  const rows = (...columns: (Folder | null)[]) =>
+    align(columns)
+      .map(
+        ({ name, cells }) =>
+          `${name.slice(4, 8)}:${cells.map((cell) => cell?.state[0] ?? "-").join("")}`,
+      )
+      .join(" ");
 
   test.each<[string, (Folder | null)[], string]>([
     ["nothing", [sourceFolder([])], ""],
-    ["the same data is one row", [sourceFolder([s1, s2, s3]), folder([backupOf(s1), backupOf(s3)])], "0301:ww 0302:w- 0303:ww"],
-    ["what is gone at the source stands by its name", [sourceFolder([s3]), folder([backupOf(s1), backupOf(s3)]), folder([backupOf(s1)])], "0301:-ww 0303:ww-"],
-    ["a place that could not be read", [sourceFolder([s1]), null, folder([backupOf(s1)])], "0301:w-w"],
-    ["incomplete: writable, or never received", [sourceFolder([s1, s2]), folder([backupOf(s1, { readonly: false }), snap("0302", { uuid: "other", readonly: true })], { chain: { owner: { uuid: "away", host: "", path: "" } } })], "0301:wi 0302:wi"],
-    ["other data by the name", [sourceFolder([s1]), folder([backupOf(s1, { receivedUuid: "else" })])], "0301:wo"],
-    ["renamed: data decides, not the name", [sourceFolder([s1, s2]), folder([backupOf(s1, { name: named(full("0302")), time: at("0302") })])], "0301:ww 0302:w-"],
-    ["a restored source's snapshot, received from a backup", [sourceFolder([snap("0301", { receivedUuid: "x" })]), folder([backupOf(s1, { receivedUuid: "x" })])], "0301:ww"],
-    ["a copy of a copy", [folder([backupOf(s1)]), folder([backupOf(s1, { uuid: "c" })])], "0301:ww"],
+    [
+      "the same data is one row",
+      [sourceFolder([s1, s2, s3]), folder([backupOf(s1), backupOf(s3)])],
+      "0301:ww 0302:w- 0303:ww",
+    ],
+    [
+      "what is gone at the source stands by its name",
+      [sourceFolder([s3]), folder([backupOf(s1), backupOf(s3)]), folder([backupOf(s1)])],
+      "0301:-ww 0303:ww-",
+    ],
+    [
+      "a place that could not be read",
+      [sourceFolder([s1]), null, folder([backupOf(s1)])],
+      "0301:w-w",
+    ],
+    [
+      "incomplete: writable, or never received",
+      [
+        sourceFolder([s1, s2]),
+        folder(
+          [backupOf(s1, { readonly: false }), snap("0302", { uuid: "other", readonly: true })],
+          { chain: { owner: { uuid: "away", host: "", path: "" } } },
+        ),
+      ],
+      "0301:wi 0302:wi",
+    ],
+    [
+      "other data by the name",
+      [sourceFolder([s1]), folder([backupOf(s1, { receivedUuid: "else" })])],
+      "0301:wo",
+    ],
+    [
+      "renamed: data decides, not the name",
+      [
+        sourceFolder([s1, s2]),
+        folder([backupOf(s1, { name: named(full("0302")), time: at("0302") })]),
+      ],
+      "0301:ww 0302:w-",
+    ],
+    [
+      "a restored source's snapshot, received from a backup",
+      [
+        sourceFolder([snap("0301", { receivedUuid: "x" })]),
+        folder([backupOf(s1, { receivedUuid: "x" })]),
+      ],
+      "0301:ww",
+    ],
+    [
+      "a copy of a copy",
+      [folder([backupOf(s1)]), folder([backupOf(s1, { uuid: "c" })])],
+      "0301:ww",
+    ],
   ])("%s", (_, columns, expected) => expect(rows(...columns)).toBe(expected));
 
   test("a table marks the pin, and what the policies would delete", () => {
     const [a, b] = [backupOf(s1), backupOf(s2)];
-    const known: KnownDestination[] = [{ location: "/b", filesystem: "fsb", pin: { name: s2.name, uuid: s2.uuid }, last: null }, { location: "shell://x", filesystem: null, pin: { name: s1.name, uuid: s1.uuid }, last: null }];
+    const known: KnownDestination[] = [
+      { location: "/b", filesystem: "fsb", pin: { name: s2.name, uuid: s2.uuid }, last: null },
+      {
+        location: "shell://x",
+        filesystem: null,
+        pin: { name: s1.name, uuid: s1.uuid },
+        last: null,
+      },
+    ];
     const column = (id: string, held: Folder | null) => ({ id, folder: held, problem: null });
-    const columns = [column("/a", sourceFolder([s1, s2, s3], { chain: { destinations: known } })), column("/b", folder([a, b])), column("shell://x", null)];
-    const marks = (policies: Parameters<typeof inventory>[1]) => inventory(columns, policies, FAR, new Map()).snapshots.map(({ at: all }) => all.map((mark) => (mark === null ? "-" : `${mark.state?.[0]}${mark.pin ? "p" : ""}${mark.goes ? "!" : ""}`)).join(" "));
-    expect(marks({ sourcePolicy: null, backupPolicy: null })).toEqual(["w - ?", "w wp ?", "w w ?p"]);
-    expect(marks({ sourcePolicy: parsePolicy("1"), backupPolicy: parsePolicy("1") })).toEqual(["w - ?", "w wp ?", "w w! ?p"]);
+    const columns = [
+      column("/a", sourceFolder([s1, s2, s3], { chain: { destinations: known } })),
+      column("/b", folder([a, b])),
+      column("shell://x", null),
+    ];
+    const marks = (policies: Parameters<typeof inventory>[1]) =>
+      inventory(columns, policies, FAR, new Map()).snapshots.map(({ at: all }) =>
+        all
+          .map((mark) =>
+            mark === null ? "-" : `${mark.state?.[0]}${mark.pin ? "p" : ""}${mark.goes ? "!" : ""}`,
+          )
+          .join(" "),
+      );
+    expect(marks({ sourcePolicy: null, backupPolicy: null })).toEqual([
+      "w - ?",
+      "w wp ?",
+      "w w ?p",
+    ]);
+    expect(marks({ sourcePolicy: parsePolicy("1"), backupPolicy: parsePolicy("1") })).toEqual([
+      "w - ?",
+      "w wp ?",
+      "w w! ?p",
+    ]);
   });
 });
 
@@ -917,51 +1857,165 @@ describe("restoring", () => {
 
   test("leftovers are what this program calls so, each with its subvolumes innermost first", () => {
     const [ours, theirs] = ["home.restoring-20240301-000000", "home.restoring-yesterday"];
-    const paths = [`${ours}/mine`, `${ours}/tree/nested`, `${ours}/tree`, `${ours}/tree/snapshot/20240301-000000`, `${ours}/20240301-000000`, `${theirs}/tree`, `other/${ours}/tree`];
-    const place = { top: "/", entries: new Set(["home", ours, theirs, "home2.restoring-20240301-000000"]), subvolumes: paths.map((path, i) => ({ ...s1, id: i, path })) };
-    expect([...leftoversOf("home", place)]).toEqual([[ours, ["./tree/snapshot/20240301-000000", "./tree", "./20240301-000000"]]]);
+    const paths = [
+      `${ours}/mine`,
+      `${ours}/tree/nested`,
+      `${ours}/tree`,
+      `${ours}/tree/snapshot/20240301-000000`,
+      `${ours}/20240301-000000`,
+      `${theirs}/tree`,
+      `other/${ours}/tree`,
+    ];
+    const place = {
+      top: "/",
+      entries: new Set(["home", ours, theirs, "home2.restoring-20240301-000000"]),
+      subvolumes: paths.map((path, i) => ({ ...s1, id: i, path })),
+    };
+    expect([...leftoversOf("home", place)]).toEqual([
+      [ours, ["./tree/snapshot/20240301-000000", "./tree", "./20240301-000000"]],
+    ]);
     expect([...leftoversOf("home", { ...place, top: "/other" })]).toEqual([[ours, ["./tree"]]]);
     expect([...leftoversOf("hom", place)]).toEqual([]);
   });
 
   test("what a restored record says: only what stands is a pin, and where it came from shares it", () => {
-    const known = (location: string, pin: string | null, filesystem: string | null = location): KnownDestination => ({ location, filesystem, pin: pin === null ? null : { name: full(pin), uuid: `s${pin}` }, last: "2024-03-01T00:00:00.000Z" });
-    const pins = (list: readonly KnownDestination[]) => list.map(({ location, pin }) => `${location} ${pin?.uuid ?? "-"}`);
+    const known = (
+      location: string,
+      pin: string | null,
+      filesystem: string | null = location,
+    ): KnownDestination => ({
+      location,
+      filesystem,
+      pin: pin === null ? null : { name: full(pin), uuid: `s${pin}` },
+      last: "2024-03-01T00:00:00.000Z",
+    });
+    const pins = (list: readonly KnownDestination[]) =>
+      list.map(({ location, pin }) => `${location} ${pin?.uuid ?? "-"}`);
     const came = { id: "/b", filesystem: "fsb", pin: { name: "n", uuid: "restored" } };
     const recorded = [known("/a", "0301"), known("/c", "0302"), known("shell://x", "0301", null)];
-    expect(pins(restoredDestinations(recorded, (uuid) => uuid === "s0302", null))).toEqual(["/a -", "/c s0302", "shell://x -"]);
-    expect(pins(restoredDestinations(recorded, () => false, came))).toEqual(["/a -", "/c -", "shell://x -", "/b restored"]);
-    expect(pins(restoredDestinations([known("/b", "0301")], () => false, came))).toEqual(["/b restored"]);
+    expect(pins(restoredDestinations(recorded, (uuid) => uuid === "s0302", null))).toEqual([
+      "/a -",
+      "/c s0302",
+      "shell://x -",
+    ]);
+    expect(pins(restoredDestinations(recorded, () => false, came))).toEqual([
+      "/a -",
+      "/c -",
+      "shell://x -",
+      "/b restored",
+    ]);
+    expect(pins(restoredDestinations([known("/b", "0301")], () => false, came))).toEqual([
+      "/b restored",
+    ]);
     // The same disk, mounted elsewhere for the restore; but not another folder on it, nor one of two.
-    expect(pins(restoredDestinations([known("ssh://h/b", "0301", "fsb")], () => false, came))).toEqual(["ssh://h/b restored"]);
-    expect(pins(restoredDestinations([known("/mnt/other", "0301", "fsb")], () => true, came))).toEqual(["/mnt/other s0301", "/b restored"]);
-    expect(pins(restoredDestinations([known("/mnt/1/b", "0301", "fsb"), known("/mnt/2/b", "0302", "fsb")], () => true, came))).toEqual(["/mnt/1/b s0301", "/mnt/2/b s0302", "/b restored"]);
+    expect(
+      pins(restoredDestinations([known("ssh://h/b", "0301", "fsb")], () => false, came)),
+    ).toEqual(["ssh://h/b restored"]);
+    expect(
+      pins(restoredDestinations([known("/mnt/other", "0301", "fsb")], () => true, came)),
+    ).toEqual(["/mnt/other s0301", "/b restored"]);
+    expect(
+      pins(
+        restoredDestinations(
+          [known("/mnt/1/b", "0301", "fsb"), known("/mnt/2/b", "0302", "fsb")],
+          () => true,
+          came,
+        ),
+      ),
+    ).toEqual(["/mnt/1/b s0301", "/mnt/2/b s0302", "/b restored"]);
   });
 
   test("advice for a mount point has the user's own names", () => {
-    const subvolume = mountAdvice(["--before=2026-01-15 12:00", "/mnt/b/home"], "/home", { id: "2", parent: "1", root: "/@home", path: "/home", device: "/dev/sda2", readonly: false });
-    for (const words of ["mount -o subvolid=5 '/dev/sda2' /mnt", "restore --replace '--before=2026-01-15 12:00' '/mnt/b/home' '/mnt/@home'", "umount '/home' && mount '/home'", "subvol=@home"]) expect(subvolume).toContain(words);
-    const root = mountAdvice(["ssh://nas/b"], "/", { id: "2", parent: "1", root: "/@", path: "/", device: "/dev/vda1", readonly: false });
-    for (const words of ["restore --replace 'ssh://nas/b' '/mnt/@'", "reboot"]) expect(root).toContain(words);
-    const top = mountAdvice(["/b"], "/data", { id: "2", parent: "1", root: "/", path: "/data", device: "/dev/sdb", readonly: false });
-    for (const words of ["top level of /dev/sdb", "restore '/b' /mnt/restored", "btrfs subvolume set-default /mnt/restored"]) expect(top).toContain(words);
+    const subvolume = mountAdvice(["--before=2026-01-15 12:00", "/mnt/b/home"], "/home", {
+      id: "2",
+      parent: "1",
+      root: "/@home",
+      path: "/home",
+      device: "/dev/sda2",
+      readonly: false,
+    });
+    for (const words of [
+      "mount -o subvolid=5 '/dev/sda2' /mnt",
+      "restore --replace '--before=2026-01-15 12:00' '/mnt/b/home' '/mnt/@home'",
+      "umount '/home' && mount '/home'",
+      "subvol=@home",
+    ])
+      expect(subvolume).toContain(words);
+    const root = mountAdvice(["ssh://nas/b"], "/", {
+      id: "2",
+      parent: "1",
+      root: "/@",
+      path: "/",
+      device: "/dev/vda1",
+      readonly: false,
+    });
+    for (const words of ["restore --replace 'ssh://nas/b' '/mnt/@'", "reboot"])
+      expect(root).toContain(words);
+    const top = mountAdvice(["/b"], "/data", {
+      id: "2",
+      parent: "1",
+      root: "/",
+      path: "/data",
+      device: "/dev/sdb",
+      readonly: false,
+    });
+    for (const words of [
+      "top level of /dev/sdb",
+      "restore '/b' /mnt/restored",
+      "btrfs subvolume set-default /mnt/restored",
+    ])
+      expect(top).toContain(words);
   });
 
   test("what was copied on stays at a destination, and a pin that is gone claims nothing at the source", () => {
-    const decisions = planDestination([], { backups: [b1, b2, b3], copied: new Map([[b1.uuid, "/second"]]), chained: null }, parsePolicy("1"), FAR);
+    const decisions = planDestination(
+      [],
+      { backups: [b1, b2, b3], copied: new Map([[b1.uuid, "/second"]]), chained: null },
+      parsePolicy("1"),
+      FAR,
+    );
     expect(kept(decisions)).toBe("0301 0303");
     expect(reasonsOf(decisions, "0301")).toEqual(["shared with /second"]);
-    const claimant = (uuid: string, unread: boolean): Claimant => ({ id: "/b", pin: { uuid }, unread, unsentPolicy: null });
-    expect(kept(planSource([s1, s2, s3], parsePolicy("1"), [claimant("gone", false)], FAR))).toBe("0303");
-    expect(kept(planSource([s1, s2, s3], parsePolicy("1"), [claimant("gone", true)], FAR))).toBe("0301 0302 0303");
-    expect(kept(planSource([s1, s2, s3], parsePolicy("1"), [claimant(s1.uuid, true)], FAR))).toBe("0301 0303");
+    const claimant = (uuid: string, unread: boolean): Claimant => ({
+      id: "/b",
+      pin: { uuid },
+      unread,
+      unsentPolicy: null,
+    });
+    expect(kept(planSource([s1, s2, s3], parsePolicy("1"), [claimant("gone", false)], FAR))).toBe(
+      "0303",
+    );
+    expect(kept(planSource([s1, s2, s3], parsePolicy("1"), [claimant("gone", true)], FAR))).toBe(
+      "0301 0302 0303",
+    );
+    expect(kept(planSource([s1, s2, s3], parsePolicy("1"), [claimant(s1.uuid, true)], FAR))).toBe(
+      "0301 0303",
+    );
   });
 });
 
 test("versions of a file: runs of snapshots in which it was the same", () => {
-  const state = (size: string): FileState => ({ type: "file", mode: "644", owner: "0:0", mtime: "1.000000000", size });
-  const seen = (text: string) => text.split(" ").filter(Boolean).map((word, i) => ({ name: `n${i}`, state: word[0] === "-" ? null : state(word[0] as string), columns: Array.from(word.slice(1), Number) }));
-  const shown = (text: string) => versionsAmong(seen(text)).map(({ first, last, state: is, columns, names }) => `${is?.size ?? "-"} ${first}..${last} ${names.length} ${[...columns].sort().join("")}`);
+  const state = (size: string): FileState => ({
+    type: "file",
+    mode: "644",
+    owner: "0:0",
+    mtime: "1.000000000",
+    size,
+  });
+  const seen = (text: string) =>
+    text
+      .split(" ")
+      .filter(Boolean)
+      .map((word, i) => ({
+        name: `n${i}`,
+        state: word[0] === "-" ? null : state(word[0] as string),
+        columns: Array.from(word.slice(1), Number),
+      }));
+  const shown = (text: string) =>
+    versionsAmong(seen(text)).map(
+      ({ first, last, state: is, columns, names }) =>
+        `${is?.size ?? "-"} ${first}..${last} ${names.length} ${[...columns].sort().join("")}`,
+    );
   expect(shown("")).toEqual([]);
   expect(shown("-0 -01")).toEqual([]); // never there
   expect(shown("-0 10 101 21")).toEqual(["1 n1..n2 2 01", "2 n3..n3 1 1"]);
@@ -971,54 +2025,124 @@ test("versions of a file: runs of snapshots in which it was the same", () => {
 // ── Stored streams ───────────────────────────────────────────────────────────────────────
 
 /** A UUID that can be read: `uuid("a")` is aaaaaaaa-…. */
-const uuid = (letter: string) => "8-4-4-4-12".split("-").map((n) => letter.repeat(Number(n))).join("-");
+const uuid = (letter: string) =>
+  "8-4-4-4-12"
+    .split("-")
+    .map((n) => letter.repeat(Number(n)))
+    .join("-");
 const owner = { uuid: uuid("0"), place: "00000000", lineage: "aaaaaaaa" };
 const noFilters = { level: "", recipients: [] };
 
 /** "0301a" is the full stream of the snapshot 0301 with the UUID a, "0302b<a" the difference to a; with "!" it has no checksum object. */
 function files(text: string, from = owner): StoredFile[] {
-  return text.split(" ").filter(Boolean).flatMap((word) => {
-    const [, day = "", a = "", parent, unsummed] = /^(\d{4})(\w)(?:<(\w))?(!?)$/.exec(word) ?? [];
-    const snapshot = snap(day, { uuid: uuid(a) });
-    const name = streamName({ snapshot, parent: parent === undefined ? null : snap("0101", { uuid: uuid(parent) }) }, from, noFilters);
-    return [{ name, bytes: 1000 }, ...(unsummed ? [] : [{ name: `${name}.sha256`, bytes: 100 }])];
-  });
+  return text
+    .split(" ")
+    .filter(Boolean)
+    .flatMap((word) => {
+      const [, day = "", a = "", parent, unsummed] = /^(\d{4})(\w)(?:<(\w))?(!?)$/.exec(word) ?? [];
+      const snapshot = snap(day, { uuid: uuid(a) });
+      const name = streamName(
+        { snapshot, parent: parent === undefined ? null : snap("0101", { uuid: uuid(parent) }) },
+        from,
+        noFilters,
+      );
+      return [{ name, bytes: 1000 }, ...(unsummed ? [] : [{ name: `${name}.sha256`, bytes: 100 }])];
+    });
 }
-const wholeOf = (listed: readonly StoredFile[], atomic = false) => parseStreams(listed, atomic).streams.filter(isComplete).map(({ receivedUuid }) => receivedUuid?.[0]).join("");
+const wholeOf = (listed: readonly StoredFile[], atomic = false) =>
+  parseStreams(listed, atomic)
+    .streams.filter(isComplete)
+    .map(({ receivedUuid }) => receivedUuid?.[0])
+    .join("");
 /** The streams as backups, oldest first. */
-const backupsIn = (listed: readonly StoredFile[]) => snapshotsAmong(parseStreams(listed, false).streams.filter(isComplete), "", null) as (Backup & Stream)[];
-const letters = (some: readonly { receivedUuid: string | null }[]) => some.map(({ receivedUuid }) => receivedUuid?.[0]).join("");
+const backupsIn = (listed: readonly StoredFile[]) =>
+  snapshotsAmong(parseStreams(listed, false).streams.filter(isComplete), "", null) as (Backup &
+    Stream)[];
+const letters = (some: readonly { receivedUuid: string | null }[]) =>
+  some.map(({ receivedUuid }) => receivedUuid?.[0]).join("");
 
 describe("the name of a stored stream", () => {
   const local = (offset: number) => ({ moment: at("0301") - offset * 60e3 });
   test.each([
-    ["full, in Central Europe", snap("0301", { uuid: uuid("a"), ...local(60) }), null, noFilters, `20240301-000000+0100_00000000_aaaaaaaa_${uuid("0")}_${uuid("a")}_full.btrfs`],
-    ["incremental, in Newfoundland, with filters", snap("0301", { uuid: uuid("a"), ...local(-210) }), snap("0201", { uuid: uuid("b") }), { level: "3", recipients: ["x"] }, `20240301-000000-0330_00000000_aaaaaaaa_${uuid("0")}_${uuid("a")}_${uuid("b")}.btrfs.zst.gpg`],
-    ["of a received snapshot and parent, as the stream calls them", snap("0301", { uuid: uuid("a"), receivedUuid: uuid("c") }), snap("0201", { uuid: uuid("b"), receivedUuid: uuid("d") }), noFilters, `20240301-000000+0000_00000000_aaaaaaaa_${uuid("0")}_${uuid("c")}_${uuid("d")}.btrfs`],
+    [
+      "full, in Central Europe",
+      snap("0301", { uuid: uuid("a"), ...local(60) }),
+      null,
+      noFilters,
+      `20240301-000000+0100_00000000_aaaaaaaa_${uuid("0")}_${uuid("a")}_full.btrfs`,
+    ],
+    [
+      "incremental, in Newfoundland, with filters",
+      snap("0301", { uuid: uuid("a"), ...local(-210) }),
+      snap("0201", { uuid: uuid("b") }),
+      { level: "3", recipients: ["x"] },
+      `20240301-000000-0330_00000000_aaaaaaaa_${uuid("0")}_${uuid("a")}_${uuid("b")}.btrfs.zst.gpg`,
+    ],
+    [
+      "of a received snapshot and parent, as the stream calls them",
+      snap("0301", { uuid: uuid("a"), receivedUuid: uuid("c") }),
+      snap("0201", { uuid: uuid("b"), receivedUuid: uuid("d") }),
+      noFilters,
+      `20240301-000000+0000_00000000_aaaaaaaa_${uuid("0")}_${uuid("c")}_${uuid("d")}.btrfs`,
+    ],
   ])("%s", (_, snapshot, parent, filters, name) => {
     expect(streamName({ snapshot, parent }, owner, filters)).toBe(name);
     const [stream] = parseStreams([{ name, bytes: 7 }], true).streams;
-    expect(stream).toMatchObject({ name: snapshot.name, moment: snapshot.moment, bytes: 7, owner, receivedUuid: snapshot.receivedUuid ?? snapshot.uuid, from: parent && (parent.receivedUuid ?? parent.uuid), compressed: filters.level !== "", encrypted: filters.recipients.length > 0 });
+    expect(stream).toMatchObject({
+      name: snapshot.name,
+      moment: snapshot.moment,
+      bytes: 7,
+      owner,
+      receivedUuid: snapshot.receivedUuid ?? snapshot.uuid,
+      from: parent && (parent.receivedUuid ?? parent.uuid),
+      compressed: filters.level !== "",
+      encrypted: filters.recipients.length > 0,
+    });
   });
   test("a prefix may hold anything but slashes and line breaks", () => {
     for (const prefix of ["", "a b_", "20240301-000000+0100_", "ü*?[$(x)", ".-"]) {
       const snapshot = snap("0301", { name: named(`${prefix}20240301-000000`), uuid: uuid("a") });
       const name = streamName({ snapshot, parent: null }, owner, noFilters);
-      expect(parseStreams([{ name, bytes: 1 }], true).streams).toMatchObject([{ name: snapshot.name, receivedUuid: uuid("a") }]);
+      expect(parseStreams([{ name, bytes: 1 }], true).streams).toMatchObject([
+        { name: snapshot.name, receivedUuid: uuid("a") },
+      ]);
     }
   });
   test("the longest prefix leaves room for what is put around a name", () => {
-    const name = streamName({ snapshot: snap("0301", { name: named(`${"p".repeat(70)}20240301-000000`), uuid: uuid("a") }), parent: snap("0201", { uuid: uuid("b") }) }, owner, { level: "3", recipients: ["x"] });
+    const name = streamName(
+      {
+        snapshot: snap("0301", {
+          name: named(`${"p".repeat(70)}20240301-000000`),
+          uuid: uuid("a"),
+        }),
+        parent: snap("0201", { uuid: uuid("b") }),
+      },
+      owner,
+      { level: "3", recipients: ["x"] },
+    );
     expect(`.${name}.sha256.part`.length).toBeLessThanOrEqual(255);
   });
-  test.each(["", "x", "20240301-000000", "20240230-000000+0000_00000000_aaaaaaaa_0_0_full.btrfs", `20240301-000000+0000_00000000_aaaaaaaa_${uuid("0")}_${uuid("a")}_full.btrfs.part`, `20240301-000000+0000_00000000_aaaaaaaa_${uuid("0")}_${uuid("a")}_full.btrfs.gpg.zst`])("%j is foreign", (name) => {
+  test.each([
+    "",
+    "x",
+    "20240301-000000",
+    "20240230-000000+0000_00000000_aaaaaaaa_0_0_full.btrfs",
+    `20240301-000000+0000_00000000_aaaaaaaa_${uuid("0")}_${uuid("a")}_full.btrfs.part`,
+    `20240301-000000+0000_00000000_aaaaaaaa_${uuid("0")}_${uuid("a")}_full.btrfs.gpg.zst`,
+  ])("%j is foreign", (name) => {
     expect(parseStreams([{ name, bytes: 1 }], true)).toMatchObject({ streams: [], unsummed: [] });
     expect(parseStreams([{ name, bytes: 1 }], true).debris.size).toBe(0);
   });
   test("an owner without a UUID of its own gets one", () => {
-    expect(ownerOf({ uuid: "fs/top", host: "h", path: "/p" })).toEqual({ uuid: expect.stringMatching(/^[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}$/), place: expect.stringMatching(/^[0-9a-f]{8}$/), lineage: expect.stringMatching(/^[0-9a-f]{8}$/) });
+    expect(ownerOf({ uuid: "fs/top", host: "h", path: "/p" })).toEqual({
+      uuid: expect.stringMatching(/^[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}$/),
+      place: expect.stringMatching(/^[0-9a-f]{8}$/),
+      lineage: expect.stringMatching(/^[0-9a-f]{8}$/),
+    });
     expect(ownerOf({ uuid: uuid("a"), host: "h", path: "/p" }).uuid).toBe(uuid("a"));
-    expect(ownerOf({ uuid: uuid("a"), host: "h", path: "/p" }).place).not.toBe(ownerOf({ uuid: uuid("a"), host: "h2", path: "/p" }).place);
+    expect(ownerOf({ uuid: uuid("a"), host: "h", path: "/p" }).place).not.toBe(
+      ownerOf({ uuid: uuid("a"), host: "h2", path: "/p" }).place,
+    );
   });
 });
 
@@ -1028,22 +2152,46 @@ describe("what a store holds", () => {
     ["two chains", "0301a 0302b<a 0303c 0304d<c", "abcd"],
     ["without its full stream nothing of a chain is whole", "0302b<a 0303c<b 0304d 0305e<d", "de"],
     ["without one in the middle, what stands on it is not", "0301a 0302b<a 0304d<c 0305e<d", "ab"],
-    ["an upload under way is not whole, and neither is what stands on it", "0301a 0302b<a! 0303c<b", "a"],
-    ["the same data twice: one is enough for what stands on it", "0301a 0302b<a 0302b 0303c<b", "abbc"],
+    [
+      "an upload under way is not whole, and neither is what stands on it",
+      "0301a 0302b<a! 0303c<b",
+      "a",
+    ],
+    [
+      "the same data twice: one is enough for what stands on it",
+      "0301a 0302b<a 0302b 0303c<b",
+      "abbc",
+    ],
     ["of the same data twice, one incomplete", "0301a! 0301a<x 0302b<a", ""],
     ["streams that stand on each other are not whole", "0301a<b 0302b<a", ""],
     ["a stream that stands on itself is not whole", "0301a<a", ""],
     ["nothing", "", ""],
   ])("%s", (_, text, expected) => expect(wholeOf(files(text))).toBe(expected));
-  test("where half a stream cannot be, none needs a checksum object", () => expect(wholeOf(files("0301a! 0302b<a!"), true)).toBe("ab"));
+  test("where half a stream cannot be, none needs a checksum object", () =>
+    expect(wholeOf(files("0301a! 0302b<a!"), true)).toBe("ab"));
   test("streams are in the order of their moments, not of their names", () => {
-    const [first, second] = [snap("1027-0230", { uuid: uuid("a"), moment: at("1027-0030") }), snap("1027-0215", { uuid: uuid("b"), moment: at("1027-0115") })];
-    const listed = [{ name: streamName({ snapshot: second, parent: first }, owner, noFilters), bytes: 1 }, { name: streamName({ snapshot: first, parent: null }, owner, noFilters), bytes: 1 }];
+    const [first, second] = [
+      snap("1027-0230", { uuid: uuid("a"), moment: at("1027-0030") }),
+      snap("1027-0215", { uuid: uuid("b"), moment: at("1027-0115") }),
+    ];
+    const listed = [
+      { name: streamName({ snapshot: second, parent: first }, owner, noFilters), bytes: 1 },
+      { name: streamName({ snapshot: first, parent: null }, owner, noFilters), bytes: 1 },
+    ];
     expect(letters(snapshotsAmong(parseStreams(listed, true).streams, "", null))).toBe("ab");
   });
 
-  const debrisOf = (listed: readonly StoredFile[], atomic = false) => [...parseStreams(listed, atomic).debris.values()].flat().map((name) => name.replace(/_.*_(\w)[\w-]*_(full|\w)[\w-]*\.btrfs/, ":$1:$2").replace(/20240|000000|[-+]/g, "")).join(" ");
-  const only = (part: (name: string) => string) => files("0301a!").map(({ name, bytes }) => ({ name: part(name), bytes }));
+  const debrisOf = (listed: readonly StoredFile[], atomic = false) =>
+    [...parseStreams(listed, atomic).debris.values()]
+      .flat()
+      .map((name) =>
+        name
+          .replace(/_.*_(\w)[\w-]*_(full|\w)[\w-]*\.btrfs/, ":$1:$2")
+          .replace(/20240|000000|[-+]/g, ""),
+      )
+      .join(" ");
+  const only = (part: (name: string) => string) =>
+    files("0301a!").map(({ name, bytes }) => ({ name: part(name), bytes }));
   test.each([
     ["nothing of what is whole", files("0301a 0302b<a"), false, ""],
     ["one upload without a checksum object", files("0301a 0302b<a!"), false, "3020000:b:a"],
@@ -1051,18 +2199,43 @@ describe("what a store holds", () => {
     ["not what others stand on: its checksum got lost", files("0301a! 0302b<a"), false, ""],
     ["not several: their checksums got lost", files("0301a 0302b<a! 0303c<b!"), false, ""],
     ["a temporary file", only((name) => `.${name}.part`), true, ".3010000:a:full.part"],
-    ["a temporary checksum", only((name) => `.${name}.sha256.part`), true, ".3010000:a:full.sha256.part"],
-    ["a checksum without its stream", only((name) => `${name}.sha256`), true, "3010000:a:full.sha256"],
-    ["nothing foreign", [{ name: ".x.part", bytes: 1 }, { name: "x.sha256", bytes: 1 }, { name: ".20240301-000000.part", bytes: 1 }], true, ""],
-  ])("debris: %s", (_, listed, atomic, expected) => expect(debrisOf(listed as StoredFile[], atomic as boolean)).toBe(expected as string));
-  test("what got lost is named", () => expect(letters(parseStreams(files("0301a! 0302b<a 0303c<b!"), false).unsummed)).toBe("ac"));
+    [
+      "a temporary checksum",
+      only((name) => `.${name}.sha256.part`),
+      true,
+      ".3010000:a:full.sha256.part",
+    ],
+    [
+      "a checksum without its stream",
+      only((name) => `${name}.sha256`),
+      true,
+      "3010000:a:full.sha256",
+    ],
+    [
+      "nothing foreign",
+      [
+        { name: ".x.part", bytes: 1 },
+        { name: "x.sha256", bytes: 1 },
+        { name: ".20240301-000000.part", bytes: 1 },
+      ],
+      true,
+      "",
+    ],
+  ])("debris: %s", (_, listed, atomic, expected) =>
+    expect(debrisOf(listed as StoredFile[], atomic as boolean)).toBe(expected as string),
+  );
+  test("what got lost is named", () =>
+    expect(letters(parseStreams(files("0301a! 0302b<a 0303c<b!"), false).unsummed)).toBe("ac"));
   test("one upload a prefix can be debris", () => {
     const other = files("0301a!").map(({ name, bytes }) => ({ name: `p${name}`, bytes }));
     expect(parseStreams([...files("0301a!"), ...other], false)).toMatchObject({ unsummed: [] });
   });
   test("checksum objects, by whatever program", () => {
     const sum = "a1".repeat(32);
-    expect([...parseSums(`${sum}  x y\n# 17 bytes\n${sum} *z\nnonsense\n`)]).toEqual([["x y", sum], ["z", sum]]);
+    expect([...parseSums(`${sum}  x y\n# 17 bytes\n${sum} *z\nnonsense\n`)]).toEqual([
+      ["x y", sum],
+      ["z", sum],
+    ]);
   });
 });
 
@@ -1070,7 +2243,11 @@ describe("retention of chains", () => {
   const chain = "0301a 0302b<a 0303c<b 0304d 0305e<d 0306f<e";
   const kept = (text: string, policy: string) => {
     const backups = backupsIn(files(text));
-    return letters(planDestination([], { backups, copied: new Map(), chained: [] }, parsePolicy(policy), FAR).filter(({ reasons }) => reasons.length > 0).map(({ entry }) => entry));
+    return letters(
+      planDestination([], { backups, copied: new Map(), chained: [] }, parsePolicy(policy), FAR)
+        .filter(({ reasons }) => reasons.length > 0)
+        .map(({ entry }) => entry),
+    );
   };
   test.each([
     ["all of the newest chain", "1", "def"],
@@ -1079,22 +2256,46 @@ describe("retention of chains", () => {
     ["everything", "0", "abcdef"],
     ["the middle of a chain needs its beginning", "1 2d+", "def"],
   ])("%s", (_, policy, expected) => expect(kept(chain, policy)).toBe(expected));
-  test("what a branch needs stays, its siblings go", () => expect(kept("0301a 0302b<a 0303c<a 0304d<c", "1")).toBe("acd"));
+  test("what a branch needs stays, its siblings go", () =>
+    expect(kept("0301a 0302b<a 0303c<a 0304d<c", "1")).toBe("acd"));
   test("the reason tells who needs it", () => {
     const backups = backupsIn(files("0301a 0302b<a"));
-    expect(planDestination([], { backups, copied: new Map(), chained: [] }, parsePolicy("1"), FAR)[0]?.reasons).toEqual(["needed by 20240302-000000"]);
+    expect(
+      planDestination([], { backups, copied: new Map(), chained: [] }, parsePolicy("1"), FAR)[0]
+        ?.reasons,
+    ).toEqual(["needed by 20240302-000000"]);
   });
   test("what is needed for the pin stays", () => {
     const backups = backupsIn(files(chain));
-    const decisions = planDestination([snap("0302", { uuid: uuid("b") })], { backups, copied: new Map(), chained: [] }, parsePolicy("1"), FAR);
-    expect(letters(decisions.filter(({ reasons }) => reasons.length > 0).map(({ entry }) => entry))).toBe("abdef");
+    const decisions = planDestination(
+      [snap("0302", { uuid: uuid("b") })],
+      { backups, copied: new Map(), chained: [] },
+      parsePolicy("1"),
+      FAR,
+    );
+    expect(
+      letters(decisions.filter(({ reasons }) => reasons.length > 0).map(({ entry }) => entry)),
+    ).toBe("abdef");
   });
   test("what a stream of another source stands on stays", () => {
     const backups = backupsIn(files(chain));
-    const [other] = backupsIn(files("0301a 0302b<a 0303c<b 0304d 0305e<d 0306f<e 0307a<b", { uuid: uuid("1"), place: "11111111", lineage: "bbbbbbbb" })).slice(-1) as [Backup & Stream];
+    const [other] = backupsIn(
+      files("0301a 0302b<a 0303c<b 0304d 0305e<d 0306f<e 0307a<b", {
+        uuid: uuid("1"),
+        place: "11111111",
+        lineage: "bbbbbbbb",
+      }),
+    ).slice(-1) as [Backup & Stream];
     const theirs = { ...other, parentUuid: backups[1]?.uuid as string };
-    const decisions = planDestination([], { backups, copied: new Map(), chained: [theirs] }, parsePolicy("1"), FAR);
-    expect(letters(decisions.filter(({ reasons }) => reasons.length > 0).map(({ entry }) => entry))).toBe("abdef");
+    const decisions = planDestination(
+      [],
+      { backups, copied: new Map(), chained: [theirs] },
+      parsePolicy("1"),
+      FAR,
+    );
+    expect(
+      letters(decisions.filter(({ reasons }) => reasons.length > 0).map(({ entry }) => entry)),
+    ).toBe("abdef");
   });
   test("each goes before what it stands on", () => {
     const all = backupsIn(files("0301a 0302b<a 0303c<b 0304d<c 0305e<b"));
@@ -1105,45 +2306,116 @@ describe("retention of chains", () => {
     const backups = backupsIn(files(chain));
     const here = [snap("0306", { uuid: uuid("f") }), snap("0307", { uuid: uuid("1") })] as const;
     const coming = [{ snapshot: here[1], parent: here[0] }];
-    expect(letters(planRoom(here, { backups, copied: new Map(), chained: [] }, coming, parsePolicy("1"), FAR))).toBe("abc");
-    expect(letters(planRoom(here, { backups, copied: new Map(), chained: [] }, [{ snapshot: here[1], parent: null }], parsePolicy("1"), FAR))).toBe("abc");
+    expect(
+      letters(
+        planRoom(here, { backups, copied: new Map(), chained: [] }, coming, parsePolicy("1"), FAR),
+      ),
+    ).toBe("abc");
+    expect(
+      letters(
+        planRoom(
+          here,
+          { backups, copied: new Map(), chained: [] },
+          [{ snapshot: here[1], parent: null }],
+          parsePolicy("1"),
+          FAR,
+        ),
+      ),
+    ).toBe("abc");
   });
 
   // Any listing, any policy, and an interruption after any deletion.
   const soakRuns = Number(process.env["SOAK"] ?? 300);
   test("however it is interrupted, nothing that is kept ever lacks an ancestor", () => {
     fc.assert(
-      fc.property(fc.array(fc.tuple(fc.nat(8), fc.boolean()), { minLength: 1, maxLength: 16 }), fc.constantFrom("1", "2", "3", "5", "2d 2w", "1 3d+", "*m"), fc.array(fc.nat(15), { maxLength: 3 }), (steps, policy, missing) => {
-        const letterOf = (i: number) => i.toString(16);
-        const words = steps.map(([back, full], i) => `03${String(i + 1).padStart(2, "0")}${letterOf(i)}${full || i === 0 ? "" : `<${letterOf(Math.max(0, i - 1 - back))}`}`);
-        const listed = files(words.filter((_, i) => !missing.includes(i)).join(" "));
-        const backups = backupsIn(listed);
-        const decisions = planDestination([], { backups, copied: new Map(), chained: [] }, parsePolicy(policy), FAR);
-        const stays = decisions.filter(({ reasons }) => reasons.length > 0).map(({ entry }) => entry.uuid);
-        const going = deletionOrder(decisions.filter(({ reasons }) => reasons.length === 0).map(({ entry }) => entry), { chained: [] });
-        let left = listed;
-        for (const gone of [undefined, ...going]) {
-          for (const object of gone === undefined ? [] : [gone.uuid, `${gone.uuid}.sha256`]) {
-            left = left.filter(({ name }) => name !== object);
-            const whole = new Set(parseStreams(left, false).streams.filter(isComplete).map(({ uuid }) => uuid));
-            for (const one of stays) if (!whole.has(one)) throw new Error(`${one} was kept, and cannot be restored after ${object}`);
+      fc.property(
+        fc.array(fc.tuple(fc.nat(8), fc.boolean()), { minLength: 1, maxLength: 16 }),
+        fc.constantFrom("1", "2", "3", "5", "2d 2w", "1 3d+", "*m"),
+        fc.array(fc.nat(15), { maxLength: 3 }),
+        (steps, policy, missing) => {
+          const letterOf = (i: number) => i.toString(16);
+          const words = steps.map(
+            ([back, full], i) =>
+              `03${String(i + 1).padStart(2, "0")}${letterOf(i)}${full || i === 0 ? "" : `<${letterOf(Math.max(0, i - 1 - back))}`}`,
+          );
+          const listed = files(words.filter((_, i) => !missing.includes(i)).join(" "));
+          const backups = backupsIn(listed);
+          const decisions = planDestination(
+            [],
+            { backups, copied: new Map(), chained: [] },
+            parsePolicy(policy),
+            FAR,
+          );
+          const stays = decisions
+            .filter(({ reasons }) => reasons.length > 0)
+            .map(({ entry }) => entry.uuid);
+          const going = deletionOrder(
+            decisions.filter(({ reasons }) => reasons.length === 0).map(({ entry }) => entry),
+            { chained: [] },
+          );
+          let left = listed;
+          for (const gone of [undefined, ...going]) {
+            for (const object of gone === undefined ? [] : [gone.uuid, `${gone.uuid}.sha256`]) {
+              left = left.filter(({ name }) => name !== object);
+              const whole = new Set(
+                parseStreams(left, false)
+                  .streams.filter(isComplete)
+                  .map(({ uuid }) => uuid),
+              );
+              for (const one of stays)
+                if (!whole.has(one))
+                  throw new Error(`${one} was kept, and cannot be restored after ${object}`);
+            }
+            // What is not deleted yet is still whole as well: the next run can go on.
+            expect(
+              parseStreams(left, false).streams.filter(
+                (stream) => stream.stored && !stream.readonly,
+              ).length,
+            ).toBe(
+              parseStreams(listed, false).streams.filter(
+                (stream) => stream.stored && !stream.readonly,
+              ).length,
+            );
           }
-          // What is not deleted yet is still whole as well: the next run can go on.
-          expect(parseStreams(left, false).streams.filter((stream) => stream.stored && !stream.readonly).length).toBe(parseStreams(listed, false).streams.filter((stream) => stream.stored && !stream.readonly).length);
-        }
-        expect(letters(backupsIn(left))).toBe(letters(backups.filter(({ uuid }) => stays.includes(uuid))));
-      }),
-      { numRuns: soakRuns, ...(process.env["SEED"] === undefined ? {} : { seed: Number(process.env["SEED"]) }) },
+          expect(letters(backupsIn(left))).toBe(
+            letters(backups.filter(({ uuid }) => stays.includes(uuid))),
+          );
+        },
+      ),
+      {
+        numRuns: soakRuns,
+        ...(process.env["SEED"] === undefined ? {} : { seed: Number(process.env["SEED"]) }),
+      },
     );
   });
 });
 
 describe("when a chain ends", () => {
-  const s = ["0301", "0302", "0303", "0304", "0305", "0306"].map((day, i) => snap(day, { uuid: uuid("abcdef"[i] as string) }));
+  const s = ["0301", "0302", "0303", "0304", "0305", "0306"].map((day, i) =>
+    snap(day, { uuid: uuid("abcdef"[i] as string) }),
+  );
   const fulls = (stored: string, every: string, upTo = 6) => {
     const held = backupsIn(files(stored));
-    const place: Standing = { held, backups: held, copied: new Map(), taken: new Map(), chained: [] };
-    return planTransfers(s.slice(0, upTo), place, { policy: null, backfill: true, incremental: true, newestOnly: false, now: FAR, fullEvery: parseFullEvery(every) }).transfers.map(({ snapshot, parent }) => `${snapshot.uuid[0]}${parent === null ? "" : `<${parent.uuid[0]}`}`).join(" ");
+    const place: Standing = {
+      held,
+      backups: held,
+      copied: new Map(),
+      taken: new Map(),
+      chained: [],
+    };
+    return planTransfers(s.slice(0, upTo), place, {
+      policy: null,
+      backfill: true,
+      incremental: true,
+      newestOnly: false,
+      now: FAR,
+      fullEvery: parseFullEvery(every),
+    })
+      .transfers.map(
+        ({ snapshot, parent }) =>
+          `${snapshot.uuid[0]}${parent === null ? "" : `<${parent.uuid[0]}`}`,
+      )
+      .join(" ");
   };
   test.each([
     ["after so many streams, all new", "", "3", "a b<a c<b d e<d f<e"],
@@ -1153,25 +2425,63 @@ describe("when a chain ends", () => {
     ["never", "", "0", "a b<a c<b d<c e<d f<e"],
     ["after a time", "", "2d", "a b<a c d<c e f<e"],
     ["after a time, going on", "0301a 0302b<a", "3d", "c<b d e<d f<e"],
-    ["what is missing in between continues the chain that it branches from", "0301a 0302b<a 0304d<b", "3", "c<b e f<e"],
+    [
+      "what is missing in between continues the chain that it branches from",
+      "0301a 0302b<a 0304d<b",
+      "3",
+      "c<b e f<e",
+    ],
   ])("%s", (_, stored, every, expected) => expect(fulls(stored, every)).toBe(expected));
-  test.each(["", "x", "-1", "0d", "3x", "1.5", "30 d"])("%j is no --full-every", (text) => expect(() => parseFullEvery(text)).toThrow(UsageError));
+  test.each(["", "x", "-1", "0d", "3x", "1.5", "30 d"])("%j is no --full-every", (text) =>
+    expect(() => parseFullEvery(text)).toThrow(UsageError),
+  );
   test("a re-created snapshot of the same name is not the parent", () => {
     const again = snap("0301", { uuid: uuid("9") });
     const held = backupsIn(files("0301a"));
-    const { transfers } = planTransfers([again, s[1] as Snapshot], { held, backups: held, copied: new Map(), taken: new Map(), chained: [] }, { policy: null, incremental: true, newestOnly: false, now: FAR, fullEvery: parseFullEvery("30") });
-    expect(transfers.map(({ snapshot, parent }) => [snapshot.uuid[0], parent?.uuid[0]])).toEqual([["9", undefined], ["b", "9"]]);
+    const { transfers } = planTransfers(
+      [again, s[1] as Snapshot],
+      { held, backups: held, copied: new Map(), taken: new Map(), chained: [] },
+      {
+        policy: null,
+        incremental: true,
+        newestOnly: false,
+        now: FAR,
+        fullEvery: parseFullEvery("30"),
+      },
+    );
+    expect(transfers.map(({ snapshot, parent }) => [snapshot.uuid[0], parent?.uuid[0]])).toEqual([
+      ["9", undefined],
+      ["b", "9"],
+    ]);
   });
 });
 
 describe("whose streams are", () => {
-  const of = (n: string, lineage: string) => ({ uuid: uuid(n), place: `0000000${n}`, lineage: lineage.repeat(8) });
+  const of = (n: string, lineage: string) => ({
+    uuid: uuid(n),
+    place: `0000000${n}`,
+    lineage: lineage.repeat(8),
+  });
   const me = of("0", "a");
-  const own = (listed: readonly StoredFile[], snapshots: readonly Snapshot[]) => [...lineagesOf(parseStreams(listed, false).streams, me, snapshots)].map((one) => one[0]).sort().join("");
+  const own = (listed: readonly StoredFile[], snapshots: readonly Snapshot[]) =>
+    [...lineagesOf(parseStreams(listed, false).streams, me, snapshots)]
+      .map((one) => one[0])
+      .sort()
+      .join("");
   test.each([
     ["its own", files("0301a", me), [], "a"],
-    ["those that it shares data with: it was restored", files("0301a 0302b<a", of("1", "b")), [snap("0302", { uuid: uuid("7"), receivedUuid: uuid("b") })], "ab"],
-    ["those that it went on with, also when nothing is shared any more", [...files("0301a", of("1", "b")), ...files("0302b", of("0", "b"))], [], "ab"],
+    [
+      "those that it shares data with: it was restored",
+      files("0301a 0302b<a", of("1", "b")),
+      [snap("0302", { uuid: uuid("7"), receivedUuid: uuid("b") })],
+      "ab",
+    ],
+    [
+      "those that it went on with, also when nothing is shared any more",
+      [...files("0301a", of("1", "b")), ...files("0302b", of("0", "b"))],
+      [],
+      "ab",
+    ],
     ["not another's", [...files("0301a", of("2", "c")), ...files("0302b", me)], [], "a"],
     ["not by name", files("0301a", of("2", "c")), [snap("0301", { uuid: uuid("b") })], "a"],
   ])("%s", (_, listed, snapshots, expected) => expect(own(listed, snapshots)).toBe(expected));
@@ -1179,14 +2489,26 @@ describe("whose streams are", () => {
 
 describe("the pieces of a restore", () => {
   const { streams } = parseStreams(files("0301a 0302b<a 0303c<b"), false);
-  const chain = chainOf(streams[2] as Stream, new Map(streams.map((stream) => [stream.uuid, stream])));
+  const chain = chainOf(
+    streams[2] as Stream,
+    new Map(streams.map((stream) => [stream.uuid, stream])),
+  );
   test.each([
     ["all", [], "abc"],
     ["after what is there", [{ uuid: "x", receivedUuid: uuid("b") }], "c"],
     ["after what is there as itself", [{ uuid: uuid("a"), receivedUuid: null }], "bc"],
     ["the chosen one in any case", [{ uuid: uuid("c"), receivedUuid: null }], "abc"],
     ["all, if what is there is something else", [{ uuid: "y", receivedUuid: "z" }], "abc"],
-  ])("%s", (_, there, expected) => expect(letters(planPieces(chain, there.map((one) => ({ ...snap("0101"), ...one }))))).toBe(expected));
+  ])("%s", (_, there, expected) =>
+    expect(
+      letters(
+        planPieces(
+          chain,
+          there.map((one) => ({ ...snap("0101"), ...one })),
+        ),
+      ),
+    ).toBe(expected),
+  );
 });
 
 describe("parts of an object in S3", () => {
@@ -1202,10 +2524,16 @@ describe("parts of an object in S3", () => {
       expect(partSize(bytes)).toBeLessThan(Math.max(17 * mib, (bytes / 10_000) * 1.06 + mib));
     }
   });
-  test("what no object can hold is refused", () => expect(() => partSize(5.1 * tib)).toThrow("5.0T"));
+  test("what no object can hold is refused", () =>
+    expect(() => partSize(5.1 * tib)).toThrow("5.0T"));
   test("an estimate adds up data, and something for each command", () => {
-    expect(estimatedBytes("      3 chown\n      2  len=1000\n      1  len=48\n      1 snapshot\n      2 update_extent\n")).toBe(2048 + 6 * 200);
-    for (const unknown of ["", "3 chown\n", "1 subvol\nsomething else\n"]) expect(() => estimatedBytes(unknown)).toThrow("something unknown");
+    expect(
+      estimatedBytes(
+        "      3 chown\n      2  len=1000\n      1  len=48\n      1 snapshot\n      2 update_extent\n",
+      ),
+    ).toBe(2048 + 6 * 200);
+    for (const unknown of ["", "3 chown\n", "1 subvol\nsomething else\n"])
+      expect(() => estimatedBytes(unknown)).toThrow("something unknown");
   });
 });
 
@@ -1224,14 +2552,51 @@ describe("when a clock showed a time", () => {
   test.each([
     ["winter", "Europe/Berlin", "20261201-1200", -Infinity, "12-01T11:00"],
     ["summer", "Europe/Berlin", "20260701-1200", -Infinity, "07-01T10:00"],
-    ["an hour that comes twice: the first", "Europe/Berlin", "20261025-0230", -Infinity, "10-25T00:30"],
-    ["an hour that comes twice: the second, once it has gone back", "Europe/Berlin", "20261025-0230", Date.UTC(2026, 9, 25, 0, 45), "10-25T01:30"],
-    ["half an hour that comes twice", "Australia/Lord_Howe", "20260405-0145", Date.UTC(2026, 3, 4, 15, 0), "04-04T15:15"],
-    ["a time that was before, for whatever reason", "Europe/Berlin", "20260701-1200", Date.UTC(2026, 6, 2), "07-01T10:00"],
-  ])("%s", (_, zone, time, earliest, expected) => expect(inZone(zone, () => utc(momentOf(at(time), earliest)))).toBe(expected));
+    [
+      "an hour that comes twice: the first",
+      "Europe/Berlin",
+      "20261025-0230",
+      -Infinity,
+      "10-25T00:30",
+    ],
+    [
+      "an hour that comes twice: the second, once it has gone back",
+      "Europe/Berlin",
+      "20261025-0230",
+      Date.UTC(2026, 9, 25, 0, 45),
+      "10-25T01:30",
+    ],
+    [
+      "half an hour that comes twice",
+      "Australia/Lord_Howe",
+      "20260405-0145",
+      Date.UTC(2026, 3, 4, 15, 0),
+      "04-04T15:15",
+    ],
+    [
+      "a time that was before, for whatever reason",
+      "Europe/Berlin",
+      "20260701-1200",
+      Date.UTC(2026, 6, 2),
+      "07-01T10:00",
+    ],
+  ])("%s", (_, zone, time, earliest, expected) =>
+    expect(inZone(zone, () => utc(momentOf(at(time), earliest)))).toBe(expected),
+  );
   test("the source's order tells which of two equal hours it was", () => {
-    const [first, second, third] = [snap("20261025-0230"), snap("20261025-0215"), snap("20261025-0310")];
-    const entries = [first, second, third].map(({ time: _, ...entry }) => ({ ...entry, moment: null }));
-    expect(inZone("Europe/Berlin", () => snapshotsAmong(entries, "", "source").map(({ moment }) => utc(moment)))).toEqual(["10-25T00:30", "10-25T01:15", "10-25T02:10"]);
+    const [first, second, third] = [
+      snap("20261025-0230"),
+      snap("20261025-0215"),
+      snap("20261025-0310"),
+    ];
+    const entries = [first, second, third].map(({ time: _, ...entry }) => ({
+      ...entry,
+      moment: null,
+    }));
+    expect(
+      inZone("Europe/Berlin", () =>
+        snapshotsAmong(entries, "", "source").map(({ moment }) => utc(moment)),
+      ),
+    ).toEqual(["10-25T00:30", "10-25T01:15", "10-25T02:10"]);
   });
 });

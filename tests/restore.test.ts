@@ -4,17 +4,51 @@
 import { describe, expect, test } from "bun:test";
 import { existsSync, mkdirSync, readdirSync, readFileSync, writeFileSync } from "node:fs";
 import { basename, dirname, join } from "node:path";
-import { change, contentsDigest, events, expectRun, expectSameTree, expectSound, filesystem, generator, mountImage, nextSecond, pair, reformat, run, seeded, sh, snapshotAs, snapshotNames, soak, sshServer, start, subvolume, subvolumes, temporaryDirectory, unmount, waitFor } from "./support/rig.ts";
+import {
+  change,
+  contentsDigest,
+  events,
+  expectRun,
+  expectSameTree,
+  expectSound,
+  filesystem,
+  generator,
+  mountImage,
+  nextSecond,
+  pair,
+  reformat,
+  run,
+  seeded,
+  sh,
+  snapshotAs,
+  snapshotNames,
+  soak,
+  sshServer,
+  start,
+  subvolume,
+  subvolumes,
+  temporaryDirectory,
+  unmount,
+  waitFor,
+} from "./support/rig.ts";
 
-const transfers = (result: Parameters<typeof events>[0]) => events(result).filter(({ event }) => event === "transfer");
+const transfers = (result: Parameters<typeof events>[0]) =>
+  events(result).filter(({ event }) => event === "transfer");
 
 /** Backs up, with changes in between; what the source held each time, by the snapshot's name. */
-async function history(times: number, args: readonly string[], source: string, seed = 3): Promise<Map<string, string>> {
+async function history(
+  times: number,
+  args: readonly string[],
+  source: string,
+  seed = 3,
+): Promise<Map<string, string>> {
   const random = generator(seed);
   const states = new Map<string, string>();
   for (let i = 0; i < times; i++) {
     if (i > 0) await nextSecond();
-    const name = events(await expectRun(0, ["--json", ...args])).find(({ event }) => event === "snapshot")?.["name"];
+    const name = events(await expectRun(0, ["--json", ...args])).find(
+      ({ event }) => event === "snapshot",
+    )?.["name"];
     states.set(name, contentsDigest(source));
     change(source, random);
   }
@@ -22,23 +56,40 @@ async function history(times: number, args: readonly string[], source: string, s
 }
 
 /** What every restored subvolume is: writable, as it was, with the one read-only snapshot that it came from. */
-function expectRestored(target: string, name: string, state: string | undefined, folder = join(target, "snapshot")): void {
+function expectRestored(
+  target: string,
+  name: string,
+  state: string | undefined,
+  folder = join(target, "snapshot"),
+): void {
   expect(contentsDigest(target)).toBe(state as string);
-  expect(subvolumes(dirname(target)).get(basename(target))).toMatchObject({ readonly: false, receivedUuid: null });
+  expect(subvolumes(dirname(target)).get(basename(target))).toMatchObject({
+    readonly: false,
+    receivedUuid: null,
+  });
   expect(subvolumes(folder).get(name)).toMatchObject({ readonly: true });
   expect(readdirSync(dirname(target)).filter((entry) => entry.includes(".restoring-"))).toEqual([]);
 }
 
 /** No received UUID stands twice on a filesystem. */
 function expectNoDuplicates(path: string): void {
-  const received = sh(`btrfs subvolume list -R "$1" | sed -n 's/.*received_uuid \\([0-9a-f-]*[0-9a-f]\\) .*/\\1/p'`, path).split("\n").filter((uuid) => uuid.length > 1);
+  const received = sh(
+    `btrfs subvolume list -R "$1" | sed -n 's/.*received_uuid \\([0-9a-f-]*[0-9a-f]\\) .*/\\1/p'`,
+    path,
+  )
+    .split("\n")
+    .filter((uuid) => uuid.length > 1);
   expect(received).toEqual([...new Set(received)]);
 }
 
 test("the newest is what was made last, whatever clocks and time zones made of its name", async () => {
   const env = { TZ: "Europe/Berlin" };
   // One run with a clock that is years ahead; the hour that comes twice; a flight to the west, with the zone of the ticket.
-  for (const [i, [before, after]] of [["20361123-051100", null], ["20241027-025000", "20241027-021000"], ["20240601-140000", "20240601-090000"]].entries()) {
+  for (const [i, [before, after]] of [
+    ["20361123-051100", null],
+    ["20241027-025000", "20241027-021000"],
+    ["20240601-140000", "20240601-090000"],
+  ].entries()) {
     const { source, destination, a, b } = pair();
     const places = [destination, `raw://${temporaryDirectory()}/s`];
     const send = () => expectRun(0, ["-S", "-q", source, ...places], { env });
@@ -48,7 +99,9 @@ test("the newest is what was made last, whatever clocks and time zones made of i
     writeFileSync(join(source, "important"), "yes");
     if (after !== null) snapshotAs(source, after as string);
     await (after === null ? expectRun(0, ["-q", source, ...places], { env }) : send());
-    const [newest] = snapshotNames(join(source, "snapshot")).filter((name) => existsSync(join(source, "snapshot", name as string, "important")));
+    const [newest] = snapshotNames(join(source, "snapshot")).filter((name) =>
+      existsSync(join(source, "snapshot", name as string, "important")),
+    );
     for (const [j, place] of places.entries()) {
       const target = join(a.path, `again${j}`);
       await expectRun(0, ["restore", place, target], { env });
@@ -68,7 +121,11 @@ test("the whole disaster over ssh: three backups, mkfs, restore, and the next ba
   const [name = "", state] = [...states].at(-1) ?? [];
   reformat(a);
   const restored = await expectRun(0, ["restore", "--json", ...options, url(destination), source]);
-  expect(events(restored)).toMatchObject([{ event: "transfer", name, parent: null }, { event: "restore", name, target: source, before: null }, { event: "summary", ok: true }]);
+  expect(events(restored)).toMatchObject([
+    { event: "transfer", name, parent: null },
+    { event: "restore", name, target: source, before: null },
+    { event: "summary", ok: true },
+  ]);
   expectRestored(source, name, state);
   expectNoDuplicates(a.path);
   change(source, generator(9));
@@ -93,9 +150,13 @@ test("to another host, and from there to a third place", async () => {
   await expectRun(0, ["restore", ...options, url(destination), url(join(other.path, "again"))]);
   expectRestored(join(other.path, "again"), name, state);
   // Another place than before: refused, unless it takes over, and then it goes on incrementally.
-  expect((await expectRun(1, [...options, url(target), destination])).stderr).toContain("belong to");
+  expect((await expectRun(1, [...options, url(target), destination])).stderr).toContain(
+    "belong to",
+  );
   await nextSecond();
-  expect(transfers(await expectRun(0, ["--json", "--adopt", ...options, url(target), destination]))[0]).toMatchObject({ parent: name });
+  expect(
+    transfers(await expectRun(0, ["--json", "--adopt", ...options, url(target), destination]))[0],
+  ).toMatchObject({ parent: name });
   expectNoDuplicates(b.path);
 });
 
@@ -105,7 +166,13 @@ test("each of ten backups taken around random changes comes back as it was", asy
   const states = await history(10, [source, destination], source, seeded()() * 2 ** 32);
   expect(states.size).toBe(10);
   for (const [name, state] of states) {
-    await expectRun(0, ["restore", "--snapshot", name, destination, join(other.path, name, "..", `of-${name}`)]);
+    await expectRun(0, [
+      "restore",
+      "--snapshot",
+      name,
+      destination,
+      join(other.path, name, "..", `of-${name}`),
+    ]);
     expectRestored(join(other.path, `of-${name}`), name, state);
   }
   expect(subvolumes(b.path).size).toBe(0);
@@ -114,7 +181,12 @@ test("each of ten backups taken around random changes comes back as it was", asy
 describe("which backup", () => {
   const { source, destination } = pair();
   const target = join(filesystem().path, "home");
-  for (const name of ["20260101-120000", "20260102-120000", "20260103-120000", "x-20260105-120000"]) {
+  for (const name of [
+    "20260101-120000",
+    "20260102-120000",
+    "20260103-120000",
+    "x-20260105-120000",
+  ]) {
     writeFileSync(join(source, "name"), name);
     snapshotAs(source, name);
   }
@@ -138,13 +210,23 @@ describe("which backup", () => {
   });
 
   test.each<[number, string[], RegExp]>([
-    [1, ["--before", "2025-12-31"], /nothing from that time or before; it has 3 snapshots from 20260101-120000 to 20260103-120000/],
-    [1, ["--snapshot", "20260104-000000"], /no complete snapshot 20260104-000000; it has 3 snapshots/],
+    [
+      1,
+      ["--before", "2025-12-31"],
+      /nothing from that time or before; it has 3 snapshots from 20260101-120000 to 20260103-120000/,
+    ],
+    [
+      1,
+      ["--snapshot", "20260104-000000"],
+      /no complete snapshot 20260104-000000; it has 3 snapshots/,
+    ],
     [2, ["--before", "yesterday"], /"yesterday" is no time/],
     [2, ["--before", "2026-02-30"], /is no time/],
     [2, ["--before", "2026-01-03", "--snapshot", "20260101-120000"], /exclude/],
   ])("exit %i: %j", async (status, args, message) => {
-    expect((await expectRun(status, ["restore", ...args, destination, target])).stderr).toMatch(message);
+    expect((await expectRun(status, ["restore", ...args, destination, target])).stderr).toMatch(
+      message,
+    );
     expect(existsSync(target)).toBe(false);
   });
 
@@ -164,23 +246,64 @@ describe("which backup", () => {
   });
 
   test("an incomplete one is never taken, a protected one by its new name is", async () => {
-    sh(`btrfs -q subvolume create "$1/20270101-000000" >/dev/null; mv "$1/20260101-120000" "$1/before-the-upgrade"`, destination);
+    sh(
+      `btrfs -q subvolume create "$1/20270101-000000" >/dev/null; mv "$1/20260101-120000" "$1/before-the-upgrade"`,
+      destination,
+    );
     expect(await restore("-p", "")).toBe("20260103-120000");
-    expect((await expectRun(1, ["restore", "-p", "", "--snapshot", "20270101-000000", destination, target])).stderr).toContain("no complete snapshot");
-    await expectRun(0, ["restore", "-p", "", "--snapshot", "before-the-upgrade", destination, target]);
+    expect(
+      (
+        await expectRun(1, [
+          "restore",
+          "-p",
+          "",
+          "--snapshot",
+          "20270101-000000",
+          destination,
+          target,
+        ])
+      ).stderr,
+    ).toContain("no complete snapshot");
+    await expectRun(0, [
+      "restore",
+      "-p",
+      "",
+      "--snapshot",
+      "before-the-upgrade",
+      destination,
+      target,
+    ]);
     expect(readFileSync(join(target, "name"), "utf8")).toBe("20260101-120000");
-    expect(subvolumes(join(target, "snapshot")).get("before-the-upgrade")).toMatchObject({ readonly: true });
+    expect(subvolumes(join(target, "snapshot")).get("before-the-upgrade")).toMatchObject({
+      readonly: true,
+    });
   });
 });
 
 test("a dry run says what would happen, and changes nothing", async () => {
   const { source, destination, a } = pair();
   await history(2, [source, destination], source);
-  const all = () => sh(`btrfs subvolume list -u -q -R "$1"; find "$@" -inum 2 -prune -o -printf '%p %y %s %m %C@ %T@\n'`, a.path, destination);
+  const all = () =>
+    sh(
+      `btrfs subvolume list -u -q -R "$1"; find "$@" -inum 2 -prune -o -printf '%p %y %s %m %C@ %T@\n'`,
+      a.path,
+      destination,
+    );
   const before = all();
-  const dry = await expectRun(0, ["restore", "--dry-run", "--json", destination, join(a.path, "new")]);
-  expect(events(dry)).toMatchObject([{ event: "restore", dry_run: true }, { event: "summary", ok: true }]);
-  expect((await expectRun(0, ["restore", "--dry-run", "--replace", source, source])).stderr).toMatch(/Would restore .* \(reflinked, nothing is sent\)\n.*Would move 2 snapshots/);
+  const dry = await expectRun(0, [
+    "restore",
+    "--dry-run",
+    "--json",
+    destination,
+    join(a.path, "new"),
+  ]);
+  expect(events(dry)).toMatchObject([
+    { event: "restore", dry_run: true },
+    { event: "summary", ok: true },
+  ]);
+  expect(
+    (await expectRun(0, ["restore", "--dry-run", "--replace", source, source])).stderr,
+  ).toMatch(/Would restore .* \(reflinked, nothing is sent\)\n.*Would move 2 snapshots/);
   expect(all()).toBe(before);
 });
 
@@ -202,8 +325,17 @@ describe("what TARGET can be", () => {
       [join(a.path, "missing/home"), "no such directory"],
       [join(a.path, "file/home"), "not a directory"],
     ] as const)
-      expect([target, (await expectRun(1, ["restore", destination, target]).catch(() => expectRun(2, ["restore", destination, target]))).stderr]).toEqual([target, expect.stringContaining(message)]);
-    expect((await expectRun(1, ["restore", "--replace", destination, join(a.path, "directory")])).stderr).toContain("not a subvolume");
+      expect([
+        target,
+        (
+          await expectRun(1, ["restore", destination, target]).catch(() =>
+            expectRun(2, ["restore", destination, target]),
+          )
+        ).stderr,
+      ]).toEqual([target, expect.stringContaining(message)]);
+    expect(
+      (await expectRun(1, ["restore", "--replace", destination, join(a.path, "directory")])).stderr,
+    ).toContain("not a subvolume");
     expect(readdirSync(a.path).sort()).toEqual(["directory", "file", "home", "link"]);
   });
 
@@ -220,7 +352,9 @@ describe("what TARGET can be", () => {
         expect(stderr).toContain(`btrfs-backup restore --replace '${destination}' '/mnt/home'`);
         expect(stderr).toContain(`umount '${at}' && mount '${at}'`);
       }
-      expect((await expectRun(1, ["restore", destination, a.path])).stderr).toContain("btrfs subvolume set-default /mnt/restored");
+      expect((await expectRun(1, ["restore", destination, a.path])).stderr).toContain(
+        "btrfs subvolume set-default /mnt/restored",
+      );
       // The same commands, with another directory than /mnt.
       writeFileSync(join(at, "lost"), "x");
       sh(`mount -o subvolid=5 "$1" "$2"`, device, top);
@@ -237,17 +371,29 @@ describe("what TARGET can be", () => {
     const other = filesystem();
     mkdirSync(join(source, "below"));
     sh(`mount --bind "$1" "$2"`, other.path, join(source, "below"));
-    expect((await expectRun(1, ["restore", "--replace", destination, source])).stderr).toContain("unmount it first");
+    expect((await expectRun(1, ["restore", "--replace", destination, source])).stderr).toContain(
+      "unmount it first",
+    );
     sh(`umount "$1"`, join(source, "below"));
   });
 
   test("a symbolic link in the backup leads nowhere", async () => {
     const [evil, elsewhere] = [subvolume(join(a.path, "evil")), temporaryDirectory()];
-    await expectRun(0, ["-f", join(a.path, "snapshots"), evil, join(dirname(destination), "evil")].toSpliced(0, 0, ...(mkdirSync(join(a.path, "snapshots")), [])));
+    await expectRun(
+      0,
+      ["-f", join(a.path, "snapshots"), evil, join(dirname(destination), "evil")].toSpliced(
+        0,
+        0,
+        ...(mkdirSync(join(a.path, "snapshots")), []),
+      ),
+    );
     sh(`ln -s "$2" "$1/snapshot"`, evil, elsewhere);
     await nextSecond();
     await expectRun(0, ["-f", join(a.path, "snapshots"), evil, join(dirname(destination), "evil")]);
-    expect((await expectRun(1, ["restore", join(dirname(destination), "evil"), join(a.path, "victim")])).stderr).toContain("not a plain folder");
+    expect(
+      (await expectRun(1, ["restore", join(dirname(destination), "evil"), join(a.path, "victim")]))
+        .stderr,
+    ).toContain("not a plain folder");
     expect(readdirSync(elsewhere)).toEqual([]);
     expect(readdirSync(a.path).filter((entry) => entry.startsWith("victim"))).toEqual([]);
   });
@@ -258,16 +404,26 @@ test("--replace keeps the old one beside it, says how to remove it, and that wor
   const states = await history(2, [source, destination], source);
   const [first = "", state] = [...states][0] ?? [];
   writeFileSync(join(source, "not backed up"), "x");
-  const { stderr } = await expectRun(0, ["restore", "--replace", "--snapshot", first, destination, source]);
+  const { stderr } = await expectRun(0, [
+    "restore",
+    "--replace",
+    "--snapshot",
+    first,
+    destination,
+    source,
+  ]);
   expectRestored(source, first, state);
-  const before = readdirSync(a.path).find((entry) => /^home\.before-\d{8}-\d{6}$/.test(entry)) ?? "";
+  const before =
+    readdirSync(a.path).find((entry) => /^home\.before-\d{8}-\d{6}$/.test(entry)) ?? "";
   expect(readFileSync(join(a.path, before, "not backed up"), "utf8")).toBe("x");
   const command = /When you do not need it any more: (.*)/.exec(stderr)?.[1] ?? "";
   expect(command).toStartWith("btrfs subvolume delete ");
   sh(command);
   expect(readdirSync(a.path)).toEqual(["home"]);
   await nextSecond();
-  expect(transfers(await expectRun(0, ["--json", source, destination]))).toMatchObject([{ parent: first }]);
+  expect(transfers(await expectRun(0, ["--json", source, destination]))).toMatchObject([
+    { parent: first },
+  ]);
   expectNoDuplicates(a.path);
 });
 
@@ -275,31 +431,87 @@ test("only the difference travels when the target filesystem has a snapshot in c
   const { source, snapshots, destination, a } = pair();
   sh(`head -c 5M /dev/urandom >"$1/large"`, source);
   const states = await history(3, [source, destination], source);
-  const [[, ], [middle = "", state]] = [...states] as [[string, string], [string, string]];
+  const [[,], [middle = "", state]] = [...states] as [[string, string], [string, string]];
   const names = [...states.keys()];
   // In its snapshot folder: the old TARGET's.
-  const replaced = transfers(await expectRun(0, ["restore", "--json", "--replace", "--snapshot", middle, destination, source]));
+  const replaced = transfers(
+    await expectRun(0, [
+      "restore",
+      "--json",
+      "--replace",
+      "--snapshot",
+      middle,
+      destination,
+      source,
+    ]),
+  );
   expect(replaced).toMatchObject([{ name: middle, parent: middle }]); // it is there itself, under its own UUID
   expect(replaced[0]?.["bytes"]).toBeLessThan(10_000);
   expectRestored(source, middle, state);
   // Where --parent-from says.
   const old = readdirSync(a.path).find((entry) => entry.includes(".before-")) ?? "";
-  const [named] = transfers(await expectRun(0, ["restore", "--json", "--snapshot", names[2] ?? "", "--parent-from", join(a.path, old, "snapshot"), destination, join(a.path, "other")]));
+  const [named] = transfers(
+    await expectRun(0, [
+      "restore",
+      "--json",
+      "--snapshot",
+      names[2] ?? "",
+      "--parent-from",
+      join(a.path, old, "snapshot"),
+      destination,
+      join(a.path, "other"),
+    ]),
+  );
   expect(named).toMatchObject({ parent: names[2] });
   expectRestored(join(a.path, "other"), names[2] ?? "", states.get(names[2] ?? ""));
   // In TARGET's parent directory.
   const flat = filesystem();
   sh(`btrfs send -q "$1" | btrfs receive -q "$2"`, join(destination, names[0] ?? ""), flat.path);
-  const [beside] = transfers(await expectRun(0, ["restore", "--json", "--snapshot", middle, destination, join(flat.path, "home")]));
+  const [beside] = transfers(
+    await expectRun(0, [
+      "restore",
+      "--json",
+      "--snapshot",
+      middle,
+      destination,
+      join(flat.path, "home"),
+    ]),
+  );
   expect(beside).toMatchObject({ parent: names[0] });
   expectRestored(join(flat.path, "home"), middle, state);
   // Later ones serve as well, and what was there already is not sent again.
-  const again = await expectRun(0, ["restore", "--json", "--snapshot", middle, "--parent-from", join(flat.path, "home/snapshot"), destination, join(flat.path, "again")]);
+  const again = await expectRun(0, [
+    "restore",
+    "--json",
+    "--snapshot",
+    middle,
+    "--parent-from",
+    join(flat.path, "home/snapshot"),
+    destination,
+    join(flat.path, "again"),
+  ]);
   expect(transfers(again)).toEqual([]);
   expectRestored(join(flat.path, "again"), middle, state);
   expect(again.stderr).not.toContain("received UUID");
-  expect((await expectRun(0, ["-S", join(flat.path, "again"), join(a.path, "x")].toSpliced(0, 1, "--dry-run"))).stderr).toContain("the same received UUID");
-  expect((await expectRun(2, ["restore", "--parent-from", snapshots, destination, join(flat.path, "third")])).stderr).toContain("not on the filesystem");
+  expect(
+    (
+      await expectRun(
+        0,
+        ["-S", join(flat.path, "again"), join(a.path, "x")].toSpliced(0, 1, "--dry-run"),
+      )
+    ).stderr,
+  ).toContain("the same received UUID");
+  expect(
+    (
+      await expectRun(2, [
+        "restore",
+        "--parent-from",
+        snapshots,
+        destination,
+        join(flat.path, "third"),
+      ])
+    ).stderr,
+  ).toContain("not on the filesystem");
 }, 120_000);
 
 describe("going back in time from the source's own snapshots", () => {
@@ -311,26 +523,47 @@ describe("going back in time from the source's own snapshots", () => {
     const places = [destination, join(third.path, "backup"), shell];
     const states = await history(2, [source, ...places], source);
     await nextSecond();
-    for (const [name, state] of await history(1, [source, destination, shell], source, 5)) states.set(name, state); // the third place is behind
+    for (const [name, state] of await history(1, [source, destination, shell], source, 5))
+      states.set(name, state); // the third place is behind
     await expectRun(0, ["-p", "other-", source, join(b.path, "other")]);
     const uuids = new Map([...subvolumes(snapshots)].map(([name, { uuid }]) => [name, uuid]));
     const [first = ""] = states.keys();
-    const { stderr } = await expectRun(0, ["restore", "-p", "", "--replace", "--snapshot", first, source, source]);
+    const { stderr } = await expectRun(0, [
+      "restore",
+      "-p",
+      "",
+      "--replace",
+      "--snapshot",
+      first,
+      source,
+      source,
+    ]);
     expect(stderr).toContain("Moving 4 snapshots");
     expectRestored(source, first, states.get(first));
-    expect(new Map([...subvolumes(snapshots)].map(([name, { uuid }]) => [name, uuid]))).toEqual(uuids);
+    expect(new Map([...subvolumes(snapshots)].map(([name, { uuid }]) => [name, uuid]))).toEqual(
+      uuids,
+    );
     expect([...subvolumes(snapshots).values()].every(({ readonly }) => readonly)).toBe(true);
     for (let i = 0; i < 2; i++) {
       change(source, generator(i));
       await nextSecond();
-      const sent = transfers(await expectRun(0, ["--json", "-N", "1", "-n", "2", source, ...places].toSpliced(3, 2)));
-      for (const transfer of sent) expect([transfer["destination"], typeof transfer["parent"]]).toEqual([transfer["destination"], "string"]);
+      const sent = transfers(
+        await expectRun(0, ["--json", "-N", "1", "-n", "2", source, ...places].toSpliced(3, 2)),
+      );
+      for (const transfer of sent)
+        expect([transfer["destination"], typeof transfer["parent"]]).toEqual([
+          transfer["destination"],
+          "string",
+        ]);
       expect(sent.length).toBeGreaterThanOrEqual(3);
     }
     await nextSecond();
-    expect(transfers(await expectRun(0, ["--json", "-p", "other-", source, join(b.path, "other")]))).toMatchObject([{ parent: expect.stringContaining("other-") }]);
+    expect(
+      transfers(await expectRun(0, ["--json", "-p", "other-", source, join(b.path, "other")])),
+    ).toMatchObject([{ parent: expect.stringContaining("other-") }]);
     const newest = snapshotNames(snapshots).at(-1) ?? "";
-    for (const place of places.slice(0, 2)) expectSameTree(join(snapshots, newest), join(place, newest));
+    for (const place of places.slice(0, 2))
+      expectSameTree(join(snapshots, newest), join(place, newest));
     expect(readdirSync(out).filter((file) => file.endsWith(".full")).length).toBe(1);
     sh(`btrfs -q subvolume delete "$1"/home.before-* >/dev/null`, a.path);
   }, 120_000);
@@ -345,7 +578,14 @@ describe("going back in time from the source's own snapshots", () => {
       await expectRun(0, ["-q", source, destination]);
       const names = snapshotNames(snapshots);
       await nextSecond();
-      await expectRun(0, ["restore", "--replace", "--snapshot", names.at(-2) ?? "", snapshots, source]);
+      await expectRun(0, [
+        "restore",
+        "--replace",
+        "--snapshot",
+        names.at(-2) ?? "",
+        snapshots,
+        source,
+      ]);
       expect(snapshotNames(snapshots)).toEqual(names);
       change(source, generator(i));
       await nextSecond();
@@ -372,7 +612,9 @@ describe("going back in time from the source's own snapshots", () => {
     expect(stderr).toContain("they go on from");
     sh(`btrfs -q subvolume delete "$1"/snapshot/* "$1" >/dev/null; mv "$2" "$1"`, source, target);
     await nextSecond();
-    expect(transfers(await expectRun(0, ["--json", source, destination]))).toMatchObject([{ parent: first }]);
+    expect(transfers(await expectRun(0, ["--json", source, destination]))).toMatchObject([
+      { parent: first },
+    ]);
   });
 
   test("without destinations nothing moves, and there is no copy", async () => {
@@ -383,12 +625,22 @@ describe("going back in time from the source's own snapshots", () => {
     await expectRun(0, ["restore", source, target]);
     expectSameTree(join(snapshots, name), join(target, "snapshot", name));
     expect(snapshotNames(snapshots)).toEqual([name]);
-    expect(sh(`btrfs filesystem du -s --raw "$1/plain" | awk 'NR == 2 { print $2 }'`, target)).toBe("0"); // nothing of its own
+    expect(sh(`btrfs filesystem du -s --raw "$1/plain" | awk 'NR == 2 { print $2 }'`, target)).toBe(
+      "0",
+    ); // nothing of its own
     // What was nested in the source is a stub in its snapshot, which must not stand in the way.
     await nextSecond();
     await expectRun(0, [source]);
-    await expectRun(0, ["restore", "--snapshot", snapshotNames(snapshots)[1] ?? "", source, join(a.path, "newer")]);
-    expect(readdirSync(join(a.path, "newer/snapshot")).filter((entry) => entry.startsWith("2"))).toEqual([snapshotNames(snapshots)[1] ?? ""]);
+    await expectRun(0, [
+      "restore",
+      "--snapshot",
+      snapshotNames(snapshots)[1] ?? "",
+      source,
+      join(a.path, "newer"),
+    ]);
+    expect(
+      readdirSync(join(a.path, "newer/snapshot")).filter((entry) => entry.startsWith("2")),
+    ).toEqual([snapshotNames(snapshots)[1] ?? ""]);
   });
 
   test("with the snapshot folder outside: only the record changes hands", async () => {
@@ -402,12 +654,23 @@ describe("going back in time from the source's own snapshots", () => {
     expectRestored(source, first, states.get(first), folder);
     expect(snapshotNames(folder)).toEqual([first, second]);
     await nextSecond();
-    expect(transfers(await expectRun(0, ["--json", "-f", folder, source, destination]))).toMatchObject([{ parent: first }]);
+    expect(
+      transfers(await expectRun(0, ["--json", "-f", folder, source, destination])),
+    ).toMatchObject([{ parent: first }]);
     // Rolled back by hand, it is as much the same source.
-    sh(`btrfs -q subvolume delete "$1" >/dev/null; btrfs -q subvolume snapshot "$2" "$1" >/dev/null`, source, join(folder, second));
+    sh(
+      `btrfs -q subvolume delete "$1" >/dev/null; btrfs -q subvolume snapshot "$2" "$1" >/dev/null`,
+      source,
+      join(folder, second),
+    );
     await nextSecond();
-    expect(transfers(await expectRun(0, ["--json", "-f", folder, source, destination]))).toMatchObject([{ parent: second }]);
-    sh(`btrfs -q subvolume delete "$1" >/dev/null; btrfs -q subvolume create "$1" >/dev/null`, source);
+    expect(
+      transfers(await expectRun(0, ["--json", "-f", folder, source, destination])),
+    ).toMatchObject([{ parent: second }]);
+    sh(
+      `btrfs -q subvolume delete "$1" >/dev/null; btrfs -q subvolume create "$1" >/dev/null`,
+      source,
+    );
     expect((await expectRun(1, ["-f", folder, source, destination])).stderr).toContain("belong to");
   });
 
@@ -417,9 +680,13 @@ describe("going back in time from the source's own snapshots", () => {
     const states = await history(1, [source, destination], source);
     const [[name, state]] = [...states] as [[string, string]];
     const target = join(filesystem().path, "home");
-    expect(transfers(await expectRun(0, ["restore", "--json", ...options, url(source), target]))).toMatchObject([{ parent: null }]);
+    expect(
+      transfers(await expectRun(0, ["restore", "--json", ...options, url(source), target])),
+    ).toMatchObject([{ parent: null }]);
     expectRestored(target, name, state);
-    expect(readFileSync(join(target, "snapshot/.btrfs-backup.json"), "utf8")).not.toContain("ssh://");
+    expect(readFileSync(join(target, "snapshot/.btrfs-backup.json"), "utf8")).not.toContain(
+      "ssh://",
+    );
     expect(snapshotNames(join(source, "snapshot"))).toEqual([name]);
   });
 });
@@ -435,7 +702,9 @@ test("with the snapshot folder outside TARGET, a backup's snapshot stands there"
   const name = [...states.keys()].at(-1) ?? "";
   expectRestored(source, name, states.get(name), folder);
   await nextSecond();
-  expect(transfers(await expectRun(0, ["--json", "-f", folder, source, destination]))).toMatchObject([{ parent: name }]);
+  expect(
+    transfers(await expectRun(0, ["--json", "-f", folder, source, destination])),
+  ).toMatchObject([{ parent: name }]);
 });
 
 test("an old record in the restored tree misleads nobody", async () => {
@@ -450,7 +719,17 @@ test("an old record in the restored tree misleads nobody", async () => {
   await expectRun(0, ["restore", destination, source]);
   const record = JSON.parse(readFileSync(join(snapshots, ".btrfs-backup.json"), "utf8"))[""];
   const uuid = subvolumes(snapshots).get(name)?.uuid;
-  expect(new Map(record.destinations.map((d: Record<string, any>) => [d["location"], d["pin"]?.uuid ?? null]))).toEqual(new Map([[destination, uuid], [places[1] as string, null], [shell, null]] as never));
+  expect(
+    new Map(
+      record.destinations.map((d: Record<string, any>) => [d["location"], d["pin"]?.uuid ?? null]),
+    ),
+  ).toEqual(
+    new Map([
+      [destination, uuid],
+      [places[1] as string, null],
+      [shell, null],
+    ] as never),
+  );
   await nextSecond();
   // The other place has not been seen: nothing is deleted until it is.
   unmount(other);
@@ -460,7 +739,10 @@ test("an old record in the restored tree misleads nobody", async () => {
   await nextSecond();
   const result = transfers(await expectRun(0, ["--json", source, ...places]));
   expect(result.filter(({ destination: to }) => to === shell)).toMatchObject([{ parent: null }]); // the newest, in full
-  expect(result.filter(({ destination: to }) => to === places[1])).toMatchObject([{ parent: name }, { parent: expect.any(String) }]);
+  expect(result.filter(({ destination: to }) => to === places[1])).toMatchObject([
+    { parent: name },
+    { parent: expect.any(String) },
+  ]);
 });
 
 test("unpinned and pruned: what the place it came from shares is kept for it", async () => {
@@ -495,7 +777,9 @@ test("on the filesystem of the backups themselves: no copy, and no received UUID
   expect(transfers(result)).toEqual([]);
   expectRestored(join(b.path, "look"), name, state);
   expectNoDuplicates(b.path);
-  expect((await expectRun(2, ["restore", join(destination, name), join(b.path, "no")])).stderr).toContain("is a snapshot itself");
+  expect(
+    (await expectRun(2, ["restore", join(destination, name), join(b.path, "no")])).stderr,
+  ).toContain("is a snapshot itself");
 });
 
 describe("what must not be lost", () => {
@@ -508,30 +792,51 @@ describe("what must not be lost", () => {
     await expectRun(0, [source]);
     const all = readdirSync(snapshots).filter((entry) => /\d{8}/.test(entry));
     const newest = snapshotNames(snapshots).at(-1) ?? "";
-    const holder = sh(`mkfifo "$1/pipe"; exec 3<>"$1/pipe"; btrfs send -q "$2" >&3 2>/dev/null & p=$!; disown; head -c 1 <&3 >/dev/null; echo $p`, temporaryDirectory(), join(snapshots, newest));
+    const holder = sh(
+      `mkfifo "$1/pipe"; exec 3<>"$1/pipe"; btrfs send -q "$2" >&3 2>/dev/null & p=$!; disown; head -c 1 <&3 >/dev/null; echo $p`,
+      temporaryDirectory(),
+      join(snapshots, newest),
+    );
     const { stderr } = await expectRun(1, ["restore", "-p", "", "--replace", source, source]);
     expect(stderr).toContain("cannot finish");
     sh(`kill "$1"; while kill -0 "$1" 2>/dev/null; do sleep 0.05; done`, holder);
-    const locker = sh(`flock "$1/.btrfs-backup.other-.lock" sleep 600 >/dev/null 2>&1 & echo $!`, snapshots);
-    await waitFor("the lock", () => sh(`flock -n "$1/.btrfs-backup.other-.lock" true && echo free || echo held`, snapshots) === "held");
+    const locker = sh(
+      `flock "$1/.btrfs-backup.other-.lock" sleep 600 >/dev/null 2>&1 & echo $!`,
+      snapshots,
+    );
+    await waitFor(
+      "the lock",
+      () =>
+        sh(`flock -n "$1/.btrfs-backup.other-.lock" true && echo free || echo held`, snapshots) ===
+        "held",
+    );
     await expectRun(3, ["restore", "-p", "", "--replace", source, source]);
     sh(`pkill -P "$1"; kill "$1" 2>/dev/null || :`, locker);
     expect(readdirSync(snapshots).filter((entry) => /\d{8}/.test(entry))).toEqual(all);
-    expect(readdirSync(dirname(source)).filter((entry) => /before|restoring/.test(entry))).toEqual([]);
+    expect(readdirSync(dirname(source)).filter((entry) => /before|restoring/.test(entry))).toEqual(
+      [],
+    );
     sh(`btrfs property set -ts "$1" ro true`, source);
-    expect((await expectRun(1, ["restore", "-p", "", "--replace", source, source])).stderr).toContain("is read-only");
+    expect(
+      (await expectRun(1, ["restore", "-p", "", "--replace", source, source])).stderr,
+    ).toContain("is read-only");
     sh(`btrfs property set -ts "$1" ro false`, source);
     await expectRun(0, ["restore", "-p", "", "--replace", source, source]);
     expect(readdirSync(snapshots).filter((entry) => /\d{8}/.test(entry))).toEqual(all);
     await nextSecond();
-    for (const prefix of ["", "other-"]) expect(transfers(await expectRun(0, ["--json", "-p", prefix, source, destination]))[0]?.["parent"]).toStartWith(prefix + "20");
+    for (const prefix of ["", "other-"])
+      expect(
+        transfers(await expectRun(0, ["--json", "-p", prefix, source, destination]))[0]?.["parent"],
+      ).toStartWith(prefix + "20");
   });
 
   test("backups inside of TARGET are not moved away", async () => {
     const { source, b } = pair();
     const folder = subvolume(join(b.path, "folder"));
     await expectRun(0, [source, folder]);
-    expect((await expectRun(2, ["restore", "--replace", folder, folder])).stderr).toContain("would be moved away");
+    expect((await expectRun(2, ["restore", "--replace", folder, folder])).stderr).toContain(
+      "would be moved away",
+    );
     expect(snapshotNames(folder).length).toBe(1);
   });
 
@@ -542,13 +847,21 @@ describe("what must not be lost", () => {
     await history(2, ["-f", folder, source, destination], source);
     await expectRun(0, ["restore", "-f", "../snapshots", folder, join(a.path, "test")]);
     await nextSecond();
-    expect(transfers(await expectRun(0, ["--json", "-f", folder, source, destination]))[0]?.["parent"]).toStartWith("20");
+    expect(
+      transfers(await expectRun(0, ["--json", "-f", folder, source, destination]))[0]?.["parent"],
+    ).toStartWith("20");
     // Its own newest state is there already, and has the name: nothing is sent.
     const names = snapshotNames(folder);
-    expect(transfers(await expectRun(0, ["restore", "--json", "--replace", "-f", folder, destination, source]))).toEqual([]);
+    expect(
+      transfers(
+        await expectRun(0, ["restore", "--json", "--replace", "-f", folder, destination, source]),
+      ),
+    ).toEqual([]);
     expect(snapshotNames(folder)).toEqual(names);
     await nextSecond();
-    expect(transfers(await expectRun(0, ["--json", "-f", folder, source, destination]))).toMatchObject([{ parent: names.at(-1) }]);
+    expect(
+      transfers(await expectRun(0, ["--json", "-f", folder, source, destination])),
+    ).toMatchObject([{ parent: names.at(-1) }]);
   });
 
   test("a snapshot folder that is a subvolume", async () => {
@@ -561,7 +874,9 @@ describe("what must not be lost", () => {
     const names = snapshotNames(folder);
     await expectRun(0, ["restore", "-f", ".snapshots", "--replace", source, source]);
     expect(snapshotNames(folder)).toEqual(names);
-    expect(transfers(await expectRun(0, ["--json", "-f", ".snapshots", source, destination]))).toMatchObject([{ parent: names[1] }]);
+    expect(
+      transfers(await expectRun(0, ["--json", "-f", ".snapshots", source, destination])),
+    ).toMatchObject([{ parent: names[1] }]);
     await expectRun(0, ["restore", folder, join(a.path, "plain")]);
     await nextSecond();
     await expectRun(0, ["-f", ".snapshots", join(a.path, "plain")]);
@@ -570,12 +885,30 @@ describe("what must not be lost", () => {
   test("what is not whole is not given back, whatever its name; two that are the same are told", async () => {
     const { source, snapshots, destination, a } = pair();
     await expectRun(0, [source, destination]);
-    sh(`btrfs -q subvolume create "$1/x" >/dev/null; btrfs -q subvolume snapshot -r "$1/x" "$1/kept" >/dev/null`, destination);
-    expect((await expectRun(1, ["restore", "--snapshot", "kept", destination, join(a.path, "new")])).stderr).toContain("no complete snapshot kept");
+    sh(
+      `btrfs -q subvolume create "$1/x" >/dev/null; btrfs -q subvolume snapshot -r "$1/x" "$1/kept" >/dev/null`,
+      destination,
+    );
+    expect(
+      (await expectRun(1, ["restore", "--snapshot", "kept", destination, join(a.path, "new")]))
+        .stderr,
+    ).toContain("no complete snapshot kept");
     const other = filesystem();
     await expectRun(0, ["restore", destination, join(other.path, "one")]);
-    expect((await expectRun(0, ["restore", destination, join(other.path, "two")])).stderr).toContain("stands twice");
-    expect((await expectRun(0, ["restore", "--parent-from", other.path, destination, join(other.path, "three")])).stderr).toContain("nothing there is shared");
+    expect(
+      (await expectRun(0, ["restore", destination, join(other.path, "two")])).stderr,
+    ).toContain("stands twice");
+    expect(
+      (
+        await expectRun(0, [
+          "restore",
+          "--parent-from",
+          other.path,
+          destination,
+          join(other.path, "three"),
+        ])
+      ).stderr,
+    ).toContain("nothing there is shared");
     expect(snapshotNames(snapshots).length).toBe(1);
   });
 });
@@ -589,7 +922,13 @@ test("names that could be syntax", async () => {
   await expectRun(0, ["restore", `${b.path}/${odd}`, `${a.path}/${odd}`]);
   expectRestored(`${a.path}/${odd}`, name, state);
   await nextSecond();
-  await expectRun(0, ["restore", ...options, "--replace", url(`${b.path}/${odd}`), url(`${a.path}/${odd}`)]);
+  await expectRun(0, [
+    "restore",
+    ...options,
+    "--replace",
+    url(`${b.path}/${odd}`),
+    url(`${a.path}/${odd}`),
+  ]);
   expectRestored(`${a.path}/${odd}`, name, state);
 });
 
@@ -604,7 +943,8 @@ describe("interruptions", () => {
     const began = Date.now();
     await expectRun(0, ["restore", destination, target]);
     const takes = Date.now() - began;
-    const remove = () => sh(`[ ! -e "$1" ] || btrfs -q subvolume delete "$1"/snapshot/2* "$1" >/dev/null`, target);
+    const remove = () =>
+      sh(`[ ! -e "$1" ] || btrfs -q subvolume delete "$1"/snapshot/2* "$1" >/dev/null`, target);
     remove();
     let [absent, whole] = [0, 0];
     for (let i = 0; i < soak(20); i++) {
@@ -613,7 +953,14 @@ describe("interruptions", () => {
       running.child.kill("SIGKILL");
       await running.finished;
       // What was started goes on for a while.
-      await waitFor("its children to end", () => sh(`pgrep -f "$1" || :`, `btrfs-backup[:].*(${a.path}|${b.path})|^btrfs (send|receive) `) === "");
+      await waitFor(
+        "its children to end",
+        () =>
+          sh(
+            `pgrep -f "$1" || :`,
+            `btrfs-backup[:].*(${a.path}|${b.path})|^btrfs (send|receive) `,
+          ) === "",
+      );
       if (existsSync(target)) {
         whole++;
         expectRestored(target, name, states.get(name));
@@ -621,7 +968,8 @@ describe("interruptions", () => {
         absent++;
         const left = readdirSync(a.path).filter((entry) => entry.includes(".restoring-"));
         const { stderr } = await expectRun(0, ["restore", destination, target]);
-        for (const one of left) expect(stderr).toContain(`interrupted restore left: ${join(a.path, one)}`);
+        for (const one of left)
+          expect(stderr).toContain(`interrupted restore left: ${join(a.path, one)}`);
         expectRestored(target, name, states.get(name));
       }
       expectNoDuplicates(a.path);
@@ -637,14 +985,24 @@ describe("interruptions", () => {
     for (let i = 0; i < soak(8); i++) {
       if (i > 0) await nextSecond();
       const running = start(["restore", "--replace", source, source]);
-      sh(`while kill -0 "$1" 2>/dev/null; do if pgrep -f "btrfs-backup[:]finish.*$2" >/dev/null; then sleep 0.00$3; kill -9 "$1"; break; fi; done`, String(running.pid), a.path, String(i % 8));
+      sh(
+        `while kill -0 "$1" 2>/dev/null; do if pgrep -f "btrfs-backup[:]finish.*$2" >/dev/null; then sleep 0.00$3; kill -9 "$1"; break; fi; done`,
+        String(running.pid),
+        a.path,
+        String(i % 8),
+      );
       await running.finished;
-      await waitFor("its children to end", () => sh(`pgrep -f "$1" || :`, `btrfs-backup[:].*(${a.path}|${b.path})`) === "");
+      await waitFor(
+        "its children to end",
+        () => sh(`pgrep -f "$1" || :`, `btrfs-backup[:].*(${a.path}|${b.path})`) === "",
+      );
       expect(snapshotNames(snapshots)).toEqual(all);
       expect([...subvolumes(snapshots).values()].every(({ readonly }) => readonly)).toBe(true);
     }
     await nextSecond();
-    expect(transfers(await expectRun(0, ["--json", source, destination]))).toMatchObject([{ parent: all.at(-1) }]);
+    expect(transfers(await expectRun(0, ["--json", source, destination]))).toMatchObject([
+      { parent: all.at(-1) },
+    ]);
   }, 120_000);
 
   test("Ctrl-C leaves nothing behind", async () => {
@@ -663,7 +1021,9 @@ describe("interruptions", () => {
     sh(`head -c 200M /dev/urandom >"$1/large"`, source);
     await expectRun(0, [source, destination]);
     const small = filesystem({ size: "150M", mkfs: ["-m", "single"] });
-    expect((await expectRun(1, ["restore", destination, join(small.path, "new")])).stderr).toContain("No space left on device");
+    expect(
+      (await expectRun(1, ["restore", destination, join(small.path, "new")])).stderr,
+    ).toContain("No space left on device");
     expect(readdirSync(small.path)).toEqual([]);
   });
 
@@ -671,9 +1031,18 @@ describe("interruptions", () => {
     const { source, snapshots, destination, a } = pair();
     await expectRun(0, [source, destination]);
     for (const folder of [destination, snapshots]) {
-      const holder = sh(`flock "$1/.btrfs-backup..lock" sleep 600 >/dev/null 2>&1 & echo $!`, folder);
-      await waitFor("the lock", () => sh(`flock -n "$1/.btrfs-backup..lock" true && echo free || echo held`, folder) === "held");
-      expect((await expectRun(3, ["restore", folder, join(a.path, "new")])).stderr).toContain("another run holds");
+      const holder = sh(
+        `flock "$1/.btrfs-backup..lock" sleep 600 >/dev/null 2>&1 & echo $!`,
+        folder,
+      );
+      await waitFor(
+        "the lock",
+        () =>
+          sh(`flock -n "$1/.btrfs-backup..lock" true && echo free || echo held`, folder) === "held",
+      );
+      expect((await expectRun(3, ["restore", folder, join(a.path, "new")])).stderr).toContain(
+        "another run holds",
+      );
       sh(`pkill -P "$1"; kill "$1" 2>/dev/null || :`, holder);
     }
     const left = join(a.path, "new.restoring-20260101-000000");
@@ -681,8 +1050,13 @@ describe("interruptions", () => {
     writeFileSync(join(left, ".btrfs-backup.restoring"), "");
     subvolume(join(left, "tree"));
     const holder = sh(`flock "$1" sleep 600 >/dev/null 2>&1 & echo $!`, left);
-    await waitFor("the lock", () => sh(`flock -n "$1" true && echo free || echo held`, left) === "held");
-    expect((await expectRun(3, ["restore", destination, join(a.path, "new")])).stderr).toContain("another restore is at work");
+    await waitFor(
+      "the lock",
+      () => sh(`flock -n "$1" true && echo free || echo held`, left) === "held",
+    );
+    expect((await expectRun(3, ["restore", destination, join(a.path, "new")])).stderr).toContain(
+      "another restore is at work",
+    );
     expect(existsSync(join(left, "tree"))).toBe(true);
     sh(`pkill -P "$1"; kill "$1" 2>/dev/null || :`, holder);
     // Not ours: another name, or something else in it.
@@ -692,12 +1066,18 @@ describe("interruptions", () => {
     subvolume(join(foreign, "tree"));
     subvolume(join(left, "own"));
     writeFileSync(join(left, "mine"), "x");
-    expect((await run(["restore", destination, join(a.path, "new")])).stderr).toContain("Directory not empty");
+    expect((await run(["restore", destination, join(a.path, "new")])).stderr).toContain(
+      "Directory not empty",
+    );
     expect(readFileSync(join(left, "mine"), "utf8")).toBe("x");
     expect(existsSync(join(left, "own"))).toBe(true);
     sh(`rm "$1/mine"; btrfs -q subvolume delete "$1/own" >/dev/null`, left);
     await expectRun(0, ["restore", destination, join(a.path, "new")]);
-    expect(readdirSync(a.path).filter((entry) => entry.includes("restoring")).toSorted()).toEqual([basename(foreign), "new.restoring-photos"]);
+    expect(
+      readdirSync(a.path)
+        .filter((entry) => entry.includes("restoring"))
+        .toSorted(),
+    ).toEqual([basename(foreign), "new.restoring-photos"]);
     expect(existsSync(join(foreign, "tree"))).toBe(true);
   });
 
@@ -719,16 +1099,36 @@ test("paths and prefixes with what echo expands are themselves, here and over ss
   const { options, url, user } = await sshServer();
   user("dash", "/bin/dash");
   for (const n of [1, 2, 3]) snapshotAs(source, `${ODD}2026010${n}-000000`);
-  for (const place of [join(b.path, ODD), url(join(b.path, `${ODD}2`), "dash"), `raw+${url(join(b.path, `${ODD}raw`), "dash")}`]) {
+  for (const place of [
+    join(b.path, ODD),
+    url(join(b.path, `${ODD}2`), "dash"),
+    `raw+${url(join(b.path, `${ODD}raw`), "dash")}`,
+  ]) {
     await expectRun(0, ["-S", "--resume", ...options, "-p", ODD, source, place]);
-    await expectRun(0, ["verify", ...options, "-p", ODD, ...(place.startsWith("raw") ? [] : [source]), place]);
+    await expectRun(0, [
+      "verify",
+      ...options,
+      "-p",
+      ODD,
+      ...(place.startsWith("raw") ? [] : [source]),
+      place,
+    ]);
     const target = `${join(filesystem().path, ODD)}`;
-    await expectRun(0, ["restore", ...options, "-p", ODD, place, place.startsWith("ssh") ? url(target, "dash") : target]);
+    await expectRun(0, [
+      "restore",
+      ...options,
+      "-p",
+      ODD,
+      place,
+      place.startsWith("ssh") ? url(target, "dash") : target,
+    ]);
     await expectRun(0, ["versions", ...options, "-p", ODD, join(target, "plain/1")]);
     await expectRun(0, ["prune", ...options, "-n", "1", "-p", ODD, place]);
     await nextSecond();
   }
   expect(snapshotNames(join(b.path, ODD), ODD)).toEqual([`${ODD}20260103-000000`]);
   expectSound(join(b.path, ODD), snapshots, ODD);
-  expect(readdirSync(join(b.path, `${ODD}raw`)).filter((name) => name.endsWith(".btrfs")).length).toBe(3); // each builds on the one before
+  expect(
+    readdirSync(join(b.path, `${ODD}raw`)).filter((name) => name.endsWith(".btrfs")).length,
+  ).toBe(3); // each builds on the one before
 }, 120_000);

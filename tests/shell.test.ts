@@ -4,9 +4,29 @@
 import { expect, test } from "bun:test";
 import { existsSync, readFileSync, rmSync, writeFileSync } from "node:fs";
 import { join } from "node:path";
-import { change, events, expectRun, expectSameTree, filesystem, generator, gpgKey, nextSecond, pair, pathWithout, run, s3Server, sh, snapshotAs, snapshotNames, start, temporaryDirectory, waitFor } from "./support/rig.ts";
+import {
+  change,
+  events,
+  expectRun,
+  expectSameTree,
+  filesystem,
+  generator,
+  gpgKey,
+  nextSecond,
+  pair,
+  pathWithout,
+  run,
+  s3Server,
+  sh,
+  snapshotAs,
+  snapshotNames,
+  start,
+  temporaryDirectory,
+  waitFor,
+} from "./support/rig.ts";
 
-const uuidOf = (path: string) => sh(`btrfs subvolume show "$1" | awk '/^\\tUUID/ { print $2 }'`, path);
+const uuidOf = (path: string) =>
+  sh(`btrfs subvolume show "$1" | awk '/^\\tUUID/ { print $2 }'`, path);
 
 test("a command gets a stream for each snapshot since the last, and is told what it is", async () => {
   const { source, snapshots } = pair();
@@ -14,10 +34,20 @@ test("a command gets a stream for each snapshot since the last, and is told what
   const command = `shell://cat >${out}/$BTRFS_BACKUP_NAME; env | grep ^BTRFS_BACKUP_ | grep -v RIG | sort >${out}/$BTRFS_BACKUP_NAME.env; echo "on stdout"`;
   for (const day of [1, 2]) snapshotAs(source, `p20260101-00000${day}`);
   const first = await expectRun(0, ["--json", "-S", "-p", "p", source, command]);
-  expect(events(first).filter(({ event }) => event === "transfer").map(({ name }) => name)).toEqual(["p20260101-000002"]); // the newest only
+  expect(
+    events(first)
+      .filter(({ event }) => event === "transfer")
+      .map(({ name }) => name),
+  ).toEqual(["p20260101-000002"]); // the newest only
   for (const day of [3, 4]) snapshotAs(source, `p20260101-00000${day}`);
   await expectRun(0, ["-S", "-p", "p", source, command]);
-  const environment = (name: string) => Object.fromEntries(readFileSync(join(out, `${name}.env`), "utf8").trim().split("\n").map((line) => line.split("=")));
+  const environment = (name: string) =>
+    Object.fromEntries(
+      readFileSync(join(out, `${name}.env`), "utf8")
+        .trim()
+        .split("\n")
+        .map((line) => line.split("=")),
+    );
   expect(environment("p20260101-000002")).toEqual({
     BTRFS_BACKUP_NAME: "p20260101-000002",
     BTRFS_BACKUP_KIND: "full",
@@ -28,9 +58,14 @@ test("a command gets a stream for each snapshot since the last, and is told what
     BTRFS_BACKUP_SOURCE: source,
     BTRFS_BACKUP_SUFFIX: ".btrfs",
   });
-  expect(environment("p20260101-000004")).toMatchObject({ BTRFS_BACKUP_KIND: "incremental", BTRFS_BACKUP_PARENT: "p20260101-000003", BTRFS_BACKUP_PARENT_UUID: uuidOf(join(snapshots, "p20260101-000003")) });
+  expect(environment("p20260101-000004")).toMatchObject({
+    BTRFS_BACKUP_KIND: "incremental",
+    BTRFS_BACKUP_PARENT: "p20260101-000003",
+    BTRFS_BACKUP_PARENT_UUID: uuidOf(join(snapshots, "p20260101-000003")),
+  });
   const target = filesystem();
-  for (const n of [2, 3, 4]) sh(`btrfs receive -q "$1" <"$2"`, target.path, join(out, `p20260101-00000${n}`));
+  for (const n of [2, 3, 4])
+    sh(`btrfs receive -q "$1" <"$2"`, target.path, join(out, `p20260101-00000${n}`));
   expectSameTree(join(snapshots, "p20260101-000004"), join(target.path, "p20260101-000004"));
   // Another command has a memory of its own.
   await expectRun(0, ["-S", "-p", "p", source, `${command} `]);
@@ -49,7 +84,12 @@ test("with -I, or when the remembered parent is gone, a command gets a full stre
   snapshotAs(source, "20260103-000000");
   snapshotAs(source, "20260104-000000");
   await expectRun(0, ["-S", source, command]);
-  expect(sh(`ls "$1"`, out).split("\n")).toEqual(["20260101-000000.full", "20260102-000000.full", "20260103-000000.full", "20260104-000000.incremental"]);
+  expect(sh(`ls "$1"`, out).split("\n")).toEqual([
+    "20260101-000000.full",
+    "20260102-000000.full",
+    "20260103-000000.full",
+    "20260104-000000.incremental",
+  ]);
 });
 
 test("the remembered parent stays at the source, however strict -N is", async () => {
@@ -58,7 +98,14 @@ test("the remembered parent stays at the source, however strict -N is", async ()
   await expectRun(0, ["-S", source, "shell://cat >/dev/null"]);
   snapshotAs(source, "20260102-000000");
   snapshotAs(source, "20260103-000000");
-  await expectRun(1, ["-S", "-N", "1", source, "shell://cat >/dev/null", "shell://cat >/dev/null; false"]);
+  await expectRun(1, [
+    "-S",
+    "-N",
+    "1",
+    source,
+    "shell://cat >/dev/null",
+    "shell://cat >/dev/null; false",
+  ]);
   expect(snapshotNames(snapshots).length).toBe(3); // one command has taken nothing yet
   await expectRun(0, ["-S", "-N", "1", source]);
   expect(snapshotNames(snapshots)).toEqual(["20260103-000000"]);
@@ -66,9 +113,13 @@ test("the remembered parent stays at the source, however strict -N is", async ()
 
 test("-n with only commands is a warning, as it was", async () => {
   const { source, destination } = pair();
-  expect((await expectRun(0, ["-n", "3", source, "shell://cat >/dev/null"])).stderr).toContain("a shell:// command cannot be asked");
+  expect((await expectRun(0, ["-n", "3", source, "shell://cat >/dev/null"])).stderr).toContain(
+    "a shell:// command cannot be asked",
+  );
   await nextSecond();
-  expect((await expectRun(0, ["-n", "3", source, "shell://cat >/dev/null", destination])).stderr).not.toContain("cannot be asked");
+  expect(
+    (await expectRun(0, ["-n", "3", source, "shell://cat >/dev/null", destination])).stderr,
+  ).not.toContain("cannot be asked");
 });
 
 test("gpg and aws store encrypted objects that restore in order", async () => {
@@ -83,9 +134,16 @@ test("gpg and aws store encrypted objects that restore in order", async () => {
     await nextSecond();
   }
   const target = filesystem();
-  const environment = Object.entries({ ...env, ...gpg }).map(([name, value]) => `export ${name}='${value}'`).join("; ");
+  const environment = Object.entries({ ...env, ...gpg })
+    .map(([name, value]) => `export ${name}='${value}'`)
+    .join("; ");
   for (const name of snapshotNames(snapshots)) {
-    sh(`${environment}; aws s3 cp --endpoint-url "$1" "s3://bucket/home/$2.btrfs.gpg" - | gpg --batch --quiet --decrypt | btrfs receive -q "$3"`, endpoint, name, target.path);
+    sh(
+      `${environment}; aws s3 cp --endpoint-url "$1" "s3://bucket/home/$2.btrfs.gpg" - | gpg --batch --quiet --decrypt | btrfs receive -q "$3"`,
+      endpoint,
+      name,
+      target.path,
+    );
     expectSameTree(join(snapshots, name), join(target.path, name));
   }
   expect(snapshotNames(target.path).length).toBe(3);
@@ -96,12 +154,22 @@ function witness(): { command: string; sawEnd: () => boolean } {
   const file = join(temporaryDirectory(), "end");
   return { command: `cat >/dev/null; echo end >${file}`, sawEnd: () => existsSync(file) };
 }
-const pins = (snapshots: string) => (existsSync(join(snapshots, ".btrfs-backup.json")) ? readFileSync(join(snapshots, ".btrfs-backup.json"), "utf8") : "");
+const pins = (snapshots: string) =>
+  existsSync(join(snapshots, ".btrfs-backup.json"))
+    ? readFileSync(join(snapshots, ".btrfs-backup.json"), "utf8")
+    : "";
 
 test("a gpg key that does not exist fails the transfer, and nothing is remembered", async () => {
   const { source, snapshots } = pair();
   const { env } = gpgKey();
-  const result = await expectRun(1, [source, "shell://gpg --batch --trust-model always --encrypt --recipient nobody@example.org | cat >/dev/null"], { env });
+  const result = await expectRun(
+    1,
+    [
+      source,
+      "shell://gpg --batch --trust-model always --encrypt --recipient nobody@example.org | cat >/dev/null",
+    ],
+    { env },
+  );
   expect(result.stderr).toContain("nobody@example.org");
   expect(pins(snapshots)).not.toContain("shell://");
   expect((await run(["-S", source, "shell://cat >/dev/null"])).stderr).toContain("in full");
@@ -111,7 +179,12 @@ test("a command that dies half-way fails the transfer, and nothing is remembered
   const { source, snapshots } = pair();
   sh(`head -c 30M /dev/urandom >"$1/large"`, source);
   const { command } = witness();
-  for (const dying of ["head -c 1000000 >/dev/null", "head -c 1000000 >/dev/null; exit 3", `head -c 1000000 | { kill -9 $$; ${command}; }`, `{ head -c 1000000; exit 5; } | { ${command}; }`]) {
+  for (const dying of [
+    "head -c 1000000 >/dev/null",
+    "head -c 1000000 >/dev/null; exit 3",
+    `head -c 1000000 | { kill -9 $$; ${command}; }`,
+    `{ head -c 1000000; exit 5; } | { ${command}; }`,
+  ]) {
     const result = await run([source, `shell://${dying}`]);
     expect([dying, result.status]).toEqual([dying, 1]);
   }
@@ -130,7 +203,10 @@ test("when btrfs send is killed half-way, no command sees the end of a half stre
     await waitFor("the stream to begin", () => existsSync(marker));
     sh(`pkill -KILL -f "^btrfs send -q "`);
     const { status, stderr } = await running.finished;
-    expect([status, stderr]).toEqual([1, expect.stringContaining("btrfs send was killed by signal 9")]);
+    expect([status, stderr]).toEqual([
+      1,
+      expect.stringContaining("btrfs send was killed by signal 9"),
+    ]);
     expect(sawEnd()).toBe(false);
     await nextSecond();
   }
@@ -142,7 +218,10 @@ test("a command that ignores SIGTERM sees no end either", async () => {
   sh(`head -c 50M /dev/urandom >"$1/large"`, source);
   const { command, sawEnd } = witness();
   const marker = join(temporaryDirectory(), "began");
-  const running = start([source, `shell://trap '' TERM; { head -c 1000000 >/dev/null; echo began >${marker}; exec pv -q -L 2m; } | { ${command}; }`]);
+  const running = start([
+    source,
+    `shell://trap '' TERM; { head -c 1000000 >/dev/null; echo began >${marker}; exec pv -q -L 2m; } | { ${command}; }`,
+  ]);
   await waitFor("the stream to begin", () => existsSync(marker));
   sh(`pkill -KILL -f "^btrfs send -q "`);
   expect((await running.finished).status).toBe(1);
@@ -153,7 +232,9 @@ test("where there is no bash, commands run under sh", async () => {
   const { source } = pair();
   const tools = pathWithout("bash");
   const out = join(temporaryDirectory(), "out");
-  const result = await expectRun(0, [source, `shell://cat >${out}; echo "$0" >${out}.shell`], { env: { PATH: tools } });
+  const result = await expectRun(0, [source, `shell://cat >${out}; echo "$0" >${out}.shell`], {
+    env: { PATH: tools },
+  });
   expect(readFileSync(`${out}.shell`, "utf8")).toBe("sh\n");
   expect(result.stderr).toContain("pipefail");
   expect(existsSync(out)).toBe(true);
@@ -178,7 +259,12 @@ test("a command of a killed run and the next run never store side by side", asyn
 test("what a command or a hook leaves running does not hold a run up", async () => {
   const { source } = pair();
   const left = () => sh(`pgrep -cfx 'sleep 4321' || :`);
-  await expectRun(0, ["--after-snapshot", "sleep 4321 &", source, "shell://cat >/dev/null; (sleep 4321 >/dev/null 2>&1 </dev/null &)"]);
+  await expectRun(0, [
+    "--after-snapshot",
+    "sleep 4321 &",
+    source,
+    "shell://cat >/dev/null; (sleep 4321 >/dev/null 2>&1 </dev/null &)",
+  ]);
   expect(left()).toBe("2");
   await nextSecond();
   await expectRun(0, [source, "shell://cat >/dev/null"]); // nor its lock

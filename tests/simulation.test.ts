@@ -23,7 +23,10 @@ import {
 } from "../btrfs-backup.ts";
 import { named } from "./support/names.ts";
 
-const SEED = process.env["SEED"] === undefined ? Math.floor(Math.random() * 2 ** 32) : Number(process.env["SEED"]);
+const SEED =
+  process.env["SEED"] === undefined
+    ? Math.floor(Math.random() * 2 ** 32)
+    : Number(process.env["SEED"]);
 console.log(`simulation: SEED=${SEED}`);
 
 const HOUR = 3600e3;
@@ -54,7 +57,8 @@ function localTime(utc: number): number {
   return utc + (summer ? 2 : 1) * HOUR;
 }
 
-const nameOf = (local: number) => new Date(local).toISOString().slice(0, 19).replace(/[-:]/g, "").replace("T", "-");
+const nameOf = (local: number) =>
+  new Date(local).toISOString().slice(0, 19).replace(/[-:]/g, "").replace("T", "-");
 
 // ── The policy, said again: by comparing pieces of names ─────────────────────────────────
 
@@ -100,7 +104,8 @@ function keptNames(names: readonly string[], policy: string): Set<string> {
       const firsts: Record<string, string> = {};
       for (const name of names) firsts[`~${periodOf(name)}`] ??= name;
       const all = Object.values(firsts);
-      for (const name of word.startsWith("*") ? all : all.slice(-Number.parseInt(word))) kept.add(name);
+      for (const name of word.startsWith("*") ? all : all.slice(-Number.parseInt(word)))
+        kept.add(name);
     }
   }
   return kept;
@@ -116,7 +121,15 @@ type Plan = {
   readonly late: number;
   /** Compare what is left with all that ever arrived: only where names never go back. */
   readonly compareHistory: boolean;
-  readonly destinations: readonly { readonly id: string; readonly policy: string; readonly kind?: "command"; readonly since?: number; readonly goesAway: number; readonly fails: number; readonly longest: number }[];
+  readonly destinations: readonly {
+    readonly id: string;
+    readonly policy: string;
+    readonly kind?: "command";
+    readonly since?: number;
+    readonly goesAway: number;
+    readonly fails: number;
+    readonly longest: number;
+  }[];
 };
 
 /** A destination as it really is, whether it can be reached or not. */
@@ -134,23 +147,50 @@ type Place = {
 /** Every snapshot has a number that grows, and what was received from it has the same: the truth, which the program does not see. */
 type Numbered = Snapshot & { readonly number: number };
 const serial = (entry: Snapshot) => (entry as Numbered).number;
-const goes = (decisions: readonly Decision<Snapshot>[]) => new Set(decisions.filter(({ reasons }) => reasons.length === 0).map(({ entry }) => entry.name));
-const same = (a: ReadonlySet<string>, b: ReadonlySet<string>) => a.size === b.size && [...a].every((x) => b.has(x));
+const goes = (decisions: readonly Decision<Snapshot>[]) =>
+  new Set(decisions.filter(({ reasons }) => reasons.length === 0).map(({ entry }) => entry.name));
+const same = (a: ReadonlySet<string>, b: ReadonlySet<string>) =>
+  a.size === b.size && [...a].every((x) => b.has(x));
 
 /** In the source's order what it still has, the rest by name. */
 function inOrder(entries: readonly Snapshot[], source: ReadonlySet<number>): string[] {
   const sorted = [...entries].sort((a, b) => (a.name < b.name ? -1 : a.name > b.name ? 1 : 0));
-  const both = sorted.filter((entry) => source.has(serial(entry))).sort((a, b) => serial(a) - serial(b));
-  return sorted.map((entry) => (source.has(serial(entry)) ? (both.shift() as Snapshot) : entry).name);
+  const both = sorted
+    .filter((entry) => source.has(serial(entry)))
+    .sort((a, b) => serial(a) - serial(b));
+  return sorted.map(
+    (entry) => (source.has(serial(entry)) ? (both.shift() as Snapshot) : entry).name,
+  );
 }
 
 function simulate(plan: Plan, random: () => number) {
-  const tally = { runs: 0, repeatedHours: 0, skippedHours: 0, absences: 0, failures: 0, leftovers: 0, transfers: 0, full: 0, deletions: 0, freezes: 0, leaps: 0, histories: 0, most: 0 };
+  const tally = {
+    runs: 0,
+    repeatedHours: 0,
+    skippedHours: 0,
+    absences: 0,
+    failures: 0,
+    leftovers: 0,
+    transfers: 0,
+    full: 0,
+    deletions: 0,
+    freezes: 0,
+    leaps: 0,
+    histories: 0,
+    most: 0,
+  };
   const chance = (p: number) => random() < p;
   const below = (n: number) => Math.floor(random() * n);
   let snapshots: Snapshot[] = [];
   let nextId = 256;
-  const places = plan.destinations.map((destination): Place => ({ plan: destination, backups: [], leftover: null, awayUntil: destination.since ?? 0, history: [], arrived: new Set() }));
+  const places = plan.destinations.map((destination): Place => ({
+    plan: destination,
+    backups: [],
+    leftover: null,
+    awayUntil: destination.since ?? 0,
+    history: [],
+    arrived: new Set(),
+  }));
   /** What the record at the source says. */
   const known = new Map<string, { pin: Memory | null }>();
   const policies = new Map(plan.destinations.map(({ id, policy }) => [id, parsePolicy(policy)]));
@@ -159,7 +199,10 @@ function simulate(plan: Plan, random: () => number) {
 
   for (let run = 0; run < plan.runs; run++) {
     const must = (fine: boolean, promise: string, detail: () => unknown = () => "") => {
-      if (!fine) throw new Error(`run ${run} at ${before} (SEED=${SEED}): ${promise} ${JSON.stringify(detail())}`);
+      if (!fine)
+        throw new Error(
+          `run ${run} at ${before} (SEED=${SEED}): ${promise} ${JSON.stringify(detail())}`,
+        );
     };
 
     // The snapshot: when its name exists, the next free second.
@@ -171,10 +214,23 @@ function simulate(plan: Plan, random: () => number) {
     const repeated = before.slice(0, 11) === name.slice(0, 11);
     if (repeated) tally.repeatedHours++;
     // Plain is slow: long lists are compared in one run of seven, and when the clocks went back. Invariants are checked in every run.
-    const compared = (entries: readonly Snapshot[]) => entries.length <= 40 || repeated || run % 7 === 0;
-    if (snapshots.length > 0 && time - (parseName(before, "") as number) > 1.5 * HOUR) tally.skippedHours++;
+    const compared = (entries: readonly Snapshot[]) =>
+      entries.length <= 40 || repeated || run % 7 === 0;
+    if (snapshots.length > 0 && time - (parseName(before, "") as number) > 1.5 * HOUR)
+      tally.skippedHours++;
     before = name;
-    const taken: Numbered = { number: run, id: nextId++, name: named(name), time, moment: time, path: `snapshot/${name}`, uuid: `s${run}`, parentUuid: "source", receivedUuid: null, readonly: true };
+    const taken: Numbered = {
+      number: run,
+      id: nextId++,
+      name: named(name),
+      time,
+      moment: time,
+      path: `snapshot/${name}`,
+      uuid: `s${run}`,
+      parentUuid: "source",
+      receivedUuid: null,
+      readonly: true,
+    };
     snapshots = [...snapshots, taken];
     const atSource = new Set(snapshots.map(serial));
 
@@ -184,19 +240,42 @@ function simulate(plan: Plan, random: () => number) {
     for (const place of places) {
       const { id, kind, goesAway, fails, longest } = place.plan;
       if (place === notGiven) continue;
-      if (run >= place.awayUntil && chance(goesAway)) place.awayUntil = run + 1 + below(chance(0.05) ? longest : Math.min(longest, 48));
+      if (run >= place.awayUntil && chance(goesAway))
+        place.awayUntil = run + 1 + below(chance(0.05) ? longest : Math.min(longest, 48));
       if (run < place.awayUntil) {
         tally.absences++;
         continue;
       }
       const memory = known.get(id)?.pin ?? null;
       const entries = place.leftover ? [...place.backups, place.leftover] : place.backups;
-      let standing = standingIn({ standing: entries, snapshots: entries, entries: new Set(entries.map((entry) => entry.name)), prefix: "" }, {}, place.leftover ? [place.leftover.name] : []);
+      let standing = standingIn(
+        {
+          standing: entries,
+          snapshots: entries,
+          entries: new Set(entries.map((entry) => entry.name)),
+          prefix: "",
+        },
+        {},
+        place.leftover ? [place.leftover.name] : [],
+      );
       const policy = policies.get(id) ?? null;
       const { transfers, conflicts } =
         kind === "command"
-          ? { transfers: planStreams(snapshots, memory, { incremental: true, newestOnly: false, prefix: "" }), conflicts: [] }
-          : planTransfers(snapshots, standing, { policy, incremental: true, newestOnly: false, now: time, fullEvery: null });
+          ? {
+              transfers: planStreams(snapshots, memory, {
+                incremental: true,
+                newestOnly: false,
+                prefix: "",
+              }),
+              conflicts: [],
+            }
+          : planTransfers(snapshots, standing, {
+              policy,
+              incremental: true,
+              newestOnly: false,
+              now: time,
+              fullEvery: null,
+            });
       must(conflicts.length === 0, "no name is in the way of another", () => conflicts);
       checkTransfers(place, transfers, must);
 
@@ -208,7 +287,14 @@ function simulate(plan: Plan, random: () => number) {
       }
       for (const [i, { snapshot, parent }] of transfers.entries()) {
         if (i === failing) {
-          if (kind !== "command" && chance(0.5)) place.leftover = { ...snapshot, id: nextId++, uuid: `left${run}`, receivedUuid: null, readonly: false };
+          if (kind !== "command" && chance(0.5))
+            place.leftover = {
+              ...snapshot,
+              id: nextId++,
+              uuid: `left${run}`,
+              receivedUuid: null,
+              readonly: false,
+            };
           break;
         }
         tally.transfers++;
@@ -217,9 +303,18 @@ function simulate(plan: Plan, random: () => number) {
         place.arrived.add(serial(snapshot));
         place.history.push(snapshot.name);
         const arrived: Backup = { ...snapshot, receivedUuid: snapshot.uuid };
-        standing = { ...standing, held: [...standing.held, arrived], backups: [...standing.backups, arrived] };
-        if (kind === "command") known.set(id, { pin: { name: snapshot.name, uuid: snapshot.uuid } });
-        else place.backups = [...place.backups, { ...arrived, id: nextId++, uuid: `${id}${serial(snapshot)}` }];
+        standing = {
+          ...standing,
+          held: [...standing.held, arrived],
+          backups: [...standing.backups, arrived],
+        };
+        if (kind === "command")
+          known.set(id, { pin: { name: snapshot.name, uuid: snapshot.uuid } });
+        else
+          place.backups = [
+            ...place.backups,
+            { ...arrived, id: nextId++, uuid: `${id}${serial(snapshot)}` },
+          ];
       }
       if (failing !== -1) tally.failures++;
       served.set(id, { done: failing === -1 });
@@ -230,11 +325,14 @@ function simulate(plan: Plan, random: () => number) {
         const stays = place.backups.filter((backup) => !gone.has(backup.name));
         checkDestination(place, stays, must);
         tally.deletions += place.backups.length - stays.length;
-        for (const backup of place.backups) if (gone.has(backup.name)) place.arrived.delete(serial(backup));
+        for (const backup of place.backups)
+          if (gone.has(backup.name)) place.arrived.delete(serial(backup));
         place.backups = stays;
       }
-      const pin = kind === "command" ? (known.get(id)?.pin ?? null) : newestShared(snapshots, standing.held);
-      if (pin !== null || known.has(id)) known.set(id, { pin: pin && { name: pin.name, uuid: pin.uuid } });
+      const pin =
+        kind === "command" ? (known.get(id)?.pin ?? null) : newestShared(snapshots, standing.held);
+      if (pin !== null || known.has(id))
+        known.set(id, { pin: pin && { name: pin.name, uuid: pin.uuid } });
     }
 
     // Retention at the source.
@@ -244,7 +342,13 @@ function simulate(plan: Plan, random: () => number) {
         const result = served.get(id);
         const given = id !== notGiven?.plan.id && all.length > 0;
         const unread = given && (result === undefined || (kind === "command" && !result.done));
-        return { id, pin: known.get(id)?.pin ?? null, unread, unsentPolicy: plan.keepUnsent && given && !result?.done ? { policy: policies.get(id) ?? null } : null };
+        return {
+          id,
+          pin: known.get(id)?.pin ?? null,
+          unread,
+          unsentPolicy:
+            plan.keepUnsent && given && !result?.done ? { policy: policies.get(id) ?? null } : null,
+        };
       });
     const gone = goes(planSource(snapshots, sourcePolicy, claimants, time));
     const stays = snapshots.filter((snapshot) => !gone.has(snapshot.name));
@@ -252,61 +356,122 @@ function simulate(plan: Plan, random: () => number) {
     tally.deletions += gone.size;
     snapshots = stays;
     tally.runs++;
-    tally.most = Math.max(tally.most, snapshots.length, ...places.map(({ backups }) => backups.length));
+    tally.most = Math.max(
+      tally.most,
+      snapshots.length,
+      ...places.map(({ backups }) => backups.length),
+    );
 
     /** After a long absence, what came before it stays for some days: nothing that should stay has gone. */
-    function leapt(entries: readonly Snapshot[], left: ReadonlySet<string>, keeps: ReadonlySet<string>): boolean {
+    function leapt(
+      entries: readonly Snapshot[],
+      left: ReadonlySet<string>,
+      keeps: ReadonlySet<string>,
+    ): boolean {
       tally.leaps++;
-      return leapsAmong(entries.toSorted((a, b) => serial(a) - serial(b))).length > 0 && [...keeps].every((name) => left.has(name));
+      return (
+        leapsAmong(entries.toSorted((a, b) => serial(a) - serial(b))).length > 0 &&
+        [...keeps].every((name) => left.has(name))
+      );
     }
 
     /** Only what is missing and wanted, oldest first, each against the closest earlier one on both sides. */
-    function checkTransfers({ plan: { id, policy, kind }, backups, arrived }: Place, transfers: readonly Transfer[], must: Must): void {
+    function checkTransfers(
+      { plan: { id, policy, kind }, backups, arrived }: Place,
+      transfers: readonly Transfer[],
+      must: Must,
+    ): void {
       must(transfers.at(-1)?.snapshot === taken, `${id} is sent the newest, last`);
       const there = new Set(arrived);
       for (const { snapshot, parent } of transfers) {
-        const closest = snapshots.findLast((earlier) => serial(earlier) < serial(snapshot) && there.has(serial(earlier)));
-        must(parent === (closest ?? null), `the parent of what ${id} is sent is the closest`, () => [snapshot.name, parent?.name, closest?.name]);
-        must(parent !== null || there.size === 0, `only the first transfer to ${id} is in full`, () => snapshot.name);
+        const closest = snapshots.findLast(
+          (earlier) => serial(earlier) < serial(snapshot) && there.has(serial(earlier)),
+        );
+        must(
+          parent === (closest ?? null),
+          `the parent of what ${id} is sent is the closest`,
+          () => [snapshot.name, parent?.name, closest?.name],
+        );
+        must(
+          parent !== null || there.size === 0,
+          `only the first transfer to ${id} is in full`,
+          () => snapshot.name,
+        );
         there.add(serial(snapshot));
       }
       if (kind !== "command" && !compared([...backups, ...snapshots])) return;
       const gone = backups.filter((backup) => !atSource.has(serial(backup)));
-      const keeps = kind === "command" ? null : keptNames(inOrder([...gone, ...snapshots], atSource), policy);
+      const keeps =
+        kind === "command" ? null : keptNames(inOrder([...gone, ...snapshots], atSource), policy);
       const [last = -1] = arrived;
-      const wanted = snapshots.filter((snapshot) => (keeps ? keeps.has(snapshot.name) && !arrived.has(serial(snapshot)) : arrived.size === 0 ? snapshot === taken : serial(snapshot) > last));
+      const wanted = snapshots.filter((snapshot) =>
+        keeps
+          ? keeps.has(snapshot.name) && !arrived.has(serial(snapshot))
+          : arrived.size === 0
+            ? snapshot === taken
+            : serial(snapshot) > last,
+      );
       const names = transfers.map(({ snapshot }) => snapshot.name);
-      must(names.join() === wanted.map((snapshot) => snapshot.name).join(), `${id} is sent exactly what it lacks of what it would keep`, () => [names, wanted.map((snapshot) => snapshot.name)]);
+      must(
+        names.join() === wanted.map((snapshot) => snapshot.name).join(),
+        `${id} is sent exactly what it lacks of what it would keep`,
+        () => [names, wanted.map((snapshot) => snapshot.name)],
+      );
     }
 
     /** Exactly what the policy keeps, the newest, and the newest that the source has as well. */
-    function checkDestination({ plan: { id, policy }, backups, history }: Place, stays: readonly Backup[], must: Must): void {
+    function checkDestination(
+      { plan: { id, policy }, backups, history }: Place,
+      stays: readonly Backup[],
+      must: Must,
+    ): void {
       const newest = backups.reduce((a, b) => (serial(a) > serial(b) ? a : b));
-      const shared = backups.filter((backup) => atSource.has(serial(backup))).reduce((a, b) => (serial(a) > serial(b) ? a : b));
+      const shared = backups
+        .filter((backup) => atSource.has(serial(backup)))
+        .reduce((a, b) => (serial(a) > serial(b) ? a : b));
       must(stays.includes(newest), `the newest backup at ${id} stays`);
       must(stays.includes(shared), `the newest backup at ${id} that the source shares stays`);
       if (!compared(backups)) return;
       const left = new Set(stays.map((backup) => backup.name));
       const keeps = keptNames(inOrder(backups, atSource), policy).add(newest.name).add(shared.name);
-      must(same(left, keeps) || leapt(backups, left, keeps), `${id} keeps exactly what its policy keeps`, () => [[...left], [...keeps]]);
+      must(
+        same(left, keeps) || leapt(backups, left, keeps),
+        `${id} keeps exactly what its policy keeps`,
+        () => [[...left], [...keeps]],
+      );
       if (plan.compareHistory && run % 1999 === 0) {
         // As if everything that ever arrived were still there.
         const ever = keptNames(history, policy).add(newest.name).add(shared.name);
-        must(same(left, ever) || leapt(backups, left, ever), `${id} keeps exactly what its policy would keep of all it ever got`, () => [[...left], [...ever]]);
+        must(
+          same(left, ever) || leapt(backups, left, ever),
+          `${id} keeps exactly what its policy would keep of all it ever got`,
+          () => [[...left], [...ever]],
+        );
         tally.histories++;
       }
     }
 
     /** The newest; what any known destination shares; and beyond that exactly what the policy keeps. */
-    function checkSource(stays: readonly Snapshot[], claimants: readonly Claimant[], must: Must): void {
+    function checkSource(
+      stays: readonly Snapshot[],
+      claimants: readonly Claimant[],
+      must: Must,
+    ): void {
       must(stays.includes(taken), "the newest snapshot stays");
       const exact = compared(snapshots);
       const names = exact ? snapshots.map((snapshot) => snapshot.name) : [];
       const keeps = keptNames(names, plan.source).add(taken.name);
-      for (const { plan: { id, policy }, arrived } of places) {
+      for (const {
+        plan: { id, policy },
+        arrived,
+      } of places) {
         const shared = snapshots.findLast((snapshot) => arrived.has(serial(snapshot)));
         must(arrived.size === 0 || shared !== undefined, `something is shared with ${id}`);
-        must(shared === undefined || stays.includes(shared), `the newest snapshot that ${id} shares stays`, () => shared?.name);
+        must(
+          shared === undefined || stays.includes(shared),
+          `the newest snapshot that ${id} shares stays`,
+          () => shared?.name,
+        );
         if (shared) keeps.add(shared.name);
         const claimant = claimants.find((claimant) => claimant.id === id);
         if (claimant?.unread && arrived.size === 0) {
@@ -316,11 +481,21 @@ function simulate(plan: Plan, random: () => number) {
         }
         if (plan.keepUnsent && exact && id !== notGiven?.plan.id && !served.get(id)?.done) {
           const wanted = keptNames(names, policy);
-          for (const snapshot of snapshots) if (wanted.has(snapshot.name) && (shared === undefined || serial(snapshot) > serial(shared))) keeps.add(snapshot.name);
+          for (const snapshot of snapshots)
+            if (
+              wanted.has(snapshot.name) &&
+              (shared === undefined || serial(snapshot) > serial(shared))
+            )
+              keeps.add(snapshot.name);
         }
       }
       const left = new Set(stays.map((snapshot) => snapshot.name));
-      if (exact) must(same(left, keeps) || leapt(snapshots, left, keeps), "the source keeps exactly what its policy and its destinations need", () => [[...left], [...keeps]]);
+      if (exact)
+        must(
+          same(left, keeps) || leapt(snapshots, left, keeps),
+          "the source keeps exactly what its policy and its destinations need",
+          () => [[...left], [...keeps]],
+        );
     }
   }
   return tally;
@@ -339,13 +514,15 @@ function promise(title: string, plan: Plan): void {
       expect(tally.runs).toBe(plan.runs);
       // One full transfer for each destination, in all the time.
       expect(tally.full).toBe(plan.destinations.length);
-      if (plan.destinations.some(({ since }) => since !== undefined)) expect(tally.freezes).toBeGreaterThan(0);
+      if (plan.destinations.some(({ since }) => since !== undefined))
+        expect(tally.freezes).toBeGreaterThan(0);
       // The simulation really met what it is about.
       const autumns = Math.floor(plan.runs / YEAR);
       expect(tally.repeatedHours).toBeGreaterThanOrEqual(autumns);
       expect(tally.skippedHours).toBeGreaterThanOrEqual(autumns);
       expect(tally.leaps).toBeLessThan(plan.runs); // of one look at each place and run
-      for (const met of ["absences", "failures", "deletions"] as const) expect(tally[met]).toBeGreaterThan(0);
+      for (const met of ["absences", "failures", "deletions"] as const)
+        expect(tally[met]).toBeGreaterThan(0);
     },
     300_000,
   );
@@ -373,7 +550,15 @@ promise("five years, a source that keeps one, disks that are mostly away, and a 
   destinations: [
     { id: "everything", policy: "0", since: 300, goesAway: 0.9, fails: 0.2, longest: YEAR },
     { id: "weeks", policy: "1 *w", goesAway: 0.005, fails: 0.1, longest: YEAR },
-    { id: "command", policy: "0", kind: "command", since: 50, goesAway: 0.01, fails: 0.1, longest: YEAR / 12 },
+    {
+      id: "command",
+      policy: "0",
+      kind: "command",
+      since: 50,
+      goesAway: 0.01,
+      fails: 0.1,
+      longest: YEAR / 12,
+    },
   ],
 });
 

@@ -3,16 +3,45 @@
 import { describe, expect, test } from "bun:test";
 import { existsSync, readFileSync, rmSync, writeFileSync } from "node:fs";
 import { join } from "node:path";
-import { contentsDigest, events, expectRun, expectSound, filesystem, fill, nextSecond, pair, sh, snapshotAs, snapshotNames, sshServer, start, subvolume, subvolumes, temporaryDirectory, waitFor } from "./support/rig.ts";
+import {
+  contentsDigest,
+  events,
+  expectRun,
+  expectSound,
+  filesystem,
+  fill,
+  nextSecond,
+  pair,
+  sh,
+  snapshotAs,
+  snapshotNames,
+  sshServer,
+  start,
+  subvolume,
+  subvolumes,
+  temporaryDirectory,
+  waitFor,
+} from "./support/rig.ts";
 
 /** A PATH on which every call of btrfs is written down, and `calls` to count those that begin so, but for looks at the head of a stream. */
 function counted(): { env: Record<string, string>; calls: (words: string) => number } {
   const tools = temporaryDirectory();
-  writeFileSync(join(tools, "btrfs"), `#!/bin/sh\necho "$*" >>${tools}/log\nexec ${sh("command -v btrfs")} "$@"\n`, { mode: 0o755 });
-  return { env: { PATH: `${tools}:${process.env["PATH"]}` }, calls: (words) => readFileSync(join(tools, "log"), "utf8").split("\n").filter((line) => line.startsWith(words) && !line.includes("--no-data")).length };
+  writeFileSync(
+    join(tools, "btrfs"),
+    `#!/bin/sh\necho "$*" >>${tools}/log\nexec ${sh("command -v btrfs")} "$@"\n`,
+    { mode: 0o755 },
+  );
+  return {
+    env: { PATH: `${tools}:${process.env["PATH"]}` },
+    calls: (words) =>
+      readFileSync(join(tools, "log"), "utf8")
+        .split("\n")
+        .filter((line) => line.startsWith(words) && !line.includes("--no-data")).length,
+  };
 }
 /** What a run says of each destination's transfers. */
-const transfers = (all: Record<string, any>[], destination: string) => all.filter((one) => one["event"] === "transfer" && one["destination"] === destination);
+const transfers = (all: Record<string, any>[], destination: string) =>
+  all.filter((one) => one["event"] === "transfer" && one["destination"] === destination);
 
 test("destinations that need the same stream get it from one btrfs send, here and over ssh, and keep being served so", async () => {
   const { source, snapshots, destination, b } = pair();
@@ -24,10 +53,31 @@ test("destinations that need the same stream get it from one btrfs send, here an
   for (let i = 0; i < 3; i++) {
     writeFileSync(join(source, "file"), String(i));
     const { env, calls } = counted();
-    const all = events(await expectRun(0, [...options, "--json", "-n", "2", source, ...places, stored[0] as string, "--for", stored[1] as string, "-n", "0"], { env }));
+    const all = events(
+      await expectRun(
+        0,
+        [
+          ...options,
+          "--json",
+          "-n",
+          "2",
+          source,
+          ...places,
+          stored[0] as string,
+          "--for",
+          stored[1] as string,
+          "-n",
+          "0",
+        ],
+        { env },
+      ),
+    );
     // The stored ones are protocol 1.
     expect([calls("send"), calls("receive")]).toEqual([2, 2]); // the third one over there
-    for (const place of [...places, ...stored]) expect(transfers(all, place)).toMatchObject([{ parent: i === 0 ? null : snapshotNames(snapshots).at(-2) }]);
+    for (const place of [...places, ...stored])
+      expect(transfers(all, place)).toMatchObject([
+        { parent: i === 0 ? null : snapshotNames(snapshots).at(-2) },
+      ]);
     const bytes = places.map((place) => transfers(all, place)[0]?.["bytes"] as number);
     expect(Math.max(...bytes)).toBe(Math.min(...bytes));
     await nextSecond();
@@ -38,9 +88,9 @@ test("destinations that need the same stream get it from one btrfs send, here an
   }
   for (const place of places) await expectRun(0, ["verify", ...options, source, place]);
   await expectRun(0, ["verify", stored[0] as string]);
-  for (const name of snapshotNames(snapshots)) expect(sh(`btrfs receive --dump <"$1/$2" | grep -c ^ || :`, out, name)).not.toBe("0");
+  for (const name of snapshotNames(snapshots))
+    expect(sh(`btrfs receive --dump <"$1/$2" | grep -c ^ || :`, out, name)).not.toBe("0");
 });
-
 
 describe("of several destinations", () => {
   test("one that fails drops out: the others get all, and it gets its own next time", async () => {
@@ -70,17 +120,24 @@ describe("of several destinations", () => {
     const { source } = pair();
     sh(`head -c 50M /dev/urandom >"$1/large"`, source);
     const directory = temporaryDirectory();
-    const sink = (name: string) => `shell://{ head -c 1000000 >/dev/null; touch ${directory}/${name}.began; exec pv -q -L 2m; } | { cat >/dev/null; touch ${directory}/${name}.ended; }`;
+    const sink = (name: string) =>
+      `shell://{ head -c 1000000 >/dev/null; touch ${directory}/${name}.began; exec pv -q -L 2m; } | { cat >/dev/null; touch ${directory}/${name}.ended; }`;
     const { env, calls } = counted();
     const running = start([source, sink("a"), sink("b"), sink("c")], { env });
-    await waitFor("the stream to begin", () => ["a", "b", "c"].every((name) => existsSync(join(directory, `${name}.began`))));
+    await waitFor("the stream to begin", () =>
+      ["a", "b", "c"].every((name) => existsSync(join(directory, `${name}.began`))),
+    );
     expect(calls("send")).toBe(1);
     sh(`pkill -KILL -f "[b]trfs send -q "`);
     const { status, stderr } = await running.finished;
     expect(status).toBe(1);
     expect(stderr.match(/btrfs send was killed by signal 9/g)?.length).toBe(3);
-    for (const name of ["a", "b", "c"]) expect(existsSync(join(directory, `${name}.ended`))).toBe(false);
-    await waitFor("all to be gone", () => sh(`pgrep -af "$1" | grep -v "pgrep -af" || :`, directory) === "");
+    for (const name of ["a", "b", "c"])
+      expect(existsSync(join(directory, `${name}.ended`))).toBe(false);
+    await waitFor(
+      "all to be gone",
+      () => sh(`pgrep -af "$1" | grep -v "pgrep -af" || :`, directory) === "",
+    );
   });
 
   test("one that stalls leaves the stream that others wait for, and gets it with the next run", async () => {
@@ -93,7 +150,11 @@ describe("of several destinations", () => {
     const all = ["--json", "--timeout", "3", source, slow, `shell://cat >${directory}/quick`];
     const first = await expectRun(1, all, { env });
     expect(first.stderr).toContain("stuck: for 3 s no byte moved");
-    expect(events(first).filter(({ event }) => event === "transfer").map(({ destination }) => destination)).toEqual([`shell://cat >${directory}/quick`]);
+    expect(
+      events(first)
+        .filter(({ event }) => event === "transfer")
+        .map(({ destination }) => destination),
+    ).toEqual([`shell://cat >${directory}/quick`]);
     expect(calls("send")).toBe(1);
     await expectRun(0, [...all, "-S"], { env });
     expect(sh(`cmp "$1/slow" "$1/quick"; stat -c %s "$1/slow"`, directory)).toMatch(/^5\d{6}$/);
@@ -104,7 +165,11 @@ test("a stream that is slow, but flows, is not taken for one that stalls", async
   const { source, destination } = pair();
   sh(`head -c 3M /dev/urandom >"$1/large"`, source);
   const { env, calls } = counted();
-  await expectRun(0, ["--protocol", "1", "--timeout", "4", source, "shell://pv -q -L 120k >/dev/null", destination], { env });
+  await expectRun(
+    0,
+    ["--protocol", "1", "--timeout", "4", source, "shell://pv -q -L 120k >/dev/null", destination],
+    { env },
+  );
   expect(calls("send")).toBe(1);
 });
 
@@ -112,15 +177,20 @@ test("different streams flow side by side, at most --jobs at a time", async () =
   const { source } = pair();
   const directory = temporaryDirectory();
   // Each waits for the others before it takes its stream.
-  const meeting = (name: string) => `shell://touch ${directory}/${name}; until [ -e ${directory}/a ] && [ -e ${directory}/b ] && [ -e ${directory}/c ]; do sleep 0.05; done; cat >/dev/null`;
-  const each = (command: (name: string) => string) => ["a", "b", "c"].flatMap((name, i) => ["--for", command(name), "--rate-limit", `${i + 1}g`]);
+  const meeting = (name: string) =>
+    `shell://touch ${directory}/${name}; until [ -e ${directory}/a ] && [ -e ${directory}/b ] && [ -e ${directory}/c ]; do sleep 0.05; done; cat >/dev/null`;
+  const each = (command: (name: string) => string) =>
+    ["a", "b", "c"].flatMap((name, i) => ["--for", command(name), "--rate-limit", `${i + 1}g`]);
   await expectRun(0, ["-S", ...each(meeting), source]);
   snapshotAs(source, "20260101-000000");
   await expectRun(0, ["-S", ...each(meeting), source]);
   // Each is alone, or fails.
-  const alone = (name: string) => `shell://mkdir ${directory}/alone && cat >/dev/null && sleep 0.2 && rmdir ${directory}/alone; : ${name}`;
+  const alone = (name: string) =>
+    `shell://mkdir ${directory}/alone && cat >/dev/null && sleep 0.2 && rmdir ${directory}/alone; : ${name}`;
   await expectRun(0, ["-S", "--jobs", "1", ...each(alone), source]);
-  expect((await expectRun(2, ["--jobs", "0", source])).stderr).toContain("--jobs takes a whole number from 1");
+  expect((await expectRun(2, ["--jobs", "0", source])).stderr).toContain(
+    "--jobs takes a whole number from 1",
+  );
 });
 
 test("who lacks more than others gets that by itself", async () => {
@@ -132,8 +202,12 @@ test("who lacks more than others gets that by itself", async () => {
   }
   snapshotAs(source, "20260104-000000");
   const { env, calls } = counted();
-  const all = events(await expectRun(0, ["-S", "--json", source, destination, behind, fresh], { env }));
-  expect(transfers(all, destination).map(({ name, parent }) => [name, parent])).toEqual([["20260104-000000", "20260103-000000"]]);
+  const all = events(
+    await expectRun(0, ["-S", "--json", source, destination, behind, fresh], { env }),
+  );
+  expect(transfers(all, destination).map(({ name, parent }) => [name, parent])).toEqual([
+    ["20260104-000000", "20260103-000000"],
+  ]);
   expect(transfers(all, behind).length).toBe(3);
   expect(transfers(all, fresh).length).toBe(4);
   expect(calls("send")).toBe(8);
@@ -150,8 +224,16 @@ test("Ctrl-C ends all that share a stream, and nothing is left of any", async ()
   const { source, snapshots, destination } = pair();
   sh(`head -c 60M /dev/urandom >"$1/large"`, source);
   const other = join(filesystem().path, "other");
-  const running = start(["--protocol", "1", source, destination, other, "shell://pv -q -L 5m >/dev/null"]);
-  const begun = (folder: string) => existsSync(folder) && [...subvolumes(folder).values()].some(({ readonly }) => !readonly);
+  const running = start([
+    "--protocol",
+    "1",
+    source,
+    destination,
+    other,
+    "shell://pv -q -L 5m >/dev/null",
+  ]);
+  const begun = (folder: string) =>
+    existsSync(folder) && [...subvolumes(folder).values()].some(({ readonly }) => !readonly);
   await waitFor("both", () => begun(destination) && begun(other));
   running.child.kill("SIGINT");
   expect((await running.finished).status).toBe(130);
@@ -166,7 +248,10 @@ test("protocol 2 where both sides know it: what is compressed on the disk travel
   const source = subvolume(join(a.path, "home"));
   fill(source);
   sh(`head -c 60M /dev/zero | tr '\\0' x >"$1/dull"`, source);
-  const sent = async (to: string, args: readonly string[], env = {}) => transfers(events(await expectRun(0, ["--json", ...args, source, to], { env })), to)[0]?.["bytes"] as number;
+  const sent = async (to: string, args: readonly string[], env = {}) =>
+    transfers(events(await expectRun(0, ["--json", ...args, source, to], { env })), to)[0]?.[
+      "bytes"
+    ] as number;
   snapshotAs(source, "20260101-000000");
   const short = await sent(join(b.path, "short"), ["-S"]);
   const long = await sent(join(b.path, "long"), ["-S", "--protocol", "1"]);
@@ -174,13 +259,27 @@ test("protocol 2 where both sides know it: what is compressed on the disk travel
   const log = counted();
   const tools = join(log.env["PATH"]?.split(":")[0] as string, "btrfs");
   // Whose btrfs-progs are old is not sent what they do not know.
-  writeFileSync(tools, readFileSync(tools, "utf8").replace("exec", 'if [ "$1" = --version ]; then echo "btrfs-progs v5.16"; exit; fi; exec'));
+  writeFileSync(
+    tools,
+    readFileSync(tools, "utf8").replace(
+      "exec",
+      'if [ "$1" = --version ]; then echo "btrfs-progs v5.16"; exit; fi; exec',
+    ),
+  );
   expect(await sent(join(b.path, "old"), ["-S"], log.env)).toBeGreaterThan(60e6);
   expect(log.calls("send -q -p") + log.calls("send -q ./")).toBe(1);
-  for (const place of ["short", "long", "old"]) expect(contentsDigest(join(b.path, place, "20260101-000000"))).toBe(contentsDigest(source));
+  for (const place of ["short", "long", "old"])
+    expect(contentsDigest(join(b.path, place, "20260101-000000"))).toBe(contentsDigest(source));
   await expectRun(0, ["verify", source, join(b.path, "short")]);
   // Back again, the same way.
-  const back = events(await expectRun(0, ["restore", "--json", join(b.path, "short"), join(filesystem().path, "back")]));
+  const back = events(
+    await expectRun(0, [
+      "restore",
+      "--json",
+      join(b.path, "short"),
+      join(filesystem().path, "back"),
+    ]),
+  );
   expect(back.find(({ event }) => event === "transfer")?.["bytes"]).toBeLessThan(8e6);
 });
 
@@ -193,7 +292,11 @@ test("what a guard does not let through compressed is sent once more without, by
   const place = join(b.path, "home");
   const first = await expectRun(0, [...options, source, url(place)]);
   expect(first.stderr).toContain("once more with protocol 1");
-  expect(contentsDigest(join(place, snapshotNames(place)[0] as string))).toBe(contentsDigest(source));
+  expect(contentsDigest(join(place, snapshotNames(place)[0] as string))).toBe(
+    contentsDigest(source),
+  );
   await nextSecond();
-  expect((await expectRun(1, [...options, "--protocol", "2", "-I", source, url(place)])).stderr).toContain("--protocol 1 sends without");
+  expect(
+    (await expectRun(1, [...options, "--protocol", "2", "-I", source, url(place)])).stderr,
+  ).toContain("--protocol 1 sends without");
 });

@@ -1,24 +1,59 @@
 // What goes wrong is told once, by its cause, and with the way out; what cannot be wrong is done.
 
 import { describe, expect, test } from "bun:test";
-import { chmodSync, existsSync, mkdirSync, readFileSync, renameSync, rmSync, utimesSync, writeFileSync } from "node:fs";
+import {
+  chmodSync,
+  existsSync,
+  mkdirSync,
+  readFileSync,
+  renameSync,
+  rmSync,
+  utimesSync,
+  writeFileSync,
+} from "node:fs";
 import { join } from "node:path";
 import {
-  events, expectRun, expectSound, filesystem, nextSecond, pair, run, sh, snapshotAs, snapshotNames, sshServer, subvolume, subvolumes, temporaryDirectory, unmount,
+  events,
+  expectRun,
+  expectSound,
+  filesystem,
+  nextSecond,
+  pair,
+  run,
+  sh,
+  snapshotAs,
+  snapshotNames,
+  sshServer,
+  subvolume,
+  subvolumes,
+  temporaryDirectory,
+  unmount,
 } from "./support/rig.ts";
 
-const transfers = (result: Parameters<typeof events>[0]) => events(result).filter(({ event }) => event === "transfer");
+const transfers = (result: Parameters<typeof events>[0]) =>
+  events(result).filter(({ event }) => event === "transfer");
 
 describe("who is not root", () => {
-  const nobody = { wrapper: ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups"], env: { HOME: "/tmp" }, cwd: "/" };
+  const nobody = {
+    wrapper: ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups"],
+    env: { HOME: "/tmp" },
+    cwd: "/",
+  };
 
   test("reads that it takes root, in each command, and each place once", async () => {
     const { source, destination, a } = pair();
     writeFileSync(join(source, "file"), "x");
     await expectRun(0, [source, destination]);
     const commands = [
-      [source, destination], ["list", source], ["list", destination], ["verify", source, destination], ["versions", join(source, "file")],
-      ["prune", "-n", "1", destination], ["restore", destination, join(a.path, "again")], ["copy", destination, join(a.path, "copy")], ["unpin", "--all", source],
+      [source, destination],
+      ["list", source],
+      ["list", destination],
+      ["verify", source, destination],
+      ["versions", join(source, "file")],
+      ["prune", "-n", "1", destination],
+      ["restore", destination, join(a.path, "again")],
+      ["copy", destination, join(a.path, "copy")],
+      ["unpin", "--all", source],
     ];
     const wrong: unknown[] = [];
     for (const mode of [0o755, 0o700]) {
@@ -27,8 +62,14 @@ describe("who is not root", () => {
         const { status, stderr } = await run(command, nobody);
         const [line = ""] = stderr.split("\n").filter((one) => one.startsWith("[error]"));
         const place = /\/\S+?(?=:)/.exec(line)?.[0] ?? "";
-        const isFine = status === 1 && line.endsWith(`: Permission denied: this needs root, as sudo gives it (see "Without root" in the README)`) && !/can't cd|btrfs-backup:open/.test(stderr);
-        if (!isFine || place === "" || line.split(`${place}:`).length !== 2) wrong.push([mode, command, status, stderr]);
+        const isFine =
+          status === 1 &&
+          line.endsWith(
+            `: Permission denied: this needs root, as sudo gives it (see "Without root" in the README)`,
+          ) &&
+          !/can't cd|btrfs-backup:open/.test(stderr);
+        if (!isFine || place === "" || line.split(`${place}:`).length !== 2)
+          wrong.push([mode, command, status, stderr]);
       }
     }
     expect(wrong).toEqual([]);
@@ -49,30 +90,51 @@ test("a source that is full is told once, not for each destination", async () =>
   const small = filesystem({ size: "120M" });
   const source = subvolume(join(small.path, "home"));
   snapshotAs(source, "20260101-000000");
-  sh(`head -c 300M /dev/zero >"$1/fill" 2>/dev/null || :; for i in $(seq 3000); do head -c 2000 /dev/urandom >"$1/$i" 2>/dev/null || break; done; sync; for i in $(seq 5000 9000); do head -c 100 /dev/urandom >"$1/$i" 2>/dev/null || break; done; sync`, source);
+  sh(
+    `head -c 300M /dev/zero >"$1/fill" 2>/dev/null || :; for i in $(seq 3000); do head -c 2000 /dev/urandom >"$1/$i" 2>/dev/null || break; done; sync; for i in $(seq 5000 9000); do head -c 100 /dev/urandom >"$1/$i" 2>/dev/null || break; done; sync`,
+    source,
+  );
   const { stderr } = await expectRun(1, ["-S", source, join(a.path, "one"), join(a.path, "two")]);
   expect(stderr.match(/cannot write \.btrfs-backup\.json/g)?.length).toBe(1);
 });
 
 describe("chattr +i on a source's top, which its snapshots have, too:", () => {
-  test.each([[[]], [["-w"]]])("a deletion that fails leaves them read-only, and tells the cause (%p)", async (options) => {
-    const { source, snapshots } = pair();
-    snapshotAs(source, "20260101-000000");
-    sh(`chattr +i "$1"`, source);
-    try {
-      const first = await run(["-N", "1", ...options, source]);
-      expect([first.status, /20260101-000000 has the attribute i or a \(lsattr -d\).*chattr -ia/.test(first.stderr)]).toEqual([0, false]); // that one was taken before
-      await nextSecond();
-      const second = await expectRun(1, ["-N", "1", ...options, source]);
-      expect(second.stderr).toMatch(/\/snapshot\/\d{8}-\d{6} has the attribute i or a \(lsattr -d\), as its source had: btrfs property set -f NAME ro false, chattr -ia NAME, and delete it/);
-      expect([...subvolumes(snapshots).values()].map(({ readonly }) => readonly)).toEqual([true, true]);
-      // Its words are the way out.
-      const [oldest] = snapshotNames(snapshots) as [string];
-      sh(`cd "$1"; btrfs property set -f -ts "$2" ro false; chattr -ia "$2"; btrfs -q subvolume delete "$2" >/dev/null`, snapshots, oldest);
-    } finally {
-      sh(`chattr -i "$1"; for s in "$1"/snapshot/2*; do btrfs property set -f -ts "$s" ro false; chattr -i "$s"; done`, source);
-    }
-  });
+  test.each([[[]], [["-w"]]])(
+    "a deletion that fails leaves them read-only, and tells the cause (%p)",
+    async (options) => {
+      const { source, snapshots } = pair();
+      snapshotAs(source, "20260101-000000");
+      sh(`chattr +i "$1"`, source);
+      try {
+        const first = await run(["-N", "1", ...options, source]);
+        expect([
+          first.status,
+          /20260101-000000 has the attribute i or a \(lsattr -d\).*chattr -ia/.test(first.stderr),
+        ]).toEqual([0, false]); // that one was taken before
+        await nextSecond();
+        const second = await expectRun(1, ["-N", "1", ...options, source]);
+        expect(second.stderr).toMatch(
+          /\/snapshot\/\d{8}-\d{6} has the attribute i or a \(lsattr -d\), as its source had: btrfs property set -f NAME ro false, chattr -ia NAME, and delete it/,
+        );
+        expect([...subvolumes(snapshots).values()].map(({ readonly }) => readonly)).toEqual([
+          true,
+          true,
+        ]);
+        // Its words are the way out.
+        const [oldest] = snapshotNames(snapshots) as [string];
+        sh(
+          `cd "$1"; btrfs property set -f -ts "$2" ro false; chattr -ia "$2"; btrfs -q subvolume delete "$2" >/dev/null`,
+          snapshots,
+          oldest,
+        );
+      } finally {
+        sh(
+          `chattr -i "$1"; for s in "$1"/snapshot/2*; do btrfs property set -f -ts "$s" ro false; chattr -i "$s"; done`,
+          source,
+        );
+      }
+    },
+  );
 });
 
 describe("directories above a new destination", () => {
@@ -83,20 +145,35 @@ describe("directories above a new destination", () => {
     await expectRun(0, [...options, "-S", source, url(join(b.path, "c/d/home"))]);
     const laptops = join(filesystem().path, "laptops");
     mkdirSync(laptops);
-    await expectRun(0, [...guarded("--path", laptops), "-S", source, url(join(laptops, "e/f/home"))]);
+    await expectRun(0, [
+      ...guarded("--path", laptops),
+      "-S",
+      source,
+      url(join(laptops, "e/f/home")),
+    ]);
     await expectRun(0, ["-S", source, `raw://${join(b.path, "g/h")}`]);
-    for (const place of [join(b.path, "a/b/home"), join(b.path, "c/d/home"), join(laptops, "e/f/home")]) expectSound(place, snapshots);
+    for (const place of [
+      join(b.path, "a/b/home"),
+      join(b.path, "c/d/home"),
+      join(laptops, "e/f/home"),
+    ])
+      expectSound(place, snapshots);
   });
 
   test("are not made where that could be a mount that was forgotten, and the message says what to type", async () => {
     const { source, a } = pair();
     const disk = filesystem();
     const plain = temporaryDirectory();
-    for (const [parent, why] of [[plain, "is not on btrfs"], [a.path, "is on the filesystem of SOURCE"]] as const) {
+    for (const [parent, why] of [
+      [plain, "is not on btrfs"],
+      [a.path, "is on the filesystem of SOURCE"],
+    ] as const) {
       const place = join(parent, "not/there/home");
       for (const kind of ["", "raw://"]) {
         const { stderr } = await expectRun(1, [source, `${kind}${place}`]);
-        expect(stderr).toContain(`no such directory: ${join(parent, "not/there")} (is the disk mounted? ${parent} ${why}; if it is to be made: mkdir -p ${join(parent, "not/there")})`);
+        expect(stderr).toContain(
+          `no such directory: ${join(parent, "not/there")} (is the disk mounted? ${parent} ${why}; if it is to be made: mkdir -p ${join(parent, "not/there")})`,
+        );
         expect(existsSync(join(parent, "not"))).toBe(false);
       }
     }
@@ -107,8 +184,12 @@ describe("directories above a new destination", () => {
     const script = `mount --bind "${root}" "${root}"; for d in /*; do
       if [ -L "$d" ]; then cp -P "$d" "${root}$d"; elif [ -d "$d" ] && [ "$d" != /mnt ]; then mkdir -p "${root}$d"; mount --rbind "$d" "${root}$d"; fi
     done; exec chroot "${root}" "$@"`;
-    const { stderr: rooted } = await expectRun(1, [source, "/mnt/disk/not/there/home"], { wrapper: ["unshare", "-m", "bash", "-c", script, "sh"] });
-    expect(rooted).toContain("(is the disk mounted? /mnt/disk is on the root filesystem; if it is to be made: mkdir -p /mnt/disk/not/there)");
+    const { stderr: rooted } = await expectRun(1, [source, "/mnt/disk/not/there/home"], {
+      wrapper: ["unshare", "-m", "bash", "-c", script, "sh"],
+    });
+    expect(rooted).toContain(
+      "(is the disk mounted? /mnt/disk is on the root filesystem; if it is to be made: mkdir -p /mnt/disk/not/there)",
+    );
     expect(existsSync(join(root, "mnt/disk/not"))).toBe(false);
     // Nor with --dry-run, which says so.
     const { stderr } = await run(["--dry-run", source, place]);
@@ -132,7 +213,9 @@ describe("a known disk that is away", () => {
     expect([quiet.stderr, quiet.stdout]).toEqual(["", ""]);
     await nextSecond();
     await expectRun(0, [source, destination]);
-    expect((await expectRun(1, ["-q", "-S", "--locked-dests", source])).stderr).toContain(disk.path);
+    expect((await expectRun(1, ["-q", "-S", "--locked-dests", source])).stderr).toContain(
+      disk.path,
+    );
     // Whoever names it wants it.
     await expectRun(1, ["-S", source, join(disk.path, "backup")]);
     expect(existsSync(b.path)).toBe(true);
@@ -150,13 +233,25 @@ describe("going back to 0.3.1 for a while", () => {
       writeFileSync(join(source, "file"), `${n}`);
       snapshotAs(source, `2026010${n}-000000`);
     }
-    sh(`btrfs send -q -p "$1/20260101-000000" "$1/20260102-000000" | btrfs receive -q "$2"; btrfs -q subvolume create "$2/20260103-000000" >/dev/null; echo half >"$2/20260103-000000/file"`, snapshots, destination);
+    sh(
+      `btrfs send -q -p "$1/20260101-000000" "$1/20260102-000000" | btrfs receive -q "$2"; btrfs -q subvolume create "$2/20260103-000000" >/dev/null; echo half >"$2/20260103-000000/file"`,
+      snapshots,
+      destination,
+    );
     const old = join(snapshots, ".outstanding_transfers");
-    writeFileSync(old, JSON.stringify({ "20260102-000000": { parent_locks: [destination] }, "20260103-000000": { locks: [destination] } }));
+    writeFileSync(
+      old,
+      JSON.stringify({
+        "20260102-000000": { parent_locks: [destination] },
+        "20260103-000000": { locks: [destination] },
+      }),
+    );
     const record = join(snapshots, ".btrfs-backup.json");
     utimesSync(record, 1, 1);
     const result = await expectRun(0, ["--json", "-S", source, destination]);
-    expect(transfers(result).map(({ name, parent }) => [name, parent])).toEqual([["20260103-000000", "20260102-000000"]]);
+    expect(transfers(result).map(({ name, parent }) => [name, parent])).toEqual([
+      ["20260103-000000", "20260102-000000"],
+    ]);
     expectSound(destination, snapshots);
     expect(readFileSync(join(destination, "20260103-000000/file"), "utf8")).toBe("3");
     // What it remembers from before moves no pin back.
@@ -171,7 +266,9 @@ describe("going back to 0.3.1 for a while", () => {
     rmSync(old);
     writeFileSync(old, JSON.stringify({ "20260101-000000": { parent_locks: ["/nowhere/else"] } }));
     utimesSync(old, 1, 1);
-    const [{ locations }] = events(await run(["list", "--json", source])).filter(({ event }) => event === "list") as [any];
+    const [{ locations }] = events(await run(["list", "--json", source])).filter(
+      ({ event }) => event === "list",
+    ) as [any];
     expect(JSON.stringify(locations)).not.toContain("/nowhere/else");
   });
 });

@@ -4,14 +4,34 @@ import { describe, expect, test } from "bun:test";
 import { existsSync, writeFileSync } from "node:fs";
 import { join } from "node:path";
 import {
-  change, contentsDigest, events, expectRun, expectSound, filesystem, pair, run, seeded, sh, snapshotAs, snapshotNames, soak, sshServer, start, waitFor,
-  subvolumes, temporaryDirectory, treeDigest,
+  change,
+  contentsDigest,
+  events,
+  expectRun,
+  expectSound,
+  filesystem,
+  pair,
+  run,
+  seeded,
+  sh,
+  snapshotAs,
+  snapshotNames,
+  soak,
+  sshServer,
+  start,
+  waitFor,
+  subvolumes,
+  temporaryDirectory,
+  treeDigest,
 } from "./support/rig.ts";
 
 const day = (n: number) => `202601${String(n).padStart(2, "0")}-000000`;
-const transfers = (result: Parameters<typeof events>[0]) => events(result).filter(({ event }) => event === "transfer");
+const transfers = (result: Parameters<typeof events>[0]) =>
+  events(result).filter(({ event }) => event === "transfer");
 const listed = async (place: string) => {
-  const [{ snapshots }] = events(await expectRun(0, ["list", "--json", place])).filter(({ event }) => event === "list") as [any];
+  const [{ snapshots }] = events(await expectRun(0, ["list", "--json", place])).filter(
+    ({ event }) => event === "list",
+  ) as [any];
   return (snapshots.map(({ name }: { name: string }) => name) as string[]).reverse(); // the newest is first there
 };
 /** A source of some MB with snapshots of so many days, each with a little that is new. */
@@ -24,43 +44,72 @@ function days(count: number) {
   }
   return { source, snapshots, destination, a, b };
 }
-const range = (from: number, to: number) => Array.from({ length: to - from + 1 }, (_, i) => day(from + i));
+const range = (from: number, to: number) =>
+  Array.from({ length: to - from + 1 }, (_, i) => day(from + i));
 
 describe("an earlier snapshot that comes after a later one", () => {
-  test.each(["folder", "ssh", "raw"])("where -n was loosened (%s), and the places keep the order of the days", async (kind) => {
-    const { source, snapshots, destination, a } = days(8);
-    const { options, url } = await sshServer();
-    const place = kind === "folder" ? destination : kind === "ssh" ? url(destination) : `raw://${destination}`;
-    const args = [...(kind === "ssh" ? options : []), "--json", "-S", source, place];
-    await expectRun(0, ["-n", "2", ...args]);
-    const more = transfers(await expectRun(0, ["-n", "6", ...args]));
-    expect(more.map(({ name, parent }) => [name, parent])).toEqual([[day(3), day(7)], [day(4), day(3)], [day(5), day(4)], [day(6), day(5)]]);
-    expect(await listed(kind === "raw" ? place : destination)).toEqual(range(3, 8));
-    if (kind !== "raw") expectSound(destination, snapshots);
-    // By the same order, the newest is what is given back, and the oldest goes.
-    await expectRun(0, ["restore", kind === "raw" ? place : destination, join(a.path, "again")]);
-    expect(contentsDigest(join(a.path, "again"))).toBe(contentsDigest(source));
-    await expectRun(0, ["restore", "--snapshot", day(4), kind === "raw" ? place : destination, join(a.path, "fourth")]);
-    expect(sh(`cat "$1/day"`, join(a.path, "fourth"))).toBe("4");
-    writeFileSync(join(source, "day"), "9");
-    snapshotAs(source, day(9));
-    const last = transfers(await expectRun(0, ["-n", "3", ...args]));
-    expect(last.map(({ name, parent }) => [name, parent])).toEqual([[day(9), day(8)]]);
-    // Of streams, what others build on stays as well.
-    if (kind !== "raw") expect(snapshotNames(destination)).toEqual(range(7, 9));
-    // Without the source's help, too.
-    sh(`btrfs -q subvolume delete "$1"/2* >/dev/null`, snapshots);
-    expect((await listed(kind === "raw" ? place : destination)).at(-1)).toBe(day(9));
-  });
+  test.each(["folder", "ssh", "raw"])(
+    "where -n was loosened (%s), and the places keep the order of the days",
+    async (kind) => {
+      const { source, snapshots, destination, a } = days(8);
+      const { options, url } = await sshServer();
+      const place =
+        kind === "folder"
+          ? destination
+          : kind === "ssh"
+            ? url(destination)
+            : `raw://${destination}`;
+      const args = [...(kind === "ssh" ? options : []), "--json", "-S", source, place];
+      await expectRun(0, ["-n", "2", ...args]);
+      const more = transfers(await expectRun(0, ["-n", "6", ...args]));
+      expect(more.map(({ name, parent }) => [name, parent])).toEqual([
+        [day(3), day(7)],
+        [day(4), day(3)],
+        [day(5), day(4)],
+        [day(6), day(5)],
+      ]);
+      expect(await listed(kind === "raw" ? place : destination)).toEqual(range(3, 8));
+      if (kind !== "raw") expectSound(destination, snapshots);
+      // By the same order, the newest is what is given back, and the oldest goes.
+      await expectRun(0, ["restore", kind === "raw" ? place : destination, join(a.path, "again")]);
+      expect(contentsDigest(join(a.path, "again"))).toBe(contentsDigest(source));
+      await expectRun(0, [
+        "restore",
+        "--snapshot",
+        day(4),
+        kind === "raw" ? place : destination,
+        join(a.path, "fourth"),
+      ]);
+      expect(sh(`cat "$1/day"`, join(a.path, "fourth"))).toBe("4");
+      writeFileSync(join(source, "day"), "9");
+      snapshotAs(source, day(9));
+      const last = transfers(await expectRun(0, ["-n", "3", ...args]));
+      expect(last.map(({ name, parent }) => [name, parent])).toEqual([[day(9), day(8)]]);
+      // Of streams, what others build on stays as well.
+      if (kind !== "raw") expect(snapshotNames(destination)).toEqual(range(7, 9));
+      // Without the source's help, too.
+      sh(`btrfs -q subvolume delete "$1"/2* >/dev/null`, snapshots);
+      expect((await listed(kind === "raw" ? place : destination)).at(-1)).toBe(day(9));
+    },
+  );
 
   test("after one --newest-only as well, with --backfill; without, what is older is left out, which one line says", async () => {
     const { source, snapshots, destination } = days(5);
     await expectRun(0, ["-S", "--newest-only", source, destination]);
     const nothing = await expectRun(0, ["--json", "-S", source, destination]);
     expect(transfers(nothing)).toEqual([]);
-    expect(nothing.stderr.match(/4 snapshots older than the newest one there are not sent; --backfill sends them/g)?.length).toBe(1);
+    expect(
+      nothing.stderr.match(
+        /4 snapshots older than the newest one there are not sent; --backfill sends them/g,
+      )?.length,
+    ).toBe(1);
     const all = transfers(await expectRun(0, ["--json", "-S", "--backfill", source, destination]));
-    expect(all.map(({ name, parent }) => [name, parent])).toEqual([[day(1), day(5)], [day(2), day(1)], [day(3), day(2)], [day(4), day(3)]]);
+    expect(all.map(({ name, parent }) => [name, parent])).toEqual([
+      [day(1), day(5)],
+      [day(2), day(1)],
+      [day(3), day(2)],
+      [day(4), day(3)],
+    ]);
     expectSound(destination, snapshots);
     expect(await listed(destination)).toEqual(range(1, 5));
     // A copy knows the order, too.
@@ -72,7 +121,9 @@ describe("an earlier snapshot that comes after a later one", () => {
     expect(snapshotNames(destination)).toEqual([day(2), day(3), day(4), day(5)]);
     await expectRun(0, ["prune", "-n", "1", destination]);
     expect(snapshotNames(destination)).toEqual([day(4), day(5)]);
-    expect((await expectRun(2, ["-S", "--backfill", "--newest-only", source, destination])).stderr).toContain("contradict each other");
+    expect(
+      (await expectRun(2, ["-S", "--backfill", "--newest-only", source, destination])).stderr,
+    ).toContain("contradict each other");
   });
 
   test("and streams, of which prune keeps the newest all the same", async () => {
@@ -97,7 +148,8 @@ describe("an earlier snapshot that comes after a later one", () => {
     snapshotAs(source, day(3));
     return { source, snapshots, destination, a, b };
   }
-  const LOSS = /in full: (\d{8}-000000) is not known to be an earlier state of (\d{8}-000000), and btrfs send would lose the end of .*/;
+  const LOSS =
+    /in full: (\d{8}-000000) is not known to be an earlier state of (\d{8}-000000), and btrfs send would lose the end of .*/;
 
   test("is sent in full where btrfs send would lose something: what was cut off later", async () => {
     const { source, snapshots, destination, a, b } = cutOff("odd \\303\n\u00e4 name");
@@ -110,18 +162,25 @@ describe("an earlier snapshot that comes after a later one", () => {
     }
     expectSound(destination, snapshots);
     await expectRun(0, ["restore", "--snapshot", day(1), stored, join(a.path, "from-stream")]);
-    expect(treeDigest(join(a.path, "from-stream", "snapshot", day(1)))).toBe(treeDigest(join(snapshots, day(1))));
+    expect(treeDigest(join(a.path, "from-stream", "snapshot", day(1)))).toBe(
+      treeDigest(join(snapshots, day(1))),
+    );
     // The same between two destinations, by ssh, and on the way back.
     const copied = join(filesystem().path, "copied");
     await expectRun(0, ["copy", "--newest-only", ...options, url(destination), copied]);
     // The first was received in full there: none of the others was made from it.
-    expect((await expectRun(0, ["copy", "--backfill", ...options, url(destination), copied])).stderr).toMatch(/in full: .* was not made from it/);
+    expect(
+      (await expectRun(0, ["copy", "--backfill", ...options, url(destination), copied])).stderr,
+    ).toMatch(/in full: .* was not made from it/);
     expectSound(copied, snapshots);
   });
 
   test("also where another file has the path that it had", async () => {
     const { source, snapshots, destination } = pair();
-    sh(`cd "$1"; head -c 8000 /dev/urandom >f1; head -c 8000 /dev/urandom >f2; mkdir new old; mv f1 new/f; mv f2 old/f`, source);
+    sh(
+      `cd "$1"; head -c 8000 /dev/urandom >f1; head -c 8000 /dev/urandom >f2; mkdir new old; mv f1 new/f; mv f2 old/f`,
+      source,
+    );
     snapshotAs(source, day(1));
     sh(`cd "$1"; mv old x; mv new old; mv x new; truncate -s 5000 old/f`, source);
     snapshotAs(source, day(2));
@@ -131,9 +190,21 @@ describe("an earlier snapshot that comes after a later one", () => {
   });
 
   test.each<[string, string, string]>([
-    ["somebody's attribute looks like a command", `touch g; setfattr -n user.q -v "$(printf 'x\\nwrite           ./${day(1)}/f offset=0 len=99999\\n.')" g`, "setfattr -x user.q g"],
-    ["a link leads from the parent to the snapshot", "mkdir dir; mv f dir/f", `mv dir dir2; ln -s "$1/snapshot/${day(1)}/dir" dir; mv dir2/f f`],
-    ["a file with another name than UTF-8 has changed as well", "echo x >\"$(printf 'caf\\351')\"", "echo y >>\"$(printf 'caf\\351')\""],
+    [
+      "somebody's attribute looks like a command",
+      `touch g; setfattr -n user.q -v "$(printf 'x\\nwrite           ./${day(1)}/f offset=0 len=99999\\n.')" g`,
+      "setfattr -x user.q g",
+    ],
+    [
+      "a link leads from the parent to the snapshot",
+      "mkdir dir; mv f dir/f",
+      `mv dir dir2; ln -s "$1/snapshot/${day(1)}/dir" dir; mv dir2/f f`,
+    ],
+    [
+      "a file with another name than UTF-8 has changed as well",
+      "echo x >\"$(printf 'caf\\351')\"",
+      "echo y >>\"$(printf 'caf\\351')\"",
+    ],
   ])("and where %s", async (_, first, second) => {
     for (const how of [[], ["--sudo"]]) {
       const { source, snapshots, destination } = pair();
@@ -142,7 +213,9 @@ describe("an earlier snapshot that comes after a later one", () => {
       sh(`cd "$1"; truncate -s 18000 $([ -f f ] && echo f || echo dir/f); ${second}`, source);
       snapshotAs(source, day(2));
       await expectRun(0, [...how, "-S", "--newest-only", source, destination]);
-      expect((await expectRun(0, [...how, "-S", "--backfill", source, destination])).stderr).toContain(`in full: ${day(2)} is not known to be an earlier state of ${day(1)}`);
+      expect(
+        (await expectRun(0, [...how, "-S", "--backfill", source, destination])).stderr,
+      ).toContain(`in full: ${day(2)} is not known to be an earlier state of ${day(1)}`);
       expectSound(destination, snapshots);
     }
   });
@@ -151,7 +224,10 @@ describe("an earlier snapshot that comes after a later one", () => {
     const { source, snapshots, destination } = pair();
     sh(`head -c 8000 /dev/urandom >"$1/f"`, source);
     snapshotAs(source, day(1));
-    sh(`btrfs property set -ts "$1" ro false; truncate -s 5000 "$1/f"; btrfs property set -ts "$1" ro true`, join(snapshots, day(1)));
+    sh(
+      `btrfs property set -ts "$1" ro false; truncate -s 5000 "$1/f"; btrfs property set -ts "$1" ro true`,
+      join(snapshots, day(1)),
+    );
     snapshotAs(source, day(2));
     expect((await expectRun(0, ["-S", source, destination])).stderr).toMatch(LOSS);
     expectSound(destination, snapshots);
@@ -163,11 +239,22 @@ describe("an earlier snapshot that comes after a later one", () => {
     sh(`cd "$1"; echo x >"$(printf 'caf\\351')"`, source);
     const tools = temporaryDirectory();
     const calls = join(tools, "calls");
-    writeFileSync(join(tools, "btrfs"), `#!/bin/sh\nPATH=\${PATH#*:}\necho "$*" >>${calls}\nexec btrfs "$@"\n`, { mode: 0o755 });
-    const result = await expectRun(0, ["--json", "--wait", "60", source, destination], { env: { PATH: `${tools}:${process.env["PATH"]}` } });
-    expect([transfers(result).length, transfers(result)[0]?.["parent"] !== null]).toEqual([1, true]);
+    writeFileSync(
+      join(tools, "btrfs"),
+      `#!/bin/sh\nPATH=\${PATH#*:}\necho "$*" >>${calls}\nexec btrfs "$@"\n`,
+      { mode: 0o755 },
+    );
+    const result = await expectRun(0, ["--json", "--wait", "60", source, destination], {
+      env: { PATH: `${tools}:${process.env["PATH"]}` },
+    });
+    expect([transfers(result).length, transfers(result)[0]?.["parent"] !== null]).toEqual([
+      1,
+      true,
+    ]);
     expect(sh(`cat "$1"`, calls)).not.toContain("--dump");
-    expect((await expectRun(0, ["--dry-run", source, destination])).stderr).toContain("difference to");
+    expect((await expectRun(0, ["--dry-run", source, destination])).stderr).toContain(
+      "difference to",
+    );
     expectSound(destination, snapshots);
   });
 
@@ -176,7 +263,19 @@ describe("an earlier snapshot that comes after a later one", () => {
     await expectRun(0, ["-S", source, destination]);
     const original = treeDigest(join(snapshots, day(1)));
     sh(`btrfs -q subvolume delete "$1" >/dev/null`, join(snapshots, day(1)));
-    expect((await expectRun(0, ["restore", "--parent-from", snapshots, "--snapshot", day(1), destination, join(a.path, "back")])).stderr).toMatch(LOSS);
+    expect(
+      (
+        await expectRun(0, [
+          "restore",
+          "--parent-from",
+          snapshots,
+          "--snapshot",
+          day(1),
+          destination,
+          join(a.path, "back"),
+        ])
+      ).stderr,
+    ).toMatch(LOSS);
     expect(treeDigest(join(destination, day(1)))).toBe(original);
     expect(contentsDigest(join(a.path, "back"))).toBe(contentsDigest(join(destination, day(1))));
   });
@@ -186,11 +285,18 @@ describe("an earlier snapshot that comes after a later one", () => {
       const { source, snapshots, destination } = cutOff();
       await expectRun(0, ["-S", source, destination]);
       await expectRun(0, ["restore", "--replace", "--snapshot", day(1), snapshots, source]);
-      if (isGone) sh(`btrfs -q subvolume delete "$1/${day(1)}" "$2/${day(1)}" >/dev/null`, snapshots, destination);
+      if (isGone)
+        sh(
+          `btrfs -q subvolume delete "$1/${day(1)}" "$2/${day(1)}" >/dev/null`,
+          snapshots,
+          destination,
+        );
       writeFileSync(join(source, "day"), "4");
       snapshotAs(source, day(4));
       const result = await expectRun(0, ["--json", "-S", source, destination]);
-      expect(transfers(result).map(({ name, parent }) => [name, parent])).toEqual([[day(4), isGone ? null : day(1)]]);
+      expect(transfers(result).map(({ name, parent }) => [name, parent])).toEqual([
+        [day(4), isGone ? null : day(1)],
+      ]);
       expect(LOSS.test(result.stderr)).toBe(isGone);
       expectSound(destination, snapshots);
     }
@@ -201,19 +307,41 @@ describe("an earlier snapshot that comes after a later one", () => {
     const { guarded, options, url } = await sshServer();
     const key = isGuarded ? guarded("--path", source, "--source") : options;
     await expectRun(0, ["-S", "--newest-only", ...key, url(source), destination]);
-    const result = await expectRun(0, ["--json", "-S", "--backfill", ...key, url(source), destination]);
-    expect(transfers(result).map(({ name, parent }) => [name, parent])).toEqual([[day(1), null], [day(2), day(1)]]);
+    const result = await expectRun(0, [
+      "--json",
+      "-S",
+      "--backfill",
+      ...key,
+      url(source),
+      destination,
+    ]);
+    expect(transfers(result).map(({ name, parent }) => [name, parent])).toEqual([
+      [day(1), null],
+      [day(2), day(1)],
+    ]);
     expect(LOSS.exec(result.stderr)?.slice(1) ?? result.stderr).toEqual([day(3), day(1)]);
     expectSound(destination, snapshots);
   });
 
   /** Cuts off a file somewhere, and lets directories change their names, or their places. */
   function move(source: string, random: () => number) {
-    const all = sh(`cd "$1"; find plain -type f; echo; find plain -mindepth 1 -type d`, source).split("\n\n").map((some) => some.split("\n"));
+    const all = sh(`cd "$1"; find plain -type f; echo; find plain -mindepth 1 -type d`, source)
+      .split("\n\n")
+      .map((some) => some.split("\n"));
     const pick = (some: readonly string[] = []) => some[Math.floor(random() * some.length)] ?? "";
-    sh(`cd "$1"; [ ! -f "$2" ] || truncate -s "$3" "$2"`, source, pick(all[0]), String(Math.floor(random() * 9000)));
+    sh(
+      `cd "$1"; [ ! -f "$2" ] || truncate -s "$3" "$2"`,
+      source,
+      pick(all[0]),
+      String(Math.floor(random() * 9000)),
+    );
     const [one, other] = [pick(all[1]), pick(all[1])];
-    sh(`cd "$1"; [ ! -d "$2" ] || [ ! -d "$3" ] || case "$2/" in "$3"/*) ;; *) case "$3/" in "$2"/*) ;; *) mv -T "$2" plain/away; mv -T "$3" "$2"; mv -T plain/away "$3";; esac;; esac`, source, one, other);
+    sh(
+      `cd "$1"; [ ! -d "$2" ] || [ ! -d "$3" ] || case "$2/" in "$3"/*) ;; *) case "$3/" in "$2"/*) ;; *) mv -T "$2" plain/away; mv -T "$3" "$2"; mv -T plain/away "$3";; esac;; esac`,
+      source,
+      one,
+      other,
+    );
   }
 
   test("random trees, changed in any way: what arrives is what was there", async () => {
@@ -223,13 +351,20 @@ describe("an earlier snapshot that comes after a later one", () => {
       for (let i = 0; i < 4; i++) {
         change(source, random);
         move(source, random);
-        snapshotAs(source, `2026${String(1 + (round % 12)).padStart(2, "0")}${String(10 + Math.floor(round / 12)).padStart(2, "0")}-00000${i}`);
+        snapshotAs(
+          source,
+          `2026${String(1 + (round % 12)).padStart(2, "0")}${String(10 + Math.floor(round / 12)).padStart(2, "0")}-00000${i}`,
+        );
       }
       await expectRun(0, ["-S", "--newest-only", source, destination]);
       await expectRun(0, ["-S", "--backfill", source, destination]);
     }
     expectSound(destination, snapshots);
-    for (const name of snapshotNames(snapshots)) expect([name, treeDigest(join(destination, name))]).toEqual([name, treeDigest(join(snapshots, name))]);
+    for (const name of snapshotNames(snapshots))
+      expect([name, treeDigest(join(destination, name))]).toEqual([
+        name,
+        treeDigest(join(snapshots, name)),
+      ]);
   });
 
   test("--no-full fails where nothing is shared, and sends nothing", async () => {
@@ -237,14 +372,30 @@ describe("an earlier snapshot that comes after a later one", () => {
     const stored = `raw://${temporaryDirectory()}`;
     for (const place of [destination, stored]) {
       const result = await expectRun(1, ["--json", "-S", "--no-full", source, place]);
-      expect([transfers(result), result.stderr.includes("would be sent in full: nothing of it is there; --no-full forbids it")]).toEqual([[], true]);
+      expect([
+        transfers(result),
+        result.stderr.includes(
+          "would be sent in full: nothing of it is there; --no-full forbids it",
+        ),
+      ]).toEqual([[], true]);
     }
     expect(existsSync(destination) ? subvolumes(destination).size : 0).toBe(0);
     await expectRun(0, ["-S", source, destination, stored]);
     snapshotAs(source, day(3));
-    await expectRun(0, ["-S", "--no-full", source, destination, "--for", stored, "--full-every", "2"]); // a new chain is full
+    await expectRun(0, [
+      "-S",
+      "--no-full",
+      source,
+      destination,
+      "--for",
+      stored,
+      "--full-every",
+      "2",
+    ]); // a new chain is full
     expectSound(destination, snapshots);
-    expect((await expectRun(2, ["-S", "--no-full", "--no-incremental", source, destination])).stderr).toContain("contradict each other");
+    expect(
+      (await expectRun(2, ["-S", "--no-full", "--no-incremental", source, destination])).stderr,
+    ).toContain("contradict each other");
   });
 });
 
@@ -256,20 +407,38 @@ describe("what retention removed does not come back", () => {
     const sent: string[] = [];
     for (let n = 1; n <= 40; n++) {
       writeFileSync(join(source, "day"), `${n}`);
-      snapshotAs(source, `2026${n <= 31 ? "01" : "02"}${String(n <= 31 ? n : n - 31).padStart(2, "0")}-000000`);
-      sent.push(...transfers(await expectRun(0, ["--json", "-S", ...key, source, url(destination)])).map(({ name }) => name));
+      snapshotAs(
+        source,
+        `2026${n <= 31 ? "01" : "02"}${String(n <= 31 ? n : n - 31).padStart(2, "0")}-000000`,
+      );
+      sent.push(
+        ...transfers(await expectRun(0, ["--json", "-S", ...key, source, url(destination)])).map(
+          ({ name }) => name,
+        ),
+      );
       await expectRun(0, ["prune", "-n", "3", destination]);
     }
     expect(sent.length).toBe(40);
     expect(new Set(sent).size).toBe(40);
-    expect(snapshotNames(destination)).toEqual(["20260207-000000", "20260208-000000", "20260209-000000"]);
+    expect(snapshotNames(destination)).toEqual([
+      "20260207-000000",
+      "20260208-000000",
+      "20260209-000000",
+    ]);
   });
 
   /** A PATH on which the sending of one snapshot fails, and that of another lasts until it is ended. */
   function failing(one: string, endless = "none") {
     const tools = temporaryDirectory();
-    writeFileSync(join(tools, "btrfs"), `#!/bin/sh\nPATH=\${PATH#*:}\ncase "$*" in "send "*--no-data*) ;; "send "*${one}) echo "ERROR: failed to read" >&2; exit 1;; "send "*${endless}) touch ${tools}/begun; exec sleep 1000;; esac\nexec btrfs "$@"\n`, { mode: 0o755 });
-    return { env: { PATH: `${tools}:${process.env["PATH"]}` }, begun: () => existsSync(join(tools, "begun")) };
+    writeFileSync(
+      join(tools, "btrfs"),
+      `#!/bin/sh\nPATH=\${PATH#*:}\ncase "$*" in "send "*--no-data*) ;; "send "*${one}) echo "ERROR: failed to read" >&2; exit 1;; "send "*${endless}) touch ${tools}/begun; exec sleep 1000;; esac\nexec btrfs "$@"\n`,
+      { mode: 0o755 },
+    );
+    return {
+      env: { PATH: `${tools}:${process.env["PATH"]}` },
+      begun: () => existsSync(join(tools, "begun")),
+    };
   }
 
   test("nor is what failed forgotten when the run ends before its time", async () => {
@@ -292,7 +461,9 @@ describe("what retention removed does not come back", () => {
     sh(`btrfs -q subvolume delete "$1/${day(2)}" >/dev/null`, destination);
     expect(transfers(await expectRun(0, ["--json", "-S", source, destination]))).toEqual([]);
     sh(`btrfs -q subvolume delete "$1"/2* >/dev/null; rm "$1"/.btrfs-backup*`, destination);
-    expect((await expectRun(1, ["-S", source, destination])).stderr).toContain("--adopt begins anew");
+    expect((await expectRun(1, ["-S", source, destination])).stderr).toContain(
+      "--adopt begins anew",
+    );
     expect(existsSync(join(destination, day(3)))).toBe(false);
     await expectRun(0, ["-S", "--adopt", source, destination]);
     expectSound(destination, snapshots);
@@ -303,7 +474,9 @@ describe("what retention removed does not come back", () => {
     sh(`mkdir -p "$1/${day(2)}"`, destination);
     for (const _ of [1, 2]) {
       const result = await expectRun(1, ["--json", "-S", "-N", "1", source, destination]);
-      expect(result.stderr).toContain(`${day(2)} is not sent: something that is not a subvolume has that name`);
+      expect(result.stderr).toContain(
+        `${day(2)} is not sent: something that is not a subvolume has that name`,
+      );
       expect(snapshotNames(snapshots)).toContain(day(2));
     }
     sh(`rmdir "$1/${day(2)}"`, destination);
@@ -321,7 +494,11 @@ describe("what retention removed does not come back", () => {
     writeFileSync(join(source, "day"), "4");
     snapshotAs(source, day(4));
     const again = await run(["--json", "-S", "-N", "1", source, destination], { env });
-    expect([again.status, transfers(again).map(({ name }) => name), snapshotNames(snapshots)]).toEqual([1, [day(4)], [day(2), day(4)]]);
+    expect([
+      again.status,
+      transfers(again).map(({ name }) => name),
+      snapshotNames(snapshots),
+    ]).toEqual([1, [day(4)], [day(2), day(4)]]);
     const last = transfers(await expectRun(0, ["--json", "-S", "-N", "1", source, destination]));
     expect(last.map(({ name, parent }) => [name, parent])).toEqual([[day(2), day(4)]]);
     expect(snapshotNames(snapshots)).toEqual([day(4)]);

@@ -2,20 +2,24 @@
 
 import { existsSync, readdirSync, readFileSync } from "node:fs";
 
-
 /** All that a process has started, by their IDs, with their command lines. */
-export function descendants(pid: number): { pid: number; parent: number; group: number; text: string }[] {
-  const all = readdirSync("/proc").filter((name) => /^\d+$/.test(name)).flatMap((name) => {
-    try {
-      const [, parent = "", group = ""] = /^\d+ \(.*\) \S (\d+) (\d+)/s.exec(readFileSync(`/proc/${name}/stat`, "utf8")) ?? [];
-      const text = readFileSync(`/proc/${name}/cmdline`, "utf8").replaceAll("\0", " ");
-      return [{ pid: Number(name), parent: Number(parent), group: Number(group), text }];
-    } catch {
-      return []; // it has ended
-    }
-  });
+export function descendants(
+  pid: number,
+): { pid: number; parent: number; group: number; text: string }[] {
+  const all = readdirSync("/proc")
+    .filter((name) => /^\d+$/.test(name))
+    .flatMap((name) => {
+      try {
+        const [, parent = "", group = ""] =
+          /^\d+ \(.*\) \S (\d+) (\d+)/s.exec(readFileSync(`/proc/${name}/stat`, "utf8")) ?? [];
+        const text = readFileSync(`/proc/${name}/cmdline`, "utf8").replaceAll("\0", " ");
+        return [{ pid: Number(name), parent: Number(parent), group: Number(group), text }];
+      } catch {
+        return []; // it has ended
+      }
+    });
   const found = new Set([pid]);
-  for (let before = 0; before !== found.size; ) {
+  for (let before = 0; before !== found.size;) {
     before = found.size;
     for (const one of all) if (found.has(one.parent)) found.add(one.pid);
   }
@@ -23,7 +27,8 @@ export function descendants(pid: number): { pid: number; parent: number; group: 
 }
 
 /** Whether a process is there, and not only waited for. */
-export const isAlive = (pid: number) => existsSync(`/proc/${pid}/stat`) && !/\) Z /.test(readFileSync(`/proc/${pid}/stat`, "utf8"));
+export const isAlive = (pid: number) =>
+  existsSync(`/proc/${pid}/stat`) && !/\) Z /.test(readFileSync(`/proc/${pid}/stat`, "utf8"));
 
 /** Kills a process, if it is there. */
 export const signal = (pid: number) => {

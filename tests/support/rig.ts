@@ -4,7 +4,14 @@
 
 import { afterAll, expect } from "bun:test";
 import { spawn, spawnSync, type ChildProcess } from "node:child_process";
-import { chmodSync, mkdirSync, mkdtempSync, readFileSync, readlinkSync, writeFileSync } from "node:fs";
+import {
+  chmodSync,
+  mkdirSync,
+  mkdtempSync,
+  readFileSync,
+  readlinkSync,
+  writeFileSync,
+} from "node:fs";
 import { createServer } from "node:net";
 import { tmpdir } from "node:os";
 import { join, resolve } from "node:path";
@@ -13,7 +20,8 @@ import { join, resolve } from "node:path";
 delete process.env["AWS_CA_BUNDLE"];
 
 const rig = process.env["BTRFS_BACKUP_RIG"];
-if (rig !== "test" && rig !== "bench") throw new Error("run this with scripts/test or scripts/bench: it needs namespaces of its own");
+if (rig !== "test" && rig !== "bench")
+  throw new Error("run this with scripts/test or scripts/bench: it needs namespaces of its own");
 
 export const ROOT = resolve(import.meta.dir, "../..");
 
@@ -31,7 +39,11 @@ if (rig === "test") afterAll(cleanUp);
 
 /** Runs a bash script with positional parameters; its standard output. Throws what it wrote to stderr. */
 export function sh(script: string, ...args: string[]): string {
-  const { status, stdout, stderr } = spawnSync("bash", ["-c", `set -euo pipefail; ${script}`, "sh", ...args], { encoding: "utf8", maxBuffer: 1 << 28 });
+  const { status, stdout, stderr } = spawnSync(
+    "bash",
+    ["-c", `set -euo pipefail; ${script}`, "sh", ...args],
+    { encoding: "utf8", maxBuffer: 1 << 28 },
+  );
   if (status !== 0) throw new Error(`${script}\n${args.join("\n")}\nexit ${status}: ${stderr}`);
   return stdout.replace(/\n+$/, "");
 }
@@ -65,7 +77,11 @@ export function generator(seed: number): () => number {
 export const soak = (otherwise: number) => Number(process.env["SOAK"] ?? otherwise);
 
 /** Waits until something is so. */
-export async function waitFor(what: string, condition: () => boolean | Promise<boolean>, seconds = 60): Promise<void> {
+export async function waitFor(
+  what: string,
+  condition: () => boolean | Promise<boolean>,
+  seconds = 60,
+): Promise<void> {
   const until = Date.now() + seconds * 1000;
   while (!(await condition())) {
     if (Date.now() > until) throw new Error(`waited ${seconds} s in vain for ${what}`);
@@ -76,22 +92,35 @@ export async function waitFor(what: string, condition: () => boolean | Promise<b
 export type Filesystem = { readonly path: string; readonly image: string; readonly uuid: string };
 
 /** A btrfs filesystem in a sparse file, mounted. */
-export function filesystem({ size = "1G", mkfs = [] as string[], mount = "noatime" } = {}): Filesystem {
+export function filesystem({
+  size = "1G",
+  mkfs = [] as string[],
+  mount = "noatime",
+} = {}): Filesystem {
   const directory = temporaryDirectory();
   const image = join(directory, "image");
   const path = join(directory, "mnt");
   mkdirSync(path);
   sh(`truncate -s "$1" "$2"; shift; mkfs.btrfs -q "$@" >/dev/null 2>&1`, size, image, ...mkfs);
   mountImage({ path, image }, mount);
-  cleanups.push(() => sh(`while mountpoint -q "$1"; do umount -l "$1"; done; rm -rf "$2"`, path, directory));
+  cleanups.push(() =>
+    sh(`while mountpoint -q "$1"; do umount -l "$1"; done; rm -rf "$2"`, path, directory),
+  );
   return { path, image, uuid: sh(`btrfs filesystem show "$1" | sed -n 's/.*uuid: //p'`, path) };
 }
 
-export const mountImage = ({ path, image }: Pick<Filesystem, "path" | "image">, options = "noatime") => sh(`mount -o "loop,$3" "$1" "$2"`, image, path, options);
+export const mountImage = (
+  { path, image }: Pick<Filesystem, "path" | "image">,
+  options = "noatime",
+) => sh(`mount -o "loop,$3" "$1" "$2"`, image, path, options);
 /** The disaster: all that was on a filesystem is gone. */
 export const reformat = ({ path, image }: Pick<Filesystem, "path" | "image">) =>
   // What was at work behind a fence keeps the old one alive until it has ended.
-  sh(`uuid=$(btrfs filesystem show "$1" | sed -n 's/.*uuid: //p'); umount "$1"; for i in $(seq 600); do [ -e "/sys/fs/btrfs/$uuid" ] || break; sleep 0.05; done; mkfs.btrfs -q -f "$2" >/dev/null 2>&1; mount -o loop,noatime "$2" "$1"`, path, image);
+  sh(
+    `uuid=$(btrfs filesystem show "$1" | sed -n 's/.*uuid: //p'); umount "$1"; for i in $(seq 600); do [ -e "/sys/fs/btrfs/$uuid" ] || break; sleep 0.05; done; mkfs.btrfs -q -f "$2" >/dev/null 2>&1; mount -o loop,noatime "$2" "$1"`,
+    path,
+    image,
+  );
 export const unmount = ({ path }: Pick<Filesystem, "path">) => sh(`umount "$1"`, path);
 
 /** A new subvolume on a filesystem. */
@@ -100,41 +129,88 @@ export function subvolume(path: string): string {
   return path;
 }
 
-export type Standing = { readonly id: number; readonly uuid: string; readonly parentUuid: string | null; readonly receivedUuid: string | null; readonly readonly: boolean };
+export type Standing = {
+  readonly id: number;
+  readonly uuid: string;
+  readonly parentUuid: string | null;
+  readonly receivedUuid: string | null;
+  readonly readonly: boolean;
+};
 
 /** The subvolumes directly in a folder, asked of btrfs one by one, not in the program's way. */
 export function subvolumes(folder: string): Map<string, Standing> {
-  const names = sh(`cd "$1"; find . -mindepth 1 -maxdepth 1 -inum 256 -printf '%P\\0' | tr '\\0' '\\n' | sort`, folder);
+  const names = sh(
+    `cd "$1"; find . -mindepth 1 -maxdepth 1 -inum 256 -printf '%P\\0' | tr '\\0' '\\n' | sort`,
+    folder,
+  );
   return new Map(
     (names === "" ? [] : names.split("\n")).map((name) => {
-      const shown = sh(`btrfs subvolume show "$1"; btrfs property get -ts "$1" ro`, join(folder, name));
-      const field = (label: string) => new RegExp(`^\\s+${label}:\\s+(\\S+)`, "m").exec(shown)?.[1] ?? "-";
+      const shown = sh(
+        `btrfs subvolume show "$1"; btrfs property get -ts "$1" ro`,
+        join(folder, name),
+      );
+      const field = (label: string) =>
+        new RegExp(`^\\s+${label}:\\s+(\\S+)`, "m").exec(shown)?.[1] ?? "-";
       const uuid = (label: string) => (field(label) === "-" ? null : field(label));
-      return [name, { id: Number(field("Subvolume ID")), uuid: field("UUID"), parentUuid: uuid("Parent UUID"), receivedUuid: uuid("Received UUID"), readonly: shown.includes("ro=true") }];
+      return [
+        name,
+        {
+          id: Number(field("Subvolume ID")),
+          uuid: field("UUID"),
+          parentUuid: uuid("Parent UUID"),
+          receivedUuid: uuid("Received UUID"),
+          readonly: shown.includes("ro=true"),
+        },
+      ];
     }),
   );
 }
 
 /** A read-only snapshot in the snapshot folder, as if a run had taken it at the time of that name. */
-export const snapshotAs = (source: string, name: string) => sh(`mkdir -p "$1/snapshot"; btrfs -q subvolume snapshot -r "$1" "$1/snapshot/$2" >/dev/null`, source, name);
+export const snapshotAs = (source: string, name: string) =>
+  sh(
+    `mkdir -p "$1/snapshot"; btrfs -q subvolume snapshot -r "$1" "$1/snapshot/$2" >/dev/null`,
+    source,
+    name,
+  );
 
 /** A directory with every program of this machine but one: a PATH on which it is missing. */
 export function pathWithout(missing: string): string {
   const tools = temporaryDirectory();
-  sh(`cd "$1"; for d in /usr/sbin /usr/bin; do for f in $d/*; do case $f in */"$2") ;; *) ln -sf $f .;; esac; done; done`, tools, missing);
+  sh(
+    `cd "$1"; for d in /usr/sbin /usr/bin; do for f in $d/*; do case $f in */"$2") ;; *) ln -sf $f .;; esac; done; done`,
+    tools,
+    missing,
+  );
   return tools;
 }
 
 /** The names in a folder that are snapshots of a prefix. */
-export const snapshotNames = (folder: string, prefix = "") => [...subvolumes(folder).keys()].filter((name) => name.startsWith(prefix) && /^\d{8}-\d{6}$/.test(name.slice(prefix.length)));
+export const snapshotNames = (folder: string, prefix = "") =>
+  [...subvolumes(folder).keys()].filter(
+    (name) => name.startsWith(prefix) && /^\d{8}-\d{6}$/.test(name.slice(prefix.length)),
+  );
 
-export type How = "bun" | "binary" | "baseline" | "arm64" | "deno" | "one file by bun" | "one file by deno" | "one file by node";
+export type How =
+  | "bun"
+  | "binary"
+  | "baseline"
+  | "arm64"
+  | "deno"
+  | "one file by bun"
+  | "one file by deno"
+  | "one file by node";
 const BIN = join(ROOT, "node_modules/.bin");
 export const PROGRAM: Record<How, string[]> = {
   bun: [join(BIN, "bun"), join(ROOT, "btrfs-backup.ts")],
   binary: [join(ROOT, "dist/btrfs-backup")],
   baseline: [join(ROOT, "dist/btrfs-backup-linux-x64-baseline")],
-  arm64: ["qemu-aarch64-static", "-L", "/usr/aarch64-linux-gnu", join(ROOT, "dist/btrfs-backup-linux-arm64")],
+  arm64: [
+    "qemu-aarch64-static",
+    "-L",
+    "/usr/aarch64-linux-gnu",
+    join(ROOT, "dist/btrfs-backup-linux-arm64"),
+  ],
   deno: [join(BIN, "deno"), "run", "-A", join(ROOT, "btrfs-backup.ts")],
   "one file by bun": [join(BIN, "bun"), join(ROOT, "dist/btrfs-backup.js")],
   "one file by deno": [join(BIN, "deno"), "run", "-A", join(ROOT, "dist/btrfs-backup.js")],
@@ -142,14 +218,48 @@ export const PROGRAM: Record<How, string[]> = {
 };
 
 /** `how`: a way to run the program, or the words of a command that is it. */
-export type Options = { how?: How | string[]; env?: Record<string, string>; cwd?: string; wrapper?: string[]; group?: boolean };
-export type Result = { readonly status: number | null; readonly signal: string | null; readonly stdout: string; readonly stderr: string };
-export type Running = { readonly child: ChildProcess; readonly pid: number; readonly finished: Promise<Result>; readonly stderr: () => string };
+export type Options = {
+  how?: How | string[];
+  env?: Record<string, string>;
+  cwd?: string;
+  wrapper?: string[];
+  group?: boolean;
+};
+export type Result = {
+  readonly status: number | null;
+  readonly signal: string | null;
+  readonly stdout: string;
+  readonly stderr: string;
+};
+export type Running = {
+  readonly child: ChildProcess;
+  readonly pid: number;
+  readonly finished: Promise<Result>;
+  readonly stderr: () => string;
+};
 
 /** Starts the program; `group`: in a process group of its own. */
-export function start(args: readonly string[], { how = "binary", env = {}, cwd = ROOT, wrapper = [], group = false }: Options = {}): Running {
-  const [program, ...words] = [...wrapper, ...(typeof how === "string" ? PROGRAM[how] : how), ...args] as [string, ...string[]];
-  const child = spawn(program, words, { cwd, env: { ...process.env, NODE_ENV: undefined, NO_COLOR: "1", ...(how === "arm64" ? { BTRFS_BACKUP_RELAY: PROGRAM.arm64.join(" ") } : {}), ...env }, stdio: ["ignore", "pipe", "pipe"], detached: group });
+export function start(
+  args: readonly string[],
+  { how = "binary", env = {}, cwd = ROOT, wrapper = [], group = false }: Options = {},
+): Running {
+  const [program, ...words] = [
+    ...wrapper,
+    ...(typeof how === "string" ? PROGRAM[how] : how),
+    ...args,
+  ] as [string, ...string[]];
+  const child = spawn(program, words, {
+    cwd,
+    env: {
+      ...process.env,
+      NODE_ENV: undefined,
+      NO_COLOR: "1",
+      ...(how === "arm64" ? { BTRFS_BACKUP_RELAY: PROGRAM.arm64.join(" ") } : {}),
+      ...env,
+    },
+    stdio: ["ignore", "pipe", "pipe"],
+    detached: group,
+  });
   let stdout = "";
   let stderr = "";
   child.stdout?.on("data", (data) => (stdout += data));
@@ -165,14 +275,25 @@ export function start(args: readonly string[], { how = "binary", env = {}, cwd =
 export const run = (args: readonly string[], options?: Options) => start(args, options).finished;
 
 /** Runs the program and expects an exit status; its output. */
-export async function expectRun(status: number, args: readonly string[], options?: Options): Promise<Result> {
+export async function expectRun(
+  status: number,
+  args: readonly string[],
+  options?: Options,
+): Promise<Result> {
   const result = await run(args, options);
-  if (result.status !== status) throw new Error(`btrfs-backup ${args.join(" ")}\nexit ${result.status ?? result.signal}, not ${status}:\n${result.stderr}\n${result.stdout}`);
+  if (result.status !== status)
+    throw new Error(
+      `btrfs-backup ${args.join(" ")}\nexit ${result.status ?? result.signal}, not ${status}:\n${result.stderr}\n${result.stdout}`,
+    );
   return result;
 }
 
 /** The events that `--json` printed. */
-export const events = ({ stdout }: Result) => stdout.split("\n").filter(Boolean).map((line) => JSON.parse(line) as Record<string, any>);
+export const events = ({ stdout }: Result) =>
+  stdout
+    .split("\n")
+    .filter(Boolean)
+    .map((line) => JSON.parse(line) as Record<string, any>);
 
 /** Waits until the clock shows another second than the last snapshot's name. */
 export const nextSecond = () => Bun.sleep(1001 - (Date.now() % 1000));
@@ -185,7 +306,8 @@ async function freePort(): Promise<number> {
   return port;
 }
 
-const answers = (port: number, address = "127.0.0.1") => spawnSync("bash", ["-c", `exec 3<>/dev/tcp/${address}/${port}`]).status === 0;
+const answers = (port: number, address = "127.0.0.1") =>
+  spawnSync("bash", ["-c", `exec 3<>/dev/tcp/${address}/${port}`]).status === 0;
 
 /** Starts a daemon of the tests; it ends with them. */
 function daemon(command: string, args: string[], env: Record<string, string> = {}): void {
@@ -195,13 +317,22 @@ function daemon(command: string, args: string[], env: Record<string, string> = {
 }
 
 /** `guarded`: the options to log in with a new key, whose forced command is the program with those arguments of `guard`. */
-export type SshServer = { readonly options: string[]; readonly guarded: (...args: string[]) => string[]; readonly url: (path: string, user?: string) => string; readonly user: (name: string, shell: string, uid?: number) => void };
+export type SshServer = {
+  readonly options: string[];
+  readonly guarded: (...args: string[]) => string[];
+  readonly url: (path: string, user?: string) => string;
+  readonly user: (name: string, shell: string, uid?: number) => void;
+};
 
 let server: Promise<SshServer> | null = null;
 /** One real sshd for all tests of a process, and a key of its own to log in with. */
 export const sshServer = () => (server ??= startSshServer());
 
-export type LinkedServer = SshServer & { readonly cut: () => void; readonly mend: () => void; readonly crossed: () => number };
+export type LinkedServer = SshServer & {
+  readonly cut: () => void;
+  readonly mend: () => void;
+  readonly crossed: () => number;
+};
 
 let links = 0;
 
@@ -215,17 +346,27 @@ export async function linkedServer(): Promise<LinkedServer> {
     namespace.kill("SIGKILL");
   });
   const pid = String(namespace.pid);
-  await waitFor("a network namespace", () => readlinkSync(`/proc/${pid}/ns/net`) !== readlinkSync("/proc/self/ns/net"));
+  await waitFor(
+    "a network namespace",
+    () => readlinkSync(`/proc/${pid}/ns/net`) !== readlinkSync("/proc/self/ns/net"),
+  );
   sh(`ip link add "$1" type veth peer name "$1" netns "$2"`, device, pid);
   sh(`ip address add "$2.1/24" dev "$1"; ip link set "$1" up`, device, net);
-  sh(`nsenter --target "$2" --net sh -c 'ip address add "$2.2/24" dev "$1"; ip link set "$1" up; ip link set lo up' sh "$1" "$3"`, device, pid, net);
+  sh(
+    `nsenter --target "$2" --net sh -c 'ip address add "$2.2/24" dev "$1"; ip link set "$1" up; ip link set lo up' sh "$1" "$3"`,
+    device,
+    pid,
+    net,
+  );
   const server = await startSshServer(`${net}.2`, ["nsenter", "--target", pid, "--net"]);
   return {
     ...server,
     cut: () => void sh(`nsenter --target "$2" --net ip link set "$1" down`, device, pid),
     mend: () => void sh(`nsenter --target "$2" --net ip link set "$1" up`, device, pid),
     crossed: () => {
-      const [{ stats64 }] = JSON.parse(sh(`ip -j -s link show dev "$1"`, device)) as [{ stats64: Record<"rx" | "tx", { bytes: number }> }];
+      const [{ stats64 }] = JSON.parse(sh(`ip -j -s link show dev "$1"`, device)) as [
+        { stats64: Record<"rx" | "tx", { bytes: number }> },
+      ];
       return stats64.rx.bytes + stats64.tx.bytes;
     },
   };
@@ -234,15 +375,38 @@ export async function linkedServer(): Promise<LinkedServer> {
 async function startSshServer(address = "127.0.0.1", wrapper: string[] = []): Promise<SshServer> {
   const directory = temporaryDirectory();
   const port = await freePort();
-  sh(`cd "$1"; ssh-keygen -q -t ed25519 -N "" -f host; ssh-keygen -q -t ed25519 -N "" -f key; mkdir -p /run/sshd`, directory);
+  sh(
+    `cd "$1"; ssh-keygen -q -t ed25519 -N "" -f host; ssh-keygen -q -t ed25519 -N "" -f key; mkdir -p /run/sshd`,
+    directory,
+  );
   writeFileSync(
     join(directory, "config"),
-    [`Port ${port}`, `ListenAddress ${address}`, `HostKey ${directory}/host`, `AuthorizedKeysFile ${directory}/key.pub ${directory}/guarded`, "StrictModes no", "PermitRootLogin yes", "UsePAM no", "MaxStartups 1000", "MaxSessions 100", "PidFile none"].join("\n"),
+    [
+      `Port ${port}`,
+      `ListenAddress ${address}`,
+      `HostKey ${directory}/host`,
+      `AuthorizedKeysFile ${directory}/key.pub ${directory}/guarded`,
+      "StrictModes no",
+      "PermitRootLogin yes",
+      "UsePAM no",
+      "MaxStartups 1000",
+      "MaxSessions 100",
+      "PidFile none",
+    ].join("\n"),
   );
-  const [program = "", ...words] = [...wrapper, "/usr/sbin/sshd", "-D", "-f", join(directory, "config")];
+  const [program = "", ...words] = [
+    ...wrapper,
+    "/usr/sbin/sshd",
+    "-D",
+    "-f",
+    join(directory, "config"),
+  ];
   daemon(program, words);
   await waitFor("sshd", () => answers(port, address));
-  writeFileSync(join(directory, "known"), `[${address}]:${port} ${readFileSync(join(directory, "host.pub"), "utf8")}`);
+  writeFileSync(
+    join(directory, "known"),
+    `[${address}]:${port} ${readFileSync(join(directory, "host.pub"), "utf8")}`,
+  );
   // More root logins, with other shells: private copies of the user database stand over the real ones.
   for (const file of ["passwd", "shadow"]) {
     sh(`cp "/etc/$2" "$1/$2"; mount --bind "$1/$2" "/etc/$2"`, directory, file);
@@ -251,14 +415,30 @@ async function startSshServer(address = "127.0.0.1", wrapper: string[] = []): Pr
   // What this machine's root has bash do at a login is nothing for tests, which kill logins at any moment.
   const home = join(directory, "home-root");
   mkdirSync(home);
-  writeFileSync(join(directory, "passwd"), readFileSync(join(directory, "passwd"), "utf8").replace(/^(root(?::[^:\n]*){4}):[^:\n]*:/m, `$1:${home}:`));
-  const optionsOf = (key: string) => [`IdentityFile=${directory}/${key}`, "IdentitiesOnly=yes", `UserKnownHostsFile=${directory}/known`].flatMap((option) => ["--ssh-opt", option]);
+  writeFileSync(
+    join(directory, "passwd"),
+    readFileSync(join(directory, "passwd"), "utf8").replace(
+      /^(root(?::[^:\n]*){4}):[^:\n]*:/m,
+      `$1:${home}:`,
+    ),
+  );
+  const optionsOf = (key: string) =>
+    [
+      `IdentityFile=${directory}/${key}`,
+      "IdentitiesOnly=yes",
+      `UserKnownHostsFile=${directory}/known`,
+    ].flatMap((option) => ["--ssh-opt", option]);
   return {
     options: optionsOf("key"),
     guarded(...args) {
       const key = `key-${Math.random().toString(36).slice(2)}`;
       const command = [join(ROOT, "dist/btrfs-backup"), "guard", ...args].join(" ");
-      sh(`cd "$1"; ssh-keygen -q -t ed25519 -N "" -f "$2"; echo "command=\\"$3\\",restrict $(cat "$2.pub")" >>guarded`, directory, key, command);
+      sh(
+        `cd "$1"; ssh-keygen -q -t ed25519 -N "" -f "$2"; echo "command=\\"$3\\",restrict $(cat "$2.pub")" >>guarded`,
+        directory,
+        key,
+        command,
+      );
       return optionsOf(key);
     },
     url: (path, user) => `ssh://${user === undefined ? "" : `${user}@`}${address}:${port}${path}`,
@@ -266,9 +446,15 @@ async function startSshServer(address = "127.0.0.1", wrapper: string[] = []): Pr
       const home = join(directory, `home-${uid}`);
       sh(`mkdir -p "$1"; chown "$2" "$1"`, home, String(uid));
       // By the copies' own paths: once they are unmounted, the names in /etc would be those of the real ones.
-      for (const [file, line] of [["passwd", `${name}:x:${uid}:${uid}::${home}:${shell}`], ["shadow", `${name}:*:19000::::::`]] as const) {
+      for (const [file, line] of [
+        ["passwd", `${name}:x:${uid}:${uid}::${home}:${shell}`],
+        ["shadow", `${name}:*:19000::::::`],
+      ] as const) {
         const copy = join(directory, file);
-        const others = readFileSync(copy, "utf8").trimEnd().split("\n").filter((other) => !other.startsWith(`${name}:`));
+        const others = readFileSync(copy, "utf8")
+          .trimEnd()
+          .split("\n")
+          .filter((other) => !other.startsWith(`${name}:`));
         writeFileSync(copy, `${[...others, line].join("\n")}\n`); // behind root, whose name ssh takes
       }
     },
@@ -283,24 +469,65 @@ export function loginShells(): Record<string, string> {
 }
 
 /** An S3 server, and the environment in which `aws` and others find it. */
-export async function s3Server(bucket: string): Promise<{ endpoint: string; env: Record<string, string> }> {
+export async function s3Server(
+  bucket: string,
+): Promise<{ endpoint: string; env: Record<string, string> }> {
   const directory = temporaryDirectory();
   const port = await freePort();
-  daemon("node", [join(import.meta.dir, "s3server.cjs"), "--directory", directory, "--address", "127.0.0.1", "--port", String(port), "--silent", "--configure-bucket", bucket]);
+  daemon("node", [
+    join(import.meta.dir, "s3server.cjs"),
+    "--directory",
+    directory,
+    "--address",
+    "127.0.0.1",
+    "--port",
+    String(port),
+    "--silent",
+    "--configure-bucket",
+    bucket,
+  ]);
   await waitFor("the S3 server", () => answers(port));
-  const env = { AWS_ACCESS_KEY_ID: "S3RVER", AWS_SECRET_ACCESS_KEY: "S3RVER", AWS_DEFAULT_REGION: "us-east-1", AWS_ENDPOINT_URL: `http://127.0.0.1:${port}`, PATH: `/usr/bin:${process.env["PATH"]}` };
+  const env = {
+    AWS_ACCESS_KEY_ID: "S3RVER",
+    AWS_SECRET_ACCESS_KEY: "S3RVER",
+    AWS_DEFAULT_REGION: "us-east-1",
+    AWS_ENDPOINT_URL: `http://127.0.0.1:${port}`,
+    PATH: `/usr/bin:${process.env["PATH"]}`,
+  };
   return { endpoint: `http://127.0.0.1:${port}`, env };
 }
 
-export type Remote = { readonly url: (path: string) => string; readonly env: Record<string, string>; readonly rclone: (script: string, ...args: string[]) => string };
+export type Remote = {
+  readonly url: (path: string) => string;
+  readonly env: Record<string, string>;
+  readonly rclone: (script: string, ...args: string[]) => string;
+};
 
 /** A bucket of an S3 server, as a remote of rclone; `rclone` runs a script that can use it as $S. */
 export async function s3Remote(): Promise<Remote> {
   const { endpoint, env: aws } = await s3Server("bucket");
-  const config = { TYPE: "s3", PROVIDER: "Other", ENV_AUTH: "true", ENDPOINT: endpoint, FORCE_PATH_STYLE: "true" };
-  const env = { ...aws, RCLONE_CONFIG: "/dev/null", ...Object.fromEntries(Object.entries(config).map(([name, value]) => [`RCLONE_CONFIG_STORE_${name}`, value])) };
-  const settings = Object.entries({ ...env, S: "store:bucket" }).map(([name, value]) => `export ${name}='${value}'; `).join("");
-  return { env, url: (path) => `rclone://store:bucket/${path}`, rclone: (script, ...args) => sh(settings + script, ...args) };
+  const config = {
+    TYPE: "s3",
+    PROVIDER: "Other",
+    ENV_AUTH: "true",
+    ENDPOINT: endpoint,
+    FORCE_PATH_STYLE: "true",
+  };
+  const env = {
+    ...aws,
+    RCLONE_CONFIG: "/dev/null",
+    ...Object.fromEntries(
+      Object.entries(config).map(([name, value]) => [`RCLONE_CONFIG_STORE_${name}`, value]),
+    ),
+  };
+  const settings = Object.entries({ ...env, S: "store:bucket" })
+    .map(([name, value]) => `export ${name}='${value}'; `)
+    .join("");
+  return {
+    env,
+    url: (path) => `rclone://store:bucket/${path}`,
+    rclone: (script, ...args) => sh(settings + script, ...args),
+  };
 }
 
 /** A throw-away gpg key without a passphrase. */
@@ -308,7 +535,11 @@ export function gpgKey(): { env: Record<string, string>; recipient: string } {
   const home = mkdtempSync("/tmp/gpg-"); // its agent's socket needs a short path
   cleanups.push(() => sh(`GNUPGHOME="$1" gpgconf --kill all; rm -rf "$1"`, home));
   const recipient = "backup@example.org";
-  sh(`GNUPGHOME="$1" gpg --batch --quiet --passphrase "" --quick-generate-key "$2" rsa2048 sign,encrypt never 2>/dev/null || GNUPGHOME="$1" gpg --batch --passphrase "" --quick-generate-key "$2" default default never`, home, recipient);
+  sh(
+    `GNUPGHOME="$1" gpg --batch --quiet --passphrase "" --quick-generate-key "$2" rsa2048 sign,encrypt never 2>/dev/null || GNUPGHOME="$1" gpg --batch --passphrase "" --quick-generate-key "$2" default default never`,
+    home,
+    recipient,
+  );
   return { env: { GNUPGHOME: home }, recipient };
 }
 
@@ -388,8 +619,17 @@ const HISTORY = `source=$1 snapshots=$2 count=$3; shift 3
     }' "$@"`;
 
 /** Makes so many snapshots of a source, and backups of them in folders that have one backup of it. */
-export function history(source: string, snapshots: string, count: number, places: readonly string[]): void {
-  for (const folder of places) sh(`base="$(ls -d "$1"/2* | head -n 1)"; [ -d "$1.base" ] || btrfs -q subvolume snapshot "$base" "$1.base" >/dev/null`, folder);
+export function history(
+  source: string,
+  snapshots: string,
+  count: number,
+  places: readonly string[],
+): void {
+  for (const folder of places)
+    sh(
+      `base="$(ls -d "$1"/2* | head -n 1)"; [ -d "$1.base" ] || btrfs -q subvolume snapshot "$base" "$1.base" >/dev/null`,
+      folder,
+    );
   sh(HISTORY, source, snapshots, String(count), ...places);
 }
 
@@ -405,22 +645,37 @@ const MANY_STREAMS = `cd "$1"; perl -MPOSIX -e '
   }' "$2"; sync`;
 
 /** Adds streams to a folder of `raw://` until there are so many: the full one that is there, under other names. */
-export const manyStreams = (folder: string, count: number) => void sh(MANY_STREAMS, folder, String(count));
+export const manyStreams = (folder: string, count: number) =>
+  void sh(MANY_STREAMS, folder, String(count));
 
 /** Damages a received subvolume by a script that runs in it, so that it still looks as it was received. */
 export function damage(path: string, script: string): void {
-  const received = sh(`btrfs subvolume show "$1" | sed -n 's/.*Received UUID:[[:space:]]*//p'`, path);
+  const received = sh(
+    `btrfs subvolume show "$1" | sed -n 's/.*Received UUID:[[:space:]]*//p'`,
+    path,
+  );
   sh(`btrfs property set -f -ts "$1" ro false; cd "$1"; ${script}`, path);
   // BTRFS_IOC_SET_RECEIVED_SUBVOL of linux/btrfs.h: 16 bytes of UUID in a struct of 200.
-  sh(`perl -e 'open(my $d, "<", $ARGV[0]) or die; my $a = pack("H32", $ARGV[1]) . chr(0) x 184; ioctl($d, 0xC0C89425, $a) or die "$!"' "$1" "$2"; btrfs property set -ts "$1" ro true`, path, received.replaceAll("-", ""));
+  sh(
+    `perl -e 'open(my $d, "<", $ARGV[0]) or die; my $a = pack("H32", $ARGV[1]) . chr(0) x 184; ioctl($d, 0xC0C89425, $a) or die "$!"' "$1" "$2"; btrfs property set -ts "$1" ro true`,
+    path,
+    received.replaceAll("-", ""),
+  );
 }
 
 /** Fails with what differs, unless two trees are the same in everything. */
 export function expectSameTree(a: string, b: string): void {
   if (treeDigest(a) === treeDigest(b)) return;
-  const listing = (path: string) => sh(`cd "$1"; find . -mindepth 1 \\( -inum 2 -prune -o -type d -printf '%p %y %m %U:%G %T@\\n' -o -printf '%p %y %m %U:%G %n %s %T@ %l\\n' \\) | LC_ALL=C sort`, path).split("\n");
+  const listing = (path: string) =>
+    sh(
+      `cd "$1"; find . -mindepth 1 \\( -inum 2 -prune -o -type d -printf '%p %y %m %U:%G %T@\\n' -o -printf '%p %y %m %U:%G %n %s %T@ %l\\n' \\) | LC_ALL=C sort`,
+      path,
+    ).split("\n");
   const [left, right] = [listing(a), listing(b)];
-  expect({ in: a, lines: left.filter((line) => !right.includes(line)) }).toEqual({ in: b, lines: right.filter((line) => !left.includes(line)) } as never);
+  expect({ in: a, lines: left.filter((line) => !right.includes(line)) }).toEqual({
+    in: b,
+    lines: right.filter((line) => !left.includes(line)),
+  } as never);
   throw new Error(`${a} and ${b} differ in contents or attributes`);
 }
 
@@ -429,14 +684,24 @@ export function expectSound(backups: string, snapshots: string, prefix = ""): vo
   const sources = [...subvolumes(snapshots)];
   for (const [name, backup] of subvolumes(backups)) {
     if (!snapshotNames(backups, prefix).includes(name)) continue;
-    expect({ name, readonly: backup.readonly, received: backup.receivedUuid !== null }).toEqual({ name, readonly: true, received: true });
+    expect({ name, readonly: backup.readonly, received: backup.receivedUuid !== null }).toEqual({
+      name,
+      readonly: true,
+      received: true,
+    });
     const source = sources.find(([, { uuid }]) => uuid === backup.receivedUuid);
     if (source) expectSameTree(join(snapshots, source[0]), join(backups, name));
   }
 }
 
 /** A source with a filled subvolume, and a destination, each on a filesystem of its own. */
-export function pair({ size = "1G" } = {}): { source: string; snapshots: string; destination: string; a: Filesystem; b: Filesystem } {
+export function pair({ size = "1G" } = {}): {
+  source: string;
+  snapshots: string;
+  destination: string;
+  a: Filesystem;
+  b: Filesystem;
+} {
   const [a, b] = [filesystem({ size }), filesystem({ size })];
   const source = subvolume(join(a.path, "home"));
   fill(source);
