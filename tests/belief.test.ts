@@ -38,8 +38,8 @@ import {
   waitFor,
 } from "./support/rig.ts";
 import { fsidOf, sent } from "./support/wire.ts";
+import { day } from "./support/names.ts";
 
-const day = (n: number) => `202601${String(n).padStart(2, "0")}-000000`;
 const recordIn = (folder: string) => join(folder, ".btrfs-backup.json");
 
 /** A record as the program writes one. */

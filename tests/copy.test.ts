@@ -11,7 +11,7 @@ import {
   expectSameTree,
   expectSound,
   filesystem,
-  generator,
+  holdLock,
   nextSecond,
   pair,
   reformat,
@@ -20,12 +20,10 @@ import {
   snapshotNames,
   sshServer,
   subvolumes,
-  waitFor,
+  transfers,
 } from "./support/rig.ts";
-
-const transfers = (result: Parameters<typeof events>[0]) =>
-  events(result).filter(({ event }) => event === "transfer");
-const day = (n: number) => `2026010${n}-000000`;
+import { generator } from "./support/random.ts";
+import { day } from "./support/names.ts";
 
 test("missing ones only, incrementally, over ssh; a copy of a copy restores, and the source goes on in it", async () => {
   const { source, snapshots, destination, a } = pair();
@@ -118,19 +116,10 @@ test("from a disk that is mounted read-only; one prefix that is busy does not st
   const { source, destination, b } = pair();
   for (const prefix of ["a-", "b-"]) await expectRun(0, ["-p", prefix, source, destination]);
   const second = join(filesystem().path, "second");
-  const holder = sh(
-    `flock "$1/.btrfs-backup.a-.lock" sleep 600 >/dev/null 2>&1 & echo $!`,
-    destination,
-  );
-  await waitFor(
-    "the lock",
-    () =>
-      sh(`flock -n "$1/.btrfs-backup.a-.lock" true && echo free || echo held`, destination) ===
-      "held",
-  );
+  const release = await holdLock(`${destination}/.btrfs-backup.a-.lock`);
   expect((await expectRun(1, ["copy", destination, second])).stderr).toContain("another run holds");
   expect([snapshotNames(second, "a-").length, snapshotNames(second, "b-").length]).toEqual([0, 1]);
-  sh(`pkill -P "$1"; kill "$1" 2>/dev/null || :`, holder);
+  await release();
   sh(`mount -o remount,ro "$1"`, b.path);
   await expectRun(0, ["copy", "-n", "1", destination, second]);
   expect([snapshotNames(second, "a-").length, snapshotNames(second, "b-").length]).toEqual([1, 1]);

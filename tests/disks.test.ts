@@ -5,7 +5,6 @@ import { expect, test } from "bun:test";
 import { readFileSync, writeFileSync } from "node:fs";
 import { join } from "node:path";
 import {
-  events,
   expectRun,
   expectSound,
   filesystem,
@@ -17,12 +16,11 @@ import {
   start,
   subvolume,
   subvolumes,
+  transfers,
   unmount,
   waitFor,
-  type Result,
 } from "./support/rig.ts";
 
-const transfers = (result: Result) => events(result).filter(({ event }) => event === "transfer");
 const incomplete = (folder: string) =>
   [...subvolumes(folder)].find(([, { readonly }]) => !readonly);
 

@@ -7,7 +7,6 @@ import {
   events,
   expectRun,
   expectSound,
-  generator,
   nextSecond,
   pair,
   ROOT,
@@ -19,6 +18,7 @@ import {
   type How,
   type Options,
 } from "./support/rig.ts";
+import { generator } from "./support/random.ts";
 
 async function wholeJob(options: Options): Promise<void> {
   const { source, snapshots, destination, b } = pair();

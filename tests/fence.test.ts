@@ -27,10 +27,8 @@ import {
   ROOT,
   run,
   type Running,
-  seeded,
   sh,
   snapshotNames,
-  soak,
   sshServer,
   start,
   subvolume,
@@ -39,8 +37,9 @@ import {
   waitFor,
 } from "./support/rig.ts";
 import { fsidOf, HOST, sent } from "./support/wire.ts";
+import { seeded, soak } from "./support/random.ts";
+import { numberedUuid } from "./support/names.ts";
 
-const uuid = (n: number) => `${String(n).padStart(8, "0")}-aaaa-bbbb-cccc-0123456789ab`;
 /** The format in which a run asks for what is in a snapshot. */
 const LISTED = "%n\\0%f\\0%u:%g\\0%s\\0%.9Y\\0%t:%T\\0%i\\0%N\\0";
 /** Who owns SOURCE, and is not root. */
@@ -168,14 +167,14 @@ describe("a guarded key that may push", () => {
   const receive = (home: string, prefix: string) =>
     sent("receive", "-q", home, fsidOf(home), "", "1", prefix, "", "", "", "");
   const begin = (name: string, own: number) =>
-    command("subvol", P(name), attribute.uuid(uuid(own)), attribute.ctransid(1));
+    command("subvol", P(name), attribute.uuid(numberedUuid(own)), attribute.ctransid(1));
   const on = (name: string, own: number, parent: number) =>
     command(
       "snapshot",
       P(name),
-      attribute.uuid(uuid(own)),
+      attribute.uuid(numberedUuid(own)),
       attribute.ctransid(1),
-      attribute.cloneUuid(uuid(parent)),
+      attribute.cloneUuid(numberedUuid(parent)),
       attribute.cloneCtransid(1),
     );
   const mkfile = command("mkfile", P("a"), attribute.ino(300));
@@ -768,7 +767,7 @@ describe("whoever works behind the fence", () => {
           const begin = command(
             "subvol",
             attribute.path("20200101-000000"),
-            attribute.uuid(uuid(5)),
+            attribute.uuid(numberedUuid(5)),
             attribute.ctransid(1),
           );
           receiving.write(stream(begin));
@@ -801,7 +800,7 @@ describe("whoever works behind the fence", () => {
       const begin = command(
         "subvol",
         attribute.path("20200101-000000"),
-        attribute.uuid(uuid(5)),
+        attribute.uuid(numberedUuid(5)),
         attribute.ctransid(1),
       );
       for (const text of [
@@ -1253,7 +1252,7 @@ describe("random commands over sshd", () => {
     const fresh = command(
       "subvol",
       attribute.path("20300101-000000"),
-      attribute.uuid(uuid(9)),
+      attribute.uuid(numberedUuid(9)),
       attribute.ctransid(1),
     );
     const streams = [
@@ -1379,7 +1378,7 @@ describe("a thief who has read the program", () => {
     await expectRun(0, [source, home]);
     return { source, b, mine, home, record: join(home, ".btrfs-backup.json") };
   }
-  const owner = { uuid: uuid(9), host: "evil", path: "/evil" };
+  const owner = { uuid: numberedUuid(9), host: "evil", path: "/evil" };
 
   test("wipes no record, and writes no line without a name", async () => {
     const { mine, home, record } = await served();
@@ -1424,7 +1423,7 @@ describe("a thief who has read the program", () => {
     // A stream without a UUID would leave a snapshot that was never received.
     const P = attribute.path;
     const nobody = "00000000-0000-0000-0000-000000000000";
-    const streams = [nobody, uuid(7)].map((one) =>
+    const streams = [nobody, numberedUuid(7)].map((one) =>
       stream(
         command("subvol", P("x-20300101-000000"), attribute.uuid(one), attribute.ctransid(1)),
         command("end"),
@@ -1444,7 +1443,12 @@ describe("a thief who has read the program", () => {
     const { mine, home } = await served();
     for (const name of ["\xff20300101-000000", "\xfe20300101-000000"]) {
       const bytes = stream(
-        command("subvol", attribute.path(name), attribute.uuid(uuid(7)), attribute.ctransid(1)),
+        command(
+          "subvol",
+          attribute.path(name),
+          attribute.uuid(numberedUuid(7)),
+          attribute.ctransid(1),
+        ),
         command("end"),
       );
       const receive = sent("receive", "-q", home, fsidOf(home), "", "1", "\ufffd", "", "", "", "");
@@ -1467,7 +1471,7 @@ describe("a thief who has read the program", () => {
     );
     const begun = (name: string, n: number) =>
       stream(
-        command("subvol", P(name), attribute.uuid(uuid(n)), attribute.ctransid(1)),
+        command("subvol", P(name), attribute.uuid(numberedUuid(n)), attribute.ctransid(1)),
         command("mkfile", P("x"), attribute.ino(300)),
         ...data,
       );

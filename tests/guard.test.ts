@@ -35,14 +35,11 @@ import {
   expectSound,
   fill,
   filesystem,
-  generator,
   nextSecond,
   pair,
   ROOT,
-  seeded,
   sh,
   snapshotNames,
-  soak,
   sshServer,
   start,
   subvolume,
@@ -52,9 +49,10 @@ import {
   waitFor,
 } from "./support/rig.ts";
 import { fsidOf, HOST, sent, verbNamed } from "./support/wire.ts";
+import { generator, seeded, soak } from "./support/random.ts";
+import { numberedUuid } from "./support/names.ts";
 
-const uuid = (n: number) => `${String(n).padStart(8, "0")}-aaaa-bbbb-cccc-0123456789ab`;
-const OBJECT = `20260101-000000+0000_12345678_12345678_${uuid(1)}_${uuid(2)}_full.btrfs`;
+const OBJECT = `20260101-000000+0000_12345678_12345678_${numberedUuid(1)}_${numberedUuid(2)}_full.btrfs`;
 
 /** A server's folder with backups of this key's, and of another's; `guard` runs the real program with a command. */
 async function server(...flags: string[]) {
@@ -126,7 +124,7 @@ const state = (path: string) =>
 function corpus({ mine, home, raw, name, fsid, b }: Awaited<ReturnType<typeof server>>): string[] {
   const nonce = crypto.randomUUID();
   const record = (chain: unknown) => ['{"/": 1', ',"": ', JSON.stringify(chain)] as const;
-  const owner = { uuid: uuid(9), host: "laptop", path: "/home" };
+  const owner = { uuid: numberedUuid(9), host: "laptop", path: "/home" };
   const good = {
     open: sent("open", nonce, "look", home, "", "", "", "60"),
     receive: sent(
@@ -971,7 +969,7 @@ test("what became complete between a look and the lock is neither deleted nor do
   expect(verb("drop", `${object}.sha256`).status).toBe(0);
   expect(state(it.b.path)).toBe(before);
   const [, stored = ""] = /_([0-9a-f-]{36})_full/.exec(object) ?? [];
-  const again = OBJECT.replace(uuid(2), stored);
+  const again = OBJECT.replace(numberedUuid(2), stored);
   expect(verb("store", again, "1", "").status).toBe(0);
   expect(verb("commit", again, "0".repeat(64), "0", "", "", stored)).toMatchObject({
     status: 76,
@@ -983,10 +981,15 @@ test("what became complete between a look and the lock is neither deleted nor do
 });
 
 test("a record over a guarded key can take nothing away", () => {
-  const owner = { uuid: uuid(1), host: "h", path: "/p" };
+  const owner = { uuid: numberedUuid(1), host: "h", path: "/p" };
   const known = [{ location: "/x", filesystem: null, pin: null, last: null }];
   const now = {
-    chain: { owner, receiving: "20260101-000000", strangers: [uuid(2)], destinations: known },
+    chain: {
+      owner,
+      receiving: "20260101-000000",
+      strangers: [numberedUuid(2)],
+      destinations: known,
+    },
     standing: [],
     entries: new Set(["20260101-000000", "20260102-000000"]),
     prefix: "",
@@ -995,12 +998,14 @@ test("a record over a guarded key can take nothing away", () => {
     guardedRecord(JSON.stringify(chain), now, source);
   expect(write({ ...now.chain })).toEqual(now.chain);
   expect(write({ ...now.chain, receiving: "20260103-000000" }).receiving).toBe("20260103-000000");
-  expect(write({ ...now.chain, owner: { ...owner, uuid: uuid(3) } }).owner?.uuid).toBe(uuid(3)); // it was restored
+  expect(write({ ...now.chain, owner: { ...owner, uuid: numberedUuid(3) } }).owner?.uuid).toBe(
+    numberedUuid(3),
+  ); // it was restored
   for (const change of [
     { owner: { ...owner, path: "/q" } },
     { owner: { ...owner, host: "i" } },
     { owner: undefined },
-    { strangers: [uuid(2), uuid(3)] },
+    { strangers: [numberedUuid(2), numberedUuid(3)] },
     { receiving: "20260102-000000" },
     { receiving: "elsewhere" },
     { strangers: [] },
@@ -1035,7 +1040,7 @@ describe("a hostile stream", () => {
   const begin = command(
     "subvol",
     P("20300101-000000"),
-    attribute.uuid(uuid(5)),
+    attribute.uuid(numberedUuid(5)),
     attribute.ctransid(1),
   );
   const write = (path: string, text = "evil") =>
@@ -1158,9 +1163,9 @@ describe("a hostile stream", () => {
         command(
           "snapshot",
           P("20300101-000001"),
-          attribute.uuid(uuid(6)),
+          attribute.uuid(numberedUuid(6)),
           attribute.ctransid(1),
-          attribute.cloneUuid(uuid(5)),
+          attribute.cloneUuid(numberedUuid(5)),
           attribute.cloneCtransid(1),
         ),
         end,
@@ -1173,7 +1178,10 @@ describe("a hostile stream", () => {
     ],
     "another name": ["x", "20300101-000001", "../20300101-000000", "20300101-000000/x", ""].map(
       (name) =>
-        stream(command("subvol", P(name), attribute.uuid(uuid(5)), attribute.ctransid(1)), end),
+        stream(
+          command("subvol", P(name), attribute.uuid(numberedUuid(5)), attribute.ctransid(1)),
+          end,
+        ),
     ),
     "no end": [stream(begin, file("x")), stream(begin, end).subarray(0, -1), stream()],
     "encoded data that receive cannot unpack safely": [
@@ -1201,7 +1209,7 @@ describe("a hostile stream", () => {
         end,
       ).fill(2, 13, 14),
     ),
-    "cloning from elsewhere": [uuid(7), uuid(2)].map((from) =>
+    "cloning from elsewhere": [numberedUuid(7), numberedUuid(2)].map((from) =>
       stream(
         begin,
         file("x"),
@@ -1316,7 +1324,7 @@ describe("a hostile stream", () => {
           attribute.offset(0),
           attribute.cloneLength(4096),
           P("x"),
-          attribute.cloneUuid(uuid(5)),
+          attribute.cloneUuid(numberedUuid(5)),
           attribute.cloneCtransid(1),
           attribute.clonePath("l"),
           attribute.cloneOffset(0),
@@ -1367,16 +1375,16 @@ describe("a hostile stream", () => {
       expect(
         (
           await it.guard(receive("20300100-000000"), {
-            input: stream(begun("20291231-000000", uuid(6)), ...parts, end),
+            input: stream(begun("20291231-000000", numberedUuid(6)), ...parts, end),
           })
         ).status,
       ).toBe(0);
       const snapshot = command(
         "snapshot",
         P("20300101-000000"),
-        attribute.uuid(uuid(5)),
+        attribute.uuid(numberedUuid(5)),
         attribute.ctransid(1),
-        attribute.cloneUuid(uuid(6)),
+        attribute.cloneUuid(numberedUuid(6)),
         attribute.cloneCtransid(1),
       );
       const rename = (from: string, to: string) => command("rename", P(from), attribute.pathTo(to));
@@ -1386,7 +1394,7 @@ describe("a hostile stream", () => {
           attribute.offset(0),
           attribute.cloneLength(4096),
           P("d/file"),
-          attribute.cloneUuid(uuid(6)),
+          attribute.cloneUuid(numberedUuid(6)),
           attribute.cloneCtransid(1),
           attribute.clonePath(from),
           attribute.cloneOffset(0),
@@ -1543,7 +1551,12 @@ describe("a hostile stream", () => {
       for (const change of [
         {
           input: stream(
-            command("subvol", P("20300101-000009"), attribute.uuid(uuid(5)), attribute.ctransid(1)),
+            command(
+              "subvol",
+              P("20300101-000009"),
+              attribute.uuid(numberedUuid(5)),
+              attribute.ctransid(1),
+            ),
             end,
           ),
         },
@@ -1570,7 +1583,7 @@ describe("a hostile stream", () => {
       expect((await it.guard(clean)).status).toBe(65);
       const other = [...subvolumes(it.b.path)].find(([name]) => name === "victim")?.[1]
         .uuid as string;
-      const on = (parent: string, own = uuid(8)) =>
+      const on = (parent: string, own = numberedUuid(8)) =>
         stream(
           command(
             "snapshot",
@@ -1585,14 +1598,16 @@ describe("a hostile stream", () => {
       const next = receive.replace("20300101-000000", "20300102-000000");
       expect((await it.guard(next, { input: on(other) })).stderr).toContain("the parent");
       expect((await it.guard(clean.replace("20300101-000000", "20300102-000000"))).status).toBe(0);
-      expect((await it.guard(next, { input: on(uuid(5)) })).status).toBe(0);
+      expect((await it.guard(next, { input: on(numberedUuid(5)) })).status).toBe(0);
       // Of two with one UUID it is not known which would be received on.
       sh(`btrfs -q subvolume snapshot -r "$1/20300101-000000" "$1/twin" >/dev/null`, it.home);
       expect(
         (
           await it.guard(receive.replace("20300101-000000", "20300103-000000"), {
             input: Buffer.from(
-              on(uuid(5), uuid(9)).toString("latin1").replace("20300102", "20300103"),
+              on(numberedUuid(5), numberedUuid(9))
+                .toString("latin1")
+                .replace("20300102", "20300103"),
               "latin1",
             ),
           })
@@ -1747,7 +1762,7 @@ test("a UUID that is on the filesystem already is nobody's new one, nor a parent
             command(
               "snapshot",
               P("20300101-000000"),
-              attribute.uuid(uuid(8)),
+              attribute.uuid(numberedUuid(8)),
               attribute.ctransid(1),
               attribute.cloneUuid(parent),
               attribute.cloneCtransid(1),

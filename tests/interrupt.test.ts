@@ -10,14 +10,12 @@ import {
   expectRun,
   expectSound,
   filesystem,
-  generator,
+  holdLock,
   nextSecond,
   pair,
   run,
-  seeded,
   sh,
   snapshotNames,
-  soak,
   sshServer,
   start,
   subvolume,
@@ -25,6 +23,8 @@ import {
   temporaryDirectory,
   waitFor,
 } from "./support/rig.ts";
+import { generator, seeded, soak } from "./support/random.ts";
+import { killAll } from "./support/processes.ts";
 
 /** A `pv` in front of every `btrfs receive`, so that a transfer takes its time. */
 function slowReceive(): { env: Record<string, string> } {
@@ -106,25 +106,19 @@ test("Ctrl-C over ssh cleans up on the other side", async () => {
 test("a signal while waiting for a lock ends the run at once", async () => {
   const { source, snapshots, destination } = pair();
   await expectRun(0, [source, destination]);
-  const holder = holdLock(snapshots, ".btrfs-backup..lock");
+  const holder = await holdLock(join(snapshots, ".btrfs-backup..lock"));
   const running = start(["--wait", "600", source, destination]);
   await waitFor("the run to wait", () => sh(`pgrep -f "^flock -w 600 9$" || :`) !== "");
   running.child.kill("SIGTERM");
   expect((await running.finished).status).toBe(143);
-  holder.kill();
+  await holder();
 });
-
-/** Holds a lock as another run would. */
-function holdLock(folder: string, file: string) {
-  const child = Bun.spawn(["flock", join(folder, file), "sleep", "600"]);
-  return { kill: () => sh(`pkill -P "$1"; kill "$1" 2>/dev/null || :`, String(child.pid)) };
-}
 
 test("a busy source is exit 3, a busy destination is its own failure, and --wait waits", async () => {
   const { source, snapshots, destination } = pair();
   const other = join(filesystem().path, "other");
   await expectRun(0, [source, destination, other]);
-  const atSource = holdLock(snapshots, ".btrfs-backup..lock");
+  const atSource = await holdLock(join(snapshots, ".btrfs-backup..lock"));
   await waitFor(
     "the lock",
     () =>
@@ -136,9 +130,9 @@ test("a busy source is exit 3, a busy destination is its own failure, and --wait
   await expectRun(0, ["-p", "another-chain-", source]);
   const waiting = start(["--wait", "100", source, other]);
   await waitFor("the run to wait", () => sh(`pgrep -f "^flock -w 100 9$" || :`) !== "");
-  atSource.kill();
+  await atSource();
   expect((await waiting.finished).status).toBe(0);
-  const atDestination = holdLock(destination, ".btrfs-backup..lock");
+  const atDestination = await holdLock(join(destination, ".btrfs-backup..lock"));
   await waitFor(
     "the lock",
     () =>
@@ -150,7 +144,7 @@ test("a busy source is exit 3, a busy destination is its own failure, and --wait
   await nextSecond();
   expect((await expectRun(1, [source, destination, other])).stderr).toContain("another run holds");
   expect(snapshotNames(other).length).toBe(3);
-  atDestination.kill();
+  await atDestination();
 });
 
 test("destinations are opened beside the source, but nothing of them is locked before it is, and nothing is left of them if it cannot be", async () => {
@@ -168,7 +162,7 @@ test("destinations are opened beside the source, but nothing of them is locked b
       ? readFileSync(join(tools, "log"), "utf8").trim().split("\n")
       : [];
   const env = { PATH: `${tools}:${process.env["PATH"]}` };
-  const holder = holdLock(snapshots, ".btrfs-backup..lock");
+  const holder = await holdLock(join(snapshots, ".btrfs-backup..lock"));
   await waitFor(
     "the lock",
     () =>
@@ -182,7 +176,7 @@ test("destinations are opened beside the source, but nothing of them is locked b
   expect(locked()).toEqual([snapshots, snapshots].map(inode));
   expect(sh(`pgrep -f "$1" || :`, `btrfs-backup[:].*${destination}`)).toBe("");
   expect(snapshotNames(snapshots).length).toBe(1);
-  holder.kill();
+  await holder();
   await nextSecond();
   await expectRun(0, ["--wait", "1", source, other, destination], { env });
   expect(locked().slice(2)).toEqual([snapshots, ...[destination, other].sort()].map(inode));
@@ -257,7 +251,7 @@ test("whether something is still received there is asked of its lock, whatever t
   await expectRun(0, [source, destination]);
   writeFileSync(join(destination, ".btrfs-backup.json"), "nonsense");
   const lock = join(destination, ".btrfs-backup..receiving");
-  const holder = holdLock(destination, ".btrfs-backup..receiving");
+  const holder = await holdLock(join(destination, ".btrfs-backup..receiving"));
   await waitFor(
     "the lock",
     () => sh(`flock -n "$1" true && echo free || echo held`, lock) === "held",
@@ -268,7 +262,7 @@ test("whether something is still received there is asked of its lock, whatever t
   );
   const waiting = start(["-S", "--adopt", "--wait", "100", source, destination]);
   await waitFor("the run to wait", () => sh(`pgrep -f "^flock -w 100 8$" || :`) !== "");
-  holder.kill();
+  await holder();
   const { status, stderr } = await waiting.finished;
   expect([status, stderr]).toEqual([
     1,
@@ -297,8 +291,8 @@ test("after kill -9 of the program alone, the next run does not race its pipelin
 test("after kill -9 of everything, the leftover is removed and sent again", async () => {
   const { source, snapshots, destination, running } = await transferUnderWay();
   running.child.kill("SIGKILL");
-  sh(`pkill -KILL -f "$1" || :`, `[b]trfs.*${destination}|^btrfs (send|receive) `);
-  sh(`pkill -KILL -f "^pv -q -L 5m$"`); // what slows it down holds its lock as well
+  killAll(new RegExp(`btrfs.*${destination}|^btrfs (send|receive) `));
+  killAll(/^pv -q -L 5m$/); // what slows it down holds its lock as well
   await waitFor("the receiver's end", () => streams() === "");
   expect(receiving(destination)).toBe(true);
   await expectRun(0, ["-S", source, destination]);
@@ -375,13 +369,10 @@ test("kill -9 at random moments: one ordinary run afterwards, and everything is 
     const began = start(["-N", "3", "-n", "3", source, destination, second], { group: true });
     await Bun.sleep(random() * 500);
     // Half of the time the whole of it, as a power failure would; its pipeline has a group of its own.
-    if (round % 2 === 0)
-      sh(
-        `kill -KILL -- "-$1" 2>/dev/null || :; pkill -KILL -f "$2" || :`,
-        String(began.pid),
-        `[b]trfs.*${b.path}|^btrfs (send|receive) `,
-      );
-    else began.child.kill("SIGKILL");
+    if (round % 2 === 0) {
+      sh(`kill -KILL -- "-$1" 2>/dev/null || :`, String(began.pid));
+      killAll(new RegExp(`btrfs.*${b.path}|^btrfs (send|receive) `));
+    } else began.child.kill("SIGKILL");
     const { signal } = await began.finished;
     if (signal === "SIGKILL") killed++;
     await nextSecond();

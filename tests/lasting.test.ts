@@ -14,14 +14,14 @@ import {
   mountImage,
   nextSecond,
   pair,
+  pathWith,
   run,
-  seeded,
   sh,
+  transfers,
 } from "./support/rig.ts";
 import {
   snapshotAs,
   snapshotNames,
-  soak,
   sshServer,
   start,
   subvolume,
@@ -31,11 +31,10 @@ import {
   waitFor,
   type Result,
 } from "./support/rig.ts";
+import { seeded, soak } from "./support/random.ts";
 
-const transfers = (result: Result) => events(result).filter(({ event }) => event === "transfer");
 const warnings = (result: Result) =>
   events(result).filter(({ event, message }) => event === "warning" && /clock/.test(message));
-const pathWith = (tools: string) => ({ PATH: `${tools}:${process.env["PATH"]}` });
 
 describe("restore --replace can be killed at any moment", () => {
   /** A source with snapshots of its own, one that was received, some of them backed up; `anew` brings all back as it was. */

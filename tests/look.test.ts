@@ -20,7 +20,6 @@ import {
   expectRun,
   expectSameTree,
   filesystem,
-  generator,
   history,
   manyStreams,
   mountImage,
@@ -37,6 +36,8 @@ import {
   unmount,
   type Result,
 } from "./support/rig.ts";
+import { generator } from "./support/random.ts";
+import { day } from "./support/names.ts";
 
 const listed = (result: Result) =>
   events(result).find(({ event }) => event === "list") as Record<string, any>;
@@ -50,7 +51,6 @@ const rows = ({ stdout }: Result) =>
       .filter(Boolean)
       .map((line) => [line.split("  ")[0] as string, line.split(/ {2,}/).slice(2)]),
   );
-const day = (n: number) => `2026010${n}-000000`;
 
 describe("list", () => {
   test("each kind of mark, in 80 columns", async () => {

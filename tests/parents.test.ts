@@ -13,8 +13,11 @@ import {
   expectSound,
   filesystem,
   nextSecond,
+  type Options,
   pair,
+  pathWith,
   reformat,
+  type Result,
   s3Remote,
   sh,
   snapshotAs,
@@ -23,16 +26,14 @@ import {
   subvolume,
   subvolumes,
   temporaryDirectory,
+  transfers,
   treeDigest,
-  type Options,
-  type Result,
 } from "./support/rig.ts";
+import { day } from "./support/names.ts";
 
 const EDITED = /edited/i;
 const UNRELATED = /not made from|related|connect/i;
 
-const day = (n: number) => `2026010${n}-000000`;
-const transfers = (result: Result) => events(result).filter(({ event }) => event === "transfer");
 /** What was sent against what. */
 const sent = (result: Result) => transfers(result).map(({ name, parent }) => [name, parent]);
 /** Runs without a new snapshot, and says what was sent. */
@@ -104,7 +105,6 @@ const first = (directory: string, tool: string, script: string) =>
     `#!/bin/sh\n${script}\nexec ${sh(`command -v ${tool}`)} "$@"\n`,
     { mode: 0o755 },
   );
-const pathWith = (directory: string) => ({ PATH: `${directory}:${process.env["PATH"]}` });
 
 /** A `tar` and a `btrfs` first on the PATH that note what they are called with. */
 function watched(): {

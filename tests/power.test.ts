@@ -12,17 +12,16 @@ import {
   nextSecond,
   pair,
   run,
-  seeded,
   sh,
   snapshotAs,
   snapshotNames,
-  soak,
   start,
   subvolume,
   subvolumes,
   temporaryDirectory,
   treeDigest,
 } from "./support/rig.ts";
+import { seeded, soak } from "./support/random.ts";
 
 /** Filesystems whose power can be cut: all at the same moment. */
 function machines(...names: string[]) {

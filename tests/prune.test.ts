@@ -14,15 +14,14 @@ import {
   pair,
   run,
   s3Remote,
-  seeded,
   sh,
   snapshotAs,
   snapshotNames,
-  soak,
   sshServer,
   subvolumes,
   temporaryDirectory,
 } from "./support/rig.ts";
+import { seeded, soak } from "./support/random.ts";
 
 const deleted = (result: Parameters<typeof events>[0]) =>
   events(result)

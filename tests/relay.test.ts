@@ -30,7 +30,6 @@ import {
   expectRun,
   expectSound,
   filesystem,
-  generator,
   gpgKey,
   type How,
   pair,
@@ -39,11 +38,9 @@ import {
   ROOT,
   run,
   s3Remote,
-  seeded,
   sh,
   snapshotAs,
   snapshotNames,
-  soak,
   sshServer,
   start,
   subvolume,
@@ -52,11 +49,12 @@ import {
   treeDigest,
   waitFor,
 } from "./support/rig.ts";
+import { generator, seeded, soak } from "./support/random.ts";
+import { numberedUuid } from "./support/names.ts";
 
 const NAME = "20300101-000000";
-const uuid = (n: number) => `${String(n).padStart(8, "0")}-aaaa-bbbb-cccc-0123456789ab`;
 const P = attribute.path;
-const begin = command("subvol", P(NAME), attribute.uuid(uuid(5)), attribute.ctransid(1));
+const begin = command("subvol", P(NAME), attribute.uuid(numberedUuid(5)), attribute.ctransid(1));
 const end = command("end");
 const make = {
   file: (path: string) => command("mkfile", P(path), attribute.ino(300)),
@@ -71,7 +69,7 @@ const make = {
   rmdir: (path: string) => command("rmdir", P(path)),
   write: (path: string, data = Buffer.from("evil")) =>
     command("write", P(path), attribute.offset(0), attribute.data(data.toString("latin1"))),
-  clone: (path: string, from: string, of = uuid(5)) =>
+  clone: (path: string, from: string, of = numberedUuid(5)) =>
     command(
       "clone",
       attribute.offset(0),
@@ -83,7 +81,7 @@ const make = {
       attribute.cloneOffset(0),
     ),
 };
-const check = { name: NAME, uuid: uuid(5), parent: null, alone: false };
+const check = { name: NAME, uuid: numberedUuid(5), parent: null, alone: false };
 
 describe.each<How>(["binary", "bun", "deno", "one file by node"])("the relay, by %s,", (how) => {
   /** Starts it between files. `script`: how it is run, as "$@". */

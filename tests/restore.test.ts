@@ -12,28 +12,25 @@ import {
   expectSameTree,
   expectSound,
   filesystem,
-  generator,
+  holdLock,
   mountImage,
   nextSecond,
   pair,
   reformat,
   run,
-  seeded,
   sh,
   snapshotAs,
   snapshotNames,
-  soak,
   sshServer,
   start,
   subvolume,
   subvolumes,
   temporaryDirectory,
+  transfers,
   unmount,
   waitFor,
 } from "./support/rig.ts";
-
-const transfers = (result: Parameters<typeof events>[0]) =>
-  events(result).filter(({ event }) => event === "transfer");
+import { generator, seeded, soak } from "./support/random.ts";
 
 /** Backs up, with changes in between; what the source held each time, by the snapshot's name. */
 async function history(
@@ -800,18 +797,9 @@ describe("what must not be lost", () => {
     const { stderr } = await expectRun(1, ["restore", "-p", "", "--replace", source, source]);
     expect(stderr).toContain("cannot finish");
     sh(`kill "$1"; while kill -0 "$1" 2>/dev/null; do sleep 0.05; done`, holder);
-    const locker = sh(
-      `flock "$1/.btrfs-backup.other-.lock" sleep 600 >/dev/null 2>&1 & echo $!`,
-      snapshots,
-    );
-    await waitFor(
-      "the lock",
-      () =>
-        sh(`flock -n "$1/.btrfs-backup.other-.lock" true && echo free || echo held`, snapshots) ===
-        "held",
-    );
+    const release = await holdLock(`${snapshots}/.btrfs-backup.other-.lock`);
     await expectRun(3, ["restore", "-p", "", "--replace", source, source]);
-    sh(`pkill -P "$1"; kill "$1" 2>/dev/null || :`, locker);
+    await release();
     expect(readdirSync(snapshots).filter((entry) => /\d{8}/.test(entry))).toEqual(all);
     expect(readdirSync(dirname(source)).filter((entry) => /before|restoring/.test(entry))).toEqual(
       [],
@@ -1031,34 +1019,22 @@ describe("interruptions", () => {
     const { source, snapshots, destination, a } = pair();
     await expectRun(0, [source, destination]);
     for (const folder of [destination, snapshots]) {
-      const holder = sh(
-        `flock "$1/.btrfs-backup..lock" sleep 600 >/dev/null 2>&1 & echo $!`,
-        folder,
-      );
-      await waitFor(
-        "the lock",
-        () =>
-          sh(`flock -n "$1/.btrfs-backup..lock" true && echo free || echo held`, folder) === "held",
-      );
+      const release = await holdLock(`${folder}/.btrfs-backup..lock`);
       expect((await expectRun(3, ["restore", folder, join(a.path, "new")])).stderr).toContain(
         "another run holds",
       );
-      sh(`pkill -P "$1"; kill "$1" 2>/dev/null || :`, holder);
+      await release();
     }
     const left = join(a.path, "new.restoring-20260101-000000");
     mkdirSync(left);
     writeFileSync(join(left, ".btrfs-backup.restoring"), "");
     subvolume(join(left, "tree"));
-    const holder = sh(`flock "$1" sleep 600 >/dev/null 2>&1 & echo $!`, left);
-    await waitFor(
-      "the lock",
-      () => sh(`flock -n "$1" true && echo free || echo held`, left) === "held",
-    );
+    const release = await holdLock(left);
     expect((await expectRun(3, ["restore", destination, join(a.path, "new")])).stderr).toContain(
       "another restore is at work",
     );
     expect(existsSync(join(left, "tree"))).toBe(true);
-    sh(`pkill -P "$1"; kill "$1" 2>/dev/null || :`, holder);
+    await release();
     // Not ours: another name, or something else in it.
     mkdirSync(join(a.path, "new.restoring-photos"));
     const foreign = join(a.path, "new.restoring-20200101-000000");

@@ -13,10 +13,8 @@ import {
   linkedServer,
   nextSecond,
   pair,
-  seeded,
   sh,
   snapshotNames,
-  soak,
   sshServer,
   start,
   subvolumes,
@@ -24,6 +22,7 @@ import {
   waitFor,
   type LinkedServer,
 } from "./support/rig.ts";
+import { seeded, soak } from "./support/random.ts";
 
 const FAST = ["--ssh-opt", "ServerAliveInterval=1", "--ssh-opt", "ConnectTimeout=2"];
 const parts = (folder: string) =>

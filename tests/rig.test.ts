@@ -8,7 +8,6 @@ import {
   expectSameTree,
   filesystem,
   fill,
-  generator,
   gpgKey,
   loginShells,
   s3Server,
@@ -19,6 +18,7 @@ import {
   temporaryDirectory,
   treeDigest,
 } from "./support/rig.ts";
+import { generator } from "./support/random.ts";
 
 const [a, b] = [filesystem(), filesystem()];
 const source = subvolume(join(a.path, "source"));

@@ -10,7 +10,6 @@ import {
   expectRun,
   expectSameTree,
   filesystem,
-  generator,
   gpgKey,
   nextSecond,
   pair,
@@ -24,6 +23,8 @@ import {
   temporaryDirectory,
   waitFor,
 } from "./support/rig.ts";
+import { generator } from "./support/random.ts";
+import { killAll } from "./support/processes.ts";
 
 const uuidOf = (path: string) =>
   sh(`btrfs subvolume show "$1" | awk '/^\\tUUID/ { print $2 }'`, path);
@@ -201,7 +202,7 @@ test("when btrfs send is killed half-way, no command sees the end of a half stre
     const slow = `{ head -c 1000000 >/dev/null; echo began >${marker}; exec pv -q -L 2m; } | { ${command}; }`;
     const running = start([source, `shell://${"wrap" in sink ? `bash -c '${slow}'` : slow}`]);
     await waitFor("the stream to begin", () => existsSync(marker));
-    sh(`pkill -KILL -f "^btrfs send -q "`);
+    killAll(/^btrfs send -q /);
     const { status, stderr } = await running.finished;
     expect([status, stderr]).toEqual([
       1,
@@ -223,7 +224,7 @@ test("a command that ignores SIGTERM sees no end either", async () => {
     `shell://trap '' TERM; { head -c 1000000 >/dev/null; echo began >${marker}; exec pv -q -L 2m; } | { ${command}; }`,
   ]);
   await waitFor("the stream to begin", () => existsSync(marker));
-  sh(`pkill -KILL -f "^btrfs send -q "`);
+  killAll(/^btrfs send -q /);
   expect((await running.finished).status).toBe(1);
   expect(sawEnd()).toBe(false);
 });
@@ -268,7 +269,7 @@ test("what a command or a hook leaves running does not hold a run up", async () 
   expect(left()).toBe("2");
   await nextSecond();
   await expectRun(0, [source, "shell://cat >/dev/null"]); // nor its lock
-  sh(`pkill -fx 'sleep 4321'`);
+  killAll(/^sleep 4321$/);
 });
 
 test("a hook's exit status is its own, whatever ours mean", async () => {

@@ -22,6 +22,7 @@ import {
   type Transfer,
 } from "../btrfs-backup.ts";
 import { named } from "./support/names.ts";
+import { generator } from "./support/random.ts";
 
 const SEED =
   process.env["SEED"] === undefined
@@ -31,17 +32,6 @@ console.log(`simulation: SEED=${SEED}`);
 
 const HOUR = 3600e3;
 const TEN_YEARS = 87_600;
-
-/** mulberry32: numbers from 0 up to 1, the same for the same seed. */
-function randomNumbers(seed: number): () => number {
-  let state = seed >>> 0;
-  return () => {
-    state = (state + 0x6d2b79f5) >>> 0;
-    let t = Math.imul(state ^ (state >>> 15), state | 1);
-    t ^= t + Math.imul(t ^ (t >>> 7), t | 61);
-    return ((t ^ (t >>> 14)) >>> 0) / 2 ** 32;
-  };
-}
 
 // ── The clock: Central European time ─────────────────────────────────────────────────────
 
@@ -509,7 +499,7 @@ function promise(title: string, plan: Plan): void {
   test(
     title,
     () => {
-      const tally = simulate(plan, randomNumbers(SEED));
+      const tally = simulate(plan, generator(SEED));
       console.log(`${title}: ${JSON.stringify(tally)}`);
       expect(tally.runs).toBe(plan.runs);
       // One full transfer for each destination, in all the time.

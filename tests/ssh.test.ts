@@ -10,7 +10,6 @@ import {
   expectSound,
   filesystem,
   fill,
-  generator,
   loginShells,
   nextSecond,
   pair,
@@ -22,6 +21,7 @@ import {
   subvolumes,
   temporaryDirectory,
 } from "./support/rig.ts";
+import { generator } from "./support/random.ts";
 
 test("push, pull, and both ends remote go on from each other incrementally", async () => {
   const { source, snapshots, destination } = pair();

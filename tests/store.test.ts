@@ -20,30 +20,28 @@ import {
   expectSameTree,
   filesystem,
   fill,
-  generator,
   gpgKey,
   loginShells,
   nextSecond,
+  type Options,
   pair,
   pathWithout,
   reformat,
   run,
   s3Remote,
-  seeded,
   sh,
   snapshotAs,
   snapshotNames,
-  soak,
   sshServer,
   start,
   subvolume,
   temporaryDirectory,
+  transfers,
   waitFor,
-  type Options,
-  type Result,
 } from "./support/rig.ts";
+import { generator, seeded, soak } from "./support/random.ts";
+import { killAll } from "./support/processes.ts";
 
-const transfers = (result: Result) => events(result).filter(({ event }) => event === "transfer");
 /** Removes a restored subvolume, and the snapshot in it. */
 const discard = (target: string) =>
   sh(`btrfs -q subvolume delete "$1"/snapshot/2* "$1" >/dev/null`, target);
@@ -414,7 +412,7 @@ test("when btrfs send is killed half-way, or the link, nothing appears, and the 
       s3,
     );
     await waitFor("the transfer", () => sh(`pgrep -f "$1" || :`, victim) !== "");
-    sh(`pkill -KILL -f "$1"`, victim);
+    killAll(new RegExp(victim));
     expect((await running.finished).status).toBe(1);
     expect([...(await listed(store, s3, ssh.options))]).toEqual([]);
     await nextSecond();

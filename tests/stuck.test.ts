@@ -7,7 +7,6 @@ import { closeSync, existsSync, mkdirSync, openSync, readFileSync, writeFileSync
 import { join } from "node:path";
 import { descendants, signal } from "./support/processes.ts";
 import {
-  events,
   expectRun,
   expectSound,
   filesystem,
@@ -22,6 +21,7 @@ import {
   start,
   subvolume,
   temporaryDirectory,
+  transfers,
   waitFor,
 } from "./support/rig.ts";
 
@@ -47,8 +47,6 @@ function sourceAnd(disks: number): { source: string; snapshots: string; places: 
   const places = Array.from({ length: disks }, () => join(filesystem().path, "backup"));
   return { source, snapshots: join(source, "snapshot"), places: places as [string, string] };
 }
-const transfers = (result: Parameters<typeof events>[0]) =>
-  events(result).filter(({ event }) => event === "transfer");
 const limit = ["--timeout", "3"];
 const LATE = /no answer within 3 s|stuck: for 3 s no byte moved/;
 

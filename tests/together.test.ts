@@ -22,6 +22,7 @@ import {
   temporaryDirectory,
   waitFor,
 } from "./support/rig.ts";
+import { killAll } from "./support/processes.ts";
 
 /** A PATH on which every call of btrfs is written down, and `calls` to count those that begin so, but for looks at the head of a stream. */
 function counted(): { env: Record<string, string>; calls: (words: string) => number } {
@@ -40,7 +41,7 @@ function counted(): { env: Record<string, string>; calls: (words: string) => num
   };
 }
 /** What a run says of each destination's transfers. */
-const transfers = (all: Record<string, any>[], destination: string) =>
+const transfersTo = (all: Record<string, any>[], destination: string) =>
   all.filter((one) => one["event"] === "transfer" && one["destination"] === destination);
 
 test("destinations that need the same stream get it from one btrfs send, here and over ssh, and keep being served so", async () => {
@@ -75,10 +76,10 @@ test("destinations that need the same stream get it from one btrfs send, here an
     // The stored ones are protocol 1.
     expect([calls("send"), calls("receive")]).toEqual([2, 2]); // the third one over there
     for (const place of [...places, ...stored])
-      expect(transfers(all, place)).toMatchObject([
+      expect(transfersTo(all, place)).toMatchObject([
         { parent: i === 0 ? null : snapshotNames(snapshots).at(-2) },
       ]);
-    const bytes = places.map((place) => transfers(all, place)[0]?.["bytes"] as number);
+    const bytes = places.map((place) => transfersTo(all, place)[0]?.["bytes"] as number);
     expect(Math.max(...bytes)).toBe(Math.min(...bytes));
     await nextSecond();
   }
@@ -105,7 +106,7 @@ describe("of several destinations", () => {
     expect(failed.stderr).toContain(`${full}: btrfs receive failed with exit status 1`);
     expect(failed.stderr).toContain("No space left on device");
     for (const place of [destination, third]) {
-      expect(transfers(events(failed), place).length).toBe(1);
+      expect(transfersTo(events(failed), place).length).toBe(1);
       expectSound(place, snapshots);
     }
     expect([...subvolumes(full).keys()]).toEqual([]);
@@ -128,7 +129,7 @@ describe("of several destinations", () => {
       ["a", "b", "c"].every((name) => existsSync(join(directory, `${name}.began`))),
     );
     expect(calls("send")).toBe(1);
-    sh(`pkill -KILL -f "[b]trfs send -q "`);
+    killAll(/btrfs send -q /);
     const { status, stderr } = await running.finished;
     expect(status).toBe(1);
     expect(stderr.match(/btrfs send was killed by signal 9/g)?.length).toBe(3);
@@ -205,11 +206,11 @@ test("who lacks more than others gets that by itself", async () => {
   const all = events(
     await expectRun(0, ["-S", "--json", source, destination, behind, fresh], { env }),
   );
-  expect(transfers(all, destination).map(({ name, parent }) => [name, parent])).toEqual([
+  expect(transfersTo(all, destination).map(({ name, parent }) => [name, parent])).toEqual([
     ["20260104-000000", "20260103-000000"],
   ]);
-  expect(transfers(all, behind).length).toBe(3);
-  expect(transfers(all, fresh).length).toBe(4);
+  expect(transfersTo(all, behind).length).toBe(3);
+  expect(transfersTo(all, fresh).length).toBe(4);
   expect(calls("send")).toBe(8);
   for (const place of [destination, behind, fresh]) expectSound(place, snapshots);
   // Both lack all of it, and get all of it together.
@@ -249,7 +250,7 @@ test("protocol 2 where both sides know it: what is compressed on the disk travel
   fill(source);
   sh(`head -c 60M /dev/zero | tr '\\0' x >"$1/dull"`, source);
   const sent = async (to: string, args: readonly string[], env = {}) =>
-    transfers(events(await expectRun(0, ["--json", ...args, source, to], { env })), to)[0]?.[
+    transfersTo(events(await expectRun(0, ["--json", ...args, source, to], { env })), to)[0]?.[
       "bytes"
     ] as number;
   snapshotAs(source, "20260101-000000");

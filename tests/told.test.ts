@@ -27,11 +27,9 @@ import {
   subvolume,
   subvolumes,
   temporaryDirectory,
+  transfers,
   unmount,
 } from "./support/rig.ts";
-
-const transfers = (result: Parameters<typeof events>[0]) =>
-  events(result).filter(({ event }) => event === "transfer");
 
 describe("who is not root", () => {
   const nobody = {

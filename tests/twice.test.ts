@@ -12,22 +12,20 @@ import {
   filesystem,
   pair,
   run,
-  seeded,
   sh,
   snapshotAs,
   snapshotNames,
-  soak,
   sshServer,
   start,
-  waitFor,
   subvolumes,
   temporaryDirectory,
+  transfers,
   treeDigest,
+  waitFor,
 } from "./support/rig.ts";
+import { seeded, soak } from "./support/random.ts";
+import { day } from "./support/names.ts";
 
-const day = (n: number) => `202601${String(n).padStart(2, "0")}-000000`;
-const transfers = (result: Parameters<typeof events>[0]) =>
-  events(result).filter(({ event }) => event === "transfer");
 const listed = async (place: string) => {
   const [{ snapshots }] = events(await expectRun(0, ["list", "--json", place])).filter(
     ({ event }) => event === "list",

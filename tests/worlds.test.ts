@@ -11,21 +11,19 @@ import {
   expectSound,
   filesystem,
   fill,
-  generator,
   nextSecond,
   pair,
   ROOT,
   run,
-  seeded,
   sh,
   snapshotAs,
   snapshotNames,
-  soak,
   sshServer,
   subvolume,
   subvolumes,
   temporaryDirectory,
 } from "./support/rig.ts";
+import { generator, seeded, soak } from "./support/random.ts";
 
 /** A directory with the newest btrfs-progs, which bring their own libraries. */
 function newestBtrfs(): string {

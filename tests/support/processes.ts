@@ -2,28 +2,33 @@
 
 import { existsSync, readdirSync, readFileSync } from "node:fs";
 
-/** All that a process has started, by their IDs, with their command lines. */
-export function descendants(
-  pid: number,
-): { pid: number; parent: number; group: number; text: string }[] {
-  const all = readdirSync("/proc")
+type Process = { pid: number; parent: number; group: number; text: string };
+
+/** All processes of this test run, which has a PID namespace of its own; `text`: the command line. */
+function all(): Process[] {
+  return readdirSync("/proc")
     .filter((name) => /^\d+$/.test(name))
     .flatMap((name) => {
       try {
         const [, parent = "", group = ""] =
           /^\d+ \(.*\) \S (\d+) (\d+)/s.exec(readFileSync(`/proc/${name}/stat`, "utf8")) ?? [];
-        const text = readFileSync(`/proc/${name}/cmdline`, "utf8").replaceAll("\0", " ");
+        const text = readFileSync(`/proc/${name}/cmdline`, "utf8").replaceAll("\0", " ").trim();
         return [{ pid: Number(name), parent: Number(parent), group: Number(group), text }];
       } catch {
         return []; // it has ended
       }
     });
+}
+
+/** All that a process has started, by their IDs, with their command lines. */
+export function descendants(pid: number): Process[] {
+  const processes = all();
   const found = new Set([pid]);
   for (let before = 0; before !== found.size;) {
     before = found.size;
-    for (const one of all) if (found.has(one.parent)) found.add(one.pid);
+    for (const one of processes) if (found.has(one.parent)) found.add(one.pid);
   }
-  return all.filter((one) => one.pid !== pid && found.has(one.pid));
+  return processes.filter((one) => one.pid !== pid && found.has(one.pid));
 }
 
 /** Whether a process is there, and not only waited for. */
@@ -38,3 +43,8 @@ export const signal = (pid: number) => {
     // it has ended
   }
 };
+
+/** Kills the processes of this test run that have such a command line. */
+export function killAll(commandLine: RegExp): void {
+  for (const { pid, text } of all()) if (pid !== process.pid && commandLine.test(text)) signal(pid);
+}

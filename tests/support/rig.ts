@@ -15,6 +15,7 @@ import {
 import { createServer } from "node:net";
 import { tmpdir } from "node:os";
 import { join, resolve } from "node:path";
+import { generator } from "./random.ts";
 
 // A certificate of the machine's own is of no use on loopback, and keeps rclone's S3 from starting.
 delete process.env["AWS_CA_BUNDLE"];
@@ -54,27 +55,6 @@ export function temporaryDirectory(): string {
   chmodSync(path, 0o755);
   return path;
 }
-
-/** A number for random choices: SEED, or a new one; printed, so that a failure can be repeated. */
-export function seeded(): () => number {
-  const seed = Number(process.env["SEED"] ?? Math.floor(Math.random() * 2 ** 31));
-  console.log(`SEED=${seed}`);
-  return generator(seed);
-}
-
-/** Mulberry32: small, and the same everywhere. */
-export function generator(seed: number): () => number {
-  let state = seed >>> 0;
-  return () => {
-    state = (state + 0x6d2b79f5) >>> 0;
-    let t = Math.imul(state ^ (state >>> 15), 1 | state);
-    t = (t + Math.imul(t ^ (t >>> 7), 61 | t)) ^ t;
-    return ((t ^ (t >>> 14)) >>> 0) / 2 ** 32;
-  };
-}
-
-/** How often a random loop runs. */
-export const soak = (otherwise: number) => Number(process.env["SOAK"] ?? otherwise);
 
 /** Waits until something is so. */
 export async function waitFor(
@@ -706,4 +686,24 @@ export function pair({ size = "1G" } = {}): {
   const source = subvolume(join(a.path, "home"));
   fill(source);
   return { source, snapshots: join(source, "snapshot"), destination: join(b.path, "backup"), a, b };
+}
+
+/** The transfers that a run with --json tells of. */
+export const transfers = (result: Parameters<typeof events>[0]) =>
+  events(result).filter(({ event }) => event === "transfer");
+
+/** An environment in which the programs of a directory are found first. */
+export const pathWith = (directory: string) => ({
+  PATH: `${directory}:${process.env["PATH"]}`,
+});
+
+/** Locks a file, as another run would; returns how to unlock it. */
+export async function holdLock(file: string): Promise<() => Promise<void>> {
+  const holder = Bun.spawn(["flock", "--no-fork", file, "sleep", "600"]);
+  const isHeld = () => sh(`flock -n "$1" true && echo free || echo held`, file) === "held";
+  await waitFor("the lock", isHeld);
+  return async () => {
+    holder.kill("SIGKILL");
+    await holder.exited;
+  };
 }
