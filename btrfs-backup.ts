@@ -12342,14 +12342,11 @@ async function letIn<V extends Declared>(
 
 // ── what is checked of a stream ──
 
-// The relay checks streams before the rest of this file is loaded: what follows are functions, and what they need is in them.
+// The relay checks streams before the rest of this file is loaded: here are functions only, and they use nothing but functions.
 
-/**
- * The commands of a send stream by their numbers, each with its name, the attributes that it must have and those that it may have (as
- * bits), and its kind: linux/fs/btrfs/send.h, and what send.c puts into each.
- */
-function streamCommands() {
-  const attribute = {
+/** The attributes of a send stream's commands by their numbers in linux/fs/btrfs/send.h. */
+function streamAttributes() {
+  return {
     uuid: 1,
     ctransid: 2,
     ino: 3,
@@ -12382,69 +12379,84 @@ function streamCommands() {
     compression: 30,
     encryption: 31,
   } as const;
-  type AttributeName = keyof typeof attribute;
-  type Kind =
-    | "begin"
-    | "end"
-    | "file"
-    | "make"
-    | "node"
-    | "symlink"
-    | "rename"
-    | "link"
-    | "remove"
-    | "change"
-    | "clone"
-    | "encoded"
-    | "own";
+}
+type AttributeName = keyof ReturnType<typeof streamAttributes>;
+
+/**
+ * The rule of an attribute that is looked at: the UUID of a `source` to clone from, or a path below the subvolume. `entry` and
+ * `created` name something below it; `inode` and `opened` can be the subvolume itself too. btrfs receive follows a link that has
+ * the last name of a `created` (creat(2)) or `opened` path, and none that has the last name of an `entry` or `inode`.
+ */
+type AttributeRule = "source" | "entry" | "created" | "inode" | "opened";
+
+/** A command of a send stream. `needs` and `may` are bits: the attributes that it must have and all that it may have. */
+type StreamCommand = {
+  readonly name: string;
+  readonly needs: number;
+  readonly may: number;
+  readonly looked: readonly { readonly type: number; readonly rule: AttributeRule }[];
+};
+
+function streamCommand(
+  name: string,
+  rules: { readonly [Name in AttributeName]?: AttributeRule },
+  needed: readonly AttributeName[] = [],
+  optional: readonly AttributeName[] = [],
+): StreamCommand {
+  const attribute = streamAttributes();
+  const ruled = Object.keys(rules) as AttributeName[];
   const bits = (names: readonly AttributeName[]) =>
     names.reduce((sum, one) => sum | (1 << attribute[one]), 0);
-  const one = (
-    name: string,
-    kind: Kind,
-    needs: readonly AttributeName[],
-    may: readonly AttributeName[] = [],
-  ) => ({ name, kind, needs: bits(needs), may: bits([...needs, ...may]) });
-  const commands: Readonly<Record<number, ReturnType<typeof one>>> = {
-    1: one("subvol", "begin", ["path", "uuid", "ctransid"]),
-    2: one("snapshot", "begin", ["path", "uuid", "ctransid", "cloneUuid", "cloneCtransid"]),
-    3: one("mkfile", "file", ["path"], ["ino"]),
-    4: one("mkdir", "make", ["path"], ["ino"]),
-    5: one("mknod", "node", ["path", "rdev", "mode"], ["ino"]),
-    6: one("mkfifo", "make", ["path"], ["ino", "rdev", "mode"]),
-    7: one("mksock", "make", ["path"], ["ino", "rdev", "mode"]),
-    8: one("symlink", "symlink", ["path", "pathLink"], ["ino"]),
-    9: one("rename", "rename", ["path", "pathTo"]),
-    10: one("link", "link", ["path", "pathLink"]),
-    11: one("unlink", "remove", ["path"]),
-    12: one("rmdir", "remove", ["path"]),
-    // These do not follow a link that has the last name of their path; those of the kinds "change" and "file" (creat(2)) do.
-    13: one("set_xattr", "own", ["path", "xattrName", "xattrData"]),
-    14: one("remove_xattr", "own", ["path", "xattrName"]),
-    15: one("write", "change", ["path", "offset", "data"]),
-    16: one("clone", "clone", [
-      "path",
+  const needs = bits([...ruled, ...needed]);
+  const looked = ruled.map((one) => ({
+    type: attribute[one],
+    rule: rules[one] as AttributeRule,
+  }));
+  return { name, needs, may: needs | bits(optional), looked };
+}
+
+/**
+ * The commands of a send stream by their numbers in linux/fs/btrfs/send.h: the rules of the attributes that are looked at, `path`
+ * first; the others that send.c always puts into it, and those that it may put into it.
+ */
+function streamCommands() {
+  const one = streamCommand;
+  const commands: Readonly<Record<number, StreamCommand>> = {
+    1: one("subvol", { path: "inode" }, ["uuid", "ctransid"]),
+    2: one("snapshot", { path: "inode" }, ["uuid", "ctransid", "cloneUuid", "cloneCtransid"]),
+    3: one("mkfile", { path: "created" }, [], ["ino"]),
+    4: one("mkdir", { path: "entry" }, [], ["ino"]),
+    5: one("mknod", { path: "entry" }, ["rdev", "mode"], ["ino"]),
+    6: one("mkfifo", { path: "entry" }, [], ["ino", "rdev", "mode"]),
+    7: one("mksock", { path: "entry" }, [], ["ino", "rdev", "mode"]),
+    8: one("symlink", { path: "entry" }, ["pathLink"], ["ino"]),
+    9: one("rename", { path: "entry", pathTo: "entry" }),
+    10: one("link", { path: "entry", pathLink: "inode" }),
+    11: one("unlink", { path: "entry" }),
+    12: one("rmdir", { path: "entry" }),
+    13: one("set_xattr", { path: "inode" }, ["xattrName", "xattrData"]),
+    14: one("remove_xattr", { path: "inode" }, ["xattrName"]),
+    15: one("write", { path: "opened" }, ["offset", "data"]),
+    16: one("clone", { path: "opened", cloneUuid: "source", clonePath: "opened" }, [
       "offset",
       "cloneLength",
-      "cloneUuid",
       "cloneCtransid",
-      "clonePath",
       "cloneOffset",
     ]),
-    17: one("truncate", "change", ["path", "size"]),
-    18: one("chmod", "change", ["path", "mode"]),
-    19: one("chown", "own", ["path", "uid", "gid"]),
-    20: one("utimes", "own", ["path", "atime", "mtime", "ctime"], ["otime"]),
-    21: one("end", "end", []),
-    24: one("fileattr", "change", ["path", "flags"]),
+    17: one("truncate", { path: "opened" }, ["size"]),
+    18: one("chmod", { path: "opened" }, ["mode"]),
+    19: one("chown", { path: "inode" }, ["uid", "gid"]),
+    20: one("utimes", { path: "inode" }, ["atime", "mtime", "ctime"], ["otime"]),
+    21: one("end", {}),
+    24: one("fileattr", { path: "opened" }, ["flags"]),
     25: one(
       "encoded_write",
-      "encoded",
-      ["path", "offset", "unencodedFileLength", "unencodedLength", "unencodedOffset", "data"],
+      { path: "opened" },
+      ["offset", "unencodedFileLength", "unencodedLength", "unencodedOffset", "data"],
       ["compression", "encryption"],
     ),
   };
-  return { attribute, commands };
+  return { attribute: streamAttributes(), commands };
 }
 
 /** Errors: Refused. */
@@ -12452,207 +12464,221 @@ function refuse(why: string): never {
   throw new Refused(why);
 }
 
-/** A check that is under way: `pass` tells how far of `bytes`, from `at` to `end`, may go on; `finish`: nothing more comes, and what was held back may go. Errors of both: Refused. */
+/**
+ * A check that is under way. `pass` tells how far of `bytes`, from `from` to `end`, may go on. `finish` says that nothing more
+ * comes, and that the bytes that were held back may go. Errors of both: Refused.
+ */
 type Checking = {
-  readonly pass: (bytes: Buffer, at: number, end: number) => number;
+  readonly pass: (bytes: Buffer, from: number, end: number) => number;
   readonly finish: () => void;
 };
 
+/** The attributes of the one command that is looked at. */
+function foundAttributes() {
+  let bytes: Buffer = Buffer.alloc(0);
+  const [begins, ends] = [new Int32Array(32), new Int32Array(32)];
+  /** The attributes that are there, as bits. */
+  let seen = 0;
+  const value = (type: number) => bytes.subarray(begins[type], ends[type]);
+  return {
+    value,
+    has: (bits: number) => (seen & bits) === bits,
+    hasOnly: (bits: number) => (seen & ~bits) === 0,
+    number: (type: number) => streamNumber(value(type)),
+    text: (type: number) => bytes.toString("latin1", begins[type], ends[type]),
+    isPath: (type: number, itself: boolean) =>
+      isPathBelow(bytes, begins[type] as number, ends[type] as number, itself),
+    /**
+     * Finds the attributes between two places, and whether they are right. The attribute `rest` has no length of its own: it
+     * is the rest of the command.
+     */
+    read(all: Buffer, from: number, end: number, rest: number | null): boolean {
+      bytes = all;
+      seen = 0;
+      for (let next = from; next < end;) {
+        const type = next + 2 <= end ? bytes.readUInt16LE(next) : 0;
+        const first = next + (type === rest ? 2 : 4);
+        let last = end;
+        if (type !== rest) last = first <= end ? first + bytes.readUInt16LE(next + 2) : Infinity;
+        if (type < 1 || type > 31 || last > end || (seen & (1 << type)) !== 0) return false;
+        seen |= 1 << type;
+        begins[type] = first;
+        ends[type] = last;
+        next = last;
+      }
+      return true;
+    },
+  };
+}
+type FoundAttributes = ReturnType<typeof foundAttributes>;
+
+/** Whether bytes are a path of names: none is empty, "." or "..", or has a NUL. `itself`: or no name at all. */
+function isPathBelow(bytes: Buffer, from: number, end: number, itself: boolean): boolean {
+  const [SLASH, DOT] = [0x2f, 0x2e];
+  if (from === end) return itself;
+  if (end - from > 4096) return false;
+  let name = from;
+  for (let next = from; next <= end; next++) {
+    const byte = next === end ? SLASH : bytes[next];
+    if (byte === 0) return false;
+    if (byte !== SLASH) continue;
+    const length = next - name;
+    const isDots =
+      bytes[name] === DOT && (length === 1 || (length === 2 && bytes[name + 1] === DOT));
+    if (length === 0 || isDots) return false;
+    name = next + 1;
+  }
+  return true;
+}
+
+/** Refuses an attribute that breaks its rule. Errors: Refused. */
+function checkAttribute(
+  { name }: StreamCommand,
+  { type, rule }: StreamCommand["looked"][number],
+  found: FoundAttributes,
+  sources: readonly Buffer[],
+): void {
+  if (rule === "source") {
+    if (!sources.some((one) => one.equals(found.value(type))))
+      refuse(`${name}: from another subvolume`);
+  } else if (!found.isPath(type, rule === "inode" || rule === "opened"))
+    refuse(`${name}: the path ${JSON.stringify(found.text(type).slice(0, 200))}`);
+}
+
 /**
- * Reads along a send stream, and refuses what `btrfs send` would not send, and what could reach out of the one subvolume that it makes.
- * What its paths lead to is not looked at: behind the fence the kernel follows no links and opens no devices. Where there is no fence
- * (`alone`), devices are refused, and paths through links that the stream made. `begins` gets that subvolume's name, its UUID, and its
- * parent's (null in full). The end is held back until nothing follows.
+ * Refuses encoded data that receive would have to unpack itself, since it trusts the lengths, and cannot unpack LZO safely at
+ * all. It unpacks whatever the kernel does not take as it is. Errors: Refused.
+ */
+function checkEncoded(found: FoundAttributes): void {
+  const attribute = streamAttributes();
+  const number = (key: AttributeName) => found.number(attribute[key]);
+  const [length, file, offset] = [
+    number("unencodedLength"),
+    number("unencodedFileLength"),
+    number("unencodedOffset"),
+  ];
+  const place = number("offset");
+  // The kernel takes only what begins at a multiple of a block.
+  if (place % 4096n !== 0n) refuse(`encoded_write: at ${place}`);
+  const given = (key: AttributeName) => (found.has(1 << attribute[key]) ? number(key) : 0n);
+  const [compression, encryption] = [given("compression"), given("encryption")];
+  const isZlibOrZstd = compression === 1n || compression === 2n;
+  if (
+    length < 1n ||
+    length > 131072n ||
+    offset + file > length ||
+    encryption !== 0n ||
+    !isZlibOrZstd
+  )
+    refuse(
+      `encoded_write: compression ${compression} of ${length} bytes (--protocol 1 sends without)`,
+    );
+}
+
+/** The protocol that the header of a stream says, and the header's length; null before the header is there. Errors: Refused. */
+function streamHeader(
+  bytes: Buffer,
+  from: number,
+  end: number,
+): { readonly protocol: number; readonly length: number } | null {
+  const MAGIC = "btrfs-stream\0";
+  const length = MAGIC.length + 4;
+  const known = bytes.toString("latin1", from, Math.min(end, from + MAGIC.length));
+  if (!MAGIC.startsWith(known)) refuse("this is no send stream");
+  if (end - from < length) return null;
+  const protocol = bytes.readUInt32LE(from + MAGIC.length);
+  if (protocol !== 1 && protocol !== 2) refuse(`a stream of protocol ${protocol}`);
+  return { protocol, length };
+}
+
+/**
+ * Reads along a send stream. It refuses what `btrfs send` would not send, and what could reach out of the one subvolume that the
+ * stream makes. `begins` gets that subvolume's name, its UUID, and its parent's (null in full). The end of the stream is held
+ * back until nothing follows. Behind the fence the kernel follows no links and opens no devices, so nobody looks at what a path
+ * leads to. Without a fence (`alone`), devices are refused, and paths through links that the stream made.
  */
 export function streamCheck(
   begins: (name: string, uuid: string, parent: string | null) => void,
   alone = false,
 ): Checking {
   const HEADER = 10; // bytes: length, command, CRC
-  const MAGIC = "btrfs-stream\0";
-  /** The longest command in bytes, by protocol: 64 KiB, and for protocol 2 what encoded data of 128 KiB need at any page size. */
-  const LONGEST = [0, 64 * 1024, 256 * 1024];
   const { attribute, commands } = streamCommands();
-  // Where each attribute of the command begins and ends that is being looked at.
-  const [from, to] = [new Int32Array(32), new Int32Array(32)];
+  const found = foundAttributes();
   const links = alone ? madeLinks() : null;
   let protocol = 0;
-  /** How long the end is that is held back; 0 before. */
+  /** The length of the end that is held back; 0 before. */
   let held = 0;
-  /** What may be cloned from: itself, and its parent. */
+  /** The UUIDs that may be cloned from: the subvolume's own, and its parent's. */
   let sources: readonly Buffer[] | null = null;
 
-  /** Reads the attributes of a command. */
-  function readAttributes(name: string, bytes: Buffer, begin: number, end: number): number {
-    let seen = 0;
-    for (let at = begin; at < end;) {
-      const type = at + 2 <= end ? bytes.readUInt16LE(at) : 0;
-      // In protocol 2, data have no length of their own: they are the rest of the command.
-      const isRest = protocol === 2 && type === attribute.data;
-      const first = at + (isRest ? 2 : 4);
-      const last = isRest ? end : first <= end ? first + bytes.readUInt16LE(at + 2) : Infinity;
-      if (type < 1 || type > 31 || last > end || (seen & (1 << type)) !== 0)
-        refuse(`${name}: an attribute that is unknown, cut short, or there twice`);
-      seen |= 1 << type;
-      from[type] = first;
-      to[type] = last;
-      at = last;
-    }
-    return seen;
-  }
-  const value = (bytes: Buffer, type: number) => bytes.subarray(from[type], to[type]);
-  const number = (bytes: Buffer, type: number) => streamNumber(value(bytes, type));
-
-  /** Checks that an attribute is a path below the subvolume; `itself`: or that. */
-  function checkPath(name: string, bytes: Buffer, type: number, itself: boolean): void {
-    const [begin, end] = [from[type] as number, to[type] as number];
-    let part = begin;
-    let isFine = end - begin <= 4096 && (itself || end > begin);
-    for (let at = begin; at <= end && end > begin; at++) {
-      const byte = at === end ? 0x2f : bytes[at];
-      if (byte === 0) isFine = false;
-      if (byte !== 0x2f) continue;
-      const length = at - part;
-      if (
-        length === 0 ||
-        (bytes[part] === 0x2e && (length === 1 || (length === 2 && bytes[part + 1] === 0x2e)))
-      )
-        isFine = false;
-      part = at + 1;
-    }
-    if (!isFine)
-      refuse(
-        `${name}: the path ${JSON.stringify(bytes.toString("latin1", begin, Math.min(end, begin + 200)))}`,
-      );
-  }
-  const pathOf = (bytes: Buffer, type: number) => bytes.toString("latin1", from[type], to[type]);
-
-  function checkBegin(bytes: Buffer, isFull: boolean): void {
+  function beginSubvolume(isFull: boolean): void {
     if (sources !== null) refuse("a second subvolume");
-    const [uuid, parent] = [
-      Buffer.from(value(bytes, attribute.uuid)),
-      isFull ? null : Buffer.from(value(bytes, attribute.cloneUuid)),
-    ];
-    const path = value(bytes, attribute.path);
-    const name = path.toString();
-    if (!Buffer.from(name).equals(path) || name.includes("\ufffd"))
-      refuse(`the name ${JSON.stringify(name.slice(0, 100))}, which is not UTF-8`);
+    const uuid = Buffer.from(found.value(attribute.uuid));
+    const parent = isFull ? null : Buffer.from(found.value(attribute.cloneUuid));
+    const name = subvolumeName(found.value(attribute.path));
     if (uuid.every((byte) => byte === 0)) refuse("a subvolume without a UUID");
     begins(name, streamUuid(uuid), parent && streamUuid(parent));
     sources = parent === null ? [uuid] : [uuid, parent];
   }
 
-  /** What the kernel does not take as it is, receive unpacks itself, and trusts the lengths; LZO it cannot unpack safely at all. */
-  function checkEncoded(name: string, bytes: Buffer, seen: number): void {
-    const given = (type: number) => ((seen & (1 << type)) === 0 ? 0n : number(bytes, type));
-    const [length, file, offset] = [
-      number(bytes, attribute.unencodedLength),
-      number(bytes, attribute.unencodedFileLength),
-      number(bytes, attribute.unencodedOffset),
-    ];
-    // What is no multiple of a block the kernel does not take as it is.
-    if (number(bytes, attribute.offset) % 4096n !== 0n)
-      refuse(`${name}: at ${number(bytes, attribute.offset)}`);
-    const [compression, encryption] = [given(attribute.compression), given(attribute.encryption)];
-    if (
-      length < 1n ||
-      length > 131072n ||
-      offset + file > length ||
-      encryption !== 0n ||
-      compression < 1n ||
-      compression > 2n
-    )
-      refuse(`${name}: compression ${compression} of ${length} bytes (--protocol 1 sends without)`);
-  }
-
-  /** Checks a command beyond its attributes' being there. */
-  function checkCommand(
-    { name, kind }: (typeof commands)[number],
-    bytes: Buffer,
-    seen: number,
-  ): void {
-    const { path, pathTo, pathLink, clonePath, cloneUuid } = attribute;
-    const makes =
-      kind !== "change" &&
-      kind !== "own" &&
-      kind !== "clone" &&
-      kind !== "encoded" &&
-      kind !== "begin";
-    checkPath(name, bytes, path, !makes);
-    if (kind === "begin") return checkBegin(bytes, name === "subvol");
+  function check(command: StreamCommand): void {
+    const { name, needs, may, looked } = command;
+    if (!found.has(needs) || !found.hasOnly(may)) refuse(`${name}: other attributes than it has`);
+    const [path, ...others] = looked;
+    if (path !== undefined) checkAttribute(command, path, found, []);
+    if (name === "subvol" || name === "snapshot") return beginSubvolume(name === "subvol");
     const known = sources ?? refuse("it does not begin with a subvolume");
-    if (kind === "rename") checkPath(name, bytes, pathTo, false);
-    if (kind === "link") checkPath(name, bytes, pathLink, true);
-    if (kind === "clone") {
-      if (!known.some((one) => one.equals(value(bytes, cloneUuid))))
-        refuse("clone: from another subvolume");
-      checkPath(name, bytes, clonePath, true);
-    }
-    if (kind === "encoded") checkEncoded(name, bytes, seen);
-    if (links === null) return;
-    if (
-      kind === "node" &&
-      [0o020000n, 0o060000n].includes(number(bytes, attribute.mode) & 0o170000n)
-    )
-      refuse(`${name}: a device, and no fence`);
-    links.walk(
-      name,
-      pathOf(bytes, path),
-      kind === "file" || kind === "change" || kind === "clone" || kind === "encoded",
-    );
-    if (kind === "clone") links.walk(name, pathOf(bytes, clonePath), true);
-    if (kind === "rename") links.walk(name, pathOf(bytes, pathTo), false);
-    if (kind === "link") links.walk(name, pathOf(bytes, pathLink), false);
-    if (kind === "symlink") links.make(pathOf(bytes, path));
-    if (kind === "link") links.alias(pathOf(bytes, pathLink), pathOf(bytes, path));
-    if (kind === "rename") links.move(pathOf(bytes, path), pathOf(bytes, pathTo));
-    if (kind === "remove") links.remove(pathOf(bytes, path));
+    for (const other of others) checkAttribute(command, other, found, known);
+    if (name === "encoded_write") checkEncoded(found);
+    links?.check(command, found);
   }
 
-  function pass(bytes: Buffer, at: number, end: number): number {
+  function pass(bytes: Buffer, from: number, end: number): number {
+    let done = from;
     if (protocol === 0) {
-      const known = bytes.toString("latin1", at, Math.min(end, at + MAGIC.length));
-      if (!MAGIC.startsWith(known)) refuse("this is no send stream");
-      if (end - at < MAGIC.length + 4) return at;
-      protocol = bytes.readUInt32LE(at + MAGIC.length);
-      if (protocol !== 1 && protocol !== 2) refuse(`a stream of protocol ${protocol}`);
-      at += MAGIC.length + 4;
+      const header = streamHeader(bytes, from, end);
+      if (header === null) return from;
+      protocol = header.protocol;
+      done += header.length;
     }
-    while (held === 0 && end - at >= HEADER) {
-      const length = bytes.readUInt32LE(at) + HEADER;
-      if (length > (LONGEST[protocol] as number)) refuse(`a command of ${length} bytes`);
-      if (end - at < length) break;
-      const code = bytes.readUInt16LE(at + 4);
+    // 64 KiB, and for protocol 2 what encoded data of 128 KiB need at any page size.
+    const longest = (protocol === 1 ? 64 : 256) * 1024;
+    // In protocol 2, data have no length of their own.
+    const rest = protocol === 1 ? null : attribute.data;
+    while (held === 0 && end - done >= HEADER) {
+      const length = bytes.readUInt32LE(done) + HEADER;
+      if (length > longest) refuse(`a command of ${length} bytes`);
+      if (end - done < length) break;
+      const code = bytes.readUInt16LE(done + 4);
       const command = commands[code] ?? refuse(`the unknown command ${code}`);
-      const seen = readAttributes(command.name, bytes, at + HEADER, at + length);
-      if ((seen & command.needs) !== command.needs || (seen & ~command.may) !== 0)
-        refuse(`${command.name}: other attributes than it has`);
-      if (command.kind === "end") {
-        if (sources === null) refuse("it does not begin with a subvolume");
-        held = length;
-      } else {
-        checkCommand(command, bytes, seen);
-        at += length;
-      }
+      if (!found.read(bytes, done + HEADER, done + length, rest))
+        refuse(`${command.name}: an attribute that is unknown, cut short, or there twice`);
+      check(command);
+      if (command.name === "end") held = length;
+      else done += length;
     }
-    if (held > 0 && end - at > held) refuse("something follows the stream's end");
-    return at;
+    if (held > 0 && end - done > held) refuse("something follows the stream's end");
+    return done;
   }
   const finish = () => void (held > 0 || refuse("the stream is not complete"));
   return { pass, finish };
 }
 
-/** The links that a stream has made, by their paths in latin1, which nothing may go through. Errors: Refused. */
+/**
+ * The links that a stream has made, by their paths in latin1: `check` refuses a command that goes through one, or makes a
+ * device. Errors: Refused.
+ */
 function madeLinks() {
   const MOST = 64 * 2 ** 20; // bytes of their paths
+  const { mode } = streamAttributes();
   const paths = new Set<string>();
   /** How many there are below each directory. */
   const below = new Map<string, number>();
   let bytes = 0;
-  const count = (path: string, by: 1 | -1) => {
+  const counted = (path: string, by: 1 | -1) => {
     bytes += by * path.length;
-    for (let at = path.lastIndexOf("/"); at !== -1; at = path.lastIndexOf("/", at - 1)) {
-      const directory = path.slice(0, at);
+    for (let end = path.lastIndexOf("/"); end !== -1; end = path.lastIndexOf("/", end - 1)) {
+      const directory = path.slice(0, end);
       const left = (below.get(directory) ?? 0) + by;
       if (left === 0) below.delete(directory);
       else below.set(directory, left);
@@ -12660,36 +12686,48 @@ function madeLinks() {
   };
   const make = (path: string) => {
     if (paths.size === paths.add(path).size) return;
-    count(path, 1);
+    counted(path, 1);
     if (bytes > MOST) refuse("more links than can be remembered, and no fence");
   };
   const remove = (path: string) => {
-    if (paths.delete(path)) count(path, -1);
+    if (paths.delete(path)) counted(path, -1);
+  };
+  const move = (path: string, to: string) => {
+    // rename(2) does nothing where both are names of one link: then both stay.
+    if (paths.has(path) && paths.has(to)) return;
+    remove(to);
+    let moving = paths.has(path) ? [path] : [];
+    if (below.has(path) && moving.length === 0)
+      moving = [...paths].filter((one) => one.startsWith(`${path}/`));
+    for (const one of moving) remove(one);
+    for (const one of moving) make(to + one.slice(path.length));
+  };
+  /** Refuses a path that goes through a link, or is one that is followed. */
+  const walk = (name: string, path: string, followed: boolean) => {
+    if (paths.size === 0) return;
+    const through = (link: string) => {
+      if (paths.has(link))
+        refuse(`${name}: through the link ${JSON.stringify(link)}, and no fence`);
+    };
+    for (let end = path.indexOf("/"); end !== -1; end = path.indexOf("/", end + 1))
+      through(path.slice(0, end));
+    if (followed) through(path);
   };
   return {
-    make,
-    remove,
-    alias: (there: string, path: string) => void (paths.has(there) && make(path)),
-    /** Whether a path goes through a link, or is one and is followed. */
-    walk(name: string, path: string, follows: boolean) {
-      if (paths.size === 0) return;
-      for (let at = path.indexOf("/"); at !== -1; at = path.indexOf("/", at + 1))
-        if (paths.has(path.slice(0, at)))
-          refuse(`${name}: through the link ${JSON.stringify(path.slice(0, at))}, and no fence`);
-      if (follows && paths.has(path))
-        refuse(`${name}: through the link ${JSON.stringify(path)}, and no fence`);
-    },
-    move(path: string, to: string) {
-      // rename(2) does nothing where both are names of one link: then both stay.
-      if (paths.has(path) && paths.has(to)) return;
-      remove(to);
-      const moving = paths.has(path)
-        ? [path]
-        : below.has(path)
-          ? [...paths].filter((one) => one.startsWith(`${path}/`))
-          : [];
-      for (const one of moving) remove(one);
-      for (const one of moving) make(to + one.slice(path.length));
+    check({ name, looked }: StreamCommand, found: FoundAttributes): void {
+      const isDevice = () => [0o020000n, 0o060000n].includes(found.number(mode) & 0o170000n);
+      if (name === "mknod" && isDevice()) refuse(`${name}: a device, and no fence`);
+      const [path = "", other = ""] = looked
+        .filter(({ rule }) => rule !== "source")
+        .map(({ type, rule }) => {
+          const led = found.text(type);
+          walk(name, led, rule === "created" || rule === "opened");
+          return led;
+        });
+      if (name === "symlink") make(path);
+      if (name === "link" && paths.has(other)) make(path);
+      if (name === "rename") move(path, other);
+      if (name === "unlink" || name === "rmdir") remove(path);
     },
   };
 }
@@ -12708,11 +12746,15 @@ function expecting({ name, uuid, parent }: Expected): Parameters<typeof streamCh
 }
 
 function streamNumber(bytes: Buffer): bigint {
-  return bytes.length === 8
-    ? bytes.readBigUInt64LE()
-    : bytes.length === 4
-      ? BigInt(bytes.readUInt32LE())
-      : refuse("a number of another length");
+  if (bytes.length === 8) return bytes.readBigUInt64LE();
+  return bytes.length === 4 ? BigInt(bytes.readUInt32LE()) : refuse("a number of another length");
+}
+
+function subvolumeName(bytes: Buffer): string {
+  const name = bytes.toString();
+  if (!Buffer.from(name).equals(bytes) || name.includes("\ufffd"))
+    refuse(`the name ${JSON.stringify(name.slice(0, 100))}, which is not UTF-8`);
+  return name;
 }
 
 function streamUuid(bytes: Buffer): string {
