@@ -11279,34 +11279,32 @@ export async function unpin(o: UnpinOptions, report: Report): Promise<void> {
 
 // ── reading a command ──
 
-/** How a command may begin: where it runs is ours to say. */
-const BEGINNINGS = [/^sh -c/, new RegExp(`^${UNSHARE} sh -c`), /^nsenter -t \d{1,9} -m -- sh -c/];
+/** The beginning of a command. Where the command runs is guard's to say. */
+const BEGINNING = new RegExp(`^(${UNSHARE} |nsenter -t \\d{1,9} -m -- )?sh -c`);
+
+const notOurs = () => refuse("this is no command of btrfs-backup");
 
 /** The words behind `sh -c`, each quoted as `quote` does. Errors: Refused for any other text. */
 function wordsOf(text: string): string[] {
-  const notOurs = "this is no command of btrfs-backup";
-  const beginning = BEGINNINGS.map((one) => one.exec(text)?.[0]).find(
-    (found) => found !== undefined,
-  );
-  if (beginning === undefined || /[\n\r\0]/.test(text)) return refuse(notOurs);
+  const beginning = BEGINNING.exec(text)?.[0];
+  if (beginning === undefined || /[\n\r\0]/.test(text)) return notOurs();
   const words: string[] = [];
   const word = / '([^'\\!]*(?:'\\['\\!]'[^'\\!]*)*)'/y;
   for (word.lastIndex = beginning.length; word.lastIndex < text.length;) {
-    const [, quoted = ""] = word.exec(text) ?? refuse(notOurs);
+    const [, quoted = ""] = word.exec(text) ?? notOurs();
     words.push(quoted.replace(/'\\(.)'/g, "$1"));
   }
   return words;
 }
 
-/** The verb and its arguments in the text that a run sent over ssh. Nothing else of it is used. Errors: Refused for any other text. */
+/** The verb and its arguments in the text that a run sent over ssh. Guard uses nothing else of the text. Errors: Refused for any other text. */
 export function parseCommand(text: string): { name: string; sudo: boolean; args: string[] } {
   const words = wordsOf(text);
-  // TRY runs a script with a title; it says the mode itself.
+  // TRY runs a script with a title, which says the mode itself.
   const [title = "", mode = "", ...args] =
     words[1] === TRYING ? [words[3] ?? "", "", ...words.slice(4)] : words.slice(1);
   const name = /^btrfs-backup:([a-z-]+)$/.exec(title)?.[1];
-  if (name === undefined || !["", "sudo", "fence"].includes(mode))
-    return refuse("this is no command of btrfs-backup");
+  if (name === undefined || !["", "sudo", "fence"].includes(mode)) return notOurs();
   return { name, sudo: mode === "sudo", args };
 }
 
@@ -11330,7 +11328,8 @@ export async function permitted(
   o: GuardOptions,
 ): Promise<{ verb: Declared; args: string[]; serve: () => Promise<number> }> {
   const { name, args } = parseCommand(text);
-  const { verb, rights, least, most, check } = GUARDED.get(name) ?? refuse(`the verb ${name}`);
+  const allowed = GUARDED.get(name) ?? refuse(`the verb ${name}`);
+  const { rights, least, most } = allowed;
   const granted: readonly Right[] = [
     o.source ? "source" : "add",
     ...(o.allowRead ? ["read" as const] : []),
@@ -11340,7 +11339,7 @@ export async function permitted(
     refuse(`${name} needs ${rights.map((right) => RIGHTS[right]).join(" or ")}`);
   if (args.length < least || args.length > most)
     refuse(`${name} with ${args.length} arguments, as another version has them`);
-  return { verb, ...(await check(args, { o, folder: "", prefix: "" })) };
+  return { verb: allowed.verb, ...(await allowed.check(args, { o, folder: "", prefix: "" })) };
 }
 
 // ── rules of arguments ──
@@ -11350,20 +11349,19 @@ type ArgumentRule = (value: string, said: Guarded) => string;
 
 const shown = (value: string) =>
   JSON.stringify(value.length > 100 ? `${value.slice(0, 100)}…` : value);
-const like =
-  (shape: RegExp): ArgumentRule =>
-  (value) =>
-    shape.test(value) ? value : refuse(`the argument ${shown(value)}`);
-const oneOf =
-  (...words: readonly string[]): ArgumentRule =>
-  (value) =>
-    words.includes(value) ? value : refuse(`the argument ${shown(value)}`);
+/** A rule that a test decides; `what` the argument is. */
+const passing =
+  (test: (value: string, said: Guarded) => boolean, what = "the argument"): ArgumentRule =>
+  (value, said) =>
+    test(value, said) ? value : refuse(`${what} ${shown(value)}`);
+const like = (shape: RegExp) => passing((value) => shape.test(value));
+const oneOf = (...words: readonly string[]) => passing((value) => words.includes(value));
 /** An argument may be empty, or else is bound to a rule. */
 const perhaps =
   (rule: ArgumentRule): ArgumentRule =>
   (value, said) =>
     value === "" ? "" : rule(value, said);
-const notGiven: ArgumentRule = (value) => refuse(`the argument ${shown(value)}`);
+const notGiven = passing(() => false);
 
 const NONCE = like(/^[0-9a-f-]{36}$/);
 const LOCK_WAIT = like(/^(look|later|\d{1,6})$/);
@@ -11407,15 +11405,14 @@ function resolvedPath(path: string): string {
 
 /** A place that the key may use: below one of the paths, and not inside of a backup. */
 const PLACE_RULE: ArgumentRule = (value, said) => {
-  if (!value.startsWith("/") || /[\n\r\0]/.test(value) || value !== withoutSlash(normalize(value)))
+  if (!value.startsWith("/") || !isOneLine(value) || value !== withoutSlash(normalize(value)))
     refuse(`the path ${shown(value)}`);
   const real = resolvedPath(value);
-  const within = said.o.paths.map(resolvedPath).find((path) => isWithin(real, path));
-  if (within === undefined)
-    return refuse(`${shown(value)} is not below ${said.o.paths.join(" or ")}`);
-  for (let at = real; at !== within; at = dirname(at)) {
-    if (isOurs(basename(at))) refuse(`${shown(value)} has a name that this program uses`);
-    if (prefixOf(basename(at)) !== null || isReadonlySubvolume(at))
+  const top = said.o.paths.map(resolvedPath).find((path) => isWithin(real, path));
+  if (top === undefined) return refuse(`${shown(value)} is not below ${said.o.paths.join(" or ")}`);
+  for (let path = real; path !== top; path = dirname(path)) {
+    if (isOurs(basename(path))) refuse(`${shown(value)} has a name that this program uses`);
+    if (prefixOf(basename(path)) !== null || isReadonlySubvolume(path))
       refuse(`${shown(value)} is inside of a backup`);
   }
   said.folder = real;
@@ -11437,8 +11434,8 @@ const PREFIX_RULE: ArgumentRule = (value, said) => {
   return value;
 };
 
-const DATED: ArgumentRule = (value) =>
-  prefixOf(value) !== null && !/[/\n\r\0]/.test(value) ? value : refuse(`the name ${shown(value)}`);
+const isOneLine = (value: string) => !/[\n\r\0]/.test(value);
+const DATED = passing((value) => prefixOf(value) !== null && isOneLine(value), "the name");
 
 /** A read-only subvolume of the folder: no link, and nothing that is being received. */
 const STANDING: ArgumentRule = (value, { folder }) =>
@@ -11450,16 +11447,18 @@ const LISTED_NAME: ArgumentRule = (value, said) =>
     ? `./${STANDING(value.slice(2), said)}`
     : refuse(`the argument ${shown(value)}`);
 
-const isObject = (value: string) => STREAM.test(value) && !/[/\n\r\0]/.test(value);
-const OBJECT: ArgumentRule = (value, { prefix }) =>
-  isObject(value) && parseName(STREAM.exec(value)?.[1] ?? "", prefix) !== null
-    ? value
-    : refuse(`the object ${shown(value)}`);
+const isObject = (value: string) => STREAM.test(value) && isOneLine(value);
+const OBJECT = passing(
+  (value, { prefix }) =>
+    isObject(value) && parseName(STREAM.exec(value)?.[1] ?? "", prefix) !== null,
+  "the object",
+);
 /** An object, what belongs to it, or was to become it. */
-const ANY_OBJECT: ArgumentRule = (value) =>
-  isObject(value.replace(/^\.(.*)\.part$/s, "$1").replace(/\.sha256$|\.p[0-2]-\d*$/, ""))
-    ? value
-    : refuse(`the object ${shown(value)}`);
+const ANY_OBJECT = passing(
+  (value) =>
+    isObject(value.replace(/^\.(.*)\.part$/s, "$1").replace(/\.sha256$|\.p[0-2]-\d*$/, "")),
+  "the object",
+);
 /** An object, or what is kept of one to go on from. */
 const PART_RULE: ArgumentRule = (value, said) => {
   OBJECT(value.replace(/\.p[0-2]-\d*$/, ""), said);
@@ -11467,10 +11466,10 @@ const PART_RULE: ArgumentRule = (value, said) => {
 };
 
 /** A path in a snapshot. */
-const INNER: ArgumentRule = (value) =>
-  value.startsWith("/") && value === normalize(value) && !/[\n\r\0]/.test(value)
-    ? value
-    : refuse(`the path ${shown(value)}`);
+const INNER = passing(
+  (value) => value.startsWith("/") && value === normalize(value) && isOneLine(value),
+  "the path",
+);
 
 /** A folder that was opened. */
 const AT = { folder: PLACE_RULE, fsid: FSID };
@@ -11508,45 +11507,51 @@ type Use = {
 };
 
 function use<V extends Declared>(
-  verb: V,
+  declaration: V,
   rights: readonly Right[],
   rules: Rules<V>,
-  beyond: Beyond<V> = {},
+  { again: lookAgain, serve: serveOtherwise }: Beyond<V> = {},
 ): [string, Use] {
-  const parameters = parametersOf(verb);
-  const ruleOf = (name: string) => rules[name as keyof Rules<V>];
-  const serve = beyond.serve ?? (async (given) => (await started(verb, given)).exitCode ?? 1);
-  const check = async (words: readonly string[], said: Guarded) => {
-    const checked: Record<string, string | string[]> = {};
+  const parameters = parametersOf(declaration);
+  const check: Use["check"] = async (words, said) => {
+    const accepted: Record<string, string | string[]> = {};
     for (const [i, { name, kind }] of parameters.entries()) {
+      const rule = rules[name as keyof Rules<V>];
       const [word] = words.slice(i);
-      if (kind === "...") checked[name] = words.slice(i).map((one) => ruleOf(name)(one, said));
-      else if (word !== undefined) checked[name] = ruleOf(name)(word, said);
+      if (kind === "...") accepted[name] = words.slice(i).map((one) => rule(one, said));
+      else if (word !== undefined) accepted[name] = rule(word, said);
     }
-    const given = checked as ArgumentsOf<V>;
-    const used = beyond.again === undefined ? given : await beyond.again(given, said);
-    return { args: wordsFor(verb, used), serve: () => serve(used, said) };
+    const given = accepted as ArgumentsOf<V>;
+    const used = lookAgain === undefined ? given : await lookAgain(given, said);
+    return {
+      args: wordsFor(declaration, used),
+      serve: () => serveOtherwise?.(used, said) ?? statusOf(declaration, used),
+    };
   };
   const least = parameters.filter(({ kind }) => kind === "").length;
   const most = parameters.some(({ kind }) => kind === "...") ? Infinity : parameters.length;
-  return [verb.name, { verb, rights, least, most, check }];
+  return [declaration.name, { verb: declaration, rights, least, most, check }];
 }
 
 /** Runs a verb for a guarded key, behind the fence. */
 function started<V extends Declared>(
-  verb: V,
+  declaration: V,
   given: ArgumentsOf<V>,
-  [stdin, stdout, stderr]: readonly ("inherit" | "pipe")[] = [],
+  stdout: "inherit" | "pipe" = "inherit",
 ): ProcessPromise {
   const host: Host = { ...LOCAL, fence: "own" };
   const child = shell({
-    stdio: [stdin ?? "inherit", stdout ?? "inherit", stderr ?? "inherit"],
+    stdio: ["inherit", stdout, "inherit"],
     env: { PATH: process.env["PATH"] ?? "" },
     detached: true,
-  })`${`exec ${commandWith(host, verb, given)}`}`;
+  })`${`exec ${commandWith(host, declaration, given)}`}`;
   running.add(() => sendSignal(-(child.pid as number), "SIGKILL"));
   return child;
 }
+
+/** The exit status of a verb that runs for a guarded key. */
+const statusOf = async <V extends Declared>(declaration: V, given: ArgumentsOf<V>) =>
+  (await started(declaration, given)).exitCode ?? 1;
 
 /** Reads what the folder of a guarded verb has. */
 async function lookedAt(
@@ -11564,74 +11569,87 @@ async function lookedAt(
 
 const GUARDED_CHAINS = 200;
 
+/** Every key of a chain's record: `guardedRecord` and the functions below it judge each. */
+const JUDGED: Readonly<Record<keyof ChainRecord, true>> = {
+  owner: true,
+  receiving: true,
+  since: true,
+  strangers: true,
+  elders: true,
+  destinations: true,
+  leaps: true,
+  belated: true,
+  guarded: true,
+};
+
+/** What a guarded key's record is compared with. */
+type Judging = Pick<Folder, "chain" | "entries" | "standing" | "prefix">;
+
 /** A chain's record as a guarded key may write it. Errors: Refused for what would take anything away from what is there. */
-export function guardedRecord(
-  text: string,
-  {
-    chain: now,
-    entries,
-    standing,
-    prefix,
-  }: Pick<Folder, "chain" | "entries" | "standing" | "prefix">,
-  source: boolean,
-): ChainRecord {
-  const { chains, unreadable } = parseRecord(`${RECORD_HEADER}\n${recordKey(prefix)}${text}\n}`);
-  const chain = chains.get(prefix);
-  if (
-    chain === undefined ||
-    unreadable !== null ||
-    Object.keys(chain).some(
-      (key) =>
-        ![
-          "owner",
-          "receiving",
-          "since",
-          "strangers",
-          "elders",
-          "destinations",
-          "leaps",
-          "belated",
-          "guarded",
-        ].includes(key),
-    )
-  )
-    return refuse("a record of another form");
+export function guardedRecord(text: string, folder: Judging, source: boolean): ChainRecord {
+  const { chain: now, standing, prefix } = folder;
+  const chain = chainIn(text, prefix);
   const full = asRead(chain, standing, prefix);
-  const { owner, receiving, strangers = [], destinations } = full;
-  if (now.elders !== undefined && JSON.stringify(chain.elders) !== JSON.stringify(now.elders))
-    refuse("a record with other strangers");
-  if ((chain.elders?.until ?? 0) > Math.max(0, ...standing.map(({ id }) => id)))
-    refuse("a record of backups that are not there yet");
+  checkElders(chain, folder);
   // An administrator's terminal will show it.
   if (/[\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069]|\\u00[01]|\\[bfnrt]/.test(text))
     refuse("a record with control characters");
-  if (
-    receiving !== undefined &&
-    receiving !== now.receiving &&
-    (parseName(receiving, prefix) === null || entries.has(receiving))
-  )
-    refuse(`an announcement of ${shown(receiving)}`);
-  // Whose the backups are, and which are not, is settled once; a restored source has another UUID.
+  checkAnnouncement(full, folder);
+  checkOwnership(full, now);
+  const isSame = sameIn(full, now, "destinations");
+  if (!isSame && !source) refuse("a record with other destinations");
+  if (!source && !sameIn(chain, now, "leaps"))
+    refuse("a record with other leaps of the clock: --adopt-clock is for the server");
+  // The server alone knows since when a name is announced. Destinations are the key's word only: nobody's --locked-dests may go by them.
+  const { since: _, ...said } = full;
+  const isKnown = said.receiving !== undefined && said.receiving === now.receiving;
+  return {
+    ...said,
+    ...(isKnown && now.since !== undefined ? { since: now.since } : {}),
+    ...(now.guarded || !isSame ? { guarded: true as const } : {}),
+  };
+}
+
+const sameIn = (one: ChainRecord, other: ChainRecord, key: keyof ChainRecord) =>
+  JSON.stringify(one[key]) === JSON.stringify(other[key]);
+
+/** The chain of a prefix in the text of its line. Errors: Refused. */
+function chainIn(text: string, prefix: string): ChainRecord {
+  const { chains, unreadable } = parseRecord(`${RECORD_HEADER}\n${recordKey(prefix)}${text}\n}`);
+  const chain = chains.get(prefix);
+  return chain !== undefined &&
+    unreadable === null &&
+    Object.keys(chain).every((key) => Object.hasOwn(JUDGED, key))
+    ? chain
+    : refuse("a record of another form");
+}
+
+function checkElders(chain: ChainRecord, { chain: now, standing }: Judging): void {
+  if (now.elders !== undefined && !sameIn(chain, now, "elders"))
+    refuse("a record with other strangers");
+  if ((chain.elders?.until ?? 0) > Math.max(0, ...standing.map(({ id }) => id)))
+    refuse("a record of backups that are not there yet");
+}
+
+/** Only a name that is announced already, or is free, can be announced. */
+function checkAnnouncement(
+  { receiving: name }: ChainRecord,
+  { chain: now, prefix, entries }: Judging,
+): void {
+  if (name === undefined || name === now.receiving) return;
+  if (parseName(name, prefix) === null || entries.has(name))
+    refuse(`an announcement of ${shown(name)}`);
+}
+
+/** Whose the backups are, and which are not, is settled once; a restored source has another UUID. */
+function checkOwnership({ owner, strangers = [] }: ChainRecord, now: ChainRecord): void {
   const settled = now.owner !== undefined;
   if (settled && (owner?.host !== now.owner?.host || owner?.path !== now.owner?.path))
     refuse("a record with another owner: --adopt is for the server");
   const foreign = new Set(strangers);
-  if (
-    now.strangers?.some((uuid) => !foreign.has(uuid)) ||
-    (settled && strangers.length !== (now.strangers ?? []).length)
-  )
+  const known = now.strangers ?? [];
+  if (known.some((uuid) => !foreign.has(uuid)) || (settled && strangers.length !== known.length))
     refuse("a record with other strangers");
-  const same = JSON.stringify(destinations) === JSON.stringify(now.destinations);
-  if (!same && !source) refuse("a record with other destinations");
-  if (!source && JSON.stringify(chain.leaps) !== JSON.stringify(now.leaps))
-    refuse("a record with other leaps of the clock: --adopt-clock is for the server");
-  // Since when a name is announced is the server's to know. Destinations are the key's word only: nobody's --locked-dests may go by them.
-  const { since: _, ...said } = full;
-  const known =
-    receiving !== undefined && receiving === now.receiving && now.since !== undefined
-      ? { since: now.since }
-      : {};
-  return { ...said, ...known, ...(now.guarded || !same ? { guarded: true as const } : {}) };
 }
 
 /** A key's chains are another machine's: what is backed up here, or stands here, is not their source. Errors: Refused. */
@@ -11676,7 +11694,7 @@ async function discardServed(given: ArgumentsOf<typeof DISCARD>, said: Guarded):
   if (folder.chain.receiving !== given.name)
     refuse(`${given.name} was not left by a broken transfer`);
   if (given.how === "whole" && !doubtedIn(folder).has(given.name)) refuse(`${given.name} is whole`);
-  return (await started(DISCARD, { ...given, ...recordedLine(given, folder, said) })).exitCode ?? 1;
+  return statusOf(DISCARD, { ...given, ...recordedLine(given, folder, said) });
 }
 
 /** No stream takes another's name or UUID: of two with the same data either can stand for it, and what builds on it would build on the new one. */
@@ -11685,7 +11703,7 @@ async function commitAgain(given: ArgumentsOf<CommitVerb>, said: Guarded): Promi
   const { entries, store } = await lookedAt(said, "raw");
   if (entries.has(object) || entries.has(object + SUM)) refuse(`${object} is there`);
   const uuid = STREAM.exec(object)?.[8] ?? "";
-  if (store?.streams.some((stream) => stream.readonly && stream.receivedUuid === uuid))
+  if (store?.streams.some((one) => one.readonly && one.receivedUuid === uuid))
     refuse(`${uuid} is stored already`);
   return { ...given, part: given.part ?? "", kept: given.kept ?? "", uuid };
 }
@@ -11951,39 +11969,37 @@ function openedPlain(path: string): number {
   }
 }
 
-/** Bytes of what a broken transfer has left of a subvolume. */
+/** Runs a program, without giving way to anything else meanwhile. */
+const ranNow = (program: string, ...args: readonly string[]) =>
+  spawnSync(program, args, {
+    encoding: "utf8",
+    maxBuffer: 2 ** 30,
+    env: { PATH: `${process.env["PATH"] ?? ""}:/usr/sbin:/sbin`, LC_ALL: "C" },
+  });
+
+/** Bytes that a broken transfer has left of a subvolume. */
 function leftoverBytes(path: string): number {
   if (!isSubvolume(path) || isReadonlySubvolume(path)) return 0;
   // Data that are in memory only are not told.
   const script = `btrfs filesystem sync "$1" >&2; btrfs filesystem du -s --raw "$1"`;
-  const { stdout } = spawnSync("sh", ["-c", script, "sh", path], {
-    encoding: "utf8",
-    env: { PATH: `${process.env["PATH"] ?? ""}:/usr/sbin:/sbin`, LC_ALL: "C" },
-  });
+  const { stdout } = ranNow("sh", "-c", script, "sh", path);
   return Number(/^\s*(\d+)\s/m.exec(stdout)?.[1] ?? 0);
 }
 
 /** The bytes of a folder's backups as its record says, as far as they still stand, and of leftovers. Errors: Refused where it cannot be read. */
 function recordedBytes(path: string): number {
   const file = openedPlain(path);
-  const {
-    chains,
-    stored = new Map<string, Stored>(),
-    unreadable,
-  } = parseRecord(readFileSync(file, "utf8"));
+  const { chains, stored, unreadable } = parseRecord(readFileSync(file, "utf8"));
   closeSync(file);
   if (unreadable !== null) refuse(`${shown(path)} cannot be read`);
-  const left = [...chains.values()].flatMap(({ receiving }) =>
-    receiving === undefined || entryName(receiving) === null
-      ? []
-      : [join(dirname(path), receiving)],
-  );
   const standing = new Set(listedNow(dirname(path)).map(({ receivedUuid }) => receivedUuid));
-  const all = [...stored.values()].flatMap((one) => Object.entries(one));
-  return all.reduce(
-    (sum, [uuid, bytes]) => (standing.has(uuid) ? sum + bytes : sum),
-    left.reduce((sum, one) => sum + leftoverBytes(one), 0),
-  );
+  let sum = 0;
+  for (const { receiving: name } of chains.values())
+    if (name !== undefined && entryName(name) !== null)
+      sum += leftoverBytes(join(dirname(path), name));
+  for (const one of stored?.values() ?? [])
+    for (const [uuid, bytes] of Object.entries(one)) if (standing.has(uuid)) sum += bytes;
+  return sum;
 }
 
 /** The bytes of all streams that stand below paths, or are kept in part. */
@@ -12017,19 +12033,11 @@ async function withinBytes(
   work: (left: number) => Promise<number>,
 ): Promise<number> {
   if (maxBytes === null) return work(Infinity);
-  const wait = 3600; // seconds
-  const lock = spawn(
-    "flock",
-    [
-      "-w",
-      String(wait),
-      lockFile(`--max-bytes\n${paths.join("\n")}`),
-      "sh",
-      "-c",
-      "echo; exec cat >/dev/null",
-    ],
-    { stdio: ["pipe", "pipe", "inherit"] },
-  );
+  const wait = "3600"; // seconds
+  const locked = lockFile(`--max-bytes\n${paths.join("\n")}`);
+  const lock = spawn("flock", ["-w", wait, locked, "sh", "-c", "echo; exec cat >/dev/null"], {
+    stdio: ["pipe", "pipe", "inherit"],
+  });
   try {
     const held = await new Promise(
       (done) => lock.stdout.once("data", () => done(true)) && lock.once("close", () => done(false)),
@@ -12068,7 +12076,7 @@ async function rememberBytes(said: Guarded, uuid: string, bytes: number): Promis
 
 /** Passes a stream on to a store, as much as there is room for. */
 async function storeServed(given: ArgumentsOf<PutVerb>, { o }: Guarded): Promise<number> {
-  if (o.maxBytes === null) return (await started(RAW.put, given)).exitCode ?? 1;
+  if (o.maxBytes === null) return statusOf(RAW.put, given);
   const allowed = async () => {};
   return withinBytes(
     o,
@@ -12089,9 +12097,9 @@ async function storeServed(given: ArgumentsOf<PutVerb>, { o }: Guarded): Promise
 export async function guard(o: GuardOptions): Promise<number> {
   const text = process.env["SSH_ORIGINAL_COMMAND"] ?? "";
   try {
-    const { serve } = await permitted(text, o);
+    const allowed = await permitted(text, o);
     checkFence();
-    return await serve();
+    return await allowed.serve();
   } catch (problem) {
     const error = refusalOf(problem);
     const client = process.env["SSH_CONNECTION"]?.split(" ")[0] ?? "nobody";
@@ -12121,7 +12129,7 @@ function checkFence(): void {
 
 /** Opens a folder, and tells of it what concerns the key. */
 async function openServed(given: ArgumentsOf<typeof OPEN>, said: Guarded): Promise<number> {
-  const child = started(OPEN, given, ["inherit", "pipe"]);
+  const child = started(OPEN, given, "pipe");
   const output = await printed(child, `\n${given.nonce} end\n`);
   if (typeof output === "string") process.stdout.write(narrowed(output, given.nonce, said.folder));
   return (await child).exitCode ?? 1;
@@ -12130,7 +12138,7 @@ async function openServed(given: ArgumentsOf<typeof OPEN>, said: Guarded): Promi
 /** Tells of subvolumes in a folder when they were made. */
 async function madeServed(given: ArgumentsOf<typeof MADE>, said: Guarded): Promise<number> {
   const { top } = await lookedAt(said, "folder");
-  const { stdout, exitCode } = await started(MADE, given, ["inherit", "pipe"]);
+  const { stdout, exitCode } = await started(MADE, given, "pipe");
   for (const [line, , , , path] of listedLines(stdout.replace(/\n$/, ""), LISTED_MADE))
     if (dirname(`/${path}`) === top) process.stdout.write(`${line}\n`);
   return exitCode ?? 1;
@@ -12177,30 +12185,30 @@ export function narrowed(output: string, nonce: string, folder: string): string 
 
 /** All subvolumes of a folder's filesystem, without giving way to anything else meanwhile. Errors: Refused. */
 function listedNow(folder: string): Subvolume[] {
-  const list = (...options: string[]) => {
-    const { status, stdout, stderr } = spawnSync(
+  const listed = (...options: string[]) => {
+    const { status, stdout, stderr } = ranNow(
       "btrfs",
-      ["subvolume", "list", "-a", ...options, folder],
-      {
-        encoding: "utf8",
-        maxBuffer: 2 ** 30,
-        env: { PATH: `${process.env["PATH"] ?? ""}:/usr/sbin:/sbin`, LC_ALL: "C" },
-      },
+      "subvolume",
+      "list",
+      "-a",
+      ...options,
+      folder,
     );
     return status === 0
       ? stdout.replace(/\n$/, "")
       : refuse(`the subvolumes cannot be listed: ${stderr}`);
   };
-  return parseSubvolumes(list("-c", "-u", "-q", "-R"), list("-r"));
+  return parseSubvolumes(listed("-c", "-u", "-q", "-R"), listed("-r"));
 }
 
-/** Whether a stream may begin that subvolume, in a folder as it is now. Errors: Refused. */
+/** A stream begins with the name of its subvolume, its UUID, and its parent's (null in full). */
+type StreamStart = readonly [name: string, uuid: string, parent: string | null];
+
+/** Whether a stream may begin so, in a folder as it is now. Errors: Refused. */
 function mayBegin(
   folder: Folder,
   announced: string | undefined,
-  name: string,
-  uuid: string,
-  parent: string | null,
+  [name, uuid, parent]: StreamStart,
 ): void {
   if (
     parseName(name, folder.prefix) === null ||
@@ -12208,8 +12216,8 @@ function mayBegin(
     folder.entries.has(name)
   )
     refuse(`the subvolume ${shown(name)}`);
-  // Now, not when the session began; and of the whole filesystem, since receive looks for UUIDs in all of it, whatever its chroot. What is
-  // received later by the same UUID comes behind: receive takes the first.
+  // Now, not when the session began; and of the whole filesystem, since receive looks for UUIDs in all of it, whatever its chroot. A
+  // subvolume that is received later by the same UUID comes behind: receive takes the first.
   const all = listedNow(folder.path);
   if (all.some((one) => `/${one.path}` === join(folder.top, name)))
     refuse(`the subvolume ${shown(name)}, which is there`);
@@ -12227,12 +12235,13 @@ function mayBegin(
 /** Reads along a stream that is received. What is refused never gets to its end there. */
 async function receiveServed(given: ArgumentsOf<typeof RECEIVE>, said: Guarded): Promise<number> {
   const { folder: path, prefix, header, beginning, rest, part } = given;
+  const { maxBytes } = said.o;
   const folder = await lookedAt(said, "folder");
   const announced = header === "" ? null : guardedRecord(beginning + rest, folder, false);
   if (announced !== null && announced.receiving === undefined)
     refuse("a transfer without an announcement");
   if (announced !== null) notFromHere(announced, folder, said);
-  if (announced === null && said.o.maxBytes !== null)
+  if (announced === null && maxBytes !== null)
     refuse("a transfer without an announcement, which --max-bytes could not count");
   const { receiving: name, since: _, ...settled } = announced ?? {};
   const record =
@@ -12245,27 +12254,32 @@ async function receiveServed(given: ArgumentsOf<typeof RECEIVE>, said: Guarded):
           rest: JSON.stringify(settled).slice(1),
         };
   if (part !== undefined && !PART.test(`${part}.part`)) refuse(`the file ${shown(part)}`);
-  const kept = part === undefined ? null : join(path, `.${part}.part`);
-  const file = kept === null ? null : openedPlain(kept);
+  const file = part === undefined ? null : openedPlain(join(path, `.${part}.part`));
   let made = "";
+  const allowing: Allowing = {
+    async begins(...begun) {
+      mayBegin(folder, name, begun);
+      made = begun[1];
+    },
+    async whole(bytes) {
+      if (maxBytes !== null) await rememberBytes(said, made, bytes);
+    },
+  };
   return withinBytes(
     said.o,
     () => (file === null ? 0 : fstatSync(file).size),
     (left) => {
-      const coming = { stream: true, level: given.level, file, left, most: said.o.maxBytes };
-      return letIn(RECEIVE, { ...given, flag: `${given.flag}C`, level: "", ...record }, coming, {
-        async begins(...begun) {
-          mayBegin(folder, name, ...begun);
-          made = begun[1];
-        },
-        whole: (bytes) =>
-          said.o.maxBytes === null ? Promise.resolve() : rememberBytes(said, made, bytes),
-      });
+      const coming = { stream: true, level: given.level, file, left, most: maxBytes };
+      const received = { ...given, flag: `${given.flag}C`, level: "", ...record };
+      return letIn(RECEIVE, received, coming, allowing);
     },
   );
 }
 
-/** What comes with a guarded key: a send stream or any bytes, zstd's or as they are (`level`), on standard input or from a file; `left`: how many there is room for, of so many at most. */
+/**
+ * What comes with a guarded key: a send `stream` or any bytes, zstd's or as they are (`level`), on standard input or from a `file`.
+ * There is room for `left` of `most` bytes.
+ */
 type Coming = {
   readonly stream: boolean;
   readonly level: string;
@@ -12274,43 +12288,50 @@ type Coming = {
   readonly most: number | null;
 };
 
-/** What is looked at before a stream that comes may begin, and done before its end is passed on. Errors: Refused. */
+/** Looks at a stream before it may begin, and works before its end is passed on. Errors: Refused. */
 type Allowing = {
-  readonly begins: (...begun: readonly [string, string, string | null]) => Promise<void>;
+  readonly begins: (...begun: StreamStart) => Promise<void>;
   readonly whole: (bytes: number) => Promise<void>;
 };
 
 /**
- * Runs a verb that takes what comes with a key, which the relay reads first. Where that is refused, the verb is killed before its input
- * closes. Returns the exit status. Errors: Refused.
+ * Runs a verb that takes what comes with a key, which the relay reads first. Where the relay or guard refuses, the verb is killed
+ * before its input closes. Returns the exit status. Errors: Refused.
  */
 async function letIn<V extends Declared>(
-  verb: V,
+  declaration: V,
   given: ArgumentsOf<V>,
-  { stream, level, file, left, most }: Coming,
+  coming: Coming,
   allowing: Allowing,
 ): Promise<number> {
+  const { left, most } = coming;
   const state = join(mkdtempSync(join(runtimeDirectory(), "g")), "state");
-  const relay: Relay = {
-    guarded: { stream, most: left === Infinity ? null : left, refusal: noRoom(most), state },
+  const reading: Relay = {
+    guarded: {
+      stream: coming.stream,
+      most: left === Infinity ? null : left,
+      refusal: noRoom(most),
+      state,
+    },
   };
   const unpacked =
-    level === "" ? "" : `{ zstd -q -d -c 3>&- 4>&-; echo "{\\"unpacked\\":$?}" >&3; } |`;
-  const passed = `{ ${[...OURSELVES, RELAY, JSON.stringify(relay)].map(quote).join(" ")} || kill -KILL 0; } |`;
-  const text = `${unpacked} ${passed} { exec 3>&- 4>&-; ${commandWith({ ...LOCAL, fence: "own" }, verb, given)}; }`;
+    coming.level === "" ? "" : `{ zstd -q -d -c 3>&- 4>&-; echo "{\\"unpacked\\":$?}" >&3; } |`;
+  const passed = `{ ${[...OURSELVES, RELAY, JSON.stringify(reading)].map(quote).join(" ")} || kill -KILL 0; } |`;
+  const text = `${unpacked} ${passed} { exec 3>&- 4>&-; ${commandWith({ ...LOCAL, fence: "own" }, declaration, given)}; }`;
   const child = spawn("sh", ["-c", text], {
     detached: true,
     env: { PATH: process.env["PATH"] ?? "" },
-    stdio: [file ?? "inherit", "inherit", "pipe", "pipe", "pipe"],
+    stdio: [coming.file ?? "inherit", "inherit", "pipe", "pipe", "pipe"],
   });
   const group = child.pid as number;
-  running.add(() => sendSignal(-group, "SIGKILL"));
+  const kill = () => sendSignal(-group, "SIGKILL");
+  running.add(kill);
   const closed = new Promise<number | null>((done) => child.on("close", done));
   // A client may be silent as long as it lives, which the verb looks at itself: it may have a large tree to walk.
   let silent = 0;
   const worked = async () =>
     `${readIfThere(state) === "r" ? ++silent : silent} ${await workOf(LOCAL, { group })}`;
-  const ended = attended(closed, verb.name, worked, () => sendSignal(-group, "SIGKILL"));
+  const ended = attended(closed, declaration.name, worked, kill);
   ended.catch(() => {}); // told at the end
   child.stderr?.on("data", (chunk: Buffer) =>
     process.stderr.write(visible(chunk.toString().replace(/^Chroot to .*\n/m, ""))),
@@ -12320,24 +12341,31 @@ async function letIn<V extends Declared>(
     NodeJS.WritableStream,
   ];
   answers.on("error", () => {}); // the relay has ended: its exit status tells
-  let refused: Refused | null = null;
-  try {
-    for await (const line of createInterface(questions)) {
-      const what = JSON.parse(line) as Said;
-      if ("refused" in what) refuse(what.refused);
-      if ("unpacked" in what && what.unpacked !== 0) refuse("zstd cannot read the stream");
-      if ("begins" in what) await allowing.begins(...what.begins);
-      if ("whole" in what) await allowing.whole(what.whole);
-      if (!("unpacked" in what)) answers.write("\n");
-      if ("whole" in what) break;
-    }
-  } catch (error) {
-    refused = refusalOf(error);
-  }
+  const refused = await answered(questions, answers, allowing).then(() => null, refusalOf);
   answers.end();
   const status = await ended;
   if (refused !== null) throw refused;
   return status ?? 1;
+}
+
+/** Answers what the processes of a guarded stream ask, until the stream is whole. Errors: Refused. */
+async function answered(
+  questions: NodeJS.ReadableStream,
+  answers: NodeJS.WritableStream,
+  allowing: Allowing,
+): Promise<void> {
+  for await (const line of createInterface(questions)) {
+    const question = JSON.parse(line) as Said;
+    if ("refused" in question) refuse(question.refused);
+    if ("unpacked" in question) {
+      if (question.unpacked !== 0) refuse("zstd cannot read the stream");
+      continue;
+    }
+    if ("begins" in question) await allowing.begins(...question.begins);
+    else await allowing.whole(question.whole);
+    answers.write("\n");
+    if ("whole" in question) return;
+  }
 }
 
 // ── what is checked of a stream ──
