@@ -28,7 +28,7 @@ import { basename, dirname, join, normalize, resolve } from "node:path";
 import { fileURLToPath } from "node:url";
 import { createInterface } from "node:readline";
 import { parseArgs } from "node:util";
-import type { ArgDef, ArgsDef, CommandDef } from "citty";
+import type { ArgDef, ArgsDef, CommandDef, CommandMeta } from "citty";
 import type { ProcessPromise } from "zx/core";
 
 /** The same as in package.json; here, so that this file runs alone. */
@@ -11375,6 +11375,9 @@ const UUID_BYTES = like(/^[0-9a-f]{32}$/);
 const SHA256 = like(/^[0-9a-f]{64}$/);
 const ONE_LINE = like(/^[^\n\r\0]*$/);
 
+const isOneLine = (value: string) => !/[\n\r\0]/.test(value);
+const isName = (value: string) => isOneLine(value) && !value.includes("/");
+
 const isOurs = (name: string) =>
   /^\.btrfs-backup|^\.outstanding_transfers$|\.part$|\.btrfs(\.|$)/.test(name);
 
@@ -11434,8 +11437,7 @@ const PREFIX_RULE: ArgumentRule = (value, said) => {
   return value;
 };
 
-const isOneLine = (value: string) => !/[\n\r\0]/.test(value);
-const DATED = passing((value) => prefixOf(value) !== null && isOneLine(value), "the name");
+const DATED = passing((value) => prefixOf(value) !== null && isName(value), "the name");
 
 /** A read-only subvolume of the folder: no link, and nothing that is being received. */
 const STANDING: ArgumentRule = (value, { folder }) =>
@@ -11447,7 +11449,7 @@ const LISTED_NAME: ArgumentRule = (value, said) =>
     ? `./${STANDING(value.slice(2), said)}`
     : refuse(`the argument ${shown(value)}`);
 
-const isObject = (value: string) => STREAM.test(value) && isOneLine(value);
+const isObject = (value: string) => STREAM.test(value) && isName(value);
 const OBJECT = passing(
   (value, { prefix }) =>
     isObject(value) && parseName(STREAM.exec(value)?.[1] ?? "", prefix) !== null,
@@ -12791,314 +12793,513 @@ function streamUuid(bytes: Buffer): string {
 
 // ── 9. Command line ──────────────────────────────────────────────────────────────────────
 
-const HOST_ARGUMENTS = {
-  "ssh-opt": {
-    type: "string",
-    valueHint: "OPTION",
-    description: "Passed to ssh as -o OPTION (repeatable)",
-  },
-  "ssh-sudo": { type: "boolean", description: "Run btrfs under sudo -n on other hosts" },
-  sudo: { type: "boolean", description: "Run btrfs under sudo -n here" },
-  "snapshot-folder": {
-    type: "string",
-    alias: "f",
-    valueHint: "DIR",
-    description: "Snapshot folder, relative to SOURCE or absolute (default: snapshot)",
-  },
-  "snapshot-prefix": {
-    type: "string",
-    alias: "p",
-    valueHint: "PREFIX",
-    description: "What snapshot names begin with (default: nothing)",
-  },
-  timeout: {
-    type: "string",
-    valueHint: "SECONDS",
-    description:
-      "Give up what has done nothing for so long: no byte moved, and no process of it worked (default: 3600; 0 is never)",
-  },
-  verbosity: {
-    type: "string",
-    alias: "v",
-    valueHint: "LEVEL",
-    description: "debug, info, warning or error (default: info)",
-  },
-  quiet: { type: "boolean", alias: "q", description: "Same as --no-progress --verbosity warning" },
-  json: {
-    type: "boolean",
-    description: "Tell what happens on standard output, one JSON object a line",
-  },
-  help: { type: "boolean", alias: "h", description: "Show this text" },
-} as const satisfies ArgsDef;
+/** Every command but guard. */
+const COMMON = ["run", "restore", "list", "verify", "versions", "copy", "prune", "unpin"] as const;
+type CommandName = (typeof COMMON)[number] | "guard";
+const SENDING = ["run", "copy"] as const;
+const TRANSFERRING = ["run", "restore", "copy"] as const;
+const DELETING = ["run", "copy", "prune"] as const;
 
-const WAIT = {
-  wait: {
-    type: "string",
-    valueHint: "SECONDS",
-    description: "Wait for a lock that another run holds (default: do not wait)",
-  },
-} as const satisfies ArgsDef;
+/** Groups of options, in the order in which help tells them. */
+const GROUPS = {
+  own: "Options",
+  kept: "What is taken and kept",
+  sent: "What is sent, and how",
+  several: "Several destinations",
+  stored: "Stored streams",
+  hosts: "Other hosts, and rights",
+  told: "What it tells",
+};
 
-const RUN_ARGUMENTS = {
+/** All that is known of an option. Help, the man page, completions and the reading of arguments follow from it. */
+type Option = {
+  readonly of: readonly CommandName[];
+  readonly group: keyof typeof GROUPS;
+  /** Help's words for it, and where it is another thing of the same name. */
+  readonly means: string;
+  readonly meansIn?: { readonly [Name in CommandName]?: string };
+  readonly short?: string;
+  /** Help's word for the value; a flag has none. */
+  readonly value?: string;
+  readonly repeatable?: true;
+  /** Behind --for DEST, the option counts for DEST only. */
+  readonly perDest?: true;
+  /** Versions 0.2 to 0.3.1 had the option. They took any beginning that only one of their options has. */
+  readonly old?: true;
+};
+
+/** Every option once, in the order of help. */
+const OPTIONS = {
+  snapshot: {
+    of: ["restore", "verify"],
+    group: "own",
+    value: "NAME",
+    means: "Restore this one (default: the newest)",
+    meansIn: { verify: "Compare this one (default: the newest that both have)" },
+  },
+  before: {
+    of: ["restore"],
+    group: "own",
+    value: "TIME",
+    means: "Restore the newest at or before 'YYYY-MM-DD[ HH:MM[:SS]]'",
+  },
+  replace: {
+    of: ["restore"],
+    group: "own",
+    means: "TARGET exists: keep it beside as TARGET.before-YYYYMMDD-HHMMSS",
+  },
+  "parent-from": {
+    of: ["restore"],
+    group: "own",
+    value: "DIR",
+    means:
+      "Where snapshots are that the transfer can build on (default: beside TARGET, and in its snapshot folder)",
+  },
+  size: {
+    of: ["list"],
+    group: "own",
+    means: "Tell how large each is (btrfs filesystem du, which is slow)",
+  },
+  all: {
+    of: ["verify", "unpin"],
+    group: "own",
+    means: "Compare all that both have",
+    meansIn: { unpin: "Forget every destination; a record that cannot be read is moved aside" },
+  },
+  get: {
+    of: ["versions"],
+    group: "own",
+    value: "WHEN|NAME",
+    means: "Copy back what it was in a snapshot, or at a time like 'YYYY-MM-DD[ HH:MM[:SS]]'",
+  },
+  to: {
+    of: ["versions"],
+    group: "own",
+    value: "PATH",
+    means: "Where to, on FILE's host (default: FILE.NAME)",
+  },
+  force: { of: ["versions"], group: "own", means: "Replace a file that is there" },
+  path: {
+    of: ["guard"],
+    group: "own",
+    value: "DIR",
+    repeatable: true,
+    means: "Where the key may back up to, or with --source from",
+  },
+  "allow-read": {
+    of: ["guard"],
+    group: "own",
+    means: "It may read: restore from there, and verify",
+  },
+  "max-bytes": {
+    of: ["guard"],
+    group: "own",
+    value: "SIZE",
+    means:
+      "How many bytes the streams of its backups may have in all, with k, m or g for powers of 1024; one is received after the other then",
+  },
+  "allow-delete": {
+    of: ["guard"],
+    group: "own",
+    means: "It may delete backups (default: only what a broken transfer left)",
+  },
+  source: {
+    of: ["guard"],
+    group: "own",
+    means: "It may pull: take snapshots, send them, and delete old ones, but store nothing",
+  },
   "num-snapshots": {
-    type: "string",
-    alias: "N",
-    valueHint: "POLICY",
-    description:
+    of: ["run", "list"],
+    group: "kept",
+    short: "N",
+    value: "POLICY",
+    old: true,
+    means:
       "What to keep at the source: a number, or words like '24h 7d 4w 12m 14d+' (default: 0, everything)",
   },
   "num-backups": {
-    type: "string",
-    alias: "n",
-    valueHint: "POLICY",
-    description: "What to keep at each destination (default: 0, everything)",
+    of: [...DELETING, "list"],
+    group: "kept",
+    short: "n",
+    value: "POLICY",
+    perDest: true,
+    old: true,
+    means: "What to keep at each destination (default: 0, everything)",
   },
-  "latest-only": { type: "boolean", description: "Deprecated: same as --num-snapshots 1" },
+  "latest-only": {
+    of: ["run"],
+    group: "kept",
+    old: true,
+    means: "Deprecated: same as --num-snapshots 1",
+  },
   "no-snapshot": {
-    type: "boolean",
-    alias: "S",
-    description: "Take no snapshot, transfer existing ones",
+    of: ["run"],
+    group: "kept",
+    short: "S",
+    old: true,
+    means: "Take no snapshot, transfer existing ones",
   },
-  "no-transfer": { type: "boolean", alias: "T", description: "Transfer nothing" },
-  "no-incremental": { type: "boolean", alias: "I", description: "Always send in full" },
+  "snapshot-folder": {
+    of: COMMON,
+    group: "kept",
+    short: "f",
+    value: "DIR",
+    old: true,
+    means: "Snapshot folder, relative to SOURCE or absolute (default: snapshot)",
+  },
+  "snapshot-prefix": {
+    of: COMMON,
+    group: "kept",
+    short: "p",
+    value: "PREFIX",
+    old: true,
+    means: "What snapshot names begin with (default: nothing)",
+  },
+  "before-snapshot": {
+    of: ["run"],
+    group: "kept",
+    value: "CMD",
+    means: "Run on SOURCE's host before the snapshot, which is not taken if it fails",
+  },
+  "after-snapshot": {
+    of: ["run"],
+    group: "kept",
+    value: "CMD",
+    means: "Run on SOURCE's host after the snapshot, always",
+  },
+  "convert-rw": {
+    of: DELETING,
+    group: "kept",
+    short: "w",
+    old: true,
+    means: "Make snapshots writable before deleting them (for user_subvol_rm_allowed)",
+  },
+  sync: {
+    of: DELETING,
+    group: "kept",
+    short: "s",
+    old: true,
+    means: "Wait until deleted subvolumes are gone (btrfs subvolume sync)",
+  },
+  "adopt-clock": {
+    of: DELETING,
+    group: "kept",
+    means: "Delete what is too old although the clock seems to have leapt: it is right",
+  },
+  "no-transfer": { of: ["run"], group: "sent", short: "T", old: true, means: "Transfer nothing" },
+  "no-incremental": {
+    of: SENDING,
+    group: "sent",
+    short: "I",
+    old: true,
+    means: "Always send in full",
+  },
   "no-full": {
-    type: "boolean",
-    description:
+    of: SENDING,
+    group: "sent",
+    means:
       "Fail rather than send in full to a destination that has nothing of SOURCE, or nothing that a difference can be made against",
   },
   "newest-only": {
-    type: "boolean",
-    description: "Send only the newest snapshot, not what was missed before",
+    of: SENDING,
+    group: "sent",
+    means: "Send only the newest snapshot, not what was missed before",
   },
   backfill: {
-    type: "boolean",
-    description:
-      "Without -n: send also what is older than the newest snapshot that a destination has",
+    of: SENDING,
+    group: "sent",
+    means: "Without -n: send also what is older than the newest snapshot that a destination has",
+  },
+  compress: {
+    of: TRANSFERRING,
+    group: "sent",
+    value: "zstd[:LEVEL]",
+    perDest: true,
+    means: "Compress what travels between hosts, is stored as a stream, or goes to a command",
+  },
+  "rate-limit": {
+    of: TRANSFERRING,
+    group: "sent",
+    value: "RATE",
+    perDest: true,
+    means: "Send at most so many bytes a second, with k, m or g for powers of 1024",
+  },
+  resume: {
+    of: SENDING,
+    group: "sent",
+    means:
+      "Over ssh: go on where a transfer broke. The stream is kept as a file over there until it is whole",
+  },
+  retries: {
+    of: SENDING,
+    group: "sent",
+    value: "N",
+    means: "Try again up to N times in this run when a connection is lost (default: 0)",
+  },
+  protocol: {
+    of: TRANSFERRING,
+    group: "sent",
+    value: "1|2",
+    means:
+      "Version of the send stream (default: 2, with data as they are compressed on the disk, where both sides know it; 1 for what is stored)",
+  },
+  "trust-stream": {
+    of: TRANSFERRING,
+    group: "sent",
+    means:
+      "Receive what another host or a store made as it is: nobody reads along whether it keeps to its subvolume",
   },
   optional: {
-    type: "string",
-    valueHint: "DEST",
-    description: "A destination that may be absent (repeatable)",
+    of: SENDING,
+    group: "several",
+    value: "DEST",
+    repeatable: true,
+    means: "A destination that may be absent",
   },
   "max-age": {
-    type: "string",
-    valueHint: "DURATION",
-    description: "Fail when an absent --optional destination was last served longer ago, e.g. 3d",
+    of: [...SENDING, "list"],
+    group: "several",
+    value: "DURATION",
+    means: "Fail when an absent --optional destination was last served longer ago, e.g. 3d",
+    meansIn: {
+      list: "Only check that the newest backup is not older, e.g. 26h: one line each, and exit status 1 if it is",
+    },
+  },
+  for: {
+    of: SENDING,
+    group: "several",
+    value: "DEST",
+    repeatable: true,
+    means:
+      "A destination with -n, --full-every, --compress, --encrypt-to and --rate-limit of its own, which follow",
+  },
+  jobs: {
+    of: SENDING,
+    group: "several",
+    value: "N",
+    means:
+      "Send at most N streams at a time; destinations that need the same stream get it together (default: all)",
   },
   "keep-unsent": {
-    type: "boolean",
-    description: "Keep what a destination could not get yet also for those that are --optional",
+    of: ["run"],
+    group: "several",
+    means: "Keep what a destination could not get yet also for those that are --optional",
   },
   "drop-unsent": {
-    type: "boolean",
-    description:
+    of: ["run"],
+    group: "several",
+    means:
       "Keep nothing at the source for the sake of a destination that could not get it, but what both share",
   },
   "make-room": {
-    type: "boolean",
-    description: "When a destination is full, delete first what -n would delete afterwards",
+    of: SENDING,
+    group: "several",
+    means: "When a destination is full, delete first what -n would delete afterwards",
   },
-  "before-snapshot": {
-    type: "string",
-    valueHint: "CMD",
-    description: "Run on SOURCE's host before the snapshot, which is not taken if it fails",
+  "locked-dests": {
+    of: ["run"],
+    group: "several",
+    old: true,
+    means: "Add every known destination of SOURCE",
   },
-  "after-snapshot": {
-    type: "string",
-    valueHint: "CMD",
-    description: "Run on SOURCE's host after the snapshot, always",
+  "remove-locks": {
+    of: ["run"],
+    group: "several",
+    old: true,
+    means: "Forget the given destinations first (see unpin)",
   },
   adopt: {
-    type: "boolean",
-    description: "Take over a destination that belonged to another source, or a replaced disk",
-  },
-  "adopt-clock": {
-    type: "boolean",
-    description: "Delete what is too old although the clock seems to have leapt: it is right",
-  },
-  "dry-run": { type: "boolean", description: "Say what would happen and why; change nothing" },
-  sync: {
-    type: "boolean",
-    alias: "s",
-    description: "Wait until deleted subvolumes are gone (btrfs subvolume sync)",
-  },
-  "convert-rw": {
-    type: "boolean",
-    alias: "w",
-    description: "Make snapshots writable before deleting them (for user_subvol_rm_allowed)",
-  },
-  "locked-dests": { type: "boolean", description: "Add every known destination of SOURCE" },
-  "remove-locks": {
-    type: "boolean",
-    description: "Forget the given destinations first (see unpin)",
+    of: SENDING,
+    group: "several",
+    means: "Take over a destination that belonged to another source, or a replaced disk",
   },
   "skip-fs-checks": {
-    type: "boolean",
-    alias: "C",
-    description: "Do not check that SOURCE and DEST are on btrfs, and not on the same one",
+    of: SENDING,
+    group: "several",
+    short: "C",
+    old: true,
+    means: "Do not check that SOURCE and DEST are on btrfs, and not on the same one",
   },
   "skip-space-check": {
-    type: "boolean",
-    description: "Send also what a destination seems to lack the space for",
-  },
-  "trust-stream": {
-    type: "boolean",
-    description:
-      "Receive what another host or a store made as it is: nobody reads along whether it keeps to its subvolume",
-  },
-  for: {
-    type: "string",
-    valueHint: "DEST",
-    description:
-      "A destination with -n, --full-every, --compress, --encrypt-to and --rate-limit of its own, which follow (repeatable)",
+    of: SENDING,
+    group: "several",
+    means: "Send also what a destination seems to lack the space for",
   },
   "full-every": {
-    type: "string",
-    valueHint: "N|DURATION",
-    description:
+    of: SENDING,
+    group: "stored",
+    value: "N|DURATION",
+    perDest: true,
+    means:
       "Stored streams: begin a new chain with a full one after N, or after a time like 30d; 0 is never (default: 30)",
   },
-  compress: {
-    type: "string",
-    valueHint: "zstd[:LEVEL]",
-    description: "Compress what travels between hosts, is stored as a stream, or goes to a command",
-  },
   "encrypt-to": {
-    type: "string",
-    valueHint: "RECIPIENT",
-    description:
-      "Encrypt streams that are stored or go to a command with gpg's public key of RECIPIENT (repeatable)",
+    of: SENDING,
+    group: "stored",
+    value: "RECIPIENT",
+    repeatable: true,
+    perDest: true,
+    means: "Encrypt streams that are stored or go to a command with gpg's public key of RECIPIENT",
   },
-  protocol: {
-    type: "string",
-    valueHint: "1|2",
-    description:
-      "Version of the send stream (default: 2, with data as they are compressed on the disk, where both sides know it; 1 for what is stored)",
+  unverified: {
+    of: ["restore"],
+    group: "stored",
+    means: "Restore stored streams without their checksum objects",
   },
-  resume: {
-    type: "boolean",
-    description:
-      "Over ssh: go on where a transfer broke. The stream is kept as a file over there until it is whole",
+  "ssh-opt": {
+    of: COMMON,
+    group: "hosts",
+    value: "OPTION",
+    repeatable: true,
+    old: true,
+    means: "Passed to ssh as -o OPTION",
   },
-  jobs: {
-    type: "string",
-    valueHint: "N",
-    description:
-      "Send at most N streams at a time; destinations that need the same stream get it together (default: all)",
+  "ssh-sudo": {
+    of: COMMON,
+    group: "hosts",
+    old: true,
+    means: "Run btrfs under sudo -n on other hosts",
   },
-  retries: {
-    type: "string",
-    valueHint: "N",
-    description: "Try again up to N times in this run when a connection is lost (default: 0)",
+  sudo: { of: COMMON, group: "hosts", means: "Run btrfs under sudo -n here" },
+  timeout: {
+    of: [...COMMON, "guard"],
+    group: "hosts",
+    value: "SECONDS",
+    means:
+      "Give up what has done nothing for so long: no byte moved, and no process of it worked (default: 3600; 0 is never)",
   },
-  "rate-limit": {
-    type: "string",
-    valueHint: "RATE",
-    description: "Send at most so many bytes a second, with k, m or g for powers of 1024",
+  "dry-run": {
+    of: [...DELETING, "restore"],
+    group: "told",
+    means: "Say what would happen and why; change nothing",
+  },
+  wait: {
+    of: [...DELETING, "restore", "unpin"],
+    group: "told",
+    value: "SECONDS",
+    means: "Wait for a lock that another run holds (default: do not wait)",
+  },
+  verbosity: {
+    of: COMMON,
+    group: "told",
+    short: "v",
+    value: "LEVEL",
+    old: true,
+    means: "debug, info, warning or error (default: info)",
+  },
+  quiet: {
+    of: COMMON,
+    group: "told",
+    short: "q",
+    old: true,
+    means: "Same as --no-progress --verbosity warning",
+  },
+  json: {
+    of: COMMON,
+    group: "told",
+    means: "Tell what happens on standard output, one JSON object a line",
+  },
+  metrics: {
+    of: ["run"],
+    group: "told",
+    value: "FILE",
+    means: "Write metrics for Prometheus' node exporter (textfile collector)",
+  },
+  "no-progress": {
+    of: TRANSFERRING,
+    group: "told",
+    short: "P",
+    old: true,
+    means: "Show no progress",
   },
   "btrfs-debug": {
-    type: "boolean",
-    alias: "d",
-    description: "Let btrfs send and receive tell everything (-vv)",
+    of: TRANSFERRING,
+    group: "told",
+    short: "d",
+    old: true,
+    means: "Let btrfs send and receive tell everything (-vv)",
   },
-  "no-progress": { type: "boolean", alias: "P", description: "Show no progress" },
-  metrics: {
-    type: "string",
-    valueHint: "FILE",
-    description: "Write metrics for Prometheus' node exporter (textfile collector)",
-  },
-  ...WAIT,
-  ...HOST_ARGUMENTS,
-  version: { type: "boolean", description: "Show the version" },
-} as const satisfies ArgsDef;
+  help: { of: [...COMMON, "guard"], group: "told", short: "h", means: "Show this text" },
+  version: { of: ["run"], group: "told", means: "Show the version" },
+} as const satisfies Readonly<Record<string, Option>>;
+type OptionName = keyof typeof OPTIONS;
+type ValueName = {
+  [Name in OptionName]: (typeof OPTIONS)[Name] extends { value: string } ? Name : never;
+}[OptionName];
+type FlagName = Exclude<OptionName, ValueName>;
 
-/** Some of the options of `run`, meaning the same. */
-const ofRun = <K extends keyof typeof RUN_ARGUMENTS>(...names: readonly K[]) =>
-  Object.fromEntries(names.map((name) => [name, RUN_ARGUMENTS[name]])) as unknown as Pick<
-    typeof RUN_ARGUMENTS,
-    K
-  >;
+const optionOf = (name: string): Option | undefined =>
+  (OPTIONS as Readonly<Record<string, Option>>)[name];
+
+/** The options of a command as citty defines them. */
+const optionsOf = (command: CommandName): ArgsDef =>
+  Object.fromEntries(
+    Object.entries<Option>(OPTIONS)
+      .filter(([, { of }]) => of.includes(command))
+      .map(([name, { short, value, repeatable, means, meansIn }]) => [
+        name,
+        {
+          type: value === undefined ? "boolean" : "string",
+          alias: short,
+          valueHint: value,
+          description: `${meansIn?.[command] ?? means}${repeatable ? " (repeatable)" : ""}`,
+        },
+      ]),
+  );
 
 const positional = (description: string, required = true) =>
   ({ type: "positional", description, required }) as const;
 const PLACE = "/path or ssh://[user@]host[:port]/path";
 const STORE = "raw:///path, raw+ssh://[user@]host[:port]/path or rclone://REMOTE:PATH";
 
-const REPEATABLE = new Set(["path", "ssh-opt", "optional", "encrypt-to", "for"]);
-/** Behind --for DEST, they count for DEST only. */
-const SCOPED = new Set(["num-backups", "full-every", "compress", "encrypt-to", "rate-limit"]);
-
-/** What was given: the last of each option, all of a repeatable one. */
+/** Options as they were given: the last value of each, or all of a repeatable one. */
 type Options = {
-  readonly flag: (name: string) => boolean;
-  readonly value: (name: string) => string | null;
-  readonly all: (name: string) => string[];
+  readonly flag: (name: FlagName) => boolean;
+  readonly value: (name: ValueName) => string | null;
+  readonly all: (name: ValueName) => string[];
 };
-/** `scopes`: for each --for DEST what holds there. */
+/** A command line. `scopes`: the options that hold for each --for DEST. */
 type Given = Options & {
   readonly positionals: readonly string[];
-  readonly scopes: readonly { readonly value: string; readonly given: Options }[];
+  readonly scopes: readonly { readonly dest: string; readonly options: Options }[];
 };
+type GivenOption = readonly [name: string, value: string];
 
-/** The long options of 0.2 to 0.3.1, which took any beginning that only one of them has. */
-const OLD_OPTIONS = [
-  "verbosity",
-  "quiet",
-  "btrfs-debug",
-  "no-progress",
-  "num-snapshots",
-  "num-backups",
-  "latest-only",
-  "no-snapshot",
-  "snapshot-folder",
-  "snapshot-prefix",
-  "no-transfer",
-  "no-incremental",
-  "ssh-opt",
-  "ssh-sudo",
-  "sync",
-  "convert-rw",
-  "locked-dests",
-  "remove-locks",
-  "skip-fs-checks",
-];
+type Definition = ArgDef & { alias?: string; valueHint?: string; required?: boolean };
+type Defined = readonly [name: string, definition: Definition];
 
 /** An argument with the whole name of the option, where it has only the beginning of an old one's. No value begins with two dashes. */
-function inFull(arg: string, defined: readonly string[]): string {
+function inFull(arg: string, defined: readonly Defined[]): string {
+  const isDefined = (name: string) => defined.some(([one]) => one === name);
   const [, name = "", rest = ""] = /^--([a-z][a-z-]*)(=.*)?$/s.exec(arg) ?? [];
-  if (name === "" || defined.includes(name) || !OLD_OPTIONS.every((one) => defined.includes(one)))
-    return arg;
-  const meant = OLD_OPTIONS.filter((one) => one.startsWith(name));
+  const old = Object.keys(OPTIONS).filter((one) => optionOf(one)?.old);
+  if (name === "" || isDefined(name) || !old.every(isDefined)) return arg;
+  const meant = old.filter((one) => one.startsWith(name));
   if (meant.length > 1)
     throw new UsageError(`--${name} can mean ${meant.map((one) => `--${one}`).join(" or ")}`);
   return meant.length === 1 ? `--${meant[0]}${rest}` : arg;
 }
 
+/** -n=3 as --num-backups=3: argparse let it pass; parseArgs would take the = for a part of the value. */
+function withoutEquals(arg: string, defined: readonly Defined[]): string | null {
+  const [, short, value] = /^-([A-Za-z])=(.*)$/s.exec(arg) ?? [];
+  if (short === undefined) return null;
+  const [name] = defined.find(([, { alias, type }]) => alias === short && type === "string") ?? [];
+  return name === undefined ? null : `--${name}=${value}`;
+}
+
 /** Reads arguments strictly. Errors: UsageError naming the nearest option. */
 export function readArguments(args: readonly string[], definitions: ArgsDef): Given {
-  const defined = Object.entries(
-    definitions as Record<string, ArgDef & { alias?: string | string[] }>,
-  ).filter(([, { type }]) => type !== "positional");
-  // -n=3 is what argparse let pass; parseArgs would take the = for a part of the value.
-  const spelled = args.map((arg) => {
-    const [, letter, value] = /^-([A-Za-z])=(.*)$/s.exec(arg) ?? [];
-    const name = defined.find(
-      ([, { alias, type }]) => letter !== undefined && alias === letter && type === "string",
-    )?.[0];
-    return name === undefined
-      ? inFull(
-          arg,
-          defined.map(([name]) => name),
-        )
-      : `--${name}=${value}`;
-  });
+  const defined = Object.entries(definitions as Readonly<Record<string, Definition>>).filter(
+    ([, { type }]) => type !== "positional",
+  );
+  const spelled = args.map((arg) => withoutEquals(arg, defined) ?? inFull(arg, defined));
   const options = Object.fromEntries(
     defined.map(([name, { type, alias }]) => [
       name,
       {
         type: type === "boolean" ? ("boolean" as const) : ("string" as const),
-        multiple: REPEATABLE.has(name),
-        ...(typeof alias === "string" ? { short: alias } : {}),
+        ...(alias === undefined ? {} : { short: alias }),
       },
     ]),
   );
@@ -13110,52 +13311,61 @@ export function readArguments(args: readonly string[], definitions: ArgsDef): Gi
       allowPositionals: true,
       tokens: true,
     });
-    const everywhere: [name: string, value: string][] = [];
-    const scopes: { value: string; words: typeof everywhere }[] = [];
-    for (const token of tokens) {
-      if (token.kind !== "option") continue;
-      const { name, value = "" } = token;
-      if (name === "for") scopes.push({ value, words: [] });
-      else
-        (SCOPED.has(name) ? (scopes.at(-1)?.words ?? everywhere) : everywhere).push([name, value]);
-    }
-    const given = (words: typeof everywhere): Options => {
-      const all = (name: string) => words.filter(([one]) => one === name).map(([, value]) => value);
-      return {
-        flag: (name) => all(name).length > 0,
-        value: (name) => all(name).at(-1) ?? null,
-        all,
-      };
-    };
-    const within = (words: typeof everywhere) =>
-      given([...everywhere.filter(([name]) => !words.some(([own]) => own === name)), ...words]);
-    return {
-      ...given(everywhere),
-      positionals,
-      scopes: scopes.map(({ value, words }) => ({ value, given: within(words) })),
-    };
-  } catch (error) {
-    const { code, message } = error as Error & { code?: string };
-    const dashed = /^Option '(--?[\w-]+)' argument is ambiguous/.exec(message)?.[1];
-    if (dashed !== undefined)
-      throw new UsageError(
-        `${dashed} has no value: what follows it begins with a dash, and would be another option`,
-      );
-    if (code !== "ERR_PARSE_ARGS_UNKNOWN_OPTION")
-      throw new UsageError(message.replaceAll("\n", " "));
-    const named = /'(-*)([^']*)'/.exec(message); // Bun leaves the dash of a short one out
-    const unknown = `${named?.[1] || "-"}${named?.[2] ?? ""}`;
-    const best = nearest(
-      unknown,
-      defined.map(([name]) => `--${name}`),
+    const words = tokens.flatMap((token): GivenOption[] =>
+      token.kind === "option" ? [[token.name, token.value ?? ""]] : [],
     );
-    const meant = unknown.startsWith("--keep-")
-      ? `; what is kept is said by -N (at the source) and -n (at destinations), as in -n "7d 4w 12m"`
-      : unknown.startsWith("--") && best.far <= 3
-        ? `; did you mean ${best.word}?`
-        : "";
-    throw new UsageError(`unknown option ${unknown}${meant}`);
+    return { positionals, ...inScopes(words) };
+  } catch (error) {
+    throw argumentError(error as Error, defined);
   }
+}
+
+const optionsAmong = (words: readonly GivenOption[]): Options => {
+  const all = (name: string) => words.filter(([one]) => one === name).map(([, value]) => value);
+  return { flag: (name) => all(name).length > 0, value: (name) => all(name).at(-1) ?? null, all };
+};
+
+/** The options that hold everywhere, and those for each --for DEST. */
+function inScopes(words: readonly GivenOption[]): Options & Pick<Given, "scopes"> {
+  const everywhere: GivenOption[] = [];
+  const scopes: { dest: string; own: GivenOption[] }[] = [];
+  for (const word of words) {
+    const [name, value] = word;
+    if (name === "for") scopes.push({ dest: value, own: [] });
+    else ((optionOf(name)?.perDest && scopes.at(-1)?.own) || everywhere).push(word);
+  }
+  const scope = (own: readonly GivenOption[]) => {
+    const others = everywhere.filter(([name]) => !own.some(([one]) => one === name));
+    return optionsAmong([...others, ...own]);
+  };
+  return {
+    ...optionsAmong(everywhere),
+    scopes: scopes.map(({ dest, own }) => ({ dest, options: scope(own) })),
+  };
+}
+
+/** Says in our words what parseArgs found wrong. */
+function argumentError(
+  { message, code }: Error & { code?: string },
+  defined: readonly Defined[],
+): UsageError {
+  const dashed = /^Option '(--?[\w-]+)' argument is ambiguous/.exec(message)?.[1];
+  if (dashed !== undefined)
+    return new UsageError(
+      `${dashed} has no value: what follows it begins with a dash, and would be another option`,
+    );
+  if (code !== "ERR_PARSE_ARGS_UNKNOWN_OPTION")
+    return new UsageError(message.replaceAll("\n", " "));
+  const named = /'(-*)([^']*)'/.exec(message); // Bun leaves the dash of a short one out
+  const unknown = `${named?.[1] || "-"}${named?.[2] ?? ""}`;
+  const best = nearest(
+    unknown,
+    defined.map(([name]) => `--${name}`),
+  );
+  let meant = unknown.startsWith("--") && best.far <= 3 ? `; did you mean ${best.word}?` : "";
+  if (unknown.startsWith("--keep-"))
+    meant = `; what is kept is said by -N (at the source) and -n (at destinations), as in -n "7d 4w 12m"`;
+  return new UsageError(`unknown option ${unknown}${meant}`);
 }
 
 /** How many letters to add, drop or change to make one word of the other (Levenshtein). */
@@ -13273,7 +13483,7 @@ function commonOptions(given: Given) {
   };
 }
 
-const policyOf = (given: Options, option: string) => parsePolicy(given.value(option) ?? "0");
+const policyOf = (given: Options, option: ValueName) => parsePolicy(given.value(option) ?? "0");
 
 /** The value of --max-age. */
 function ageOf(given: Given) {
@@ -13342,20 +13552,22 @@ export function runOptions(given: Given) {
   };
 }
 
-/** What is to be served, and how. Errors: UsageError for options that a destination cannot honour. */
+const isStore = (location: Location | null) =>
+  location?.kind === "raw" || location?.kind === "rclone";
+
+/** The destinations that are served, and how. Errors: UsageError for options that a destination cannot honour. */
 function destinationsOf(given: Given, positionals: readonly string[], prefix: string): Wanted[] {
+  const { scopes } = given;
   const optional = given.all("optional");
-  const own = new Map(
-    given.scopes.map(({ value, given }): [string, Options] => [parseLocation(value).id, given]),
-  );
-  if (own.size < given.scopes.length) throw new UsageError("--for names a destination twice");
-  const texts = [...positionals, ...optional, ...given.scopes.map(({ value }) => value)];
+  const own = new Map(scopes.map(({ dest, options }) => [parseLocation(dest).id, options]));
+  if (own.size < scopes.length) throw new UsageError("--for names a destination twice");
   const absent = new Set(optional.map((text) => parseLocation(text).id));
-  const optionsOf = ({ id }: Location) => own.get(id) ?? given;
-  const destinations = [
-    ...new Map(texts.map(parseLocation).map((location) => [location.id, location])).values(),
-  ].map((location): Wanted => {
-    const options = optionsOf(location);
+  const locations = [...positionals, ...optional, ...scopes.map(({ dest }) => dest)]
+    .map(parseLocation)
+    .map((location) => [location.id, location] as const);
+  const optionsFor = ({ id }: Location) => own.get(id) ?? given;
+  const destinations = [...new Map(locations).values()].map((location): Wanted => {
+    const options = optionsFor(location);
     return {
       location,
       optional: absent.has(location.id),
@@ -13363,27 +13575,24 @@ function destinationsOf(given: Given, positionals: readonly string[], prefix: st
       sending: sendingOptions(options, location),
     };
   });
-  const stores = ({ location: { kind } }: Wanted) => kind === "raw" || kind === "rclone";
-  for (const wanted of destinations) {
-    if (stores(wanted) && Buffer.byteLength(prefix) > STREAM_PREFIX_BYTES)
-      throw new UsageError(
-        `a prefix is at most ${STREAM_PREFIX_BYTES} bytes for stored streams, whose names say much more`,
-      );
-  }
-  // What is said for one destination, or for all, must have a meaning for one of those.
+  const stores = ({ location }: Wanted) => isStore(location);
+  if (destinations.some(stores) && Buffer.byteLength(prefix) > STREAM_PREFIX_BYTES)
+    throw new UsageError(
+      `a prefix is at most ${STREAM_PREFIX_BYTES} bytes for stored streams, whose names say much more`,
+    );
+  // An option for one destination, or for all, must have a meaning for one of them.
+  const hasOwn = ({ location }: Wanted) => own.has(location.id);
   for (const some of [
-    ...destinations.filter(({ location }) => own.has(location.id)).map((wanted) => [wanted]),
-    destinations.filter(({ location }) => !own.has(location.id)),
-  ]) {
+    ...destinations.filter(hasOwn).map((one) => [one]),
+    destinations.filter((one) => !hasOwn(one)),
+  ])
     if (
-      some.length > 0 &&
       !some.some(stores) &&
-      some.some(({ location }) => optionsOf(location).value("full-every") !== null)
+      some.some(({ location }) => optionsFor(location).value("full-every") !== null)
     )
       throw new UsageError(
         "--full-every needs a destination of stored streams: raw://, raw+ssh:// or rclone://",
       );
-  }
   return destinations;
 }
 
@@ -13409,16 +13618,18 @@ export function restoreOptions(given: Given) {
   const [snapshot, until] = [given.value("snapshot"), given.value("before")];
   if (snapshot !== null && until !== null)
     throw new UsageError("--snapshot and --before exclude each other");
-  const words = [
-    "snapshot-prefix",
-    "snapshot-folder",
-    "ssh-opt",
-    "snapshot",
-    "before",
-    "compress",
-    "rate-limit",
-  ].flatMap((name) => given.all(name).map((value) => `--${name}=${value}`));
-  for (const name of ["sudo", "ssh-sudo", "unverified"])
+  const words = (
+    [
+      "snapshot-prefix",
+      "snapshot-folder",
+      "ssh-opt",
+      "snapshot",
+      "before",
+      "compress",
+      "rate-limit",
+    ] as const
+  ).flatMap((name) => given.all(name).map((value) => `--${name}=${value}`));
+  for (const name of ["sudo", "ssh-sudo", "unverified"] as const)
     if (given.flag(name)) words.push(`--${name}`);
   return {
     ...commonOptions(given),
@@ -13443,35 +13654,36 @@ const displayOptions = (given: Given) => ({
 
 /** How to send, to a destination if there is one. Errors: UsageError for what it cannot take. */
 function sendingOptions(given: Options, location: Location | null): Sending {
-  const [rate, compression, every, protocol] = [
-    "rate-limit",
-    "compress",
-    "full-every",
-    "protocol",
-  ].map(given.value);
+  const [rate, compression, every, protocol] = (
+    ["rate-limit", "compress", "full-every", "protocol"] as const
+  ).map(given.value);
   if (protocol && !/^[12]$/.test(protocol))
     throw new UsageError(`--protocol is 1 or 2, not "${protocol}"`);
   const recipients = given.all("encrypt-to");
   const resume = given.flag("resume");
-  if (resume && recipients.length > 0)
-    throw new UsageError(
-      "--resume and --encrypt-to exclude each other: gpg's output is another one each time",
-    );
-  if (location?.kind === "folder" && recipients.length > 0)
-    throw new UsageError(
-      `--encrypt-to: what is received on btrfs cannot be encrypted: ${location.id}. For another destination only: --for DEST --encrypt-to …`,
-    );
-  const chained = location?.kind === "raw" || location?.kind === "rclone";
+  if (recipients.length > 0) checkEncryption(resume, location);
   return {
     rate: rate ? parseRate(rate) : null,
     level: compression ? parseCompression(compression) : "",
     recipients,
-    fullEvery: parseFullEvery(every ?? (chained ? FULL_EVERY : "0")),
+    fullEvery: parseFullEvery(every ?? (isStore(location) ? FULL_EVERY : "0")),
     protocol: protocol ?? null,
     resume,
     spaceCheck: !given.flag("skip-space-check"),
     trust: given.flag("trust-stream"),
   };
+}
+
+/** Errors: UsageError where a destination cannot take encrypted streams. */
+function checkEncryption(resume: boolean, location: Location | null): void {
+  if (resume)
+    throw new UsageError(
+      "--resume and --encrypt-to exclude each other: gpg's output is another one each time",
+    );
+  if (location?.kind === "folder")
+    throw new UsageError(
+      `--encrypt-to: what is received on btrfs cannot be encrypted: ${location.id}. For another destination only: --for DEST --encrypt-to …`,
+    );
 }
 
 /** How many streams a stored chain has by default, so that retention can free space. */
@@ -13569,17 +13781,27 @@ function copyOptions(given: Given) {
   return { ...runOptions(given), prefix: given.value("snapshot-prefix"), snapshot: false };
 }
 
-/** A command: how its arguments are read, and what it does then. */
+/** A command: how its arguments are read, and its work. */
 const command = <O>(
-  name: string,
-  description: string,
-  args: ArgsDef,
-  read: (given: Given) => O,
-  work: (options: O, report: Report) => Promise<void | number>,
+  name: CommandName,
+  about: string,
+  {
+    positionals,
+    read,
+    work,
+  }: {
+    readonly positionals: ArgsDef;
+    readonly read: (given: Given) => O;
+    readonly work: (options: O, report: Report) => Promise<void | number>;
+  },
 ): CommandDef<any> =>
   defineCommand({
-    meta: { name: `btrfs-backup${name}`, version: VERSION, description },
-    args,
+    meta: {
+      name: name === "run" ? "btrfs-backup" : `btrfs-backup ${name}`,
+      version: VERSION,
+      description: about,
+    },
+    args: { ...positionals, ...optionsOf(name) },
     async run({ data }: { data?: Given }) {
       const given = data as Given;
       const options = read(given);
@@ -13587,296 +13809,104 @@ const command = <O>(
     },
   });
 
-export const COMMANDS: Record<string, CommandDef<any>> = {
+export const COMMANDS: Readonly<Record<CommandName, CommandDef<any>>> = {
   run: command(
-    "",
+    "run",
     "Incremental backups of btrfs subvolumes. The command can be left out: it is run.",
     {
-      source: positional(`Subvolume to back up: ${PLACE}`),
-      dest: positional(
-        `Where to: ${PLACE}; streams to ${STORE}, or shell://COMMAND; any number`,
-        false,
-      ),
-      ...RUN_ARGUMENTS,
+      positionals: {
+        source: positional(`Subvolume to back up: ${PLACE}`),
+        dest: positional(
+          `Where to: ${PLACE}; streams to ${STORE}, or shell://COMMAND; any number`,
+          false,
+        ),
+      },
+      read: runOptions,
+      work: run,
     },
-    runOptions,
-    run,
   ),
-  restore: command(
-    " restore",
-    "Make a subvolume again from a backup, or from a snapshot.",
-    {
+  restore: command("restore", "Make a subvolume again from a backup, or from a snapshot.", {
+    positionals: {
       location: positional(
         `Backups, or a source with its snapshots: ${PLACE}; or streams: ${STORE}`,
       ),
       target: positional(`The subvolume to make: ${PLACE}`),
-      snapshot: {
-        type: "string",
-        valueHint: "NAME",
-        description: "Restore this one (default: the newest)",
-      },
-      before: {
-        type: "string",
-        valueHint: "TIME",
-        description: "Restore the newest at or before 'YYYY-MM-DD[ HH:MM[:SS]]'",
-      },
-      unverified: {
-        type: "boolean",
-        description: "Restore stored streams without their checksum objects",
-      },
-      replace: {
-        type: "boolean",
-        description: "TARGET exists: keep it beside as TARGET.before-YYYYMMDD-HHMMSS",
-      },
-      "parent-from": {
-        type: "string",
-        valueHint: "DIR",
-        description:
-          "Where snapshots are that the transfer can build on (default: beside TARGET, and in its snapshot folder)",
-      },
-      ...ofRun(
-        "dry-run",
-        "compress",
-        "protocol",
-        "rate-limit",
-        "trust-stream",
-        "btrfs-debug",
-        "no-progress",
-        "wait",
-      ),
-      ...HOST_ARGUMENTS,
     },
-    restoreOptions,
-    restore,
-  ),
-  list: command(
-    " list",
-    "Show what there is of each snapshot, at a source and its destinations.",
-    {
+    read: restoreOptions,
+    work: restore,
+  }),
+  list: command("list", "Show what there is of each snapshot, at a source and its destinations.", {
+    positionals: {
       location: positional(
         `A source (its known destinations are added), or backups: ${PLACE}; or streams: ${STORE}; any number`,
       ),
-      ...ofRun("num-snapshots", "num-backups"),
-      size: {
-        type: "boolean",
-        description: "Tell how large each is (btrfs filesystem du, which is slow)",
-      },
-      "max-age": {
-        type: "string",
-        valueHint: "DURATION",
-        description:
-          "Only check that the newest backup is not older, e.g. 26h: one line each, and exit status 1 if it is",
-      },
-      ...HOST_ARGUMENTS,
     },
-    listOptions,
-    list,
-  ),
+    read: listOptions,
+    work: list,
+  }),
   verify: command(
-    " verify",
+    "verify",
     "Read every byte of what two places share, or of stored streams, and compare.",
     {
-      source: positional(
-        `Snapshots or backups: ${PLACE}; or streams, which are compared with their checksums: ${STORE}`,
-      ),
-      location: positional("What to compare with them; any number", false),
-      snapshot: {
-        type: "string",
-        valueHint: "NAME",
-        description: "Compare this one (default: the newest that both have)",
+      positionals: {
+        source: positional(
+          `Snapshots or backups: ${PLACE}; or streams, which are compared with their checksums: ${STORE}`,
+        ),
+        location: positional("What to compare with them; any number", false),
       },
-      all: { type: "boolean", description: "Compare all that both have" },
-      ...HOST_ARGUMENTS,
+      read: verifyOptions,
+      work: verify,
     },
-    verifyOptions,
-    verify,
   ),
-  versions: command(
-    " versions",
-    "Show every version of a file, or copy one back.",
-    {
+  versions: command("versions", "Show every version of a file, or copy one back.", {
+    positionals: {
       file: positional(`File or directory in a source, which may be deleted: ${PLACE}`),
       location: positional(
         "Where to look besides the source's snapshots (default: its known destinations)",
         false,
       ),
-      get: {
-        type: "string",
-        valueHint: "WHEN|NAME",
-        description:
-          "Copy back what it was in a snapshot, or at a time like 'YYYY-MM-DD[ HH:MM[:SS]]'",
-      },
-      to: {
-        type: "string",
-        valueHint: "PATH",
-        description: "Where to, on FILE's host (default: FILE.NAME)",
-      },
-      force: { type: "boolean", description: "Replace a file that is there" },
-      ...HOST_ARGUMENTS,
     },
-    versionsOptions,
-    versions,
-  ),
-  copy: command(
-    " copy",
-    "Send backups on to other places, as run does from a source.",
-    {
+    read: versionsOptions,
+    work: versions,
+  }),
+  copy: command("copy", "Send backups on to other places, as run does from a source.", {
+    positionals: {
       location: positional(
         `Backups: ${PLACE}; all prefixes one after the other, unless -p is given`,
       ),
       dest: positional("Where to; any number"),
-      ...ofRun(
-        "num-backups",
-        "newest-only",
-        "backfill",
-        "no-incremental",
-        "no-full",
-        "optional",
-        "max-age",
-        "make-room",
-        "adopt",
-        "adopt-clock",
-        "dry-run",
-        "sync",
-        "convert-rw",
-        "skip-fs-checks",
-        "skip-space-check",
-        "for",
-        "full-every",
-        "compress",
-        "encrypt-to",
-        "protocol",
-        "resume",
-        "retries",
-        "jobs",
-        "rate-limit",
-        "trust-stream",
-        "btrfs-debug",
-        "no-progress",
-        "wait",
-      ),
-      ...HOST_ARGUMENTS,
     },
-    copyOptions,
-    copy,
-  ),
+    read: copyOptions,
+    work: copy,
+  }),
   prune: command(
-    " prune",
+    "prune",
     "Delete backups that a policy does not keep, by when they were received.",
     {
-      location: positional(
-        `Backups: ${PLACE}; or streams: ${STORE}; all prefixes one after the other, unless -p is given`,
-      ),
-      ...ofRun("num-backups", "dry-run", "adopt-clock", "sync", "convert-rw", "wait"),
-      ...HOST_ARGUMENTS,
+      positionals: {
+        location: positional(
+          `Backups: ${PLACE}; or streams: ${STORE}; all prefixes one after the other, unless -p is given`,
+        ),
+      },
+      read: pruneOptions,
+      work: prune,
     },
-    pruneOptions,
-    prune,
   ),
   guard: command(
-    " guard",
+    "guard",
     "Serve an ssh key that may do no more than these options say, as the command of its line in authorized_keys.",
-    {
-      path: {
-        type: "string",
-        valueHint: "DIR",
-        description: "Where the key may back up to, or with --source from (repeatable)",
-      },
-      "allow-read": { type: "boolean", description: "It may read: restore from there, and verify" },
-      "max-bytes": {
-        type: "string",
-        valueHint: "SIZE",
-        description:
-          "How many bytes the streams of its backups may have in all, with k, m or g for powers of 1024; one is received after the other then",
-      },
-      "allow-delete": {
-        type: "boolean",
-        description: "It may delete backups (default: only what a broken transfer left)",
-      },
-      source: {
-        type: "boolean",
-        description:
-          "It may pull: take snapshots, send them, and delete old ones, but store nothing",
-      },
-      timeout: HOST_ARGUMENTS.timeout,
-      help: HOST_ARGUMENTS.help,
-    },
-    guardOptions,
-    guard,
+    { positionals: {}, read: guardOptions, work: guard },
   ),
-  unpin: command(
-    " unpin",
-    "Forget destinations, so that no snapshot is kept for them.",
-    {
+  unpin: command("unpin", "Forget destinations, so that no snapshot is kept for them.", {
+    positionals: {
       source: positional("The subvolume that was backed up"),
       location: positional("Destinations to forget", false),
-      all: {
-        type: "boolean",
-        description: "Forget every destination; a record that cannot be read is moved aside",
-      },
-      ...WAIT,
-      ...HOST_ARGUMENTS,
     },
-    unpinOptions,
-    unpin,
-  ),
+    read: unpinOptions,
+    work: unpin,
+  }),
 };
-
-/** In which order options are told; what is in none of these is the command's own, and comes first. */
-const GROUPS: Readonly<Record<string, readonly string[]>> = {
-  "What is taken and kept": [
-    "num-snapshots",
-    "num-backups",
-    "latest-only",
-    "no-snapshot",
-    "snapshot-folder",
-    "snapshot-prefix",
-    "before-snapshot",
-    "after-snapshot",
-    "convert-rw",
-    "sync",
-  ],
-  "What is sent, and how": [
-    "no-transfer",
-    "no-incremental",
-    "no-full",
-    "newest-only",
-    "backfill",
-    "compress",
-    "rate-limit",
-    "resume",
-    "retries",
-    "protocol",
-  ],
-  "Several destinations": [
-    "optional",
-    "max-age",
-    "for",
-    "jobs",
-    "keep-unsent",
-    "drop-unsent",
-    "make-room",
-    "locked-dests",
-    "remove-locks",
-    "adopt",
-    "skip-fs-checks",
-    "skip-space-check",
-  ],
-  "Stored streams": ["full-every", "encrypt-to", "unverified"],
-  "Other hosts, and rights": ["ssh-opt", "ssh-sudo", "sudo", "timeout"],
-  "What it tells": [
-    "dry-run",
-    "wait",
-    "verbosity",
-    "quiet",
-    "json",
-    "metrics",
-    "no-progress",
-    "btrfs-debug",
-    "help",
-    "version",
-  ],
-};
+const isCommand = (word: string): word is CommandName => Object.hasOwn(COMMANDS, word);
 
 /** Words in lines of that many columns, each but the first after as many blanks as `first` is long. */
 function wrapped(first: string, text: string, columns: number): string {
@@ -13900,91 +13930,75 @@ export type Told = {
   readonly repeatable: boolean;
 };
 
-/** What there is to tell of a command; `groups` are its options in the order of GROUPS, its own first. */
-export function told(command: CommandDef<any>): {
+/** What there is to tell of a command; `groups` are its options in the order of GROUPS. */
+export function told(one: CommandDef<any>): {
   usage: string;
   description: string;
   positionals: Told[];
   groups: [title: string, options: Told[]][];
 } {
-  const { name = "", description = "" } = command.meta as { name?: string; description?: string };
-  const all = Object.entries(
-    command.args as Record<
-      string,
-      ArgDef & { alias?: string; valueHint?: string; required?: boolean }
-    >,
-  );
-  const tell = ([
-    name,
-    { alias, valueHint, description = "", required },
-  ]: (typeof all)[number]): Told => ({
-    name,
-    short: alias ?? null,
-    hint: valueHint ?? null,
-    description,
-    required: required !== false,
-    repeatable: REPEATABLE.has(name) || SCOPED.has(name),
-  });
+  const { name: title = "", description: about = "" } = one.meta as CommandMeta;
+  const all = Object.entries(one.args as Readonly<Record<string, Definition>>);
+  const tell = ([name, definition]: Defined): Told => {
+    const { alias, valueHint, description = "", required } = definition;
+    const option = optionOf(name);
+    return {
+      name,
+      short: alias ?? null,
+      hint: valueHint ?? null,
+      description,
+      required: required !== false,
+      repeatable: (option?.repeatable ?? option?.perDest) === true,
+    };
+  };
   const positionals = all.filter(([, { type }]) => type === "positional").map(tell);
   const options = all.filter(([, { type }]) => type !== "positional").map(tell);
-  const grouped = Object.values(GROUPS).flat();
-  const groups: [string, Told[]][] = [
-    ["Options", options.filter(({ name }) => !grouped.includes(name))],
-    ...Object.entries(GROUPS).map(([title, names]): [string, Told[]] => [
-      title,
-      names.flatMap((one) => options.filter(({ name }) => name === one)),
-    ]),
-  ];
-  const usage = [
-    name,
-    "[OPTIONS]",
-    ...positionals.map(({ name, required }) =>
-      required ? name.toUpperCase() : `[${name.toUpperCase()}…]`,
-    ),
-  ].join(" ");
+  const words = positionals.map(({ name, required }) =>
+    required ? name.toUpperCase() : `[${name.toUpperCase()}…]`,
+  );
   return {
-    usage,
-    description,
+    usage: [title, "[OPTIONS]", ...words].join(" "),
+    description: about,
     positionals,
-    groups: groups.filter(([, options]) => options.length > 0),
+    groups: Object.entries(GROUPS)
+      .map(([group, heading]): [string, Told[]] => [
+        heading,
+        options.filter(({ name }) => optionOf(name)?.group === group),
+      ])
+      .filter(([, some]) => some.length > 0),
   };
 }
 
 /** What --help says of a command. */
-export function helpText(command: CommandDef<any>, columns: number): string {
-  const { usage, description, positionals, groups } = told(command);
+export function helpText(one: CommandDef<any>, columns: number): string {
+  const { usage, description: about, positionals, groups } = told(one);
   const width = Math.min(columns, 100);
   const row = (term: string, text: string) =>
     term.length > 24
       ? `  ${term}\n${wrapped(" ".repeat(28), text, width)}`
       : wrapped(`  ${term}`.padEnd(28), text, width);
-  const others = Object.entries(COMMANDS).filter(([other]) => other !== "run");
+  const section = (title: string, rows: readonly string[]) =>
+    rows.length === 0 ? "" : `\n${title}${rows.join("")}`;
+  const others = Object.entries(one === COMMANDS.run ? COMMANDS : {}).slice(1);
+  const spelled = ({ name, short, hint }: Told) =>
+    `${short === null ? "    " : `-${short}, `}--${name}${hint === null ? "" : ` ${hint}`}`;
   return [
     wrapped("Usage: ", usage, width),
-    `\n${wrapped("", description, width)}`,
-    ...(positionals.length === 0
-      ? []
-      : [
-          "\n",
-          ...positionals.map(({ name, description }) => row(name.toUpperCase(), description)),
-        ]),
-    ...(command === COMMANDS["run"]
-      ? [
-          "\nOther commands, each with its own --help:\n",
-          ...others.map(([other, { meta }]) =>
-            row(other, (meta as { description: string }).description),
-          ),
-        ]
-      : []),
-    ...groups.flatMap(([title, options]) => [
-      `\n${title}:\n`,
-      ...options.map(({ name, short, hint, description }) =>
-        row(
-          `${short === null ? "    " : `-${short}, `}--${name}${hint === null ? "" : ` ${hint}`}`,
-          description,
-        ),
+    `\n${wrapped("", about, width)}`,
+    section(
+      "",
+      positionals.map(({ name, description }) => row(name.toUpperCase(), description)),
+    ),
+    section(
+      "Other commands, each with its own --help:\n",
+      others.map(([name, { meta }]) => row(name, (meta as CommandMeta).description ?? "")),
+    ),
+    ...groups.map(([title, options]) =>
+      section(
+        `${title}:\n`,
+        options.map((option) => row(spelled(option), option.description)),
       ),
-    ]),
+    ),
   ].join("");
 }
 
@@ -14041,9 +14055,9 @@ const ELSEWHERE: Readonly<Record<string, string>> = {
 
 /** Errors: UsageError, where the first word is neither a command nor a path, but nearly a command. */
 function notMisspelt(word: string): void {
-  if (!/^[a-z]{2,12}$/.test(word) || Object.hasOwn(COMMANDS, word)) return;
-  const { word: command, far } = nearest(word, Object.keys(COMMANDS));
-  const meant = ELSEWHERE[word] ?? (far <= 2 ? command : undefined);
+  if (!/^[a-z]{2,12}$/.test(word) || isCommand(word)) return;
+  const best = nearest(word, Object.keys(COMMANDS));
+  const meant = ELSEWHERE[word] ?? (best.far <= 2 ? best.word : undefined);
   if (meant !== undefined)
     throw new UsageError(
       `there is no command ${word}; did you mean "btrfs-backup ${meant}"? (A directory of that name is ./${word}; "btrfs-backup --help" tells all commands)`,
@@ -14062,6 +14076,40 @@ another command: ${Object.keys(COMMANDS)
   .join(", ")}.
 `;
 
+/** `help COMMAND` as `COMMAND --help`; all other words as they are. Errors: UsageError. */
+function withoutHelp(words: readonly string[]): readonly string[] {
+  if (words[0] !== "help") return words;
+  const [, about = "run"] = words;
+  notMisspelt(about);
+  if (!isCommand(about))
+    throw new UsageError(`there is no command ${about}: ${Object.keys(COMMANDS).join(", ")}`);
+  return [about, "--help"];
+}
+
+/** Does what the words of a command line say, and returns the exit status. Errors: UsageError. */
+async function obey(given: readonly string[]): Promise<number> {
+  if (given[0] === undefined) {
+    process.stderr.write(FIRST_WORDS);
+    return 2;
+  }
+  notMisspelt(given[0]);
+  const words = withoutHelp(given);
+  const [first = "", ...rest] = words;
+  const isNamed = isCommand(first);
+  const cmd = COMMANDS[isNamed ? first : "run"];
+  const options = readArguments(isNamed ? rest : words, cmd.args as ArgsDef);
+  const [location = ""] = options.positionals;
+  if (!isNamed && isCommand(location))
+    throw new UsageError(`the command comes first: btrfs-backup ${location} …`);
+  if (options.flag("version")) console.log(versionText());
+  else if (options.flag("help")) process.stdout.write(helpText(cmd, process.stdout.columns || 80));
+  else {
+    const context = { rawArgs: [...words], args: { _: [] } as never, cmd, data: options };
+    return (await cmd.run?.(context)) as number;
+  }
+  return 0;
+}
+
 /** The program, from its arguments to its exit status. */
 export async function main(args: readonly string[]): Promise<number> {
   try {
@@ -14070,35 +14118,7 @@ export async function main(args: readonly string[]): Promise<number> {
         "this user cannot enter the current directory: start in another, such as /",
       );
     inUtf8(readFileSync("/proc/self/cmdline"), "an argument");
-    const words = expandFiles(args, (path) => inUtf8(readFileSync(path), "it"));
-    if (words.length === 0) {
-      process.stderr.write(FIRST_WORDS);
-      return 2;
-    }
-    notMisspelt(words[0] as string);
-    if (words[0] === "help") {
-      const [, about = "run"] = words;
-      notMisspelt(about);
-      if (!Object.hasOwn(COMMANDS, about))
-        throw new UsageError(`there is no command ${about}: ${Object.keys(COMMANDS).join(", ")}`);
-      words.splice(0, words.length, about, "--help");
-    }
-    const named = Object.hasOwn(COMMANDS, words[0] ?? "");
-    const command = COMMANDS[named ? (words[0] as string) : "run"] as CommandDef<any>;
-    const given = readArguments(named ? words.slice(1) : words, command.args as ArgsDef);
-    if (!named && Object.hasOwn(COMMANDS, given.positionals[0] ?? ""))
-      throw new UsageError(`the command comes first: btrfs-backup ${given.positionals[0]} …`);
-    if (given.flag("version")) console.log(versionText());
-    else if (given.flag("help"))
-      process.stdout.write(helpText(command, process.stdout.columns || 80));
-    else
-      return (await command.run?.({
-        rawArgs: [...words],
-        args: { _: [] } as never,
-        cmd: command,
-        data: given,
-      })) as number;
-    return 0;
+    return await obey(expandFiles(args, (path) => inUtf8(readFileSync(path), "it")));
   } catch (error) {
     if (error instanceof Interrupted) {
       log.error(error.message);

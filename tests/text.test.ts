@@ -402,10 +402,10 @@ const TABLE: ArgsDef = {
 describe("arguments", () => {
   const read = (...args: string[]) => {
     const given = readArguments(args, TABLE);
-    const options = ["num-snapshots", "snapshot-folder"]
+    const options = (["num-snapshots", "snapshot-folder"] as const)
       .map((name) => [name, given.value(name)] as const)
       .filter(([, value]) => value !== null);
-    const flags = ["quiet", "no-snapshot", "sync"]
+    const flags = (["quiet", "no-snapshot", "sync"] as const)
       .filter((name) => given.flag(name))
       .map((name) => [name, true] as const);
     const all = given.all("ssh-opt");
