@@ -11273,9 +11273,9 @@ export async function unpin(o: UnpinOptions, report: Report): Promise<void> {
 }
 
 // ── 8. Guard ─────────────────────────────────────────────────────────────────────────────
-// The forced command of an ssh key that may do no more than its options say. All of the boundary is here, in the order in
-// which it meets a command: reading it, the rules of arguments, the rules of verbs and what they look at again, what is
-// left out of an answer, and the stream. Whatever does not fit is refused before anything has run.
+// The forced command of an ssh key that may do no more than its options say. All of the boundary is here, in the order in which
+// it meets a command: reading the command, the rules of arguments, the rules of verbs with what they look at again, the parts
+// that an answer leaves out, and the stream. Guard refuses a command that does not fit before anything has run.
 
 // ── reading a command ──
 
@@ -11308,7 +11308,7 @@ export function parseCommand(text: string): { name: string; sudo: boolean; args:
   return { name, sudo: mode === "sudo", args };
 }
 
-/** What a key may do, by the option that gives it the right. */
+/** The rights of a key, each with the option that gives it. */
 const RIGHTS = {
   add: "a key without --source",
   source: "--source",
@@ -11319,7 +11319,7 @@ type Right = keyof typeof RIGHTS;
 
 export type GuardOptions = ReturnType<typeof guardOptions>;
 
-/** What the arguments of a guarded verb have said so far. */
+/** The folder and the prefix that the arguments of a guarded verb have named so far. */
 type Guarded = { readonly o: GuardOptions; folder: string; prefix: string };
 
 /** Reads an ssh command, and checks all of it; `serve` runs it, and returns the exit status. Errors: Refused. */
@@ -11330,12 +11330,13 @@ export async function permitted(
   const { name, args } = parseCommand(text);
   const allowed = GUARDED.get(name) ?? refuse(`the verb ${name}`);
   const { rights, least, most } = allowed;
-  const granted: readonly Right[] = [
-    o.source ? "source" : "add",
-    ...(o.allowRead ? ["read" as const] : []),
-    ...(o.allowDelete ? ["delete" as const] : []),
-  ];
-  if (!rights.some((right) => granted.includes(right)))
+  const granted: Readonly<Record<Right, boolean>> = {
+    add: !o.source,
+    source: o.source,
+    read: o.allowRead,
+    delete: o.allowDelete,
+  };
+  if (!rights.some((right) => granted[right]))
     refuse(`${name} needs ${rights.map((right) => RIGHTS[right]).join(" or ")}`);
   if (args.length < least || args.length > most)
     refuse(`${name} with ${args.length} arguments, as another version has them`);
@@ -11344,19 +11345,19 @@ export async function permitted(
 
 // ── rules of arguments ──
 
-/** Checks an argument, and returns what is used in its place. Errors: Refused. */
+/** Checks an argument, and returns the one that is used in its place. Errors: Refused. */
 type ArgumentRule = (value: string, said: Guarded) => string;
 
 const shown = (value: string) =>
   JSON.stringify(value.length > 100 ? `${value.slice(0, 100)}…` : value);
-/** A rule that a test decides; `what` the argument is. */
+/** A rule that a test decides. `what`: a word for the argument. */
 const passing =
   (test: (value: string, said: Guarded) => boolean, what = "the argument"): ArgumentRule =>
   (value, said) =>
     test(value, said) ? value : refuse(`${what} ${shown(value)}`);
 const like = (shape: RegExp) => passing((value) => shape.test(value));
 const oneOf = (...words: readonly string[]) => passing((value) => words.includes(value));
-/** An argument may be empty, or else is bound to a rule. */
+/** An argument that is empty, or bound to a rule. */
 const perhaps =
   (rule: ArgumentRule): ArgumentRule =>
   (value, said) =>
@@ -11381,8 +11382,10 @@ const isName = (value: string) => isOneLine(value) && !value.includes("/");
 const isOurs = (name: string) =>
   /^\.btrfs-backup|^\.outstanding_transfers$|\.part$|\.btrfs(\.|$)/.test(name);
 
+const statOf = (path: string) => lstatSync(path, { throwIfNoEntry: false });
+
 const isSubvolume = (path: string) => {
-  const found = lstatSync(path, { throwIfNoEntry: false });
+  const found = statOf(path);
   return found?.isDirectory() === true && found.ino === 256;
 };
 
@@ -11397,7 +11400,7 @@ function isReadonlySubvolume(path: string): boolean {
   }
 }
 
-/** A path without symbolic links, as far as it exists. */
+/** A path without symbolic links, as far as the path exists. */
 function resolvedPath(path: string): string {
   try {
     return realpathSync(path);
@@ -11406,7 +11409,7 @@ function resolvedPath(path: string): string {
   }
 }
 
-/** A place that the key may use: below one of the paths, and not inside of a backup. */
+/** A place that the key may use: below one of its paths, and not inside of a backup. */
 const PLACE_RULE: ArgumentRule = (value, said) => {
   if (!value.startsWith("/") || !isOneLine(value) || value !== withoutSlash(normalize(value)))
     refuse(`the path ${shown(value)}`);
@@ -11422,7 +11425,7 @@ const PLACE_RULE: ArgumentRule = (value, said) => {
   return real;
 };
 
-/** A subvolume that can be backed up; the place stays what it was. */
+/** A subvolume that can be backed up. It is not the folder of the arguments behind it. */
 const SOURCE_RULE: ArgumentRule = (value, said) => {
   const { folder } = said;
   if (!said.o.source) refuse("it is not for sources");
@@ -11439,7 +11442,7 @@ const PREFIX_RULE: ArgumentRule = (value, said) => {
 
 const DATED = passing((value) => prefixOf(value) !== null && isName(value), "the name");
 
-/** A read-only subvolume of the folder: no link, and nothing that is being received. */
+/** A read-only subvolume of the folder: no link, and no subvolume that is being received. */
 const STANDING: ArgumentRule = (value, { folder }) =>
   entryName(value) !== null && isReadonlySubvolume(join(folder, value))
     ? value
@@ -11455,13 +11458,13 @@ const OBJECT = passing(
     isObject(value) && parseName(STREAM.exec(value)?.[1] ?? "", prefix) !== null,
   "the object",
 );
-/** An object, what belongs to it, or was to become it. */
+/** An object, its checksum, or a part that was to become one of both. */
 const ANY_OBJECT = passing(
   (value) =>
     isObject(value.replace(/^\.(.*)\.part$/s, "$1").replace(/\.sha256$|\.p[0-2]-\d*$/, "")),
   "the object",
 );
-/** An object, or what is kept of one to go on from. */
+/** An object, or the kept part of one to go on from. */
 const PART_RULE: ArgumentRule = (value, said) => {
   OBJECT(value.replace(/\.p[0-2]-\d*$/, ""), said);
   return value;
@@ -11484,19 +11487,20 @@ const RECORDED = {
 
 // ── rules of verbs ──
 
-/** A rule for every parameter of a verb; that of `names...` is for each. */
+/** A rule for every parameter of a verb. The rule of `names...` is for each name. */
 type Rules<V> = { readonly [Name in keyof ArgumentsOf<V>]-?: ArgumentRule };
 
+type Again<V> = (given: ArgumentsOf<V>, said: Guarded) => Promise<ArgumentsOf<V>>;
 /**
- * What a verb is bound to beyond the shape of its arguments. `again`: what is looked at again, as the place is now; it returns
- * the arguments that are used. `serve`: how it is run, if not as it is. Errors: Refused.
+ * The bounds of a verb beyond the shape of its arguments. `again` looks again at the place as it is now, and returns the
+ * arguments that are used. `serve` runs a verb that does not run as it is. Errors: Refused.
  */
 type Beyond<V> = {
-  readonly again?: (given: ArgumentsOf<V>, said: Guarded) => Promise<ArgumentsOf<V>>;
+  readonly again?: Again<V>;
   readonly serve?: (given: ArgumentsOf<V>, said: Guarded) => Promise<number>;
 };
 
-/** How a guarded key may use a verb: with one of these rights, and so many arguments, if `check` accepts them. */
+/** A guarded key may use a verb with one of these rights, and so many arguments, if `check` accepts them. */
 type Use = {
   readonly verb: Declared;
   readonly rights: readonly Right[];
@@ -11555,7 +11559,7 @@ function started<V extends Declared>(
 const statusOf = async <V extends Declared>(declaration: V, given: ArgumentsOf<V>) =>
   (await started(declaration, given)).exitCode ?? 1;
 
-/** Reads what the folder of a guarded verb has. */
+/** The folder of a guarded verb as it is now. */
 async function lookedAt(
   { folder: path, prefix }: Guarded,
   kind: "folder" | "raw",
@@ -11654,7 +11658,7 @@ function checkOwnership({ owner, strangers = [] }: ChainRecord, now: ChainRecord
     refuse("a record with other strangers");
 }
 
-/** A key's chains are another machine's: what is backed up here, or stands here, is not their source. Errors: Refused. */
+/** A key's chains are another machine's: no subvolume of this filesystem is their source. Errors: Refused. */
 function notFromHere({ owner }: ChainRecord, { place, subvolumes }: Folder, { o }: Guarded): void {
   if (o.source || owner === undefined) return;
   if (owner.uuid === place.filesystem || subvolumes.some(({ uuid }) => uuid === owner.uuid))
@@ -11676,20 +11680,17 @@ function recordedLine(
   return recordArguments(folder, chain);
 }
 
-/** Only what the record's own rules allow: see guardedRecord. */
-async function recordAgain(
-  given: ArgumentsOf<typeof WRITE_RECORD>,
-  said: Guarded,
-): Promise<typeof given> {
+/** Only a record that guardedRecord allows. */
+const recordAgain: Again<typeof WRITE_RECORD> = async (given, said) => {
   const prefix = /^,("(?:[^"\\]|\\.)*"): $/.test(given.key)
     ? (JSON.parse(given.key.slice(1, -2)) as string)
     : "/";
   PREFIX_RULE(prefix, said);
   if (given.header === "") refuse("a record without a header");
   return { ...given, ...recordedLine(given, await lookedAt(said, "folder"), said) };
-}
+};
 
-/** Only what the record says is left of a broken transfer; of one that was refused before it began, nothing is. */
+/** Only the subvolume that the record says a broken transfer left. A transfer that was refused before it began left none. */
 async function discardServed(given: ArgumentsOf<typeof DISCARD>, said: Guarded): Promise<number> {
   const folder = await lookedAt(said, "folder");
   if (folder.chain.receiving === undefined && !folder.entries.has(given.name)) return 0;
@@ -11699,8 +11700,8 @@ async function discardServed(given: ArgumentsOf<typeof DISCARD>, said: Guarded):
   return statusOf(DISCARD, { ...given, ...recordedLine(given, folder, said) });
 }
 
-/** No stream takes another's name or UUID: of two with the same data either can stand for it, and what builds on it would build on the new one. */
-async function commitAgain(given: ArgumentsOf<CommitVerb>, said: Guarded): Promise<typeof given> {
+/** No stream takes another's name or UUID: of two with the same data either could stand for it, and a later stream would build on the new one. */
+const commitAgain: Again<CommitVerb> = async (given, said) => {
   const { object } = given;
   const { entries, store } = await lookedAt(said, "raw");
   if (entries.has(object) || entries.has(object + SUM)) refuse(`${object} is there`);
@@ -11708,13 +11709,13 @@ async function commitAgain(given: ArgumentsOf<CommitVerb>, said: Guarded): Promi
   if (store?.streams.some((one) => one.readonly && one.receivedUuid === uuid))
     refuse(`${uuid} is stored already`);
   return { ...given, part: given.part ?? "", kept: given.kept ?? "", uuid };
-}
+};
 
-/** Without --allow-delete, only what broken transfers left. */
-async function dropAgain(given: ArgumentsOf<DropVerb>, said: Guarded): Promise<typeof given> {
+/** Without --allow-delete, only the objects that broken transfers left. */
+const dropAgain: Again<DropVerb> = async (given, said) => {
   const { store } = await lookedAt(said, "raw");
   const debris = new Set(
-    [...(store?.debris.entries() ?? [])].flatMap(([name, objects]) =>
+    [...(store?.debris ?? [])].flatMap(([name, objects]) =>
       parseName(name, said.prefix) === null ? [] : objects,
     ),
   );
@@ -11722,13 +11723,10 @@ async function dropAgain(given: ArgumentsOf<DropVerb>, said: Guarded): Promise<t
   if (whole !== undefined && !said.o.allowDelete)
     refuse(`${whole} was not left by a broken transfer (--allow-delete)`);
   return given;
-}
+};
 
 /** Never the newest snapshot of a source. */
-async function deleteAgain(
-  given: ArgumentsOf<typeof DELETE>,
-  said: Guarded,
-): Promise<typeof given> {
+const deleteAgain: Again<typeof DELETE> = async (given, said) => {
   const names = given.names.map((name) => DATED(name.slice(2), said));
   const { standing, top } = await lookedAt(said, "folder");
   const idOf = new Map<string, string>(standing.map(({ name, id }) => [name, String(id)]));
@@ -11742,13 +11740,10 @@ async function deleteAgain(
     for (const name of names)
       if (newest(prefixOf(name) as string) === name) refuse(`${name} is the newest snapshot`);
   return given;
-}
+};
 
 /** Only the newest snapshot, within its prefix. */
-async function renameAgain(
-  given: ArgumentsOf<typeof RENAME>,
-  said: Guarded,
-): Promise<typeof given> {
+const renameAgain: Again<typeof RENAME> = async (given, said) => {
   const { standing } = await lookedAt(said, "folder");
   const prefix = prefixOf(given.name);
   const alike = standing.filter(({ name, readonly }) => readonly && prefixOf(name) === prefix);
@@ -11758,42 +11753,29 @@ async function renameAgain(
   )
     refuse(`${shown(given.name)} is not the newest snapshot`);
   return given;
-}
+};
 
-/** Whether a path of a snapshot is reached there without following links. */
+/** Whether a path of a snapshot leads through no link. */
 const isInside = (snapshot: string, path: string) =>
   path
     .split("/")
     .slice(1, -1)
-    .every(
-      (_, i, all) =>
-        !lstatSync(join(snapshot, ...all.slice(0, i + 1)), {
-          throwIfNoEntry: false,
-        })?.isSymbolicLink(),
-    );
+    .every((_, i, all) => !statOf(join(snapshot, ...all.slice(0, i + 1)))?.isSymbolicLink());
 
 /** Only snapshots in which the path leads through no link. */
-async function versionsAgain(
-  given: ArgumentsOf<typeof VERSIONS>,
-  { folder }: Guarded,
-): Promise<typeof given> {
-  return {
-    ...given,
-    names: given.names.filter((name) => isInside(join(folder, name), given.inner)),
-  };
-}
+const versionsAgain: Again<typeof VERSIONS> = async (given, { folder }) => {
+  const names = given.names.filter((name) => isInside(join(folder, name), given.inner));
+  return { ...given, names };
+};
 
 /** Only paths that lead through no link, on both sides. */
-async function sizesAgain(
-  given: ArgumentsOf<typeof FILE_SIZES>,
-  { folder }: Guarded,
-): Promise<typeof given> {
+const sizesAgain: Again<typeof FILE_SIZES> = async (given, { folder }) => {
   const led = given.paths.find(
     (path) => ![given.snapshot, given.parent].every((name) => isInside(join(folder, name), path)),
   );
   if (led !== undefined) refuse(`the path ${shown(led)}`);
   return given;
-}
+};
 
 /** The source itself, or a snapshot in the folder. */
 const VERSION_OF: ArgumentRule = (value, said) =>
@@ -11951,7 +11933,7 @@ const GUARDED: ReadonlyMap<string, Use> = new Map([
 
 // ── how much a key may store ──
 
-/** The files below a folder that count: not those in backups, and none that is reached through a link. */
+/** The files below a folder that count: no file in a backup, and none behind a link. */
 function* filesBelow(folder: string): Generator<string> {
   for (const entry of readdirSync(folder, { withFileTypes: true })) {
     const path = join(folder, entry.name);
@@ -11960,7 +11942,7 @@ function* filesBelow(folder: string): Generator<string> {
   }
 }
 
-/** Opens a file. Errors: Refused for what is not a plain one. */
+/** Opens a plain file. Errors: Refused for all others. */
 function openedPlain(path: string): number {
   try {
     const file = openSync(path, constants.O_RDONLY | constants.O_NOFOLLOW | constants.O_NONBLOCK);
@@ -11988,7 +11970,7 @@ function leftoverBytes(path: string): number {
   return Number(/^\s*(\d+)\s/m.exec(stdout)?.[1] ?? 0);
 }
 
-/** The bytes of a folder's backups as its record says, as far as they still stand, and of leftovers. Errors: Refused where it cannot be read. */
+/** The bytes of a folder's standing backups, as its record says, and of leftovers. Errors: Refused where the record cannot be read. */
 function recordedBytes(path: string): number {
   const file = openedPlain(path);
   const { chains, stored, unreadable } = parseRecord(readFileSync(file, "utf8"));
@@ -12008,16 +11990,13 @@ function recordedBytes(path: string): number {
 function bytesBelow(given: readonly string[]): number {
   const paths = given.map(resolvedPath);
   const files = new Set(
-    paths
-      .filter((path) => lstatSync(path, { throwIfNoEntry: false })?.isDirectory())
-      .flatMap((path) => [...filesBelow(path)]),
+    paths.filter((path) => statOf(path)?.isDirectory()).flatMap((path) => [...filesBelow(path)]),
   );
   let sum = 0;
   for (const path of files) {
     const name = basename(path);
     if (name === ".btrfs-backup.json") sum += recordedBytes(path);
-    else if (isObject(name) || PART_OF_OBJECT.test(name))
-      sum += lstatSync(path, { throwIfNoEntry: false })?.size ?? 0;
+    else if (isObject(name) || PART_OF_OBJECT.test(name)) sum += statOf(path)?.size ?? 0;
   }
   return sum;
 }
@@ -12026,8 +12005,8 @@ function bytesBelow(given: readonly string[]): number {
 const PART_OF_OBJECT = /^\..*\.btrfs(\.zst)?(\.gpg)?(\.p[0-2]-\d*)?\.part$/s;
 
 /**
- * Lets a stream in, one after the other, as long as --max-bytes has room; `work` gets how many bytes it may have. `counted`: those that
- * are there already, and will not be there twice. Errors: Refused where there is no room.
+ * Lets streams in one after the other, as long as --max-bytes has room. `work` gets the bytes that it may have. `counted`: bytes
+ * that are there already, and will not be there twice. Errors: Refused where there is no room.
  */
 async function withinBytes(
   { paths, maxBytes }: GuardOptions,
@@ -12056,7 +12035,7 @@ async function withinBytes(
 const noRoom = (maxBytes: number | null) =>
   `more than the ${inBytes(maxBytes ?? 0)} that --max-bytes allows this key`;
 
-/** Remembers how many bytes a backup's stream had, and forgets those that are gone. */
+/** Remembers how many bytes a backup's stream had, and forgets backups that are gone. */
 async function rememberBytes(said: Guarded, uuid: string, bytes: number): Promise<void> {
   const folder = await lookedAt(said, "folder");
   const standing = new Set(folder.subvolumes.map(({ receivedUuid }) => receivedUuid));
@@ -12080,17 +12059,11 @@ async function rememberBytes(said: Guarded, uuid: string, bytes: number): Promis
 async function storeServed(given: ArgumentsOf<PutVerb>, { o }: Guarded): Promise<number> {
   if (o.maxBytes === null) return statusOf(RAW.put, given);
   const allowed = async () => {};
-  return withinBytes(
-    o,
-    () => 0,
-    (left) =>
-      letIn(
-        RAW.put,
-        given,
-        { stream: false, level: "", file: null, left, most: o.maxBytes },
-        { begins: allowed, whole: allowed },
-      ),
-  );
+  const store = (left: number) => {
+    const coming = { stream: false, level: "", file: null, left, most: o.maxBytes };
+    return letIn(RAW.put, given, coming, { begins: allowed, whole: allowed });
+  };
+  return withinBytes(o, () => 0, store);
 }
 
 // ── what is served otherwise than as it is ──
@@ -12113,7 +12086,7 @@ export async function guard(o: GuardOptions): Promise<number> {
   }
 }
 
-/** What the kernel says of a name (too long, no such file) is a refusal as well. Errors: all others. */
+/** The refusal that an error is. The kernel's word on a name (too long, no such file) is one as well. Errors: all others. */
 function refusalOf(error: unknown): Refused {
   if (error instanceof Refused) return error;
   if (typeof (error as NodeJS.ErrnoException).syscall === "string")
@@ -12121,7 +12094,7 @@ function refusalOf(error: unknown): Refused {
   throw error;
 }
 
-/** Errors: Refused where no verb can work behind the fence; whether the mount is what it should be, each verb looks at itself. */
+/** Errors: Refused where no verb can work behind the fence. Each verb itself looks whether the mount is the right one. */
 function checkFence(): void {
   if (process.getuid?.() !== 0) refuse("guard needs root, for a mount namespace of its own");
   const { status, stderr } = spawnSync("sh", ["-c", `${UNSHARE} true`], { encoding: "utf8" });
@@ -12129,7 +12102,7 @@ function checkFence(): void {
     refuse(`guard needs a mount namespace of its own, and there is none: ${stderr.trim()}`);
 }
 
-/** Opens a folder, and tells of it what concerns the key. */
+/** Opens a folder, and tells the facts that concern the key. */
 async function openServed(given: ArgumentsOf<typeof OPEN>, said: Guarded): Promise<number> {
   const child = started(OPEN, given, "pipe");
   const output = await printed(child, `\n${given.nonce} end\n`);
@@ -12137,7 +12110,7 @@ async function openServed(given: ArgumentsOf<typeof OPEN>, said: Guarded): Promi
   return (await child).exitCode ?? 1;
 }
 
-/** Tells of subvolumes in a folder when they were made. */
+/** Tells when the subvolumes of a folder were made. */
 async function madeServed(given: ArgumentsOf<typeof MADE>, said: Guarded): Promise<number> {
   const { top } = await lookedAt(said, "folder");
   const { stdout, exitCode } = await started(MADE, given, "pipe");
@@ -12146,35 +12119,26 @@ async function madeServed(given: ArgumentsOf<typeof MADE>, said: Guarded): Promi
   return exitCode ?? 1;
 }
 
-/** What `open` printed, without what concerns neither the folder nor the source. */
+/** The answer of `open`, without the lines that concern neither the folder nor the source. */
 export function narrowed(output: string, nonce: string, folder: string): string {
   const { top, source, mounts, place } = parseInspection(output, nonce, folder);
   const mount = placeOn(mounts, place.path).mount;
-  const ours = (path: string) =>
-    `/${path}` === mount.root ||
-    [top, ...(source === null ? [] : [source.top])].some(
-      (one) => isWithin(`/${path}`, one) || isWithin(one, `/${path}`),
-    );
-  const near = (path: string) =>
-    [place.path, ...(source === null ? [] : [source.path])].some(
-      (one) => isWithin(one, path) || isWithin(path, one),
-    );
+  const places = source === null ? [place] : [place, source];
+  const tops = source === null ? [top] : [top, source.top];
+  const isAlong = (path: string) => (one: string) => isWithin(one, path) || isWithin(path, one);
+  const ours = (path: string) => path === mount.root || tops.some(isAlong(path));
+  const listed = (shape: RegExp, group: number) => (text: string) =>
+    [...listedLines(text, shape)].filter((found) => ours(`/${found[group]}`)).map(([line]) => line);
+  const near = (path: string) => places.map((one) => one.path).some(isAlong(path));
   const lines: Record<string, (text: string) => string[]> = {
-    subvolumes: (text) =>
-      [...listedLines(text, LISTED)]
-        .filter((match) => ours(match[6] as string))
-        .map(([line]) => line),
-    readonly: (text) =>
-      [...listedLines(text, LISTED_READONLY)]
-        .filter((match) => ours(match[2] as string))
-        .map(([line]) => line),
+    subvolumes: listed(LISTED, 6),
+    readonly: listed(LISTED_READONLY, 2),
     mounts: (text) => text.split("\n").filter((line) => near(parseMounts(line)[0]?.path ?? "")),
     filesystems: (text) =>
-      text
-        .split("\n")
-        .filter((line) =>
-          [place.filesystem, source?.filesystem].includes(line.slice(line.lastIndexOf("/") + 1)),
-        ),
+      text.split("\n").filter((line) => {
+        const name = line.slice(line.lastIndexOf("/") + 1);
+        return places.some(({ filesystem }) => filesystem === name);
+      }),
   };
   const parts = output.split(`\n${nonce} `).map((part) => {
     const [name = "", ...text] = part.replace(/\n$/, "").split("\n");
@@ -12234,7 +12198,7 @@ function mayBegin(
     refuse(`the parent ${parent}, which is not in the folder, or not alone`);
 }
 
-/** Reads along a stream that is received. What is refused never gets to its end there. */
+/** Reads along a stream that is received. A stream that is refused never gets to its end there. */
 async function receiveServed(given: ArgumentsOf<typeof RECEIVE>, said: Guarded): Promise<number> {
   const { folder: path, prefix, header, beginning, rest, part } = given;
   const { maxBytes } = said.o;
