@@ -13384,11 +13384,12 @@ export function expandFiles(
 }
 
 /** The value of an option that must be a whole number. */
-function wholeNumber(text: string | null, option: string, otherwise: number, least = 0): number {
+function wholeNumber(given: Given, name: ValueName, otherwise: number, least = 0): number {
+  const text = given.value(name);
   if (text === null) return otherwise;
   if (!/^\d{1,9}$/.test(text) || Number(text) < least)
     throw new UsageError(
-      `${option} takes a whole number${least > 0 ? ` from ${least}` : ""}, not "${text}"`,
+      `--${name} takes a whole number${least > 0 ? ` from ${least}` : ""}, not "${text}"`,
     );
   return Number(text);
 }
@@ -13414,7 +13415,7 @@ function readableLocation(text: string): Readable {
 
 /** How long what does nothing is waited for. */
 function limitTime(given: Given): void {
-  LIMITS.stuck = 1000 * wholeNumber(given.value("timeout"), "--timeout", 3600) || Infinity;
+  LIMITS.stuck = 1000 * wholeNumber(given, "timeout", 3600) || Infinity;
   LIMITS.parting = Math.min(10e3, LIMITS.stuck);
 }
 
@@ -13442,18 +13443,26 @@ function commonOptions(given: Given) {
     prefix: given.value("snapshot-prefix"),
     snapshotFolder,
     hosts,
-    wait: wholeNumber(given.value("wait"), "--wait", 0),
+    wait: wholeNumber(given, "wait", 0),
     json: given.flag("json"),
   };
 }
 
 const policyOf = (given: Options, option: ValueName) => parsePolicy(given.value(option) ?? "0");
 
-/** The value of --max-age. */
-function ageOf(given: Given) {
-  const text = given.value("max-age");
-  return text === null ? null : { ...parseDuration(text), text };
+/** The value of an option, if it was given. */
+function parsedWith<T>(given: Given, name: ValueName, parse: (text: string) => T): T | null {
+  const text = given.value(name);
+  return text === null ? null : parse(text);
 }
+
+const ageOf = (given: Given) =>
+  parsedWith(given, "max-age", (text) => ({ ...parseDuration(text), text }));
+
+const deletingOptions = ({ flag }: Given) => ({
+  adoptClock: flag("adopt-clock"),
+  deletion: { convertRw: flag("convert-rw"), sync: flag("sync") },
+});
 
 /** Positionals that must be as many as a command takes. */
 function locationsOf(given: Given, least: number, most: number, what: string): Readable[] {
@@ -13467,11 +13476,10 @@ function locationsOf(given: Given, least: number, most: number, what: string): R
 
 /** Reads the command line of `run`. */
 export function runOptions(given: Given) {
+  const { flag, value } = given;
   const [first, ...rest] = given.positionals;
   const source = folderLocation(first, "SOURCE");
-  const sourcePolicy = given.flag("latest-only")
-    ? parsePolicy("1")
-    : policyOf(given, "num-snapshots");
+  const sourcePolicy = flag("latest-only") ? parsePolicy("1") : policyOf(given, "num-snapshots");
   const common = commonOptions(given);
   const destinations = destinationsOf(given, rest, common.prefix ?? "");
   for (const [one, other] of [
@@ -13479,7 +13487,7 @@ export function runOptions(given: Given) {
     ["no-full", "no-incremental"],
     ["backfill", "newest-only"],
   ] as const)
-    if (given.flag(one) && given.flag(other))
+    if (flag(one) && flag(other))
       throw new UsageError(`--${one} and --${other} contradict each other`);
   if (destinations.length === 0) sendingOptions(given, null); // nonsense is told all the same
   return {
@@ -13489,28 +13497,27 @@ export function runOptions(given: Given) {
     destinations,
     sourcePolicy,
     backupPolicy: policyOf(given, "num-backups"),
-    snapshot: !given.flag("no-snapshot"),
-    transfer: !given.flag("no-transfer"),
-    incremental: !given.flag("no-incremental"),
-    newestOnly: given.flag("newest-only"),
-    full: !given.flag("no-full"),
-    backfill: given.flag("backfill"),
-    deletion: { convertRw: given.flag("convert-rw"), sync: given.flag("sync") },
-    lockedDestinations: given.flag("locked-dests"),
-    removeLocks: given.flag("remove-locks"),
-    fsChecks: !given.flag("skip-fs-checks"),
-    spaceCheck: !given.flag("skip-space-check"),
-    adopt: given.flag("adopt"),
-    adoptClock: given.flag("adopt-clock"),
-    keepUnsent: given.flag("keep-unsent"),
-    dropUnsent: given.flag("drop-unsent"),
-    makeRoom: given.flag("make-room"),
+    snapshot: !flag("no-snapshot"),
+    transfer: !flag("no-transfer"),
+    incremental: !flag("no-incremental"),
+    newestOnly: flag("newest-only"),
+    full: !flag("no-full"),
+    backfill: flag("backfill"),
+    ...deletingOptions(given),
+    lockedDestinations: flag("locked-dests"),
+    removeLocks: flag("remove-locks"),
+    fsChecks: !flag("skip-fs-checks"),
+    spaceCheck: !flag("skip-space-check"),
+    adopt: flag("adopt"),
+    keepUnsent: flag("keep-unsent"),
+    dropUnsent: flag("drop-unsent"),
+    makeRoom: flag("make-room"),
     maxAge: ageOf(given),
-    jobs: wholeNumber(given.value("jobs"), "--jobs", Infinity, 1),
-    beforeSnapshot: given.value("before-snapshot"),
-    afterSnapshot: given.value("after-snapshot"),
-    metrics: given.value("metrics") === null ? null : resolve(given.value("metrics") as string),
-    retries: wholeNumber(given.value("retries"), "--retries", 0),
+    jobs: wholeNumber(given, "jobs", Infinity, 1),
+    beforeSnapshot: value("before-snapshot"),
+    afterSnapshot: value("after-snapshot"),
+    metrics: parsedWith(given, "metrics", (path) => resolve(path)),
+    retries: wholeNumber(given, "retries", 0),
     ...displayOptions(given),
     sendingTo: (id: string) => sendingOptions(given, parseLocation(id)),
   };
@@ -13570,17 +13577,17 @@ function pruneOptions(given: Given) {
     location,
     policy,
     dryRun: given.flag("dry-run"),
-    adoptClock: given.flag("adopt-clock"),
-    deletion: { convertRw: given.flag("convert-rw"), sync: given.flag("sync") },
+    ...deletingOptions(given),
   };
 }
 
 /** Reads the command line of `restore`. */
 export function restoreOptions(given: Given) {
+  const { flag, value } = given;
   const [location] = locationsOf(given, 2, 2, "LOCATION and TARGET") as [Readable];
   const target = folderLocation(given.positionals[1], "TARGET");
-  const [snapshot, until] = [given.value("snapshot"), given.value("before")];
-  if (snapshot !== null && until !== null)
+  const snapshot = value("snapshot");
+  if (snapshot !== null && value("before") !== null)
     throw new UsageError("--snapshot and --before exclude each other");
   const words = (
     [
@@ -13592,19 +13599,19 @@ export function restoreOptions(given: Given) {
       "compress",
       "rate-limit",
     ] as const
-  ).flatMap((name) => given.all(name).map((value) => `--${name}=${value}`));
+  ).flatMap((name) => given.all(name).map((text) => `--${name}=${text}`));
   for (const name of ["sudo", "ssh-sudo", "unverified"] as const)
-    if (given.flag(name)) words.push(`--${name}`);
+    if (flag(name)) words.push(`--${name}`);
   return {
     ...commonOptions(given),
     words: [...words, location.id],
     location,
     target,
     snapshot,
-    before: until === null ? null : parseWhen(until),
-    parentFrom: given.value("parent-from"),
-    replace: given.flag("replace"),
-    unverified: given.flag("unverified"),
+    before: parsedWith(given, "before", parseWhen),
+    parentFrom: value("parent-from"),
+    replace: flag("replace"),
+    unverified: flag("unverified"),
     ...displayOptions(given),
     sending: sendingOptions(given, null),
   };
@@ -13667,7 +13674,8 @@ export function listOptions(given: Given) {
 
 /** Reads the command line of `verify`. */
 export function verifyOptions(given: Given) {
-  const [snapshot, all] = [given.value("snapshot"), given.flag("all")];
+  const { flag, value } = given;
+  const [snapshot, all] = [value("snapshot"), flag("all")];
   if (snapshot !== null && all) throw new UsageError("--snapshot and --all exclude each other");
   const locations = locationsOf(
     given,
@@ -13684,13 +13692,14 @@ export function verifyOptions(given: Given) {
 
 /** Reads the command line of `versions`. */
 export function versionsOptions(given: Given) {
+  const { flag, value } = given;
   const [, ...locations] = locationsOf(given, 1, Infinity, "FILE [LOCATION…]");
   const file = folderLocation(given.positionals[0], "FILE");
   for (const { kind, id } of locations)
     if (kind !== "folder")
       throw new UsageError(`stored streams cannot be looked into, only restored: ${id}`);
-  const [get, to] = [given.value("get"), given.value("to")];
-  if (get === null && (to !== null || given.flag("force")))
+  const [get, to] = [value("get"), value("to")];
+  if (get === null && (to !== null || flag("force")))
     throw new UsageError("--to and --force need --get");
   if (to !== null && file.host !== null && !to.startsWith("/"))
     throw new UsageError("--to must be an absolute path, on FILE's host");
@@ -13700,12 +13709,13 @@ export function versionsOptions(given: Given) {
     locations,
     get,
     to: to !== null && file.host === null ? resolve(to) : to,
-    force: given.flag("force"),
+    force: flag("force"),
   };
 }
 
 /** Reads the command line of `guard`. */
 function guardOptions(given: Given) {
+  const { flag } = given;
   const paths = given.all("path");
   if (given.positionals.length > 0)
     throw new UsageError(`too many arguments: ${given.positionals[0]}`);
@@ -13714,11 +13724,10 @@ function guardOptions(given: Given) {
   limitTime(given);
   return {
     paths: paths.map((path) => withoutSlash(normalize(path))),
-    source: given.flag("source"),
-    allowRead: given.flag("allow-read"),
-    allowDelete: given.flag("allow-delete"),
-    maxBytes:
-      given.value("max-bytes") === null ? null : parseSize(given.value("max-bytes") as string),
+    source: flag("source"),
+    allowRead: flag("allow-read"),
+    allowDelete: flag("allow-delete"),
+    maxBytes: parsedWith(given, "max-bytes", parseSize),
   };
 }
 
@@ -13745,19 +13754,15 @@ function copyOptions(given: Given) {
   return { ...runOptions(given), prefix: given.value("snapshot-prefix"), snapshot: false };
 }
 
-/** A command: how its arguments are read, and its work. */
+/** A command, which first reads its options and then works. */
 const command = <O>(
   name: CommandName,
   about: string,
-  {
-    positionals,
-    read,
-    work,
-  }: {
-    readonly positionals: ArgsDef;
-    readonly read: (given: Given) => O;
-    readonly work: (options: O, report: Report) => Promise<void | number>;
-  },
+  positionals: ArgsDef,
+  [read, work]: readonly [
+    read: (given: Given) => O,
+    work: (options: O, report: Report) => Promise<void | number>,
+  ],
 ): CommandDef<any> =>
   defineCommand({
     meta: {
@@ -13778,97 +13783,94 @@ export const COMMANDS: Readonly<Record<CommandName, CommandDef<any>>> = {
     "run",
     "Incremental backups of btrfs subvolumes. The command can be left out: it is run.",
     {
-      positionals: {
-        source: positional(`Subvolume to back up: ${PLACE}`),
-        dest: positional(
-          `Where to: ${PLACE}; streams to ${STORE}, or shell://COMMAND; any number`,
-          false,
-        ),
-      },
-      read: runOptions,
-      work: run,
+      source: positional(`Subvolume to back up: ${PLACE}`),
+      dest: positional(
+        `Where to: ${PLACE}; streams to ${STORE}, or shell://COMMAND; any number`,
+        false,
+      ),
     },
+    [runOptions, run],
   ),
-  restore: command("restore", "Make a subvolume again from a backup, or from a snapshot.", {
-    positionals: {
+  restore: command(
+    "restore",
+    "Make a subvolume again from a backup, or from a snapshot.",
+    {
       location: positional(
         `Backups, or a source with its snapshots: ${PLACE}; or streams: ${STORE}`,
       ),
       target: positional(`The subvolume to make: ${PLACE}`),
     },
-    read: restoreOptions,
-    work: restore,
-  }),
-  list: command("list", "Show what there is of each snapshot, at a source and its destinations.", {
-    positionals: {
+    [restoreOptions, restore],
+  ),
+  list: command(
+    "list",
+    "Show what there is of each snapshot, at a source and its destinations.",
+    {
       location: positional(
         `A source (its known destinations are added), or backups: ${PLACE}; or streams: ${STORE}; any number`,
       ),
     },
-    read: listOptions,
-    work: list,
-  }),
+    [listOptions, list],
+  ),
   verify: command(
     "verify",
     "Read every byte of what two places share, or of stored streams, and compare.",
     {
-      positionals: {
-        source: positional(
-          `Snapshots or backups: ${PLACE}; or streams, which are compared with their checksums: ${STORE}`,
-        ),
-        location: positional("What to compare with them; any number", false),
-      },
-      read: verifyOptions,
-      work: verify,
+      source: positional(
+        `Snapshots or backups: ${PLACE}; or streams, which are compared with their checksums: ${STORE}`,
+      ),
+      location: positional("What to compare with them; any number", false),
     },
+    [verifyOptions, verify],
   ),
-  versions: command("versions", "Show every version of a file, or copy one back.", {
-    positionals: {
+  versions: command(
+    "versions",
+    "Show every version of a file, or copy one back.",
+    {
       file: positional(`File or directory in a source, which may be deleted: ${PLACE}`),
       location: positional(
         "Where to look besides the source's snapshots (default: its known destinations)",
         false,
       ),
     },
-    read: versionsOptions,
-    work: versions,
-  }),
-  copy: command("copy", "Send backups on to other places, as run does from a source.", {
-    positionals: {
+    [versionsOptions, versions],
+  ),
+  copy: command(
+    "copy",
+    "Send backups on to other places, as run does from a source.",
+    {
       location: positional(
         `Backups: ${PLACE}; all prefixes one after the other, unless -p is given`,
       ),
       dest: positional("Where to; any number"),
     },
-    read: copyOptions,
-    work: copy,
-  }),
+    [copyOptions, copy],
+  ),
   prune: command(
     "prune",
     "Delete backups that a policy does not keep, by when they were received.",
     {
-      positionals: {
-        location: positional(
-          `Backups: ${PLACE}; or streams: ${STORE}; all prefixes one after the other, unless -p is given`,
-        ),
-      },
-      read: pruneOptions,
-      work: prune,
+      location: positional(
+        `Backups: ${PLACE}; or streams: ${STORE}; all prefixes one after the other, unless -p is given`,
+      ),
     },
+    [pruneOptions, prune],
   ),
   guard: command(
     "guard",
     "Serve an ssh key that may do no more than these options say, as the command of its line in authorized_keys.",
-    { positionals: {}, read: guardOptions, work: guard },
+    {},
+    [guardOptions, guard],
   ),
-  unpin: command("unpin", "Forget destinations, so that no snapshot is kept for them.", {
-    positionals: {
+  unpin: command(
+    "unpin",
+    "Forget destinations, so that no snapshot is kept for them.",
+    {
       source: positional("The subvolume that was backed up"),
       location: positional("Destinations to forget", false),
     },
-    read: unpinOptions,
-    work: unpin,
-  }),
+    [unpinOptions, unpin],
+  ),
 };
 const isCommand = (word: string): word is CommandName => Object.hasOwn(COMMANDS, word);
 
