@@ -11273,9 +11273,10 @@ export async function unpin(o: UnpinOptions, report: Report): Promise<void> {
 }
 
 // ── 8. Guard ─────────────────────────────────────────────────────────────────────────────
-// The forced command of an ssh key that may do no more than its options say. All of the boundary is here, in the order in which
-// it meets a command: reading the command, the rules of arguments, the rules of verbs with what they look at again, the parts
-// that an answer leaves out, and the stream. Guard refuses a command that does not fit before anything has run.
+// The forced command of an ssh key that may do no more than its options say. All of the boundary is
+// here, in the order in which it meets a command: reading the command, the rules of arguments, the
+// rules of verbs with what they look at again, the parts that an answer leaves out, and the stream.
+// Guard refuses a command that does not fit before anything has run.
 
 // ── reading a command ──
 
@@ -11297,7 +11298,10 @@ function wordsOf(text: string): string[] {
   return words;
 }
 
-/** The verb and its arguments in the text that a run sent over ssh. Guard uses nothing else of the text. Errors: Refused for any other text. */
+/**
+ * The verb and its arguments in a text that a run sent over ssh. Guard uses nothing else of it.
+ * Errors: Refused for any other text.
+ */
 export function parseCommand(text: string): { name: string; sudo: boolean; args: string[] } {
   const words = wordsOf(text);
   // TRY runs a script with a title, which says the mode itself.
@@ -11322,7 +11326,10 @@ export type GuardOptions = ReturnType<typeof guardOptions>;
 /** The folder and the prefix that the arguments of a guarded verb have named so far. */
 type Guarded = { readonly o: GuardOptions; folder: string; prefix: string };
 
-/** Reads an ssh command, and checks all of it; `serve` runs it, and returns the exit status. Errors: Refused. */
+/**
+ * Reads an ssh command, and checks all of it. `serve` runs it, and returns the exit status. Errors:
+ * Refused.
+ */
 export async function permitted(
   text: string,
   o: GuardOptions,
@@ -11389,7 +11396,7 @@ const isSubvolume = (path: string) => {
   return found?.isDirectory() === true && found.ino === 256;
 };
 
-/** btrfs says EROFS of a read-only subvolume whoever asks. */
+/** Whether a path is a read-only subvolume: btrfs says EROFS of it, whoever asks. */
 function isReadonlySubvolume(path: string): boolean {
   if (!isSubvolume(path)) return false;
   try {
@@ -11409,7 +11416,7 @@ function resolvedPath(path: string): string {
   }
 }
 
-/** A place that the key may use: below one of its paths, and not inside of a backup. */
+/** A place that the key may use: in one of its paths, and not inside of a backup. */
 const PLACE_RULE: ArgumentRule = (value, said) => {
   if (!value.startsWith("/") || !isOneLine(value) || value !== withoutSlash(normalize(value)))
     refuse(`the path ${shown(value)}`);
@@ -11478,7 +11485,7 @@ const INNER = passing(
 
 /** A folder that was opened. */
 const AT = { folder: PLACE_RULE, fsid: FSID };
-/** A line of the record: what `record` replaces is checked as a whole. */
+/** A line of the record. The whole line that `record` would write is checked too. */
 const RECORDED = {
   header: oneOf("", RECORD_HEADER),
   key: like(/^(,"[^\n\r\0]*": )?$/),
@@ -11492,15 +11499,19 @@ type Rules<V> = { readonly [Name in keyof ArgumentsOf<V>]-?: ArgumentRule };
 
 type Again<V> = (given: ArgumentsOf<V>, said: Guarded) => Promise<ArgumentsOf<V>>;
 /**
- * The bounds of a verb beyond the shape of its arguments. `again` looks again at the place as it is now, and returns the
- * arguments that are used. `serve` runs a verb that does not run as it is. Errors: Refused.
+ * The bounds of a verb beyond the shape of its arguments. `again` looks again at the place as it is
+ * now, and returns the arguments that are used. `serve` runs a verb that does not run as it is.
+ * Errors: Refused.
  */
 type Beyond<V> = {
   readonly again?: Again<V>;
   readonly serve?: (given: ArgumentsOf<V>, said: Guarded) => Promise<number>;
 };
 
-/** A guarded key may use a verb with one of these rights, and so many arguments, if `check` accepts them. */
+/**
+ * A guarded key may use a verb with one of these rights, and so many arguments, if `check` accepts
+ * them.
+ */
 type Use = {
   readonly verb: Declared;
   readonly rights: readonly Right[];
@@ -11575,7 +11586,7 @@ async function lookedAt(
 
 const GUARDED_CHAINS = 200;
 
-/** Every key of a chain's record: `guardedRecord` and the functions below it judge each. */
+/** Every key of a chain's record. A new one needs its rule in `guardedRecord`. */
 const JUDGED: Readonly<Record<keyof ChainRecord, true>> = {
   owner: true,
   receiving: true,
@@ -11588,10 +11599,13 @@ const JUDGED: Readonly<Record<keyof ChainRecord, true>> = {
   guarded: true,
 };
 
-/** What a guarded key's record is compared with. */
+/** The state of a folder that a key's record is compared with. */
 type Judging = Pick<Folder, "chain" | "entries" | "standing" | "prefix">;
 
-/** A chain's record as a guarded key may write it. Errors: Refused for what would take anything away from what is there. */
+/**
+ * A chain's record as a guarded key may write it. Errors: Refused for a record that takes anything
+ * away.
+ */
 export function guardedRecord(text: string, folder: Judging, source: boolean): ChainRecord {
   const { chain: now, standing, prefix } = folder;
   const chain = chainIn(text, prefix);
@@ -11606,7 +11620,8 @@ export function guardedRecord(text: string, folder: Judging, source: boolean): C
   if (!isSame && !source) refuse("a record with other destinations");
   if (!source && !sameIn(chain, now, "leaps"))
     refuse("a record with other leaps of the clock: --adopt-clock is for the server");
-  // The server alone knows since when a name is announced. Destinations are the key's word only: nobody's --locked-dests may go by them.
+  // The server alone knows since when a name is announced. Destinations are the key's word only:
+  // nobody's --locked-dests may go by them.
   const { since: _, ...said } = full;
   const isKnown = said.receiving !== undefined && said.receiving === now.receiving;
   return {
@@ -11647,7 +11662,7 @@ function checkAnnouncement(
     refuse(`an announcement of ${shown(name)}`);
 }
 
-/** Whose the backups are, and which are not, is settled once; a restored source has another UUID. */
+/** An owner and strangers are settled once. A restored source has another UUID. */
 function checkOwnership({ owner, strangers = [] }: ChainRecord, now: ChainRecord): void {
   const settled = now.owner !== undefined;
   if (settled && (owner?.host !== now.owner?.host || owner?.path !== now.owner?.path))
@@ -11658,14 +11673,17 @@ function checkOwnership({ owner, strangers = [] }: ChainRecord, now: ChainRecord
     refuse("a record with other strangers");
 }
 
-/** A key's chains are another machine's: no subvolume of this filesystem is their source. Errors: Refused. */
+/**
+ * A key's chains are another machine's: neither this filesystem nor a subvolume of it is their
+ * source. Errors: Refused.
+ */
 function notFromHere({ owner }: ChainRecord, { place, subvolumes }: Folder, { o }: Guarded): void {
   if (o.source || owner === undefined) return;
   if (owner.uuid === place.filesystem || subvolumes.some(({ uuid }) => uuid === owner.uuid))
     refuse("a record with an owner that is on this filesystem");
 }
 
-/** The line of the record that a verb writes, if it writes one. Errors: Refused. */
+/** The line of the record that a verb writes, if any. Errors: Refused. */
 function recordedLine(
   { header, value }: { readonly header: string; readonly value: string },
   folder: Folder,
@@ -11690,7 +11708,10 @@ const recordAgain: Again<typeof WRITE_RECORD> = async (given, said) => {
   return { ...given, ...recordedLine(given, await lookedAt(said, "folder"), said) };
 };
 
-/** Only the subvolume that the record says a broken transfer left. A transfer that was refused before it began left none. */
+/**
+ * Only the subvolume that the record says a broken transfer left. A transfer that was refused
+ * before it began left none.
+ */
 async function discardServed(given: ArgumentsOf<typeof DISCARD>, said: Guarded): Promise<number> {
   const folder = await lookedAt(said, "folder");
   if (folder.chain.receiving === undefined && !folder.entries.has(given.name)) return 0;
@@ -11700,7 +11721,10 @@ async function discardServed(given: ArgumentsOf<typeof DISCARD>, said: Guarded):
   return statusOf(DISCARD, { ...given, ...recordedLine(given, folder, said) });
 }
 
-/** No stream takes another's name or UUID: of two with the same data either could stand for it, and a later stream would build on the new one. */
+/**
+ * No stream takes another's name or UUID. Of two with the same data either could stand for them,
+ * and a later stream would build on the new one.
+ */
 const commitAgain: Again<CommitVerb> = async (given, said) => {
   const { object } = given;
   const { entries, store } = await lookedAt(said, "raw");
@@ -11796,7 +11820,7 @@ const KEPT_PART = { part: PART_RULE, sum: SHA256, bytes: BYTES, kept: BYTES };
 const SOURCE_OR_NONE = perhaps(SOURCE_RULE);
 const PARENT = perhaps(STANDING);
 
-/** What a key may run. A verb that is not here is refused. */
+/** The verbs that a key may run. Guard refuses all others. */
 const GUARDED: ReadonlyMap<string, Use> = new Map([
   use(
     OPEN,
@@ -11953,7 +11977,7 @@ function openedPlain(path: string): number {
   }
 }
 
-/** Runs a program, without giving way to anything else meanwhile. */
+/** Runs a program. Nothing else happens meanwhile. */
 const ranNow = (program: string, ...args: readonly string[]) =>
   spawnSync(program, args, {
     encoding: "utf8",
@@ -11961,16 +11985,19 @@ const ranNow = (program: string, ...args: readonly string[]) =>
     env: { PATH: `${process.env["PATH"] ?? ""}:/usr/sbin:/sbin`, LC_ALL: "C" },
   });
 
-/** Bytes that a broken transfer has left of a subvolume. */
+/** The bytes that a broken transfer has left of a subvolume. */
 function leftoverBytes(path: string): number {
   if (!isSubvolume(path) || isReadonlySubvolume(path)) return 0;
-  // Data that are in memory only are not told.
+  // `du` does not tell of data that are in memory only.
   const script = `btrfs filesystem sync "$1" >&2; btrfs filesystem du -s --raw "$1"`;
   const { stdout } = ranNow("sh", "-c", script, "sh", path);
   return Number(/^\s*(\d+)\s/m.exec(stdout)?.[1] ?? 0);
 }
 
-/** The bytes of a folder's standing backups, as its record says, and of leftovers. Errors: Refused where the record cannot be read. */
+/**
+ * The bytes of a folder's standing backups, as its record says, and of leftovers. Errors: Refused
+ * for an unreadable record.
+ */
 function recordedBytes(path: string): number {
   const file = openedPlain(path);
   const { chains, stored, unreadable } = parseRecord(readFileSync(file, "utf8"));
@@ -11986,7 +12013,7 @@ function recordedBytes(path: string): number {
   return sum;
 }
 
-/** The bytes of all streams that stand below paths, or are kept in part. */
+/** The bytes of all streams below paths, whole or kept in part. */
 function bytesBelow(given: readonly string[]): number {
   const paths = given.map(resolvedPath);
   const files = new Set(
@@ -12001,12 +12028,13 @@ function bytesBelow(given: readonly string[]): number {
   return sum;
 }
 
-/** The stream of an object, as long as it is not whole. */
+/** The name of an object's stream that is not whole yet. */
 const PART_OF_OBJECT = /^\..*\.btrfs(\.zst)?(\.gpg)?(\.p[0-2]-\d*)?\.part$/s;
 
 /**
- * Lets streams in one after the other, as long as --max-bytes has room. `work` gets the bytes that it may have. `counted`: bytes
- * that are there already, and will not be there twice. Errors: Refused where there is no room.
+ * Lets streams in one after the other, as long as --max-bytes has room. `work` gets the bytes that
+ * it may have. `counted`: bytes that are there already, and will not be there twice. Errors:
+ * Refused where there is no room.
  */
 async function withinBytes(
   { paths, maxBytes }: GuardOptions,
@@ -12055,7 +12083,7 @@ async function rememberBytes(said: Guarded, uuid: string, bytes: number): Promis
   );
 }
 
-/** Passes a stream on to a store, as much as there is room for. */
+/** Passes a stream on to a store, as far as there is room. */
 async function storeServed(given: ArgumentsOf<PutVerb>, { o }: Guarded): Promise<number> {
   if (o.maxBytes === null) return statusOf(RAW.put, given);
   const allowed = async () => {};
@@ -12066,9 +12094,12 @@ async function storeServed(given: ArgumentsOf<PutVerb>, { o }: Guarded): Promise
   return withinBytes(o, () => 0, store);
 }
 
-// ── what is served otherwise than as it is ──
+// ── commands that do not run as they are ──
 
-/** Serves one command of an ssh key that may do no more than its options say. Returns the exit status. */
+/**
+ * Serves one command of an ssh key that may do no more than its options say. Returns the exit
+ * status.
+ */
 export async function guard(o: GuardOptions): Promise<number> {
   const text = process.env["SSH_ORIGINAL_COMMAND"] ?? "";
   try {
@@ -12086,7 +12117,10 @@ export async function guard(o: GuardOptions): Promise<number> {
   }
 }
 
-/** The refusal that an error is. The kernel's word on a name (too long, no such file) is one as well. Errors: all others. */
+/**
+ * An error as a refusal. The kernel's word on a name (too long, no such file) is one as well.
+ * Errors: all others.
+ */
 function refusalOf(error: unknown): Refused {
   if (error instanceof Refused) return error;
   if (typeof (error as NodeJS.ErrnoException).syscall === "string")
@@ -12094,7 +12128,7 @@ function refusalOf(error: unknown): Refused {
   throw error;
 }
 
-/** Errors: Refused where no verb can work behind the fence. Each verb itself looks whether the mount is the right one. */
+/** Errors: Refused where no verb can work behind the fence. Each verb itself checks its mount. */
 function checkFence(): void {
   if (process.getuid?.() !== 0) refuse("guard needs root, for a mount namespace of its own");
   const { status, stderr } = spawnSync("sh", ["-c", `${UNSHARE} true`], { encoding: "utf8" });
@@ -12149,7 +12183,7 @@ export function narrowed(output: string, nonce: string, folder: string): string 
   return parts.join(`\n${nonce} `);
 }
 
-/** All subvolumes of a folder's filesystem, without giving way to anything else meanwhile. Errors: Refused. */
+/** All subvolumes of a folder's filesystem. Nothing else happens meanwhile. Errors: Refused. */
 function listedNow(folder: string): Subvolume[] {
   const listed = (...options: string[]) => {
     const { status, stdout, stderr } = ranNow(
@@ -12167,10 +12201,12 @@ function listedNow(folder: string): Subvolume[] {
   return parseSubvolumes(listed("-c", "-u", "-q", "-R"), listed("-r"));
 }
 
-/** A stream begins with the name of its subvolume, its UUID, and its parent's (null in full). */
+/**
+ * The beginning of a stream: its subvolume's name and UUID, and the parent's UUID (null in full).
+ */
 type StreamStart = readonly [name: string, uuid: string, parent: string | null];
 
-/** Whether a stream may begin so, in a folder as it is now. Errors: Refused. */
+/** Checks the beginning of a stream against a folder as it is now. Errors: Refused. */
 function mayBegin(
   folder: Folder,
   announced: string | undefined,
@@ -12182,8 +12218,9 @@ function mayBegin(
     folder.entries.has(name)
   )
     refuse(`the subvolume ${shown(name)}`);
-  // Now, not when the session began; and of the whole filesystem, since receive looks for UUIDs in all of it, whatever its chroot. A
-  // subvolume that is received later by the same UUID comes behind: receive takes the first.
+  // All subvolumes of this moment, not of the session's beginning; and of the whole filesystem,
+  // since receive looks for UUIDs in all of it, whatever its chroot. A subvolume that is received
+  // later by the same UUID comes behind: receive takes the first.
   const all = listedNow(folder.path);
   if (all.some((one) => `/${one.path}` === join(folder.top, name)))
     refuse(`the subvolume ${shown(name)}, which is there`);
@@ -12198,7 +12235,7 @@ function mayBegin(
     refuse(`the parent ${parent}, which is not in the folder, or not alone`);
 }
 
-/** Reads along a stream that is received. A stream that is refused never gets to its end there. */
+/** Receives a stream, and reads along. A refused stream never gets to its end there. */
 async function receiveServed(given: ArgumentsOf<typeof RECEIVE>, said: Guarded): Promise<number> {
   const { folder: path, prefix, header, beginning, rest, part } = given;
   const { maxBytes } = said.o;
@@ -12243,8 +12280,8 @@ async function receiveServed(given: ArgumentsOf<typeof RECEIVE>, said: Guarded):
 }
 
 /**
- * What comes with a guarded key: a send `stream` or any bytes, zstd's or as they are (`level`), on standard input or from a `file`.
- * There is room for `left` of `most` bytes.
+ * The bytes that come with a guarded key: a send `stream` or any others, zstd's or as they are
+ * (`level`), on standard input or from a `file`. There is room for `left` of `most` bytes.
  */
 type Coming = {
   readonly stream: boolean;
@@ -12254,15 +12291,19 @@ type Coming = {
   readonly most: number | null;
 };
 
-/** Looks at a stream before it may begin, and works before its end is passed on. Errors: Refused. */
+/**
+ * Looks at a stream when it `begins`, and works when it is `whole`, before its end is passed on.
+ * Errors: Refused.
+ */
 type Allowing = {
   readonly begins: (...begun: StreamStart) => Promise<void>;
   readonly whole: (bytes: number) => Promise<void>;
 };
 
 /**
- * Runs a verb that takes what comes with a key, which the relay reads first. Where the relay or guard refuses, the verb is killed
- * before its input closes. Returns the exit status. Errors: Refused.
+ * Runs a verb that takes the bytes that come with a key. The relay reads them first. Where the
+ * relay or guard refuses, the verb is killed before its input closes. Returns the exit status.
+ * Errors: Refused.
  */
 async function letIn<V extends Declared>(
   declaration: V,
@@ -12293,7 +12334,8 @@ async function letIn<V extends Declared>(
   const kill = () => sendSignal(-group, "SIGKILL");
   running.add(kill);
   const closed = new Promise<number | null>((done) => child.on("close", done));
-  // A client may be silent as long as it lives, which the verb looks at itself: it may have a large tree to walk.
+  // A client may be silent as long as it lives: it may have a large tree to walk. The verb itself
+  // looks whether the client lives.
   let silent = 0;
   const worked = async () =>
     `${readIfThere(state) === "r" ? ++silent : silent} ${await workOf(LOCAL, { group })}`;
@@ -12314,7 +12356,7 @@ async function letIn<V extends Declared>(
   return status ?? 1;
 }
 
-/** Answers what the processes of a guarded stream ask, until the stream is whole. Errors: Refused. */
+/** Answers the processes of a guarded stream, until the stream is whole. Errors: Refused. */
 async function answered(
   questions: NodeJS.ReadableStream,
   answers: NodeJS.WritableStream,
@@ -12336,7 +12378,8 @@ async function answered(
 
 // ── what is checked of a stream ──
 
-// The relay checks streams before the rest of this file is loaded: here are functions only, and they use nothing but functions.
+// The relay checks streams before the rest of this file is loaded. So here are functions only, and
+// they use nothing but functions.
 
 /** The attributes of a send stream's commands by their numbers in linux/fs/btrfs/send.h. */
 function streamAttributes() {
@@ -12377,13 +12420,17 @@ function streamAttributes() {
 type AttributeName = keyof ReturnType<typeof streamAttributes>;
 
 /**
- * The rule of an attribute that is looked at: the UUID of a `source` to clone from, or a path below the subvolume. `entry` and
- * `created` name something below it; `inode` and `opened` can be the subvolume itself too. btrfs receive follows a link that has
- * the last name of a `created` (creat(2)) or `opened` path, and none that has the last name of an `entry` or `inode`.
+ * The rule of an attribute: the UUID of a `source` to clone from, or a path below the subvolume.
+ * `entry` and `created` name something below it; `inode` and `opened` can be the subvolume itself
+ * too. btrfs receive follows a link that has the last name of a `created` (creat(2)) or `opened`
+ * path, and none that has the last name of an `entry` or `inode`.
  */
 type AttributeRule = "source" | "entry" | "created" | "inode" | "opened";
 
-/** A command of a send stream. `needs` and `may` are bits: the attributes that it must have and all that it may have. */
+/**
+ * A command of a send stream. Bits are the attributes that it `needs` and all that it `may` have;
+ * `looked` at are those with a rule.
+ */
 type StreamCommand = {
   readonly name: string;
   readonly needs: number;
@@ -12410,8 +12457,9 @@ function streamCommand(
 }
 
 /**
- * The commands of a send stream by their numbers in linux/fs/btrfs/send.h: the rules of the attributes that are looked at, `path`
- * first; the others that send.c always puts into it, and those that it may put into it.
+ * The commands of a send stream by their numbers in linux/fs/btrfs/send.h. Each has its attributes
+ * with a rule, `path` first, then the others that send.c always puts into it, and those that it may
+ * put into it.
  */
 function streamCommands() {
   const one = streamCommand;
@@ -12459,8 +12507,8 @@ function refuse(why: string): never {
 }
 
 /**
- * A check that is under way. `pass` tells how far of `bytes`, from `from` to `end`, may go on. `finish` says that nothing more
- * comes, and that the bytes that were held back may go. Errors of both: Refused.
+ * A check that is under way. `pass` tells how far `bytes`, from `from` to `end`, may go on. After
+ * `finish` nothing more comes, and the bytes that were held back may go. Errors of both: Refused.
  */
 type Checking = {
   readonly pass: (bytes: Buffer, from: number, end: number) => number;
@@ -12483,8 +12531,8 @@ function foundAttributes() {
     isPath: (type: number, itself: boolean) =>
       isPathBelow(bytes, begins[type] as number, ends[type] as number, itself),
     /**
-     * Finds the attributes between two places, and whether they are right. The attribute `rest` has no length of its own: it
-     * is the rest of the command.
+     * Finds the attributes between two places. Returns whether they are well formed. The attribute
+     * `rest` has no length of its own: it is the rest of the command.
      */
     read(all: Buffer, from: number, end: number, rest: number | null): boolean {
       bytes = all;
@@ -12506,7 +12554,10 @@ function foundAttributes() {
 }
 type FoundAttributes = ReturnType<typeof foundAttributes>;
 
-/** Whether bytes are a path of names: none is empty, "." or "..", or has a NUL. `itself`: or no name at all. */
+/**
+ * Whether bytes are a path of names: no name is empty, "." or "..", or has a NUL. `itself`: without
+ * a name, they are one too.
+ */
 function isPathBelow(bytes: Buffer, from: number, end: number, itself: boolean): boolean {
   const [SLASH, DOT] = [0x2f, 0x2e];
   if (from === end) return itself;
@@ -12540,8 +12591,8 @@ function checkAttribute(
 }
 
 /**
- * Refuses encoded data that receive would have to unpack itself, since it trusts the lengths, and cannot unpack LZO safely at
- * all. It unpacks whatever the kernel does not take as it is. Errors: Refused.
+ * Refuses encoded data that receive cannot unpack safely: it trusts the lengths, and can never
+ * unpack LZO safely. It unpacks data that the kernel does not take as they are. Errors: Refused.
  */
 function checkEncoded(found: FoundAttributes): void {
   const attribute = streamAttributes();
@@ -12569,7 +12620,9 @@ function checkEncoded(found: FoundAttributes): void {
     );
 }
 
-/** The protocol that the header of a stream says, and the header's length; null before the header is there. Errors: Refused. */
+/**
+ * The protocol and length of a stream's header; null before all of it is there. Errors: Refused.
+ */
 function streamHeader(
   bytes: Buffer,
   from: number,
@@ -12586,10 +12639,11 @@ function streamHeader(
 }
 
 /**
- * Reads along a send stream. It refuses what `btrfs send` would not send, and what could reach out of the one subvolume that the
- * stream makes. `begins` gets that subvolume's name, its UUID, and its parent's (null in full). The end of the stream is held
- * back until nothing follows. Behind the fence the kernel follows no links and opens no devices, so nobody looks at what a path
- * leads to. Without a fence (`alone`), devices are refused, and paths through links that the stream made.
+ * Reads along a send stream. It refuses a command that `btrfs send` would not send, or that could
+ * reach out of the one subvolume that the stream makes. `begins` gets that subvolume's name, its
+ * UUID, and its parent's (null in full). The end of the stream is held back until nothing follows.
+ * Behind the fence the kernel follows no links and opens no devices: paths may lead anywhere.
+ * Without a fence (`alone`), devices are refused, and paths through links that the stream made.
  */
 export function streamCheck(
   begins: (name: string, uuid: string, parent: string | null) => void,
@@ -12659,14 +12713,14 @@ export function streamCheck(
 }
 
 /**
- * The links that a stream has made, by their paths in latin1: `check` refuses a command that goes through one, or makes a
- * device. Errors: Refused.
+ * The links that a stream has made, by their paths in latin1: `check` refuses a command that goes
+ * through one, or makes a device. Errors: Refused.
  */
 function madeLinks() {
   const MOST = 64 * 2 ** 20; // bytes of their paths
   const { mode } = streamAttributes();
   const paths = new Set<string>();
-  /** How many there are below each directory. */
+  /** How many links there are below each directory. */
   const below = new Map<string, number>();
   let bytes = 0;
   const counted = (path: string, by: 1 | -1) => {
@@ -12687,7 +12741,7 @@ function madeLinks() {
     if (paths.delete(path)) counted(path, -1);
   };
   const move = (path: string, to: string) => {
-    // rename(2) does nothing where both are names of one link: then both stay.
+    // rename(2) does nothing where both are names of one link: both stay.
     if (paths.has(path) && paths.has(to)) return;
     remove(to);
     let moving = paths.has(path) ? [path] : [];
@@ -12726,7 +12780,7 @@ function madeLinks() {
   };
 }
 
-/** Refuses a stream that begins otherwise than was expected. */
+/** Refuses a stream with another beginning than was expected. */
 function expecting({ name, uuid, parent }: Expected): Parameters<typeof streamCheck>[0] {
   return (said, ...uuids) => {
     if (said !== name)
@@ -12775,11 +12829,14 @@ const GROUPS = {
   told: "What it tells",
 };
 
-/** All that is known of an option. Help, the man page, completions and the reading of arguments follow from it. */
-type Option = {
+/**
+ * All that is known of an option. Help, man page, completions and the reading of arguments follow
+ * from it.
+ */
+export type Option = {
   readonly of: readonly CommandName[];
   readonly group: keyof typeof GROUPS;
-  /** Help's words for it, and where it is another thing of the same name. */
+  /** Help's words for it, and those of commands where the name means something else. */
   readonly means: string;
   readonly meansIn?: { readonly [Name in CommandName]?: string };
   readonly short?: string;
@@ -12788,12 +12845,15 @@ type Option = {
   readonly repeatable?: true;
   /** Behind --for DEST, the option counts for DEST only. */
   readonly perDest?: true;
-  /** Versions 0.2 to 0.3.1 had the option. They took any beginning that only one of their options has. */
+  /**
+   * Versions 0.2 to 0.3.1 had the option. They took any beginning that only one of their options
+   * has.
+   */
   readonly old?: true;
 };
 
 /** Every option once, in the order of help. */
-const OPTIONS = {
+export const OPTIONS = {
   snapshot: {
     of: ["restore", "verify"],
     group: "own",
@@ -13232,7 +13292,10 @@ type GivenOption = readonly [name: string, value: string];
 type Definition = ArgDef & { alias?: string; valueHint?: string; required?: boolean };
 type Defined = readonly [name: string, definition: Definition];
 
-/** An argument with the whole name of the option, where it has only the beginning of an old one's. No value begins with two dashes. */
+/**
+ * An argument with the beginning of an old option's name gets the whole name. No value begins with
+ * two dashes.
+ */
 function inFull(arg: string, defined: readonly Defined[]): string {
   const isDefined = (name: string) => defined.some(([one]) => one === name);
   const [, name = "", rest = ""] = /^--([a-z][a-z-]*)(=.*)?$/s.exec(arg) ?? [];
@@ -13244,7 +13307,10 @@ function inFull(arg: string, defined: readonly Defined[]): string {
   return meant.length === 1 ? `--${meant[0]}${rest}` : arg;
 }
 
-/** -n=3 as --num-backups=3: argparse let it pass; parseArgs would take the = for a part of the value. */
+/**
+ * -n=3 as --num-backups=3. argparse let -n=3 pass; parseArgs would take the = for a part of the
+ * value.
+ */
 function withoutEquals(arg: string, defined: readonly Defined[]): string | null {
   const [, short, value] = /^-([A-Za-z])=(.*)$/s.exec(arg) ?? [];
   if (short === undefined) return null;
@@ -13252,7 +13318,7 @@ function withoutEquals(arg: string, defined: readonly Defined[]): string | null 
   return name === undefined ? null : `--${name}=${value}`;
 }
 
-/** Reads arguments strictly. Errors: UsageError naming the nearest option. */
+/** Reads arguments strictly. Errors: UsageError that names the nearest option. */
 export function readArguments(args: readonly string[], definitions: ArgsDef): Given {
   const defined = Object.entries(definitions as Readonly<Record<string, Definition>>).filter(
     ([, { type }]) => type !== "positional",
@@ -13308,7 +13374,7 @@ function inScopes(words: readonly GivenOption[]): Options & Pick<Given, "scopes"
   };
 }
 
-/** Says in our words what parseArgs found wrong. */
+/** An error of parseArgs in our words. */
 function argumentError(
   { message, code }: Error & { code?: string },
   defined: readonly Defined[],
@@ -13332,7 +13398,7 @@ function argumentError(
   return new UsageError(`unknown option ${unknown}${meant}`);
 }
 
-/** How many letters to add, drop or change to make one word of the other (Levenshtein). */
+/** The number of letters to add, drop or change to make one word of the other (Levenshtein). */
 export function distance(a: string, b: string): number {
   let row = Array.from({ length: b.length + 1 }, (_, i) => i);
   for (let i = 1; i <= a.length; i++) {
@@ -13394,7 +13460,7 @@ function wholeNumber(given: Given, name: ValueName, otherwise: number, least = 0
   return Number(text);
 }
 
-/** A location that has to be a folder with subvolumes. */
+/** A location that must be a folder with subvolumes. */
 function folderLocation(text: string | undefined, what: string): Readable {
   if (text === undefined) throw new UsageError(`${what} is missing`);
   const location = parseLocation(text);
@@ -13405,7 +13471,7 @@ function folderLocation(text: string | undefined, what: string): Readable {
   return location;
 }
 
-/** A location that something can be read from. */
+/** A location that can be read from. */
 function readableLocation(text: string): Readable {
   const location = parseLocation(text);
   if (location.kind === "shell")
@@ -13413,13 +13479,13 @@ function readableLocation(text: string): Readable {
   return location;
 }
 
-/** How long what does nothing is waited for. */
+/** Sets how long the program waits for a process that does nothing. */
 function limitTime(given: Given): void {
   LIMITS.stuck = 1000 * wholeNumber(given, "timeout", 3600) || Infinity;
   LIMITS.parting = Math.min(10e3, LIMITS.stuck);
 }
 
-/** What every command understands. */
+/** The options of every command. */
 function commonOptions(given: Given) {
   const verbosity = given.flag("quiet") ? "warning" : (given.value("verbosity") ?? "info");
   if (!Object.hasOwn(LEVELS, verbosity))
@@ -13430,7 +13496,8 @@ function commonOptions(given: Given) {
   const prefix = given.value("snapshot-prefix") ?? "";
   if (!isPrefix(prefix))
     throw new UsageError("a prefix is at most 200 bytes, without slashes and control characters");
-  const snapshotFolder = (given.value("snapshot-folder") ?? "snapshot") || "."; // an empty one was SOURCE itself for 0.3.1
+  // An empty one was SOURCE itself for 0.3.1.
+  const snapshotFolder = (given.value("snapshot-folder") ?? "snapshot") || ".";
   if (snapshotFolder.trim() === "" || snapshotFolder.includes("\0"))
     throw new UsageError("--snapshot-folder cannot be empty");
   limitTime(given);
@@ -13464,7 +13531,7 @@ const deletingOptions = ({ flag }: Given) => ({
   deletion: { convertRw: flag("convert-rw"), sync: flag("sync") },
 });
 
-/** Positionals that must be as many as a command takes. */
+/** The positionals, as many as a command takes. */
 function locationsOf(given: Given, least: number, most: number, what: string): Readable[] {
   const { positionals } = given;
   if (positionals.length < least || positionals.length > most)
@@ -13474,7 +13541,8 @@ function locationsOf(given: Given, least: number, most: number, what: string): R
   return positionals.map(readableLocation);
 }
 
-/** Reads the command line of `run`. */
+// ── the options of each command ──
+
 export function runOptions(given: Given) {
   const { flag, value } = given;
   const [first, ...rest] = given.positionals;
@@ -13489,7 +13557,7 @@ export function runOptions(given: Given) {
   ] as const)
     if (flag(one) && flag(other))
       throw new UsageError(`--${one} and --${other} contradict each other`);
-  if (destinations.length === 0) sendingOptions(given, null); // nonsense is told all the same
+  if (destinations.length === 0) sendingOptions(given, null); // nonsense is an error all the same
   return {
     ...common,
     prefix: common.prefix ?? "",
@@ -13526,7 +13594,7 @@ export function runOptions(given: Given) {
 const isStore = (location: Location | null) =>
   location?.kind === "raw" || location?.kind === "rclone";
 
-/** The destinations that are served, and how. Errors: UsageError for options that a destination cannot honour. */
+/** The wanted destinations. Errors: UsageError for options that a destination cannot honour. */
 function destinationsOf(given: Given, positionals: readonly string[], prefix: string): Wanted[] {
   const { scopes } = given;
   const optional = given.all("optional");
@@ -13567,7 +13635,6 @@ function destinationsOf(given: Given, positionals: readonly string[], prefix: st
   return destinations;
 }
 
-/** Reads the command line of `prune`. */
 function pruneOptions(given: Given) {
   const [location] = locationsOf(given, 1, 1, "LOCATION") as [Readable];
   const policy = policyOf(given, "num-backups");
@@ -13581,7 +13648,6 @@ function pruneOptions(given: Given) {
   };
 }
 
-/** Reads the command line of `restore`. */
 export function restoreOptions(given: Given) {
   const { flag, value } = given;
   const [location] = locationsOf(given, 2, 2, "LOCATION and TARGET") as [Readable];
@@ -13623,7 +13689,10 @@ const displayOptions = (given: Given) => ({
   btrfsDebug: given.flag("btrfs-debug"),
 });
 
-/** How to send, to a destination if there is one. Errors: UsageError for what it cannot take. */
+/**
+ * How to send, to a destination if there is one. Errors: UsageError for options that it cannot
+ * honour.
+ */
 function sendingOptions(given: Options, location: Location | null): Sending {
   const [rate, compression, every, protocol] = (
     ["rate-limit", "compress", "full-every", "protocol"] as const
@@ -13657,10 +13726,9 @@ function checkEncryption(resume: boolean, location: Location | null): void {
     );
 }
 
-/** How many streams a stored chain has by default, so that retention can free space. */
+/** The streams of a stored chain by default, so that retention can free space. */
 const FULL_EVERY = "30";
 
-/** Reads the command line of `list`. */
 export function listOptions(given: Given) {
   return {
     ...commonOptions(given),
@@ -13672,7 +13740,6 @@ export function listOptions(given: Given) {
   };
 }
 
-/** Reads the command line of `verify`. */
 export function verifyOptions(given: Given) {
   const { flag, value } = given;
   const [snapshot, all] = [value("snapshot"), flag("all")];
@@ -13690,7 +13757,6 @@ export function verifyOptions(given: Given) {
   return { ...commonOptions(given), locations, snapshot, all };
 }
 
-/** Reads the command line of `versions`. */
 export function versionsOptions(given: Given) {
   const { flag, value } = given;
   const [, ...locations] = locationsOf(given, 1, Infinity, "FILE [LOCATION…]");
@@ -13713,7 +13779,6 @@ export function versionsOptions(given: Given) {
   };
 }
 
-/** Reads the command line of `guard`. */
 function guardOptions(given: Given) {
   const { flag } = given;
   const paths = given.all("path");
@@ -13731,7 +13796,6 @@ function guardOptions(given: Given) {
   };
 }
 
-/** Reads the command line of `unpin`. */
 function unpinOptions(given: Given): UnpinOptions {
   const [first, ...rest] = given.positionals;
   const all = given.flag("all");
@@ -13747,7 +13811,6 @@ function unpinOptions(given: Given): UnpinOptions {
   };
 }
 
-/** Reads the command line of `copy`. */
 function copyOptions(given: Given) {
   if (given.positionals.length + given.all("optional").length + given.scopes.length < 2)
     throw new UsageError("missing arguments: give LOCATION and DEST…");
@@ -13874,7 +13937,10 @@ export const COMMANDS: Readonly<Record<CommandName, CommandDef<any>>> = {
 };
 const isCommand = (word: string): word is CommandName => Object.hasOwn(COMMANDS, word);
 
-/** Words in lines of that many columns, each but the first after as many blanks as `first` is long. */
+/**
+ * Words in lines of so many columns. Each line but the first begins with as many blanks as `first`
+ * is long.
+ */
 function wrapped(first: string, text: string, columns: number): string {
   const lines: string[] = [];
   for (const word of text.split(" ")) {
@@ -13886,7 +13952,7 @@ function wrapped(first: string, text: string, columns: number): string {
   return lines.map((line, i) => `${i === 0 ? first : " ".repeat(first.length)}${line}\n`).join("");
 }
 
-/** An argument as help, the man page and completions tell it: an option as it is given, or the name of a positional. */
+/** An argument as help, man page and completions tell it: an option or a positional. */
 export type Told = {
   readonly name: string;
   readonly short: string | null;
@@ -13896,7 +13962,7 @@ export type Told = {
   readonly repeatable: boolean;
 };
 
-/** What there is to tell of a command; `groups` are its options in the order of GROUPS. */
+/** All that help, man page and completions tell of a command. */
 export function told(one: CommandDef<any>): {
   usage: string;
   description: string;
@@ -13935,7 +14001,7 @@ export function told(one: CommandDef<any>): {
   };
 }
 
-/** What --help says of a command. */
+/** The text of --help for a command. */
 export function helpText(one: CommandDef<any>, columns: number): string {
   const { usage, description: about, positionals, groups } = told(one);
   const width = Math.min(columns, 100);
@@ -14002,13 +14068,13 @@ function inUtf8(bytes: Buffer, what: string): string {
   }
 }
 
-/** Which of some words is nearest to one, and how far. */
+/** The nearest of some words, and how far it is. */
 const nearest = (word: string, words: readonly string[]) =>
   words
     .map((other) => ({ word: other, far: distance(word, other) }))
     .sort((a, b) => a.far - b.far)[0] ?? { word: "", far: Infinity };
 
-/** What people call commands elsewhere. */
+/** Names of commands elsewhere, with ours. */
 const ELSEWHERE: Readonly<Record<string, string>> = {
   status: "list",
   ls: "list",
@@ -14019,7 +14085,9 @@ const ELSEWHERE: Readonly<Record<string, string>> = {
   diff: "versions",
 };
 
-/** Errors: UsageError, where the first word is neither a command nor a path, but nearly a command. */
+/**
+ * Errors: UsageError for a first word that is neither a command nor a path, but nearly a command.
+ */
 function notMisspelt(word: string): void {
   if (!/^[a-z]{2,12}$/.test(word) || isCommand(word)) return;
   const best = nearest(word, Object.keys(COMMANDS));
@@ -14052,7 +14120,7 @@ function withoutHelp(words: readonly string[]): readonly string[] {
   return [about, "--help"];
 }
 
-/** Does what the words of a command line say, and returns the exit status. Errors: UsageError. */
+/** Runs a command line, and returns the exit status. Errors: UsageError. */
 async function obey(given: readonly string[]): Promise<number> {
   if (given[0] === undefined) {
     process.stderr.write(FIRST_WORDS);
@@ -14099,11 +14167,13 @@ export async function main(args: readonly string[]): Promise<number> {
 if (import.meta.main) {
   settleEnvironment(process.env);
   stopOnSignals();
-  // Nobody reads the events any more: the work is done all the same, but not reported as well done.
+  // Where nobody reads the events any more, the work is done all the same, but the exit status is
+  // not 0.
   let unheard = false;
   process.stdout.on("error", () => (unheard = true));
   const status = await main(process.argv.slice(2));
-  // A pipe may still be full, and its reader asleep: then a signal ends us at once, and time does.
+  // A pipe may still be full, and its reader asleep: a signal ends the program at once, and
+  // LIMITS.parting does.
   const written = new Promise<void>((done) =>
     process.stdout.on("error", () => done()).end(() => done()),
   );
