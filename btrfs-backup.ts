@@ -12186,14 +12186,8 @@ export function narrowed(output: string, nonce: string, folder: string): string 
 /** All subvolumes of a folder's filesystem. Nothing else happens meanwhile. Errors: Refused. */
 function listedNow(folder: string): Subvolume[] {
   const listed = (...options: string[]) => {
-    const { status, stdout, stderr } = ranNow(
-      "btrfs",
-      "subvolume",
-      "list",
-      "-a",
-      ...options,
-      folder,
-    );
+    const words = ["subvolume", "list", "-a", ...options, folder];
+    const { status, stdout, stderr } = ranNow("btrfs", ...words);
     return status === 0
       ? stdout.replace(/\n$/, "")
       : refuse(`the subvolumes cannot be listed: ${stderr}`);
@@ -12370,7 +12364,7 @@ async function answered(
       continue;
     }
     if ("begins" in question) await allowing.begins(...question.begins);
-    else await allowing.whole(question.whole);
+    if ("whole" in question) await allowing.whole(question.whole);
     answers.write("\n");
     if ("whole" in question) return;
   }
@@ -12834,6 +12828,7 @@ const GROUPS = {
  * from it.
  */
 export type Option = {
+  /** The commands that have it. */
   readonly of: readonly CommandName[];
   readonly group: keyof typeof GROUPS;
   /** Help's words for it, and those of commands where the name means something else. */
@@ -13963,12 +13958,7 @@ export type Told = {
 };
 
 /** All that help, man page and completions tell of a command. */
-export function told(one: CommandDef<any>): {
-  usage: string;
-  description: string;
-  positionals: Told[];
-  groups: [title: string, options: Told[]][];
-} {
+export function told(one: CommandDef<any>) {
   const { name: title = "", description: about = "" } = one.meta as CommandMeta;
   const all = Object.entries(one.args as Readonly<Record<string, Definition>>);
   const tell = ([name, definition]: Defined): Told => {
