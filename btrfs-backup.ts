@@ -11371,13 +11371,6 @@ const perhaps =
     value === "" ? "" : rule(value, said);
 const notGiven = passing(() => false);
 
-const NONCE = like(/^[0-9a-f-]{36}$/);
-const LOCK_WAIT = like(/^(look|later|\d{1,6})$/);
-const SECONDS = like(/^\d{1,4}$/);
-const FSID = like(/^[0-9a-f]{1,16}(\/\d{0,9})?$/);
-const HOLDER = like(/^\d{0,9}$/);
-const LEVEL = like(/^(1?\d)?$/);
-const FLAG = oneOf("-q", "-vv");
 const BYTES = like(/^\d{1,18}$/);
 const UUID_BYTES = like(/^[0-9a-f]{32}$/);
 const SHA256 = like(/^[0-9a-f]{64}$/);
@@ -11483,19 +11476,43 @@ const INNER = passing(
   "the path",
 );
 
-/** A folder that was opened. */
-const AT = { folder: PLACE_RULE, fsid: FSID };
-/** A line of the record. The whole line that `record` would write is checked too. */
-const RECORDED = {
+/** The rules of parameters that mean the same in every verb. */
+const PARAMETERS = {
+  nonce: like(/^[0-9a-f-]{36}$/),
+  wait: like(/^(look|later|\d{1,6})$/),
+  silence: like(/^\d{1,4}$/),
+  folder: PLACE_RULE,
+  fsid: like(/^[0-9a-f]{1,16}(\/\d{0,9})?$/),
+  prefix: PREFIX_RULE,
+  lock: PREFIX_RULE,
+  holder: like(/^\d{0,9}$/),
+  // A line of the record, whole or in two parts. The line that is written is checked too.
   header: oneOf("", RECORD_HEADER),
   key: like(/^(,"[^\n\r\0]*": )?$/),
   value: ONE_LINE,
+  beginning: ONE_LINE,
+  rest: ONE_LINE,
+  flag: oneOf("-q", "-vv"),
+  level: like(/^(1?\d)?$/),
+  part: PART_RULE,
+  bytes: BYTES,
+  kept: BYTES,
+  objects: ANY_OBJECT,
+  snapshot: STANDING,
+  snapshots: LISTED_NAME,
+  inner: INNER,
+  format: oneOf(STAT_FORMAT),
 };
 
 // ── rules of verbs ──
 
 /** A rule for every parameter of a verb. The rule of `names...` is for each name. */
 type Rules<V> = { readonly [Name in keyof ArgumentsOf<V>]-?: ArgumentRule };
+/**
+ * The rules that a verb must say, since its parameters of these names are not in PARAMETERS, and
+ * others that it may say.
+ */
+type OwnRules<V> = Omit<Rules<V>, keyof typeof PARAMETERS> & Partial<Rules<V>>;
 
 type Again<V> = (given: ArgumentsOf<V>, said: Guarded) => Promise<ArgumentsOf<V>>;
 /**
@@ -11526,10 +11543,11 @@ type Use = {
 function use<V extends Declared>(
   declaration: V,
   rights: readonly Right[],
-  rules: Rules<V>,
+  own: OwnRules<V>,
   { again: lookAgain, serve: serveOtherwise }: Beyond<V> = {},
 ): [string, Use] {
   const parameters = parametersOf(declaration);
+  const rules = { ...PARAMETERS, ...own } as Rules<V>;
   const check: Use["check"] = async (words, said) => {
     const accepted: Record<string, string | string[]> = {};
     for (const [i, { name, kind }] of parameters.entries()) {
@@ -11810,118 +11828,48 @@ const FILE: ArgumentRule = (value, said) => {
   return INNER(value, said);
 };
 
-const RECORD_PARTS = {
-  header: RECORDED.header,
-  key: RECORDED.key,
-  beginning: ONE_LINE,
-  rest: ONE_LINE,
-};
-const KEPT_PART = { part: PART_RULE, sum: SHA256, bytes: BYTES, kept: BYTES };
-const SOURCE_OR_NONE = perhaps(SOURCE_RULE);
-const PARENT = perhaps(STANDING);
+const NAMES = { names: LISTED_NAME };
 
 /** The verbs that a key may run. Guard refuses all others. */
 const GUARDED: ReadonlyMap<string, Use> = new Map([
   use(
     OPEN,
     ["add", "source"],
-    {
-      nonce: NONCE,
-      wait: LOCK_WAIT,
-      folder: PLACE_RULE,
-      prefix: PREFIX_RULE,
-      source: SOURCE_OR_NONE,
-      kind: oneOf("", "streams", "known"),
-      silence: SECONDS,
-    },
+    { source: perhaps(SOURCE_RULE), kind: oneOf("", "streams", "known") },
     { serve: openServed },
   ),
-  use(CREATE, ["add", "source"], { ...AT, prefix: PREFIX_RULE }),
-  use(PARENTS, ["add"], { folder: PLACE_RULE, source: oneOf(""), how: oneOf("", "look") }),
-  use(
-    WRITE_RECORD,
-    ["add", "source"],
-    { ...AT, ...RECORDED, sync: oneOf("sync") },
-    { again: recordAgain },
-  ),
-  use(
-    RECEIVE,
-    ["add"],
-    {
-      flag: FLAG,
-      ...AT,
-      level: LEVEL,
-      holder: HOLDER,
-      prefix: PREFIX_RULE,
-      ...RECORD_PARTS,
-      ...KEPT_PART,
-      sync: notGiven,
-    },
-    { serve: receiveServed },
-  ),
-  use(KEPT, ["add"], { ...AT, prefix: PREFIX_RULE, object: OBJECT }),
-  use(TIDY, ["add"], { ...AT, prefix: PREFIX_RULE }),
-  use(
-    DISCARD,
-    ["add"],
-    { ...AT, prefix: PREFIX_RULE, name: DATED, ...RECORDED, how: oneOf("", "whole") },
-    { serve: discardServed },
-  ),
-  use(
-    RAW.put,
-    ["add"],
-    { ...AT, lock: PREFIX_RULE, object: PART_RULE, holder: HOLDER, size: perhaps(BYTES) },
-    { serve: storeServed },
-  ),
-  use(
-    RAW.commit,
-    ["add"],
-    {
-      ...AT,
-      lock: PREFIX_RULE,
-      object: OBJECT,
-      sum: SHA256,
-      bytes: BYTES,
-      part: PART_RULE,
-      kept: BYTES,
-      uuid: notGiven,
-    },
-    { again: commitAgain },
-  ),
-  use(
-    RAW.delete,
-    ["add", "delete"],
-    { ...AT, lock: PREFIX_RULE, objects: ANY_OBJECT },
-    { again: dropAgain },
-  ),
-  use(RAW.get, ["read"], { ...AT, how: oneOf("", "sum"), holder: HOLDER, objects: ANY_OBJECT }),
+  use(CREATE, ["add", "source"], {}),
+  use(PARENTS, ["add"], { source: oneOf(""), how: oneOf("", "look") }),
+  use(WRITE_RECORD, ["add", "source"], { sync: oneOf("sync") }, { again: recordAgain }),
+  use(RECEIVE, ["add"], { sum: SHA256, sync: notGiven }, { serve: receiveServed }),
+  use(KEPT, ["add"], { object: OBJECT }),
+  use(TIDY, ["add"], {}),
+  use(DISCARD, ["add"], { name: DATED, how: oneOf("", "whole") }, { serve: discardServed }),
+  use(RAW.put, ["add"], { object: PART_RULE, size: perhaps(BYTES) }, { serve: storeServed }),
+  use(RAW.commit, ["add"], { object: OBJECT, sum: SHA256, uuid: notGiven }, { again: commitAgain }),
+  use(RAW.delete, ["add", "delete"], {}, { again: dropAgain }),
+  use(RAW.get, ["read"], { how: oneOf("", "sum") }),
   use(
     DELETE,
     ["delete", "source"],
     {
+      ...NAMES,
       convert: oneOf("", "rw"),
       sync: oneOf("", "sync"),
-      ...AT,
       top: ONE_LINE,
       ids: like(/^\d+( \d+)*$/),
-      names: LISTED_NAME,
     },
     { again: deleteAgain },
   ),
-  use(RECEIVED, ["delete", "read"], { ...AT, names: LISTED_NAME }),
-  use(MADE, ["delete", "read"], AT, { serve: madeServed }),
-  use(BORN, ["delete", "read"], { ...AT, names: LISTED_NAME }),
-  use(SHOW, ["source"], AT),
-  use(SNAPSHOT, ["source"], { source: SOURCE_RULE, ...AT, name: DATED }),
-  use(RENAME, ["source"], { ...AT, name: STANDING, to: DATED }, { again: renameAgain }),
+  use(RECEIVED, ["delete", "read"], NAMES),
+  use(MADE, ["delete", "read"], {}, { serve: madeServed }),
+  use(BORN, ["delete", "read"], NAMES),
+  use(SHOW, ["source"], {}),
+  use(SNAPSHOT, ["source"], { source: SOURCE_RULE, name: DATED }),
+  use(RENAME, ["source"], { name: STANDING, to: DATED }, { again: renameAgain }),
   use(SEND, ["source", "read"], {
-    flag: FLAG,
-    ...AT,
-    level: LEVEL,
     protocol: like(/^[12]?$/),
-    holder: HOLDER,
-    snapshot: STANDING,
-    parent: PARENT,
+    parent: perhaps(STANDING),
     skip: perhaps(BYTES),
     sum: perhaps(SHA256),
     uuid: UUID_BYTES,
@@ -11930,28 +11878,17 @@ const GUARDED: ReadonlyMap<string, Use> = new Map([
   use(WORK, ["add", "source", "read", "delete"], {
     group: oneOf(""),
     verb: like(/^[a-z-]{1,20}$/),
-    folder: PLACE_RULE,
   }),
-  use(HEADS, ["source", "read"], { ...AT, snapshots: LISTED_NAME }),
-  use(BIRTHS, ["source", "read"], { ...AT, snapshots: LISTED_NAME }),
-  use(ESTIMATE, ["source", "read"], { ...AT, snapshot: STANDING, parent: PARENT }),
-  use(REWRITTEN, ["source", "read"], { ...AT, snapshot: STANDING, parent: STANDING }),
-  use(
-    FILE_SIZES,
-    ["source", "read"],
-    { ...AT, snapshot: STANDING, parent: STANDING, paths: INNER },
-    { again: sizesAgain },
-  ),
-  use(SIZES, ["read"], { ...AT, names: LISTED_NAME }),
-  use(DIGEST, ["read"], { ...AT, snapshot: STANDING }),
-  use(LISTING, ["read"], { ...AT, snapshot: STANDING, format: oneOf(STAT_FORMAT) }),
-  use(
-    VERSIONS,
-    ["read"],
-    { ...AT, format: oneOf(STAT_FORMAT), word: oneOf(WORD), inner: INNER, names: VERSION_OF },
-    { again: versionsAgain },
-  ),
-  use(TAKE, ["read"], { ...AT, snapshot: STANDING, inner: INNER }),
+  use(HEADS, ["source", "read"], {}),
+  use(BIRTHS, ["source", "read"], {}),
+  use(ESTIMATE, ["source", "read"], { parent: perhaps(STANDING) }),
+  use(REWRITTEN, ["source", "read"], { parent: STANDING }),
+  use(FILE_SIZES, ["source", "read"], { parent: STANDING, paths: INNER }, { again: sizesAgain }),
+  use(SIZES, ["read"], NAMES),
+  use(DIGEST, ["read"], {}),
+  use(LISTING, ["read"], {}),
+  use(VERSIONS, ["read"], { word: oneOf(WORD), names: VERSION_OF }, { again: versionsAgain }),
+  use(TAKE, ["read"], {}),
   use(LOCATE, ["read"], { file: FILE }),
 ]);
 
