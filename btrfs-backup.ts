@@ -12749,17 +12749,6 @@ const SENDING = ["run", "copy"] as const;
 const TRANSFERRING = ["run", "restore", "copy"] as const;
 const DELETING = ["run", "copy", "prune"] as const;
 
-/** Groups of options, in the order in which help tells them. */
-const GROUPS = {
-  own: "Options",
-  kept: "What is taken and kept",
-  sent: "What is sent, and how",
-  several: "Several destinations",
-  stored: "Stored streams",
-  hosts: "Other hosts, and rights",
-  told: "What it tells",
-};
-
 /**
  * All that is known of an option. Help, man page, completions and the reading of arguments follow
  * from it.
@@ -12767,7 +12756,6 @@ const GROUPS = {
 export type Option = {
   /** The commands that have it. */
   readonly of: readonly CommandName[];
-  readonly group: keyof typeof GROUPS;
   /** Help's words for it, and those of commands where the name means something else. */
   readonly means: string;
   readonly meansIn?: { readonly [Name in CommandName]?: string };
@@ -12784,413 +12772,372 @@ export type Option = {
   readonly old?: true;
 };
 
-/** Every option once, in the order of help. */
-export const OPTIONS = {
-  snapshot: {
-    of: ["restore", "verify"],
-    group: "own",
-    value: "NAME",
-    means: "Restore this one (default: the newest)",
-    meansIn: { verify: "Compare this one (default: the newest that both have)" },
-  },
-  before: {
-    of: ["restore"],
-    group: "own",
-    value: "TIME",
-    means: "Restore the newest at or before 'YYYY-MM-DD[ HH:MM[:SS]]'",
-  },
-  replace: {
-    of: ["restore"],
-    group: "own",
-    means: "TARGET exists: keep it beside as TARGET.before-YYYYMMDD-HHMMSS",
-  },
-  "parent-from": {
-    of: ["restore"],
-    group: "own",
-    value: "DIR",
-    means:
-      "Where snapshots are that the transfer can build on (default: beside TARGET, and in its snapshot folder)",
-  },
-  size: {
-    of: ["list"],
-    group: "own",
-    means: "Tell how large each is (btrfs filesystem du, which is slow)",
-  },
-  all: {
-    of: ["verify", "unpin"],
-    group: "own",
-    means: "Compare all that both have",
-    meansIn: { unpin: "Forget every destination; a record that cannot be read is moved aside" },
-  },
-  get: {
-    of: ["versions"],
-    group: "own",
-    value: "WHEN|NAME",
-    means: "Copy back what it was in a snapshot, or at a time like 'YYYY-MM-DD[ HH:MM[:SS]]'",
-  },
-  to: {
-    of: ["versions"],
-    group: "own",
-    value: "PATH",
-    means: "Where to, on FILE's host (default: FILE.NAME)",
-  },
-  force: { of: ["versions"], group: "own", means: "Replace a file that is there" },
-  path: {
-    of: ["guard"],
-    group: "own",
-    value: "DIR",
-    repeatable: true,
-    means: "Where the key may back up to, or with --source from",
-  },
-  "allow-read": {
-    of: ["guard"],
-    group: "own",
-    means: "It may read: restore from there, and verify",
-  },
-  "max-bytes": {
-    of: ["guard"],
-    group: "own",
-    value: "SIZE",
-    means:
-      "How many bytes the streams of its backups may have in all, with k, m or g for powers of 1024; one is received after the other then",
-  },
-  "allow-delete": {
-    of: ["guard"],
-    group: "own",
-    means: "It may delete backups (default: only what a broken transfer left)",
-  },
-  source: {
-    of: ["guard"],
-    group: "own",
-    means: "It may pull: take snapshots, send them, and delete old ones, but store nothing",
-  },
-  "num-snapshots": {
-    of: ["run", "list"],
-    group: "kept",
-    short: "N",
-    value: "POLICY",
-    old: true,
-    means:
-      "What to keep at the source: a number, or words like '24h 7d 4w 12m 14d+' (default: 0, everything)",
-  },
-  "num-backups": {
-    of: [...DELETING, "list"],
-    group: "kept",
-    short: "n",
-    value: "POLICY",
-    perDest: true,
-    old: true,
-    means: "What to keep at each destination (default: 0, everything)",
-  },
-  "latest-only": {
-    of: ["run"],
-    group: "kept",
-    old: true,
-    means: "Deprecated: same as --num-snapshots 1",
-  },
-  "no-snapshot": {
-    of: ["run"],
-    group: "kept",
-    short: "S",
-    old: true,
-    means: "Take no snapshot, transfer existing ones",
-  },
-  "snapshot-folder": {
-    of: COMMON,
-    group: "kept",
-    short: "f",
-    value: "DIR",
-    old: true,
-    means: "Snapshot folder, relative to SOURCE or absolute (default: snapshot)",
-  },
-  "snapshot-prefix": {
-    of: COMMON,
-    group: "kept",
-    short: "p",
-    value: "PREFIX",
-    old: true,
-    means: "What snapshot names begin with (default: nothing)",
-  },
-  "before-snapshot": {
-    of: ["run"],
-    group: "kept",
-    value: "CMD",
-    means: "Run on SOURCE's host before the snapshot, which is not taken if it fails",
-  },
-  "after-snapshot": {
-    of: ["run"],
-    group: "kept",
-    value: "CMD",
-    means: "Run on SOURCE's host after the snapshot, always",
-  },
-  "convert-rw": {
-    of: DELETING,
-    group: "kept",
-    short: "w",
-    old: true,
-    means: "Make snapshots writable before deleting them (for user_subvol_rm_allowed)",
-  },
-  sync: {
-    of: DELETING,
-    group: "kept",
-    short: "s",
-    old: true,
-    means: "Wait until deleted subvolumes are gone (btrfs subvolume sync)",
-  },
-  "adopt-clock": {
-    of: DELETING,
-    group: "kept",
-    means: "Delete what is too old although the clock seems to have leapt: it is right",
-  },
-  "no-transfer": { of: ["run"], group: "sent", short: "T", old: true, means: "Transfer nothing" },
-  "no-incremental": {
-    of: SENDING,
-    group: "sent",
-    short: "I",
-    old: true,
-    means: "Always send in full",
-  },
-  "no-full": {
-    of: SENDING,
-    group: "sent",
-    means:
-      "Fail rather than send in full to a destination that has nothing of SOURCE, or nothing that a difference can be made against",
-  },
-  "newest-only": {
-    of: SENDING,
-    group: "sent",
-    means: "Send only the newest snapshot, not what was missed before",
-  },
-  backfill: {
-    of: SENDING,
-    group: "sent",
-    means: "Without -n: send also what is older than the newest snapshot that a destination has",
-  },
-  compress: {
-    of: TRANSFERRING,
-    group: "sent",
-    value: "zstd[:LEVEL]",
-    perDest: true,
-    means: "Compress what travels between hosts, is stored as a stream, or goes to a command",
-  },
-  "rate-limit": {
-    of: TRANSFERRING,
-    group: "sent",
-    value: "RATE",
-    perDest: true,
-    means: "Send at most so many bytes a second, with k, m or g for powers of 1024",
-  },
-  resume: {
-    of: SENDING,
-    group: "sent",
-    means:
-      "Over ssh: go on where a transfer broke. The stream is kept as a file over there until it is whole",
-  },
-  retries: {
-    of: SENDING,
-    group: "sent",
-    value: "N",
-    means: "Try again up to N times in this run when a connection is lost (default: 0)",
-  },
-  protocol: {
-    of: TRANSFERRING,
-    group: "sent",
-    value: "1|2",
-    means:
-      "Version of the send stream (default: 2, with data as they are compressed on the disk, where both sides know it; 1 for what is stored)",
-  },
-  "trust-stream": {
-    of: TRANSFERRING,
-    group: "sent",
-    means:
-      "Receive what another host or a store made as it is: nobody reads along whether it keeps to its subvolume",
-  },
-  optional: {
-    of: SENDING,
-    group: "several",
-    value: "DEST",
-    repeatable: true,
-    means: "A destination that may be absent",
-  },
-  "max-age": {
-    of: [...SENDING, "list"],
-    group: "several",
-    value: "DURATION",
-    means: "Fail when an absent --optional destination was last served longer ago, e.g. 3d",
-    meansIn: {
-      list: "Only check that the newest backup is not older, e.g. 26h: one line each, and exit status 1 if it is",
+/** Every option once, in its group and in the order of help. */
+const GROUPS = {
+  Options: {
+    snapshot: {
+      of: ["restore", "verify"],
+      value: "NAME",
+      means: "Restore this one (default: the newest)",
+      meansIn: { verify: "Compare this one (default: the newest that both have)" },
+    },
+    before: {
+      of: ["restore"],
+      value: "TIME",
+      means: "Restore the newest at or before 'YYYY-MM-DD[ HH:MM[:SS]]'",
+    },
+    replace: {
+      of: ["restore"],
+      means: "TARGET exists: keep it beside as TARGET.before-YYYYMMDD-HHMMSS",
+    },
+    "parent-from": {
+      of: ["restore"],
+      value: "DIR",
+      means:
+        "Where snapshots are that the transfer can build on (default: beside TARGET, and in its snapshot folder)",
+    },
+    size: {
+      of: ["list"],
+      means: "Tell how large each is (btrfs filesystem du, which is slow)",
+    },
+    all: {
+      of: ["verify", "unpin"],
+      means: "Compare all that both have",
+      meansIn: { unpin: "Forget every destination; a record that cannot be read is moved aside" },
+    },
+    get: {
+      of: ["versions"],
+      value: "WHEN|NAME",
+      means: "Copy back what it was in a snapshot, or at a time like 'YYYY-MM-DD[ HH:MM[:SS]]'",
+    },
+    to: {
+      of: ["versions"],
+      value: "PATH",
+      means: "Where to, on FILE's host (default: FILE.NAME)",
+    },
+    force: { of: ["versions"], means: "Replace a file that is there" },
+    path: {
+      of: ["guard"],
+      value: "DIR",
+      repeatable: true,
+      means: "Where the key may back up to, or with --source from",
+    },
+    "allow-read": {
+      of: ["guard"],
+      means: "It may read: restore from there, and verify",
+    },
+    "max-bytes": {
+      of: ["guard"],
+      value: "SIZE",
+      means:
+        "How many bytes the streams of its backups may have in all, with k, m or g for powers of 1024; one is received after the other then",
+    },
+    "allow-delete": {
+      of: ["guard"],
+      means: "It may delete backups (default: only what a broken transfer left)",
+    },
+    source: {
+      of: ["guard"],
+      means: "It may pull: take snapshots, send them, and delete old ones, but store nothing",
     },
   },
-  for: {
-    of: SENDING,
-    group: "several",
-    value: "DEST",
-    repeatable: true,
-    means:
-      "A destination with -n, --full-every, --compress, --encrypt-to and --rate-limit of its own, which follow",
+  "What is taken and kept": {
+    "num-snapshots": {
+      of: ["run", "list"],
+      short: "N",
+      value: "POLICY",
+      old: true,
+      means:
+        "What to keep at the source: a number, or words like '24h 7d 4w 12m 14d+' (default: 0, everything)",
+    },
+    "num-backups": {
+      of: [...DELETING, "list"],
+      short: "n",
+      value: "POLICY",
+      perDest: true,
+      old: true,
+      means: "What to keep at each destination (default: 0, everything)",
+    },
+    "latest-only": {
+      of: ["run"],
+      old: true,
+      means: "Deprecated: same as --num-snapshots 1",
+    },
+    "no-snapshot": {
+      of: ["run"],
+      short: "S",
+      old: true,
+      means: "Take no snapshot, transfer existing ones",
+    },
+    "snapshot-folder": {
+      of: COMMON,
+      short: "f",
+      value: "DIR",
+      old: true,
+      means: "Snapshot folder, relative to SOURCE or absolute (default: snapshot)",
+    },
+    "snapshot-prefix": {
+      of: COMMON,
+      short: "p",
+      value: "PREFIX",
+      old: true,
+      means: "What snapshot names begin with (default: nothing)",
+    },
+    "before-snapshot": {
+      of: ["run"],
+      value: "CMD",
+      means: "Run on SOURCE's host before the snapshot, which is not taken if it fails",
+    },
+    "after-snapshot": {
+      of: ["run"],
+      value: "CMD",
+      means: "Run on SOURCE's host after the snapshot, always",
+    },
+    "convert-rw": {
+      of: DELETING,
+      short: "w",
+      old: true,
+      means: "Make snapshots writable before deleting them (for user_subvol_rm_allowed)",
+    },
+    sync: {
+      of: DELETING,
+      short: "s",
+      old: true,
+      means: "Wait until deleted subvolumes are gone (btrfs subvolume sync)",
+    },
+    "adopt-clock": {
+      of: DELETING,
+      means: "Delete what is too old although the clock seems to have leapt: it is right",
+    },
   },
-  jobs: {
-    of: SENDING,
-    group: "several",
-    value: "N",
-    means:
-      "Send at most N streams at a time; destinations that need the same stream get it together (default: all)",
+  "What is sent, and how": {
+    "no-transfer": { of: ["run"], short: "T", old: true, means: "Transfer nothing" },
+    "no-incremental": {
+      of: SENDING,
+      short: "I",
+      old: true,
+      means: "Always send in full",
+    },
+    "no-full": {
+      of: SENDING,
+      means:
+        "Fail rather than send in full to a destination that has nothing of SOURCE, or nothing that a difference can be made against",
+    },
+    "newest-only": {
+      of: SENDING,
+      means: "Send only the newest snapshot, not what was missed before",
+    },
+    backfill: {
+      of: SENDING,
+      means: "Without -n: send also what is older than the newest snapshot that a destination has",
+    },
+    compress: {
+      of: TRANSFERRING,
+      value: "zstd[:LEVEL]",
+      perDest: true,
+      means: "Compress what travels between hosts, is stored as a stream, or goes to a command",
+    },
+    "rate-limit": {
+      of: TRANSFERRING,
+      value: "RATE",
+      perDest: true,
+      means: "Send at most so many bytes a second, with k, m or g for powers of 1024",
+    },
+    resume: {
+      of: SENDING,
+      means:
+        "Over ssh: go on where a transfer broke. The stream is kept as a file over there until it is whole",
+    },
+    retries: {
+      of: SENDING,
+      value: "N",
+      means: "Try again up to N times in this run when a connection is lost (default: 0)",
+    },
+    protocol: {
+      of: TRANSFERRING,
+      value: "1|2",
+      means:
+        "Version of the send stream (default: 2, with data as they are compressed on the disk, where both sides know it; 1 for what is stored)",
+    },
+    "trust-stream": {
+      of: TRANSFERRING,
+      means:
+        "Receive what another host or a store made as it is: nobody reads along whether it keeps to its subvolume",
+    },
   },
-  "keep-unsent": {
-    of: ["run"],
-    group: "several",
-    means: "Keep what a destination could not get yet also for those that are --optional",
+  "Several destinations": {
+    optional: {
+      of: SENDING,
+      value: "DEST",
+      repeatable: true,
+      means: "A destination that may be absent",
+    },
+    "max-age": {
+      of: [...SENDING, "list"],
+      value: "DURATION",
+      means: "Fail when an absent --optional destination was last served longer ago, e.g. 3d",
+      meansIn: {
+        list: "Only check that the newest backup is not older, e.g. 26h: one line each, and exit status 1 if it is",
+      },
+    },
+    for: {
+      of: SENDING,
+      value: "DEST",
+      repeatable: true,
+      means:
+        "A destination with -n, --full-every, --compress, --encrypt-to and --rate-limit of its own, which follow",
+    },
+    jobs: {
+      of: SENDING,
+      value: "N",
+      means:
+        "Send at most N streams at a time; destinations that need the same stream get it together (default: all)",
+    },
+    "keep-unsent": {
+      of: ["run"],
+      means: "Keep what a destination could not get yet also for those that are --optional",
+    },
+    "drop-unsent": {
+      of: ["run"],
+      means:
+        "Keep nothing at the source for the sake of a destination that could not get it, but what both share",
+    },
+    "make-room": {
+      of: SENDING,
+      means: "When a destination is full, delete first what -n would delete afterwards",
+    },
+    "locked-dests": {
+      of: ["run"],
+      old: true,
+      means: "Add every known destination of SOURCE",
+    },
+    "remove-locks": {
+      of: ["run"],
+      old: true,
+      means: "Forget the given destinations first (see unpin)",
+    },
+    adopt: {
+      of: SENDING,
+      means: "Take over a destination that belonged to another source, or a replaced disk",
+    },
+    "skip-fs-checks": {
+      of: SENDING,
+      short: "C",
+      old: true,
+      means: "Do not check that SOURCE and DEST are on btrfs, and not on the same one",
+    },
+    "skip-space-check": {
+      of: SENDING,
+      means: "Send also what a destination seems to lack the space for",
+    },
   },
-  "drop-unsent": {
-    of: ["run"],
-    group: "several",
-    means:
-      "Keep nothing at the source for the sake of a destination that could not get it, but what both share",
+  "Stored streams": {
+    "full-every": {
+      of: SENDING,
+      value: "N|DURATION",
+      perDest: true,
+      means:
+        "Stored streams: begin a new chain with a full one after N, or after a time like 30d; 0 is never (default: 30)",
+    },
+    "encrypt-to": {
+      of: SENDING,
+      value: "RECIPIENT",
+      repeatable: true,
+      perDest: true,
+      means:
+        "Encrypt streams that are stored or go to a command with gpg's public key of RECIPIENT",
+    },
+    unverified: {
+      of: ["restore"],
+      means: "Restore stored streams without their checksum objects",
+    },
   },
-  "make-room": {
-    of: SENDING,
-    group: "several",
-    means: "When a destination is full, delete first what -n would delete afterwards",
+  "Other hosts, and rights": {
+    "ssh-opt": {
+      of: COMMON,
+      value: "OPTION",
+      repeatable: true,
+      old: true,
+      means: "Passed to ssh as -o OPTION",
+    },
+    "ssh-sudo": {
+      of: COMMON,
+      old: true,
+      means: "Run btrfs under sudo -n on other hosts",
+    },
+    sudo: { of: COMMON, means: "Run btrfs under sudo -n here" },
+    timeout: {
+      of: [...COMMON, "guard"],
+      value: "SECONDS",
+      means:
+        "Give up what has done nothing for so long: no byte moved, and no process of it worked (default: 3600; 0 is never)",
+    },
   },
-  "locked-dests": {
-    of: ["run"],
-    group: "several",
-    old: true,
-    means: "Add every known destination of SOURCE",
+  "What it tells": {
+    "dry-run": {
+      of: [...DELETING, "restore"],
+      means: "Say what would happen and why; change nothing",
+    },
+    wait: {
+      of: [...DELETING, "restore", "unpin"],
+      value: "SECONDS",
+      means: "Wait for a lock that another run holds (default: do not wait)",
+    },
+    verbosity: {
+      of: COMMON,
+      short: "v",
+      value: "LEVEL",
+      old: true,
+      means: "debug, info, warning or error (default: info)",
+    },
+    quiet: {
+      of: COMMON,
+      short: "q",
+      old: true,
+      means: "Same as --no-progress --verbosity warning",
+    },
+    json: {
+      of: COMMON,
+      means: "Tell what happens on standard output, one JSON object a line",
+    },
+    metrics: {
+      of: ["run"],
+      value: "FILE",
+      means: "Write metrics for Prometheus' node exporter (textfile collector)",
+    },
+    "no-progress": {
+      of: TRANSFERRING,
+      short: "P",
+      old: true,
+      means: "Show no progress",
+    },
+    "btrfs-debug": {
+      of: TRANSFERRING,
+      short: "d",
+      old: true,
+      means: "Let btrfs send and receive tell everything (-vv)",
+    },
+    help: { of: [...COMMON, "guard"], short: "h", means: "Show this text" },
+    version: { of: ["run"], means: "Show the version" },
   },
-  "remove-locks": {
-    of: ["run"],
-    group: "several",
-    old: true,
-    means: "Forget the given destinations first (see unpin)",
-  },
-  adopt: {
-    of: SENDING,
-    group: "several",
-    means: "Take over a destination that belonged to another source, or a replaced disk",
-  },
-  "skip-fs-checks": {
-    of: SENDING,
-    group: "several",
-    short: "C",
-    old: true,
-    means: "Do not check that SOURCE and DEST are on btrfs, and not on the same one",
-  },
-  "skip-space-check": {
-    of: SENDING,
-    group: "several",
-    means: "Send also what a destination seems to lack the space for",
-  },
-  "full-every": {
-    of: SENDING,
-    group: "stored",
-    value: "N|DURATION",
-    perDest: true,
-    means:
-      "Stored streams: begin a new chain with a full one after N, or after a time like 30d; 0 is never (default: 30)",
-  },
-  "encrypt-to": {
-    of: SENDING,
-    group: "stored",
-    value: "RECIPIENT",
-    repeatable: true,
-    perDest: true,
-    means: "Encrypt streams that are stored or go to a command with gpg's public key of RECIPIENT",
-  },
-  unverified: {
-    of: ["restore"],
-    group: "stored",
-    means: "Restore stored streams without their checksum objects",
-  },
-  "ssh-opt": {
-    of: COMMON,
-    group: "hosts",
-    value: "OPTION",
-    repeatable: true,
-    old: true,
-    means: "Passed to ssh as -o OPTION",
-  },
-  "ssh-sudo": {
-    of: COMMON,
-    group: "hosts",
-    old: true,
-    means: "Run btrfs under sudo -n on other hosts",
-  },
-  sudo: { of: COMMON, group: "hosts", means: "Run btrfs under sudo -n here" },
-  timeout: {
-    of: [...COMMON, "guard"],
-    group: "hosts",
-    value: "SECONDS",
-    means:
-      "Give up what has done nothing for so long: no byte moved, and no process of it worked (default: 3600; 0 is never)",
-  },
-  "dry-run": {
-    of: [...DELETING, "restore"],
-    group: "told",
-    means: "Say what would happen and why; change nothing",
-  },
-  wait: {
-    of: [...DELETING, "restore", "unpin"],
-    group: "told",
-    value: "SECONDS",
-    means: "Wait for a lock that another run holds (default: do not wait)",
-  },
-  verbosity: {
-    of: COMMON,
-    group: "told",
-    short: "v",
-    value: "LEVEL",
-    old: true,
-    means: "debug, info, warning or error (default: info)",
-  },
-  quiet: {
-    of: COMMON,
-    group: "told",
-    short: "q",
-    old: true,
-    means: "Same as --no-progress --verbosity warning",
-  },
-  json: {
-    of: COMMON,
-    group: "told",
-    means: "Tell what happens on standard output, one JSON object a line",
-  },
-  metrics: {
-    of: ["run"],
-    group: "told",
-    value: "FILE",
-    means: "Write metrics for Prometheus' node exporter (textfile collector)",
-  },
-  "no-progress": {
-    of: TRANSFERRING,
-    group: "told",
-    short: "P",
-    old: true,
-    means: "Show no progress",
-  },
-  "btrfs-debug": {
-    of: TRANSFERRING,
-    group: "told",
-    short: "d",
-    old: true,
-    means: "Let btrfs send and receive tell everything (-vv)",
-  },
-  help: { of: [...COMMON, "guard"], group: "told", short: "h", means: "Show this text" },
-  version: { of: ["run"], group: "told", means: "Show the version" },
-} as const satisfies Readonly<Record<string, Option>>;
-type OptionName = keyof typeof OPTIONS;
-type ValueName = {
-  [Name in OptionName]: (typeof OPTIONS)[Name] extends { value: string } ? Name : never;
-}[OptionName];
-type FlagName = Exclude<OptionName, ValueName>;
+} as const satisfies Readonly<Record<string, Readonly<Record<string, Option>>>>;
 
-const optionOf = (name: string): Option | undefined =>
-  (OPTIONS as Readonly<Record<string, Option>>)[name];
+type Group = (typeof GROUPS)[keyof typeof GROUPS];
+type NamesIn<G> = G extends unknown ? keyof G : never;
+type ValuedIn<G> = G extends unknown
+  ? { [Name in keyof G]: G[Name] extends { value: string } ? Name : never }[keyof G]
+  : never;
+type ValueName = ValuedIn<Group>;
+type FlagName = Exclude<NamesIn<Group>, ValueName>;
+
+export const OPTIONS: ReadonlyMap<string, Option> = new Map(
+  Object.values(GROUPS).flatMap((group) => Object.entries<Option>(group)),
+);
 
 /** The options of a command as citty defines them. */
 const optionsOf = (command: CommandName): ArgsDef =>
   Object.fromEntries(
-    Object.entries<Option>(OPTIONS)
+    [...OPTIONS]
       .filter(([, { of }]) => of.includes(command))
       .map(([name, { short, value, repeatable, means, meansIn }]) => [
         name,
@@ -13231,7 +13178,7 @@ type Defined = readonly [name: string, definition: Definition];
 function inFull(arg: string, defined: readonly Defined[]): string {
   const isDefined = (name: string) => defined.some(([one]) => one === name);
   const [, name = "", rest = ""] = /^--([a-z][a-z-]*)(=.*)?$/s.exec(arg) ?? [];
-  const old = Object.keys(OPTIONS).filter((one) => optionOf(one)?.old);
+  const old = [...OPTIONS].filter(([, option]) => option.old).map(([one]) => one);
   if (name === "" || isDefined(name) || !old.every(isDefined)) return arg;
   const meant = old.filter((one) => one.startsWith(name));
   if (meant.length > 1)
@@ -13294,7 +13241,7 @@ function inScopes(words: readonly GivenOption[]): Options & Pick<Given, "scopes"
   for (const word of words) {
     const [name, value] = word;
     if (name === "for") scopes.push({ dest: value, own: [] });
-    else ((optionOf(name)?.perDest && scopes.at(-1)?.own) || everywhere).push(word);
+    else ((OPTIONS.get(name)?.perDest && scopes.at(-1)?.own) || everywhere).push(word);
   }
   const scope = (own: readonly GivenOption[]) => {
     const others = everywhere.filter(([name]) => !own.some(([one]) => one === name));
@@ -13900,7 +13847,7 @@ export function told(one: CommandDef<any>) {
   const all = Object.entries(one.args as Readonly<Record<string, Definition>>);
   const tell = ([name, definition]: Defined): Told => {
     const { alias, valueHint, description = "", required } = definition;
-    const option = optionOf(name);
+    const option = OPTIONS.get(name);
     return {
       name,
       short: alias ?? null,
@@ -13920,9 +13867,9 @@ export function told(one: CommandDef<any>) {
     description: about,
     positionals,
     groups: Object.entries(GROUPS)
-      .map(([group, heading]): [string, Told[]] => [
+      .map(([heading, group]): [string, Told[]] => [
         heading,
-        options.filter(({ name }) => optionOf(name)?.group === group),
+        options.filter(({ name }) => Object.hasOwn(group, name)),
       ])
       .filter(([, some]) => some.length > 0),
   };

@@ -532,18 +532,16 @@ describe("arguments", () => {
 
 describe("options", () => {
   const program = readFileSync(join(import.meta.dir, "../btrfs-backup.ts"), "utf8");
-  const [, behind = ""] = program.split("\nexport const OPTIONS = ");
+  const [, behind = ""] = program.split("\nconst GROUPS = ");
   const readers = behind.slice(behind.indexOf("\n} as const satisfies "));
-  test.each(Object.keys(OPTIONS))("--%s is not only defined, but read", (name) =>
+  test.each([...OPTIONS.keys()])("--%s is not only defined, but read", (name) =>
     expect(readers).toContain(`"${name}"`),
   );
 
   test("each command has those that the table gives it, in one group of its help", () => {
     for (const [name, command] of Object.entries(COMMANDS)) {
       const { groups } = told(command);
-      const options = Object.entries<Option>(OPTIONS).filter(([, { of }]) =>
-        of.some((one) => one === name),
-      );
+      const options = [...OPTIONS].filter(([, { of }]) => of.some((one) => one === name));
       expect(groups.flatMap(([, some]) => some.map((option) => option.name)).toSorted()).toEqual(
         options.map(([option]) => option).toSorted(),
       );
@@ -551,17 +549,15 @@ describe("options", () => {
   });
 
   test("--for names those that can stand behind it", () => {
-    const { means, ...scope } = OPTIONS.for;
-    for (const [name, option] of Object.entries<Option>(OPTIONS))
+    const { means, of: commands } = OPTIONS.get("for") as Option;
+    for (const [name, option] of OPTIONS)
       if (option.perDest) {
         expect(means).toMatch(new RegExp(`--${name}\\b|-${option.short ?? name}\\b`));
-        expect([...option.of]).toEqual(expect.arrayContaining([...scope.of]));
+        expect([...option.of]).toEqual(expect.arrayContaining([...commands]));
       }
     // Nothing else is named.
     const named = means.match(/ --?[a-z][a-z-]*/g) ?? [];
-    expect(named.length).toBe(
-      Object.values<Option>(OPTIONS).filter(({ perDest }) => perDest).length,
-    );
+    expect(named.length).toBe([...OPTIONS.values()].filter(({ perDest }) => perDest).length);
   });
 
   test("an option behind --for DEST counts there, where it can, and everywhere else otherwise", () => {
