@@ -28,7 +28,7 @@ import { basename, dirname, join, normalize, resolve } from "node:path";
 import { fileURLToPath } from "node:url";
 import { createInterface } from "node:readline";
 import { parseArgs } from "node:util";
-import type { ArgDef, ArgsDef, CommandDef } from "citty";
+import type { ArgDef, ArgsDef, CommandDef, CommandMeta } from "citty";
 import type { ProcessPromise } from "zx/core";
 
 /** The same as in package.json; here, so that this file runs alone. */
@@ -11273,44 +11273,46 @@ export async function unpin(o: UnpinOptions, report: Report): Promise<void> {
 }
 
 // ── 8. Guard ─────────────────────────────────────────────────────────────────────────────
-// The forced command of an ssh key that may do no more than its options say. All of the boundary is here, in the order in
-// which it meets a command: reading it, the rules of arguments, the rules of verbs and what they look at again, what is
-// left out of an answer, and the stream. Whatever does not fit is refused before anything has run.
+// The forced command of an ssh key that may do no more than its options say. All of the boundary is
+// here, in the order in which it meets a command: reading the command, the rules of arguments, the
+// rules of verbs with what they look at again, the parts that an answer leaves out, and the stream.
+// Guard refuses a command that does not fit before anything has run.
 
 // ── reading a command ──
 
-/** How a command may begin: where it runs is ours to say. */
-const BEGINNINGS = [/^sh -c/, new RegExp(`^${UNSHARE} sh -c`), /^nsenter -t \d{1,9} -m -- sh -c/];
+/** The beginning of a command. Where the command runs is guard's to say. */
+const BEGINNING = new RegExp(`^(${UNSHARE} |nsenter -t \\d{1,9} -m -- )?sh -c`);
+
+const notOurs = () => refuse("this is no command of btrfs-backup");
 
 /** The words behind `sh -c`, each quoted as `quote` does. Errors: Refused for any other text. */
 function wordsOf(text: string): string[] {
-  const notOurs = "this is no command of btrfs-backup";
-  const beginning = BEGINNINGS.map((one) => one.exec(text)?.[0]).find(
-    (found) => found !== undefined,
-  );
-  if (beginning === undefined || /[\n\r\0]/.test(text)) return refuse(notOurs);
+  const beginning = BEGINNING.exec(text)?.[0];
+  if (beginning === undefined || /[\n\r\0]/.test(text)) return notOurs();
   const words: string[] = [];
   const word = / '([^'\\!]*(?:'\\['\\!]'[^'\\!]*)*)'/y;
   for (word.lastIndex = beginning.length; word.lastIndex < text.length;) {
-    const [, quoted = ""] = word.exec(text) ?? refuse(notOurs);
+    const [, quoted = ""] = word.exec(text) ?? notOurs();
     words.push(quoted.replace(/'\\(.)'/g, "$1"));
   }
   return words;
 }
 
-/** The verb and its arguments in the text that a run sent over ssh. Nothing else of it is used. Errors: Refused for any other text. */
+/**
+ * The verb and its arguments in a text that a run sent over ssh. Guard uses nothing else of it.
+ * Errors: Refused for any other text.
+ */
 export function parseCommand(text: string): { name: string; sudo: boolean; args: string[] } {
   const words = wordsOf(text);
-  // TRY runs a script with a title; it says the mode itself.
+  // TRY runs a script with a title, which says the mode itself.
   const [title = "", mode = "", ...args] =
     words[1] === TRYING ? [words[3] ?? "", "", ...words.slice(4)] : words.slice(1);
   const name = /^btrfs-backup:([a-z-]+)$/.exec(title)?.[1];
-  if (name === undefined || !["", "sudo", "fence"].includes(mode))
-    return refuse("this is no command of btrfs-backup");
+  if (name === undefined || !["", "sudo", "fence"].includes(mode)) return notOurs();
   return { name, sudo: mode === "sudo", args };
 }
 
-/** What a key may do, by the option that gives it the right. */
+/** The rights of a key, each with the option that gives it. */
 const RIGHTS = {
   add: "a key without --source",
   source: "--source",
@@ -11321,71 +11323,73 @@ type Right = keyof typeof RIGHTS;
 
 export type GuardOptions = ReturnType<typeof guardOptions>;
 
-/** What the arguments of a guarded verb have said so far. */
+/** The folder and the prefix that the arguments of a guarded verb have named so far. */
 type Guarded = { readonly o: GuardOptions; folder: string; prefix: string };
 
-/** Reads an ssh command, and checks all of it; `serve` runs it, and returns the exit status. Errors: Refused. */
+/**
+ * Reads an ssh command, and checks all of it. `serve` runs it, and returns the exit status. Errors:
+ * Refused.
+ */
 export async function permitted(
   text: string,
   o: GuardOptions,
 ): Promise<{ verb: Declared; args: string[]; serve: () => Promise<number> }> {
   const { name, args } = parseCommand(text);
-  const { verb, rights, least, most, check } = GUARDED.get(name) ?? refuse(`the verb ${name}`);
-  const granted: readonly Right[] = [
-    o.source ? "source" : "add",
-    ...(o.allowRead ? ["read" as const] : []),
-    ...(o.allowDelete ? ["delete" as const] : []),
-  ];
-  if (!rights.some((right) => granted.includes(right)))
+  const allowed = GUARDED.get(name) ?? refuse(`the verb ${name}`);
+  const { rights, least, most } = allowed;
+  const granted: Readonly<Record<Right, boolean>> = {
+    add: !o.source,
+    source: o.source,
+    read: o.allowRead,
+    delete: o.allowDelete,
+  };
+  if (!rights.some((right) => granted[right]))
     refuse(`${name} needs ${rights.map((right) => RIGHTS[right]).join(" or ")}`);
   if (args.length < least || args.length > most)
     refuse(`${name} with ${args.length} arguments, as another version has them`);
-  return { verb, ...(await check(args, { o, folder: "", prefix: "" })) };
+  return { verb: allowed.verb, ...(await allowed.check(args, { o, folder: "", prefix: "" })) };
 }
 
 // ── rules of arguments ──
 
-/** Checks an argument, and returns what is used in its place. Errors: Refused. */
+/** Checks an argument, and returns the one that is used in its place. Errors: Refused. */
 type ArgumentRule = (value: string, said: Guarded) => string;
 
 const shown = (value: string) =>
   JSON.stringify(value.length > 100 ? `${value.slice(0, 100)}…` : value);
-const like =
-  (shape: RegExp): ArgumentRule =>
-  (value) =>
-    shape.test(value) ? value : refuse(`the argument ${shown(value)}`);
-const oneOf =
-  (...words: readonly string[]): ArgumentRule =>
-  (value) =>
-    words.includes(value) ? value : refuse(`the argument ${shown(value)}`);
-/** An argument may be empty, or else is bound to a rule. */
+/** A rule that a test decides. `what`: a word for the argument. */
+const passing =
+  (test: (value: string, said: Guarded) => boolean, what = "the argument"): ArgumentRule =>
+  (value, said) =>
+    test(value, said) ? value : refuse(`${what} ${shown(value)}`);
+const like = (shape: RegExp) => passing((value) => shape.test(value));
+const oneOf = (...words: readonly string[]) => passing((value) => words.includes(value));
+/** An argument that is empty, or bound to a rule. */
 const perhaps =
   (rule: ArgumentRule): ArgumentRule =>
   (value, said) =>
     value === "" ? "" : rule(value, said);
-const notGiven: ArgumentRule = (value) => refuse(`the argument ${shown(value)}`);
+const notGiven = passing(() => false);
 
-const NONCE = like(/^[0-9a-f-]{36}$/);
-const LOCK_WAIT = like(/^(look|later|\d{1,6})$/);
-const SECONDS = like(/^\d{1,4}$/);
-const FSID = like(/^[0-9a-f]{1,16}(\/\d{0,9})?$/);
-const HOLDER = like(/^\d{0,9}$/);
-const LEVEL = like(/^(1?\d)?$/);
-const FLAG = oneOf("-q", "-vv");
 const BYTES = like(/^\d{1,18}$/);
 const UUID_BYTES = like(/^[0-9a-f]{32}$/);
 const SHA256 = like(/^[0-9a-f]{64}$/);
 const ONE_LINE = like(/^[^\n\r\0]*$/);
 
+const isOneLine = (value: string) => !/[\n\r\0]/.test(value);
+const isName = (value: string) => isOneLine(value) && !value.includes("/");
+
 const isOurs = (name: string) =>
   /^\.btrfs-backup|^\.outstanding_transfers$|\.part$|\.btrfs(\.|$)/.test(name);
 
+const statOf = (path: string) => lstatSync(path, { throwIfNoEntry: false });
+
 const isSubvolume = (path: string) => {
-  const found = lstatSync(path, { throwIfNoEntry: false });
+  const found = statOf(path);
   return found?.isDirectory() === true && found.ino === 256;
 };
 
-/** btrfs says EROFS of a read-only subvolume whoever asks. */
+/** Whether a path is a read-only subvolume: btrfs says EROFS of it, whoever asks. */
 function isReadonlySubvolume(path: string): boolean {
   if (!isSubvolume(path)) return false;
   try {
@@ -11396,7 +11400,7 @@ function isReadonlySubvolume(path: string): boolean {
   }
 }
 
-/** A path without symbolic links, as far as it exists. */
+/** A path without symbolic links, as far as the path exists. */
 function resolvedPath(path: string): string {
   try {
     return realpathSync(path);
@@ -11405,24 +11409,23 @@ function resolvedPath(path: string): string {
   }
 }
 
-/** A place that the key may use: below one of the paths, and not inside of a backup. */
+/** A place that the key may use: in one of its paths, and not inside of a backup. */
 const PLACE_RULE: ArgumentRule = (value, said) => {
-  if (!value.startsWith("/") || /[\n\r\0]/.test(value) || value !== withoutSlash(normalize(value)))
+  if (!value.startsWith("/") || !isOneLine(value) || value !== withoutSlash(normalize(value)))
     refuse(`the path ${shown(value)}`);
   const real = resolvedPath(value);
-  const within = said.o.paths.map(resolvedPath).find((path) => isWithin(real, path));
-  if (within === undefined)
-    return refuse(`${shown(value)} is not below ${said.o.paths.join(" or ")}`);
-  for (let at = real; at !== within; at = dirname(at)) {
-    if (isOurs(basename(at))) refuse(`${shown(value)} has a name that this program uses`);
-    if (prefixOf(basename(at)) !== null || isReadonlySubvolume(at))
+  const top = said.o.paths.map(resolvedPath).find((path) => isWithin(real, path));
+  if (top === undefined) return refuse(`${shown(value)} is not below ${said.o.paths.join(" or ")}`);
+  for (let path = real; path !== top; path = dirname(path)) {
+    if (isOurs(basename(path))) refuse(`${shown(value)} has a name that this program uses`);
+    if (prefixOf(basename(path)) !== null || isReadonlySubvolume(path))
       refuse(`${shown(value)} is inside of a backup`);
   }
   said.folder = real;
   return real;
 };
 
-/** A subvolume that can be backed up; the place stays what it was. */
+/** A subvolume that can be backed up. It is not the folder of the arguments behind it. */
 const SOURCE_RULE: ArgumentRule = (value, said) => {
   const { folder } = said;
   if (!said.o.source) refuse("it is not for sources");
@@ -11437,10 +11440,9 @@ const PREFIX_RULE: ArgumentRule = (value, said) => {
   return value;
 };
 
-const DATED: ArgumentRule = (value) =>
-  prefixOf(value) !== null && !/[/\n\r\0]/.test(value) ? value : refuse(`the name ${shown(value)}`);
+const DATED = passing((value) => prefixOf(value) !== null && isName(value), "the name");
 
-/** A read-only subvolume of the folder: no link, and nothing that is being received. */
+/** A read-only subvolume of the folder: no link, and no subvolume that is being received. */
 const STANDING: ArgumentRule = (value, { folder }) =>
   entryName(value) !== null && isReadonlySubvolume(join(folder, value))
     ? value
@@ -11450,52 +11452,83 @@ const LISTED_NAME: ArgumentRule = (value, said) =>
     ? `./${STANDING(value.slice(2), said)}`
     : refuse(`the argument ${shown(value)}`);
 
-const isObject = (value: string) => STREAM.test(value) && !/[/\n\r\0]/.test(value);
-const OBJECT: ArgumentRule = (value, { prefix }) =>
-  isObject(value) && parseName(STREAM.exec(value)?.[1] ?? "", prefix) !== null
-    ? value
-    : refuse(`the object ${shown(value)}`);
-/** An object, what belongs to it, or was to become it. */
-const ANY_OBJECT: ArgumentRule = (value) =>
-  isObject(value.replace(/^\.(.*)\.part$/s, "$1").replace(/\.sha256$|\.p[0-2]-\d*$/, ""))
-    ? value
-    : refuse(`the object ${shown(value)}`);
-/** An object, or what is kept of one to go on from. */
+const isObject = (value: string) => STREAM.test(value) && isName(value);
+const OBJECT = passing(
+  (value, { prefix }) =>
+    isObject(value) && parseName(STREAM.exec(value)?.[1] ?? "", prefix) !== null,
+  "the object",
+);
+/** An object, its checksum, or a part that was to become one of both. */
+const ANY_OBJECT = passing(
+  (value) =>
+    isObject(value.replace(/^\.(.*)\.part$/s, "$1").replace(/\.sha256$|\.p[0-2]-\d*$/, "")),
+  "the object",
+);
+/** An object, or the kept part of one to go on from. */
 const PART_RULE: ArgumentRule = (value, said) => {
   OBJECT(value.replace(/\.p[0-2]-\d*$/, ""), said);
   return value;
 };
 
 /** A path in a snapshot. */
-const INNER: ArgumentRule = (value) =>
-  value.startsWith("/") && value === normalize(value) && !/[\n\r\0]/.test(value)
-    ? value
-    : refuse(`the path ${shown(value)}`);
+const INNER = passing(
+  (value) => value.startsWith("/") && value === normalize(value) && isOneLine(value),
+  "the path",
+);
 
-/** A folder that was opened. */
-const AT = { folder: PLACE_RULE, fsid: FSID };
-/** A line of the record: what `record` replaces is checked as a whole. */
-const RECORDED = {
+/** The rules of parameters that mean the same in every verb. */
+const PARAMETERS = {
+  nonce: like(/^[0-9a-f-]{36}$/),
+  wait: like(/^(look|later|\d{1,6})$/),
+  silence: like(/^\d{1,4}$/),
+  folder: PLACE_RULE,
+  fsid: like(/^[0-9a-f]{1,16}(\/\d{0,9})?$/),
+  prefix: PREFIX_RULE,
+  lock: PREFIX_RULE,
+  holder: like(/^\d{0,9}$/),
+  // A line of the record, whole or in two parts. The line that is written is checked too.
   header: oneOf("", RECORD_HEADER),
   key: like(/^(,"[^\n\r\0]*": )?$/),
   value: ONE_LINE,
+  beginning: ONE_LINE,
+  rest: ONE_LINE,
+  flag: oneOf("-q", "-vv"),
+  level: like(/^(1?\d)?$/),
+  part: PART_RULE,
+  bytes: BYTES,
+  kept: BYTES,
+  objects: ANY_OBJECT,
+  snapshot: STANDING,
+  snapshots: LISTED_NAME,
+  inner: INNER,
+  format: oneOf(STAT_FORMAT),
 };
 
 // ── rules of verbs ──
 
-/** A rule for every parameter of a verb; that of `names...` is for each. */
+/** A rule for every parameter of a verb. The rule of `names...` is for each name. */
 type Rules<V> = { readonly [Name in keyof ArgumentsOf<V>]-?: ArgumentRule };
-
 /**
- * What a verb is bound to beyond the shape of its arguments. `again`: what is looked at again, as the place is now; it returns
- * the arguments that are used. `serve`: how it is run, if not as it is. Errors: Refused.
+ * The rules that a verb must say, since its parameters of these names are not in PARAMETERS, and
+ * others that it may say.
+ */
+type OwnRules<V> = Omit<Rules<V>, keyof typeof PARAMETERS> & Partial<Rules<V>>;
+
+type Again<V> = (given: ArgumentsOf<V>, said: Guarded) => Promise<ArgumentsOf<V>>;
+/**
+ * The bounds of a verb beyond the shape of its arguments. `again` looks again at the place as it is
+ * now, and returns the arguments that are used. `serve` runs a verb that does not run as it is.
+ * Errors: Refused.
  */
 type Beyond<V> = {
-  readonly again?: (given: ArgumentsOf<V>, said: Guarded) => Promise<ArgumentsOf<V>>;
+  readonly again?: Again<V>;
   readonly serve?: (given: ArgumentsOf<V>, said: Guarded) => Promise<number>;
 };
 
-/** How a guarded key may use a verb: with one of these rights, and so many arguments, if `check` accepts them. */
+/**
+ * A guarded key may use a verb with one of these rights, and so many arguments, if `check` accepts
+ * them.
+ */
 type Use = {
   readonly verb: Declared;
   readonly rights: readonly Right[];
@@ -11508,47 +11541,54 @@ type Use = {
 };
 
 function use<V extends Declared>(
-  verb: V,
+  declaration: V,
   rights: readonly Right[],
-  rules: Rules<V>,
-  beyond: Beyond<V> = {},
+  own: OwnRules<V>,
+  { again: lookAgain, serve: serveOtherwise }: Beyond<V> = {},
 ): [string, Use] {
-  const parameters = parametersOf(verb);
-  const ruleOf = (name: string) => rules[name as keyof Rules<V>];
-  const serve = beyond.serve ?? (async (given) => (await started(verb, given)).exitCode ?? 1);
-  const check = async (words: readonly string[], said: Guarded) => {
-    const checked: Record<string, string | string[]> = {};
+  const parameters = parametersOf(declaration);
+  const rules = { ...PARAMETERS, ...own } as Rules<V>;
+  const check: Use["check"] = async (words, said) => {
+    const accepted: Record<string, string | string[]> = {};
     for (const [i, { name, kind }] of parameters.entries()) {
+      const rule = rules[name as keyof Rules<V>];
       const [word] = words.slice(i);
-      if (kind === "...") checked[name] = words.slice(i).map((one) => ruleOf(name)(one, said));
-      else if (word !== undefined) checked[name] = ruleOf(name)(word, said);
+      if (kind === "...") accepted[name] = words.slice(i).map((one) => rule(one, said));
+      else if (word !== undefined) accepted[name] = rule(word, said);
     }
-    const given = checked as ArgumentsOf<V>;
-    const used = beyond.again === undefined ? given : await beyond.again(given, said);
-    return { args: wordsFor(verb, used), serve: () => serve(used, said) };
+    const given = accepted as ArgumentsOf<V>;
+    const used = lookAgain === undefined ? given : await lookAgain(given, said);
+    return {
+      args: wordsFor(declaration, used),
+      serve: () => serveOtherwise?.(used, said) ?? statusOf(declaration, used),
+    };
   };
   const least = parameters.filter(({ kind }) => kind === "").length;
   const most = parameters.some(({ kind }) => kind === "...") ? Infinity : parameters.length;
-  return [verb.name, { verb, rights, least, most, check }];
+  return [declaration.name, { verb: declaration, rights, least, most, check }];
 }
 
 /** Runs a verb for a guarded key, behind the fence. */
 function started<V extends Declared>(
-  verb: V,
+  declaration: V,
   given: ArgumentsOf<V>,
-  [stdin, stdout, stderr]: readonly ("inherit" | "pipe")[] = [],
+  stdout: "inherit" | "pipe" = "inherit",
 ): ProcessPromise {
   const host: Host = { ...LOCAL, fence: "own" };
   const child = shell({
-    stdio: [stdin ?? "inherit", stdout ?? "inherit", stderr ?? "inherit"],
+    stdio: ["inherit", stdout, "inherit"],
     env: { PATH: process.env["PATH"] ?? "" },
     detached: true,
-  })`${`exec ${commandWith(host, verb, given)}`}`;
+  })`${`exec ${commandWith(host, declaration, given)}`}`;
   running.add(() => sendSignal(-(child.pid as number), "SIGKILL"));
   return child;
 }
 
-/** Reads what the folder of a guarded verb has. */
+/** The exit status of a verb that runs for a guarded key. */
+const statusOf = async <V extends Declared>(declaration: V, given: ArgumentsOf<V>) =>
+  (await started(declaration, given)).exitCode ?? 1;
+
+/** The folder of a guarded verb as it is now. */
 async function lookedAt(
   { folder: path, prefix }: Guarded,
   kind: "folder" | "raw",
@@ -11564,84 +11604,104 @@ async function lookedAt(
 
 const GUARDED_CHAINS = 200;
 
-/** A chain's record as a guarded key may write it. Errors: Refused for what would take anything away from what is there. */
-export function guardedRecord(
-  text: string,
-  {
-    chain: now,
-    entries,
-    standing,
-    prefix,
-  }: Pick<Folder, "chain" | "entries" | "standing" | "prefix">,
-  source: boolean,
-): ChainRecord {
-  const { chains, unreadable } = parseRecord(`${RECORD_HEADER}\n${recordKey(prefix)}${text}\n}`);
-  const chain = chains.get(prefix);
-  if (
-    chain === undefined ||
-    unreadable !== null ||
-    Object.keys(chain).some(
-      (key) =>
-        ![
-          "owner",
-          "receiving",
-          "since",
-          "strangers",
-          "elders",
-          "destinations",
-          "leaps",
-          "belated",
-          "guarded",
-        ].includes(key),
-    )
-  )
-    return refuse("a record of another form");
+/** Every key of a chain's record. A new one needs its rule in `guardedRecord`. */
+const JUDGED: Readonly<Record<keyof ChainRecord, true>> = {
+  owner: true,
+  receiving: true,
+  since: true,
+  strangers: true,
+  elders: true,
+  destinations: true,
+  leaps: true,
+  belated: true,
+  guarded: true,
+};
+
+/** The state of a folder that a key's record is compared with. */
+type Judging = Pick<Folder, "chain" | "entries" | "standing" | "prefix">;
+
+/**
+ * A chain's record as a guarded key may write it. Errors: Refused for a record that takes anything
+ * away.
+ */
+export function guardedRecord(text: string, folder: Judging, source: boolean): ChainRecord {
+  const { chain: now, standing, prefix } = folder;
+  const chain = chainIn(text, prefix);
   const full = asRead(chain, standing, prefix);
-  const { owner, receiving, strangers = [], destinations } = full;
-  if (now.elders !== undefined && JSON.stringify(chain.elders) !== JSON.stringify(now.elders))
-    refuse("a record with other strangers");
-  if ((chain.elders?.until ?? 0) > Math.max(0, ...standing.map(({ id }) => id)))
-    refuse("a record of backups that are not there yet");
+  checkElders(chain, folder);
   // An administrator's terminal will show it.
   if (/[\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069]|\\u00[01]|\\[bfnrt]/.test(text))
     refuse("a record with control characters");
-  if (
-    receiving !== undefined &&
-    receiving !== now.receiving &&
-    (parseName(receiving, prefix) === null || entries.has(receiving))
-  )
-    refuse(`an announcement of ${shown(receiving)}`);
-  // Whose the backups are, and which are not, is settled once; a restored source has another UUID.
+  checkAnnouncement(full, folder);
+  checkOwnership(full, now);
+  const isSame = sameIn(full, now, "destinations");
+  if (!isSame && !source) refuse("a record with other destinations");
+  if (!source && !sameIn(chain, now, "leaps"))
+    refuse("a record with other leaps of the clock: --adopt-clock is for the server");
+  // The server alone knows since when a name is announced. Destinations are the key's word only:
+  // nobody's --locked-dests may go by them.
+  const { since: _, ...said } = full;
+  const isKnown = said.receiving !== undefined && said.receiving === now.receiving;
+  return {
+    ...said,
+    ...(isKnown && now.since !== undefined ? { since: now.since } : {}),
+    ...(now.guarded || !isSame ? { guarded: true as const } : {}),
+  };
+}
+
+const sameIn = (one: ChainRecord, other: ChainRecord, key: keyof ChainRecord) =>
+  JSON.stringify(one[key]) === JSON.stringify(other[key]);
+
+/** The chain of a prefix in the text of its line. Errors: Refused. */
+function chainIn(text: string, prefix: string): ChainRecord {
+  const { chains, unreadable } = parseRecord(`${RECORD_HEADER}\n${recordKey(prefix)}${text}\n}`);
+  const chain = chains.get(prefix);
+  return chain !== undefined &&
+    unreadable === null &&
+    Object.keys(chain).every((key) => Object.hasOwn(JUDGED, key))
+    ? chain
+    : refuse("a record of another form");
+}
+
+function checkElders(chain: ChainRecord, { chain: now, standing }: Judging): void {
+  if (now.elders !== undefined && !sameIn(chain, now, "elders"))
+    refuse("a record with other strangers");
+  if ((chain.elders?.until ?? 0) > Math.max(0, ...standing.map(({ id }) => id)))
+    refuse("a record of backups that are not there yet");
+}
+
+/** Only a name that is announced already, or is free, can be announced. */
+function checkAnnouncement(
+  { receiving: name }: ChainRecord,
+  { chain: now, prefix, entries }: Judging,
+): void {
+  if (name === undefined || name === now.receiving) return;
+  if (parseName(name, prefix) === null || entries.has(name))
+    refuse(`an announcement of ${shown(name)}`);
+}
+
+/** An owner and strangers are settled once. A restored source has another UUID. */
+function checkOwnership({ owner, strangers = [] }: ChainRecord, now: ChainRecord): void {
   const settled = now.owner !== undefined;
   if (settled && (owner?.host !== now.owner?.host || owner?.path !== now.owner?.path))
     refuse("a record with another owner: --adopt is for the server");
   const foreign = new Set(strangers);
-  if (
-    now.strangers?.some((uuid) => !foreign.has(uuid)) ||
-    (settled && strangers.length !== (now.strangers ?? []).length)
-  )
+  const known = now.strangers ?? [];
+  if (known.some((uuid) => !foreign.has(uuid)) || (settled && strangers.length !== known.length))
     refuse("a record with other strangers");
-  const same = JSON.stringify(destinations) === JSON.stringify(now.destinations);
-  if (!same && !source) refuse("a record with other destinations");
-  if (!source && JSON.stringify(chain.leaps) !== JSON.stringify(now.leaps))
-    refuse("a record with other leaps of the clock: --adopt-clock is for the server");
-  // Since when a name is announced is the server's to know. Destinations are the key's word only: nobody's --locked-dests may go by them.
-  const { since: _, ...said } = full;
-  const known =
-    receiving !== undefined && receiving === now.receiving && now.since !== undefined
-      ? { since: now.since }
-      : {};
-  return { ...said, ...known, ...(now.guarded || !same ? { guarded: true as const } : {}) };
 }
 
-/** A key's chains are another machine's: what is backed up here, or stands here, is not their source. Errors: Refused. */
+/**
+ * A key's chains are another machine's: neither this filesystem nor a subvolume of it is their
+ * source. Errors: Refused.
+ */
 function notFromHere({ owner }: ChainRecord, { place, subvolumes }: Folder, { o }: Guarded): void {
   if (o.source || owner === undefined) return;
   if (owner.uuid === place.filesystem || subvolumes.some(({ uuid }) => uuid === owner.uuid))
     refuse("a record with an owner that is on this filesystem");
 }
 
-/** The line of the record that a verb writes, if it writes one. Errors: Refused. */
+/** The line of the record that a verb writes, if any. Errors: Refused. */
 function recordedLine(
   { header, value }: { readonly header: string; readonly value: string },
   folder: Folder,
@@ -11656,45 +11716,48 @@ function recordedLine(
   return recordArguments(folder, chain);
 }
 
-/** Only what the record's own rules allow: see guardedRecord. */
-async function recordAgain(
-  given: ArgumentsOf<typeof WRITE_RECORD>,
-  said: Guarded,
-): Promise<typeof given> {
+/** Only a record that guardedRecord allows. */
+const recordAgain: Again<typeof WRITE_RECORD> = async (given, said) => {
   const prefix = /^,("(?:[^"\\]|\\.)*"): $/.test(given.key)
     ? (JSON.parse(given.key.slice(1, -2)) as string)
     : "/";
   PREFIX_RULE(prefix, said);
   if (given.header === "") refuse("a record without a header");
   return { ...given, ...recordedLine(given, await lookedAt(said, "folder"), said) };
-}
+};
 
-/** Only what the record says is left of a broken transfer; of one that was refused before it began, nothing is. */
+/**
+ * Only the subvolume that the record says a broken transfer left. A transfer that was refused
+ * before it began left none.
+ */
 async function discardServed(given: ArgumentsOf<typeof DISCARD>, said: Guarded): Promise<number> {
   const folder = await lookedAt(said, "folder");
   if (folder.chain.receiving === undefined && !folder.entries.has(given.name)) return 0;
   if (folder.chain.receiving !== given.name)
     refuse(`${given.name} was not left by a broken transfer`);
   if (given.how === "whole" && !doubtedIn(folder).has(given.name)) refuse(`${given.name} is whole`);
-  return (await started(DISCARD, { ...given, ...recordedLine(given, folder, said) })).exitCode ?? 1;
+  return statusOf(DISCARD, { ...given, ...recordedLine(given, folder, said) });
 }
 
-/** No stream takes another's name or UUID: of two with the same data either can stand for it, and what builds on it would build on the new one. */
-async function commitAgain(given: ArgumentsOf<CommitVerb>, said: Guarded): Promise<typeof given> {
+/**
+ * No stream takes another's name or UUID. Of two with the same data either could stand for them,
+ * and a later stream would build on the new one.
+ */
+const commitAgain: Again<CommitVerb> = async (given, said) => {
   const { object } = given;
   const { entries, store } = await lookedAt(said, "raw");
   if (entries.has(object) || entries.has(object + SUM)) refuse(`${object} is there`);
   const uuid = STREAM.exec(object)?.[8] ?? "";
-  if (store?.streams.some((stream) => stream.readonly && stream.receivedUuid === uuid))
+  if (store?.streams.some((one) => one.readonly && one.receivedUuid === uuid))
     refuse(`${uuid} is stored already`);
   return { ...given, part: given.part ?? "", kept: given.kept ?? "", uuid };
-}
+};
 
-/** Without --allow-delete, only what broken transfers left. */
-async function dropAgain(given: ArgumentsOf<DropVerb>, said: Guarded): Promise<typeof given> {
+/** Without --allow-delete, only the objects that broken transfers left. */
+const dropAgain: Again<DropVerb> = async (given, said) => {
   const { store } = await lookedAt(said, "raw");
   const debris = new Set(
-    [...(store?.debris.entries() ?? [])].flatMap(([name, objects]) =>
+    [...(store?.debris ?? [])].flatMap(([name, objects]) =>
       parseName(name, said.prefix) === null ? [] : objects,
     ),
   );
@@ -11702,13 +11765,10 @@ async function dropAgain(given: ArgumentsOf<DropVerb>, said: Guarded): Promise<t
   if (whole !== undefined && !said.o.allowDelete)
     refuse(`${whole} was not left by a broken transfer (--allow-delete)`);
   return given;
-}
+};
 
 /** Never the newest snapshot of a source. */
-async function deleteAgain(
-  given: ArgumentsOf<typeof DELETE>,
-  said: Guarded,
-): Promise<typeof given> {
+const deleteAgain: Again<typeof DELETE> = async (given, said) => {
   const names = given.names.map((name) => DATED(name.slice(2), said));
   const { standing, top } = await lookedAt(said, "folder");
   const idOf = new Map<string, string>(standing.map(({ name, id }) => [name, String(id)]));
@@ -11722,13 +11782,10 @@ async function deleteAgain(
     for (const name of names)
       if (newest(prefixOf(name) as string) === name) refuse(`${name} is the newest snapshot`);
   return given;
-}
+};
 
 /** Only the newest snapshot, within its prefix. */
-async function renameAgain(
-  given: ArgumentsOf<typeof RENAME>,
-  said: Guarded,
-): Promise<typeof given> {
+const renameAgain: Again<typeof RENAME> = async (given, said) => {
   const { standing } = await lookedAt(said, "folder");
   const prefix = prefixOf(given.name);
   const alike = standing.filter(({ name, readonly }) => readonly && prefixOf(name) === prefix);
@@ -11738,42 +11795,29 @@ async function renameAgain(
   )
     refuse(`${shown(given.name)} is not the newest snapshot`);
   return given;
-}
+};
 
-/** Whether a path of a snapshot is reached there without following links. */
+/** Whether a path of a snapshot leads through no link. */
 const isInside = (snapshot: string, path: string) =>
   path
     .split("/")
     .slice(1, -1)
-    .every(
-      (_, i, all) =>
-        !lstatSync(join(snapshot, ...all.slice(0, i + 1)), {
-          throwIfNoEntry: false,
-        })?.isSymbolicLink(),
-    );
+    .every((_, i, all) => !statOf(join(snapshot, ...all.slice(0, i + 1)))?.isSymbolicLink());
 
 /** Only snapshots in which the path leads through no link. */
-async function versionsAgain(
-  given: ArgumentsOf<typeof VERSIONS>,
-  { folder }: Guarded,
-): Promise<typeof given> {
-  return {
-    ...given,
-    names: given.names.filter((name) => isInside(join(folder, name), given.inner)),
-  };
-}
+const versionsAgain: Again<typeof VERSIONS> = async (given, { folder }) => {
+  const names = given.names.filter((name) => isInside(join(folder, name), given.inner));
+  return { ...given, names };
+};
 
 /** Only paths that lead through no link, on both sides. */
-async function sizesAgain(
-  given: ArgumentsOf<typeof FILE_SIZES>,
-  { folder }: Guarded,
-): Promise<typeof given> {
+const sizesAgain: Again<typeof FILE_SIZES> = async (given, { folder }) => {
   const led = given.paths.find(
     (path) => ![given.snapshot, given.parent].every((name) => isInside(join(folder, name), path)),
   );
   if (led !== undefined) refuse(`the path ${shown(led)}`);
   return given;
-}
+};
 
 /** The source itself, or a snapshot in the folder. */
 const VERSION_OF: ArgumentRule = (value, said) =>
@@ -11784,118 +11828,48 @@ const FILE: ArgumentRule = (value, said) => {
   return INNER(value, said);
 };
 
-const RECORD_PARTS = {
-  header: RECORDED.header,
-  key: RECORDED.key,
-  beginning: ONE_LINE,
-  rest: ONE_LINE,
-};
-const KEPT_PART = { part: PART_RULE, sum: SHA256, bytes: BYTES, kept: BYTES };
-const SOURCE_OR_NONE = perhaps(SOURCE_RULE);
-const PARENT = perhaps(STANDING);
+const NAMES = { names: LISTED_NAME };
 
-/** What a key may run. A verb that is not here is refused. */
+/** The verbs that a key may run. Guard refuses all others. */
 const GUARDED: ReadonlyMap<string, Use> = new Map([
   use(
     OPEN,
     ["add", "source"],
-    {
-      nonce: NONCE,
-      wait: LOCK_WAIT,
-      folder: PLACE_RULE,
-      prefix: PREFIX_RULE,
-      source: SOURCE_OR_NONE,
-      kind: oneOf("", "streams", "known"),
-      silence: SECONDS,
-    },
+    { source: perhaps(SOURCE_RULE), kind: oneOf("", "streams", "known") },
     { serve: openServed },
   ),
-  use(CREATE, ["add", "source"], { ...AT, prefix: PREFIX_RULE }),
-  use(PARENTS, ["add"], { folder: PLACE_RULE, source: oneOf(""), how: oneOf("", "look") }),
-  use(
-    WRITE_RECORD,
-    ["add", "source"],
-    { ...AT, ...RECORDED, sync: oneOf("sync") },
-    { again: recordAgain },
-  ),
-  use(
-    RECEIVE,
-    ["add"],
-    {
-      flag: FLAG,
-      ...AT,
-      level: LEVEL,
-      holder: HOLDER,
-      prefix: PREFIX_RULE,
-      ...RECORD_PARTS,
-      ...KEPT_PART,
-      sync: notGiven,
-    },
-    { serve: receiveServed },
-  ),
-  use(KEPT, ["add"], { ...AT, prefix: PREFIX_RULE, object: OBJECT }),
-  use(TIDY, ["add"], { ...AT, prefix: PREFIX_RULE }),
-  use(
-    DISCARD,
-    ["add"],
-    { ...AT, prefix: PREFIX_RULE, name: DATED, ...RECORDED, how: oneOf("", "whole") },
-    { serve: discardServed },
-  ),
-  use(
-    RAW.put,
-    ["add"],
-    { ...AT, lock: PREFIX_RULE, object: PART_RULE, holder: HOLDER, size: perhaps(BYTES) },
-    { serve: storeServed },
-  ),
-  use(
-    RAW.commit,
-    ["add"],
-    {
-      ...AT,
-      lock: PREFIX_RULE,
-      object: OBJECT,
-      sum: SHA256,
-      bytes: BYTES,
-      part: PART_RULE,
-      kept: BYTES,
-      uuid: notGiven,
-    },
-    { again: commitAgain },
-  ),
-  use(
-    RAW.delete,
-    ["add", "delete"],
-    { ...AT, lock: PREFIX_RULE, objects: ANY_OBJECT },
-    { again: dropAgain },
-  ),
-  use(RAW.get, ["read"], { ...AT, how: oneOf("", "sum"), holder: HOLDER, objects: ANY_OBJECT }),
+  use(CREATE, ["add", "source"], {}),
+  use(PARENTS, ["add"], { source: oneOf(""), how: oneOf("", "look") }),
+  use(WRITE_RECORD, ["add", "source"], { sync: oneOf("sync") }, { again: recordAgain }),
+  use(RECEIVE, ["add"], { sum: SHA256, sync: notGiven }, { serve: receiveServed }),
+  use(KEPT, ["add"], { object: OBJECT }),
+  use(TIDY, ["add"], {}),
+  use(DISCARD, ["add"], { name: DATED, how: oneOf("", "whole") }, { serve: discardServed }),
+  use(RAW.put, ["add"], { object: PART_RULE, size: perhaps(BYTES) }, { serve: storeServed }),
+  use(RAW.commit, ["add"], { object: OBJECT, sum: SHA256, uuid: notGiven }, { again: commitAgain }),
+  use(RAW.delete, ["add", "delete"], {}, { again: dropAgain }),
+  use(RAW.get, ["read"], { how: oneOf("", "sum") }),
   use(
     DELETE,
     ["delete", "source"],
     {
+      ...NAMES,
       convert: oneOf("", "rw"),
       sync: oneOf("", "sync"),
-      ...AT,
       top: ONE_LINE,
       ids: like(/^\d+( \d+)*$/),
-      names: LISTED_NAME,
     },
     { again: deleteAgain },
   ),
-  use(RECEIVED, ["delete", "read"], { ...AT, names: LISTED_NAME }),
-  use(MADE, ["delete", "read"], AT, { serve: madeServed }),
-  use(BORN, ["delete", "read"], { ...AT, names: LISTED_NAME }),
-  use(SHOW, ["source"], AT),
-  use(SNAPSHOT, ["source"], { source: SOURCE_RULE, ...AT, name: DATED }),
-  use(RENAME, ["source"], { ...AT, name: STANDING, to: DATED }, { again: renameAgain }),
+  use(RECEIVED, ["delete", "read"], NAMES),
+  use(MADE, ["delete", "read"], {}, { serve: madeServed }),
+  use(BORN, ["delete", "read"], NAMES),
+  use(SHOW, ["source"], {}),
+  use(SNAPSHOT, ["source"], { source: SOURCE_RULE, name: DATED }),
+  use(RENAME, ["source"], { name: STANDING, to: DATED }, { again: renameAgain }),
   use(SEND, ["source", "read"], {
-    flag: FLAG,
-    ...AT,
-    level: LEVEL,
     protocol: like(/^[12]?$/),
-    holder: HOLDER,
-    snapshot: STANDING,
-    parent: PARENT,
+    parent: perhaps(STANDING),
     skip: perhaps(BYTES),
     sum: perhaps(SHA256),
     uuid: UUID_BYTES,
@@ -11904,34 +11878,23 @@ const GUARDED: ReadonlyMap<string, Use> = new Map([
   use(WORK, ["add", "source", "read", "delete"], {
     group: oneOf(""),
     verb: like(/^[a-z-]{1,20}$/),
-    folder: PLACE_RULE,
   }),
-  use(HEADS, ["source", "read"], { ...AT, snapshots: LISTED_NAME }),
-  use(BIRTHS, ["source", "read"], { ...AT, snapshots: LISTED_NAME }),
-  use(ESTIMATE, ["source", "read"], { ...AT, snapshot: STANDING, parent: PARENT }),
-  use(REWRITTEN, ["source", "read"], { ...AT, snapshot: STANDING, parent: STANDING }),
-  use(
-    FILE_SIZES,
-    ["source", "read"],
-    { ...AT, snapshot: STANDING, parent: STANDING, paths: INNER },
-    { again: sizesAgain },
-  ),
-  use(SIZES, ["read"], { ...AT, names: LISTED_NAME }),
-  use(DIGEST, ["read"], { ...AT, snapshot: STANDING }),
-  use(LISTING, ["read"], { ...AT, snapshot: STANDING, format: oneOf(STAT_FORMAT) }),
-  use(
-    VERSIONS,
-    ["read"],
-    { ...AT, format: oneOf(STAT_FORMAT), word: oneOf(WORD), inner: INNER, names: VERSION_OF },
-    { again: versionsAgain },
-  ),
-  use(TAKE, ["read"], { ...AT, snapshot: STANDING, inner: INNER }),
+  use(HEADS, ["source", "read"], {}),
+  use(BIRTHS, ["source", "read"], {}),
+  use(ESTIMATE, ["source", "read"], { parent: perhaps(STANDING) }),
+  use(REWRITTEN, ["source", "read"], { parent: STANDING }),
+  use(FILE_SIZES, ["source", "read"], { parent: STANDING, paths: INNER }, { again: sizesAgain }),
+  use(SIZES, ["read"], NAMES),
+  use(DIGEST, ["read"], {}),
+  use(LISTING, ["read"], {}),
+  use(VERSIONS, ["read"], { word: oneOf(WORD), names: VERSION_OF }, { again: versionsAgain }),
+  use(TAKE, ["read"], {}),
   use(LOCATE, ["read"], { file: FILE }),
 ]);
 
 // ── how much a key may store ──
 
-/** The files below a folder that count: not those in backups, and none that is reached through a link. */
+/** The files below a folder that count: no file in a backup, and none behind a link. */
 function* filesBelow(folder: string): Generator<string> {
   for (const entry of readdirSync(folder, { withFileTypes: true })) {
     const path = join(folder, entry.name);
@@ -11940,7 +11903,7 @@ function* filesBelow(folder: string): Generator<string> {
   }
 }
 
-/** Opens a file. Errors: Refused for what is not a plain one. */
+/** Opens a plain file. Errors: Refused for all others. */
 function openedPlain(path: string): number {
   try {
     const file = openSync(path, constants.O_RDONLY | constants.O_NOFOLLOW | constants.O_NONBLOCK);
@@ -11951,65 +11914,64 @@ function openedPlain(path: string): number {
   }
 }
 
-/** Bytes of what a broken transfer has left of a subvolume. */
-function leftoverBytes(path: string): number {
-  if (!isSubvolume(path) || isReadonlySubvolume(path)) return 0;
-  // Data that are in memory only are not told.
-  const script = `btrfs filesystem sync "$1" >&2; btrfs filesystem du -s --raw "$1"`;
-  const { stdout } = spawnSync("sh", ["-c", script, "sh", path], {
+/** Runs a program. Nothing else happens meanwhile. */
+const ranNow = (program: string, ...args: readonly string[]) =>
+  spawnSync(program, args, {
     encoding: "utf8",
+    maxBuffer: 2 ** 30,
     env: { PATH: `${process.env["PATH"] ?? ""}:/usr/sbin:/sbin`, LC_ALL: "C" },
   });
+
+/** The bytes that a broken transfer has left of a subvolume. */
+function leftoverBytes(path: string): number {
+  if (!isSubvolume(path) || isReadonlySubvolume(path)) return 0;
+  // `du` does not tell of data that are in memory only.
+  const script = `btrfs filesystem sync "$1" >&2; btrfs filesystem du -s --raw "$1"`;
+  const { stdout } = ranNow("sh", "-c", script, "sh", path);
   return Number(/^\s*(\d+)\s/m.exec(stdout)?.[1] ?? 0);
 }
 
-/** The bytes of a folder's backups as its record says, as far as they still stand, and of leftovers. Errors: Refused where it cannot be read. */
+/**
+ * The bytes of a folder's standing backups, as its record says, and of leftovers. Errors: Refused
+ * for an unreadable record.
+ */
 function recordedBytes(path: string): number {
   const file = openedPlain(path);
-  const {
-    chains,
-    stored = new Map<string, Stored>(),
-    unreadable,
-  } = parseRecord(readFileSync(file, "utf8"));
+  const { chains, stored, unreadable } = parseRecord(readFileSync(file, "utf8"));
   closeSync(file);
   if (unreadable !== null) refuse(`${shown(path)} cannot be read`);
-  const left = [...chains.values()].flatMap(({ receiving }) =>
-    receiving === undefined || entryName(receiving) === null
-      ? []
-      : [join(dirname(path), receiving)],
-  );
   const standing = new Set(listedNow(dirname(path)).map(({ receivedUuid }) => receivedUuid));
-  const all = [...stored.values()].flatMap((one) => Object.entries(one));
-  return all.reduce(
-    (sum, [uuid, bytes]) => (standing.has(uuid) ? sum + bytes : sum),
-    left.reduce((sum, one) => sum + leftoverBytes(one), 0),
-  );
+  let sum = 0;
+  for (const { receiving: name } of chains.values())
+    if (name !== undefined && entryName(name) !== null)
+      sum += leftoverBytes(join(dirname(path), name));
+  for (const one of stored?.values() ?? [])
+    for (const [uuid, bytes] of Object.entries(one)) if (standing.has(uuid)) sum += bytes;
+  return sum;
 }
 
-/** The bytes of all streams that stand below paths, or are kept in part. */
+/** The bytes of all streams below paths, whole or kept in part. */
 function bytesBelow(given: readonly string[]): number {
   const paths = given.map(resolvedPath);
   const files = new Set(
-    paths
-      .filter((path) => lstatSync(path, { throwIfNoEntry: false })?.isDirectory())
-      .flatMap((path) => [...filesBelow(path)]),
+    paths.filter((path) => statOf(path)?.isDirectory()).flatMap((path) => [...filesBelow(path)]),
   );
   let sum = 0;
   for (const path of files) {
     const name = basename(path);
     if (name === ".btrfs-backup.json") sum += recordedBytes(path);
-    else if (isObject(name) || PART_OF_OBJECT.test(name))
-      sum += lstatSync(path, { throwIfNoEntry: false })?.size ?? 0;
+    else if (isObject(name) || PART_OF_OBJECT.test(name)) sum += statOf(path)?.size ?? 0;
   }
   return sum;
 }
 
-/** The stream of an object, as long as it is not whole. */
+/** The name of an object's stream that is not whole yet. */
 const PART_OF_OBJECT = /^\..*\.btrfs(\.zst)?(\.gpg)?(\.p[0-2]-\d*)?\.part$/s;
 
 /**
- * Lets a stream in, one after the other, as long as --max-bytes has room; `work` gets how many bytes it may have. `counted`: those that
- * are there already, and will not be there twice. Errors: Refused where there is no room.
+ * Lets streams in one after the other, as long as --max-bytes has room. `work` gets the bytes that
+ * it may have. `counted`: bytes that are there already, and will not be there twice. Errors:
+ * Refused where there is no room.
  */
 async function withinBytes(
   { paths, maxBytes }: GuardOptions,
@@ -12017,19 +11979,11 @@ async function withinBytes(
   work: (left: number) => Promise<number>,
 ): Promise<number> {
   if (maxBytes === null) return work(Infinity);
-  const wait = 3600; // seconds
-  const lock = spawn(
-    "flock",
-    [
-      "-w",
-      String(wait),
-      lockFile(`--max-bytes\n${paths.join("\n")}`),
-      "sh",
-      "-c",
-      "echo; exec cat >/dev/null",
-    ],
-    { stdio: ["pipe", "pipe", "inherit"] },
-  );
+  const wait = "3600"; // seconds
+  const locked = lockFile(`--max-bytes\n${paths.join("\n")}`);
+  const lock = spawn("flock", ["-w", wait, locked, "sh", "-c", "echo; exec cat >/dev/null"], {
+    stdio: ["pipe", "pipe", "inherit"],
+  });
   try {
     const held = await new Promise(
       (done) => lock.stdout.once("data", () => done(true)) && lock.once("close", () => done(false)),
@@ -12046,7 +12000,7 @@ async function withinBytes(
 const noRoom = (maxBytes: number | null) =>
   `more than the ${inBytes(maxBytes ?? 0)} that --max-bytes allows this key`;
 
-/** Remembers how many bytes a backup's stream had, and forgets those that are gone. */
+/** Remembers how many bytes a backup's stream had, and forgets backups that are gone. */
 async function rememberBytes(said: Guarded, uuid: string, bytes: number): Promise<void> {
   const folder = await lookedAt(said, "folder");
   const standing = new Set(folder.subvolumes.map(({ receivedUuid }) => receivedUuid));
@@ -12066,32 +12020,29 @@ async function rememberBytes(said: Guarded, uuid: string, bytes: number): Promis
   );
 }
 
-/** Passes a stream on to a store, as much as there is room for. */
+/** Passes a stream on to a store, as far as there is room. */
 async function storeServed(given: ArgumentsOf<PutVerb>, { o }: Guarded): Promise<number> {
-  if (o.maxBytes === null) return (await started(RAW.put, given)).exitCode ?? 1;
+  if (o.maxBytes === null) return statusOf(RAW.put, given);
   const allowed = async () => {};
-  return withinBytes(
-    o,
-    () => 0,
-    (left) =>
-      letIn(
-        RAW.put,
-        given,
-        { stream: false, level: "", file: null, left, most: o.maxBytes },
-        { begins: allowed, whole: allowed },
-      ),
-  );
+  const store = (left: number) => {
+    const coming = { stream: false, level: "", file: null, left, most: o.maxBytes };
+    return letIn(RAW.put, given, coming, { begins: allowed, whole: allowed });
+  };
+  return withinBytes(o, () => 0, store);
 }
 
-// ── what is served otherwise than as it is ──
+// ── commands that do not run as they are ──
 
-/** Serves one command of an ssh key that may do no more than its options say. Returns the exit status. */
+/**
+ * Serves one command of an ssh key that may do no more than its options say. Returns the exit
+ * status.
+ */
 export async function guard(o: GuardOptions): Promise<number> {
   const text = process.env["SSH_ORIGINAL_COMMAND"] ?? "";
   try {
-    const { serve } = await permitted(text, o);
+    const allowed = await permitted(text, o);
     checkFence();
-    return await serve();
+    return await allowed.serve();
   } catch (problem) {
     const error = refusalOf(problem);
     const client = process.env["SSH_CONNECTION"]?.split(" ")[0] ?? "nobody";
@@ -12103,7 +12054,10 @@ export async function guard(o: GuardOptions): Promise<number> {
   }
 }
 
-/** What the kernel says of a name (too long, no such file) is a refusal as well. Errors: all others. */
+/**
+ * An error as a refusal. The kernel's word on a name (too long, no such file) is one as well.
+ * Errors: all others.
+ */
 function refusalOf(error: unknown): Refused {
   if (error instanceof Refused) return error;
   if (typeof (error as NodeJS.ErrnoException).syscall === "string")
@@ -12111,7 +12065,7 @@ function refusalOf(error: unknown): Refused {
   throw error;
 }
 
-/** Errors: Refused where no verb can work behind the fence; whether the mount is what it should be, each verb looks at itself. */
+/** Errors: Refused where no verb can work behind the fence. Each verb itself checks its mount. */
 function checkFence(): void {
   if (process.getuid?.() !== 0) refuse("guard needs root, for a mount namespace of its own");
   const { status, stderr } = spawnSync("sh", ["-c", `${UNSHARE} true`], { encoding: "utf8" });
@@ -12119,52 +12073,43 @@ function checkFence(): void {
     refuse(`guard needs a mount namespace of its own, and there is none: ${stderr.trim()}`);
 }
 
-/** Opens a folder, and tells of it what concerns the key. */
+/** Opens a folder, and tells the facts that concern the key. */
 async function openServed(given: ArgumentsOf<typeof OPEN>, said: Guarded): Promise<number> {
-  const child = started(OPEN, given, ["inherit", "pipe"]);
+  const child = started(OPEN, given, "pipe");
   const output = await printed(child, `\n${given.nonce} end\n`);
   if (typeof output === "string") process.stdout.write(narrowed(output, given.nonce, said.folder));
   return (await child).exitCode ?? 1;
 }
 
-/** Tells of subvolumes in a folder when they were made. */
+/** Tells when the subvolumes of a folder were made. */
 async function madeServed(given: ArgumentsOf<typeof MADE>, said: Guarded): Promise<number> {
   const { top } = await lookedAt(said, "folder");
-  const { stdout, exitCode } = await started(MADE, given, ["inherit", "pipe"]);
+  const { stdout, exitCode } = await started(MADE, given, "pipe");
   for (const [line, , , , path] of listedLines(stdout.replace(/\n$/, ""), LISTED_MADE))
     if (dirname(`/${path}`) === top) process.stdout.write(`${line}\n`);
   return exitCode ?? 1;
 }
 
-/** What `open` printed, without what concerns neither the folder nor the source. */
+/** The answer of `open`, without the lines that concern neither the folder nor the source. */
 export function narrowed(output: string, nonce: string, folder: string): string {
   const { top, source, mounts, place } = parseInspection(output, nonce, folder);
   const mount = placeOn(mounts, place.path).mount;
-  const ours = (path: string) =>
-    `/${path}` === mount.root ||
-    [top, ...(source === null ? [] : [source.top])].some(
-      (one) => isWithin(`/${path}`, one) || isWithin(one, `/${path}`),
-    );
-  const near = (path: string) =>
-    [place.path, ...(source === null ? [] : [source.path])].some(
-      (one) => isWithin(one, path) || isWithin(path, one),
-    );
+  const places = source === null ? [place] : [place, source];
+  const tops = source === null ? [top] : [top, source.top];
+  const isAlong = (path: string) => (one: string) => isWithin(one, path) || isWithin(path, one);
+  const ours = (path: string) => path === mount.root || tops.some(isAlong(path));
+  const listed = (shape: RegExp, group: number) => (text: string) =>
+    [...listedLines(text, shape)].filter((found) => ours(`/${found[group]}`)).map(([line]) => line);
+  const near = (path: string) => places.map((one) => one.path).some(isAlong(path));
   const lines: Record<string, (text: string) => string[]> = {
-    subvolumes: (text) =>
-      [...listedLines(text, LISTED)]
-        .filter((match) => ours(match[6] as string))
-        .map(([line]) => line),
-    readonly: (text) =>
-      [...listedLines(text, LISTED_READONLY)]
-        .filter((match) => ours(match[2] as string))
-        .map(([line]) => line),
+    subvolumes: listed(LISTED, 6),
+    readonly: listed(LISTED_READONLY, 2),
     mounts: (text) => text.split("\n").filter((line) => near(parseMounts(line)[0]?.path ?? "")),
     filesystems: (text) =>
-      text
-        .split("\n")
-        .filter((line) =>
-          [place.filesystem, source?.filesystem].includes(line.slice(line.lastIndexOf("/") + 1)),
-        ),
+      text.split("\n").filter((line) => {
+        const name = line.slice(line.lastIndexOf("/") + 1);
+        return places.some(({ filesystem }) => filesystem === name);
+      }),
   };
   const parts = output.split(`\n${nonce} `).map((part) => {
     const [name = "", ...text] = part.replace(/\n$/, "").split("\n");
@@ -12175,32 +12120,28 @@ export function narrowed(output: string, nonce: string, folder: string): string 
   return parts.join(`\n${nonce} `);
 }
 
-/** All subvolumes of a folder's filesystem, without giving way to anything else meanwhile. Errors: Refused. */
+/** All subvolumes of a folder's filesystem. Nothing else happens meanwhile. Errors: Refused. */
 function listedNow(folder: string): Subvolume[] {
-  const list = (...options: string[]) => {
-    const { status, stdout, stderr } = spawnSync(
-      "btrfs",
-      ["subvolume", "list", "-a", ...options, folder],
-      {
-        encoding: "utf8",
-        maxBuffer: 2 ** 30,
-        env: { PATH: `${process.env["PATH"] ?? ""}:/usr/sbin:/sbin`, LC_ALL: "C" },
-      },
-    );
+  const listed = (...options: string[]) => {
+    const words = ["subvolume", "list", "-a", ...options, folder];
+    const { status, stdout, stderr } = ranNow("btrfs", ...words);
     return status === 0
       ? stdout.replace(/\n$/, "")
       : refuse(`the subvolumes cannot be listed: ${stderr}`);
   };
-  return parseSubvolumes(list("-c", "-u", "-q", "-R"), list("-r"));
+  return parseSubvolumes(listed("-c", "-u", "-q", "-R"), listed("-r"));
 }
 
-/** Whether a stream may begin that subvolume, in a folder as it is now. Errors: Refused. */
+/**
+ * The beginning of a stream: its subvolume's name and UUID, and the parent's UUID (null in full).
+ */
+type StreamStart = readonly [name: string, uuid: string, parent: string | null];
+
+/** Checks the beginning of a stream against a folder as it is now. Errors: Refused. */
 function mayBegin(
   folder: Folder,
   announced: string | undefined,
-  name: string,
-  uuid: string,
-  parent: string | null,
+  [name, uuid, parent]: StreamStart,
 ): void {
   if (
     parseName(name, folder.prefix) === null ||
@@ -12208,8 +12149,9 @@ function mayBegin(
     folder.entries.has(name)
   )
     refuse(`the subvolume ${shown(name)}`);
-  // Now, not when the session began; and of the whole filesystem, since receive looks for UUIDs in all of it, whatever its chroot. What is
-  // received later by the same UUID comes behind: receive takes the first.
+  // All subvolumes of this moment, not of the session's beginning; and of the whole filesystem,
+  // since receive looks for UUIDs in all of it, whatever its chroot. A subvolume that is received
+  // later by the same UUID comes behind: receive takes the first.
   const all = listedNow(folder.path);
   if (all.some((one) => `/${one.path}` === join(folder.top, name)))
     refuse(`the subvolume ${shown(name)}, which is there`);
@@ -12224,15 +12166,16 @@ function mayBegin(
     refuse(`the parent ${parent}, which is not in the folder, or not alone`);
 }
 
-/** Reads along a stream that is received. What is refused never gets to its end there. */
+/** Receives a stream, and reads along. A refused stream never gets to its end there. */
 async function receiveServed(given: ArgumentsOf<typeof RECEIVE>, said: Guarded): Promise<number> {
   const { folder: path, prefix, header, beginning, rest, part } = given;
+  const { maxBytes } = said.o;
   const folder = await lookedAt(said, "folder");
   const announced = header === "" ? null : guardedRecord(beginning + rest, folder, false);
   if (announced !== null && announced.receiving === undefined)
     refuse("a transfer without an announcement");
   if (announced !== null) notFromHere(announced, folder, said);
-  if (announced === null && said.o.maxBytes !== null)
+  if (announced === null && maxBytes !== null)
     refuse("a transfer without an announcement, which --max-bytes could not count");
   const { receiving: name, since: _, ...settled } = announced ?? {};
   const record =
@@ -12245,27 +12188,32 @@ async function receiveServed(given: ArgumentsOf<typeof RECEIVE>, said: Guarded):
           rest: JSON.stringify(settled).slice(1),
         };
   if (part !== undefined && !PART.test(`${part}.part`)) refuse(`the file ${shown(part)}`);
-  const kept = part === undefined ? null : join(path, `.${part}.part`);
-  const file = kept === null ? null : openedPlain(kept);
+  const file = part === undefined ? null : openedPlain(join(path, `.${part}.part`));
   let made = "";
+  const allowing: Allowing = {
+    async begins(...begun) {
+      mayBegin(folder, name, begun);
+      made = begun[1];
+    },
+    async whole(bytes) {
+      if (maxBytes !== null) await rememberBytes(said, made, bytes);
+    },
+  };
   return withinBytes(
     said.o,
     () => (file === null ? 0 : fstatSync(file).size),
     (left) => {
-      const coming = { stream: true, level: given.level, file, left, most: said.o.maxBytes };
-      return letIn(RECEIVE, { ...given, flag: `${given.flag}C`, level: "", ...record }, coming, {
-        async begins(...begun) {
-          mayBegin(folder, name, ...begun);
-          made = begun[1];
-        },
-        whole: (bytes) =>
-          said.o.maxBytes === null ? Promise.resolve() : rememberBytes(said, made, bytes),
-      });
+      const coming = { stream: true, level: given.level, file, left, most: maxBytes };
+      const received = { ...given, flag: `${given.flag}C`, level: "", ...record };
+      return letIn(RECEIVE, received, coming, allowing);
     },
   );
 }
 
-/** What comes with a guarded key: a send stream or any bytes, zstd's or as they are (`level`), on standard input or from a file; `left`: how many there is room for, of so many at most. */
+/**
+ * The bytes that come with a guarded key: a send `stream` or any others, zstd's or as they are
+ * (`level`), on standard input or from a `file`. There is room for `left` of `most` bytes.
+ */
 type Coming = {
   readonly stream: boolean;
   readonly level: string;
@@ -12274,43 +12222,55 @@ type Coming = {
   readonly most: number | null;
 };
 
-/** What is looked at before a stream that comes may begin, and done before its end is passed on. Errors: Refused. */
+/**
+ * Looks at a stream when it `begins`, and works when it is `whole`, before its end is passed on.
+ * Errors: Refused.
+ */
 type Allowing = {
-  readonly begins: (...begun: readonly [string, string, string | null]) => Promise<void>;
+  readonly begins: (...begun: StreamStart) => Promise<void>;
   readonly whole: (bytes: number) => Promise<void>;
 };
 
 /**
- * Runs a verb that takes what comes with a key, which the relay reads first. Where that is refused, the verb is killed before its input
- * closes. Returns the exit status. Errors: Refused.
+ * Runs a verb that takes the bytes that come with a key. The relay reads them first. Where the
+ * relay or guard refuses, the verb is killed before its input closes. Returns the exit status.
+ * Errors: Refused.
  */
 async function letIn<V extends Declared>(
-  verb: V,
+  declaration: V,
   given: ArgumentsOf<V>,
-  { stream, level, file, left, most }: Coming,
+  coming: Coming,
   allowing: Allowing,
 ): Promise<number> {
+  const { left, most } = coming;
   const state = join(mkdtempSync(join(runtimeDirectory(), "g")), "state");
-  const relay: Relay = {
-    guarded: { stream, most: left === Infinity ? null : left, refusal: noRoom(most), state },
+  const reading: Relay = {
+    guarded: {
+      stream: coming.stream,
+      most: left === Infinity ? null : left,
+      refusal: noRoom(most),
+      state,
+    },
   };
   const unpacked =
-    level === "" ? "" : `{ zstd -q -d -c 3>&- 4>&-; echo "{\\"unpacked\\":$?}" >&3; } |`;
-  const passed = `{ ${[...OURSELVES, RELAY, JSON.stringify(relay)].map(quote).join(" ")} || kill -KILL 0; } |`;
-  const text = `${unpacked} ${passed} { exec 3>&- 4>&-; ${commandWith({ ...LOCAL, fence: "own" }, verb, given)}; }`;
+    coming.level === "" ? "" : `{ zstd -q -d -c 3>&- 4>&-; echo "{\\"unpacked\\":$?}" >&3; } |`;
+  const passed = `{ ${[...OURSELVES, RELAY, JSON.stringify(reading)].map(quote).join(" ")} || kill -KILL 0; } |`;
+  const text = `${unpacked} ${passed} { exec 3>&- 4>&-; ${commandWith({ ...LOCAL, fence: "own" }, declaration, given)}; }`;
   const child = spawn("sh", ["-c", text], {
     detached: true,
     env: { PATH: process.env["PATH"] ?? "" },
-    stdio: [file ?? "inherit", "inherit", "pipe", "pipe", "pipe"],
+    stdio: [coming.file ?? "inherit", "inherit", "pipe", "pipe", "pipe"],
   });
   const group = child.pid as number;
-  running.add(() => sendSignal(-group, "SIGKILL"));
+  const kill = () => sendSignal(-group, "SIGKILL");
+  running.add(kill);
   const closed = new Promise<number | null>((done) => child.on("close", done));
-  // A client may be silent as long as it lives, which the verb looks at itself: it may have a large tree to walk.
+  // A client may be silent as long as it lives: it may have a large tree to walk. The verb itself
+  // looks whether the client lives.
   let silent = 0;
   const worked = async () =>
     `${readIfThere(state) === "r" ? ++silent : silent} ${await workOf(LOCAL, { group })}`;
-  const ended = attended(closed, verb.name, worked, () => sendSignal(-group, "SIGKILL"));
+  const ended = attended(closed, declaration.name, worked, kill);
   ended.catch(() => {}); // told at the end
   child.stderr?.on("data", (chunk: Buffer) =>
     process.stderr.write(visible(chunk.toString().replace(/^Chroot to .*\n/m, ""))),
@@ -12320,36 +12280,41 @@ async function letIn<V extends Declared>(
     NodeJS.WritableStream,
   ];
   answers.on("error", () => {}); // the relay has ended: its exit status tells
-  let refused: Refused | null = null;
-  try {
-    for await (const line of createInterface(questions)) {
-      const what = JSON.parse(line) as Said;
-      if ("refused" in what) refuse(what.refused);
-      if ("unpacked" in what && what.unpacked !== 0) refuse("zstd cannot read the stream");
-      if ("begins" in what) await allowing.begins(...what.begins);
-      if ("whole" in what) await allowing.whole(what.whole);
-      if (!("unpacked" in what)) answers.write("\n");
-      if ("whole" in what) break;
-    }
-  } catch (error) {
-    refused = refusalOf(error);
-  }
+  const refused = await answered(questions, answers, allowing).then(() => null, refusalOf);
   answers.end();
   const status = await ended;
   if (refused !== null) throw refused;
   return status ?? 1;
 }
 
+/** Answers the processes of a guarded stream, until the stream is whole. Errors: Refused. */
+async function answered(
+  questions: NodeJS.ReadableStream,
+  answers: NodeJS.WritableStream,
+  allowing: Allowing,
+): Promise<void> {
+  for await (const line of createInterface(questions)) {
+    const question = JSON.parse(line) as Said;
+    if ("refused" in question) refuse(question.refused);
+    if ("unpacked" in question) {
+      if (question.unpacked !== 0) refuse("zstd cannot read the stream");
+      continue;
+    }
+    if ("begins" in question) await allowing.begins(...question.begins);
+    if ("whole" in question) await allowing.whole(question.whole);
+    answers.write("\n");
+    if ("whole" in question) return;
+  }
+}
+
 // ── what is checked of a stream ──
 
-// The relay checks streams before the rest of this file is loaded: what follows are functions, and what they need is in them.
+// The relay checks streams before the rest of this file is loaded. So here are functions only, and
+// they use nothing but functions.
 
-/**
- * The commands of a send stream by their numbers, each with its name, the attributes that it must have and those that it may have (as
- * bits), and its kind: linux/fs/btrfs/send.h, and what send.c puts into each.
- */
-function streamCommands() {
-  const attribute = {
+/** The attributes of a send stream's commands by their numbers in linux/fs/btrfs/send.h. */
+function streamAttributes() {
+  return {
     uuid: 1,
     ctransid: 2,
     ino: 3,
@@ -12382,69 +12347,89 @@ function streamCommands() {
     compression: 30,
     encryption: 31,
   } as const;
-  type AttributeName = keyof typeof attribute;
-  type Kind =
-    | "begin"
-    | "end"
-    | "file"
-    | "make"
-    | "node"
-    | "symlink"
-    | "rename"
-    | "link"
-    | "remove"
-    | "change"
-    | "clone"
-    | "encoded"
-    | "own";
+}
+type AttributeName = keyof ReturnType<typeof streamAttributes>;
+
+/**
+ * The rule of an attribute: the UUID of a `source` to clone from, or a path below the subvolume.
+ * `entry` and `created` name something below it; `inode` and `opened` can be the subvolume itself
+ * too. btrfs receive follows a link that has the last name of a `created` (creat(2)) or `opened`
+ * path, and none that has the last name of an `entry` or `inode`.
+ */
+type AttributeRule = "source" | "entry" | "created" | "inode" | "opened";
+
+/**
+ * A command of a send stream. Bits are the attributes that it `needs` and all that it `may` have;
+ * `looked` at are those with a rule.
+ */
+type StreamCommand = {
+  readonly name: string;
+  readonly needs: number;
+  readonly may: number;
+  readonly looked: readonly { readonly type: number; readonly rule: AttributeRule }[];
+};
+
+function streamCommand(
+  name: string,
+  rules: { readonly [Name in AttributeName]?: AttributeRule },
+  needed: readonly AttributeName[] = [],
+  optional: readonly AttributeName[] = [],
+): StreamCommand {
+  const attribute = streamAttributes();
+  const ruled = Object.keys(rules) as AttributeName[];
   const bits = (names: readonly AttributeName[]) =>
     names.reduce((sum, one) => sum | (1 << attribute[one]), 0);
-  const one = (
-    name: string,
-    kind: Kind,
-    needs: readonly AttributeName[],
-    may: readonly AttributeName[] = [],
-  ) => ({ name, kind, needs: bits(needs), may: bits([...needs, ...may]) });
-  const commands: Readonly<Record<number, ReturnType<typeof one>>> = {
-    1: one("subvol", "begin", ["path", "uuid", "ctransid"]),
-    2: one("snapshot", "begin", ["path", "uuid", "ctransid", "cloneUuid", "cloneCtransid"]),
-    3: one("mkfile", "file", ["path"], ["ino"]),
-    4: one("mkdir", "make", ["path"], ["ino"]),
-    5: one("mknod", "node", ["path", "rdev", "mode"], ["ino"]),
-    6: one("mkfifo", "make", ["path"], ["ino", "rdev", "mode"]),
-    7: one("mksock", "make", ["path"], ["ino", "rdev", "mode"]),
-    8: one("symlink", "symlink", ["path", "pathLink"], ["ino"]),
-    9: one("rename", "rename", ["path", "pathTo"]),
-    10: one("link", "link", ["path", "pathLink"]),
-    11: one("unlink", "remove", ["path"]),
-    12: one("rmdir", "remove", ["path"]),
-    // These do not follow a link that has the last name of their path; those of the kinds "change" and "file" (creat(2)) do.
-    13: one("set_xattr", "own", ["path", "xattrName", "xattrData"]),
-    14: one("remove_xattr", "own", ["path", "xattrName"]),
-    15: one("write", "change", ["path", "offset", "data"]),
-    16: one("clone", "clone", [
-      "path",
+  const needs = bits([...ruled, ...needed]);
+  const looked = ruled.map((one) => ({
+    type: attribute[one],
+    rule: rules[one] as AttributeRule,
+  }));
+  return { name, needs, may: needs | bits(optional), looked };
+}
+
+/**
+ * The commands of a send stream by their numbers in linux/fs/btrfs/send.h. Each has its attributes
+ * with a rule, `path` first, then the others that send.c always puts into it, and those that it may
+ * put into it.
+ */
+function streamCommands() {
+  const one = streamCommand;
+  const commands: Readonly<Record<number, StreamCommand>> = {
+    1: one("subvol", { path: "inode" }, ["uuid", "ctransid"]),
+    2: one("snapshot", { path: "inode" }, ["uuid", "ctransid", "cloneUuid", "cloneCtransid"]),
+    3: one("mkfile", { path: "created" }, [], ["ino"]),
+    4: one("mkdir", { path: "entry" }, [], ["ino"]),
+    5: one("mknod", { path: "entry" }, ["rdev", "mode"], ["ino"]),
+    6: one("mkfifo", { path: "entry" }, [], ["ino", "rdev", "mode"]),
+    7: one("mksock", { path: "entry" }, [], ["ino", "rdev", "mode"]),
+    8: one("symlink", { path: "entry" }, ["pathLink"], ["ino"]),
+    9: one("rename", { path: "entry", pathTo: "entry" }),
+    10: one("link", { path: "entry", pathLink: "inode" }),
+    11: one("unlink", { path: "entry" }),
+    12: one("rmdir", { path: "entry" }),
+    13: one("set_xattr", { path: "inode" }, ["xattrName", "xattrData"]),
+    14: one("remove_xattr", { path: "inode" }, ["xattrName"]),
+    15: one("write", { path: "opened" }, ["offset", "data"]),
+    16: one("clone", { path: "opened", cloneUuid: "source", clonePath: "opened" }, [
       "offset",
       "cloneLength",
-      "cloneUuid",
       "cloneCtransid",
-      "clonePath",
       "cloneOffset",
     ]),
-    17: one("truncate", "change", ["path", "size"]),
-    18: one("chmod", "change", ["path", "mode"]),
-    19: one("chown", "own", ["path", "uid", "gid"]),
-    20: one("utimes", "own", ["path", "atime", "mtime", "ctime"], ["otime"]),
-    21: one("end", "end", []),
-    24: one("fileattr", "change", ["path", "flags"]),
+    17: one("truncate", { path: "opened" }, ["size"]),
+    18: one("chmod", { path: "opened" }, ["mode"]),
+    19: one("chown", { path: "inode" }, ["uid", "gid"]),
+    20: one("utimes", { path: "inode" }, ["atime", "mtime", "ctime"], ["otime"]),
+    21: one("end", {}),
+    24: one("fileattr", { path: "opened" }, ["flags"]),
     25: one(
       "encoded_write",
-      "encoded",
-      ["path", "offset", "unencodedFileLength", "unencodedLength", "unencodedOffset", "data"],
+      { path: "opened" },
+      ["offset", "unencodedFileLength", "unencodedLength", "unencodedOffset", "data"],
       ["compression", "encryption"],
     ),
   };
-  return { attribute, commands };
+  return { attribute: streamAttributes(), commands };
 }
 
 /** Errors: Refused. */
@@ -12452,207 +12437,227 @@ function refuse(why: string): never {
   throw new Refused(why);
 }
 
-/** A check that is under way: `pass` tells how far of `bytes`, from `at` to `end`, may go on; `finish`: nothing more comes, and what was held back may go. Errors of both: Refused. */
+/**
+ * A check that is under way. `pass` tells how far `bytes`, from `from` to `end`, may go on. After
+ * `finish` nothing more comes, and the bytes that were held back may go. Errors of both: Refused.
+ */
 type Checking = {
-  readonly pass: (bytes: Buffer, at: number, end: number) => number;
+  readonly pass: (bytes: Buffer, from: number, end: number) => number;
   readonly finish: () => void;
 };
 
+/** The attributes of the one command that is looked at. */
+function foundAttributes() {
+  let bytes: Buffer = Buffer.alloc(0);
+  const [begins, ends] = [new Int32Array(32), new Int32Array(32)];
+  /** The attributes that are there, as bits. */
+  let seen = 0;
+  const value = (type: number) => bytes.subarray(begins[type], ends[type]);
+  return {
+    value,
+    has: (bits: number) => (seen & bits) === bits,
+    hasOnly: (bits: number) => (seen & ~bits) === 0,
+    number: (type: number) => streamNumber(value(type)),
+    text: (type: number) => bytes.toString("latin1", begins[type], ends[type]),
+    isPath: (type: number, itself: boolean) =>
+      isPathBelow(bytes, begins[type] as number, ends[type] as number, itself),
+    /**
+     * Finds the attributes between two places. Returns whether they are well formed. The attribute
+     * `rest` has no length of its own: it is the rest of the command.
+     */
+    read(all: Buffer, from: number, end: number, rest: number | null): boolean {
+      bytes = all;
+      seen = 0;
+      for (let next = from; next < end;) {
+        const type = next + 2 <= end ? bytes.readUInt16LE(next) : 0;
+        const first = next + (type === rest ? 2 : 4);
+        let last = end;
+        if (type !== rest) last = first <= end ? first + bytes.readUInt16LE(next + 2) : Infinity;
+        if (type < 1 || type > 31 || last > end || (seen & (1 << type)) !== 0) return false;
+        seen |= 1 << type;
+        begins[type] = first;
+        ends[type] = last;
+        next = last;
+      }
+      return true;
+    },
+  };
+}
+type FoundAttributes = ReturnType<typeof foundAttributes>;
+
 /**
- * Reads along a send stream, and refuses what `btrfs send` would not send, and what could reach out of the one subvolume that it makes.
- * What its paths lead to is not looked at: behind the fence the kernel follows no links and opens no devices. Where there is no fence
- * (`alone`), devices are refused, and paths through links that the stream made. `begins` gets that subvolume's name, its UUID, and its
- * parent's (null in full). The end is held back until nothing follows.
+ * Whether bytes are a path of names: no name is empty, "." or "..", or has a NUL. `itself`: without
+ * a name, they are one too.
+ */
+function isPathBelow(bytes: Buffer, from: number, end: number, itself: boolean): boolean {
+  const [SLASH, DOT] = [0x2f, 0x2e];
+  if (from === end) return itself;
+  if (end - from > 4096) return false;
+  let name = from;
+  for (let next = from; next <= end; next++) {
+    const byte = next === end ? SLASH : bytes[next];
+    if (byte === 0) return false;
+    if (byte !== SLASH) continue;
+    const length = next - name;
+    const isDots =
+      bytes[name] === DOT && (length === 1 || (length === 2 && bytes[name + 1] === DOT));
+    if (length === 0 || isDots) return false;
+    name = next + 1;
+  }
+  return true;
+}
+
+/** Refuses an attribute that breaks its rule. Errors: Refused. */
+function checkAttribute(
+  { name }: StreamCommand,
+  { type, rule }: StreamCommand["looked"][number],
+  found: FoundAttributes,
+  sources: readonly Buffer[],
+): void {
+  if (rule === "source") {
+    if (!sources.some((one) => one.equals(found.value(type))))
+      refuse(`${name}: from another subvolume`);
+  } else if (!found.isPath(type, rule === "inode" || rule === "opened"))
+    refuse(`${name}: the path ${JSON.stringify(found.text(type).slice(0, 200))}`);
+}
+
+/**
+ * Refuses encoded data that receive cannot unpack safely: it trusts the lengths, and can never
+ * unpack LZO safely. It unpacks data that the kernel does not take as they are. Errors: Refused.
+ */
+function checkEncoded(found: FoundAttributes): void {
+  const attribute = streamAttributes();
+  const number = (key: AttributeName) => found.number(attribute[key]);
+  const [length, file, offset] = [
+    number("unencodedLength"),
+    number("unencodedFileLength"),
+    number("unencodedOffset"),
+  ];
+  const place = number("offset");
+  // The kernel takes only what begins at a multiple of a block.
+  if (place % 4096n !== 0n) refuse(`encoded_write: at ${place}`);
+  const given = (key: AttributeName) => (found.has(1 << attribute[key]) ? number(key) : 0n);
+  const [compression, encryption] = [given("compression"), given("encryption")];
+  const isZlibOrZstd = compression === 1n || compression === 2n;
+  if (
+    length < 1n ||
+    length > 131072n ||
+    offset + file > length ||
+    encryption !== 0n ||
+    !isZlibOrZstd
+  )
+    refuse(
+      `encoded_write: compression ${compression} of ${length} bytes (--protocol 1 sends without)`,
+    );
+}
+
+/**
+ * The protocol and length of a stream's header; null before all of it is there. Errors: Refused.
+ */
+function streamHeader(
+  bytes: Buffer,
+  from: number,
+  end: number,
+): { readonly protocol: number; readonly length: number } | null {
+  const MAGIC = "btrfs-stream\0";
+  const length = MAGIC.length + 4;
+  const known = bytes.toString("latin1", from, Math.min(end, from + MAGIC.length));
+  if (!MAGIC.startsWith(known)) refuse("this is no send stream");
+  if (end - from < length) return null;
+  const protocol = bytes.readUInt32LE(from + MAGIC.length);
+  if (protocol !== 1 && protocol !== 2) refuse(`a stream of protocol ${protocol}`);
+  return { protocol, length };
+}
+
+/**
+ * Reads along a send stream. It refuses a command that `btrfs send` would not send, or that could
+ * reach out of the one subvolume that the stream makes. `begins` gets that subvolume's name, its
+ * UUID, and its parent's (null in full). The end of the stream is held back until nothing follows.
+ * Behind the fence the kernel follows no links and opens no devices: paths may lead anywhere.
+ * Without a fence (`alone`), devices are refused, and paths through links that the stream made.
  */
 export function streamCheck(
   begins: (name: string, uuid: string, parent: string | null) => void,
   alone = false,
 ): Checking {
   const HEADER = 10; // bytes: length, command, CRC
-  const MAGIC = "btrfs-stream\0";
-  /** The longest command in bytes, by protocol: 64 KiB, and for protocol 2 what encoded data of 128 KiB need at any page size. */
-  const LONGEST = [0, 64 * 1024, 256 * 1024];
   const { attribute, commands } = streamCommands();
-  // Where each attribute of the command begins and ends that is being looked at.
-  const [from, to] = [new Int32Array(32), new Int32Array(32)];
+  const found = foundAttributes();
   const links = alone ? madeLinks() : null;
   let protocol = 0;
-  /** How long the end is that is held back; 0 before. */
+  /** The length of the end that is held back; 0 before. */
   let held = 0;
-  /** What may be cloned from: itself, and its parent. */
+  /** The UUIDs that may be cloned from: the subvolume's own, and its parent's. */
   let sources: readonly Buffer[] | null = null;
 
-  /** Reads the attributes of a command. */
-  function readAttributes(name: string, bytes: Buffer, begin: number, end: number): number {
-    let seen = 0;
-    for (let at = begin; at < end;) {
-      const type = at + 2 <= end ? bytes.readUInt16LE(at) : 0;
-      // In protocol 2, data have no length of their own: they are the rest of the command.
-      const isRest = protocol === 2 && type === attribute.data;
-      const first = at + (isRest ? 2 : 4);
-      const last = isRest ? end : first <= end ? first + bytes.readUInt16LE(at + 2) : Infinity;
-      if (type < 1 || type > 31 || last > end || (seen & (1 << type)) !== 0)
-        refuse(`${name}: an attribute that is unknown, cut short, or there twice`);
-      seen |= 1 << type;
-      from[type] = first;
-      to[type] = last;
-      at = last;
-    }
-    return seen;
-  }
-  const value = (bytes: Buffer, type: number) => bytes.subarray(from[type], to[type]);
-  const number = (bytes: Buffer, type: number) => streamNumber(value(bytes, type));
-
-  /** Checks that an attribute is a path below the subvolume; `itself`: or that. */
-  function checkPath(name: string, bytes: Buffer, type: number, itself: boolean): void {
-    const [begin, end] = [from[type] as number, to[type] as number];
-    let part = begin;
-    let isFine = end - begin <= 4096 && (itself || end > begin);
-    for (let at = begin; at <= end && end > begin; at++) {
-      const byte = at === end ? 0x2f : bytes[at];
-      if (byte === 0) isFine = false;
-      if (byte !== 0x2f) continue;
-      const length = at - part;
-      if (
-        length === 0 ||
-        (bytes[part] === 0x2e && (length === 1 || (length === 2 && bytes[part + 1] === 0x2e)))
-      )
-        isFine = false;
-      part = at + 1;
-    }
-    if (!isFine)
-      refuse(
-        `${name}: the path ${JSON.stringify(bytes.toString("latin1", begin, Math.min(end, begin + 200)))}`,
-      );
-  }
-  const pathOf = (bytes: Buffer, type: number) => bytes.toString("latin1", from[type], to[type]);
-
-  function checkBegin(bytes: Buffer, isFull: boolean): void {
+  function beginSubvolume(isFull: boolean): void {
     if (sources !== null) refuse("a second subvolume");
-    const [uuid, parent] = [
-      Buffer.from(value(bytes, attribute.uuid)),
-      isFull ? null : Buffer.from(value(bytes, attribute.cloneUuid)),
-    ];
-    const path = value(bytes, attribute.path);
-    const name = path.toString();
-    if (!Buffer.from(name).equals(path) || name.includes("\ufffd"))
-      refuse(`the name ${JSON.stringify(name.slice(0, 100))}, which is not UTF-8`);
+    const uuid = Buffer.from(found.value(attribute.uuid));
+    const parent = isFull ? null : Buffer.from(found.value(attribute.cloneUuid));
+    const name = subvolumeName(found.value(attribute.path));
     if (uuid.every((byte) => byte === 0)) refuse("a subvolume without a UUID");
     begins(name, streamUuid(uuid), parent && streamUuid(parent));
     sources = parent === null ? [uuid] : [uuid, parent];
   }
 
-  /** What the kernel does not take as it is, receive unpacks itself, and trusts the lengths; LZO it cannot unpack safely at all. */
-  function checkEncoded(name: string, bytes: Buffer, seen: number): void {
-    const given = (type: number) => ((seen & (1 << type)) === 0 ? 0n : number(bytes, type));
-    const [length, file, offset] = [
-      number(bytes, attribute.unencodedLength),
-      number(bytes, attribute.unencodedFileLength),
-      number(bytes, attribute.unencodedOffset),
-    ];
-    // What is no multiple of a block the kernel does not take as it is.
-    if (number(bytes, attribute.offset) % 4096n !== 0n)
-      refuse(`${name}: at ${number(bytes, attribute.offset)}`);
-    const [compression, encryption] = [given(attribute.compression), given(attribute.encryption)];
-    if (
-      length < 1n ||
-      length > 131072n ||
-      offset + file > length ||
-      encryption !== 0n ||
-      compression < 1n ||
-      compression > 2n
-    )
-      refuse(`${name}: compression ${compression} of ${length} bytes (--protocol 1 sends without)`);
-  }
-
-  /** Checks a command beyond its attributes' being there. */
-  function checkCommand(
-    { name, kind }: (typeof commands)[number],
-    bytes: Buffer,
-    seen: number,
-  ): void {
-    const { path, pathTo, pathLink, clonePath, cloneUuid } = attribute;
-    const makes =
-      kind !== "change" &&
-      kind !== "own" &&
-      kind !== "clone" &&
-      kind !== "encoded" &&
-      kind !== "begin";
-    checkPath(name, bytes, path, !makes);
-    if (kind === "begin") return checkBegin(bytes, name === "subvol");
+  function check(command: StreamCommand): void {
+    const { name, needs, may, looked } = command;
+    if (!found.has(needs) || !found.hasOnly(may)) refuse(`${name}: other attributes than it has`);
+    const [path, ...others] = looked;
+    if (path !== undefined) checkAttribute(command, path, found, []);
+    if (name === "subvol" || name === "snapshot") return beginSubvolume(name === "subvol");
     const known = sources ?? refuse("it does not begin with a subvolume");
-    if (kind === "rename") checkPath(name, bytes, pathTo, false);
-    if (kind === "link") checkPath(name, bytes, pathLink, true);
-    if (kind === "clone") {
-      if (!known.some((one) => one.equals(value(bytes, cloneUuid))))
-        refuse("clone: from another subvolume");
-      checkPath(name, bytes, clonePath, true);
-    }
-    if (kind === "encoded") checkEncoded(name, bytes, seen);
-    if (links === null) return;
-    if (
-      kind === "node" &&
-      [0o020000n, 0o060000n].includes(number(bytes, attribute.mode) & 0o170000n)
-    )
-      refuse(`${name}: a device, and no fence`);
-    links.walk(
-      name,
-      pathOf(bytes, path),
-      kind === "file" || kind === "change" || kind === "clone" || kind === "encoded",
-    );
-    if (kind === "clone") links.walk(name, pathOf(bytes, clonePath), true);
-    if (kind === "rename") links.walk(name, pathOf(bytes, pathTo), false);
-    if (kind === "link") links.walk(name, pathOf(bytes, pathLink), false);
-    if (kind === "symlink") links.make(pathOf(bytes, path));
-    if (kind === "link") links.alias(pathOf(bytes, pathLink), pathOf(bytes, path));
-    if (kind === "rename") links.move(pathOf(bytes, path), pathOf(bytes, pathTo));
-    if (kind === "remove") links.remove(pathOf(bytes, path));
+    for (const other of others) checkAttribute(command, other, found, known);
+    if (name === "encoded_write") checkEncoded(found);
+    links?.check(command, found);
   }
 
-  function pass(bytes: Buffer, at: number, end: number): number {
+  function pass(bytes: Buffer, from: number, end: number): number {
+    let done = from;
     if (protocol === 0) {
-      const known = bytes.toString("latin1", at, Math.min(end, at + MAGIC.length));
-      if (!MAGIC.startsWith(known)) refuse("this is no send stream");
-      if (end - at < MAGIC.length + 4) return at;
-      protocol = bytes.readUInt32LE(at + MAGIC.length);
-      if (protocol !== 1 && protocol !== 2) refuse(`a stream of protocol ${protocol}`);
-      at += MAGIC.length + 4;
+      const header = streamHeader(bytes, from, end);
+      if (header === null) return from;
+      protocol = header.protocol;
+      done += header.length;
     }
-    while (held === 0 && end - at >= HEADER) {
-      const length = bytes.readUInt32LE(at) + HEADER;
-      if (length > (LONGEST[protocol] as number)) refuse(`a command of ${length} bytes`);
-      if (end - at < length) break;
-      const code = bytes.readUInt16LE(at + 4);
+    // 64 KiB, and for protocol 2 what encoded data of 128 KiB need at any page size.
+    const longest = (protocol === 1 ? 64 : 256) * 1024;
+    // In protocol 2, data have no length of their own.
+    const rest = protocol === 1 ? null : attribute.data;
+    while (held === 0 && end - done >= HEADER) {
+      const length = bytes.readUInt32LE(done) + HEADER;
+      if (length > longest) refuse(`a command of ${length} bytes`);
+      if (end - done < length) break;
+      const code = bytes.readUInt16LE(done + 4);
       const command = commands[code] ?? refuse(`the unknown command ${code}`);
-      const seen = readAttributes(command.name, bytes, at + HEADER, at + length);
-      if ((seen & command.needs) !== command.needs || (seen & ~command.may) !== 0)
-        refuse(`${command.name}: other attributes than it has`);
-      if (command.kind === "end") {
-        if (sources === null) refuse("it does not begin with a subvolume");
-        held = length;
-      } else {
-        checkCommand(command, bytes, seen);
-        at += length;
-      }
+      if (!found.read(bytes, done + HEADER, done + length, rest))
+        refuse(`${command.name}: an attribute that is unknown, cut short, or there twice`);
+      check(command);
+      if (command.name === "end") held = length;
+      else done += length;
     }
-    if (held > 0 && end - at > held) refuse("something follows the stream's end");
-    return at;
+    if (held > 0 && end - done > held) refuse("something follows the stream's end");
+    return done;
   }
   const finish = () => void (held > 0 || refuse("the stream is not complete"));
   return { pass, finish };
 }
 
-/** The links that a stream has made, by their paths in latin1, which nothing may go through. Errors: Refused. */
+/**
+ * The links that a stream has made, by their paths in latin1: `check` refuses a command that goes
+ * through one, or makes a device. Errors: Refused.
+ */
 function madeLinks() {
   const MOST = 64 * 2 ** 20; // bytes of their paths
+  const { mode } = streamAttributes();
   const paths = new Set<string>();
-  /** How many there are below each directory. */
+  /** How many links there are below each directory. */
   const below = new Map<string, number>();
   let bytes = 0;
-  const count = (path: string, by: 1 | -1) => {
+  const counted = (path: string, by: 1 | -1) => {
     bytes += by * path.length;
-    for (let at = path.lastIndexOf("/"); at !== -1; at = path.lastIndexOf("/", at - 1)) {
-      const directory = path.slice(0, at);
+    for (let end = path.lastIndexOf("/"); end !== -1; end = path.lastIndexOf("/", end - 1)) {
+      const directory = path.slice(0, end);
       const left = (below.get(directory) ?? 0) + by;
       if (left === 0) below.delete(directory);
       else below.set(directory, left);
@@ -12660,41 +12665,53 @@ function madeLinks() {
   };
   const make = (path: string) => {
     if (paths.size === paths.add(path).size) return;
-    count(path, 1);
+    counted(path, 1);
     if (bytes > MOST) refuse("more links than can be remembered, and no fence");
   };
   const remove = (path: string) => {
-    if (paths.delete(path)) count(path, -1);
+    if (paths.delete(path)) counted(path, -1);
+  };
+  const move = (path: string, to: string) => {
+    // rename(2) does nothing where both are names of one link: both stay.
+    if (paths.has(path) && paths.has(to)) return;
+    remove(to);
+    let moving = paths.has(path) ? [path] : [];
+    if (below.has(path) && moving.length === 0)
+      moving = [...paths].filter((one) => one.startsWith(`${path}/`));
+    for (const one of moving) remove(one);
+    for (const one of moving) make(to + one.slice(path.length));
+  };
+  /** Refuses a path that goes through a link, or is one that is followed. */
+  const walk = (name: string, path: string, followed: boolean) => {
+    if (paths.size === 0) return;
+    const through = (link: string) => {
+      if (paths.has(link))
+        refuse(`${name}: through the link ${JSON.stringify(link)}, and no fence`);
+    };
+    for (let end = path.indexOf("/"); end !== -1; end = path.indexOf("/", end + 1))
+      through(path.slice(0, end));
+    if (followed) through(path);
   };
   return {
-    make,
-    remove,
-    alias: (there: string, path: string) => void (paths.has(there) && make(path)),
-    /** Whether a path goes through a link, or is one and is followed. */
-    walk(name: string, path: string, follows: boolean) {
-      if (paths.size === 0) return;
-      for (let at = path.indexOf("/"); at !== -1; at = path.indexOf("/", at + 1))
-        if (paths.has(path.slice(0, at)))
-          refuse(`${name}: through the link ${JSON.stringify(path.slice(0, at))}, and no fence`);
-      if (follows && paths.has(path))
-        refuse(`${name}: through the link ${JSON.stringify(path)}, and no fence`);
-    },
-    move(path: string, to: string) {
-      // rename(2) does nothing where both are names of one link: then both stay.
-      if (paths.has(path) && paths.has(to)) return;
-      remove(to);
-      const moving = paths.has(path)
-        ? [path]
-        : below.has(path)
-          ? [...paths].filter((one) => one.startsWith(`${path}/`))
-          : [];
-      for (const one of moving) remove(one);
-      for (const one of moving) make(to + one.slice(path.length));
+    check({ name, looked }: StreamCommand, found: FoundAttributes): void {
+      const isDevice = () => [0o020000n, 0o060000n].includes(found.number(mode) & 0o170000n);
+      if (name === "mknod" && isDevice()) refuse(`${name}: a device, and no fence`);
+      const [path = "", other = ""] = looked
+        .filter(({ rule }) => rule !== "source")
+        .map(({ type, rule }) => {
+          const led = found.text(type);
+          walk(name, led, rule === "created" || rule === "opened");
+          return led;
+        });
+      if (name === "symlink") make(path);
+      if (name === "link" && paths.has(other)) make(path);
+      if (name === "rename") move(path, other);
+      if (name === "unlink" || name === "rmdir") remove(path);
     },
   };
 }
 
-/** Refuses a stream that begins otherwise than was expected. */
+/** Refuses a stream with another beginning than was expected. */
 function expecting({ name, uuid, parent }: Expected): Parameters<typeof streamCheck>[0] {
   return (said, ...uuids) => {
     if (said !== name)
@@ -12708,11 +12725,15 @@ function expecting({ name, uuid, parent }: Expected): Parameters<typeof streamCh
 }
 
 function streamNumber(bytes: Buffer): bigint {
-  return bytes.length === 8
-    ? bytes.readBigUInt64LE()
-    : bytes.length === 4
-      ? BigInt(bytes.readUInt32LE())
-      : refuse("a number of another length");
+  if (bytes.length === 8) return bytes.readBigUInt64LE();
+  return bytes.length === 4 ? BigInt(bytes.readUInt32LE()) : refuse("a number of another length");
+}
+
+function subvolumeName(bytes: Buffer): string {
+  const name = bytes.toString();
+  if (!Buffer.from(name).equals(bytes) || name.includes("\ufffd"))
+    refuse(`the name ${JSON.stringify(name.slice(0, 100))}, which is not UTF-8`);
+  return name;
 }
 
 function streamUuid(bytes: Buffer): string {
@@ -12721,314 +12742,473 @@ function streamUuid(bytes: Buffer): string {
 
 // ── 9. Command line ──────────────────────────────────────────────────────────────────────
 
-const HOST_ARGUMENTS = {
-  "ssh-opt": {
-    type: "string",
-    valueHint: "OPTION",
-    description: "Passed to ssh as -o OPTION (repeatable)",
-  },
-  "ssh-sudo": { type: "boolean", description: "Run btrfs under sudo -n on other hosts" },
-  sudo: { type: "boolean", description: "Run btrfs under sudo -n here" },
-  "snapshot-folder": {
-    type: "string",
-    alias: "f",
-    valueHint: "DIR",
-    description: "Snapshot folder, relative to SOURCE or absolute (default: snapshot)",
-  },
-  "snapshot-prefix": {
-    type: "string",
-    alias: "p",
-    valueHint: "PREFIX",
-    description: "What snapshot names begin with (default: nothing)",
-  },
-  timeout: {
-    type: "string",
-    valueHint: "SECONDS",
-    description:
-      "Give up what has done nothing for so long: no byte moved, and no process of it worked (default: 3600; 0 is never)",
-  },
-  verbosity: {
-    type: "string",
-    alias: "v",
-    valueHint: "LEVEL",
-    description: "debug, info, warning or error (default: info)",
-  },
-  quiet: { type: "boolean", alias: "q", description: "Same as --no-progress --verbosity warning" },
-  json: {
-    type: "boolean",
-    description: "Tell what happens on standard output, one JSON object a line",
-  },
-  help: { type: "boolean", alias: "h", description: "Show this text" },
-} as const satisfies ArgsDef;
+/** Every command but guard. */
+const COMMON = ["run", "restore", "list", "verify", "versions", "copy", "prune", "unpin"] as const;
+type CommandName = (typeof COMMON)[number] | "guard";
+const SENDING = ["run", "copy"] as const;
+const TRANSFERRING = ["run", "restore", "copy"] as const;
+const DELETING = ["run", "copy", "prune"] as const;
 
-const WAIT = {
-  wait: {
-    type: "string",
-    valueHint: "SECONDS",
-    description: "Wait for a lock that another run holds (default: do not wait)",
-  },
-} as const satisfies ArgsDef;
+/**
+ * All that is known of an option. Help, man page, completions and the reading of arguments follow
+ * from it.
+ */
+export type Option = {
+  /** The commands that have it. */
+  readonly of: readonly CommandName[];
+  /** Help's words for it, and those of commands where the name means something else. */
+  readonly means: string;
+  readonly meansIn?: { readonly [Name in CommandName]?: string };
+  readonly short?: string;
+  /** Help's word for the value; a flag has none. */
+  readonly value?: string;
+  readonly repeatable?: true;
+  /** Behind --for DEST, the option counts for DEST only. */
+  readonly perDest?: true;
+  /**
+   * Versions 0.2 to 0.3.1 had the option. They took any beginning that only one of their options
+   * has.
+   */
+  readonly old?: true;
+};
 
-const RUN_ARGUMENTS = {
-  "num-snapshots": {
-    type: "string",
-    alias: "N",
-    valueHint: "POLICY",
-    description:
-      "What to keep at the source: a number, or words like '24h 7d 4w 12m 14d+' (default: 0, everything)",
+/** Every option once, in its group and in the order of help. */
+const GROUPS = {
+  Options: {
+    snapshot: {
+      of: ["restore", "verify"],
+      value: "NAME",
+      means: "Restore this one (default: the newest)",
+      meansIn: { verify: "Compare this one (default: the newest that both have)" },
+    },
+    before: {
+      of: ["restore"],
+      value: "TIME",
+      means: "Restore the newest at or before 'YYYY-MM-DD[ HH:MM[:SS]]'",
+    },
+    replace: {
+      of: ["restore"],
+      means: "TARGET exists: keep it beside as TARGET.before-YYYYMMDD-HHMMSS",
+    },
+    "parent-from": {
+      of: ["restore"],
+      value: "DIR",
+      means:
+        "Where snapshots are that the transfer can build on (default: beside TARGET, and in its snapshot folder)",
+    },
+    size: {
+      of: ["list"],
+      means: "Tell how large each is (btrfs filesystem du, which is slow)",
+    },
+    all: {
+      of: ["verify", "unpin"],
+      means: "Compare all that both have",
+      meansIn: { unpin: "Forget every destination; a record that cannot be read is moved aside" },
+    },
+    get: {
+      of: ["versions"],
+      value: "WHEN|NAME",
+      means: "Copy back what it was in a snapshot, or at a time like 'YYYY-MM-DD[ HH:MM[:SS]]'",
+    },
+    to: {
+      of: ["versions"],
+      value: "PATH",
+      means: "Where to, on FILE's host (default: FILE.NAME)",
+    },
+    force: { of: ["versions"], means: "Replace a file that is there" },
+    path: {
+      of: ["guard"],
+      value: "DIR",
+      repeatable: true,
+      means: "Where the key may back up to, or with --source from",
+    },
+    "allow-read": {
+      of: ["guard"],
+      means: "It may read: restore from there, and verify",
+    },
+    "max-bytes": {
+      of: ["guard"],
+      value: "SIZE",
+      means:
+        "How many bytes the streams of its backups may have in all, with k, m or g for powers of 1024; one is received after the other then",
+    },
+    "allow-delete": {
+      of: ["guard"],
+      means: "It may delete backups (default: only what a broken transfer left)",
+    },
+    source: {
+      of: ["guard"],
+      means: "It may pull: take snapshots, send them, and delete old ones, but store nothing",
+    },
   },
-  "num-backups": {
-    type: "string",
-    alias: "n",
-    valueHint: "POLICY",
-    description: "What to keep at each destination (default: 0, everything)",
+  "What is taken and kept": {
+    "num-snapshots": {
+      of: ["run", "list"],
+      short: "N",
+      value: "POLICY",
+      old: true,
+      means:
+        "What to keep at the source: a number, or words like '24h 7d 4w 12m 14d+' (default: 0, everything)",
+    },
+    "num-backups": {
+      of: [...DELETING, "list"],
+      short: "n",
+      value: "POLICY",
+      perDest: true,
+      old: true,
+      means: "What to keep at each destination (default: 0, everything)",
+    },
+    "latest-only": {
+      of: ["run"],
+      old: true,
+      means: "Deprecated: same as --num-snapshots 1",
+    },
+    "no-snapshot": {
+      of: ["run"],
+      short: "S",
+      old: true,
+      means: "Take no snapshot, transfer existing ones",
+    },
+    "snapshot-folder": {
+      of: COMMON,
+      short: "f",
+      value: "DIR",
+      old: true,
+      means: "Snapshot folder, relative to SOURCE or absolute (default: snapshot)",
+    },
+    "snapshot-prefix": {
+      of: COMMON,
+      short: "p",
+      value: "PREFIX",
+      old: true,
+      means: "What snapshot names begin with (default: nothing)",
+    },
+    "before-snapshot": {
+      of: ["run"],
+      value: "CMD",
+      means: "Run on SOURCE's host before the snapshot, which is not taken if it fails",
+    },
+    "after-snapshot": {
+      of: ["run"],
+      value: "CMD",
+      means: "Run on SOURCE's host after the snapshot, always",
+    },
+    "convert-rw": {
+      of: DELETING,
+      short: "w",
+      old: true,
+      means: "Make snapshots writable before deleting them (for user_subvol_rm_allowed)",
+    },
+    sync: {
+      of: DELETING,
+      short: "s",
+      old: true,
+      means: "Wait until deleted subvolumes are gone (btrfs subvolume sync)",
+    },
+    "adopt-clock": {
+      of: DELETING,
+      means: "Delete what is too old although the clock seems to have leapt: it is right",
+    },
   },
-  "latest-only": { type: "boolean", description: "Deprecated: same as --num-snapshots 1" },
-  "no-snapshot": {
-    type: "boolean",
-    alias: "S",
-    description: "Take no snapshot, transfer existing ones",
+  "What is sent, and how": {
+    "no-transfer": { of: ["run"], short: "T", old: true, means: "Transfer nothing" },
+    "no-incremental": {
+      of: SENDING,
+      short: "I",
+      old: true,
+      means: "Always send in full",
+    },
+    "no-full": {
+      of: SENDING,
+      means:
+        "Fail rather than send in full to a destination that has nothing of SOURCE, or nothing that a difference can be made against",
+    },
+    "newest-only": {
+      of: SENDING,
+      means: "Send only the newest snapshot, not what was missed before",
+    },
+    backfill: {
+      of: SENDING,
+      means: "Without -n: send also what is older than the newest snapshot that a destination has",
+    },
+    compress: {
+      of: TRANSFERRING,
+      value: "zstd[:LEVEL]",
+      perDest: true,
+      means: "Compress what travels between hosts, is stored as a stream, or goes to a command",
+    },
+    "rate-limit": {
+      of: TRANSFERRING,
+      value: "RATE",
+      perDest: true,
+      means: "Send at most so many bytes a second, with k, m or g for powers of 1024",
+    },
+    resume: {
+      of: SENDING,
+      means:
+        "Over ssh: go on where a transfer broke. The stream is kept as a file over there until it is whole",
+    },
+    retries: {
+      of: SENDING,
+      value: "N",
+      means: "Try again up to N times in this run when a connection is lost (default: 0)",
+    },
+    protocol: {
+      of: TRANSFERRING,
+      value: "1|2",
+      means:
+        "Version of the send stream (default: 2, with data as they are compressed on the disk, where both sides know it; 1 for what is stored)",
+    },
+    "trust-stream": {
+      of: TRANSFERRING,
+      means:
+        "Receive what another host or a store made as it is: nobody reads along whether it keeps to its subvolume",
+    },
   },
-  "no-transfer": { type: "boolean", alias: "T", description: "Transfer nothing" },
-  "no-incremental": { type: "boolean", alias: "I", description: "Always send in full" },
-  "no-full": {
-    type: "boolean",
-    description:
-      "Fail rather than send in full to a destination that has nothing of SOURCE, or nothing that a difference can be made against",
+  "Several destinations": {
+    optional: {
+      of: SENDING,
+      value: "DEST",
+      repeatable: true,
+      means: "A destination that may be absent",
+    },
+    "max-age": {
+      of: [...SENDING, "list"],
+      value: "DURATION",
+      means: "Fail when an absent --optional destination was last served longer ago, e.g. 3d",
+      meansIn: {
+        list: "Only check that the newest backup is not older, e.g. 26h: one line each, and exit status 1 if it is",
+      },
+    },
+    for: {
+      of: SENDING,
+      value: "DEST",
+      repeatable: true,
+      means:
+        "A destination with -n, --full-every, --compress, --encrypt-to and --rate-limit of its own, which follow",
+    },
+    jobs: {
+      of: SENDING,
+      value: "N",
+      means:
+        "Send at most N streams at a time; destinations that need the same stream get it together (default: all)",
+    },
+    "keep-unsent": {
+      of: ["run"],
+      means: "Keep what a destination could not get yet also for those that are --optional",
+    },
+    "drop-unsent": {
+      of: ["run"],
+      means:
+        "Keep nothing at the source for the sake of a destination that could not get it, but what both share",
+    },
+    "make-room": {
+      of: SENDING,
+      means: "When a destination is full, delete first what -n would delete afterwards",
+    },
+    "locked-dests": {
+      of: ["run"],
+      old: true,
+      means: "Add every known destination of SOURCE",
+    },
+    "remove-locks": {
+      of: ["run"],
+      old: true,
+      means: "Forget the given destinations first (see unpin)",
+    },
+    adopt: {
+      of: SENDING,
+      means: "Take over a destination that belonged to another source, or a replaced disk",
+    },
+    "skip-fs-checks": {
+      of: SENDING,
+      short: "C",
+      old: true,
+      means: "Do not check that SOURCE and DEST are on btrfs, and not on the same one",
+    },
+    "skip-space-check": {
+      of: SENDING,
+      means: "Send also what a destination seems to lack the space for",
+    },
   },
-  "newest-only": {
-    type: "boolean",
-    description: "Send only the newest snapshot, not what was missed before",
+  "Stored streams": {
+    "full-every": {
+      of: SENDING,
+      value: "N|DURATION",
+      perDest: true,
+      means:
+        "Stored streams: begin a new chain with a full one after N, or after a time like 30d; 0 is never (default: 30)",
+    },
+    "encrypt-to": {
+      of: SENDING,
+      value: "RECIPIENT",
+      repeatable: true,
+      perDest: true,
+      means:
+        "Encrypt streams that are stored or go to a command with gpg's public key of RECIPIENT",
+    },
+    unverified: {
+      of: ["restore"],
+      means: "Restore stored streams without their checksum objects",
+    },
   },
-  backfill: {
-    type: "boolean",
-    description:
-      "Without -n: send also what is older than the newest snapshot that a destination has",
+  "Other hosts, and rights": {
+    "ssh-opt": {
+      of: COMMON,
+      value: "OPTION",
+      repeatable: true,
+      old: true,
+      means: "Passed to ssh as -o OPTION",
+    },
+    "ssh-sudo": {
+      of: COMMON,
+      old: true,
+      means: "Run btrfs under sudo -n on other hosts",
+    },
+    sudo: { of: COMMON, means: "Run btrfs under sudo -n here" },
+    timeout: {
+      of: [...COMMON, "guard"],
+      value: "SECONDS",
+      means:
+        "Give up what has done nothing for so long: no byte moved, and no process of it worked (default: 3600; 0 is never)",
+    },
   },
-  optional: {
-    type: "string",
-    valueHint: "DEST",
-    description: "A destination that may be absent (repeatable)",
+  "What it tells": {
+    "dry-run": {
+      of: [...DELETING, "restore"],
+      means: "Say what would happen and why; change nothing",
+    },
+    wait: {
+      of: [...DELETING, "restore", "unpin"],
+      value: "SECONDS",
+      means: "Wait for a lock that another run holds (default: do not wait)",
+    },
+    verbosity: {
+      of: COMMON,
+      short: "v",
+      value: "LEVEL",
+      old: true,
+      means: "debug, info, warning or error (default: info)",
+    },
+    quiet: {
+      of: COMMON,
+      short: "q",
+      old: true,
+      means: "Same as --no-progress --verbosity warning",
+    },
+    json: {
+      of: COMMON,
+      means: "Tell what happens on standard output, one JSON object a line",
+    },
+    metrics: {
+      of: ["run"],
+      value: "FILE",
+      means: "Write metrics for Prometheus' node exporter (textfile collector)",
+    },
+    "no-progress": {
+      of: TRANSFERRING,
+      short: "P",
+      old: true,
+      means: "Show no progress",
+    },
+    "btrfs-debug": {
+      of: TRANSFERRING,
+      short: "d",
+      old: true,
+      means: "Let btrfs send and receive tell everything (-vv)",
+    },
+    help: { of: [...COMMON, "guard"], short: "h", means: "Show this text" },
+    version: { of: ["run"], means: "Show the version" },
   },
-  "max-age": {
-    type: "string",
-    valueHint: "DURATION",
-    description: "Fail when an absent --optional destination was last served longer ago, e.g. 3d",
-  },
-  "keep-unsent": {
-    type: "boolean",
-    description: "Keep what a destination could not get yet also for those that are --optional",
-  },
-  "drop-unsent": {
-    type: "boolean",
-    description:
-      "Keep nothing at the source for the sake of a destination that could not get it, but what both share",
-  },
-  "make-room": {
-    type: "boolean",
-    description: "When a destination is full, delete first what -n would delete afterwards",
-  },
-  "before-snapshot": {
-    type: "string",
-    valueHint: "CMD",
-    description: "Run on SOURCE's host before the snapshot, which is not taken if it fails",
-  },
-  "after-snapshot": {
-    type: "string",
-    valueHint: "CMD",
-    description: "Run on SOURCE's host after the snapshot, always",
-  },
-  adopt: {
-    type: "boolean",
-    description: "Take over a destination that belonged to another source, or a replaced disk",
-  },
-  "adopt-clock": {
-    type: "boolean",
-    description: "Delete what is too old although the clock seems to have leapt: it is right",
-  },
-  "dry-run": { type: "boolean", description: "Say what would happen and why; change nothing" },
-  sync: {
-    type: "boolean",
-    alias: "s",
-    description: "Wait until deleted subvolumes are gone (btrfs subvolume sync)",
-  },
-  "convert-rw": {
-    type: "boolean",
-    alias: "w",
-    description: "Make snapshots writable before deleting them (for user_subvol_rm_allowed)",
-  },
-  "locked-dests": { type: "boolean", description: "Add every known destination of SOURCE" },
-  "remove-locks": {
-    type: "boolean",
-    description: "Forget the given destinations first (see unpin)",
-  },
-  "skip-fs-checks": {
-    type: "boolean",
-    alias: "C",
-    description: "Do not check that SOURCE and DEST are on btrfs, and not on the same one",
-  },
-  "skip-space-check": {
-    type: "boolean",
-    description: "Send also what a destination seems to lack the space for",
-  },
-  "trust-stream": {
-    type: "boolean",
-    description:
-      "Receive what another host or a store made as it is: nobody reads along whether it keeps to its subvolume",
-  },
-  for: {
-    type: "string",
-    valueHint: "DEST",
-    description:
-      "A destination with -n, --full-every, --compress, --encrypt-to and --rate-limit of its own, which follow (repeatable)",
-  },
-  "full-every": {
-    type: "string",
-    valueHint: "N|DURATION",
-    description:
-      "Stored streams: begin a new chain with a full one after N, or after a time like 30d; 0 is never (default: 30)",
-  },
-  compress: {
-    type: "string",
-    valueHint: "zstd[:LEVEL]",
-    description: "Compress what travels between hosts, is stored as a stream, or goes to a command",
-  },
-  "encrypt-to": {
-    type: "string",
-    valueHint: "RECIPIENT",
-    description:
-      "Encrypt streams that are stored or go to a command with gpg's public key of RECIPIENT (repeatable)",
-  },
-  protocol: {
-    type: "string",
-    valueHint: "1|2",
-    description:
-      "Version of the send stream (default: 2, with data as they are compressed on the disk, where both sides know it; 1 for what is stored)",
-  },
-  resume: {
-    type: "boolean",
-    description:
-      "Over ssh: go on where a transfer broke. The stream is kept as a file over there until it is whole",
-  },
-  jobs: {
-    type: "string",
-    valueHint: "N",
-    description:
-      "Send at most N streams at a time; destinations that need the same stream get it together (default: all)",
-  },
-  retries: {
-    type: "string",
-    valueHint: "N",
-    description: "Try again up to N times in this run when a connection is lost (default: 0)",
-  },
-  "rate-limit": {
-    type: "string",
-    valueHint: "RATE",
-    description: "Send at most so many bytes a second, with k, m or g for powers of 1024",
-  },
-  "btrfs-debug": {
-    type: "boolean",
-    alias: "d",
-    description: "Let btrfs send and receive tell everything (-vv)",
-  },
-  "no-progress": { type: "boolean", alias: "P", description: "Show no progress" },
-  metrics: {
-    type: "string",
-    valueHint: "FILE",
-    description: "Write metrics for Prometheus' node exporter (textfile collector)",
-  },
-  ...WAIT,
-  ...HOST_ARGUMENTS,
-  version: { type: "boolean", description: "Show the version" },
-} as const satisfies ArgsDef;
+} as const satisfies Readonly<Record<string, Readonly<Record<string, Option>>>>;
 
-/** Some of the options of `run`, meaning the same. */
-const ofRun = <K extends keyof typeof RUN_ARGUMENTS>(...names: readonly K[]) =>
-  Object.fromEntries(names.map((name) => [name, RUN_ARGUMENTS[name]])) as unknown as Pick<
-    typeof RUN_ARGUMENTS,
-    K
-  >;
+type Group = (typeof GROUPS)[keyof typeof GROUPS];
+type NamesIn<G> = G extends unknown ? keyof G : never;
+type ValuedIn<G> = G extends unknown
+  ? { [Name in keyof G]: G[Name] extends { value: string } ? Name : never }[keyof G]
+  : never;
+type ValueName = ValuedIn<Group>;
+type FlagName = Exclude<NamesIn<Group>, ValueName>;
+
+export const OPTIONS: ReadonlyMap<string, Option> = new Map(
+  Object.values(GROUPS).flatMap((group) => Object.entries<Option>(group)),
+);
+
+/** The options of a command as citty defines them. */
+const optionsOf = (command: CommandName): ArgsDef =>
+  Object.fromEntries(
+    [...OPTIONS]
+      .filter(([, { of }]) => of.includes(command))
+      .map(([name, { short, value, repeatable, means, meansIn }]) => [
+        name,
+        {
+          type: value === undefined ? "boolean" : "string",
+          alias: short,
+          valueHint: value,
+          description: `${meansIn?.[command] ?? means}${repeatable ? " (repeatable)" : ""}`,
+        },
+      ]),
+  );
 
 const positional = (description: string, required = true) =>
   ({ type: "positional", description, required }) as const;
 const PLACE = "/path or ssh://[user@]host[:port]/path";
 const STORE = "raw:///path, raw+ssh://[user@]host[:port]/path or rclone://REMOTE:PATH";
 
-const REPEATABLE = new Set(["path", "ssh-opt", "optional", "encrypt-to", "for"]);
-/** Behind --for DEST, they count for DEST only. */
-const SCOPED = new Set(["num-backups", "full-every", "compress", "encrypt-to", "rate-limit"]);
-
-/** What was given: the last of each option, all of a repeatable one. */
+/** Options as they were given: the last value of each, or all of a repeatable one. */
 type Options = {
-  readonly flag: (name: string) => boolean;
-  readonly value: (name: string) => string | null;
-  readonly all: (name: string) => string[];
+  readonly flag: (name: FlagName) => boolean;
+  readonly value: (name: ValueName) => string | null;
+  readonly all: (name: ValueName) => string[];
 };
-/** `scopes`: for each --for DEST what holds there. */
+/** A command line. `scopes`: the options that hold for each --for DEST. */
 type Given = Options & {
   readonly positionals: readonly string[];
-  readonly scopes: readonly { readonly value: string; readonly given: Options }[];
+  readonly scopes: readonly { readonly dest: string; readonly options: Options }[];
 };
+type GivenOption = readonly [name: string, value: string];
 
-/** The long options of 0.2 to 0.3.1, which took any beginning that only one of them has. */
-const OLD_OPTIONS = [
-  "verbosity",
-  "quiet",
-  "btrfs-debug",
-  "no-progress",
-  "num-snapshots",
-  "num-backups",
-  "latest-only",
-  "no-snapshot",
-  "snapshot-folder",
-  "snapshot-prefix",
-  "no-transfer",
-  "no-incremental",
-  "ssh-opt",
-  "ssh-sudo",
-  "sync",
-  "convert-rw",
-  "locked-dests",
-  "remove-locks",
-  "skip-fs-checks",
-];
+type Definition = ArgDef & { alias?: string; valueHint?: string; required?: boolean };
+type Defined = readonly [name: string, definition: Definition];
 
-/** An argument with the whole name of the option, where it has only the beginning of an old one's. No value begins with two dashes. */
-function inFull(arg: string, defined: readonly string[]): string {
+/**
+ * An argument with the beginning of an old option's name gets the whole name. No value begins with
+ * two dashes.
+ */
+function inFull(arg: string, defined: readonly Defined[]): string {
+  const isDefined = (name: string) => defined.some(([one]) => one === name);
   const [, name = "", rest = ""] = /^--([a-z][a-z-]*)(=.*)?$/s.exec(arg) ?? [];
-  if (name === "" || defined.includes(name) || !OLD_OPTIONS.every((one) => defined.includes(one)))
-    return arg;
-  const meant = OLD_OPTIONS.filter((one) => one.startsWith(name));
+  const old = [...OPTIONS].filter(([, option]) => option.old).map(([one]) => one);
+  if (name === "" || isDefined(name) || !old.every(isDefined)) return arg;
+  const meant = old.filter((one) => one.startsWith(name));
   if (meant.length > 1)
     throw new UsageError(`--${name} can mean ${meant.map((one) => `--${one}`).join(" or ")}`);
   return meant.length === 1 ? `--${meant[0]}${rest}` : arg;
 }
 
-/** Reads arguments strictly. Errors: UsageError naming the nearest option. */
+/**
+ * -n=3 as --num-backups=3. argparse let -n=3 pass; parseArgs would take the = for a part of the
+ * value.
+ */
+function withoutEquals(arg: string, defined: readonly Defined[]): string | null {
+  const [, short, value] = /^-([A-Za-z])=(.*)$/s.exec(arg) ?? [];
+  if (short === undefined) return null;
+  const [name] = defined.find(([, { alias, type }]) => alias === short && type === "string") ?? [];
+  return name === undefined ? null : `--${name}=${value}`;
+}
+
+/** Reads arguments strictly. Errors: UsageError that names the nearest option. */
 export function readArguments(args: readonly string[], definitions: ArgsDef): Given {
-  const defined = Object.entries(
-    definitions as Record<string, ArgDef & { alias?: string | string[] }>,
-  ).filter(([, { type }]) => type !== "positional");
-  // -n=3 is what argparse let pass; parseArgs would take the = for a part of the value.
-  const spelled = args.map((arg) => {
-    const [, letter, value] = /^-([A-Za-z])=(.*)$/s.exec(arg) ?? [];
-    const name = defined.find(
-      ([, { alias, type }]) => letter !== undefined && alias === letter && type === "string",
-    )?.[0];
-    return name === undefined
-      ? inFull(
-          arg,
-          defined.map(([name]) => name),
-        )
-      : `--${name}=${value}`;
-  });
+  const defined = Object.entries(definitions as Readonly<Record<string, Definition>>).filter(
+    ([, { type }]) => type !== "positional",
+  );
+  const spelled = args.map((arg) => withoutEquals(arg, defined) ?? inFull(arg, defined));
   const options = Object.fromEntries(
     defined.map(([name, { type, alias }]) => [
       name,
       {
         type: type === "boolean" ? ("boolean" as const) : ("string" as const),
-        multiple: REPEATABLE.has(name),
-        ...(typeof alias === "string" ? { short: alias } : {}),
+        ...(alias === undefined ? {} : { short: alias }),
       },
     ]),
   );
@@ -13040,55 +13220,64 @@ export function readArguments(args: readonly string[], definitions: ArgsDef): Gi
       allowPositionals: true,
       tokens: true,
     });
-    const everywhere: [name: string, value: string][] = [];
-    const scopes: { value: string; words: typeof everywhere }[] = [];
-    for (const token of tokens) {
-      if (token.kind !== "option") continue;
-      const { name, value = "" } = token;
-      if (name === "for") scopes.push({ value, words: [] });
-      else
-        (SCOPED.has(name) ? (scopes.at(-1)?.words ?? everywhere) : everywhere).push([name, value]);
-    }
-    const given = (words: typeof everywhere): Options => {
-      const all = (name: string) => words.filter(([one]) => one === name).map(([, value]) => value);
-      return {
-        flag: (name) => all(name).length > 0,
-        value: (name) => all(name).at(-1) ?? null,
-        all,
-      };
-    };
-    const within = (words: typeof everywhere) =>
-      given([...everywhere.filter(([name]) => !words.some(([own]) => own === name)), ...words]);
-    return {
-      ...given(everywhere),
-      positionals,
-      scopes: scopes.map(({ value, words }) => ({ value, given: within(words) })),
-    };
-  } catch (error) {
-    const { code, message } = error as Error & { code?: string };
-    const dashed = /^Option '(--?[\w-]+)' argument is ambiguous/.exec(message)?.[1];
-    if (dashed !== undefined)
-      throw new UsageError(
-        `${dashed} has no value: what follows it begins with a dash, and would be another option`,
-      );
-    if (code !== "ERR_PARSE_ARGS_UNKNOWN_OPTION")
-      throw new UsageError(message.replaceAll("\n", " "));
-    const named = /'(-*)([^']*)'/.exec(message); // Bun leaves the dash of a short one out
-    const unknown = `${named?.[1] || "-"}${named?.[2] ?? ""}`;
-    const best = nearest(
-      unknown,
-      defined.map(([name]) => `--${name}`),
+    const words = tokens.flatMap((token): GivenOption[] =>
+      token.kind === "option" ? [[token.name, token.value ?? ""]] : [],
     );
-    const meant = unknown.startsWith("--keep-")
-      ? `; what is kept is said by -N (at the source) and -n (at destinations), as in -n "7d 4w 12m"`
-      : unknown.startsWith("--") && best.far <= 3
-        ? `; did you mean ${best.word}?`
-        : "";
-    throw new UsageError(`unknown option ${unknown}${meant}`);
+    return { positionals, ...inScopes(words) };
+  } catch (error) {
+    throw argumentError(error as Error, defined);
   }
 }
 
-/** How many letters to add, drop or change to make one word of the other (Levenshtein). */
+const optionsAmong = (words: readonly GivenOption[]): Options => {
+  const all = (name: string) => words.filter(([one]) => one === name).map(([, value]) => value);
+  return { flag: (name) => all(name).length > 0, value: (name) => all(name).at(-1) ?? null, all };
+};
+
+/** The options that hold everywhere, and those for each --for DEST. */
+function inScopes(words: readonly GivenOption[]): Options & Pick<Given, "scopes"> {
+  const everywhere: GivenOption[] = [];
+  const scopes: { dest: string; own: GivenOption[] }[] = [];
+  for (const word of words) {
+    const [name, value] = word;
+    if (name === "for") scopes.push({ dest: value, own: [] });
+    else ((OPTIONS.get(name)?.perDest && scopes.at(-1)?.own) || everywhere).push(word);
+  }
+  const scope = (own: readonly GivenOption[]) => {
+    const others = everywhere.filter(([name]) => !own.some(([one]) => one === name));
+    return optionsAmong([...others, ...own]);
+  };
+  return {
+    ...optionsAmong(everywhere),
+    scopes: scopes.map(({ dest, own }) => ({ dest, options: scope(own) })),
+  };
+}
+
+/** An error of parseArgs in our words. */
+function argumentError(
+  { message, code }: Error & { code?: string },
+  defined: readonly Defined[],
+): UsageError {
+  const dashed = /^Option '(--?[\w-]+)' argument is ambiguous/.exec(message)?.[1];
+  if (dashed !== undefined)
+    return new UsageError(
+      `${dashed} has no value: what follows it begins with a dash, and would be another option`,
+    );
+  if (code !== "ERR_PARSE_ARGS_UNKNOWN_OPTION")
+    return new UsageError(message.replaceAll("\n", " "));
+  const named = /'(-*)([^']*)'/.exec(message); // Bun leaves the dash of a short one out
+  const unknown = `${named?.[1] || "-"}${named?.[2] ?? ""}`;
+  const best = nearest(
+    unknown,
+    defined.map(([name]) => `--${name}`),
+  );
+  let meant = unknown.startsWith("--") && best.far <= 3 ? `; did you mean ${best.word}?` : "";
+  if (unknown.startsWith("--keep-"))
+    meant = `; what is kept is said by -N (at the source) and -n (at destinations), as in -n "7d 4w 12m"`;
+  return new UsageError(`unknown option ${unknown}${meant}`);
+}
+
+/** The number of letters to add, drop or change to make one word of the other (Levenshtein). */
 export function distance(a: string, b: string): number {
   let row = Array.from({ length: b.length + 1 }, (_, i) => i);
   for (let i = 1; i <= a.length; i++) {
@@ -13140,16 +13329,17 @@ export function expandFiles(
 }
 
 /** The value of an option that must be a whole number. */
-function wholeNumber(text: string | null, option: string, otherwise: number, least = 0): number {
+function wholeNumber(given: Given, name: ValueName, otherwise: number, least = 0): number {
+  const text = given.value(name);
   if (text === null) return otherwise;
   if (!/^\d{1,9}$/.test(text) || Number(text) < least)
     throw new UsageError(
-      `${option} takes a whole number${least > 0 ? ` from ${least}` : ""}, not "${text}"`,
+      `--${name} takes a whole number${least > 0 ? ` from ${least}` : ""}, not "${text}"`,
     );
   return Number(text);
 }
 
-/** A location that has to be a folder with subvolumes. */
+/** A location that must be a folder with subvolumes. */
 function folderLocation(text: string | undefined, what: string): Readable {
   if (text === undefined) throw new UsageError(`${what} is missing`);
   const location = parseLocation(text);
@@ -13160,7 +13350,7 @@ function folderLocation(text: string | undefined, what: string): Readable {
   return location;
 }
 
-/** A location that something can be read from. */
+/** A location that can be read from. */
 function readableLocation(text: string): Readable {
   const location = parseLocation(text);
   if (location.kind === "shell")
@@ -13168,13 +13358,13 @@ function readableLocation(text: string): Readable {
   return location;
 }
 
-/** How long what does nothing is waited for. */
+/** Sets how long the program waits for a process that does nothing. */
 function limitTime(given: Given): void {
-  LIMITS.stuck = 1000 * wholeNumber(given.value("timeout"), "--timeout", 3600) || Infinity;
+  LIMITS.stuck = 1000 * wholeNumber(given, "timeout", 3600) || Infinity;
   LIMITS.parting = Math.min(10e3, LIMITS.stuck);
 }
 
-/** What every command understands. */
+/** The options of every command. */
 function commonOptions(given: Given) {
   const verbosity = given.flag("quiet") ? "warning" : (given.value("verbosity") ?? "info");
   if (!Object.hasOwn(LEVELS, verbosity))
@@ -13185,7 +13375,8 @@ function commonOptions(given: Given) {
   const prefix = given.value("snapshot-prefix") ?? "";
   if (!isPrefix(prefix))
     throw new UsageError("a prefix is at most 200 bytes, without slashes and control characters");
-  const snapshotFolder = (given.value("snapshot-folder") ?? "snapshot") || "."; // an empty one was SOURCE itself for 0.3.1
+  // An empty one was SOURCE itself for 0.3.1.
+  const snapshotFolder = (given.value("snapshot-folder") ?? "snapshot") || ".";
   if (snapshotFolder.trim() === "" || snapshotFolder.includes("\0"))
     throw new UsageError("--snapshot-folder cannot be empty");
   limitTime(given);
@@ -13198,20 +13389,28 @@ function commonOptions(given: Given) {
     prefix: given.value("snapshot-prefix"),
     snapshotFolder,
     hosts,
-    wait: wholeNumber(given.value("wait"), "--wait", 0),
+    wait: wholeNumber(given, "wait", 0),
     json: given.flag("json"),
   };
 }
 
-const policyOf = (given: Options, option: string) => parsePolicy(given.value(option) ?? "0");
+const policyOf = (given: Options, option: ValueName) => parsePolicy(given.value(option) ?? "0");
 
-/** The value of --max-age. */
-function ageOf(given: Given) {
-  const text = given.value("max-age");
-  return text === null ? null : { ...parseDuration(text), text };
+/** The value of an option, if it was given. */
+function parsedWith<T>(given: Given, name: ValueName, parse: (text: string) => T): T | null {
+  const text = given.value(name);
+  return text === null ? null : parse(text);
 }
 
-/** Positionals that must be as many as a command takes. */
+const ageOf = (given: Given) =>
+  parsedWith(given, "max-age", (text) => ({ ...parseDuration(text), text }));
+
+const deletingOptions = ({ flag }: Given) => ({
+  adoptClock: flag("adopt-clock"),
+  deletion: { convertRw: flag("convert-rw"), sync: flag("sync") },
+});
+
+/** The positionals, as many as a command takes. */
 function locationsOf(given: Given, least: number, most: number, what: string): Readable[] {
   const { positionals } = given;
   if (positionals.length < least || positionals.length > most)
@@ -13221,13 +13420,13 @@ function locationsOf(given: Given, least: number, most: number, what: string): R
   return positionals.map(readableLocation);
 }
 
-/** Reads the command line of `run`. */
+// ── the options of each command ──
+
 export function runOptions(given: Given) {
+  const { flag, value } = given;
   const [first, ...rest] = given.positionals;
   const source = folderLocation(first, "SOURCE");
-  const sourcePolicy = given.flag("latest-only")
-    ? parsePolicy("1")
-    : policyOf(given, "num-snapshots");
+  const sourcePolicy = flag("latest-only") ? parsePolicy("1") : policyOf(given, "num-snapshots");
   const common = commonOptions(given);
   const destinations = destinationsOf(given, rest, common.prefix ?? "");
   for (const [one, other] of [
@@ -13235,9 +13434,9 @@ export function runOptions(given: Given) {
     ["no-full", "no-incremental"],
     ["backfill", "newest-only"],
   ] as const)
-    if (given.flag(one) && given.flag(other))
+    if (flag(one) && flag(other))
       throw new UsageError(`--${one} and --${other} contradict each other`);
-  if (destinations.length === 0) sendingOptions(given, null); // nonsense is told all the same
+  if (destinations.length === 0) sendingOptions(given, null); // nonsense is an error all the same
   return {
     ...common,
     prefix: common.prefix ?? "",
@@ -13245,47 +13444,48 @@ export function runOptions(given: Given) {
     destinations,
     sourcePolicy,
     backupPolicy: policyOf(given, "num-backups"),
-    snapshot: !given.flag("no-snapshot"),
-    transfer: !given.flag("no-transfer"),
-    incremental: !given.flag("no-incremental"),
-    newestOnly: given.flag("newest-only"),
-    full: !given.flag("no-full"),
-    backfill: given.flag("backfill"),
-    deletion: { convertRw: given.flag("convert-rw"), sync: given.flag("sync") },
-    lockedDestinations: given.flag("locked-dests"),
-    removeLocks: given.flag("remove-locks"),
-    fsChecks: !given.flag("skip-fs-checks"),
-    spaceCheck: !given.flag("skip-space-check"),
-    adopt: given.flag("adopt"),
-    adoptClock: given.flag("adopt-clock"),
-    keepUnsent: given.flag("keep-unsent"),
-    dropUnsent: given.flag("drop-unsent"),
-    makeRoom: given.flag("make-room"),
+    snapshot: !flag("no-snapshot"),
+    transfer: !flag("no-transfer"),
+    incremental: !flag("no-incremental"),
+    newestOnly: flag("newest-only"),
+    full: !flag("no-full"),
+    backfill: flag("backfill"),
+    ...deletingOptions(given),
+    lockedDestinations: flag("locked-dests"),
+    removeLocks: flag("remove-locks"),
+    fsChecks: !flag("skip-fs-checks"),
+    spaceCheck: !flag("skip-space-check"),
+    adopt: flag("adopt"),
+    keepUnsent: flag("keep-unsent"),
+    dropUnsent: flag("drop-unsent"),
+    makeRoom: flag("make-room"),
     maxAge: ageOf(given),
-    jobs: wholeNumber(given.value("jobs"), "--jobs", Infinity, 1),
-    beforeSnapshot: given.value("before-snapshot"),
-    afterSnapshot: given.value("after-snapshot"),
-    metrics: given.value("metrics") === null ? null : resolve(given.value("metrics") as string),
-    retries: wholeNumber(given.value("retries"), "--retries", 0),
+    jobs: wholeNumber(given, "jobs", Infinity, 1),
+    beforeSnapshot: value("before-snapshot"),
+    afterSnapshot: value("after-snapshot"),
+    metrics: parsedWith(given, "metrics", (path) => resolve(path)),
+    retries: wholeNumber(given, "retries", 0),
     ...displayOptions(given),
     sendingTo: (id: string) => sendingOptions(given, parseLocation(id)),
   };
 }
 
-/** What is to be served, and how. Errors: UsageError for options that a destination cannot honour. */
+const isStore = (location: Location | null) =>
+  location?.kind === "raw" || location?.kind === "rclone";
+
+/** The wanted destinations. Errors: UsageError for options that a destination cannot honour. */
 function destinationsOf(given: Given, positionals: readonly string[], prefix: string): Wanted[] {
+  const { scopes } = given;
   const optional = given.all("optional");
-  const own = new Map(
-    given.scopes.map(({ value, given }): [string, Options] => [parseLocation(value).id, given]),
-  );
-  if (own.size < given.scopes.length) throw new UsageError("--for names a destination twice");
-  const texts = [...positionals, ...optional, ...given.scopes.map(({ value }) => value)];
+  const own = new Map(scopes.map(({ dest, options }) => [parseLocation(dest).id, options]));
+  if (own.size < scopes.length) throw new UsageError("--for names a destination twice");
   const absent = new Set(optional.map((text) => parseLocation(text).id));
-  const optionsOf = ({ id }: Location) => own.get(id) ?? given;
-  const destinations = [
-    ...new Map(texts.map(parseLocation).map((location) => [location.id, location])).values(),
-  ].map((location): Wanted => {
-    const options = optionsOf(location);
+  const locations = [...positionals, ...optional, ...scopes.map(({ dest }) => dest)]
+    .map(parseLocation)
+    .map((location) => [location.id, location] as const);
+  const optionsFor = ({ id }: Location) => own.get(id) ?? given;
+  const destinations = [...new Map(locations).values()].map((location): Wanted => {
+    const options = optionsFor(location);
     return {
       location,
       optional: absent.has(location.id),
@@ -13293,31 +13493,27 @@ function destinationsOf(given: Given, positionals: readonly string[], prefix: st
       sending: sendingOptions(options, location),
     };
   });
-  const stores = ({ location: { kind } }: Wanted) => kind === "raw" || kind === "rclone";
-  for (const wanted of destinations) {
-    if (stores(wanted) && Buffer.byteLength(prefix) > STREAM_PREFIX_BYTES)
-      throw new UsageError(
-        `a prefix is at most ${STREAM_PREFIX_BYTES} bytes for stored streams, whose names say much more`,
-      );
-  }
-  // What is said for one destination, or for all, must have a meaning for one of those.
+  const stores = ({ location }: Wanted) => isStore(location);
+  if (destinations.some(stores) && Buffer.byteLength(prefix) > STREAM_PREFIX_BYTES)
+    throw new UsageError(
+      `a prefix is at most ${STREAM_PREFIX_BYTES} bytes for stored streams, whose names say much more`,
+    );
+  // An option for one destination, or for all, must have a meaning for one of them.
+  const hasOwn = ({ location }: Wanted) => own.has(location.id);
   for (const some of [
-    ...destinations.filter(({ location }) => own.has(location.id)).map((wanted) => [wanted]),
-    destinations.filter(({ location }) => !own.has(location.id)),
-  ]) {
+    ...destinations.filter(hasOwn).map((one) => [one]),
+    destinations.filter((one) => !hasOwn(one)),
+  ])
     if (
-      some.length > 0 &&
       !some.some(stores) &&
-      some.some(({ location }) => optionsOf(location).value("full-every") !== null)
+      some.some(({ location }) => optionsFor(location).value("full-every") !== null)
     )
       throw new UsageError(
         "--full-every needs a destination of stored streams: raw://, raw+ssh:// or rclone://",
       );
-  }
   return destinations;
 }
 
-/** Reads the command line of `prune`. */
 function pruneOptions(given: Given) {
   const [location] = locationsOf(given, 1, 1, "LOCATION") as [Readable];
   const policy = policyOf(given, "num-backups");
@@ -13327,39 +13523,40 @@ function pruneOptions(given: Given) {
     location,
     policy,
     dryRun: given.flag("dry-run"),
-    adoptClock: given.flag("adopt-clock"),
-    deletion: { convertRw: given.flag("convert-rw"), sync: given.flag("sync") },
+    ...deletingOptions(given),
   };
 }
 
-/** Reads the command line of `restore`. */
 export function restoreOptions(given: Given) {
+  const { flag, value } = given;
   const [location] = locationsOf(given, 2, 2, "LOCATION and TARGET") as [Readable];
   const target = folderLocation(given.positionals[1], "TARGET");
-  const [snapshot, until] = [given.value("snapshot"), given.value("before")];
-  if (snapshot !== null && until !== null)
+  const snapshot = value("snapshot");
+  if (snapshot !== null && value("before") !== null)
     throw new UsageError("--snapshot and --before exclude each other");
-  const words = [
-    "snapshot-prefix",
-    "snapshot-folder",
-    "ssh-opt",
-    "snapshot",
-    "before",
-    "compress",
-    "rate-limit",
-  ].flatMap((name) => given.all(name).map((value) => `--${name}=${value}`));
-  for (const name of ["sudo", "ssh-sudo", "unverified"])
-    if (given.flag(name)) words.push(`--${name}`);
+  const words = (
+    [
+      "snapshot-prefix",
+      "snapshot-folder",
+      "ssh-opt",
+      "snapshot",
+      "before",
+      "compress",
+      "rate-limit",
+    ] as const
+  ).flatMap((name) => given.all(name).map((text) => `--${name}=${text}`));
+  for (const name of ["sudo", "ssh-sudo", "unverified"] as const)
+    if (flag(name)) words.push(`--${name}`);
   return {
     ...commonOptions(given),
     words: [...words, location.id],
     location,
     target,
     snapshot,
-    before: until === null ? null : parseWhen(until),
-    parentFrom: given.value("parent-from"),
-    replace: given.flag("replace"),
-    unverified: given.flag("unverified"),
+    before: parsedWith(given, "before", parseWhen),
+    parentFrom: value("parent-from"),
+    replace: flag("replace"),
+    unverified: flag("unverified"),
     ...displayOptions(given),
     sending: sendingOptions(given, null),
   };
@@ -13371,32 +13568,24 @@ const displayOptions = (given: Given) => ({
   btrfsDebug: given.flag("btrfs-debug"),
 });
 
-/** How to send, to a destination if there is one. Errors: UsageError for what it cannot take. */
+/**
+ * How to send, to a destination if there is one. Errors: UsageError for options that it cannot
+ * honour.
+ */
 function sendingOptions(given: Options, location: Location | null): Sending {
-  const [rate, compression, every, protocol] = [
-    "rate-limit",
-    "compress",
-    "full-every",
-    "protocol",
-  ].map(given.value);
+  const [rate, compression, every, protocol] = (
+    ["rate-limit", "compress", "full-every", "protocol"] as const
+  ).map(given.value);
   if (protocol && !/^[12]$/.test(protocol))
     throw new UsageError(`--protocol is 1 or 2, not "${protocol}"`);
   const recipients = given.all("encrypt-to");
   const resume = given.flag("resume");
-  if (resume && recipients.length > 0)
-    throw new UsageError(
-      "--resume and --encrypt-to exclude each other: gpg's output is another one each time",
-    );
-  if (location?.kind === "folder" && recipients.length > 0)
-    throw new UsageError(
-      `--encrypt-to: what is received on btrfs cannot be encrypted: ${location.id}. For another destination only: --for DEST --encrypt-to …`,
-    );
-  const chained = location?.kind === "raw" || location?.kind === "rclone";
+  if (recipients.length > 0) checkEncryption(resume, location);
   return {
     rate: rate ? parseRate(rate) : null,
     level: compression ? parseCompression(compression) : "",
     recipients,
-    fullEvery: parseFullEvery(every ?? (chained ? FULL_EVERY : "0")),
+    fullEvery: parseFullEvery(every ?? (isStore(location) ? FULL_EVERY : "0")),
     protocol: protocol ?? null,
     resume,
     spaceCheck: !given.flag("skip-space-check"),
@@ -13404,10 +13593,21 @@ function sendingOptions(given: Options, location: Location | null): Sending {
   };
 }
 
-/** How many streams a stored chain has by default, so that retention can free space. */
+/** Errors: UsageError where a destination cannot take encrypted streams. */
+function checkEncryption(resume: boolean, location: Location | null): void {
+  if (resume)
+    throw new UsageError(
+      "--resume and --encrypt-to exclude each other: gpg's output is another one each time",
+    );
+  if (location?.kind === "folder")
+    throw new UsageError(
+      `--encrypt-to: what is received on btrfs cannot be encrypted: ${location.id}. For another destination only: --for DEST --encrypt-to …`,
+    );
+}
+
+/** The streams of a stored chain by default, so that retention can free space. */
 const FULL_EVERY = "30";
 
-/** Reads the command line of `list`. */
 export function listOptions(given: Given) {
   return {
     ...commonOptions(given),
@@ -13419,9 +13619,9 @@ export function listOptions(given: Given) {
   };
 }
 
-/** Reads the command line of `verify`. */
 export function verifyOptions(given: Given) {
-  const [snapshot, all] = [given.value("snapshot"), given.flag("all")];
+  const { flag, value } = given;
+  const [snapshot, all] = [value("snapshot"), flag("all")];
   if (snapshot !== null && all) throw new UsageError("--snapshot and --all exclude each other");
   const locations = locationsOf(
     given,
@@ -13436,15 +13636,15 @@ export function verifyOptions(given: Given) {
   return { ...commonOptions(given), locations, snapshot, all };
 }
 
-/** Reads the command line of `versions`. */
 export function versionsOptions(given: Given) {
+  const { flag, value } = given;
   const [, ...locations] = locationsOf(given, 1, Infinity, "FILE [LOCATION…]");
   const file = folderLocation(given.positionals[0], "FILE");
   for (const { kind, id } of locations)
     if (kind !== "folder")
       throw new UsageError(`stored streams cannot be looked into, only restored: ${id}`);
-  const [get, to] = [given.value("get"), given.value("to")];
-  if (get === null && (to !== null || given.flag("force")))
+  const [get, to] = [value("get"), value("to")];
+  if (get === null && (to !== null || flag("force")))
     throw new UsageError("--to and --force need --get");
   if (to !== null && file.host !== null && !to.startsWith("/"))
     throw new UsageError("--to must be an absolute path, on FILE's host");
@@ -13454,12 +13654,12 @@ export function versionsOptions(given: Given) {
     locations,
     get,
     to: to !== null && file.host === null ? resolve(to) : to,
-    force: given.flag("force"),
+    force: flag("force"),
   };
 }
 
-/** Reads the command line of `guard`. */
 function guardOptions(given: Given) {
+  const { flag } = given;
   const paths = given.all("path");
   if (given.positionals.length > 0)
     throw new UsageError(`too many arguments: ${given.positionals[0]}`);
@@ -13468,15 +13668,13 @@ function guardOptions(given: Given) {
   limitTime(given);
   return {
     paths: paths.map((path) => withoutSlash(normalize(path))),
-    source: given.flag("source"),
-    allowRead: given.flag("allow-read"),
-    allowDelete: given.flag("allow-delete"),
-    maxBytes:
-      given.value("max-bytes") === null ? null : parseSize(given.value("max-bytes") as string),
+    source: flag("source"),
+    allowRead: flag("allow-read"),
+    allowDelete: flag("allow-delete"),
+    maxBytes: parsedWith(given, "max-bytes", parseSize),
   };
 }
 
-/** Reads the command line of `unpin`. */
 function unpinOptions(given: Given): UnpinOptions {
   const [first, ...rest] = given.positionals;
   const all = given.flag("all");
@@ -13492,24 +13690,29 @@ function unpinOptions(given: Given): UnpinOptions {
   };
 }
 
-/** Reads the command line of `copy`. */
 function copyOptions(given: Given) {
   if (given.positionals.length + given.all("optional").length + given.scopes.length < 2)
     throw new UsageError("missing arguments: give LOCATION and DEST…");
   return { ...runOptions(given), prefix: given.value("snapshot-prefix"), snapshot: false };
 }
 
-/** A command: how its arguments are read, and what it does then. */
+/** A command, which first reads its options and then works. */
 const command = <O>(
-  name: string,
-  description: string,
-  args: ArgsDef,
-  read: (given: Given) => O,
-  work: (options: O, report: Report) => Promise<void | number>,
+  name: CommandName,
+  about: string,
+  positionals: ArgsDef,
+  [read, work]: readonly [
+    read: (given: Given) => O,
+    work: (options: O, report: Report) => Promise<void | number>,
+  ],
 ): CommandDef<any> =>
   defineCommand({
-    meta: { name: `btrfs-backup${name}`, version: VERSION, description },
-    args,
+    meta: {
+      name: name === "run" ? "btrfs-backup" : `btrfs-backup ${name}`,
+      version: VERSION,
+      description: about,
+    },
+    args: { ...positionals, ...optionsOf(name) },
     async run({ data }: { data?: Given }) {
       const given = data as Given;
       const options = read(given);
@@ -13517,9 +13720,9 @@ const command = <O>(
     },
   });
 
-export const COMMANDS: Record<string, CommandDef<any>> = {
+export const COMMANDS: Readonly<Record<CommandName, CommandDef<any>>> = {
   run: command(
-    "",
+    "run",
     "Incremental backups of btrfs subvolumes. The command can be left out: it is run.",
     {
       source: positional(`Subvolume to back up: ${PLACE}`),
@@ -13527,102 +13730,43 @@ export const COMMANDS: Record<string, CommandDef<any>> = {
         `Where to: ${PLACE}; streams to ${STORE}, or shell://COMMAND; any number`,
         false,
       ),
-      ...RUN_ARGUMENTS,
     },
-    runOptions,
-    run,
+    [runOptions, run],
   ),
   restore: command(
-    " restore",
+    "restore",
     "Make a subvolume again from a backup, or from a snapshot.",
     {
       location: positional(
         `Backups, or a source with its snapshots: ${PLACE}; or streams: ${STORE}`,
       ),
       target: positional(`The subvolume to make: ${PLACE}`),
-      snapshot: {
-        type: "string",
-        valueHint: "NAME",
-        description: "Restore this one (default: the newest)",
-      },
-      before: {
-        type: "string",
-        valueHint: "TIME",
-        description: "Restore the newest at or before 'YYYY-MM-DD[ HH:MM[:SS]]'",
-      },
-      unverified: {
-        type: "boolean",
-        description: "Restore stored streams without their checksum objects",
-      },
-      replace: {
-        type: "boolean",
-        description: "TARGET exists: keep it beside as TARGET.before-YYYYMMDD-HHMMSS",
-      },
-      "parent-from": {
-        type: "string",
-        valueHint: "DIR",
-        description:
-          "Where snapshots are that the transfer can build on (default: beside TARGET, and in its snapshot folder)",
-      },
-      ...ofRun(
-        "dry-run",
-        "compress",
-        "protocol",
-        "rate-limit",
-        "trust-stream",
-        "btrfs-debug",
-        "no-progress",
-        "wait",
-      ),
-      ...HOST_ARGUMENTS,
     },
-    restoreOptions,
-    restore,
+    [restoreOptions, restore],
   ),
   list: command(
-    " list",
+    "list",
     "Show what there is of each snapshot, at a source and its destinations.",
     {
       location: positional(
         `A source (its known destinations are added), or backups: ${PLACE}; or streams: ${STORE}; any number`,
       ),
-      ...ofRun("num-snapshots", "num-backups"),
-      size: {
-        type: "boolean",
-        description: "Tell how large each is (btrfs filesystem du, which is slow)",
-      },
-      "max-age": {
-        type: "string",
-        valueHint: "DURATION",
-        description:
-          "Only check that the newest backup is not older, e.g. 26h: one line each, and exit status 1 if it is",
-      },
-      ...HOST_ARGUMENTS,
     },
-    listOptions,
-    list,
+    [listOptions, list],
   ),
   verify: command(
-    " verify",
+    "verify",
     "Read every byte of what two places share, or of stored streams, and compare.",
     {
       source: positional(
         `Snapshots or backups: ${PLACE}; or streams, which are compared with their checksums: ${STORE}`,
       ),
       location: positional("What to compare with them; any number", false),
-      snapshot: {
-        type: "string",
-        valueHint: "NAME",
-        description: "Compare this one (default: the newest that both have)",
-      },
-      all: { type: "boolean", description: "Compare all that both have" },
-      ...HOST_ARGUMENTS,
     },
-    verifyOptions,
-    verify,
+    [verifyOptions, verify],
   ),
   versions: command(
-    " versions",
+    "versions",
     "Show every version of a file, or copy one back.",
     {
       file: positional(`File or directory in a source, which may be deleted: ${PLACE}`),
@@ -13630,185 +13774,52 @@ export const COMMANDS: Record<string, CommandDef<any>> = {
         "Where to look besides the source's snapshots (default: its known destinations)",
         false,
       ),
-      get: {
-        type: "string",
-        valueHint: "WHEN|NAME",
-        description:
-          "Copy back what it was in a snapshot, or at a time like 'YYYY-MM-DD[ HH:MM[:SS]]'",
-      },
-      to: {
-        type: "string",
-        valueHint: "PATH",
-        description: "Where to, on FILE's host (default: FILE.NAME)",
-      },
-      force: { type: "boolean", description: "Replace a file that is there" },
-      ...HOST_ARGUMENTS,
     },
-    versionsOptions,
-    versions,
+    [versionsOptions, versions],
   ),
   copy: command(
-    " copy",
+    "copy",
     "Send backups on to other places, as run does from a source.",
     {
       location: positional(
         `Backups: ${PLACE}; all prefixes one after the other, unless -p is given`,
       ),
       dest: positional("Where to; any number"),
-      ...ofRun(
-        "num-backups",
-        "newest-only",
-        "backfill",
-        "no-incremental",
-        "no-full",
-        "optional",
-        "max-age",
-        "make-room",
-        "adopt",
-        "adopt-clock",
-        "dry-run",
-        "sync",
-        "convert-rw",
-        "skip-fs-checks",
-        "skip-space-check",
-        "for",
-        "full-every",
-        "compress",
-        "encrypt-to",
-        "protocol",
-        "resume",
-        "retries",
-        "jobs",
-        "rate-limit",
-        "trust-stream",
-        "btrfs-debug",
-        "no-progress",
-        "wait",
-      ),
-      ...HOST_ARGUMENTS,
     },
-    copyOptions,
-    copy,
+    [copyOptions, copy],
   ),
   prune: command(
-    " prune",
+    "prune",
     "Delete backups that a policy does not keep, by when they were received.",
     {
       location: positional(
         `Backups: ${PLACE}; or streams: ${STORE}; all prefixes one after the other, unless -p is given`,
       ),
-      ...ofRun("num-backups", "dry-run", "adopt-clock", "sync", "convert-rw", "wait"),
-      ...HOST_ARGUMENTS,
     },
-    pruneOptions,
-    prune,
+    [pruneOptions, prune],
   ),
   guard: command(
-    " guard",
+    "guard",
     "Serve an ssh key that may do no more than these options say, as the command of its line in authorized_keys.",
-    {
-      path: {
-        type: "string",
-        valueHint: "DIR",
-        description: "Where the key may back up to, or with --source from (repeatable)",
-      },
-      "allow-read": { type: "boolean", description: "It may read: restore from there, and verify" },
-      "max-bytes": {
-        type: "string",
-        valueHint: "SIZE",
-        description:
-          "How many bytes the streams of its backups may have in all, with k, m or g for powers of 1024; one is received after the other then",
-      },
-      "allow-delete": {
-        type: "boolean",
-        description: "It may delete backups (default: only what a broken transfer left)",
-      },
-      source: {
-        type: "boolean",
-        description:
-          "It may pull: take snapshots, send them, and delete old ones, but store nothing",
-      },
-      timeout: HOST_ARGUMENTS.timeout,
-      help: HOST_ARGUMENTS.help,
-    },
-    guardOptions,
-    guard,
+    {},
+    [guardOptions, guard],
   ),
   unpin: command(
-    " unpin",
+    "unpin",
     "Forget destinations, so that no snapshot is kept for them.",
     {
       source: positional("The subvolume that was backed up"),
       location: positional("Destinations to forget", false),
-      all: {
-        type: "boolean",
-        description: "Forget every destination; a record that cannot be read is moved aside",
-      },
-      ...WAIT,
-      ...HOST_ARGUMENTS,
     },
-    unpinOptions,
-    unpin,
+    [unpinOptions, unpin],
   ),
 };
+const isCommand = (word: string): word is CommandName => Object.hasOwn(COMMANDS, word);
 
-/** In which order options are told; what is in none of these is the command's own, and comes first. */
-const GROUPS: Readonly<Record<string, readonly string[]>> = {
-  "What is taken and kept": [
-    "num-snapshots",
-    "num-backups",
-    "latest-only",
-    "no-snapshot",
-    "snapshot-folder",
-    "snapshot-prefix",
-    "before-snapshot",
-    "after-snapshot",
-    "convert-rw",
-    "sync",
-  ],
-  "What is sent, and how": [
-    "no-transfer",
-    "no-incremental",
-    "no-full",
-    "newest-only",
-    "backfill",
-    "compress",
-    "rate-limit",
-    "resume",
-    "retries",
-    "protocol",
-  ],
-  "Several destinations": [
-    "optional",
-    "max-age",
-    "for",
-    "jobs",
-    "keep-unsent",
-    "drop-unsent",
-    "make-room",
-    "locked-dests",
-    "remove-locks",
-    "adopt",
-    "skip-fs-checks",
-    "skip-space-check",
-  ],
-  "Stored streams": ["full-every", "encrypt-to", "unverified"],
-  "Other hosts, and rights": ["ssh-opt", "ssh-sudo", "sudo", "timeout"],
-  "What it tells": [
-    "dry-run",
-    "wait",
-    "verbosity",
-    "quiet",
-    "json",
-    "metrics",
-    "no-progress",
-    "btrfs-debug",
-    "help",
-    "version",
-  ],
-};
-
-/** Words in lines of that many columns, each but the first after as many blanks as `first` is long. */
+/**
+ * Words in lines of so many columns. Each line but the first begins with as many blanks as `first`
+ * is long.
+ */
 function wrapped(first: string, text: string, columns: number): string {
   const lines: string[] = [];
   for (const word of text.split(" ")) {
@@ -13820,7 +13831,7 @@ function wrapped(first: string, text: string, columns: number): string {
   return lines.map((line, i) => `${i === 0 ? first : " ".repeat(first.length)}${line}\n`).join("");
 }
 
-/** An argument as help, the man page and completions tell it: an option as it is given, or the name of a positional. */
+/** An argument as help, man page and completions tell it: an option or a positional. */
 export type Told = {
   readonly name: string;
   readonly short: string | null;
@@ -13830,91 +13841,70 @@ export type Told = {
   readonly repeatable: boolean;
 };
 
-/** What there is to tell of a command; `groups` are its options in the order of GROUPS, its own first. */
-export function told(command: CommandDef<any>): {
-  usage: string;
-  description: string;
-  positionals: Told[];
-  groups: [title: string, options: Told[]][];
-} {
-  const { name = "", description = "" } = command.meta as { name?: string; description?: string };
-  const all = Object.entries(
-    command.args as Record<
-      string,
-      ArgDef & { alias?: string; valueHint?: string; required?: boolean }
-    >,
-  );
-  const tell = ([
-    name,
-    { alias, valueHint, description = "", required },
-  ]: (typeof all)[number]): Told => ({
-    name,
-    short: alias ?? null,
-    hint: valueHint ?? null,
-    description,
-    required: required !== false,
-    repeatable: REPEATABLE.has(name) || SCOPED.has(name),
-  });
+/** All that help, man page and completions tell of a command. */
+export function told(one: CommandDef<any>) {
+  const { name: title = "", description: about = "" } = one.meta as CommandMeta;
+  const all = Object.entries(one.args as Readonly<Record<string, Definition>>);
+  const tell = ([name, definition]: Defined): Told => {
+    const { alias, valueHint, description = "", required } = definition;
+    const option = OPTIONS.get(name);
+    return {
+      name,
+      short: alias ?? null,
+      hint: valueHint ?? null,
+      description,
+      required: required !== false,
+      repeatable: (option?.repeatable ?? option?.perDest) === true,
+    };
+  };
   const positionals = all.filter(([, { type }]) => type === "positional").map(tell);
   const options = all.filter(([, { type }]) => type !== "positional").map(tell);
-  const grouped = Object.values(GROUPS).flat();
-  const groups: [string, Told[]][] = [
-    ["Options", options.filter(({ name }) => !grouped.includes(name))],
-    ...Object.entries(GROUPS).map(([title, names]): [string, Told[]] => [
-      title,
-      names.flatMap((one) => options.filter(({ name }) => name === one)),
-    ]),
-  ];
-  const usage = [
-    name,
-    "[OPTIONS]",
-    ...positionals.map(({ name, required }) =>
-      required ? name.toUpperCase() : `[${name.toUpperCase()}…]`,
-    ),
-  ].join(" ");
+  const words = positionals.map(({ name, required }) =>
+    required ? name.toUpperCase() : `[${name.toUpperCase()}…]`,
+  );
   return {
-    usage,
-    description,
+    usage: [title, "[OPTIONS]", ...words].join(" "),
+    description: about,
     positionals,
-    groups: groups.filter(([, options]) => options.length > 0),
+    groups: Object.entries(GROUPS)
+      .map(([heading, group]): [string, Told[]] => [
+        heading,
+        options.filter(({ name }) => Object.hasOwn(group, name)),
+      ])
+      .filter(([, some]) => some.length > 0),
   };
 }
 
-/** What --help says of a command. */
-export function helpText(command: CommandDef<any>, columns: number): string {
-  const { usage, description, positionals, groups } = told(command);
+/** The text of --help for a command. */
+export function helpText(one: CommandDef<any>, columns: number): string {
+  const { usage, description: about, positionals, groups } = told(one);
   const width = Math.min(columns, 100);
   const row = (term: string, text: string) =>
     term.length > 24
       ? `  ${term}\n${wrapped(" ".repeat(28), text, width)}`
       : wrapped(`  ${term}`.padEnd(28), text, width);
-  const others = Object.entries(COMMANDS).filter(([other]) => other !== "run");
+  const section = (title: string, rows: readonly string[]) =>
+    rows.length === 0 ? "" : `\n${title}${rows.join("")}`;
+  const others = Object.entries(one === COMMANDS.run ? COMMANDS : {}).slice(1);
+  const spelled = ({ name, short, hint }: Told) =>
+    `${short === null ? "    " : `-${short}, `}--${name}${hint === null ? "" : ` ${hint}`}`;
   return [
     wrapped("Usage: ", usage, width),
-    `\n${wrapped("", description, width)}`,
-    ...(positionals.length === 0
-      ? []
-      : [
-          "\n",
-          ...positionals.map(({ name, description }) => row(name.toUpperCase(), description)),
-        ]),
-    ...(command === COMMANDS["run"]
-      ? [
-          "\nOther commands, each with its own --help:\n",
-          ...others.map(([other, { meta }]) =>
-            row(other, (meta as { description: string }).description),
-          ),
-        ]
-      : []),
-    ...groups.flatMap(([title, options]) => [
-      `\n${title}:\n`,
-      ...options.map(({ name, short, hint, description }) =>
-        row(
-          `${short === null ? "    " : `-${short}, `}--${name}${hint === null ? "" : ` ${hint}`}`,
-          description,
-        ),
+    `\n${wrapped("", about, width)}`,
+    section(
+      "",
+      positionals.map(({ name, description }) => row(name.toUpperCase(), description)),
+    ),
+    section(
+      "Other commands, each with its own --help:\n",
+      others.map(([name, { meta }]) => row(name, (meta as CommandMeta).description ?? "")),
+    ),
+    ...groups.map(([title, options]) =>
+      section(
+        `${title}:\n`,
+        options.map((option) => row(spelled(option), option.description)),
       ),
-    ]),
+    ),
   ].join("");
 }
 
@@ -13952,13 +13942,13 @@ function inUtf8(bytes: Buffer, what: string): string {
   }
 }
 
-/** Which of some words is nearest to one, and how far. */
+/** The nearest of some words, and how far it is. */
 const nearest = (word: string, words: readonly string[]) =>
   words
     .map((other) => ({ word: other, far: distance(word, other) }))
     .sort((a, b) => a.far - b.far)[0] ?? { word: "", far: Infinity };
 
-/** What people call commands elsewhere. */
+/** Names of commands elsewhere, with ours. */
 const ELSEWHERE: Readonly<Record<string, string>> = {
   status: "list",
   ls: "list",
@@ -13969,11 +13959,13 @@ const ELSEWHERE: Readonly<Record<string, string>> = {
   diff: "versions",
 };
 
-/** Errors: UsageError, where the first word is neither a command nor a path, but nearly a command. */
+/**
+ * Errors: UsageError for a first word that is neither a command nor a path, but nearly a command.
+ */
 function notMisspelt(word: string): void {
-  if (!/^[a-z]{2,12}$/.test(word) || Object.hasOwn(COMMANDS, word)) return;
-  const { word: command, far } = nearest(word, Object.keys(COMMANDS));
-  const meant = ELSEWHERE[word] ?? (far <= 2 ? command : undefined);
+  if (!/^[a-z]{2,12}$/.test(word) || isCommand(word)) return;
+  const best = nearest(word, Object.keys(COMMANDS));
+  const meant = ELSEWHERE[word] ?? (best.far <= 2 ? best.word : undefined);
   if (meant !== undefined)
     throw new UsageError(
       `there is no command ${word}; did you mean "btrfs-backup ${meant}"? (A directory of that name is ./${word}; "btrfs-backup --help" tells all commands)`,
@@ -13992,6 +13984,40 @@ another command: ${Object.keys(COMMANDS)
   .join(", ")}.
 `;
 
+/** `help COMMAND` as `COMMAND --help`; all other words as they are. Errors: UsageError. */
+function withoutHelp(words: readonly string[]): readonly string[] {
+  if (words[0] !== "help") return words;
+  const [, about = "run"] = words;
+  notMisspelt(about);
+  if (!isCommand(about))
+    throw new UsageError(`there is no command ${about}: ${Object.keys(COMMANDS).join(", ")}`);
+  return [about, "--help"];
+}
+
+/** Runs a command line, and returns the exit status. Errors: UsageError. */
+async function obey(given: readonly string[]): Promise<number> {
+  if (given[0] === undefined) {
+    process.stderr.write(FIRST_WORDS);
+    return 2;
+  }
+  notMisspelt(given[0]);
+  const words = withoutHelp(given);
+  const [first = "", ...rest] = words;
+  const isNamed = isCommand(first);
+  const cmd = COMMANDS[isNamed ? first : "run"];
+  const options = readArguments(isNamed ? rest : words, cmd.args as ArgsDef);
+  const [location = ""] = options.positionals;
+  if (!isNamed && isCommand(location))
+    throw new UsageError(`the command comes first: btrfs-backup ${location} …`);
+  if (options.flag("version")) console.log(versionText());
+  else if (options.flag("help")) process.stdout.write(helpText(cmd, process.stdout.columns || 80));
+  else {
+    const context = { rawArgs: [...words], args: { _: [] } as never, cmd, data: options };
+    return (await cmd.run?.(context)) as number;
+  }
+  return 0;
+}
+
 /** The program, from its arguments to its exit status. */
 export async function main(args: readonly string[]): Promise<number> {
   try {
@@ -14000,35 +14026,7 @@ export async function main(args: readonly string[]): Promise<number> {
         "this user cannot enter the current directory: start in another, such as /",
       );
     inUtf8(readFileSync("/proc/self/cmdline"), "an argument");
-    const words = expandFiles(args, (path) => inUtf8(readFileSync(path), "it"));
-    if (words.length === 0) {
-      process.stderr.write(FIRST_WORDS);
-      return 2;
-    }
-    notMisspelt(words[0] as string);
-    if (words[0] === "help") {
-      const [, about = "run"] = words;
-      notMisspelt(about);
-      if (!Object.hasOwn(COMMANDS, about))
-        throw new UsageError(`there is no command ${about}: ${Object.keys(COMMANDS).join(", ")}`);
-      words.splice(0, words.length, about, "--help");
-    }
-    const named = Object.hasOwn(COMMANDS, words[0] ?? "");
-    const command = COMMANDS[named ? (words[0] as string) : "run"] as CommandDef<any>;
-    const given = readArguments(named ? words.slice(1) : words, command.args as ArgsDef);
-    if (!named && Object.hasOwn(COMMANDS, given.positionals[0] ?? ""))
-      throw new UsageError(`the command comes first: btrfs-backup ${given.positionals[0]} …`);
-    if (given.flag("version")) console.log(versionText());
-    else if (given.flag("help"))
-      process.stdout.write(helpText(command, process.stdout.columns || 80));
-    else
-      return (await command.run?.({
-        rawArgs: [...words],
-        args: { _: [] } as never,
-        cmd: command,
-        data: given,
-      })) as number;
-    return 0;
+    return await obey(expandFiles(args, (path) => inUtf8(readFileSync(path), "it")));
   } catch (error) {
     if (error instanceof Interrupted) {
       log.error(error.message);
@@ -14043,11 +14041,13 @@ export async function main(args: readonly string[]): Promise<number> {
 if (import.meta.main) {
   settleEnvironment(process.env);
   stopOnSignals();
-  // Nobody reads the events any more: the work is done all the same, but not reported as well done.
+  // Where nobody reads the events any more, the work is done all the same, but the exit status is
+  // not 0.
   let unheard = false;
   process.stdout.on("error", () => (unheard = true));
   const status = await main(process.argv.slice(2));
-  // A pipe may still be full, and its reader asleep: then a signal ends us at once, and time does.
+  // A pipe may still be full, and its reader asleep: a signal ends the program at once, and
+  // LIMITS.parting does.
   const written = new Promise<void>((done) =>
     process.stdout.on("error", () => done()).end(() => done()),
   );

@@ -8,6 +8,7 @@ import fc from "fast-check";
 import type { ArgsDef } from "citty";
 import {
   commandFor,
+  COMMANDS,
   entryName,
   type EntryName,
   distance,
@@ -18,6 +19,8 @@ import {
   inBytes,
   inWords,
   log,
+  type Option,
+  OPTIONS,
   parseCompression,
   parseInspection,
   parseListing,
@@ -39,6 +42,7 @@ import {
   summaryOf,
   table,
   UsageError,
+  told,
   type Verb,
   oneLine,
   parametersOf,
@@ -402,10 +406,10 @@ const TABLE: ArgsDef = {
 describe("arguments", () => {
   const read = (...args: string[]) => {
     const given = readArguments(args, TABLE);
-    const options = ["num-snapshots", "snapshot-folder"]
+    const options = (["num-snapshots", "snapshot-folder"] as const)
       .map((name) => [name, given.value(name)] as const)
       .filter(([, value]) => value !== null);
-    const flags = ["quiet", "no-snapshot", "sync"]
+    const flags = (["quiet", "no-snapshot", "sync"] as const)
       .filter((name) => given.flag(name))
       .map((name) => [name, true] as const);
     const all = given.all("ssh-opt");
@@ -523,6 +527,55 @@ describe("arguments", () => {
       expect(() => options(...words)).toThrow(UsageError);
       expect(() => options(...words)).toThrow(message);
     });
+  });
+});
+
+describe("options", () => {
+  const program = readFileSync(join(import.meta.dir, "../btrfs-backup.ts"), "utf8");
+  const [, behind = ""] = program.split("\nconst GROUPS = ");
+  const readers = behind.slice(behind.indexOf("\n} as const satisfies "));
+  test.each([...OPTIONS.keys()])("--%s is not only defined, but read", (name) =>
+    expect(readers).toContain(`"${name}"`),
+  );
+
+  test("each command has those that the table gives it, in one group of its help", () => {
+    for (const [name, command] of Object.entries(COMMANDS)) {
+      const { groups } = told(command);
+      const options = [...OPTIONS].filter(([, { of }]) => of.some((one) => one === name));
+      expect(groups.flatMap(([, some]) => some.map((option) => option.name)).toSorted()).toEqual(
+        options.map(([option]) => option).toSorted(),
+      );
+    }
+  });
+
+  test("--for names those that can stand behind it", () => {
+    const { means, of: commands } = OPTIONS.get("for") as Option;
+    for (const [name, option] of OPTIONS)
+      if (option.perDest) {
+        expect(means).toMatch(new RegExp(`--${name}\\b|-${option.short ?? name}\\b`));
+        expect([...option.of]).toEqual(expect.arrayContaining([...commands]));
+      }
+    // Nothing else is named.
+    const named = means.match(/ --?[a-z][a-z-]*/g) ?? [];
+    expect(named.length).toBe([...OPTIONS.values()].filter(({ perDest }) => perDest).length);
+  });
+
+  test("an option behind --for DEST counts there, where it can, and everywhere else otherwise", () => {
+    const given = readArguments(
+      ["-n", "1", "--for", "/b", "-n", "2", "--jobs", "3", "--for", "/c", "/a"],
+      COMMANDS.run.args as ArgsDef,
+    );
+    expect([given.value("num-backups"), given.value("jobs")]).toEqual(["1", "3"]);
+    expect(
+      given.scopes.map(({ dest, options }) => [
+        dest,
+        options.value("num-backups"),
+        options.value("jobs"),
+      ]),
+    ).toEqual([
+      ["/b", "2", "3"],
+      ["/c", "1", "3"],
+    ]);
   });
 });
 
