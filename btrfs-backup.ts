@@ -8999,6 +8999,17 @@ async function pruneSource(
   place.deleted += names.length;
 }
 
+// ── what several of these commands do ──
+
+/** Opens a place without locking it. Errors: those of `openFolder`. */
+const lookAt = (location: Readable, path: string, prefix: string, hosts: Hosts) =>
+  openFolder(location, path, { prefix, wait: "look", hosts });
+
+/** How a command opens the places in which it works: a dry run locks nothing. */
+const waitOf = ({ dryRun, wait }: Pick<RunOptions, "dryRun" | "wait">) => (dryRun ? "look" : wait);
+
+// ── copy: backups, sent on ──
+
 /** Sends backups on, prefix by prefix: what `run` does from a source, with a folder of backups in its place. */
 export async function copy(
   { prefix, ...o }: Omit<RunOptions, "prefix"> & { readonly prefix: string | null },
@@ -9228,105 +9239,210 @@ function pruningOf(
   };
 }
 
+// ── restore: a subvolume again from a backup ──
+
 export type RestoreOptions = ReturnType<typeof restoreOptions>;
+
+/** Makes TARGET a writable subvolume with a backup's contents, from which its next runs go on. */
+export async function restore(o: RestoreOptions, report: Report): Promise<void> {
+  for (;;)
+    try {
+      return await restoreOnce(o, report);
+    } catch (error) {
+      if (!(error instanceof SameSecond)) throw error;
+      await nextSecond();
+    }
+}
+
+async function restoreOnce(o: RestoreOptions, report: Report): Promise<void> {
+  const display = displayOf(o);
+  if (!o.dryRun) await finishRestores(o.target, o.target.path, o.hosts);
+  const location = await openLocation(o.location, { ...o, wait: waitOf(o) });
+  const opened = [location];
+  try {
+    const chosen = choose(location, o);
+    const target = await openTarget(o, location.prefix);
+    const outside = target.inside === null ? await openOutside(target, location, o) : null;
+    if (outside !== null && outside !== location) opened.push(outside);
+    const parents = await openParents(target, o);
+    if (location.store === null) compressionBetween(location, target, o.sending.level);
+    const opening = { o, report, display, location, chosen, target, outside, parents };
+    const plan = await decideRestore(opening);
+    warnAhead(plan);
+    for (const prefix of o.dryRun ? [] : prefixesIn(plan.moved))
+      if (prefix !== location.prefix)
+        opened.push(
+          await openFolder(o.location, location.path, { prefix, wait: o.wait, hosts: o.hosts }),
+        );
+    const sums = await readyPieces(plan, plan.data.way === "streams" ? plan.data.pieces : []);
+    await clearLeftovers(plan, null);
+    tellPlan(plan);
+    if (!o.dryRun) await carryOut(plan, sums);
+    report.event("restore", {
+      location: location.id,
+      name: chosen.name,
+      target: o.target.id,
+      before: plan.kept,
+    });
+    tellWhatIsNext(plan);
+  } finally {
+    await whileCleaning(async () => {
+      for (const folder of opened) await folder.close();
+    });
+  }
+  report.event("summary", { ok: !report.failed });
+}
+
+/** A restore that was asked for, with its places opened. */
+type Restore = {
+  readonly o: RestoreOptions;
+  readonly report: Report;
+  readonly display: Display;
+  readonly location: Folder;
+  readonly chosen: Snapshot;
+  readonly target: Target;
+  /** TARGET's snapshot folder where it is outside of TARGET; it may be LOCATION itself. */
+  readonly outside: Folder | null;
+  /** The folder of --parent-from. */
+  readonly parents: Folder | null;
+};
+
+/** How the data get to TARGET. `parent`: a snapshot that both sides have. */
+type Data =
+  /** `origin`, the path of a subvolume on TARGET's filesystem, has them. */
+  | { readonly way: "reflink"; readonly origin: string }
+  /** LOCATION sends a stream. */
+  | ({ readonly way: "receive" } & Pick<Transfer, "parent" | "why">)
+  /** Stored streams are received, one on top of the other. */
+  | {
+      readonly way: "streams";
+      readonly store: Store;
+      readonly pieces: readonly Stream[];
+      readonly parent: Snapshot | null;
+    };
+
+/** What moves to TARGET where a source is restored from its own snapshots. */
+type Moves = {
+  readonly moved: readonly Entry[];
+  /** LOCATION is inside of the subvolume that TARGET replaces. */
+  readonly replaced: boolean;
+  /** LOCATION's path when TARGET has its name. */
+  readonly from: string;
+  /** By prefix, the records of the source's own snapshots; empty where LOCATION has others. */
+  readonly chains: ReadonlyMap<string, ChainRecord>;
+};
+
+type RestoreDecided = Restore &
+  Moves & {
+    readonly data: Data;
+    /** How NAME gets into TARGET's snapshot folder: see BUILD. */
+    readonly how: "none" | "plain" | "keep";
+    /** The name of the directory beside TARGET that it is built in. */
+    readonly work: string;
+    /** The path that the subvolume gets which TARGET replaces. */
+    readonly kept: string | null;
+  };
 
 /** The snapshot that is asked for. Errors: Failure telling what there is. */
 function choose(
   location: Folder,
   { snapshot, before: until }: Pick<RestoreOptions, "snapshot" | "before">,
 ): Snapshot {
+  const { id, store, prefix } = location;
   const whole = wholeIn(location);
-  const stored = location.store?.streams.filter((stream) => stream.stored);
+  const stored = store?.streams.filter((one) => one.stored);
   // A stored stream that lacks what it builds on is not passed over in silence.
-  const all = stored === undefined ? whole : snapshotsAmong(stored, location.prefix, null);
-  const alike = stored?.filter((stream) => stream.readonly && stream.name === snapshot) ?? [];
+  const all = stored === undefined ? whole : snapshotsAmong(stored, prefix, null);
+  const alike = stored?.filter((one) => one.readonly && one.name === snapshot) ?? [];
   if (new Set(alike.map(({ receivedUuid }) => receivedUuid)).size > 1)
     throw new Failure(
-      `${location.id} has several snapshots ${snapshot}; --snapshot takes these names as well: ${alike.map(({ uuid }) => uuid).join(" ")}`,
+      `${id} has several snapshots ${snapshot}; --snapshot takes these names as well: ${alike.map(({ uuid }) => uuid).join(" ")}`,
     );
-  const named = location.standing.find(
-    (entry) =>
-      entry.name === snapshot && (isSnapshotFolder(location) ? entry.readonly : isComplete(entry)),
-  );
   const found =
     snapshot === null
       ? all.findLast(({ time }) => time <= (until ?? Infinity))
-      : (all.findLast(
-          ({ name, path }) => name === snapshot || (stored !== undefined && path === snapshot),
-        ) ??
-        (named && { ...named, time: 0, moment: 0 }));
-  if (found !== undefined && stored !== undefined && !found.readonly)
+      : snapshotNamed(snapshot, all, location);
+  if (found === undefined) {
+    const lacking = snapshot === null ? "nothing to restore" : `no complete snapshot ${snapshot}`;
+    const what = until === null ? lacking : "nothing from that time or before";
+    const range =
+      whole.length === 0
+        ? "nothing complete"
+        : `${count(whole.length, "snapshot")} from ${whole[0]?.name} to ${whole.at(-1)?.name}`;
+    throw new Failure(`${id}: ${what}; it has ${range}${hintFor(location)}`);
+  }
+  if (stored !== undefined && !found.readonly)
     throw new Failure(
-      `${location.id}: ${found.name} cannot be restored: ${missingFor(found, location)}; ${instead(location, whole)}`,
+      `${id}: ${found.name} cannot be restored: ${missingFor(found, location)}; ${instead(location, whole)}`,
     );
-  if (found !== undefined) return found;
-  const range =
-    whole.length === 0
-      ? "nothing complete"
-      : `${count(whole.length, "snapshot")} from ${whole[0]?.name} to ${whole.at(-1)?.name}`;
-  const what =
-    snapshot !== null
-      ? `no complete snapshot ${snapshot}`
-      : until !== null
-        ? `nothing from that time or before`
-        : "nothing to restore";
-  const unsummed = (location.store?.streams.length ?? 0) - (stored?.length ?? 0);
-  const hint =
-    unsummed > 0
-      ? ` (${count(unsummed, "stream")} without a checksum object: --unverified restores what there is)`
-      : location.store === null &&
-          parseStreams(
-            [...location.entries].map((name) => ({ name, bytes: 0 })),
-            true,
-          ).streams.length > 0
-        ? ` (there are stored streams in it: raw${location.host.ssh === null ? "://" : "+"}${location.id})`
-        : location.store === null && location.place.filesystem === null
-          ? " (it is not on btrfs)"
-          : "";
-  throw new Failure(`${location.id}: ${what}; it has ${range}${hint}`);
+  return found;
+}
+
+/** A snapshot by its name, or a stored stream by its own; also one without a time in its name. */
+function snapshotNamed(
+  wanted: string,
+  all: readonly Snapshot[],
+  location: Folder,
+): Snapshot | undefined {
+  const isWhole = isSnapshotFolder(location) ? (one: Entry) => one.readonly : isComplete;
+  const named = location.standing.find((entry) => entry.name === wanted && isWhole(entry));
+  return (
+    all.findLast(
+      ({ name, path }) => name === wanted || (location.store !== null && path === wanted),
+    ) ??
+    (named && { ...named, time: 0, moment: 0 })
+  );
+}
+
+/** Why a location may have less than its user expects. */
+function hintFor({ store, entries, host, id, place }: Folder): string {
+  if (store !== null) {
+    const unsummed = store.streams.filter(({ stored }) => !stored).length;
+    return unsummed === 0
+      ? ""
+      : ` (${count(unsummed, "stream")} without a checksum object: --unverified restores what there is)`;
+  }
+  const files = [...entries].map((name) => ({ name, bytes: 0 }));
+  if (parseStreams(files, true).streams.length > 0)
+    return ` (there are stored streams in it: raw${host.ssh === null ? "://" : "+"}${id})`;
+  return place.filesystem === null ? " (it is not on btrfs)" : "";
 }
 
 /** What a stored stream lacks. */
 function missingFor({ uuid }: Subvolume, { store }: Folder): string {
   const streams = store?.streams ?? [];
-  let lacking = streams.find((stream) => stream.uuid === uuid) as Stream;
+  let lacking = streams.find((one) => one.uuid === uuid) as Stream;
   const seen = new Set([lacking.uuid]);
-  for (
-    let above;
-    (above = streams.find(
-      (stream) => stream.stored && stream.receivedUuid === lacking.from && !seen.has(stream.uuid),
-    )) !== undefined;
-    seen.add(above.uuid)
-  )
-    lacking = above;
-  const half = streams.find((stream) => !stream.stored && stream.receivedUuid === lacking.from);
+  const parent = () =>
+    streams.find((one) => one.stored && one.receivedUuid === lacking.from && !seen.has(one.uuid));
+  for (let above; (above = parent()) !== undefined; seen.add(above.uuid)) lacking = above;
+  const half = streams.find((one) => !one.stored && one.receivedUuid === lacking.from);
   return half !== undefined
     ? `${half.uuid} has no checksum object`
     : `the stream that ${lacking.uuid} builds on, ${lacking.from}, is missing`;
 }
 
 /** What to restore where something else cannot be. */
-const instead = (location: Folder, whole: readonly Snapshot[]) =>
+const instead = ({ id }: Folder, whole: readonly Snapshot[]) =>
   whole.length === 0
-    ? `nothing else in ${location.id} can be restored`
+    ? `nothing else in ${id} can be restored`
     : `the newest that can be restored without it: --snapshot ${shellWord(whole.at(-1)?.name as string)}`;
 
-/** Where a subvolume is restored to: the folder that it will stand in, its name and path there, and what has that name now. */
+/** Where a subvolume is restored to: the folder that it will stand in. */
 type Target = Folder & {
+  /** TARGET's name and path. */
   readonly name: string;
   readonly full: string;
+  /** The subvolume that has the name now. */
   readonly existing: Subvolume | null;
+  /** The path of TARGET's snapshot folder below TARGET; null where it is elsewhere. */
   readonly inside: string | null;
 };
 
 /** Looks at TARGET. Errors: Failure saying why it cannot be one, and what to do instead. */
 async function openTarget(o: RestoreOptions, prefix: string): Promise<Target> {
   const { id, path } = o.target;
-  const parent = await openFolder(o.target, dirname(path), {
-    prefix,
-    wait: "look",
-    hosts: o.hosts,
-  });
+  const parent = await lookAt(o.target, dirname(path), prefix, o.hosts);
   const name = basename(path);
   const full = join(parent.path, name);
   const mount = parent.mounts.findLast((one) => one.path === full);
@@ -9334,13 +9450,11 @@ async function openTarget(o: RestoreOptions, prefix: string): Promise<Target> {
   if (!parent.exists) throw new Failure(`no such directory: ${parent.path}`);
   if (parent.place.filesystem === null) throw new Failure(`${parent.path} is not on btrfs`);
   needRoot(parent, "restoring");
-  // Under sudo is only btrfs: files of others are in the way.
-  needRoot(
-    { ...parent, alone: parent.host.sudo && parent.user !== "0" },
-    "restoring: --sudo is not enough;",
-  );
-  const existing =
-    parent.subvolumes.find((subvolume) => `/${subvolume.path}` === join(parent.top, name)) ?? null;
+  // Only btrfs runs under sudo: files of others are in the way.
+  const alone = parent.host.sudo && parent.user !== "0";
+  needRoot({ ...parent, alone }, "restoring: --sudo is not enough;");
+  const isTarget = (subvolume: Subvolume) => `/${subvolume.path}` === join(parent.top, name);
+  const existing = parent.subvolumes.find(isTarget) ?? null;
   if (parent.entries.has(name) && existing === null)
     throw new Failure(`${id} exists, and is not a subvolume`);
   if (existing !== null && !o.replace)
@@ -9354,19 +9468,14 @@ async function openTarget(o: RestoreOptions, prefix: string): Promise<Target> {
     );
   const folder = resolve(path, o.snapshotFolder);
   if (folder === path) throw new UsageError("the snapshot folder cannot be TARGET itself");
-  return {
-    ...parent,
-    name,
-    full,
-    existing,
-    inside: isWithin(folder, path) ? folder.slice(path.length + 1) : null,
-  };
+  const inside = isWithin(folder, path) ? folder.slice(path.length + 1) : null;
+  return { ...parent, name, full, existing, inside };
 }
 
 const samePlace = (a: Folder, b: Folder) =>
   a.hostName === b.hostName && a.place.filesystem === b.place.filesystem && a.top === b.top;
 
-/** The snapshot folder of TARGET where that is not inside it, locked: it may be LOCATION itself. */
+/** TARGET's snapshot folder where it is outside of TARGET, locked: it may be LOCATION itself. */
 async function openOutside(target: Target, location: Folder, o: RestoreOptions): Promise<Folder> {
   const opening = { prefix: location.prefix, wait: "look" as const, hosts: o.hosts };
   const check = (folder: Folder) => {
@@ -9384,7 +9493,7 @@ async function openOutside(target: Target, location: Folder, o: RestoreOptions):
     );
     if (!claimed.accepted) throw new Failure(`${folder.path}: ${claimed.why}`);
   };
-  // Not by another host's word.
+  // Another host's word does not count.
   const isLocation = (folder: Folder) =>
     sameHost(folder.host, location.host) && samePlace(folder, location);
   const path = resolve(o.target.path, o.snapshotFolder);
@@ -9398,39 +9507,649 @@ async function openOutside(target: Target, location: Folder, o: RestoreOptions):
   return o.dryRun ? seen : openChecked(o.target, path, { ...opening, wait: o.wait }, check);
 }
 
-/** What FINISH printed: where the snapshots are to be, and what could not move there. Errors: Failure for any other shape. */
-function parseFinished(printed: string): { to: string; stuck: readonly string[] } {
-  const [to = "", stuck = "", end, ...rest] = printed.split("\n");
+/** Looks at the folder of --parent-from. Errors: UsageError where it is on another filesystem. */
+async function openParents(target: Target, o: RestoreOptions): Promise<Folder | null> {
+  const { parentFrom: id } = o;
+  if (id === null) return null;
+  const path = o.target.host === null ? resolve(id) : id;
+  const folder = await lookAt({ ...o.target, id }, path, target.prefix, o.hosts);
+  if (folder.place.filesystem !== target.place.filesystem)
+    throw new UsageError(`--parent-from ${id} is not on the filesystem of ${o.target.id}`);
+  return folder;
+}
+
+/** The mount that TARGET is seen through. `through`: the path there of a path from the top level. */
+function throughMount(target: Target): { mount: Mount; through: (top: string) => string } {
+  const { mount } = placeOn(target.mounts, target.path);
+  const length = mount.root === "/" ? 0 : mount.root.length;
+  return { mount, through: (top) => join(mount.path, top.slice(length)) };
+}
+
+/**
+ * Whether a location is on the filesystem of TARGET, here. Another host could say that it is this
+ * one, and would choose what is moved here.
+ */
+const isHere = (location: Folder, target: Target) =>
+  sameHost(location.host, target.host) &&
+  location.hostName === target.hostName &&
+  location.place.filesystem === target.place.filesystem;
+
+/**
+ * Decides what is there already, what is sent, and what moves.
+ * Errors: Failure or UsageError for what cannot be done, before anything is changed.
+ */
+async function decideRestore(r: Restore): Promise<RestoreDecided> {
+  const { location, chosen, target } = r;
+  const ground = await groundOf(r);
+  const standing = standingOutside(r);
+  const moves = decideMoves(r);
+  const data = await decideData(r, ground, standing);
+  const comes = standing !== null || moves.moved.some(({ uuid }) => uuid === chosen.uuid);
+  const made = isHere(location, target) ? "plain" : "keep";
+  const now = stamp(new Date());
+  return {
+    ...r,
+    ...moves,
+    data,
+    how: comes ? "none" : made,
+    work: `${target.name}.restoring-${now}`,
+    kept: target.existing && join(target.path, `${target.name}.before-${now}`),
+  };
+}
+
+/**
+ * What a receive could build on where it is restored. `edited`: the UUIDs of the subvolumes that
+ * it cannot build on, since they may have been changed.
+ */
+type Ground = { readonly there: readonly Subvolume[]; readonly edited: ReadonlySet<string> };
+
+/** Looks for the ground of a restore. Errors: Failure. */
+async function groundOf(r: Restore): Promise<Ground> {
+  const { o, location, target, outside, parents } = r;
+  const { mount } = throughMount(target);
+  const folder = outside?.top ?? join(target.top, target.name, target.inside ?? "");
+  const folders = parents !== null ? [parents.top] : [target.top, folder];
+  const there = target.subvolumes.filter(
+    ({ path, readonly }) =>
+      readonly && folders.includes(dirname(`/${path}`)) && isWithin(`/${path}`, mount.root),
+  );
+  const edited = isHere(location, target) ? new Set<string>() : await editedAmong(there, r);
+  if (edited.size > 0)
+    log.info(
+      `${o.target.id}: ${count(edited.size, "snapshot")} there may have been edited, and nothing is built on ${edited.size === 1 ? "it" : "them"}; "btrfs-backup verify" tells, and clears`,
+    );
+  return { there: there.filter(({ uuid }) => !edited.has(uuid)), edited };
+}
+
+/** The UUIDs of subvolumes that hold data of LOCATION's, and may have been edited since. */
+async function editedAmong(
+  there: readonly Subvolume[],
+  { o, location, target }: Restore,
+): Promise<Set<string>> {
+  const edited = new Set<string>();
+  const held = dataFinder(location.standing);
+  const doubtful = there.filter(
+    (one) =>
+      held(one) !== undefined && changedSince(one, { ctransids: new Map() }, {}) === undefined,
+  );
+  for (const [directory, some] of groupBy(doubtful, ({ path }) => dirname(`/${path}`))) {
+    const path = throughMount(target).through(directory);
+    const folder = await lookAt(o.target, path, location.prefix, o.hosts);
+    const inquiry = inquiryInto(folder);
+    await learn(
+      inquiry,
+      some.map((one) => ({ ...one, name: basename(one.path) as EntryName, moment: null })),
+      [],
+    );
+    const known = folder.chain.destinations?.find((one) => one.location === location.id);
+    for (const one of some)
+      if (changedSince(one, inquiry, known?.cleared ?? {})) edited.add(one.uuid);
+  }
+  return edited;
+}
+
+/**
+ * The chosen snapshot as it stands in a snapshot folder outside of TARGET.
+ * Errors: Failure where its name has other data there.
+ */
+function standingOutside({ chosen, outside }: Restore): Entry | null {
+  const found = outside?.standing.find(({ name, readonly }) => name === chosen.name && readonly);
+  if (found && (found.uuid === chosen.uuid || dataFinder([found])(chosen))) return found;
+  if (outside?.entries.has(chosen.name))
+    throw new Failure(`${outside.path} has something else by the name of ${chosen.name}`);
+  return null;
+}
+
+/** Decides what moves to TARGET. Errors: Failure or UsageError where it cannot. */
+function decideMoves(r: Restore): Moves {
+  const { o, location, target, outside } = r;
+  const here = isHere(location, target);
+  const own = here && isSnapshotFolder(location);
+  const old = target.existing && `/${target.existing.path}`;
+  const replaced = old !== null && isWithin(location.top, old);
+  if (here && !own && replaced)
+    throw new UsageError(
+      `${location.id} is inside of ${o.target.id}, which would be moved away with the backups`,
+    );
+  const from = replaced
+    ? join(target.full, location.top.slice(old.length))
+    : throughMount(target).through(location.top);
+  if (!own) return { moved: [], replaced, from, chains: new Map() };
+  const chains = new Map(location.record.chains).set(location.prefix, {
+    ...location.chain,
+    destinations: knownDestinations(location),
+  });
+  const moved = outside === location ? [] : movedOf(r, replaced, chains);
+  const moves = { moved, replaced, from, chains };
+  if (moved.length > 0) checkMoves(r, moves);
+  return moves;
+}
+
+/** All snapshots of a LOCATION that is replaced; else those that destinations share, and NAME. */
+function movedOf(
+  { location, chosen }: Restore,
+  replaced: boolean,
+  chains: Moves["chains"],
+): readonly Entry[] {
+  const all = location.standing.filter(({ name, readonly }) => readonly && prefixOf(name) !== null);
+  if (replaced) return all;
+  const known = [...chains.values()].flatMap(({ destinations = [] }) => destinations);
+  const pins = new Set(known.map(({ pin }) => pin?.uuid));
+  return all.filter(({ uuid }) => pins.has(uuid) || (pins.size > 0 && uuid === chosen.uuid));
+}
+
+/** Errors: Failure where snapshots cannot move to TARGET. */
+function checkMoves({ o, location, target, outside }: Restore, { replaced, from }: Moves): void {
+  const { mount } = throughMount(target);
+  const isSeen =
+    replaced ||
+    (isWithin(location.top, mount.root) && placeOn(target.mounts, from).top === location.top);
+  if (!isSeen || (outside !== null && placeOn(target.mounts, outside.path).mount !== mount))
+    throw new Failure(
+      `the snapshots of ${location.id} can only move to ${o.target.id} below one mount point: mount the top level (subvolid=5), and restore there`,
+    );
+  if (replaced && target.existing?.readonly)
+    throw new Failure(
+      `${o.target.id} is read-only, so its snapshots cannot move: btrfs property set -ts ${quote(target.full)} ro false`,
+    );
+}
+
+/** Decides how the data come. Each parent in question is asked about before. Errors: Failure. */
+async function decideData(r: Restore, ground: Ground, standing: Entry | null): Promise<Data> {
+  const { location, chosen } = r;
+  const inquiry = inquiryInto(location);
+  const fitness =
+    location.store !== null ? ANY : judge(inquiry, { cleared: {}, refused: new Map() }, () => true);
+  for (;;) {
+    const data = dataFrom(r, ground, standing, fitness);
+    if (data.way !== "receive" || data.parent === null) return data;
+    const { parent } = data;
+    if (fitness.unfit(parent, chosen) !== undefined) return data;
+    await learn(inquiry, changedSince(parent, inquiry, {}) === undefined ? [parent] : [], [
+      { parent, snapshot: chosen },
+    ]);
+  }
+}
+
+/** How the data come, by what is known of the parents. */
+function dataFrom(
+  { location, chosen, target, outside }: Restore,
+  { there, edited }: Ground,
+  standing: Entry | null,
+  fitness: Fitness,
+): Data {
+  const { store } = location;
+  const reflink = (origin: string): Data => ({ way: "reflink", origin });
+  if (standing !== null && !edited.has(standing.uuid))
+    return reflink(join((outside as Folder).path, chosen.name));
+  if (isHere(location, target)) return reflink(join(location.path, chosen.name));
+  const { present, parent, why } = planRestore(chosen, wholeIn(location), there, fitness);
+  if (present !== null) return reflink(throughMount(target).through(`/${present.path}`));
+  if (store === null) return { way: "receive", parent, why };
+  return { way: "streams", store, pieces: planPieces(piecesOf(chosen, store), there), parent };
+}
+
+/** All streams that a stored snapshot consists of, the full one first. */
+const piecesOf = (stored: Entry, { streams }: Store) => chainOf(stored as Stream, byUuid(streams));
+
+const bytesOf = (streams: readonly Stream[]) => streams.reduce((sum, { bytes }) => sum + bytes, 0);
+
+/** Warns of what the user may not expect of a restore. */
+function warnAhead(r: RestoreDecided): void {
+  const { o, report, location, chosen, target, parents, data, how } = r;
+  const left = [...leftoversOf(target.name, target).keys()].map(
+    (name) => `${join(target.top, name)}/`,
+  );
+  const twins = target.subvolumes.filter(
+    ({ path, readonly, receivedUuid }) =>
+      readonly &&
+      receivedUuid === dataOf(chosen) &&
+      !left.some((leftover) => `/${path}`.startsWith(leftover)),
+  );
+  if (how === "keep" && twins.length > 0)
+    report.warning(
+      `${o.target.id}: ${chosen.name} stands twice on its filesystem then, which can confuse "btrfs receive"; keep one of it and ${twins.map(({ path }) => path).join(", ")}`,
+    );
+  if (parents !== null && data.way !== "reflink" && data.parent === null)
+    report.warning(`--parent-from ${o.parentFrom}: nothing there is shared with ${location.id}`);
+}
+
+/**
+ * Makes sure that every piece can be read before the first byte moves, and returns their checksums.
+ * Errors: Failure naming what is missing.
+ */
+async function readyPieces(
+  { o, location, target }: Restore,
+  pieces: readonly Stream[],
+): Promise<Map<string, string>> {
+  if (location.store === null) return new Map();
+  if (o.sending.level !== "")
+    throw new UsageError("--compress: a stored stream travels as it was stored");
+  if (pieces.some(({ encrypted }) => encrypted) && which.sync("gpg", { nothrow: true }) === null)
+    throw new Failure("gpg not found: install gnupg");
+  if (pieces.some(({ compressed }) => compressed) && !target.zstd)
+    throw new Failure(`${target.host.label || target.hostName}: zstd not found: install zstd`);
+  if (o.unverified) return new Map();
+  const unsummed = pieces.find(({ summed }) => !summed);
+  if (unsummed !== undefined)
+    throw new Failure(
+      `${location.id}: ${unsummed.uuid} has no checksum object; --unverified restores without`,
+    );
+  return readSums(location, location.store, pieces);
+}
+
+/** The checksum objects of streams. */
+async function readSums(
+  location: Folder,
+  { verbs }: Store,
+  streams: readonly Stream[],
+): Promise<Map<string, string>> {
+  const texts: string[] = [];
+  for (const objects of chunks(streams.map(({ uuid }) => uuid + SUM)))
+    texts.push(
+      await ask(
+        location.host,
+        verbs.get,
+        { ...at(location), how: "", holder: "", objects },
+        `${location.id}: cannot read checksum objects`,
+      ),
+    );
+  return parseSums(texts.join(""));
+}
+
+/**
+ * Removes what interrupted restores to TARGET left; `only`: of those one directory.
+ * Errors: Busy while such a restore is still at work.
+ */
+async function clearLeftovers({ o, target }: Restore, only: string | null): Promise<void> {
+  const now = only === null ? target : await lookAt(o.target, target.path, target.prefix, o.hosts);
+  for (const [name, paths] of leftoversOf(target.name, now)) {
+    if (only !== null && name !== only) continue;
+    const full = join(target.path, name);
+    if (only === null)
+      log.info(
+        `${o.dryRun ? "Would remove" : "Removing"} what an interrupted restore left: ${full}`,
+      );
+    const idOf = new Map(now.subvolumes.map(({ path, id }) => [`/${path}`, id]));
+    const ids = paths.flatMap((path) => idOf.get(join(now.top, name, path)) ?? []).join(" ");
+    if (!o.dryRun)
+      await ask(
+        target.host,
+        CLEAR,
+        { ...at(target), work: name, ids, paths },
+        `cannot remove ${full}, which an interrupted restore left`,
+      );
+  }
+}
+
+/** Says what is restored, and how. */
+function tellPlan({ o, location, chosen, data, moved }: RestoreDecided): void {
+  log.info(
+    `${o.dryRun ? "Would restore" : "Restoring"} ${chosen.name} from ${location.id} to ${o.target.id} (${wayInWords(data)})`,
+  );
+  if (moved.length > 0)
+    log.info(
+      `${o.dryRun ? "Would move" : "Moving"} ${count(moved.length, "snapshot")} from ${location.path}, so that every destination goes on from ${o.target.id}`,
+    );
+}
+
+function wayInWords(data: Data): string {
+  if (data.way === "reflink") return "reflinked, nothing is sent";
+  if (data.way === "streams")
+    return `${count(data.pieces.length, "stream")}, ${inBytes(bytesOf(data.pieces))}`;
+  const { parent, why } = data;
+  return `${parent === null ? "in full" : `difference to ${parent.name}`}${why === undefined ? "" : `: ${why}`}`;
+}
+
+/** Builds TARGET in a directory beside it, and gives it its name. Errors: SameSecond, Failure. */
+async function carryOut(r: RestoreDecided, sums: ReadonlyMap<string, string>): Promise<void> {
+  const { o, location, chosen, target, outside, data, how, work, moved } = r;
+  needOurs(target, o.target.id);
+  const { output, release } = await hold(
+    target.host,
+    RESTORING,
+    { ...at(target), work, end: `${work} end`, silence: silence(target.host) },
+    `${work} end`,
+    o.target.id,
+  ).catch((error: Error) => {
+    throw error instanceof Taken ? new SameSecond(error.message) : error;
+  });
+  try {
+    const holder = output.split("\n")[0] as string;
+    const host = behindFence(plainHost(target.host), { ...target, holder });
+    const arriving = { ...r, folder: { ...target, path: join(target.path, work), holder, host } };
+    if (data.way === "receive") await receiveSnapshot(arriving, data);
+    if (data.way === "streams") await receiveStreams(arriving, data, sums);
+    const built = {
+      origin: data.way === "reflink" ? data.origin : "",
+      target: outside?.path ?? target.inside ?? "",
+      name: chosen.name,
+      how,
+    };
+    await ask(target.host, BUILD, { ...at(target), work, ...built }, `cannot build ${o.target.id}`);
+    // A source's own snapshots, and backups on this filesystem, are no destination to be remembered.
+    const came = isHere(location, target) || isSnapshotFolder(location) ? null : location;
+    await settle(r, join(target.path, work, "tree"), came);
+    checkInterruption();
+    await giveNames(r, release);
+    if (moved.some(({ receivedUuid }) => receivedUuid !== null)) await settle(r, target.full, null);
+  } catch (error) {
+    await release();
+    await whileCleaning(() => clearLeftovers(r, work)).catch((problem: Error) =>
+      log.warn(`${problem.message} (the next restore to ${o.target.id} will)`),
+    );
+    throw error;
+  }
+}
+
+/** A restore whose streams arrive in `folder`. */
+type Receiving = RestoreDecided & { readonly folder: Folder };
+
+/** Removes what was received of a snapshot. */
+async function discardReceived({ target, folder }: Receiving, name: string): Promise<void> {
+  await ask(
+    target.host,
+    DISCARD,
+    { ...at(folder), prefix: folder.prefix, name, ...NO_RECORD },
+    `cannot remove what was received of ${name}`,
+  );
+}
+
+/** Warns of a damaged parent, on which nothing is built then. Errors: any other error. */
+function warnOfParent({ o, report, chosen }: Restore, error: unknown): void {
+  if (!(error instanceof BadParent)) throw error;
+  report.warning(
+    `${o.target.id}: ${error.message}; what it was to build on there ${DAMAGED} (see "btrfs-backup verify"): ${chosen.name} is received in full`,
+  );
+}
+
+/** Receives the snapshot from LOCATION; in full where its parent is damaged. */
+async function receiveSnapshot(r: Receiving, data: Data & { way: "receive" }): Promise<void> {
+  const { o, report, display, location, chosen, target, folder } = r;
+  const form = formBetween(location, target, o.sending);
+  const end = (level: string) => receiving(folder, chosen.name, level, null, o.btrfsDebug);
+  const receiver = {
+    id: o.target.id,
+    form: () => form,
+    receive: async (source: Folder, transfer: Transfer) => ({
+      stages: mustBeChecked(source, folder, o.sending)
+        ? checked(folder, form.level, expected(source, transfer), end)
+        : [end(form.level)],
+    }),
+    discard: (name: string) => discardReceived(r, name),
+    tidy: async () => {},
+  };
+  const receive = async (parent: Snapshot | null) => {
+    const sent = await transferTo(receiver, location, { snapshot: chosen, parent }, display);
+    report.event("transfer", {
+      destination: o.target.id,
+      name: chosen.name,
+      parent: parent?.name ?? null,
+      ...sent,
+    });
+  };
+  await receive(data.parent).catch(async (error) => {
+    if (data.parent === null) throw error;
+    warnOfParent(r, error);
+    await receive(null);
+  });
+}
+
+/** Receives stored streams; all that the snapshot consists of where the first one's parent is damaged. */
+async function receiveStreams(
+  r: Receiving,
+  { store, pieces }: Data & { way: "streams" },
+  sums: ReadonlyMap<string, string>,
+): Promise<void> {
+  await receivePieces(r, store, pieces, sums).catch(async (error) => {
+    warnOfParent(r, error);
+    await discardReceived(r, pieces[0]?.name as string);
+    const all = piecesOf(r.chosen, store);
+    await receivePieces(r, store, all, await readyPieces(r, all));
+  });
+}
+
+/** How many subvolumes that others were received on top of stand in the way at most. */
+const BELOW = 16;
+
+/**
+ * Receives stored streams, one on top of the other. Each is removed when the next stands on it.
+ * Errors: Failure naming a piece that is damaged, and what can be restored without it.
+ */
+async function receivePieces(
+  r: Receiving,
+  store: Store,
+  pieces: readonly Stream[],
+  sums: ReadonlyMap<string, string>,
+): Promise<void> {
+  const { o, report, location, folder } = r;
+  const all = byUuid(store.streams);
+  const below: Stream[] = [];
+  for (const [i, piece] of pieces.entries()) {
+    const { uuid: object, name } = piece;
+    const stages = stagesOf(r, store, piece, `${i + 1}/${pieces.length} ${name}`);
+    const began = Date.now();
+    const { summed } = await pipeline(stages).catch((error: Error) => {
+      if (error instanceof BadParent && i === 0 && piece.parentUuid !== null) throw error;
+      if (error instanceof Failure && !(error instanceof NoSpace))
+        throw new Failure(
+          `${location.id}: ${object}: ${error.message}. If it is damaged: ${insteadOf(location, store, piece)}`,
+        );
+      throw error;
+    });
+    const { sum, bytes } = summed as Summed;
+    const right = sums.get(object);
+    if (!o.unverified && sum !== right)
+      throw new Failure(
+        `${location.id}: ${object} is damaged: it has the SHA-256 ${sum}, and should have ${right ?? "one"}; ${insteadOf(location, store, piece)}`,
+      );
+    report.event("transfer", {
+      destination: o.target.id,
+      name,
+      parent: all.get(piece.parentUuid ?? "")?.name ?? null,
+      bytes,
+      seconds: (Date.now() - began) / 1000,
+    });
+    // What the next one stands on goes, a few at a time, unless that is much.
+    if (i > 0) below.push(pieces[i - 1] as Stream);
+    const isMuch = below.length >= BELOW || bytesOf(below) >= SMALL.all;
+    if (piece !== pieces.at(-1) && !isMuch) continue;
+    const going = below.splice(0).map((one) => ({ name: one.name, id: null }));
+    await deleteFrom(folder, going, { convertRw: false, sync: false });
+  }
+}
+
+/** The pipeline that receives one stored stream, shown as `label`. */
+function stagesOf(r: Receiving, { verbs }: Store, piece: Stream, label: string): Stage[] {
+  const { o, location, folder, display } = r;
+  const { uuid: object, name, bytes, compressed, encrypted } = piece;
+  const fetch = fetching(location, verbs, object);
+  const decrypt = encrypted ? [{ label: "gpg", command: `${GPG} --decrypt` }] : [];
+  const end = (level: string) => receiving(folder, name, level, null, o.btrfsDebug);
+  const level = compressed ? "1" : "";
+  const said = { name, uuid: piece.receivedUuid as string, parent: piece.from };
+  const received = o.sending.trust ? [end(level)] : checked(folder, level, said, end);
+  if (o.sending.trust) log.info(`${object} is received as it is, by --trust-stream`);
+  log.debug(`Receiving ${object}`);
+  return [
+    fetch,
+    ...meter(label, display, o.sending.rate, bytes),
+    relaying({ sum: true }),
+    ...decrypt,
+    ...received,
+  ];
+}
+
+/** The stage that reads a stored stream. */
+const fetching = (folder: Folder, verbs: StoreVerbs, object: string) =>
+  staged(
+    "reading",
+    folder.host,
+    verbs.get,
+    { ...at(folder), how: "", holder: holderOf(folder), objects: [object] },
+    { sends: true },
+  );
+
+/** What to restore where a stream is damaged. */
+const insteadOf = (location: Folder, store: Store, damaged: Stream) =>
+  instead(
+    location,
+    wholeIn(location).filter(
+      (one) => !piecesOf(one, store).some(({ uuid }) => uuid === damaged.uuid),
+    ),
+  );
+
+/**
+ * Writes the records of a restored subvolume's snapshot folder, in which they are as they were
+ * when the snapshot was taken. `backups`: where it came from.
+ */
+async function settle(r: RestoreDecided, tree: string, backups: Folder | null): Promise<void> {
+  const { o, target, outside, chains } = r;
+  const folder = await openFolder(o.target, outside?.path ?? join(tree, target.inside ?? ""), {
+    prefix: target.prefix,
+    wait: "look",
+    hosts: o.hosts,
+    source: tree,
+  });
+  const recorded = chains.size > 0 ? chains : folder.record.chains;
+  for (const prefix of new Set([...recorded.keys(), folder.prefix])) {
+    const restored = { ...folder, prefix };
+    await writeRecord(restored, recordAfter(r, restored, backups));
+  }
+}
+
+/** What the record of a restored snapshot folder must say of its prefix. */
+function recordAfter(r: RestoreDecided, folder: Folder, backups: Folder | null): ChainRecord {
+  const { target, outside, chains, chosen } = r;
+  const { prefix, standing, record } = folder;
+  const own = chains.size > 0;
+  const { owner: _, ...chain } = { ...record.chains.get(prefix), ...chains.get(prefix) };
+  const snapshot = standing.find(({ name }) => name === chosen.name);
+  const came =
+    backups !== null && snapshot !== undefined && prefix === target.prefix
+      ? {
+          id: backups.id,
+          filesystem: backups.place.filesystem,
+          pin: { name: snapshot.name, uuid: snapshot.uuid },
+        }
+      : null;
+  const known = (chain.destinations ?? []).map((one) => (own ? withPinIn(one, standing) : one));
+  const destinations = restoredDestinations(
+    known,
+    (uuid) => own || standing.some((one) => one.uuid === uuid),
+    came,
+  );
+  // A backup brings along a record, which others can have written on another host, or in a store.
+  const doubted =
+    !own &&
+    (backups === null || backups.host.ssh !== null || backups.store !== null || !backups.trusted);
+  return {
+    ...chain,
+    ...(outside === null ? {} : { owner: ownerOutside(target, folder, outside) }),
+    destinations,
+    ...(doubted && known.length > 0 ? { guarded: true as const } : {}),
+  };
+}
+
+/** A destination whose pin may have been replaced by its copy, which has another UUID. */
+function withPinIn(known: KnownDestination, standing: readonly Entry[]): KnownDestination {
+  const { pin } = known;
+  if (pin === null) return known;
+  const found = standing.find(({ name }) => name === pin.name);
+  return { ...known, pin: { ...pin, uuid: found?.uuid ?? pin.uuid } };
+}
+
+/** Whose a chain outside of TARGET is: TARGET's, unless its owner stands elsewhere. */
+function ownerOutside(target: Target, { prefix, source }: Folder, outside: Folder): Identity {
+  const owner = outside.record.chains.get(prefix)?.owner;
+  const isElsewhere =
+    owner !== undefined &&
+    owner.path !== target.full &&
+    target.subvolumes.some(({ uuid }) => uuid === owner.uuid);
+  return isElsewhere
+    ? owner
+    : { uuid: source?.uuid ?? "", host: target.hostName, path: target.full };
+}
+
+/** Gives names to what was built: there is no way back from here, only one forward. */
+async function giveNames(r: RestoreDecided, release: () => Promise<void>): Promise<void> {
+  const { o, report, location, target, outside, work, kept, moved, replaced, from } = r;
+  const to = outside?.path ?? join(target.full, target.inside ?? "");
+  const names = moved.flatMap(({ name, receivedUuid }) => [
+    receivedUuid === null ? "move" : "copy",
+    name,
+  ]);
+  const lines = [from, to, kept === null ? "new" : "old", ...names, "end", ""].join("\n");
+  const finished = await whileCleaning(() =>
+    ask(
+      target.host,
+      FINISH,
+      { ...at(target), work, how: "begin" },
+      `cannot finish ${o.target.id}`,
+      lines,
+    ),
+  ).catch(async (error: Error) => {
+    throw new Failure(await howFar(r, error.message));
+  });
+  await release();
+  const { stuck } = parseFinished(finished);
+  if (stuck.length > 0)
+    report.error(
+      o.target.id,
+      new Failure(
+        `it is restored, but these snapshots could not move from ${replaced ? kept : location.path}: ${stuck.join(" ")}`,
+      ),
+    );
+}
+
+/**
+ * What FINISH printed: where the snapshots are to be, and what could not move there.
+ * Errors: Failure for any other shape.
+ */
+function parseFinished(text: string): { to: string; stuck: readonly string[] } {
+  const [to = "", stuck = "", end, ...rest] = text.split("\n");
   if (end !== "end" || rest.join() !== "")
-    throw new Failure(`cannot read what was printed of a restore's end: ${printed}`);
+    throw new Failure(`cannot read what was printed of a restore's end: ${text}`);
   return { to, stuck: stuck.split("/").filter(Boolean) };
 }
 
 /** What to say where a restore broke when names had begun to change. */
-async function howFar(
-  target: Target,
-  work: string,
-  before: string,
-  left: string,
-  problem: string,
-  o: RestoreOptions,
-): Promise<string> {
-  const now = await openFolder(o.target, target.path, {
-    prefix: target.prefix,
-    wait: "look",
-    hosts: o.hosts,
-  });
+async function howFar(r: RestoreDecided, problem: string): Promise<string> {
+  const { o, location, target, work, kept } = r;
+  const now = await lookAt(o.target, target.path, target.prefix, o.hosts);
   const stands = (name: string) =>
     now.subvolumes.some(({ path }) => `/${path}` === join(now.top, name));
   if (stands(`${work}/tree`) || !stands(target.name))
     return `${problem} (${now.entries.has(work) ? "the next run or restore goes on with it" : "nothing was changed"})`;
-  return `it is restored, but not all of its snapshots have moved from ${before === "" ? left : join(target.path, before)}; the next run or restore moves them: ${problem}`;
+  return `it is restored, but not all of its snapshots have moved from ${kept ?? location.path}; the next run or restore moves them: ${problem}`;
 }
 
-/** Goes on with restores to a path that were interrupted when names had begun to change. Errors: Failure, Busy. */
+/**
+ * Goes on with restores to a path that were interrupted when names had begun to change.
+ * Errors: Failure, Busy.
+ */
 async function finishRestores(location: Readable, path: string, hosts: Hosts): Promise<void> {
-  const opening = { prefix: "", wait: "look" as const, hosts };
-  const folder = await openFolder(location, dirname(path), opening);
+  const folder = await lookAt(location, dirname(path), "", hosts);
   for (const work of leftoversOf(basename(path), folder).keys()) {
     const finished = await whileCleaning(() =>
       ask(
@@ -9447,14 +10166,12 @@ async function finishRestores(location: Readable, path: string, hosts: Hosts): P
       throw new Failure(
         `${path} is restored, but these snapshots could not move to ${to}: ${stuck.join(" ")}`,
       );
-    // What was replaced by its copy on the way has another UUID.
-    const moved = await openFolder(location, to, opening);
-    const uuids = new Map<string, string>(moved.standing.map(({ name, uuid }) => [name, uuid]));
+    const moved = await lookAt(location, to, "", hosts);
+    const stands = ({ pin }: KnownDestination) =>
+      moved.subvolumes.some(({ uuid }) => uuid === pin?.uuid);
     for (const [prefix, chain] of moved.record.chains) {
       const destinations = (chain.destinations ?? []).map((known) =>
-        known.pin === null || moved.subvolumes.some(({ uuid }) => uuid === known.pin?.uuid)
-          ? known
-          : { ...known, pin: { ...known.pin, uuid: uuids.get(known.pin.name) ?? known.pin.uuid } },
+        stands(known) ? known : withPinIn(known, moved.standing),
       );
       if (chain.destinations !== undefined && !sameRecord(chain, { ...chain, destinations }))
         await writeRecord({ ...moved, prefix }, { ...chain, destinations });
@@ -9462,733 +10179,63 @@ async function finishRestores(location: Readable, path: string, hosts: Hosts): P
   }
 }
 
-/** Removes what interrupted restores to TARGET left; `only`: of those one directory. Errors: Busy while it is still at work. */
-async function clearLeftovers(
-  target: Target,
-  only: string | null,
-  o: RestoreOptions,
-): Promise<void> {
-  const now =
-    only === null
-      ? target
-      : await openFolder(o.target, target.path, {
-          prefix: target.prefix,
-          wait: "look",
-          hosts: o.hosts,
-        });
-  for (const [name, paths] of leftoversOf(target.name, now)) {
-    if (only !== null && name !== only) continue;
-    if (only === null)
-      log.info(
-        `${o.dryRun ? "Would remove" : "Removing"} what an interrupted restore left: ${join(target.path, name)}`,
-      );
-    const idOf = new Map(now.subvolumes.map(({ path, id }) => [`/${path}`, id]));
-    const ids = paths.flatMap((path) => idOf.get(join(now.top, name, path)) ?? []).join(" ");
-    if (!o.dryRun)
-      await ask(
-        target.host,
-        CLEAR,
-        { ...at(target), work: name, ids, paths },
-        `cannot remove ${join(target.path, name)}, which an interrupted restore left`,
-      );
-  }
-}
-
-/** The mount that TARGET is seen through, and the path below it of what has a path from the filesystem's top level. */
-function throughMount(target: Target): { mount: Mount; through: (top: string) => string } {
-  const { mount } = placeOn(target.mounts, target.path);
-  return {
-    mount,
-    through: (top) => join(mount.path, top.slice(mount.root.length === 1 ? 0 : mount.root.length)),
-  };
-}
-
-/** Whether a location is on the filesystem of TARGET, here: another host's word for being this one would let it choose what is moved here. */
-const isHere = (location: Folder, target: Target) =>
-  sameHost(location.host, target.host) &&
-  location.hostName === target.hostName &&
-  location.place.filesystem === target.place.filesystem;
-
-/** What a receive of LOCATION's could build on where it is restored; `edited`: the UUIDs of what it could not, since it may have been changed. Errors: Failure. */
-type Ground = { readonly there: readonly Subvolume[]; readonly edited: ReadonlySet<string> };
-async function groundOf(
-  location: Folder,
-  target: Target,
-  outside: Folder | null,
-  asked: Folder | null,
-  o: RestoreOptions,
-): Promise<Ground> {
-  const { mount, through } = throughMount(target);
-  const folders =
-    asked !== null
-      ? [asked.top]
-      : [target.top, outside?.top ?? join(target.top, target.name, target.inside ?? "")];
-  const there = target.subvolumes.filter(
-    ({ path, readonly }) =>
-      readonly && folders.includes(dirname(`/${path}`)) && isWithin(`/${path}`, mount.root),
-  );
-  const edited = new Set<string>();
-  const held = dataFinder(location.standing);
-  const taken = isHere(location, target)
-    ? []
-    : there.filter(
-        (one) =>
-          held(one) !== undefined && changedSince(one, { ctransids: new Map() }, {}) === undefined,
-      );
-  for (const [directory, some] of groupBy(taken, ({ path }) => dirname(`/${path}`))) {
-    const folder = await openFolder(o.target, through(directory), {
-      prefix: location.prefix,
-      wait: "look",
-      hosts: o.hosts,
-    });
-    const inquiry = inquiryInto(folder);
-    await learn(
-      inquiry,
-      some.map((one) => ({ ...one, name: basename(one.path) as EntryName, moment: null })),
-      [],
-    );
-    const cleared =
-      folder.chain.destinations?.find((known) => known.location === location.id)?.cleared ?? {};
-    for (const one of some) if (changedSince(one, inquiry, cleared)) edited.add(one.uuid);
-  }
-  if (edited.size > 0)
-    log.info(
-      `${o.target.id}: ${count(edited.size, "snapshot")} there may have been edited, and nothing is built on ${edited.size === 1 ? "it" : "them"}; "btrfs-backup verify" tells, and clears`,
-    );
-  return { there: there.filter(({ uuid }) => !edited.has(uuid)), edited };
-}
-
-/** Decides what is there already, what is sent, and what moves. Errors: Failure or UsageError for what cannot be done, before anything is changed. */
-function decideRestore(
-  location: Folder,
-  chosen: Snapshot,
-  target: Target,
-  outside: Folder | null,
-  { there, edited }: Ground,
-  fitness: Fitness,
-  o: RestoreOptions,
-) {
-  const { mount, through } = throughMount(target);
-  const here = isHere(location, target);
-  const own = here && isSnapshotFolder(location);
-  // NAME, where its own data has that name already.
-  const standing =
-    outside?.standing.find(({ name, readonly }) => name === chosen.name && readonly) ?? null;
-  const named =
-    standing !== null &&
-    (standing.uuid === chosen.uuid || dataFinder([standing])(chosen) !== undefined);
-  const stands = named && !edited.has(standing.uuid);
-  if (!named && (outside?.entries.has(chosen.name) ?? false))
-    throw new Failure(`${outside?.path} has something else by the name of ${chosen.name}`);
-  const { present, parent, why }: RestorePlan = stands
-    ? { present: standing, parent: null }
-    : here
-      ? { present: chosen, parent: null }
-      : planRestore(chosen, wholeIn(location), there, fitness);
-  const pieces =
-    location.store === null || present !== null
-      ? []
-      : planPieces(chainOf(chosen as Entry as Stream, byUuid(location.store.streams)), there);
-  const origin =
-    present === null
-      ? ""
-      : stands
-        ? join((outside as Folder).path, chosen.name)
-        : here
-          ? join(location.path, chosen.name)
-          : through(`/${present.path}`);
-  const replaced = target.existing !== null && isWithin(location.top, `/${target.existing.path}`);
-  if (here && !own && replaced)
-    throw new UsageError(
-      `${location.id} is inside of ${o.target.id}, which would be moved away with the backups`,
-    );
-  const chains = new Map(own ? location.record.chains : []);
-  if (own)
-    chains.set(location.prefix, { ...location.chain, destinations: knownDestinations(location) });
-  const pins = new Set(
-    [...chains.values()].flatMap(({ destinations = [] }) =>
-      destinations.map(({ pin }) => pin?.uuid),
-    ),
-  );
-  const every = location.standing.filter(
-    ({ name, readonly }) => readonly && prefixOf(name) !== null && !name.includes("\n"),
-  );
-  const moved =
-    !own || outside === location
-      ? []
-      : replaced
-        ? every
-        : every.filter(({ uuid }) => pins.has(uuid) || (pins.size > 0 && uuid === chosen.uuid));
-  const how =
-    named || moved.some(({ uuid }) => uuid === chosen.uuid) ? "none" : here ? "plain" : "keep";
-  const from = replaced
-    ? join(target.full, location.top.slice(`/${target.existing?.path}`.length))
-    : through(location.top);
-  const movable =
-    replaced ||
-    (isWithin(location.top, mount.root) && placeOn(target.mounts, from).top === location.top);
-  if (
-    moved.length > 0 &&
-    (!movable || (outside !== null && placeOn(target.mounts, outside.path).mount !== mount))
-  )
-    throw new Failure(
-      `the snapshots of ${location.id} can only move to ${o.target.id} below one mount point: mount the top level (subvolid=5), and restore there`,
-    );
-  if (replaced && target.existing?.readonly && moved.length > 0)
-    throw new Failure(
-      `${o.target.id} is read-only, so its snapshots cannot move: btrfs property set -ts ${quote(target.full)} ro false`,
-    );
-  const cleared = [...leftoversOf(target.name, target).keys()].map(
-    (leftover) => `${join(target.top, leftover)}/`,
-  );
-  const twins =
-    how === "keep"
-      ? target.subvolumes.filter(
-          ({ path, readonly, receivedUuid }) =>
-            readonly &&
-            receivedUuid === dataOf(chosen) &&
-            !cleared.some((leftover) => `/${path}`.startsWith(leftover)),
-        )
-      : [];
-  const now = stamp(new Date());
-  const [work, before] = [
-    `${target.name}.restoring-${now}`,
-    target.existing === null ? "" : `${target.name}.before-${now}`,
-  ];
-  // A source's own snapshots, and backups on this filesystem, are no destination to be remembered.
-  const came = here || isSnapshotFolder(location) ? null : location;
-  return {
-    present,
-    parent,
-    why,
-    pieces,
-    origin,
-    how,
-    moved,
-    from,
-    to: outside?.path ?? join(target.full, target.inside ?? ""),
-    chains,
-    came,
-    away: own && !replaced,
-    left: replaced ? join(target.path, before) : location.path,
-    twins,
-    work,
-    before,
-  };
-}
-
-/** Makes TARGET a writable subvolume with a backup's contents, and lets its next runs go on from there. */
-export async function restore(o: RestoreOptions, report: Report): Promise<void> {
-  for (;;)
-    try {
-      return await restoreOnce(o, report);
-    } catch (error) {
-      if (!(error instanceof SameSecond)) throw error;
-      await nextSecond();
-    }
-}
-
-async function restoreOnce(o: RestoreOptions, report: Report): Promise<void> {
-  const display = displayOf(o);
-  if (!o.dryRun) await finishRestores(o.target, o.target.path, o.hosts);
-  const location = await openLocation(o.location, { ...o, wait: o.dryRun ? "look" : o.wait });
-  const opened = [location];
-  try {
-    const chosen = choose(location, o);
-    const target = await openTarget(o, location.prefix);
-    const outside = target.inside === null ? await openOutside(target, location, o) : null;
-    if (outside !== null && outside !== location) opened.push(outside);
-    const asked =
-      o.parentFrom === null
-        ? null
-        : await openFolder(
-            { ...o.target, id: o.parentFrom },
-            o.target.host === null ? resolve(o.parentFrom) : o.parentFrom,
-            { prefix: location.prefix, wait: "look", hosts: o.hosts },
-          );
-    if (asked !== null && asked.place.filesystem !== target.place.filesystem)
-      throw new UsageError(
-        `--parent-from ${o.parentFrom} is not on the filesystem of ${o.target.id}`,
-      );
-
-    if (location.store === null) compressionBetween(location, target, o.sending.level);
-    const ground = await groundOf(location, target, outside, asked, o);
-    const inquiry = inquiryInto(location);
-    const fitness =
-      location.store !== null
-        ? ANY
-        : judge(inquiry, { cleared: {}, refused: new Map() }, () => true);
-    const decide = () => decideRestore(location, chosen, target, outside, ground, fitness, o);
-    let decided = decide();
-    for (
-      ;
-      decided.parent !== null && fitness.unfit(decided.parent, chosen) === undefined;
-      decided = decide()
-    )
-      await learn(
-        inquiry,
-        changedSince(decided.parent, inquiry, {}) === undefined ? [decided.parent] : [],
-        [{ parent: decided.parent, snapshot: chosen }],
-      );
-    const {
-      present,
-      parent,
-      why,
-      pieces,
-      origin,
-      how,
-      moved,
-      from,
-      to,
-      chains,
-      came,
-      away,
-      left,
-      twins,
-      work,
-      before,
-    } = decided;
-    if (twins.length > 0)
-      report.warning(
-        `${o.target.id}: ${chosen.name} stands twice on its filesystem then, which can confuse "btrfs receive"; keep one of it and ${twins.map(({ path }) => path).join(", ")}`,
-      );
-    if (asked !== null && present === null && parent === null)
-      report.warning(`--parent-from ${o.parentFrom}: nothing there is shared with ${location.id}`);
-    for (const prefix of o.dryRun ? [] : prefixesIn(moved))
-      if (prefix !== location.prefix)
-        opened.push(
-          await openFolder(o.location, location.path, { prefix, wait: o.wait, hosts: o.hosts }),
-        );
-    const sums =
-      location.store === null
-        ? new Map<string, string>()
-        : await readyPieces(location, location.store, pieces, target, o);
-    await clearLeftovers(target, null, o);
-    const sent =
-      pieces.length > 0
-        ? `${count(pieces.length, "stream")}, ${inBytes(pieces.reduce((sum, { bytes }) => sum + bytes, 0))}`
-        : `${parent !== null ? `difference to ${parent.name}` : "in full"}${why === undefined ? "" : `: ${why}`}`;
-    log.info(
-      `${o.dryRun ? "Would restore" : "Restoring"} ${chosen.name} from ${location.id} to ${o.target.id} (${present !== null ? "reflinked, nothing is sent" : sent})`,
-    );
-    if (moved.length > 0)
-      log.info(
-        `${o.dryRun ? "Would move" : "Moving"} ${count(moved.length, "snapshot")} from ${location.path}, so that every destination goes on from ${o.target.id}`,
-      );
-    if (!o.dryRun) {
-      needOurs(target, o.target.id);
-      const begun = hold(
-        target.host,
-        RESTORING,
-        { ...at(target), work, end: `${work} end`, silence: silence(target.host) },
-        `${work} end`,
-        o.target.id,
-      );
-      const { output, release } = await begun.catch((error: Error) => {
-        throw error instanceof Taken ? new SameSecond(error.message) : error;
-      });
-      try {
-        const holder = output.split("\n")[0] as string;
-        const folder = {
-          ...target,
-          path: join(target.path, work),
-          holder,
-          host: behindFence(plainHost(target.host), { ...target, holder }),
-        };
-        const discard = async (name: string) =>
-          void (await ask(
-            target.host,
-            DISCARD,
-            { ...at(folder), prefix: folder.prefix, name, ...NO_RECORD },
-            `cannot remove what was received of ${name}`,
-          ));
-        // What is built on can be damaged; then nothing is.
-        const without = (error: unknown) => {
-          if (!(error instanceof BadParent)) throw error;
-          report.warning(
-            `${o.target.id}: ${error.message}; what it was to build on there ${DAMAGED} (see "btrfs-backup verify"): ${chosen.name} is received in full`,
-          );
-        };
-        if (location.store !== null) {
-          const { store } = location;
-          await receivePieces(location, store, pieces, sums, folder, display, o, report).catch(
-            async (error) => {
-              without(error);
-              await discard(pieces[0]?.name as string);
-              const all = chainOf(chosen as Entry as Stream, byUuid(store.streams));
-              await receivePieces(
-                location,
-                store,
-                all,
-                await readyPieces(location, store, all, target, o),
-                folder,
-                display,
-                o,
-                report,
-              );
-            },
-          );
-        } else if (present === null) {
-          const form = formBetween(location, target, o.sending);
-          const end = (level: string) => receiving(folder, chosen.name, level, null, o.btrfsDebug);
-          const receive = async (source: Folder, transfer: Transfer) => ({
-            stages: mustBeChecked(source, folder, o.sending)
-              ? checked(folder, form.level, expected(source, transfer), end)
-              : [end(form.level)],
-          });
-          const receiver = {
-            id: o.target.id,
-            form: () => form,
-            receive,
-            discard,
-            tidy: async () => {},
-          };
-          const receiveAs = async (parent: Snapshot | null) => {
-            const sent = await transferTo(
-              receiver,
-              location,
-              { snapshot: chosen, parent },
-              display,
-            );
-            report.event("transfer", {
-              destination: o.target.id,
-              name: chosen.name,
-              parent: parent?.name ?? null,
-              ...sent,
-            });
-          };
-          await receiveAs(parent).catch(async (error) => {
-            if (parent === null) throw error;
-            without(error);
-            await receiveAs(null);
-          });
-        }
-        await ask(
-          target.host,
-          BUILD,
-          {
-            ...at(target),
-            work,
-            origin,
-            target: outside?.path ?? target.inside ?? "",
-            name: chosen.name,
-            how,
-          },
-          `cannot build ${o.target.id}`,
-        );
-        await settle(target, join(target.path, work, "tree"), outside, chains, chosen, came, o);
-        // From here on there is no way back, only one forward.
-        checkInterruption();
-        const names = moved.flatMap(({ name, receivedUuid }) => [
-          receivedUuid === null ? "move" : "copy",
-          name,
-        ]);
-        const told = [from, to, before === "" ? "new" : "old", ...names, "end", ""].join("\n");
-        const finished = await whileCleaning(() =>
-          ask(
-            target.host,
-            FINISH,
-            { ...at(target), work, how: "begin" },
-            `cannot finish ${o.target.id}`,
-            told,
-          ),
-        ).catch(async (error) => {
-          throw new Failure(await howFar(target, work, before, left, (error as Error).message, o));
-        });
-        await release();
-        const { stuck } = parseFinished(finished);
-        if (stuck.length > 0)
-          report.error(
-            o.target.id,
-            new Failure(
-              `it is restored, but these snapshots could not move from ${left}: ${stuck.join(" ")}`,
-            ),
-          );
-        if (moved.some(({ receivedUuid }) => receivedUuid !== null))
-          await settle(target, target.full, outside, chains, chosen, null, o);
-      } catch (error) {
-        await release();
-        await whileCleaning(() => clearLeftovers(target, work, o)).catch((problem: Error) =>
-          log.warn(`${problem.message} (the next restore to ${o.target.id} will)`),
-        );
-        throw error;
-      }
-    }
-    report.event("restore", {
-      location: location.id,
-      name: chosen.name,
-      target: o.target.id,
-      before: before === "" ? null : join(target.path, before),
-    });
-    tellWhatIsNext(target, location, chosen, before, moved, away, o, report);
-  } finally {
-    await whileCleaning(async () => {
-      for (const folder of opened) await folder.close();
-    });
-  }
-  report.event("summary", { ok: !report.failed });
-}
-
-/** Makes sure that every piece can be read before the first byte moves, and returns their checksums. Errors: Failure naming what is missing. */
-async function readyPieces(
-  location: Folder,
-  { verbs }: Store,
-  pieces: readonly Stream[],
-  target: Target,
-  o: RestoreOptions,
-): Promise<Map<string, string>> {
-  if (o.sending.level !== "")
-    throw new UsageError("--compress: a stored stream travels as it was stored");
-  if (pieces.some(({ encrypted }) => encrypted) && which.sync("gpg", { nothrow: true }) === null)
-    throw new Failure("gpg not found: install gnupg");
-  if (pieces.some(({ compressed }) => compressed) && !target.zstd)
-    throw new Failure(`${target.host.label || target.hostName}: zstd not found: install zstd`);
-  if (o.unverified) return new Map();
-  const unsummed = pieces.find(({ summed }) => !summed);
-  if (unsummed !== undefined)
-    throw new Failure(
-      `${location.id}: ${unsummed.uuid} has no checksum object; --unverified restores without`,
-    );
-  return readSums(location, verbs, pieces);
-}
-
-/** The checksum objects of streams. */
-async function readSums(
-  location: Folder,
-  verbs: StoreVerbs,
-  streams: readonly Stream[],
-): Promise<Map<string, string>> {
-  const texts: string[] = [];
-  for (const some of chunks(streams.map(({ uuid }) => uuid + SUM)))
-    texts.push(
-      await ask(
-        location.host,
-        verbs.get,
-        { ...at(location), how: "", holder: "", objects: some },
-        `${location.id}: cannot read checksum objects`,
-      ),
-    );
-  return parseSums(texts.join(""));
-}
-
-/** How many subvolumes that others were received on top of stand in the way at most. */
-const BELOW = 16;
-
-/** Receives stored streams, one on top of the other, and removes each when the next stands on it. Errors: Failure naming a piece that is damaged, and what can be restored without it. */
-async function receivePieces(
-  location: Folder,
-  { verbs, streams }: Store,
-  pieces: readonly Stream[],
-  sums: ReadonlyMap<string, string>,
-  work: Folder,
-  display: Display,
-  o: RestoreOptions,
-  report: Report,
-): Promise<void> {
-  const all = byUuid(streams);
-  const without = ({ uuid }: Stream) =>
-    instead(
-      location,
-      wholeIn(location).filter(
-        (one) => !chainOf(one as Entry as Stream, all).some((piece) => piece.uuid === uuid),
-      ),
-    );
-  const below: Stream[] = [];
-  for (const [i, piece] of pieces.entries()) {
-    const { uuid: object, name, bytes: size, compressed, encrypted } = piece;
-    const fetch = staged(
-      "reading",
-      location.host,
-      verbs.get,
-      { ...at(location), how: "", holder: holderOf(location), objects: [object] },
-      { sends: true },
-    );
-    const decrypt = encrypted ? [{ label: "gpg", command: `${GPG} --decrypt` }] : [];
-    const end = (level: string) => receiving(work, name, level, null, o.btrfsDebug);
-    const level = compressed ? "1" : "";
-    const received = o.sending.trust
-      ? [end(level)]
-      : checked(work, level, { name, uuid: piece.receivedUuid as string, parent: piece.from }, end);
-    if (o.sending.trust) log.info(`${object} is received as it is, by --trust-stream`);
-    const began = Date.now();
-    log.debug(`Receiving ${object}`);
-    const { summed } = await pipeline([
-      fetch,
-      ...meter(`${i + 1}/${pieces.length} ${name}`, display, o.sending.rate, size),
-      relaying({ sum: true }),
-      ...decrypt,
-      ...received,
-    ]).catch((error: Error) => {
-      if (error instanceof BadParent && i === 0 && piece.parentUuid !== null) throw error;
-      if (error instanceof Failure && !(error instanceof NoSpace))
-        throw new Failure(
-          `${location.id}: ${object}: ${error.message}. If it is damaged: ${without(piece)}`,
-        );
-      throw error;
-    });
-    const { sum, bytes } = summed as Summed;
-    const right = sums.get(object);
-    if (!o.unverified && sum !== right)
-      throw new Failure(
-        `${location.id}: ${object} is damaged: it has the SHA-256 ${sum}, and should have ${right ?? "one"}; ${without(piece)}`,
-      );
-    report.event("transfer", {
-      destination: o.target.id,
-      name,
-      parent: all.get(piece.parentUuid ?? "")?.name ?? null,
-      bytes,
-      seconds: (Date.now() - began) / 1000,
-    });
-    // What the next one stands on goes, a few at a time, unless that is much.
-    if (i > 0) below.push(pieces[i - 1] as Stream);
-    if (
-      piece !== pieces.at(-1) &&
-      below.length < BELOW &&
-      below.reduce((sum, { bytes }) => sum + bytes, 0) < SMALL.all
-    )
-      continue;
-    await deleteFrom(
-      work,
-      below.splice(0).map(({ name }) => ({ name, id: null })),
-      { convertRw: false, sync: false },
-    );
-  }
-}
-
-/**
- * Writes what the record of a restored subvolume's snapshot folder must say: what it said when the snapshot was
- * taken is outdated. `live`: what is said of the source's own snapshots that move; `backups`: where it came from.
- */
-async function settle(
-  target: Target,
-  tree: string,
-  outside: Folder | null,
-  live: ReadonlyMap<string, ChainRecord>,
-  chosen: Snapshot,
-  backups: Folder | null,
-  o: RestoreOptions,
-): Promise<void> {
-  const own = live.size > 0;
-  const folder = await openFolder(o.target, outside?.path ?? join(tree, target.inside ?? ""), {
-    prefix: target.prefix,
-    wait: "look",
-    hosts: o.hosts,
-    source: tree,
-  });
-  const snapshot = folder.standing.find(({ name }) => name === chosen.name);
-  const uuids = new Map(folder.standing.map(({ name, uuid }) => [name, uuid]));
-  for (const prefix of new Set([...(own ? live : folder.record.chains).keys(), folder.prefix])) {
-    const { owner: _, ...chain } = { ...folder.record.chains.get(prefix), ...live.get(prefix) };
-    const previous = outside?.record.chains.get(prefix)?.owner;
-    const elsewhere =
-      previous !== undefined &&
-      previous.path !== target.full &&
-      target.subvolumes.some(({ uuid }) => uuid === previous.uuid);
-    const came =
-      backups !== null && snapshot && prefix === folder.prefix
-        ? {
-            id: backups.id,
-            filesystem: backups.place.filesystem,
-            pin: { name: snapshot.name, uuid: snapshot.uuid },
-          }
-        : null;
-    // A snapshot that was replaced by its copy on the way has another UUID.
-    const recorded = (chain.destinations ?? []).map((known) => ({
-      ...known,
-      pin:
-        known.pin && own
-          ? { ...known.pin, uuid: uuids.get(known.pin.name as EntryName) ?? known.pin.uuid }
-          : known.pin,
-    }));
-    const destinations = restoredDestinations(
-      recorded,
-      (uuid) => own || [...uuids.values()].includes(uuid),
-      came,
-    );
-    const owner =
-      outside === null
-        ? {}
-        : elsewhere
-          ? { owner: previous }
-          : {
-              owner: { uuid: folder.source?.uuid ?? "", host: target.hostName, path: target.full },
-            };
-    // What a backup brings along says where it was kept: on another host, or in a store, others can have written it.
-    const doubted =
-      !own &&
-      (backups === null || backups.host.ssh !== null || backups.store !== null || !backups.trusted);
-    await writeRecord(
-      { ...folder, prefix },
-      {
-        ...chain,
-        ...owner,
-        destinations,
-        ...(doubted && recorded.length > 0 ? { guarded: true as const } : {}),
-      },
-    );
-  }
-}
-
 /** Says what a restore leaves to its user. */
-function tellWhatIsNext(
-  target: Target,
-  location: Folder,
-  chosen: Snapshot,
-  before: string,
-  moved: readonly Entry[],
-  away: boolean,
-  o: RestoreOptions,
-  report: Report,
-): void {
+function tellWhatIsNext(r: RestoreDecided): void {
+  const { o, chosen, target, kept } = r;
   if (o.dryRun) return log.info("Nothing was changed");
   log.info(`Done: ${o.target.id} is as it was in ${chosen.name}`);
-  const p = o.snapshotFolder === "snapshot" ? [] : ["-f", o.snapshotFolder];
-  const again = [
+  tellWhoseBackups(r);
+  if (kept !== null && target.existing !== null) tellOfOld(r, kept, target.existing.path);
+}
+
+/** Says whose the backups, or the snapshots, are where TARGET is not their source by itself. */
+function tellWhoseBackups(r: RestoreDecided): void {
+  const { o, report, location, chosen, target, moved, replaced, chains } = r;
+  const { id, prefix, store, chain } = location;
+  const ours = { uuid: "", host: target.hostName, path: target.full };
+  const from = `${ours.host}:${ours.path}`;
+  const command = [
     "btrfs-backup",
     "--adopt",
-    ...(location.prefix === "" ? [] : ["-p", location.prefix]),
-    ...p,
+    ...(prefix === "" ? [] : ["-p", prefix]),
+    ...(o.snapshotFolder === "snapshot" ? [] : ["-f", o.snapshotFolder]),
     o.target.id,
-  ]
-    .map(shellWord)
-    .join(" ");
-  const { owner } = location.chain;
-  const stored = location.store?.streams.find(({ uuid }) => uuid === chosen.uuid)?.owner.place;
-  if (
-    stored !== undefined &&
-    stored !== ownerOf({ uuid: "", host: target.hostName, path: target.full }).place
-  )
+  ];
+  const adopt = command.map(shellWord).join(" ");
+  const adopting = `If that shall be their source from now on: ${adopt} ${shellWord(id)}`;
+  const place = store?.streams.find(({ uuid }) => uuid === chosen.uuid)?.owner.place;
+  if (place !== undefined && place !== ownerOf(ours).place)
     log.info(
-      `The streams in ${location.id} were stored from another host or path: a run from ${target.hostName}:${target.full} is refused. If that shall be their source from now on: ${again} ${shellWord(location.id)}`,
+      `The streams in ${id} were stored from another host or path: a run from ${from} is refused. ${adopting}`,
     );
-  if (away && moved.length > 0)
-    report.warning(
-      `${location.path} has no longer what its destinations share with it: they go on from ${o.target.id}, once it has the path of their source or by "${again} DEST…"`,
-    );
-  else if (
-    !away &&
-    !isSnapshotFolder(location) &&
-    location.place.filesystem !== target.place.filesystem &&
-    owner !== undefined &&
-    (owner.host !== target.hostName || owner.path !== target.full)
-  )
+  if (chains.size > 0 && !replaced) {
+    if (moved.length > 0)
+      report.warning(
+        `${location.path} has no longer what its destinations share with it: they go on from ${o.target.id}, once it has the path of their source or by "${adopt} DEST…"`,
+      );
+    return;
+  }
+  const { owner } = chain;
+  if (isSnapshotFolder(location) || location.place.filesystem === target.place.filesystem) return;
+  if (owner !== undefined && (owner.host !== ours.host || owner.path !== ours.path))
     log.info(
-      `The backups in ${location.id} belong to ${owner.host}:${owner.path}: a run goes on from there, but is refused from ${target.hostName}:${target.full}. If that shall be their source from now on: ${again} ${shellWord(location.id)}`,
+      `The backups in ${id} belong to ${owner.host}:${owner.path}: a run goes on from there, but is refused from ${from}. ${adopting}`,
     );
-  if (before === "" || target.existing === null) return;
+}
+
+/** Says where the subvolume is that was replaced, and how to delete it with all that is in it. */
+function tellOfOld({ o, report, target, moved }: RestoreDecided, kept: string, old: string): void {
   const gone = new Set(moved.map(({ path }) => path));
-  const old = target.existing.path;
-  const nested = target.subvolumes
+  const below = target.subvolumes
     .filter(({ path }) => path.startsWith(`${old}/`) && !gone.has(path))
     .map(({ path }) => path.slice(old.length));
-  const kept = join(target.path, before);
   const words =
-    nested.length <= 3
-      ? nested.map((path) => quote(kept + path))
-      : [...new Set(nested.map((path) => `${quote(kept + dirname(path))}/*`))];
-  if (nested.length > 0)
+    below.length <= 3
+      ? below.map((path) => quote(kept + path))
+      : [...new Set(below.map((path) => `${quote(kept + dirname(path))}/*`))];
+  if (below.length > 0)
     report.warning(
-      `${count(nested.length, "subvolume")} below the old ${o.target.id} ${nested.length === 1 ? "is" : "are"} now below ${kept}`,
+      `${count(below.length, "subvolume")} below the old ${o.target.id} ${below.length === 1 ? "is" : "are"} now below ${kept}`,
     );
   log.info(
     `The old one is ${kept}. When you do not need it any more: btrfs subvolume delete ${[...words.reverse(), quote(kept)].join(" ")}`,
@@ -10820,7 +10867,7 @@ async function verifyStreams(
     for (const object of objects)
       report.warning(`${id}: ${object} is what a broken transfer left; the next run removes it`);
   const summed = streams.filter((stream) => stream.summed);
-  const sums = await readSums(folder, verbs, summed);
+  const sums = await readSums(folder, store, summed);
   const small = await readSmall(folder, verbs, summed);
   for (const stream of summed) {
     log.info(`Reading ${stream.name} in ${id}`);
