@@ -10242,19 +10242,110 @@ function tellOfOld({ o, report, target, moved }: RestoreDecided, kept: string, o
   );
 }
 
+// ── list: what each location has ──
+
+export type ListOptions = ReturnType<typeof listOptions>;
+
+/** Shows what each location has of each snapshot. */
+export async function list(o: ListOptions, report: Report): Promise<void> {
+  const now = wallClock(new Date());
+  const { maxAge } = o;
+  // What cannot be read is told in the one line of its own.
+  const heard = maxAge === null ? report : { ...report, error: () => {} };
+  const addKnown = o.locations.length === 1 && maxAge === null;
+  const columns = await openColumns(o.locations, addKnown, { ...o, prefix: o.prefix ?? "" }, heard);
+  if (maxAge !== null) return checkAge(columns, { ...o, maxAge }, Date.now(), report);
+  const prefixes =
+    o.prefix !== null
+      ? [o.prefix]
+      : columns.flatMap(({ folder }) => prefixesIn(folder?.standing ?? []));
+  for (const prefix of new Set(prefixes.length === 0 ? [""] : prefixes)) {
+    const shown = columns.map((column) => ({
+      ...column,
+      folder: column.folder && underPrefix(column.folder, prefix),
+    }));
+    const sizes = o.size ? await sizesOf(shown, report) : new Map<string, number>();
+    const listed = inventory(shown, o, now, sizes);
+    report.event("list", { prefix, ...listed });
+    if (!o.json) print(inventoryTable(columns, listed, now));
+  }
+  report.event("summary", { ok: !report.failed });
+}
+
 /** A column of a table: a location that could be opened, or why not. */
 type Column = {
   readonly id: string;
   readonly folder: Folder | null;
   readonly problem: string | null;
-  /** It was not opened. */ readonly left?: true;
+  /** It was not opened. */
+  readonly left?: true;
 };
 
 /** What stands behind a column's name. */
-const whyEmpty = ({ problem, left }: Pick<Column, "problem" | "left">) =>
-  problem === null ? "" : left ? `, not looked at: ${problem}` : ", cannot be read";
+function whyEmpty({ problem, left }: Column): string {
+  if (problem === null) return "";
+  return left ? `, not looked at: ${problem}` : ", cannot be read";
+}
 
-/** Opens a location only to look; `known`: what SOURCE's record says of it. One that cannot be opened is a failure of the command, but not its end. */
+/** What a column is called below its legend. */
+const letter = (i: number) => (i < 26 ? String.fromCharCode(65 + i) : String(i));
+
+type ColumnOptions = Pick<RunOptions, "hosts" | "snapshotFolder"> & {
+  readonly prefix: string | null;
+};
+type OpenedColumn = Column & { readonly error?: Error };
+
+/**
+ * The first location, and the others: the given ones, and with `addKnown` those that the first one
+ * knows if it is a SOURCE. They are opened side by side, and told of in order.
+ */
+async function openColumns(
+  [first, ...others]: readonly Location[],
+  addKnown: boolean,
+  o: ColumnOptions,
+  report: Report,
+): Promise<Column[]> {
+  const early = { ...o, prefix: o.prefix ?? "" };
+  const open = (location: Location) => ({ location, opening: openColumn(location, early) });
+  const asked = new Map(others.map((location) => [location.id, open(location)]));
+  const source = toldOf(await openColumn(first as Location, o), report);
+  const { folder } = source;
+  const remembered = new Map(folder === null ? [] : knownTo(folder));
+  const doubt = folder && doubtOf(folder);
+  const added = addKnown ? [...remembered.keys()].filter((id) => !asked.has(id)) : [];
+  if (doubt === null) for (const id of added) asked.set(id, open(recordedLocation(id)));
+  const left =
+    doubt === null
+      ? []
+      : added.map((id): Column => ({ id, folder: null, problem: doubt, left: true }));
+  const prefix = o.prefix ?? (folder?.snapshots.length ? folder.prefix : null);
+  const opened = await Promise.all(
+    [...asked].map(async ([id, { location, opening }]) =>
+      withKnown(location, await opening, remembered.get(id), { ...o, prefix }),
+    ),
+  );
+  return [source, ...opened.map((column) => toldOf(column, report)), ...left];
+}
+
+/** By location, what the records of a SOURCE say of its destinations, whatever the prefix. */
+function knownTo(folder: Folder): [string, KnownDestination][] {
+  if (!isSnapshotFolder(folder)) return [];
+  const prefixes = [...prefixesIn(folder.standing), ...folder.record.chains.keys()];
+  return [...new Set(prefixes)]
+    .flatMap((prefix) => knownDestinations(withPrefix(folder, prefix)))
+    .map((known) => [known.location, known]);
+}
+
+/** Why the destinations in a folder's records are not opened; null where they are. */
+function doubtOf(folder: Folder): string | null {
+  for (const chain of [...folder.record.chains.values(), folder.chain]) {
+    const doubt = disbelief({ ...folder, chain });
+    if (doubt !== null) return doubt;
+  }
+  return null;
+}
+
+/** Opens a location only to look. It is a failure of the command, but not its end, if that fails. */
 async function openColumn(location: Location, o: ColumnOptions): Promise<OpenedColumn> {
   const { id } = location;
   try {
@@ -10267,10 +10358,6 @@ async function openColumn(location: Location, o: ColumnOptions): Promise<OpenedC
     return { id, folder: null, problem: (error as Error).message, error: error as Error };
   }
 }
-type ColumnOptions = Pick<RunOptions, "hosts" | "snapshotFolder"> & {
-  readonly prefix: string | null;
-};
-type OpenedColumn = Column & { readonly error?: Error };
 
 /** Tells what is wrong with a place, and goes on without it. Errors: UsageError, Interrupted. */
 function toldOf({ error, ...column }: OpenedColumn, report: Report): Column {
@@ -10279,7 +10366,10 @@ function toldOf({ error, ...column }: OpenedColumn, report: Report): Column {
   return column;
 }
 
-/** A place that was opened while nobody knew yet which prefix it is about, nor which filesystem was there before. */
+/**
+ * A place that was opened before the prefix was known. `known`: what SOURCE's record says of it,
+ * and so of the filesystem that was there.
+ */
 async function withKnown(
   location: Location,
   early: OpenedColumn,
@@ -10293,282 +10383,221 @@ async function withKnown(
     return { id, folder: null, problem: error.message, error };
   }
   if (o.prefix === null) return openColumn(location, o);
-  return folder.prefix === o.prefix ? early : { ...early, folder: withPrefix(folder, o.prefix) };
+  return { ...early, folder: underPrefix(folder, o.prefix) };
 }
 
-/** The first location, and the others: given, or known to the first if that is a SOURCE. They are opened side by side, and told of in order. */
-async function openColumns(
-  first: Location,
-  others: readonly Location[],
-  addKnown: boolean,
-  o: ColumnOptions,
-  report: Report,
-): Promise<Column[]> {
-  const early = { ...o, prefix: o.prefix ?? "" };
-  const open = (location: Location) => ({ location, opening: openColumn(location, early) });
-  const asked = new Map(others.map((location) => [location.id, open(location)]));
-  const source = toldOf(await openColumn(first, o), report);
-  const known =
-    source.folder !== null && isSnapshotFolder(source.folder)
-      ? [
-          ...new Set([
-            ...prefixesIn(source.folder.standing),
-            ...source.folder.record.chains.keys(),
-          ]),
-        ].flatMap((prefix) => knownDestinations(withPrefix(source.folder as Folder, prefix)))
-      : [];
-  const remembered = new Map(known.map((one) => [one.location, one]));
-  const doubts =
-    source.folder === null
-      ? []
-      : [...source.folder.record.chains.values(), source.folder.chain].map((chain) =>
-          disbelief({ ...(source.folder as Folder), chain }),
-        );
-  const doubt = doubts.find((one) => one !== null) ?? null;
-  const added = addKnown ? [...remembered.keys()].filter((id) => !asked.has(id)) : [];
-  for (const id of doubt === null ? added : []) asked.set(id, open(recordedLocation(id)));
-  const left =
-    doubt === null
-      ? []
-      : added.map((id): Column => ({ id, folder: null, problem: doubt, left: true }));
-  const prefix = o.prefix ?? (source.folder?.snapshots.length ? source.folder.prefix : null);
-  const opened = await Promise.all(
-    [...asked].map(async ([id, { location, opening }]) =>
-      withKnown(location, await opening, remembered.get(id), { ...o, prefix }),
-    ),
+const underPrefix = (folder: Folder, prefix: string) =>
+  folder.prefix === prefix ? folder : withPrefix(folder, prefix);
+
+/** Bytes referenced by each whole snapshot of all columns, by UUID. */
+async function sizesOf(columns: readonly Column[], report: Report): Promise<Map<string, number>> {
+  const sizes = columns.map(({ id, folder }) =>
+    folder === null ? [] : sizesIn(folder).catch((error) => (report.error(id, error), [])),
   );
-  return [source, ...opened.map((column) => toldOf(column, report)), ...left];
+  return new Map((await Promise.all(sizes)).flat());
 }
 
-export type ListOptions = ReturnType<typeof listOptions>;
-
-/** Shows what each location has of each snapshot. */
-export async function list(o: ListOptions, report: Report): Promise<void> {
-  const now = wallClock(new Date());
-  const [first, ...others] = o.locations as [Location, ...Location[]];
-  const { maxAge } = o;
-  // What cannot be read is told in the one line of its own.
-  const columns = await openColumns(
-    first,
-    others,
-    others.length === 0 && maxAge === null,
-    { ...o, prefix: o.prefix ?? "" },
-    maxAge === null ? report : { ...report, error: () => {} },
-  );
-  if (maxAge !== null) return checkAge(columns, { ...o, maxAge }, Date.now(), report);
-  const prefixes = new Set(
-    o.prefix !== null
-      ? [o.prefix]
-      : columns.flatMap(({ folder }) => prefixesIn(folder?.standing ?? [])),
-  );
-  for (const prefix of prefixes.size === 0 ? [""] : prefixes) {
-    const shown = columns.map((column) => ({
-      ...column,
-      folder:
-        column.folder &&
-        (column.folder.prefix === prefix ? column.folder : withPrefix(column.folder, prefix)),
-    }));
-    const sizes = new Map(
-      (
-        await Promise.all(
-          shown.map(({ id, folder }) =>
-            o.size && folder ? sizesIn(folder).catch((error) => (report.error(id, error), [])) : [],
-          ),
-        )
-      ).flat(),
-    );
-    const { locations, snapshots } = inventory(shown, o, now, sizes);
-    report.event("list", { prefix, locations, snapshots });
-    if (o.json) continue;
-    const legend = locations.map(({ id, last, source }, i) => {
-      const reached =
-        source || last === undefined
-          ? ""
-          : `, last served ${last === null ? "never" : `${inWords(Date.now() - Date.parse(last))} ago`}`;
-      return `${letter(i)}  ${id}${source ? " (source)" : ""}${reached}${whyEmpty(columns[i] as Column)}`;
-    });
-    const cells = snapshots.map(({ name, time, at: marks }) => [
-      name,
-      inWords(now - Date.parse(`${time}Z`)),
-      ...marks.map((mark) =>
-        mark === null
-          ? "-"
-          : [
-              mark.state + (mark.pin ? ", pin" : "") + (mark.goes ? ", goes" : ""),
-              ...(mark.bytes === null ? [] : [inBytes(mark.bytes)]),
-            ].join(" "),
-      ),
-    ]);
-    print(
-      `${legend.join("\n")}\n\n${cells.length === 0 ? "no snapshots\n" : table([["NAME", "AGE", ...locations.map((_, i) => letter(i))], ...cells])}\n`,
-    );
-  }
-  report.event("summary", { ok: !report.failed });
-}
-
-/** Bytes referenced by each whole snapshot of a folder, by UUID. */
+/** Those of a folder. Errors: Failure. */
 async function sizesIn(folder: Folder): Promise<[string, number][]> {
   const whole = wholeIn(folder);
   if (folder.store !== null) return folder.store.streams.map(({ uuid, bytes }) => [uuid, bytes]);
-  const printed: string[] = [];
+  const texts: string[] = [];
   for (const names of chunks(whole.map(({ name }) => `./${name}`)))
-    printed.push(
+    texts.push(
       await ask(folder.host, SIZES, { ...at(folder), names }, `${folder.id}: cannot tell sizes`),
     );
-  const lines = printed
-    .join("\n")
-    .split("\n")
-    .map((line) => /^\s*(\d+)\s.*?\s\.\/(.*)$/.exec(line));
+  const text = texts.join("\n");
+  const lines = text.split("\n").map((line) => /^\s*(\d+)\s.*?\s\.\/(.*)$/.exec(line));
   const bytes = new Map(
     lines.filter((match) => match !== null).map(([, size, name]) => [name, Number(size)]),
   );
   const unknown = whole.find(({ name }) => !bytes.has(name));
   if (unknown !== undefined)
     throw new Failure(
-      `"btrfs filesystem du" did not tell the size of ${unknown.name}: ${printed.join("\n").slice(0, 200)}`,
+      `"btrfs filesystem du" did not tell the size of ${unknown.name}: ${text.slice(0, 200)}`,
     );
   return whole.map(({ uuid, name }) => [uuid, bytes.get(name) as number]);
 }
 
-/** What `list` shows: for each snapshot, newest first, a mark for each location; null where that has nothing. */
+/** What an inventory is about. `source`: the folder of the first column, if that is a SOURCE's. */
+type Inventory = {
+  readonly source: Folder | null;
+  /** What the source has, and the destinations that it knows. */
+  readonly taken: readonly Snapshot[];
+  readonly known: readonly KnownDestination[];
+  readonly policies: Pick<ListOptions, "sourcePolicy" | "backupPolicy">;
+  readonly now: number;
+};
+
+/**
+ * What `list` shows: for each snapshot, newest first, a mark for each location; null where that has
+ * nothing.
+ */
 export function inventory(
   columns: readonly Column[],
-  policies: Pick<ListOptions, "sourcePolicy" | "backupPolicy">,
+  policies: Inventory["policies"],
   now: number,
   sizes: ReadonlyMap<string, number>,
 ) {
-  const source =
-    columns[0]?.folder && isSnapshotFolder(columns[0].folder) ? columns[0].folder : null;
-  const taken = source === null ? [] : wholeIn(source);
-  const known = source === null ? [] : knownDestinations(source);
-  const sides = columns.map(({ folder, id }) => {
-    const own = folder !== null && folder === source;
-    const ownIn = ({ streams }: Store) =>
-      source === null
-        ? new Set(streams.map(({ owner }) => owner.lineage))
-        : lineagesOf(
-            streams,
-            ownerOf({ uuid: source.source?.uuid ?? "", host: "", path: "" }),
-            taken,
-          );
-    const standing =
-      folder &&
-      (folder.store !== null
-        ? standingInStore(folder.store, folder.prefix, ownIn(folder.store))
-        : standingIn(folder, folder.chain, []));
-    const pinned = standing && !own ? newestShared(taken, standing.held) : null;
-    const claimants = known.map((destination) => ({
-      id: destination.location,
-      pin: destination.pin,
-      unread: false,
-      unsentPolicy: null,
-    }));
-    const decisions = own
-      ? planSource(taken, policies.sourcePolicy, claimants, now, {
-          adopted: folder.chain.leaps ?? [],
-        })
-      : standing && isSnapshotFolder(folder)
-        ? []
-        : standing
-          ? planDestination(
-              taken,
-              standing,
-              policies.backupPolicy,
-              now,
-              source?.chain.leaps ?? folder.chain.leaps,
-            )
-          : [];
-    const goes = new Set(
-      decisions.filter(({ reasons }) => reasons.length === 0).map(({ entry }) => entry.uuid),
-    );
-    // What cannot be asked: what the source remembers.
-    const pin = own
-      ? null
-      : standing
-        ? pinned && (dataFinder(standing.held)(pinned)?.uuid ?? null)
-        : (known.find(({ location }) => location === id)?.pin?.uuid ?? null);
-    return { own, folder, goes, pin };
-  });
-  const snapshots = align(columns.map(({ folder }) => folder))
+  const folders = columns.map(({ folder }) => folder);
+  const [first] = folders;
+  const source = first && isSnapshotFolder(first) ? first : null;
+  const [taken, known] = source === null ? [[], []] : [wholeIn(source), knownDestinations(source)];
+  const sides = columns.map((one) => sideOf(one, { source, taken, known, policies, now }));
+  const snapshots = align(folders)
     .reverse()
     .map(({ name, time, cells }) => ({
       name,
       time: new Date(time).toISOString().slice(0, 19),
       at: sides.map(({ folder, goes, pin }, i) => {
+        // What cannot be asked: what the source remembers.
+        if (folder === null)
+          return {
+            state: "?",
+            pin: cells[0]?.entry.uuid === pin,
+            goes: false,
+            uuid: null,
+            bytes: null,
+          };
         const { state, entry } = cells[i] ?? {};
-        const isPin =
-          pin !== null && (folder === null ? cells[0]?.entry.uuid : entry?.uuid) === pin;
-        if (entry === undefined)
-          return folder === null
-            ? { state: "?", pin: isPin, goes: false, uuid: null, bytes: null }
-            : null;
+        if (entry === undefined) return null;
+        const { uuid } = entry;
         return {
           state,
-          pin: isPin,
-          goes: goes.has(entry.uuid),
-          uuid: entry.uuid,
-          bytes: sizes.get(entry.uuid) ?? null,
+          pin: uuid === pin,
+          goes: goes.has(uuid),
+          uuid,
+          bytes: sizes.get(uuid) ?? null,
         };
       }),
     }));
-  const locations = columns.map(({ id, problem }, i) => ({
+  const locations = columns.map(({ id, folder, problem }) => ({
     id,
-    source: sides[i]?.own ?? false,
+    source: folder !== null && folder === source,
     error: problem,
     last: known.find(({ location }) => location === id)?.last,
   }));
   return { locations, snapshots };
 }
 
-/** One line a location for a monitoring system: whether its newest complete backup is young enough. */
+/** A column of an inventory: the UUIDs of what goes, and of the pin. */
+type Side = {
+  readonly folder: Folder | null;
+  readonly goes: ReadonlySet<string>;
+  readonly pin: string | null;
+};
+
+/** What goes in a column by the policies, and which snapshot is the pin of a destination. */
+function sideOf({ folder, id }: Column, all: Inventory): Side {
+  const { source, taken, known, policies, now } = all;
+  const going = (decisions: readonly Decision<Snapshot>[]) =>
+    new Set(decisions.flatMap(({ reasons, entry }) => (reasons.length === 0 ? entry.uuid : [])));
+  if (folder === null) {
+    const remembered = known.find(({ location }) => location === id);
+    return { folder, goes: new Set(), pin: remembered?.pin?.uuid ?? null };
+  }
+  if (folder === source) {
+    const claimants = known.map(({ location, pin }) => ({
+      id: location,
+      pin,
+      unread: false,
+      unsentPolicy: null,
+    }));
+    const adopted = { adopted: folder.chain.leaps ?? [] };
+    const decisions = planSource(taken, policies.sourcePolicy, claimants, now, adopted);
+    return { folder, goes: going(decisions), pin: null };
+  }
+  const standing =
+    folder.store !== null
+      ? standingInStore(folder.store, folder.prefix, lineagesIn(folder.store, all))
+      : standingIn(folder, folder.chain, []);
+  const pinned = newestShared(taken, standing.held);
+  const leaps = source?.chain.leaps ?? folder.chain.leaps;
+  const decisions = isSnapshotFolder(folder)
+    ? []
+    : planDestination(taken, standing, policies.backupPolicy, now, leaps);
+  return {
+    folder,
+    goes: going(decisions),
+    pin: pinned && (dataFinder(standing.held)(pinned)?.uuid ?? null),
+  };
+}
+
+/** The lineages of streams that are the source's own; without a source, all. */
+function lineagesIn({ streams }: Store, { source, taken }: Inventory): Set<string> {
+  if (source === null) return new Set(streams.map(({ owner }) => owner.lineage));
+  const owner = ownerOf({ uuid: source.source?.uuid ?? "", host: "", path: "" });
+  return lineagesOf(streams, owner, taken);
+}
+
+/** An inventory as people read it. */
+function inventoryTable(
+  columns: readonly Column[],
+  { locations, snapshots }: ReturnType<typeof inventory>,
+  now: number,
+): string {
+  const legend = locations.map(({ id, last, source }, i) => {
+    const ago = last && `${inWords(Date.now() - Date.parse(last))} ago`;
+    const reached = source || last === undefined ? "" : `, last served ${ago ?? "never"}`;
+    return `${letter(i)}  ${id}${source ? " (source)" : ""}${reached}${whyEmpty(columns[i] as Column)}\n`;
+  });
+  const cells = snapshots.map(({ name, time, at: marks }) => [
+    name,
+    inWords(now - Date.parse(`${time}Z`)),
+    ...marks.map((mark) => {
+      if (mark === null) return "-";
+      const { state, pin, goes, bytes } = mark;
+      return `${state}${pin ? ", pin" : ""}${goes ? ", goes" : ""}${bytes === null ? "" : ` ${inBytes(bytes)}`}`;
+    }),
+  ]);
+  const head = ["NAME", "AGE", ...locations.map((_, i) => letter(i))];
+  return `${legend.join("")}\n${cells.length === 0 ? "no snapshots\n" : table([head, ...cells])}\n`;
+}
+
+/** For a monitoring system, a line for each location: whether its newest backup is young enough. */
 function checkAge(
   columns: readonly Column[],
-  {
-    maxAge,
-    json,
-    prefix,
-  }: { maxAge: { count: number; unit: Unit; text: string }; json: boolean; prefix: string | null },
+  o: Pick<ListOptions, "json" | "prefix"> & { maxAge: NonNullable<ListOptions["maxAge"]> },
   now: number,
   report: Report,
 ): void {
+  const { maxAge } = o;
   for (const { id, folder, problem } of columns) {
-    const prefixes =
-      prefix !== null || folder === null ? [prefix ?? ""] : prefixesIn(folder.standing);
-    // What is dated in the future (more than time zones differ) would be young for ever.
-    const newestOf = (one: string) =>
-      folder &&
-      (wholeIn(withPrefix(folder, one))
-        .filter(({ moment }) => moment < now + DURATION.d)
-        .sort((a, b) => b.moment - a.moment)[0] ??
-        null);
-    const newests = prefixes.map(newestOf);
-    const newest = newests.includes(null)
-      ? null
-      : (newests.toSorted((a, b) => (a?.moment ?? 0) - (b?.moment ?? 0))[0] ?? null);
+    const newest = folder && newestIn(folder, o.prefix, now);
     const ok = newest !== null && newest.moment >= before(now, maxAge.count, maxAge.unit);
     if (!ok) report.failed = true;
     report.event("age", { location: id, ok, newest: newest?.name ?? null, error: problem });
-    if (!json)
-      print(
-        `${ok ? "OK" : problem === null ? "TOO OLD" : "UNKNOWN"}: ${id}: ${newest === null ? (problem ?? "no complete backup") : `the newest backup is ${newest.name}, ${inWords(now - newest.moment)} old`} (at most ${maxAge.text})\n`,
-      );
+    const failed = problem === null ? "TOO OLD" : "UNKNOWN";
+    const age =
+      newest === null
+        ? (problem ?? "no complete backup")
+        : `the newest backup is ${newest.name}, ${inWords(now - newest.moment)} old`;
+    if (!o.json) print(`${ok ? "OK" : failed}: ${id}: ${age} (at most ${maxAge.text})\n`);
   }
 }
 
-/** What a column is called below its legend. */
-const letter = (i: number) => (i < 26 ? String.fromCharCode(65 + i) : String(i));
+/**
+ * The newest complete backup in a folder; of several prefixes, the oldest one of these, and null
+ * where one prefix has none.
+ */
+function newestIn(folder: Folder, prefix: string | null, now: number): Snapshot | null {
+  let oldest: Snapshot | null = null;
+  for (const one of prefix === null ? prefixesIn(folder.standing) : [prefix]) {
+    // What is dated in the future (more than time zones differ) would be young for ever.
+    const [newest] = wholeIn(withPrefix(folder, one))
+      .filter(({ moment }) => moment < now + DURATION.d)
+      .sort((a, b) => b.moment - a.moment);
+    if (newest === undefined) return null;
+    if (oldest === null || newest.moment < oldest.moment) oldest = newest;
+  }
+  return oldest;
+}
 
 export type VerifyOptions = ReturnType<typeof verifyOptions>;
 
 /** Reads every byte of what two locations share, on their hosts, and compares. */
 export async function verify(o: VerifyOptions, report: Report): Promise<void> {
-  const columns = await openColumns(
-    o.locations[0] as Location,
-    o.locations.slice(1),
-    false,
-    o,
-    report,
-  );
+  const columns = await openColumns(o.locations, false, o, report);
   let compared = 0;
   for (const { folder } of columns)
     if (folder?.store) compared += await verifyStreams(folder, folder.store, o, report);
@@ -11102,8 +11131,7 @@ export async function versions(o: VersionsOptions, report: Report): Promise<void
       ? report
       : { ...report, error: (_: unknown, { message }: Error) => report.warning(message) };
   const opened = await openColumns(
-    source,
-    o.locations,
+    [source, ...o.locations],
     o.locations.length === 0,
     o,
     heard as Report,
