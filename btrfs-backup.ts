@@ -9008,6 +9008,10 @@ const lookAt = (location: Readable, path: string, prefix: string, hosts: Hosts) 
 /** How a command opens the places in which it works: a dry run locks nothing. */
 const waitOf = ({ dryRun, wait }: Pick<RunOptions, "dryRun" | "wait">) => (dryRun ? "look" : wait);
 
+/** Tells a failure, and goes on. */
+const tellFailure = (report: Report, id: string | null, message: string) =>
+  report.error(id, new Failure(message));
+
 // ── copy: backups, sent on ──
 
 /** Sends backups on, prefix by prefix: what `run` does from a source, with a folder of backups in its place. */
@@ -9987,8 +9991,7 @@ function stagesOf(r: Receiving, { verbs }: Store, piece: Stream, label: string):
   const decrypt = encrypted ? [{ label: "gpg", command: `${GPG} --decrypt` }] : [];
   const end = (level: string) => receiving(folder, name, level, null, o.btrfsDebug);
   const level = compressed ? "1" : "";
-  const said = { name, uuid: piece.receivedUuid as string, parent: piece.from };
-  const received = o.sending.trust ? [end(level)] : checked(folder, level, said, end);
+  const received = o.sending.trust ? [end(level)] : checked(folder, level, expectedOf(piece), end);
   if (o.sending.trust) log.info(`${object} is received as it is, by --trust-stream`);
   log.debug(`Receiving ${object}`);
   return [
@@ -10114,11 +10117,10 @@ async function giveNames(r: RestoreDecided, release: () => Promise<void>): Promi
   await release();
   const { stuck } = parseFinished(finished);
   if (stuck.length > 0)
-    report.error(
+    tellFailure(
+      report,
       o.target.id,
-      new Failure(
-        `it is restored, but these snapshots could not move from ${replaced ? kept : location.path}: ${stuck.join(" ")}`,
-      ),
+      `it is restored, but these snapshots could not move from ${replaced ? kept : location.path}: ${stuck.join(" ")}`,
     );
 }
 
@@ -10593,6 +10595,8 @@ function newestIn(folder: Folder, prefix: string | null, now: number): Snapshot 
   return oldest;
 }
 
+// ── verify: every byte, read and compared ──
+
 export type VerifyOptions = ReturnType<typeof verifyOptions>;
 
 /** Reads every byte of what two locations share, on their hosts, and compares. */
@@ -10601,81 +10605,95 @@ export async function verify(o: VerifyOptions, report: Report): Promise<void> {
   let compared = 0;
   for (const { folder } of columns)
     if (folder?.store) compared += await verifyStreams(folder, folder.store, o, report);
-  const [first, ...others] = columns.filter(({ folder }) => !folder?.store);
-  const left = first?.folder ?? null;
-  const digests = new Map<string, Promise<string>>();
-  const equal = new Map<string, Snapshot[]>();
-  for (const { folder: right, id } of left === null ? [] : others) {
-    if (left === null || right === null) continue;
-    if (samePlace(left, right)) {
-      report.error(id, new Failure(`it is the same folder as ${left.id}`));
-      continue;
-    }
-    const rows = align([left, right]);
-    const shared = rows.filter(({ cells }) => cells.every((cell) => cell?.state === "whole"));
-    const wanted =
-      o.snapshot !== null
-        ? shared.filter(({ name }) => name === o.snapshot)
-        : o.all
-          ? shared
-          : shared.slice(-1);
-    for (const { name, cells } of o.all ? rows : [])
-      if (
-        cells.every((cell) => cell !== undefined) &&
-        cells.some((cell) => cell?.state !== "whole")
-      )
-        report.warning(
-          `${name} in ${id} is not compared: it is incomplete there, or has other data`,
-        );
-    if (wanted.length === 0)
-      report.error(
-        id,
-        new Failure(
-          o.snapshot === null
-            ? `nothing complete is shared with ${left.id}`
-            : `${o.snapshot} is not complete on both sides, or not the same snapshot`,
-        ),
-      );
-    for (const { name, cells } of wanted) {
-      const [ours, theirs] = cells.map((cell) => cell?.entry) as [Snapshot, Snapshot];
-      try {
-        log.info(`Reading ${name} in ${left.id} and ${id}`);
-        if (!digests.has(ours.uuid)) digests.set(ours.uuid, digestIn(left, ours));
-        const [a, b] = await allOf([
-          digests.get(ours.uuid) as Promise<string>,
-          digestIn(right, theirs),
-        ]);
-        const differences = a === b ? [] : await compare([left, ours], [right, theirs]);
-        compared++;
-        report.event("verify", { location: id, name, equal: a === b, sha256: b, differences });
-        if (a === b) equal.set(id, [...(equal.get(id) ?? []), ours]);
-        if (a === b) log.info(`${name} in ${id} is equal (SHA-256 ${b})`);
-        else
-          report.error(
-            id,
-            new Failure(
-              `${name} differs from ${left.id}: ${differences.slice(0, 10).join("; ")}${differences.length > 10 ? `; and ${differences.length - 10} more` : ""}`,
-            ),
-          );
-      } catch (error) {
-        report.error(id, error);
-      }
-    }
-  }
-  if (compared === 0) report.error(null, new Failure("nothing was compared"));
-  if (left !== null && equal.size > 0)
-    await rememberEqual(left, equal, o).catch((problem: Error) =>
+  const [left, ...others] = columns.map(({ folder }) => folder).filter((one) => !one?.store);
+  if (left) {
+    const comparison = { o, report, left, digests: new Map(), equal: new Map(), compared };
+    for (const right of others) if (right !== null) await compareShared(comparison, right);
+    ({ compared } = comparison);
+    await rememberEqual(comparison).catch((problem: Error) =>
       log.warn(`the next run may compare once more: ${problem.message}`),
     );
+  }
+  if (compared === 0) tellFailure(report, null, "nothing was compared");
   report.event("summary", { ok: !report.failed, compared });
 }
 
-/** Writes into a source's record which of its snapshots were changed since they were taken, and are what their backups are all the same. Errors: Failure, Busy. */
-async function rememberEqual(
-  source: Folder,
-  equal: ReadonlyMap<string, readonly Snapshot[]>,
-  o: VerifyOptions,
+/** What was found in comparing the snapshots of a folder, `left`, with those of others. */
+type Comparison = {
+  readonly o: VerifyOptions;
+  readonly report: Report;
+  readonly left: Folder;
+  /** By UUID, what was read of `left`. */
+  readonly digests: Map<string, Promise<string>>;
+  /** By location, the snapshots of `left` that are the same there. */
+  readonly equal: Map<string, Snapshot[]>;
+  compared: number;
+};
+
+/** Compares with one folder what it shares. */
+async function compareShared(comparison: Comparison, right: Folder): Promise<void> {
+  const { o, report, left } = comparison;
+  const { id } = right;
+  if (samePlace(left, right)) return tellFailure(report, id, `it is the same folder as ${left.id}`);
+  const rows = align([left, right]);
+  for (const { name, cells } of o.all ? rows : [])
+    if (!cells.includes(undefined) && cells.some((cell) => cell?.state !== "whole"))
+      report.warning(`${name} in ${id} is not compared: it is incomplete there, or has other data`);
+  const shared = rows.filter(({ cells }) => cells.every((cell) => cell?.state === "whole"));
+  const wanted =
+    o.snapshot === null
+      ? shared.slice(o.all ? 0 : -1)
+      : shared.filter(({ name }) => name === o.snapshot);
+  if (wanted.length === 0)
+    tellFailure(
+      report,
+      id,
+      o.snapshot === null
+        ? `nothing complete is shared with ${left.id}`
+        : `${o.snapshot} is not complete on both sides, or not the same snapshot`,
+    );
+  for (const row of wanted)
+    await compareOne(comparison, right, row).catch((error) => report.error(id, error));
+}
+
+/** Compares one snapshot. Errors: Failure where it cannot be read. */
+async function compareOne(
+  comparison: Comparison,
+  right: Folder,
+  { name, cells }: Row,
 ): Promise<void> {
+  const { report, left, digests, equal } = comparison;
+  const { id } = right;
+  const [ours, theirs] = cells.map((cell) => cell?.entry) as [Snapshot, Snapshot];
+  log.info(`Reading ${name} in ${left.id} and ${id}`);
+  const digest = digests.get(ours.uuid) ?? digestIn(left, ours);
+  digests.set(ours.uuid, digest);
+  const [a, b] = await allOf([digest, digestIn(right, theirs)]);
+  const differences = a === b ? [] : await compare([left, ours], [right, theirs]);
+  comparison.compared++;
+  report.event("verify", { location: id, name, equal: a === b, sha256: b, differences });
+  if (a !== b)
+    return tellFailure(
+      report,
+      id,
+      `${name} differs from ${left.id}: ${firstFew(differences, 10, "; ")}`,
+    );
+  equal.set(id, [...(equal.get(id) ?? []), ours]);
+  log.info(`${name} in ${id} is equal (SHA-256 ${b})`);
+}
+
+/** The first few of some words, and how many more there are. */
+const firstFew = (words: readonly string[], most: number, between: string) =>
+  [
+    ...words.slice(0, most),
+    ...(words.length > most ? [`and ${words.length - most} more`] : []),
+  ].join(between);
+
+/**
+ * Writes into a source's record which of its snapshots were changed since they were taken, and are
+ * all the same what their backups are. Errors: Failure, Busy.
+ */
+async function rememberEqual({ o, left: source, equal }: Comparison): Promise<void> {
   const isKnown = ({ chain }: Folder) =>
     (chain.destinations ?? []).some(({ location }) => equal.has(location));
   const inquiry = inquiryInto(source);
@@ -10684,7 +10702,8 @@ async function rememberEqual(
     .filter((one) => changedSince(one, inquiry, {}) === undefined);
   if (!isKnown(source) || asked.length === 0 || source.record.unreadable !== null) return;
   await learn(inquiry, asked, []);
-  if (!asked.some((one) => changedSince(one, inquiry, {}))) return;
+  const isChanged = (one: Snapshot) => changedSince(one, inquiry, {});
+  if (!asked.some(isChanged)) return;
   const folder = await openFolder(o.locations[0] as Readable, source.path, {
     prefix: source.prefix,
     wait: 0,
@@ -10692,18 +10711,10 @@ async function rememberEqual(
   });
   try {
     const destinations = (folder.chain.destinations ?? []).map((known) => {
-      const changed = (equal.get(known.location) ?? []).filter((one) =>
-        changedSince(one, inquiry, {}),
-      );
-      return {
-        ...known,
-        ...clearedOf(folder.standing, {
-          ...known.cleared,
-          ...Object.fromEntries(
-            changed.map(({ uuid }) => [uuid, inquiry.ctransids.get(uuid) ?? 0]),
-          ),
-        }),
-      };
+      const changed = (equal.get(known.location) ?? []).filter(isChanged);
+      const generations = changed.map(({ uuid }) => [uuid, inquiry.ctransids.get(uuid) ?? 0]);
+      const cleared = { ...known.cleared, ...Object.fromEntries(generations) };
+      return { ...known, ...clearedOf(folder.standing, cleared) };
     });
     if (isKnown(folder) && !sameRecord(folder.chain, { ...folder.chain, destinations }))
       await writeRecord(folder, { ...folder.chain, destinations });
@@ -10712,68 +10723,187 @@ async function rememberEqual(
   }
 }
 
-/** The SHA-256 of a stored stream, or why it cannot be told. `refused`: it would be, where it is restored, as far as that can be told here. */
+/** Reads every stored stream, and compares it with its checksum object. Returns how many it read. */
+async function verifyStreams(
+  folder: Folder,
+  store: Store,
+  o: VerifyOptions,
+  report: Report,
+): Promise<number> {
+  const { id } = folder;
+  const all = byUuid(store.streams);
+  const failed = (lacking: Stream, what: string) => {
+    const lost = store.streams
+      .filter((other) => other.readonly && chainOf(other, all).includes(lacking))
+      .map(({ name }) => name);
+    const hint = lost.length > 0 ? `; not to be restored: ${firstFew(lost, 5, ", ")}` : "";
+    tellFailure(report, id, `${lacking.uuid} ${what}${hint}`);
+  };
+  const streams = streamsToVerify(store, all, o);
+  if (streams.length === 0)
+    tellFailure(
+      report,
+      id,
+      o.snapshot === null ? "there are no streams" : `there is no stream of ${o.snapshot}`,
+    );
+  for (const one of streams.filter(({ stored, readonly }) => stored && !readonly))
+    failed(one, `cannot be restored: ${missingFor(one, folder)}`);
+  for (const one of streams.filter(({ summed }) => !summed))
+    if (one.stored || store.unsummed.includes(one)) failed(one, "has no checksum object");
+  for (const object of [...store.debris.values()].flat())
+    report.warning(`${id}: ${object} is what a broken transfer left; the next run removes it`);
+  const readable = streams.filter(({ summed }) => summed);
+  const sums = await readSums(folder, store, readable);
+  const small = await readSmall(folder, store.verbs, readable);
+  for (const one of readable) {
+    const { name, uuid } = one;
+    log.info(`Reading ${name} in ${id}`);
+    const read = small.get(one) ?? (await readStream(folder, store.verbs, one));
+    if ("problem" in read) {
+      failed(one, read.problem);
+      continue;
+    }
+    const { sha256, refused } = read;
+    const right = sums.get(uuid);
+    const equal = sha256 === right;
+    const differences = equal ? [] : [uuid];
+    report.event("verify", { location: id, name, equal, sha256, differences });
+    if (!equal)
+      failed(one, `is damaged: it has the SHA-256 ${sha256}, and should have ${right ?? "one"}`);
+    else if (refused !== null)
+      failed(one, `has the right SHA-256, but cannot be received: ${refused}`);
+    else log.info(`${name} in ${id} is as it was stored (SHA-256 ${sha256})`);
+  }
+  return readable.length;
+}
+
+/** The streams that are asked for: of one snapshot all that it needs. */
+function streamsToVerify(
+  { streams }: Store,
+  all: ReadonlyMap<string, Stream>,
+  { snapshot, prefix }: VerifyOptions,
+): Stream[] {
+  if (snapshot === null)
+    return streams.filter(({ name }) => prefix === null || parseName(name, prefix) !== null);
+  const named = streams.filter(({ name }) => name === snapshot);
+  return [...new Set(named.flatMap((one) => chainOf(one, all)))];
+}
+
+/**
+ * The SHA-256 of a stored stream, or why it cannot be told. `refused`: why the stream could not be
+ * received, as far as that can be told here.
+ */
 type Read =
   { readonly sha256: string; readonly refused: string | null } | { readonly problem: string };
-async function readStream(
-  folder: Folder,
-  verbs: StoreVerbs,
-  { uuid: object, name, receivedUuid, from, compressed, encrypted }: Stream,
-): Promise<Read> {
-  const place = { ...at(folder), objects: [object] };
+
+/** Reads one stored stream: here, if it can be read along; else where it is stored. */
+async function readStream(folder: Folder, verbs: StoreVerbs, stored: Stream): Promise<Read> {
+  const { uuid: object, compressed, encrypted } = stored;
   let refused: string | null = null;
   if (
     !encrypted &&
     folder.host.ssh === null &&
     !(compressed && which.sync("zstd", { nothrow: true }) === null)
   ) {
-    const fetch = staged(
-      "reading",
-      folder.host,
-      verbs.get,
-      { ...place, how: "", holder: holderOf(folder) },
-      { sends: true },
-    );
     const unpack: Stage[] = compressed ? [{ label: "zstd", command: "zstd -q -d -c" }] : [];
-    const check = { name, uuid: receivedUuid as string, parent: from, alone: false };
     const read = await pipeline([
-      fetch,
+      fetching(folder, verbs, object),
       relaying({ sum: true }),
       ...unpack,
-      relaying({ check, drop: true }),
+      relaying({ check: expectedOf(stored), drop: true }),
     ]).catch((error: Error) => error.message);
     checkInterruption();
     if (typeof read !== "string") return { sha256: read.summed?.sum ?? "", refused };
     refused = read; // or it is damaged, which its sum tells
   }
   try {
-    const told = await ask(
-      folder.host,
-      verbs.get,
-      { ...place, how: "sum", holder: "" },
-      `${folder.id}: cannot read ${object}`,
-    );
-    return { sha256: told.slice(0, 64), refused };
+    const [sha256 = ""] = await askSums(folder, verbs, [object], object);
+    return { sha256, refused };
   } catch (error) {
     checkInterruption();
     return { problem: (error as Error).message };
   }
 }
 
+/** What a stored stream must say of itself. */
+const expectedOf = ({ name, receivedUuid, from }: Stream): Expected => ({
+  name,
+  uuid: receivedUuid as string,
+  parent: from,
+  alone: false,
+});
+
+/** The SHA-256 of stored streams, asked for where they are. Errors: Failure saying `what` cannot be read. */
+async function askSums(
+  folder: Folder,
+  verbs: StoreVerbs,
+  objects: readonly string[],
+  what: string,
+): Promise<string[]> {
+  const given = { ...at(folder), how: "sum", holder: "", objects };
+  const text = await ask(folder.host, verbs.get, given, `${folder.id}: cannot read ${what}`);
+  return text.match(/^[0-9a-f]{64}/gm) ?? [];
+}
+
 /** Small streams, in bytes: how large one is at most, and all that are read at a time. */
 const SMALL = { one: 1 << 20, all: 32 << 20 };
+
+/**
+ * Reads many small streams with one process: here those that are no more than a stream, for what
+ * each is; of all others, on another host, their sums. What cannot be read so is not in the result.
+ */
+async function readSmall(
+  folder: Folder,
+  verbs: StoreVerbs,
+  streams: readonly Stream[],
+): Promise<Map<Stream, Read>> {
+  const reads = new Map<Stream, Read>();
+  if (verbs !== RAW) return reads;
+  const isLocal = folder.host.ssh === null;
+  const plain = streams.filter(({ compressed, encrypted }) => !compressed && !encrypted);
+  for (const batch of smallOnes(isLocal ? plain : streams))
+    try {
+      const read = await (isLocal ? readHere : sumsThere)(folder, batch);
+      read.forEach((one, i) => reads.set(batch[i] as Stream, one));
+    } catch (error) {
+      if (!(error instanceof Failure)) throw error; // each is read by itself then, and told of
+    }
+  return reads;
+}
+
+/** Reads streams here; nothing of them if they are not as long as they were. Errors: Failure. */
+async function readHere(folder: Folder, batch: readonly Stream[]): Promise<Read[]> {
+  const given = { ...at(folder), holder: "", objects: batch.map(({ uuid }) => uuid), how: "" };
+  const bytes = await askBytes(folder.host, RAW.get, given, `${folder.id}: cannot read streams`);
+  if (bytes.length !== bytesOf(batch)) return [];
+  let done = 0;
+  return batch.map((one) => {
+    const own = bytes.subarray(done, (done += one.bytes));
+    return {
+      sha256: createHash("sha256").update(own).digest("hex"),
+      refused: refusedFor(one, own),
+    };
+  });
+}
+
+/** Asks another host for the sums of streams; returns all or none. Errors: Failure. */
+async function sumsThere(folder: Folder, batch: readonly Stream[]): Promise<Read[]> {
+  const objects = batch.map(({ uuid }) => uuid);
+  const sums = await askSums(folder, RAW, objects, "streams");
+  return sums.length === batch.length ? sums.map((sha256) => ({ sha256, refused: null })) : [];
+}
 
 /** Small streams of a folder, as many at a time as are read at once. */
 function smallOnes(streams: readonly Stream[]): Stream[][] {
   const batches: Stream[][] = [];
   let bytes = Infinity;
-  for (const stream of streams.filter((one) => one.bytes <= SMALL.one)) {
-    bytes += stream.bytes;
+  for (const one of streams.filter(({ bytes: size }) => size <= SMALL.one)) {
+    bytes += one.bytes;
     if (bytes > SMALL.all) {
       batches.push([]);
-      bytes = stream.bytes;
+      bytes = one.bytes;
     }
-    batches.at(-1)?.push(stream);
+    batches.at(-1)?.push(one);
   }
   return batches.flatMap((batch) => {
     let done = 0;
@@ -10784,146 +10914,15 @@ function smallOnes(streams: readonly Stream[]): Stream[][] {
 }
 
 /** Why a stream could not be received; null if it could. */
-function refusedFor({ name, receivedUuid, from }: Stream, bytes: Buffer): string | null {
+function refusedFor(stored: Stream, bytes: Buffer): string | null {
   try {
-    const { pass, finish } = streamCheck(
-      expecting({ name, uuid: receivedUuid as string, parent: from, alone: false }),
-    );
+    const { pass, finish } = streamCheck(expecting(expectedOf(stored)));
     pass(bytes, 0, bytes.length);
     finish();
     return null;
   } catch (error) {
     return (error as Error).message;
   }
-}
-
-/**
- * Reads many small streams with one process: here those that are no more than a stream, for what each is; of all others, on
- * another host, their sums. What cannot be read so is not in the result.
- */
-async function readSmall(
-  folder: Folder,
-  verbs: StoreVerbs,
-  streams: readonly Stream[],
-): Promise<Map<Stream, Read>> {
-  const read = new Map<Stream, Read>();
-  if (verbs !== RAW) return read;
-  const isHere = folder.host.ssh === null;
-  for (const some of smallOnes(
-    isHere ? streams.filter(({ compressed, encrypted }) => !compressed && !encrypted) : streams,
-  )) {
-    const given = { ...at(folder), holder: "", objects: some.map(({ uuid }) => uuid) };
-    try {
-      if (isHere) {
-        const bytes = await askBytes(
-          folder.host,
-          verbs.get,
-          { ...given, how: "" },
-          `${folder.id}: cannot read streams`,
-        );
-        if (bytes.length !== some.reduce((sum, one) => sum + one.bytes, 0)) continue;
-        let done = 0;
-        for (const stream of some) {
-          const own = bytes.subarray(done, (done += stream.bytes));
-          read.set(stream, {
-            sha256: createHash("sha256").update(own).digest("hex"),
-            refused: refusedFor(stream, own),
-          });
-        }
-      } else {
-        const sums = [
-          ...(
-            await ask(
-              folder.host,
-              verbs.get,
-              { ...given, how: "sum" },
-              `${folder.id}: cannot read streams`,
-            )
-          ).matchAll(/^[0-9a-f]{64}/gm),
-        ];
-        if (sums.length === some.length)
-          some.forEach((stream, i) =>
-            read.set(stream, { sha256: sums[i]?.[0] ?? "", refused: null }),
-          );
-      }
-    } catch (error) {
-      if (!(error instanceof Failure)) throw error; // each is read by itself then, and told of
-    }
-  }
-  return read;
-}
-
-/** Reads every stored stream, and compares it with its checksum object. Returns how many could be read. */
-async function verifyStreams(
-  folder: Folder,
-  store: Store,
-  o: VerifyOptions,
-  report: Report,
-): Promise<number> {
-  const { id } = folder;
-  const { verbs } = store;
-  const all = byUuid(store.streams);
-  const asked = store.streams.filter(({ name }) =>
-    o.snapshot !== null
-      ? name === o.snapshot
-      : o.prefix === null || parseName(name, o.prefix) !== null,
-  );
-  const streams =
-    o.snapshot === null ? asked : [...new Set(asked.flatMap((stream) => chainOf(stream, all)))];
-  const failed = (stream: Stream, what: string) => {
-    const lost = store.streams
-      .filter((other) => other.readonly && chainOf(other, all).includes(stream))
-      .map(({ name }) => name);
-    report.error(
-      id,
-      new Failure(
-        `${stream.uuid} ${what}${lost.length > 0 ? `; not to be restored: ${lost.slice(0, 5).join(", ")}${lost.length > 5 ? `, and ${lost.length - 5} more` : ""}` : ""}`,
-      ),
-    );
-  };
-  if (streams.length === 0)
-    report.error(
-      id,
-      new Failure(
-        o.snapshot === null ? "there are no streams" : `there is no stream of ${o.snapshot}`,
-      ),
-    );
-  for (const stream of streams.filter((one) => one.stored && !one.readonly))
-    failed(stream, `cannot be restored: ${missingFor(stream, folder)}`);
-  for (const stream of streams.filter(({ summed }) => !summed))
-    if (stream.stored || store.unsummed.includes(stream)) failed(stream, "has no checksum object");
-  for (const objects of store.debris.values())
-    for (const object of objects)
-      report.warning(`${id}: ${object} is what a broken transfer left; the next run removes it`);
-  const summed = streams.filter((stream) => stream.summed);
-  const sums = await readSums(folder, store, summed);
-  const small = await readSmall(folder, verbs, summed);
-  for (const stream of summed) {
-    log.info(`Reading ${stream.name} in ${id}`);
-    const read = small.get(stream) ?? (await readStream(folder, verbs, stream));
-    if ("problem" in read) {
-      failed(stream, read.problem);
-      continue;
-    }
-    const { sha256, refused } = read;
-    const equal = sha256 === sums.get(stream.uuid);
-    report.event("verify", {
-      location: id,
-      name: stream.name,
-      equal,
-      sha256,
-      differences: equal ? [] : [stream.uuid],
-    });
-    if (equal && refused !== null)
-      failed(stream, `has the right SHA-256, but cannot be received: ${refused}`);
-    else if (equal) log.info(`${stream.name} in ${id} is as it was stored (SHA-256 ${sha256})`);
-    else
-      failed(
-        stream,
-        `is damaged: it has the SHA-256 ${sha256}, and should have ${sums.get(stream.uuid) ?? "one"}`,
-      );
-  }
-  return summed.length;
 }
 
 // The words that `stat` prints of a path; sha256sum and getfattr tell the rest.
