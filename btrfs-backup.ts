@@ -9014,45 +9014,23 @@ const tellFailure = (report: Report, id: string | null, message: string) =>
 
 // ── copy: backups, sent on ──
 
-/** Sends backups on, prefix by prefix: what `run` does from a source, with a folder of backups in its place. */
+/** Sends backups on, prefix by prefix, as `run` sends a source's snapshots. */
 export async function copy(
-  { prefix, ...o }: Omit<RunOptions, "prefix"> & { readonly prefix: string | null },
+  o: Omit<RunOptions, "prefix"> & { readonly prefix: string | null },
   report: Report,
 ): Promise<void> {
-  const first = await openLocation(o.source, { ...o, prefix: prefix ?? "", wait: "look" });
-  const prefixes = prefix === null ? prefixesIn(first.standing) : [prefix];
-  const isSource = (one: string) => isSnapshotFolder(withPrefix(first, one));
-  const isOne = `has snapshots of a source: "btrfs-backup run --no-snapshot" sends these`;
-  if ([first.prefix, ...prefixes].every(isSource)) throw new UsageError(`${o.source.id} ${isOne}`);
+  const { prefixes, needBackups } = await lookAtBackups(
+    o.source,
+    o,
+    `"btrfs-backup run --no-snapshot" sends these`,
+  );
   if (prefixes.length === 0) throw new Failure(`there are no backups in ${o.source.id}`);
   const options = { ...o, snapshotFolder: "." };
   checkPlaces(options);
-  for (const one of prefixes)
+  for (const prefix of prefixes)
     try {
-      if (isSource(one)) throw new Failure(`the prefix ${JSON.stringify(one)} ${isOne}`);
-      await persistently({ ...options, prefix: one }, report, async (o, report) => {
-        const open = async () => {
-          const folder = await openFolder(o.source, o.source.path, {
-            prefix: one,
-            wait: o.dryRun ? "look" : o.wait,
-            hosts: o.hosts,
-          });
-          // Whose the backups are goes with them, so that their source can go on in the copy.
-          const identity = folder.chain.owner ?? {
-            uuid: `${folder.place.filesystem}${folder.top}`,
-            host: folder.hostName,
-            path: folder.path,
-          };
-          return {
-            ...folder,
-            snapshots: wholeIn(folder),
-            identity,
-            subvolume: folder.path,
-            owned: folder.chain,
-          };
-        };
-        await backUp(open, o, report);
-      });
+      needBackups(prefix);
+      await persistently({ ...options, prefix }, report, copyPrefix);
     } catch (error) {
       if (prefixes.length === 1 || error instanceof UsageError) throw error;
       report.error(o.source.id, error); // the other prefixes can still be copied
@@ -9061,17 +9039,55 @@ export async function copy(
   concludeRun(o, report, null);
 }
 
+/** Sends on the backups of one prefix. */
+async function copyPrefix(o: RunOptions, report: Report): Promise<void> {
+  const open = async () => {
+    const folder = await openFolder(o.source, o.source.path, {
+      prefix: o.prefix,
+      wait: waitOf(o),
+      hosts: o.hosts,
+    });
+    const { chain, path, place, top, hostName } = folder;
+    // Whose the backups are goes with them, so that their source can go on in the copy.
+    const uuid = `${place.filesystem}${top}`;
+    const identity = chain.owner ?? { uuid, host: hostName, path };
+    return { ...folder, snapshots: wholeIn(folder), identity, subvolume: path, owned: chain };
+  };
+  await backUp(open, o, report);
+}
+
+/**
+ * Looks at a place of backups. `advice`: what the user wants where a source's snapshots are there.
+ * Errors: UsageError where there is nothing else; `needBackups` throws a Failure for one prefix.
+ */
+async function lookAtBackups(
+  location: Readable,
+  o: Pick<RunOptions, "hosts" | "snapshotFolder"> & { readonly prefix: string | null },
+  advice: string,
+) {
+  const first = await openLocation(location, { ...o, prefix: o.prefix ?? "", wait: "look" });
+  const prefixes = o.prefix === null ? prefixesIn(first.standing) : [o.prefix];
+  const isSource = (prefix: string) => isSnapshotFolder(withPrefix(first, prefix));
+  const why = `has snapshots of a source: ${advice}`;
+  if ([first.prefix, ...prefixes].every(isSource)) throw new UsageError(`${location.id} ${why}`);
+  const needBackups = (prefix: string) => {
+    if (isSource(prefix)) throw new Failure(`the prefix ${JSON.stringify(prefix)} ${why}`);
+  };
+  return { first, prefixes, needBackups };
+}
+
+// ── prune: a policy for a place of backups ──
+
 export type PruneOptions = ReturnType<typeof pruneOptions>;
 
 /** Deletes from a place of backups what a policy does not keep, without its source. */
 export async function prune(o: PruneOptions, report: Report): Promise<void> {
-  const first = await openLocation(o.location, { ...o, prefix: o.prefix ?? "", wait: "look" });
-  const prefixes = o.prefix === null ? prefixesIn(first.standing) : [o.prefix];
-  const isSource = (prefix: string) => isSnapshotFolder(withPrefix(first, prefix));
-  const isOne = `has snapshots of a source: "btrfs-backup run --no-snapshot --no-transfer -N …" prunes these`;
-  if ([first.prefix, ...prefixes].every(isSource))
-    throw new UsageError(`${o.location.id} ${isOne}`);
-  // One look for all prefixes; only where something is to be done is one opened once more, and locked.
+  const { first, prefixes, needBackups } = await lookAtBackups(
+    o.location,
+    o,
+    `"btrfs-backup run --no-snapshot --no-transfer -N …" prunes these`,
+  );
+  // One look serves all prefixes. Only one of which something is to be done is opened, and locked.
   const all = prefixes.flatMap((prefix) => withPrefix(first, prefix).snapshots);
   const arriving = arrivals(first, all);
   arriving.catch(() => {});
@@ -9080,14 +9096,14 @@ export async function prune(o: PruneOptions, report: Report): Promise<void> {
     const looked = withPrefix(first, prefix);
     let folder = looked;
     try {
-      if (isSource(prefix)) throw new Failure(`the prefix ${JSON.stringify(prefix)} ${isOne}`);
+      needBackups(prefix);
       // Something may have gone in this moment: then each is asked for by itself.
-      const arrived = await arriving.catch(() => null);
-      let pruning = arrived === null ? null : pruningOf(looked, o, arrived, now);
+      const moments = await arriving.catch(() => null);
+      let pruning = moments && pruningOf(looked, o, moments, now);
       if (pruning === null || !(o.dryRun || pruning.isIdle)) {
         folder = await openFolder(o.location, o.location.path, {
           prefix,
-          wait: o.dryRun ? "look" : o.wait,
+          wait: waitOf(o),
           hosts: o.hosts,
         });
         pruning = pruningOf(folder, o, await arrivals(folder, folder.snapshots), now);
@@ -9114,6 +9130,29 @@ export async function prune(o: PruneOptions, report: Report): Promise<void> {
   report.event("summary", { ok: !report.failed, deletions });
 }
 
+/** What there is to prune of one prefix. `moments`: by UUID, when they arrived. */
+function pruningOf(
+  folder: Folder,
+  o: PruneOptions,
+  moments: ReadonlyMap<string, number>,
+  now: number,
+) {
+  const destination = pruned(folder, o);
+  const { backups } = destination.standing;
+  const newest = backups.some(({ belated }) => belated) ? { newest: backups.at(-1)?.uuid } : {};
+  const ordered = asReceived(folder, backups, moments);
+  const standing = { ...destination.standing, backups: ordered, ...newest };
+  const known = folder.chain.leaps;
+  const leaps = o.adoptClock ? leapNames([ordered], known) : known;
+  const chain = { ...folder.chain, ...(leaps === undefined ? {} : { leaps }) };
+  const isNews =
+    folder.store === null && folder.record.unreadable === null && !sameRecord(chain, folder.chain);
+  const goes = () =>
+    planDestination([], standing, o.policy, now, leaps).some(({ reasons }) => reasons.length === 0);
+  const isIdle = !isNews && destination.frozen === null && !goes();
+  return { destination, standing, leaps: leaps ?? [], chain, isNews, isIdle };
+}
+
 const NO_SENDING: Sending = {
   level: "",
   recipients: [],
@@ -9125,13 +9164,16 @@ const NO_SENDING: Sending = {
   trust: false,
 };
 
-/** A place of backups without a source: in a store, of all that the newest stream's source calls its own. */
+/**
+ * A place of backups as a destination without a source. In a store, it is about all that the newest
+ * stream's source calls its own.
+ */
 function pruned(folder: Folder, o: PruneOptions): Destination {
   const { store, prefix, id, chain } = folder;
   needRoot(folder, "pruning");
-  const again = () => openFolder(o.location, folder.path, { prefix, wait: "look", hosts: o.hosts });
+  const reopen = () => lookAt(o.location, folder.path, prefix, o.hosts);
   if (store === null)
-    return folderDestination(folder, again, chain, [], {
+    return folderDestination(folder, reopen, chain, [], {
       ...o.deletion,
       btrfsDebug: false,
       sending: NO_SENDING,
@@ -9141,7 +9183,7 @@ function pruned(folder: Folder, o: PruneOptions): Destination {
   return storeDestination(
     folder,
     store,
-    again,
+    reopen,
     standingInStore(store, prefix, lineagesOf(ours, owner, [])),
     owner,
     lockFile(`${id}\n${prefix}`),
@@ -9150,8 +9192,9 @@ function pruned(folder: Folder, o: PruneOptions): Destination {
 }
 
 /**
- * When backups arrived, by UUID, as far as their place tells: whoever may only add backups can give them any name, but not any time. Three
- * processes at most, whatever their number, but for what neither btrfs-progs nor the kernel tells in a list. Errors: Failure.
+ * When backups arrived, by UUID, as far as their place tells: who may only add backups can give
+ * them any name, but not any time. Three processes at most, whatever their number, but for what
+ * neither btrfs-progs nor the kernel tells in a list. Errors: Failure.
  */
 async function arrivals(folder: Folder, entries: readonly Entry[]): Promise<Map<string, number>> {
   const { host, id, store, alone, written } = folder;
@@ -9163,84 +9206,49 @@ async function arrivals(folder: Folder, entries: readonly Entry[]): Promise<Map<
     );
   const place = at(folder);
   const cannot = `${id}: cannot tell when backups were received`;
-  const arrived = new Map<string, number>();
-  const lacking = () => entries.filter(({ uuid }) => !arrived.has(uuid));
+  const moments = new Map<string, number>();
+  const lacking = () => entries.filter(({ uuid }) => !moments.has(uuid));
   // sudo does not pass the time zone on.
   const listed =
     alone || host.sudo ? "" : (await ask(host, MADE, place, cannot)).replace(/\n$/, "");
   for (const [, date, time, uuid = ""] of listedLines(listed, LISTED_MADE))
-    if (date !== undefined) arrived.set(uuid, Date.parse(`${date}T${time}Z`));
+    if (date !== undefined) moments.set(uuid, Date.parse(`${date}T${time}Z`));
   const byName = (some: readonly Entry[]) =>
     new Map(some.map(({ name, uuid }) => [`./${name}`, uuid]));
   const full = byName(lacking().filter(({ parentUuid }) => parentUuid === null));
-  for (const names of chunks([...full.keys()]))
-    for (const [, seconds, name = ""] of (
-      await ask(host, BORN, { ...place, names }, cannot)
-    ).matchAll(/^([1-9]\d*) (.*)$/gm))
-      arrived.set(full.get(name) ?? "", Number(seconds) * 1000);
+  for (const names of chunks([...full.keys()])) {
+    const born = await ask(host, BORN, { ...place, names }, cannot);
+    for (const [, seconds, name = ""] of born.matchAll(/^([1-9]\d*) (.*)$/gm))
+      moments.set(full.get(name) ?? "", Number(seconds) * 1000);
+  }
   const others = byName(lacking());
-  for (const names of chunks([...others.keys()]))
-    for (const [, name = "", date, time, zone] of (
-      await ask(host, RECEIVED, { ...place, names }, cannot)
-    ).matchAll(/^(\.\/.*)\n\s+Creation time:\s+(\S+) (\S+) ([+-]\d{4})$/gm))
-      arrived.set(others.get(name) ?? "", Date.parse(`${date}T${time}${zone}`));
-  return arrived;
+  const created = /^(\.\/.*)\n\s+Creation time:\s+(\S+) (\S+) ([+-]\d{4})$/gm;
+  for (const names of chunks([...others.keys()])) {
+    const shown = await ask(host, RECEIVED, { ...place, names }, cannot);
+    for (const [, name = "", date, time, zone] of shown.matchAll(created))
+      moments.set(others.get(name) ?? "", Date.parse(`${date}T${time}${zone}`));
+  }
+  return moments;
 }
 
-/** Backups in the order of their arrival, dated by it. Errors: Failure for one of which it is not known. */
+/** Backups in the order of their arrival, and dated by it. Errors: Failure where that is unknown. */
 function asReceived(
-  { id, store }: Pick<Folder, "id" | "store">,
+  { id, store }: Folder,
   backups: readonly Backup[],
-  arrived: ReadonlyMap<string, number>,
+  moments: ReadonlyMap<string, number>,
 ): Backup[] {
   let last = -Infinity;
-  return [...backups]
-    .sort((a, b) => a.id - b.id)
-    .map((backup) => {
-      const received = arrived.get(backup.uuid);
-      if (received === undefined && store?.verbs !== RCLONE)
-        throw new Failure(`${id}: it is not known when ${backup.name} was received`);
-      // The order of arrival is that of IDs, whatever the clock did.
-      return received === undefined
-        ? backup
-        : {
-            ...backup,
-            time: wallClock(new Date(received)),
-            moment: store === null ? (last = Math.max(last, received)) : received,
-          };
-    });
-}
-
-/** What there is to prune of one prefix. */
-function pruningOf(
-  folder: Folder,
-  o: PruneOptions,
-  arrived: ReadonlyMap<string, number>,
-  now: number,
-) {
-  const destination = pruned(folder, o);
-  const { backups } = destination.standing;
-  const standing = {
-    ...destination.standing,
-    backups: asReceived(folder, backups, arrived),
-    ...(backups.some(({ belated }) => belated) ? { newest: backups.at(-1)?.uuid } : {}),
-  };
-  const leaps = o.adoptClock
-    ? leapNames([standing.backups], folder.chain.leaps)
-    : folder.chain.leaps;
-  const chain = { ...folder.chain, ...(leaps === undefined ? {} : { leaps }) };
-  const isNews =
-    folder.store === null && folder.record.unreadable === null && !sameRecord(chain, folder.chain);
-  const goes = () =>
-    planDestination([], standing, o.policy, now, leaps).some(({ reasons }) => reasons.length === 0);
-  return {
-    destination,
-    standing,
-    leaps: leaps ?? [],
-    chain,
-    isNews,
-    isIdle: !isNews && destination.frozen === null && !goes(),
-  };
+  const inOrder = [...backups].sort((a, b) => a.id - b.id);
+  return inOrder.map((backup) => {
+    const moment = moments.get(backup.uuid);
+    if (moment === undefined) {
+      if (store?.verbs === RCLONE) return backup;
+      throw new Failure(`${id}: it is not known when ${backup.name} was received`);
+    }
+    // The order of arrival is that of IDs, whatever the clock did.
+    last = store === null ? Math.max(last, moment) : moment;
+    return { ...backup, time: wallClock(new Date(moment)), moment: last };
+  });
 }
 
 // ── restore: a subvolume again from a backup ──
@@ -10928,7 +10936,13 @@ function refusedFor(stored: Stream, bytes: Buffer): string | null {
 // The words that `stat` prints of a path; sha256sum and getfattr tell the rest.
 const STAT_FORMAT = "%n\\0%f\\0%u:%g\\0%s\\0%.9Y\\0%t:%T\\0%i\\0%N\\0";
 
-/** What a stream carries of a file besides its contents and attributes; what has no meaning for its type is left out. */
+/** printf's format of a word of what it prints. */
+const WORD = "%s\\0";
+
+/**
+ * What a stream carries of a file besides its contents and attributes. What has no meaning for the
+ * type of file is left out.
+ */
 export type FileState = {
   readonly type: string;
   readonly mode: string;
@@ -10939,57 +10953,45 @@ export type FileState = {
   readonly target?: string;
 };
 
-/** printf's format of a word of what it prints. */
-const WORD = "%s\\0";
+/** The types of files by the first four bits of st_mode: inode(7). */
+const FILE_TYPES: Readonly<Record<number, string>> = {
+  1: "fifo",
+  2: "character device",
+  4: "directory",
+  6: "block device",
+  8: "file",
+  10: "symbolic link",
+  12: "socket",
+};
 
 /** Reads the words of STAT_FORMAT. Errors: Failure for any other shape. */
 export function parseStats(
   words: readonly string[],
 ): { path: string; inode: string; state: FileState }[] {
-  const files: { path: string; inode: string; state: FileState }[] = [];
+  const files: ReturnType<typeof parseStats> = [];
   for (let i = 0; i < words.length; i += 8) {
-    const [
-      path = "",
-      mode = "",
-      owner = "",
-      size = "",
-      mtime = "",
-      device = "",
-      inode = "",
-      shown,
-    ] = words.slice(i, i + 8);
-    if (shown === undefined || !/^[0-9a-f]+$/.test(mode))
-      throw new Failure(`cannot read what "stat" printed: ${words.slice(i, i + 8).join(" ")}`);
-    const bits = parseInt(mode, 16);
-    const type =
-      {
-        1: "fifo",
-        2: "character device",
-        4: "directory",
-        6: "block device",
-        8: "file",
-        10: "symbolic link",
-        12: "socket",
-      }[bits >> 12] ?? "unknown";
-    const special = type.endsWith("device")
-      ? { device }
-      : type === "symbolic link"
-        ? {
-            target: shown.slice(
-              shown.startsWith(`'${path}' -> `) ? path.length + 6 : shown.indexOf(" -> ") + 4,
-            ),
-          }
-        : type === "file"
-          ? { size }
-          : {};
-    files.push({
-      path,
-      inode,
-      state: { type, mode: (bits & 0o7777).toString(8), owner, mtime, ...special },
-    });
+    const file = words.slice(i, i + 8);
+    const [path, rawMode, owner, size, mtime, device, inode, shown] = file as Eight;
+    if (file.length < 8 || !/^[0-9a-f]+$/.test(rawMode))
+      throw new Failure(`cannot read what "stat" printed: ${file.join(" ")}`);
+    const bits = parseInt(rawMode, 16);
+    const type = FILE_TYPES[bits >> 12] ?? "unknown";
+    const mode = (bits & 0o7777).toString(8);
+    const arrow = shown.startsWith(`'${path}' -> `) ? path.length + 2 : shown.indexOf(" -> ");
+    const state = {
+      type,
+      mode,
+      owner,
+      mtime,
+      ...(type.endsWith("device") && { device }),
+      ...(type === "symbolic link" && { target: shown.slice(arrow + 4) }),
+      ...(type === "file" && { size }),
+    };
+    files.push({ path, inode, state });
   }
   return files;
 }
+type Eight = [string, string, string, string, string, string, string, string];
 
 /** Reads what `listing` printed: for each path all that a stream carries of it. */
 export function parseListing(text: string): Map<string, Record<string, string | undefined>> {
@@ -10998,30 +11000,24 @@ export function parseListing(text: string): Map<string, Record<string, string | 
   const contents = new Map(
     words.slice(stats + 1, sums).map((line) => [line.slice(66), line.slice(0, 64)]),
   );
+  const blocks = words
+    .slice(sums + 1)
+    .join("\0")
+    .split("\n\n");
   const attributes = new Map(
-    words
-      .slice(sums + 1)
-      .join("\0")
-      .split("\n\n")
-      .map((block) => {
-        const [file = "", ...values] = block.replace(/^\n+/, "").split("\n");
-        return [
-          file
-            .replace("# file: ", "")
-            .replace(/\\([0-7]{3})/g, (_, octal: string) =>
-              String.fromCharCode(parseInt(octal, 8)),
-            ),
-          values.sort().join(" "),
-        ];
-      }),
+    blocks.map((block) => {
+      const [file = "", ...values] = block.replace(/^\n+/, "").split("\n");
+      const path = file
+        .replace("# file: ", "")
+        .replace(/\\([0-7]{3})/g, (_, octal: string) => String.fromCharCode(parseInt(octal, 8)));
+      return [path, values.sort().join(" ")];
+    }),
   );
   const firsts = new Map<string, string>();
   return new Map(
     parseStats(words.slice(0, stats)).map(({ path, inode, state }) => {
-      const linked =
-        state.type === "directory"
-          ? undefined
-          : (firsts.get(inode) ?? (firsts.set(inode, path), undefined));
+      const linked = state.type === "directory" ? undefined : firsts.get(inode);
+      if (state.type !== "directory" && linked === undefined) firsts.set(inode, path);
       // The top's own mtime is not carried by incremental streams.
       const { mtime, ...rest } = state;
       return [
@@ -11043,43 +11039,92 @@ const asText = (latin1: string) => Buffer.from(latin1, "latin1").toString();
 
 /** What differs between two trees, and how: a line for each path. */
 async function compare(...sides: readonly [Folder, Snapshot][]): Promise<string[]> {
-  const listed = async ([folder, { name }]: [Folder, Snapshot]) =>
-    Buffer.from(
-      await ask(
-        folder.host,
-        LISTING,
-        { ...at(folder), snapshot: name, format: STAT_FORMAT },
-        `${folder.id}: cannot list ${name}`,
-      ),
-      "base64",
-    ).toString("latin1");
+  const listed = async ([folder, { name }]: [Folder, Snapshot]) => {
+    const given = { ...at(folder), snapshot: name, format: STAT_FORMAT };
+    const base64 = await ask(folder.host, LISTING, given, `${folder.id}: cannot list ${name}`);
+    return Buffer.from(base64, "base64").toString("latin1");
+  };
   const texts = await Promise.all(sides.map(listed));
-  const [a, b] = texts.map(parseListing) as [
-    ReturnType<typeof parseListing>,
-    ReturnType<typeof parseListing>,
-  ];
+  const [a, b] = texts.map(parseListing) as [Listing, Listing];
   const lines = [...new Set([...a.keys(), ...b.keys()])].sort().flatMap((path) => {
     const [x, y] = [a.get(path), b.get(path)];
     const shown = /[\x00-\x1f\x7f]/.test(path) ? JSON.stringify(asText(path)) : asText(path);
     if (x === undefined || y === undefined)
       return [`${shown} is only in ${sides[x === undefined ? 1 : 0]?.[0].id}`];
-    const how = [...new Set([...Object.keys(x), ...Object.keys(y)])].filter(
-      (key) => x[key] !== y[key],
-    );
-    return how.length > 0
-      ? [
-          `${shown}: ${how.map((key) => (key === "contents" || key === "attributes" ? key : `${key} ${asText(x[key] ?? "none")} and ${asText(y[key] ?? "none")}`)).join(", ")}`,
-        ]
-      : [];
+    const how = [...new Set([...Object.keys(x), ...Object.keys(y)])]
+      .filter((key) => x[key] !== y[key])
+      .map((key) =>
+        key === "contents" || key === "attributes"
+          ? key
+          : `${key} ${asText(x[key] ?? "none")} and ${asText(y[key] ?? "none")}`,
+      );
+    return how.length === 0 ? [] : [`${shown}: ${how.join(", ")}`];
   });
-  return lines.length > 0
-    ? lines
-    : [
-        `extended attributes or ACLs${texts.some((text) => text.endsWith("missing\n")) ? "; install attr on both sides to see of what" : ""}`,
-      ];
+  if (lines.length > 0) return lines;
+  const isMissing = texts.some((text) => text.endsWith("missing\n"));
+  return [
+    `extended attributes or ACLs${isMissing ? "; install attr on both sides to see of what" : ""}`,
+  ];
+}
+type Listing = ReturnType<typeof parseListing>;
+
+// ── versions: a file, as the snapshots have it ──
+
+export type VersionsOptions = ReturnType<typeof versionsOptions>;
+
+/** Shows every version of a file that a snapshot or backup still has, or copies one back. */
+export async function versions(o: VersionsOptions, report: Report): Promise<void> {
+  const { file, get } = o;
+  const host = hostOf(file.host, o.hosts);
+  const cannot = `${file.id}: cannot find its subvolume`;
+  const [root = "", inner = ""] = (await ask(host, LOCATE, { file: file.path }, cannot)).split(
+    "\0",
+  );
+  const source = { ...file, path: root, id: file.id.slice(0, -file.path.length) + root };
+  // One place that has the version is enough to give it back.
+  const heard =
+    get === null
+      ? report
+      : { ...report, error: (_: unknown, { message }: Error) => report.warning(message) };
+  const all = [source, ...o.locations];
+  const opened = await openColumns(all, o.locations.length === 0, o, heard as Report);
+  const columns = opened.filter(({ folder }) => folder?.store == null);
+  for (const { id } of opened.filter(({ folder }) => folder?.store))
+    log.info(`${id} is not looked into: it has streams, which must be restored first`);
+  const path = pathWithin(file.path, columns) ?? normalize(inner);
+  const sought = { o, report, host, path, columns, seen: await lookFor(path, columns) };
+  if (get !== null) return getVersion(sought, get);
+  const shown = await showVersions(sought);
+  if (shown === 0) {
+    const { length } = sought.seen;
+    const none =
+      length === 0 ? ": there are no snapshots" : ` is in none of ${count(length, "snapshot")}`;
+    tellFailure(report, null, `${file.id}${none} of ${source.id}`);
+  }
+  report.event("summary", { ok: !report.failed, versions: shown });
 }
 
-/** What was seen of a file: a row for each run of snapshots in which it was the same, or was not there. */
+/** Shows the versions of a file, newest first. Returns how many there are. */
+async function showVersions({ o, report, host, path, columns, seen }: Sought): Promise<number> {
+  const rows = versionsAmong(seen)
+    .reverse()
+    .map((row) => ({ ...row, columns: [...row.columns].sort((a, b) => a - b) }));
+  const live = columns[0]?.folder?.source;
+  const top = live && { folder: live.path, fsid: `${live.fsid}/` };
+  const now = top ? ((await statesIn(host, top, path, ["."])).get(".") ?? null) : undefined;
+  for (const { first, last, state, columns: having, names } of rows)
+    report.event("version", {
+      first,
+      last,
+      state,
+      snapshots: names,
+      locations: having.map((i) => columns[i]?.id),
+    });
+  if (!o.json && rows.length > 0) print(versionsTable(columns, rows, now));
+  return rows.length;
+}
+
+/** What was seen of a file: a row for each run of snapshots that have the same. */
 export type Version = {
   readonly first: string;
   last: string;
@@ -11088,14 +11133,81 @@ export type Version = {
   readonly columns: Set<number>;
 };
 
-/** `seen`: oldest first, what each snapshot has of the file, and the columns that have the snapshot. */
-export function versionsAmong(
-  seen: readonly {
-    readonly name: string;
-    readonly state: FileState | null;
-    readonly columns: readonly number[];
-  }[],
-): Version[] {
+/** What a snapshot has of a file, and the columns that have the snapshot. */
+type Sighting = {
+  readonly name: string;
+  readonly time: number;
+  readonly state: FileState | null;
+  readonly columns: readonly number[];
+};
+
+/** A file that is looked for, its path below the subvolume, and the sightings, oldest first. */
+type Sought = {
+  readonly o: VersionsOptions;
+  readonly report: Report;
+  readonly host: Host;
+  readonly path: string;
+  readonly columns: readonly Column[];
+  readonly seen: readonly Sighting[];
+};
+
+/** Where a source that is lost altogether was, its backups know: the path of FILE below it. */
+function pathWithin(file: string, columns: readonly Column[]): string | null {
+  if (columns[0]?.folder?.snapshots.length) return null;
+  const owners = columns.map(({ folder }) => folder?.chain.owner);
+  const lost = owners.find((owner) => owner !== undefined && isWithin(file, owner.path));
+  if (lost === undefined) return null;
+  return file.slice(lost.path === "/" ? 0 : lost.path.length);
+}
+
+/** Looks for a path in the snapshots of all columns. */
+async function lookFor(path: string, columns: readonly Column[]): Promise<Sighting[]> {
+  const folders = columns.map(({ folder }) => folder);
+  const states = await Promise.all(
+    folders.map((folder) => {
+      const names = folder === null ? [] : wholeIn(folder).map(({ name }) => name);
+      return folder && statesIn(folder.host, at(folder), path, names);
+    }),
+  );
+  return align(folders).flatMap(({ cells }) => {
+    const whole = cells.flatMap((cell, i) =>
+      cell?.state === "whole" ? [{ i, name: cell.entry.name, time: cell.entry.time }] : [],
+    );
+    const [one] = whole;
+    if (one === undefined) return [];
+    const { i: column, name, time } = one;
+    const state = states[column]?.get(name) ?? null;
+    return [{ name, time, state, columns: whole.map(({ i }) => i) }];
+  });
+}
+
+/** What `stat` says of a path in many subvolumes of a folder; nothing where it is not. */
+async function statesIn(
+  host: Host,
+  folder: ReturnType<typeof at>,
+  path: string,
+  names: readonly string[],
+): Promise<Map<string, FileState>> {
+  const found = new Map<string, FileState>();
+  for (const some of chunks(names)) {
+    const given = { ...folder, format: STAT_FORMAT, word: WORD, inner: path, names: some };
+    const words = (await ask(host, VERSIONS, given, `cannot look for ${path}`)).split("\0");
+    const end = words.indexOf("");
+    const [mode, place = "", ...paths] = words.slice(0, end);
+    if (mode !== "fenced" && !(mode === "open" && /^\/[^\n]*$/.test(place)))
+      throw new Failure(`cannot look for ${path}: GNU realpath not found: install coreutils`);
+    const real = new Set(paths);
+    for (const { path: there, state } of parseStats(words.slice(end + 1, -1))) {
+      const name = there.slice(0, there.length - path.length);
+      if (mode === "fenced" || real.has(withoutSlash(join(place, name, dirname(path)))))
+        found.set(name, state);
+    }
+  }
+  return found;
+}
+
+/** The versions of a file. `seen`: oldest first. */
+export function versionsAmong(seen: readonly Omit<Sighting, "time">[]): Version[] {
   const rows: Version[] = [];
   for (const { name, state, columns } of seen) {
     const last = rows.at(-1);
@@ -11111,200 +11223,61 @@ export function versionsAmong(
   return rows;
 }
 
-export type VersionsOptions = ReturnType<typeof versionsOptions>;
-
-/** Shows every version of a file that a snapshot or backup still has, or copies one back. */
-export async function versions(o: VersionsOptions, report: Report): Promise<void> {
-  const host = hostOf(o.file.host, o.hosts);
-  const [root = "", inner = ""] = (
-    await ask(host, LOCATE, { file: o.file.path }, `${o.file.id}: cannot find its subvolume`)
-  ).split("\0");
-  const source = {
-    ...o.file,
-    path: root,
-    id: o.file.id.slice(0, o.file.id.length - o.file.path.length) + root,
-  };
-  // One place that has the version is enough to give it back.
-  const heard =
-    o.get === null
-      ? report
-      : { ...report, error: (_: unknown, { message }: Error) => report.warning(message) };
-  const opened = await openColumns(
-    [source, ...o.locations],
-    o.locations.length === 0,
-    o,
-    heard as Report,
-  );
-  const columns = opened.filter(({ folder }) => folder?.store == null);
-  for (const { id } of opened.filter(({ folder }) => folder?.store))
-    log.info(`${id} is not looked into: it has streams, which must be restored first`);
-  // A source that is lost altogether is known to its backups.
-  const lost = columns[0]?.folder?.snapshots.length
-    ? undefined
-    : columns
-        .map(({ folder }) => folder?.chain.owner)
-        .find((owner) => owner !== undefined && isWithin(o.file.path, owner.path));
-  const path =
-    lost === undefined
-      ? normalize(inner)
-      : o.file.path.slice(lost.path === "/" ? 0 : lost.path.length);
-  const states = await Promise.all(
-    columns.map(
-      async ({ folder }) =>
-        new Map(
-          folder === null
-            ? []
-            : await statesIn(
-                folder.host,
-                at(folder),
-                path,
-                wholeIn(folder).map(({ name }) => name),
-              ),
-        ),
-    ),
-  );
-  const seen = align(columns.map(({ folder }) => folder)).flatMap(({ cells }) => {
-    const whole = cells.flatMap((cell, i) =>
-      cell?.state === "whole" ? [{ i, name: cell.entry.name, time: cell.entry.time }] : [],
+/** Versions as people read them, newest first. `now`: what FILE is, where that is known. */
+function versionsTable(
+  columns: readonly Column[],
+  rows: readonly (Omit<Version, "columns"> & { readonly columns: readonly number[] })[],
+  now: FileState | null | undefined,
+): string {
+  const cells = rows.map(({ first, last, state, columns: having }, i) => {
+    const isNow = i === 0 && JSON.stringify(now) === JSON.stringify(state);
+    const where = having.map(letter).join(" ") + (isNow ? " (as it is now)" : "");
+    if (state === null) return [first, last, "deleted", "-", where];
+    const { size, type, mtime } = state;
+    const modified = stamp(new Date(Number(mtime) * 1000)).replace(
+      /(....)(..)(..)-(..)(..)(..)/,
+      "$1-$2-$3 $4:$5:$6",
     );
-    const [one] = whole;
-    return one === undefined
-      ? []
-      : [
-          {
-            name: one.name,
-            time: one.time,
-            state: states[one.i]?.get(one.name) ?? null,
-            columns: whole.map(({ i }) => i),
-          },
-        ];
+    return [first, last, size === undefined ? type : inBytes(Number(size)), modified, where];
   });
-  if (o.get !== null) return getVersion(o, o.get, host, path, columns, seen, report);
-  const rows = versionsAmong(seen)
-    .reverse()
-    .map((row) => ({ ...row, columns: [...row.columns].sort((a, b) => a - b) }));
-  const live = columns[0]?.folder?.source;
-  const now = live
-    ? ((await statesIn(host, { folder: live.path, fsid: `${live.fsid}/` }, path, ["."])).get(".") ??
-      null)
-    : undefined;
-  for (const { first, last, state, columns: at, names } of rows)
-    report.event("version", {
-      first,
-      last,
-      state,
-      snapshots: names,
-      locations: at.map((i) => columns[i]?.id),
-    });
-  if (!o.json && rows.length > 0) {
-    const cells = rows.map(({ first, last, state, columns: at }, i) => {
-      const same =
-        i === 0 && now !== undefined && JSON.stringify(now) === JSON.stringify(state)
-          ? " (as it is now)"
-          : "";
-      const what =
-        state === null
-          ? ["deleted", "-"]
-          : [
-              state.size === undefined ? state.type : inBytes(Number(state.size)),
-              stamp(new Date(Number(state.mtime) * 1000)).replace(
-                /(....)(..)(..)-(..)(..)(..)/,
-                "$1-$2-$3 $4:$5:$6",
-              ),
-            ];
-      return [first, last, ...what, at.map(letter).join(" ") + same];
-    });
-    print(
-      `${columns.map((column, i) => `${letter(i)}  ${column.id}${whyEmpty(column)}\n`).join("")}\n${table([["FIRST IN", "LAST IN", "SIZE", "MODIFIED", "WHERE"], ...cells])}`,
-    );
-  }
-  if (rows.length === 0)
-    report.error(
-      null,
-      new Failure(
-        seen.length === 0
-          ? `${o.file.id}: there are no snapshots of ${source.id}`
-          : `${o.file.id} is in none of ${count(seen.length, "snapshot")} of ${source.id}`,
-      ),
-    );
-  report.event("summary", { ok: !report.failed, versions: rows.length });
-}
-
-/** What `stat` says of a path in many subvolumes of a folder; nothing where it is not. */
-async function statesIn(
-  host: Host,
-  folder: ReturnType<typeof at>,
-  path: string,
-  names: readonly string[],
-): Promise<Map<string, FileState>> {
-  const found = new Map<string, FileState>();
-  for (const some of chunks(names)) {
-    const words = (
-      await ask(
-        host,
-        VERSIONS,
-        { ...folder, format: STAT_FORMAT, word: WORD, inner: path, names: some },
-        `cannot look for ${path}`,
-      )
-    ).split("\0");
-    const end = words.indexOf("");
-    const [mode, place = "", ...paths] = words.slice(0, end);
-    if (mode !== "fenced" && !(mode === "open" && /^\/[^\n]*$/.test(place)))
-      throw new Failure(`cannot look for ${path}: GNU realpath not found: install coreutils`);
-    const real = new Set(paths);
-    for (const { path: there, state } of parseStats(words.slice(end + 1, -1))) {
-      const name = there.slice(0, there.length - path.length);
-      if (mode === "fenced" || real.has(withoutSlash(join(place, name, dirname(path)))))
-        found.set(name, state);
-    }
-  }
-  return found;
+  const legend = columns.map((column, i) => `${letter(i)}  ${column.id}${whyEmpty(column)}\n`);
+  return `${legend.join("")}\n${table([["FIRST IN", "LAST IN", "SIZE", "MODIFIED", "WHERE"], ...cells])}`;
 }
 
 /** Copies a version of a file back to its host. */
 async function getVersion(
-  o: VersionsOptions,
+  { o, report, host, path, columns, seen }: Sought,
   get: string,
-  host: Host,
-  path: string,
-  columns: readonly Column[],
-  seen: readonly {
-    name: string;
-    time: number;
-    state: FileState | null;
-    columns: readonly number[];
-  }[],
-  report: Report,
 ): Promise<void> {
-  const dated = /^\d{4}-/.test(get) ? parseWhen(get) : null;
+  const until = /^\d{4}-/.test(get) ? parseWhen(get) : null;
   const found = seen.findLast(
-    ({ name, time, state }) => state !== null && (dated === null ? name === get : time <= dated),
+    ({ name, time, state }) => state !== null && (until === null ? name === get : time <= until),
   );
   if (found === undefined)
     throw new Failure(
-      `${o.file.id}: ${dated === null ? `not in a snapshot ${get}` : "in no snapshot from that time or before"}`,
+      `${o.file.id}: ${until === null ? `not in a snapshot ${get}` : "in no snapshot from that time or before"}`,
     );
+  const { name } = found;
   const having = found.columns.map((i) => columns[i]?.folder as Folder);
-  const folder = having.find((one) => sameHost(one.host, host)) ?? (having[0] as Folder);
-  const to = o.to ?? `${o.file.path}.${found.name}`;
+  const near = having.find((one) => sameHost(one.host, host));
+  const folder = near ?? (having[0] as Folder);
+  const to = o.to ?? `${o.file.path}.${name}`;
   const put = {
     directory: dirname(to),
     name: basename(to),
     force: o.force ? "force" : "",
     base: basename(path),
   };
-  const take = { ...at(folder), snapshot: found.name, inner: path };
-  if (sameHost(folder.host, host))
-    await ask({ ...host, fence: "try" }, PUT, { ...put, ...take }, `cannot copy ${o.file.id} back`);
-  else
-    await pipeline([
-      staged("tar", folder.host, TAKE, take),
-      staged("tar", { ...host, fence: "try" }, PUT, put),
-    ]);
-  log.info(`Copied ${path.slice(1)} as it was in ${found.name} of ${folder.id} to ${to}`);
-  report.event("get", { location: folder.id, name: found.name, path: to });
+  const take = { ...at(folder), snapshot: name, inner: path };
+  const there: Host = { ...host, fence: "try" };
+  if (near) await ask(there, PUT, { ...put, ...take }, `cannot copy ${o.file.id} back`);
+  else await pipeline([staged("tar", folder.host, TAKE, take), staged("tar", there, PUT, put)]);
+  log.info(`Copied ${path.slice(1)} as it was in ${name} of ${folder.id} to ${to}`);
+  report.event("get", { location: folder.id, name, path: to });
   report.event("summary", { ok: !report.failed });
 }
+
+// ── unpin: destinations, forgotten ──
 
 export type UnpinOptions = Pick<
   RunOptions,
@@ -11316,27 +11289,23 @@ export async function unpin(o: UnpinOptions, report: Report): Promise<void> {
   const source = await openFinished({ ...o, dryRun: false, adopt: false, fsChecks: true });
   try {
     if (source.record.unreadable !== null) {
+      const record = `${source.path}/.btrfs-backup.json`;
       if (!o.all)
         throw new Failure(
-          `${source.path}/.btrfs-backup.json cannot be read (${source.record.unreadable}); --all moves it aside`,
+          `${record} cannot be read (${source.record.unreadable}); --all moves it aside`,
         );
       const suffix = stamp(new Date());
-      await ask(
-        source.host,
-        ASIDE,
-        { ...at(source), suffix },
-        `cannot move ${source.path}/.btrfs-backup.json aside`,
-      );
-      log.info(`Moved ${source.path}/.btrfs-backup.json to .btrfs-backup.json.${suffix}`);
-      return;
+      await ask(source.host, ASIDE, { ...at(source), suffix }, `cannot move ${record} aside`);
+      return log.info(`Moved ${record} to .btrfs-backup.json.${suffix}`);
     }
     const known = knownDestinations(source);
     const ids = known.map(({ location }) => location);
     for (const id of o.locations)
       if (!ids.includes(id))
-        report.error(
+        tellFailure(
+          report,
           id,
-          new Failure(`not known at ${o.source.id}; known are: ${ids.join(", ") || "none"}`),
+          `not known at ${o.source.id}; known are: ${ids.join(", ") || "none"}`,
         );
     const destinations = known.filter(({ location }) => !o.all && !o.locations.includes(location));
     await writeRecord(source, { ...source.owned, destinations });
