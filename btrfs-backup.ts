@@ -9001,12 +9001,20 @@ async function pruneSource(
 
 // ── what several of these commands do ──
 
+/** How places are looked at, of any prefix if that is null. */
+type LookOptions = Pick<RunOptions, "hosts" | "snapshotFolder"> & {
+  readonly prefix: string | null;
+};
+
 /** Opens a place without locking it. Errors: those of `openFolder`. */
 const lookAt = (location: Readable, path: string, prefix: string, hosts: Hosts) =>
   openFolder(location, path, { prefix, wait: "look", hosts });
 
-/** How a command opens the places in which it works: a dry run locks nothing. */
-const waitOf = ({ dryRun, wait }: Pick<RunOptions, "dryRun" | "wait">) => (dryRun ? "look" : wait);
+/** How a command opens the places that it works in: a dry run locks nothing. */
+const openingOf = (
+  { dryRun, wait, hosts }: Pick<RunOptions, "dryRun" | "wait" | "hosts">,
+  prefix: string,
+): Opening => ({ prefix, wait: dryRun ? "look" : wait, hosts });
 
 /** Tells a failure, and goes on. */
 const tellFailure = (report: Report, id: string | null, message: string) =>
@@ -9015,10 +9023,7 @@ const tellFailure = (report: Report, id: string | null, message: string) =>
 // ── copy: backups, sent on ──
 
 /** Sends backups on, prefix by prefix, as `run` sends a source's snapshots. */
-export async function copy(
-  o: Omit<RunOptions, "prefix"> & { readonly prefix: string | null },
-  report: Report,
-): Promise<void> {
+export async function copy(o: ReturnType<typeof copyOptions>, report: Report): Promise<void> {
   const { prefixes, needBackups } = await lookAtBackups(
     o.source,
     o,
@@ -9039,14 +9044,9 @@ export async function copy(
   concludeRun(o, report, null);
 }
 
-/** Sends on the backups of one prefix. */
 async function copyPrefix(o: RunOptions, report: Report): Promise<void> {
   const open = async () => {
-    const folder = await openFolder(o.source, o.source.path, {
-      prefix: o.prefix,
-      wait: waitOf(o),
-      hosts: o.hosts,
-    });
+    const folder = await openFolder(o.source, o.source.path, openingOf(o, o.prefix));
     const { chain, path, place, top, hostName } = folder;
     // Whose the backups are goes with them, so that their source can go on in the copy.
     const uuid = `${place.filesystem}${top}`;
@@ -9057,14 +9057,10 @@ async function copyPrefix(o: RunOptions, report: Report): Promise<void> {
 }
 
 /**
- * Looks at a place of backups. `advice`: what the user wants where a source's snapshots are there.
- * Errors: UsageError where there is nothing else; `needBackups` throws a Failure for one prefix.
+ * Looks at a place of backups. `advice`: what to do with a source's snapshots.
+ * Errors: UsageError where all are a source's; of `needBackups`: Failure where a prefix has such.
  */
-async function lookAtBackups(
-  location: Readable,
-  o: Pick<RunOptions, "hosts" | "snapshotFolder"> & { readonly prefix: string | null },
-  advice: string,
-) {
+async function lookAtBackups(location: Readable, o: LookOptions, advice: string) {
   const first = await openLocation(location, { ...o, prefix: o.prefix ?? "", wait: "look" });
   const prefixes = o.prefix === null ? prefixesIn(first.standing) : [o.prefix];
   const isSource = (prefix: string) => isSnapshotFolder(withPrefix(first, prefix));
@@ -9101,11 +9097,7 @@ export async function prune(o: PruneOptions, report: Report): Promise<void> {
       const moments = await arriving.catch(() => null);
       let pruning = moments && pruningOf(looked, o, moments, now);
       if (pruning === null || !(o.dryRun || pruning.isIdle)) {
-        folder = await openFolder(o.location, o.location.path, {
-          prefix,
-          wait: waitOf(o),
-          hosts: o.hosts,
-        });
+        folder = await openFolder(o.location, o.location.path, openingOf(o, prefix));
         pruning = pruningOf(folder, o, await arrivals(folder, folder.snapshots), now);
         if (pruning.isNews && !o.dryRun) await writeRecord(folder, pruning.chain);
       }
@@ -9231,7 +9223,7 @@ async function arrivals(folder: Folder, entries: readonly Entry[]): Promise<Map<
   return moments;
 }
 
-/** Backups in the order of their arrival, and dated by it. Errors: Failure where that is unknown. */
+/** Backups in the order of their arrival, dated by it. Errors: Failure where it is not known. */
 function asReceived(
   { id, store }: Folder,
   backups: readonly Backup[],
@@ -9269,7 +9261,7 @@ export async function restore(o: RestoreOptions, report: Report): Promise<void> 
 async function restoreOnce(o: RestoreOptions, report: Report): Promise<void> {
   const display = displayOf(o);
   if (!o.dryRun) await finishRestores(o.target, o.target.path, o.hosts);
-  const location = await openLocation(o.location, { ...o, wait: waitOf(o) });
+  const location = await openLocation(o.location, { ...o, wait: o.dryRun ? "look" : o.wait });
   const opened = [location];
   try {
     const chosen = choose(location, o);
@@ -9283,9 +9275,7 @@ async function restoreOnce(o: RestoreOptions, report: Report): Promise<void> {
     warnAhead(plan);
     for (const prefix of o.dryRun ? [] : prefixesIn(plan.moved))
       if (prefix !== location.prefix)
-        opened.push(
-          await openFolder(o.location, location.path, { prefix, wait: o.wait, hosts: o.hosts }),
-        );
+        opened.push(await openFolder(o.location, location.path, openingOf(o, prefix)));
     const sums = await readyPieces(plan, plan.data.way === "streams" ? plan.data.pieces : []);
     await clearLeftovers(plan, null);
     tellPlan(plan);
@@ -9489,7 +9479,7 @@ const samePlace = (a: Folder, b: Folder) =>
 
 /** TARGET's snapshot folder where it is outside of TARGET, locked: it may be LOCATION itself. */
 async function openOutside(target: Target, location: Folder, o: RestoreOptions): Promise<Folder> {
-  const opening = { prefix: location.prefix, wait: "look" as const, hosts: o.hosts };
+  const opening = openingOf({ ...o, dryRun: true }, location.prefix);
   const check = (folder: Folder) => {
     if (folder.place.filesystem !== target.place.filesystem)
       throw new UsageError(
@@ -9509,12 +9499,9 @@ async function openOutside(target: Target, location: Folder, o: RestoreOptions):
   const isLocation = (folder: Folder) =>
     sameHost(folder.host, location.host) && samePlace(folder, location);
   const path = resolve(o.target.path, o.snapshotFolder);
-  const seen = await openChecked(
-    o.target,
-    path,
-    opening,
-    (folder) => void (isLocation(folder) || check(folder)),
-  );
+  const seen = await openChecked(o.target, path, opening, (folder) => {
+    if (!isLocation(folder)) check(folder);
+  });
   if (isLocation(seen)) return location;
   return o.dryRun ? seen : openChecked(o.target, path, { ...opening, wait: o.wait }, check);
 }
@@ -9530,7 +9517,7 @@ async function openParents(target: Target, o: RestoreOptions): Promise<Folder | 
   return folder;
 }
 
-/** The mount that TARGET is seen through. `through`: the path there of a path from the top level. */
+/** The mount that TARGET is seen through, and the path below it of one from the top level. */
 function throughMount(target: Target): { mount: Mount; through: (top: string) => string } {
   const { mount } = placeOn(target.mounts, target.path);
   const length = mount.root === "/" ? 0 : mount.root.length;
@@ -9575,7 +9562,6 @@ async function decideRestore(r: Restore): Promise<RestoreDecided> {
  */
 type Ground = { readonly there: readonly Subvolume[]; readonly edited: ReadonlySet<string> };
 
-/** Looks for the ground of a restore. Errors: Failure. */
 async function groundOf(r: Restore): Promise<Ground> {
   const { o, location, target, outside, parents } = r;
   const { mount } = throughMount(target);
@@ -9620,10 +9606,7 @@ async function editedAmong(
   return edited;
 }
 
-/**
- * The chosen snapshot as it stands in a snapshot folder outside of TARGET.
- * Errors: Failure where its name has other data there.
- */
+/** The chosen snapshot as it stands outside. Errors: Failure where its name has other data there. */
 function standingOutside({ chosen, outside }: Restore): Entry | null {
   const found = outside?.standing.find(({ name, readonly }) => name === chosen.name && readonly);
   if (found && (found.uuid === chosen.uuid || dataFinder([found])(chosen))) return found;
@@ -9686,7 +9669,7 @@ function checkMoves({ o, location, target, outside }: Restore, { replaced, from 
     );
 }
 
-/** Decides how the data come. Each parent in question is asked about before. Errors: Failure. */
+/** Decides how the data come, and asks about each parent in question before. */
 async function decideData(r: Restore, ground: Ground, standing: Entry | null): Promise<Data> {
   const { location, chosen } = r;
   const inquiry = inquiryInto(location);
@@ -9814,7 +9797,6 @@ async function clearLeftovers({ o, target }: Restore, only: string | null): Prom
   }
 }
 
-/** Says what is restored, and how. */
 function tellPlan({ o, location, chosen, data, moved }: RestoreDecided): void {
   log.info(
     `${o.dryRun ? "Would restore" : "Restoring"} ${chosen.name} from ${location.id} to ${o.target.id} (${wayInWords(data)})`,
@@ -9859,7 +9841,7 @@ async function carryOut(r: RestoreDecided, sums: ReadonlyMap<string, string>): P
       how,
     };
     await ask(target.host, BUILD, { ...at(target), work, ...built }, `cannot build ${o.target.id}`);
-    // A source's own snapshots, and backups on this filesystem, are no destination to be remembered.
+    // A source's own snapshots, and backups on this filesystem, are no destination to remember.
     const came = isHere(location, target) || isSnapshotFolder(location) ? null : location;
     await settle(r, join(target.path, work, "tree"), came);
     checkInterruption();
@@ -9877,7 +9859,6 @@ async function carryOut(r: RestoreDecided, sums: ReadonlyMap<string, string>): P
 /** A restore whose streams arrive in `folder`. */
 type Receiving = RestoreDecided & { readonly folder: Folder };
 
-/** Removes what was received of a snapshot. */
 async function discardReceived({ target, folder }: Receiving, name: string): Promise<void> {
   await ask(
     target.host,
@@ -9927,7 +9908,7 @@ async function receiveSnapshot(r: Receiving, data: Data & { way: "receive" }): P
   });
 }
 
-/** Receives stored streams; all that the snapshot consists of where the first one's parent is damaged. */
+/** Receives stored streams; all of the snapshot's where the first one's parent is damaged. */
 async function receiveStreams(
   r: Receiving,
   { store, pieces }: Data & { way: "streams" },
@@ -10274,8 +10255,10 @@ export async function list(o: ListOptions, report: Report): Promise<void> {
       ...column,
       folder: column.folder && underPrefix(column.folder, prefix),
     }));
-    const sizes = o.size ? await sizesOf(shown, report) : new Map<string, number>();
-    const listed = inventory(shown, o, now, sizes);
+    const sizes = shown.map(({ id, folder }) =>
+      o.size && folder ? sizesIn(folder).catch((error) => (report.error(id, error), [])) : [],
+    );
+    const listed = inventory(shown, o, now, new Map((await Promise.all(sizes)).flat()));
     report.event("list", { prefix, ...listed });
     if (!o.json) print(inventoryTable(columns, listed, now));
   }
@@ -10300,9 +10283,6 @@ function whyEmpty({ problem, left }: Column): string {
 /** What a column is called below its legend. */
 const letter = (i: number) => (i < 26 ? String.fromCharCode(65 + i) : String(i));
 
-type ColumnOptions = Pick<RunOptions, "hosts" | "snapshotFolder"> & {
-  readonly prefix: string | null;
-};
 type OpenedColumn = Column & { readonly error?: Error };
 
 /**
@@ -10312,7 +10292,7 @@ type OpenedColumn = Column & { readonly error?: Error };
 async function openColumns(
   [first, ...others]: readonly Location[],
   addKnown: boolean,
-  o: ColumnOptions,
+  o: LookOptions,
   report: Report,
 ): Promise<Column[]> {
   const early = { ...o, prefix: o.prefix ?? "" };
@@ -10355,8 +10335,8 @@ function doubtOf(folder: Folder): string | null {
   return null;
 }
 
-/** Opens a location only to look. It is a failure of the command, but not its end, if that fails. */
-async function openColumn(location: Location, o: ColumnOptions): Promise<OpenedColumn> {
+/** Opens a location only to look. That this fails is a failure of the command, but not its end. */
+async function openColumn(location: Location, o: LookOptions): Promise<OpenedColumn> {
   const { id } = location;
   try {
     if (location.kind === "shell") return { id, folder: null, problem: null };
@@ -10384,7 +10364,7 @@ async function withKnown(
   location: Location,
   early: OpenedColumn,
   known: KnownDestination | undefined,
-  o: ColumnOptions,
+  o: LookOptions,
 ): Promise<OpenedColumn> {
   const { id, folder } = early;
   if (folder === null) return early;
@@ -10399,15 +10379,7 @@ async function withKnown(
 const underPrefix = (folder: Folder, prefix: string) =>
   folder.prefix === prefix ? folder : withPrefix(folder, prefix);
 
-/** Bytes referenced by each whole snapshot of all columns, by UUID. */
-async function sizesOf(columns: readonly Column[], report: Report): Promise<Map<string, number>> {
-  const sizes = columns.map(({ id, folder }) =>
-    folder === null ? [] : sizesIn(folder).catch((error) => (report.error(id, error), [])),
-  );
-  return new Map((await Promise.all(sizes)).flat());
-}
-
-/** Those of a folder. Errors: Failure. */
+/** Bytes referenced by each whole snapshot of a folder, by UUID. */
 async function sizesIn(folder: Folder): Promise<[string, number][]> {
   const whole = wholeIn(folder);
   if (folder.store !== null) return folder.store.streams.map(({ uuid, bytes }) => [uuid, bytes]);
@@ -10731,7 +10703,7 @@ async function rememberEqual({ o, left: source, equal }: Comparison): Promise<vo
   }
 }
 
-/** Reads every stored stream, and compares it with its checksum object. Returns how many it read. */
+/** Compares every stored stream with its checksum object. Returns how many have one. */
 async function verifyStreams(
   folder: Folder,
   store: Store,
@@ -10841,7 +10813,7 @@ const expectedOf = ({ name, receivedUuid, from }: Stream): Expected => ({
   alone: false,
 });
 
-/** The SHA-256 of stored streams, asked for where they are. Errors: Failure saying `what` cannot be read. */
+/** The SHA-256 of stored streams, by the host that has them. `what`: how an error calls them. */
 async function askSums(
   folder: Folder,
   verbs: StoreVerbs,
