@@ -9016,7 +9016,6 @@ const openingOf = (
   prefix: string,
 ): Opening => ({ prefix, wait: dryRun ? "look" : wait, hosts });
 
-/** Tells a failure, and goes on. */
 const tellFailure = (report: Report, id: string | null, message: string) =>
   report.error(id, new Failure(message));
 
@@ -9816,7 +9815,7 @@ function wayInWords(data: Data): string {
 }
 
 /** Builds TARGET in a directory beside it, and gives it its name. Errors: SameSecond, Failure. */
-async function carryOut(r: RestoreDecided, sums: ReadonlyMap<string, string>): Promise<void> {
+async function carryOut(r: RestoreDecided, sums: Receiving["sums"]): Promise<void> {
   const { o, location, chosen, target, outside, data, how, work, moved } = r;
   needOurs(target, o.target.id);
   const { output, release } = await hold(
@@ -9831,9 +9830,10 @@ async function carryOut(r: RestoreDecided, sums: ReadonlyMap<string, string>): P
   try {
     const holder = output.split("\n")[0] as string;
     const host = behindFence(plainHost(target.host), { ...target, holder });
-    const arriving = { ...r, folder: { ...target, path: join(target.path, work), holder, host } };
+    const folder = { ...target, path: join(target.path, work), holder, host };
+    const arriving = { ...r, folder, sums };
     if (data.way === "receive") await receiveSnapshot(arriving, data);
-    if (data.way === "streams") await receiveStreams(arriving, data, sums);
+    if (data.way === "streams") await receiveStreams(arriving, data);
     const built = {
       origin: data.way === "reflink" ? data.origin : "",
       target: outside?.path ?? target.inside ?? "",
@@ -9856,8 +9856,11 @@ async function carryOut(r: RestoreDecided, sums: ReadonlyMap<string, string>): P
   }
 }
 
-/** A restore whose streams arrive in `folder`. */
-type Receiving = RestoreDecided & { readonly folder: Folder };
+/** A restore whose streams arrive in `folder`. `sums`: their SHA-256, by object. */
+type Receiving = RestoreDecided & {
+  readonly folder: Folder;
+  readonly sums: ReadonlyMap<string, string>;
+};
 
 async function discardReceived({ target, folder }: Receiving, name: string): Promise<void> {
   await ask(
@@ -9909,16 +9912,13 @@ async function receiveSnapshot(r: Receiving, data: Data & { way: "receive" }): P
 }
 
 /** Receives stored streams; all of the snapshot's where the first one's parent is damaged. */
-async function receiveStreams(
-  r: Receiving,
-  { store, pieces }: Data & { way: "streams" },
-  sums: ReadonlyMap<string, string>,
-): Promise<void> {
-  await receivePieces(r, store, pieces, sums).catch(async (error) => {
+async function receiveStreams(r: Receiving, data: Data & { way: "streams" }): Promise<void> {
+  const { store, pieces } = data;
+  await receivePieces(r, store, pieces).catch(async (error) => {
     warnOfParent(r, error);
     await discardReceived(r, pieces[0]?.name as string);
     const all = piecesOf(r.chosen, store);
-    await receivePieces(r, store, all, await readyPieces(r, all));
+    await receivePieces({ ...r, sums: await readyPieces(r, all) }, store, all);
   });
 }
 
@@ -9929,13 +9929,8 @@ const BELOW = 16;
  * Receives stored streams, one on top of the other. Each is removed when the next stands on it.
  * Errors: Failure naming a piece that is damaged, and what can be restored without it.
  */
-async function receivePieces(
-  r: Receiving,
-  store: Store,
-  pieces: readonly Stream[],
-  sums: ReadonlyMap<string, string>,
-): Promise<void> {
-  const { o, report, location, folder } = r;
+async function receivePieces(r: Receiving, store: Store, pieces: readonly Stream[]): Promise<void> {
+  const { o, report, location, folder, sums } = r;
   const all = byUuid(store.streams);
   const below: Stream[] = [];
   for (const [i, piece] of pieces.entries()) {
@@ -9972,7 +9967,6 @@ async function receivePieces(
   }
 }
 
-/** The pipeline that receives one stored stream, shown as `label`. */
 function stagesOf(r: Receiving, { verbs }: Store, piece: Stream, label: string): Stage[] {
   const { o, location, folder, display } = r;
   const { uuid: object, name, bytes, compressed, encrypted } = piece;
@@ -9992,7 +9986,6 @@ function stagesOf(r: Receiving, { verbs }: Store, piece: Stream, label: string):
   ];
 }
 
-/** The stage that reads a stored stream. */
 const fetching = (folder: Folder, verbs: StoreVerbs, object: string) =>
   staged(
     "reading",
@@ -10002,7 +9995,6 @@ const fetching = (folder: Folder, verbs: StoreVerbs, object: string) =>
     { sends: true },
   );
 
-/** What to restore where a stream is damaged. */
 const insteadOf = (location: Folder, store: Store, damaged: Stream) =>
   instead(
     location,
@@ -10087,10 +10079,9 @@ function ownerOutside(target: Target, { prefix, source }: Folder, outside: Folde
 async function giveNames(r: RestoreDecided, release: () => Promise<void>): Promise<void> {
   const { o, report, location, target, outside, work, kept, moved, replaced, from } = r;
   const to = outside?.path ?? join(target.full, target.inside ?? "");
-  const names = moved.flatMap(({ name, receivedUuid }) => [
-    receivedUuid === null ? "move" : "copy",
-    name,
-  ]);
+  const names = moved.map(
+    ({ name, receivedUuid }) => `${receivedUuid === null ? "move" : "copy"}\n${name}`,
+  );
   const lines = [from, to, kept === null ? "new" : "old", ...names, "end", ""].join("\n");
   const finished = await whileCleaning(() =>
     ask(
@@ -10170,7 +10161,6 @@ async function finishRestores(location: Readable, path: string, hosts: Hosts): P
   }
 }
 
-/** Says what a restore leaves to its user. */
 function tellWhatIsNext(r: RestoreDecided): void {
   const { o, chosen, target, kept } = r;
   if (o.dryRun) return log.info("Nothing was changed");
@@ -10462,21 +10452,14 @@ export function inventory(
   return { locations, snapshots };
 }
 
-/** A column of an inventory: the UUIDs of what goes, and of the pin. */
-type Side = {
-  readonly folder: Folder | null;
-  readonly goes: ReadonlySet<string>;
-  readonly pin: string | null;
-};
-
-/** What goes in a column by the policies, and which snapshot is the pin of a destination. */
-function sideOf({ folder, id }: Column, all: Inventory): Side {
+/** The UUIDs of what goes in a column by the policies, and of the pin. */
+function sideOf({ folder, id }: Column, all: Inventory) {
   const { source, taken, known, policies, now } = all;
   const going = (decisions: readonly Decision<Snapshot>[]) =>
     new Set(decisions.flatMap(({ reasons, entry }) => (reasons.length === 0 ? entry.uuid : [])));
   if (folder === null) {
     const remembered = known.find(({ location }) => location === id);
-    return { folder, goes: new Set(), pin: remembered?.pin?.uuid ?? null };
+    return { folder, goes: new Set<string>(), pin: remembered?.pin?.uuid ?? null };
   }
   if (folder === source) {
     const claimants = known.map(({ location, pin }) => ({
@@ -10512,7 +10495,6 @@ function lineagesIn({ streams }: Store, { source, taken }: Inventory): Set<strin
   return lineagesOf(streams, owner, taken);
 }
 
-/** An inventory as people read it. */
 function inventoryTable(
   columns: readonly Column[],
   { locations, snapshots }: ReturnType<typeof inventory>,
@@ -10539,7 +10521,7 @@ function inventoryTable(
 /** For a monitoring system, a line for each location: whether its newest backup is young enough. */
 function checkAge(
   columns: readonly Column[],
-  o: Pick<ListOptions, "json" | "prefix"> & { maxAge: NonNullable<ListOptions["maxAge"]> },
+  o: ListOptions & { readonly maxAge: object },
   now: number,
   report: Report,
 ): void {
@@ -10610,7 +10592,6 @@ type Comparison = {
   compared: number;
 };
 
-/** Compares with one folder what it shares. */
 async function compareShared(comparison: Comparison, right: Folder): Promise<void> {
   const { o, report, left } = comparison;
   const { id } = right;
@@ -10636,7 +10617,6 @@ async function compareShared(comparison: Comparison, right: Folder): Promise<voi
     await compareOne(comparison, right, row).catch((error) => report.error(id, error));
 }
 
-/** Compares one snapshot. Errors: Failure where it cannot be read. */
 async function compareOne(
   comparison: Comparison,
   right: Folder,
@@ -10936,6 +10916,17 @@ const FILE_TYPES: Readonly<Record<number, string>> = {
   12: "socket",
 };
 
+type Stat = [
+  path: string,
+  mode: string,
+  owner: string,
+  size: string,
+  mtime: string,
+  device: string,
+  inode: string,
+  shown: string,
+];
+
 /** Reads the words of STAT_FORMAT. Errors: Failure for any other shape. */
 export function parseStats(
   words: readonly string[],
@@ -10943,7 +10934,7 @@ export function parseStats(
   const files: ReturnType<typeof parseStats> = [];
   for (let i = 0; i < words.length; i += 8) {
     const file = words.slice(i, i + 8);
-    const [path, rawMode, owner, size, mtime, device, inode, shown] = file as Eight;
+    const [path, rawMode, owner, size, mtime, device, inode, shown] = file as Stat;
     if (file.length < 8 || !/^[0-9a-f]+$/.test(rawMode))
       throw new Failure(`cannot read what "stat" printed: ${file.join(" ")}`);
     const bits = parseInt(rawMode, 16);
@@ -10963,7 +10954,6 @@ export function parseStats(
   }
   return files;
 }
-type Eight = [string, string, string, string, string, string, string, string];
 
 /** Reads what `listing` printed: for each path all that a stream carries of it. */
 export function parseListing(text: string): Map<string, Record<string, string | undefined>> {
@@ -11132,7 +11122,6 @@ function pathWithin(file: string, columns: readonly Column[]): string | null {
   return file.slice(lost.path === "/" ? 0 : lost.path.length);
 }
 
-/** Looks for a path in the snapshots of all columns. */
 async function lookFor(path: string, columns: readonly Column[]): Promise<Sighting[]> {
   const folders = columns.map(({ folder }) => folder);
   const states = await Promise.all(
