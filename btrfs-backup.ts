@@ -9308,8 +9308,8 @@ type Restore = {
   readonly parents: Folder | null;
 };
 
-/** How the data get to TARGET. `parent`: a snapshot that both sides have. */
-type Data =
+/** How the data get to TARGET. `parent`: a snapshot that is on both sides. */
+type Way =
   /** `origin`, the path of a subvolume on TARGET's filesystem, has them. */
   | { readonly way: "reflink"; readonly origin: string }
   /** LOCATION sends a stream. */
@@ -9322,25 +9322,26 @@ type Data =
       readonly parent: Snapshot | null;
     };
 
-/** What moves to TARGET where a source is restored from its own snapshots. */
+/** What moves to TARGET: some of a source's own snapshots, where it is restored from these. */
 type Moves = {
   readonly moved: readonly Entry[];
   /** LOCATION is inside of the subvolume that TARGET replaces. */
   readonly replaced: boolean;
   /** LOCATION's path when TARGET has its name. */
   readonly from: string;
-  /** By prefix, the records of the source's own snapshots; empty where LOCATION has others. */
+  /** By prefix, the source's records; none where LOCATION has no source's own snapshots. */
   readonly chains: ReadonlyMap<string, ChainRecord>;
 };
 
-type RestoreDecided = Restore &
+/** A restore of which all is decided. */
+type Restoration = Restore &
   Moves & {
-    readonly data: Data;
-    /** How NAME gets into TARGET's snapshot folder: see BUILD. */
+    readonly data: Way;
+    /** How the snapshot gets into TARGET's snapshot folder: see BUILD. */
     readonly how: "none" | "plain" | "keep";
-    /** The name of the directory beside TARGET that it is built in. */
+    /** The name of the directory beside TARGET where TARGET is built. */
     readonly work: string;
-    /** The path that the subvolume gets which TARGET replaces. */
+    /** Where the subvolume goes that TARGET replaces. */
     readonly kept: string | null;
   };
 
@@ -9536,12 +9537,12 @@ const isHere = (location: Folder, target: Target) =>
  * Decides what is there already, what is sent, and what moves.
  * Errors: Failure or UsageError for what cannot be done, before anything is changed.
  */
-async function decideRestore(r: Restore): Promise<RestoreDecided> {
+async function decideRestore(r: Restore): Promise<Restoration> {
   const { location, chosen, target } = r;
   const ground = await groundOf(r);
   const standing = standingOutside(r);
   const moves = decideMoves(r);
-  const data = await decideData(r, ground, standing);
+  const data = await decideWay(r, ground, standing);
   const comes = standing !== null || moves.moved.some(({ uuid }) => uuid === chosen.uuid);
   const made = isHere(location, target) ? "plain" : "keep";
   const now = stamp(new Date());
@@ -9605,7 +9606,7 @@ async function editedAmong(
   return edited;
 }
 
-/** The chosen snapshot as it stands outside. Errors: Failure where its name has other data there. */
+/** The chosen snapshot where it stands outside. Errors: Failure where other data has its name. */
 function standingOutside({ chosen, outside }: Restore): Entry | null {
   const found = outside?.standing.find(({ name, readonly }) => name === chosen.name && readonly);
   if (found && (found.uuid === chosen.uuid || dataFinder([found])(chosen))) return found;
@@ -9639,7 +9640,7 @@ function decideMoves(r: Restore): Moves {
   return moves;
 }
 
-/** All snapshots of a LOCATION that is replaced; else those that destinations share, and NAME. */
+/** All snapshots of a LOCATION that is replaced; else the pins, and with them the chosen one. */
 function movedOf(
   { location, chosen }: Restore,
   replaced: boolean,
@@ -9669,13 +9670,13 @@ function checkMoves({ o, location, target, outside }: Restore, { replaced, from 
 }
 
 /** Decides how the data come, and asks about each parent in question before. */
-async function decideData(r: Restore, ground: Ground, standing: Entry | null): Promise<Data> {
+async function decideWay(r: Restore, ground: Ground, standing: Entry | null): Promise<Way> {
   const { location, chosen } = r;
   const inquiry = inquiryInto(location);
   const fitness =
     location.store !== null ? ANY : judge(inquiry, { cleared: {}, refused: new Map() }, () => true);
   for (;;) {
-    const data = dataFrom(r, ground, standing, fitness);
+    const data = wayFrom(r, ground, standing, fitness);
     if (data.way !== "receive" || data.parent === null) return data;
     const { parent } = data;
     if (fitness.unfit(parent, chosen) !== undefined) return data;
@@ -9686,14 +9687,14 @@ async function decideData(r: Restore, ground: Ground, standing: Entry | null): P
 }
 
 /** How the data come, by what is known of the parents. */
-function dataFrom(
+function wayFrom(
   { location, chosen, target, outside }: Restore,
   { there, edited }: Ground,
   standing: Entry | null,
   fitness: Fitness,
-): Data {
+): Way {
   const { store } = location;
-  const reflink = (origin: string): Data => ({ way: "reflink", origin });
+  const reflink = (origin: string): Way => ({ way: "reflink", origin });
   if (standing !== null && !edited.has(standing.uuid))
     return reflink(join((outside as Folder).path, chosen.name));
   if (isHere(location, target)) return reflink(join(location.path, chosen.name));
@@ -9709,7 +9710,7 @@ const piecesOf = (stored: Entry, { streams }: Store) => chainOf(stored as Stream
 const bytesOf = (streams: readonly Stream[]) => streams.reduce((sum, { bytes }) => sum + bytes, 0);
 
 /** Warns of what the user may not expect of a restore. */
-function warnAhead(r: RestoreDecided): void {
+function warnAhead(r: Restoration): void {
   const { o, report, location, chosen, target, parents, data, how } = r;
   const left = [...leftoversOf(target.name, target).keys()].map(
     (name) => `${join(target.top, name)}/`,
@@ -9796,7 +9797,7 @@ async function clearLeftovers({ o, target }: Restore, only: string | null): Prom
   }
 }
 
-function tellPlan({ o, location, chosen, data, moved }: RestoreDecided): void {
+function tellPlan({ o, location, chosen, data, moved }: Restoration): void {
   log.info(
     `${o.dryRun ? "Would restore" : "Restoring"} ${chosen.name} from ${location.id} to ${o.target.id} (${wayInWords(data)})`,
   );
@@ -9806,7 +9807,7 @@ function tellPlan({ o, location, chosen, data, moved }: RestoreDecided): void {
     );
 }
 
-function wayInWords(data: Data): string {
+function wayInWords(data: Way): string {
   if (data.way === "reflink") return "reflinked, nothing is sent";
   if (data.way === "streams")
     return `${count(data.pieces.length, "stream")}, ${inBytes(bytesOf(data.pieces))}`;
@@ -9815,7 +9816,7 @@ function wayInWords(data: Data): string {
 }
 
 /** Builds TARGET in a directory beside it, and gives it its name. Errors: SameSecond, Failure. */
-async function carryOut(r: RestoreDecided, sums: Receiving["sums"]): Promise<void> {
+async function carryOut(r: Restoration, sums: Receiving["sums"]): Promise<void> {
   const { o, location, chosen, target, outside, data, how, work, moved } = r;
   needOurs(target, o.target.id);
   const { output, release } = await hold(
@@ -9857,7 +9858,7 @@ async function carryOut(r: RestoreDecided, sums: Receiving["sums"]): Promise<voi
 }
 
 /** A restore whose streams arrive in `folder`. `sums`: their SHA-256, by object. */
-type Receiving = RestoreDecided & {
+type Receiving = Restoration & {
   readonly folder: Folder;
   readonly sums: ReadonlyMap<string, string>;
 };
@@ -9880,7 +9881,7 @@ function warnOfParent({ o, report, chosen }: Restore, error: unknown): void {
 }
 
 /** Receives the snapshot from LOCATION; in full where its parent is damaged. */
-async function receiveSnapshot(r: Receiving, data: Data & { way: "receive" }): Promise<void> {
+async function receiveSnapshot(r: Receiving, data: Way & { way: "receive" }): Promise<void> {
   const { o, report, display, location, chosen, target, folder } = r;
   const form = formBetween(location, target, o.sending);
   const end = (level: string) => receiving(folder, chosen.name, level, null, o.btrfsDebug);
@@ -9912,7 +9913,7 @@ async function receiveSnapshot(r: Receiving, data: Data & { way: "receive" }): P
 }
 
 /** Receives stored streams; all of the snapshot's where the first one's parent is damaged. */
-async function receiveStreams(r: Receiving, data: Data & { way: "streams" }): Promise<void> {
+async function receiveStreams(r: Receiving, data: Way & { way: "streams" }): Promise<void> {
   const { store, pieces } = data;
   await receivePieces(r, store, pieces).catch(async (error) => {
     warnOfParent(r, error);
@@ -10007,7 +10008,7 @@ const insteadOf = (location: Folder, store: Store, damaged: Stream) =>
  * Writes the records of a restored subvolume's snapshot folder, in which they are as they were
  * when the snapshot was taken. `backups`: where it came from.
  */
-async function settle(r: RestoreDecided, tree: string, backups: Folder | null): Promise<void> {
+async function settle(r: Restoration, tree: string, backups: Folder | null): Promise<void> {
   const { o, target, outside, chains } = r;
   const folder = await openFolder(o.target, outside?.path ?? join(tree, target.inside ?? ""), {
     prefix: target.prefix,
@@ -10023,7 +10024,7 @@ async function settle(r: RestoreDecided, tree: string, backups: Folder | null): 
 }
 
 /** What the record of a restored snapshot folder must say of its prefix. */
-function recordAfter(r: RestoreDecided, folder: Folder, backups: Folder | null): ChainRecord {
+function recordAfter(r: Restoration, folder: Folder, backups: Folder | null): ChainRecord {
   const { target, outside, chains, chosen } = r;
   const { prefix, standing, record } = folder;
   const own = chains.size > 0;
@@ -10076,7 +10077,7 @@ function ownerOutside(target: Target, { prefix, source }: Folder, outside: Folde
 }
 
 /** Gives names to what was built: there is no way back from here, only one forward. */
-async function giveNames(r: RestoreDecided, release: () => Promise<void>): Promise<void> {
+async function giveNames(r: Restoration, release: () => Promise<void>): Promise<void> {
   const { o, report, location, target, outside, work, kept, moved, replaced, from } = r;
   const to = outside?.path ?? join(target.full, target.inside ?? "");
   const names = moved.map(
@@ -10116,7 +10117,7 @@ function parseFinished(text: string): { to: string; stuck: readonly string[] } {
 }
 
 /** What to say where a restore broke when names had begun to change. */
-async function howFar(r: RestoreDecided, problem: string): Promise<string> {
+async function howFar(r: Restoration, problem: string): Promise<string> {
   const { o, location, target, work, kept } = r;
   const now = await lookAt(o.target, target.path, target.prefix, o.hosts);
   const stands = (name: string) =>
@@ -10161,7 +10162,7 @@ async function finishRestores(location: Readable, path: string, hosts: Hosts): P
   }
 }
 
-function tellWhatIsNext(r: RestoreDecided): void {
+function tellWhatIsNext(r: Restoration): void {
   const { o, chosen, target, kept } = r;
   if (o.dryRun) return log.info("Nothing was changed");
   log.info(`Done: ${o.target.id} is as it was in ${chosen.name}`);
@@ -10170,7 +10171,7 @@ function tellWhatIsNext(r: RestoreDecided): void {
 }
 
 /** Says whose the backups, or the snapshots, are where TARGET is not their source by itself. */
-function tellWhoseBackups(r: RestoreDecided): void {
+function tellWhoseBackups(r: Restoration): void {
   const { o, report, location, chosen, target, moved, replaced, chains } = r;
   const { id, prefix, store, chain } = location;
   const ours = { uuid: "", host: target.hostName, path: target.full };
@@ -10205,7 +10206,7 @@ function tellWhoseBackups(r: RestoreDecided): void {
 }
 
 /** Says where the subvolume is that was replaced, and how to delete it with all that is in it. */
-function tellOfOld({ o, report, target, moved }: RestoreDecided, kept: string, old: string): void {
+function tellOfOld({ o, report, target, moved }: Restoration, kept: string, old: string): void {
   const gone = new Set(moved.map(({ path }) => path));
   const below = target.subvolumes
     .filter(({ path }) => path.startsWith(`${old}/`) && !gone.has(path))
