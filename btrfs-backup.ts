@@ -10005,8 +10005,8 @@ const insteadOf = (location: Folder, store: Store, damaged: Stream) =>
   );
 
 /**
- * Writes the records of a restored subvolume's snapshot folder, in which they are as they were
- * when the snapshot was taken. `backups`: where it came from.
+ * Writes the records of a restored subvolume's snapshot folder: what is there says how it was when
+ * the snapshot was taken. `backups`: where the snapshot came from.
  */
 async function settle(r: Restoration, tree: string, backups: Folder | null): Promise<void> {
   const { o, target, outside, chains } = r;
@@ -10392,7 +10392,7 @@ async function sizesIn(folder: Folder): Promise<[string, number][]> {
   return whole.map(({ uuid, name }) => [uuid, bytes.get(name) as number]);
 }
 
-/** What an inventory is about. `source`: the folder of the first column, if that is a SOURCE's. */
+/** What an inventory is about. `source`: the first column's folder, if it is a SOURCE's. */
 type Inventory = {
   readonly source: Folder | null;
   /** What the source has, and the destinations that it knows. */
