@@ -8999,45 +8999,42 @@ async function pruneSource(
   place.deleted += names.length;
 }
 
-/** Sends backups on, prefix by prefix: what `run` does from a source, with a folder of backups in its place. */
-export async function copy(
-  { prefix, ...o }: Omit<RunOptions, "prefix"> & { readonly prefix: string | null },
-  report: Report,
-): Promise<void> {
-  const first = await openLocation(o.source, { ...o, prefix: prefix ?? "", wait: "look" });
-  const prefixes = prefix === null ? prefixesIn(first.standing) : [prefix];
-  const isSource = (one: string) => isSnapshotFolder(withPrefix(first, one));
-  const isOne = `has snapshots of a source: "btrfs-backup run --no-snapshot" sends these`;
-  if ([first.prefix, ...prefixes].every(isSource)) throw new UsageError(`${o.source.id} ${isOne}`);
+// ── what several of these commands do ──
+
+/** How places are looked at, of any prefix if that is null. */
+type LookOptions = Pick<RunOptions, "hosts" | "snapshotFolder"> & {
+  readonly prefix: string | null;
+};
+
+/** Opens a place without locking it. Errors: those of `openFolder`. */
+const lookAt = (location: Readable, path: string, prefix: string, hosts: Hosts) =>
+  openFolder(location, path, { prefix, wait: "look", hosts });
+
+/** How a command opens the places that it works in: a dry run locks nothing. */
+const openingOf = (
+  { dryRun, wait, hosts }: Pick<RunOptions, "dryRun" | "wait" | "hosts">,
+  prefix: string,
+): Opening => ({ prefix, wait: dryRun ? "look" : wait, hosts });
+
+const tellFailure = (report: Report, id: string | null, message: string) =>
+  report.error(id, new Failure(message));
+
+// ── copy: backups, sent on ──
+
+/** Sends backups on, prefix by prefix, as `run` sends a source's snapshots. */
+export async function copy(o: ReturnType<typeof copyOptions>, report: Report): Promise<void> {
+  const { prefixes, needBackups } = await lookAtBackups(
+    o.source,
+    o,
+    `"btrfs-backup run --no-snapshot" sends these`,
+  );
   if (prefixes.length === 0) throw new Failure(`there are no backups in ${o.source.id}`);
   const options = { ...o, snapshotFolder: "." };
   checkPlaces(options);
-  for (const one of prefixes)
+  for (const prefix of prefixes)
     try {
-      if (isSource(one)) throw new Failure(`the prefix ${JSON.stringify(one)} ${isOne}`);
-      await persistently({ ...options, prefix: one }, report, async (o, report) => {
-        const open = async () => {
-          const folder = await openFolder(o.source, o.source.path, {
-            prefix: one,
-            wait: o.dryRun ? "look" : o.wait,
-            hosts: o.hosts,
-          });
-          // Whose the backups are goes with them, so that their source can go on in the copy.
-          const identity = folder.chain.owner ?? {
-            uuid: `${folder.place.filesystem}${folder.top}`,
-            host: folder.hostName,
-            path: folder.path,
-          };
-          return {
-            ...folder,
-            snapshots: wholeIn(folder),
-            identity,
-            subvolume: folder.path,
-            owned: folder.chain,
-          };
-        };
-        await backUp(open, o, report);
-      });
+      needBackups(prefix);
+      await persistently({ ...options, prefix }, report, copyPrefix);
     } catch (error) {
       if (prefixes.length === 1 || error instanceof UsageError) throw error;
       report.error(o.source.id, error); // the other prefixes can still be copied
@@ -9046,17 +9043,46 @@ export async function copy(
   concludeRun(o, report, null);
 }
 
+async function copyPrefix(o: RunOptions, report: Report): Promise<void> {
+  const open = async () => {
+    const folder = await openFolder(o.source, o.source.path, openingOf(o, o.prefix));
+    const { chain, path, place, top, hostName } = folder;
+    // Whose the backups are goes with them, so that their source can go on in the copy.
+    const uuid = `${place.filesystem}${top}`;
+    const identity = chain.owner ?? { uuid, host: hostName, path };
+    return { ...folder, snapshots: wholeIn(folder), identity, subvolume: path, owned: chain };
+  };
+  await backUp(open, o, report);
+}
+
+/**
+ * Looks at a place of backups. `advice`: what to do with a source's snapshots.
+ * Errors: UsageError where all are a source's; of `needBackups`: Failure where a prefix has such.
+ */
+async function lookAtBackups(location: Readable, o: LookOptions, advice: string) {
+  const first = await openLocation(location, { ...o, prefix: o.prefix ?? "", wait: "look" });
+  const prefixes = o.prefix === null ? prefixesIn(first.standing) : [o.prefix];
+  const isSource = (prefix: string) => isSnapshotFolder(withPrefix(first, prefix));
+  const why = `has snapshots of a source: ${advice}`;
+  if ([first.prefix, ...prefixes].every(isSource)) throw new UsageError(`${location.id} ${why}`);
+  const needBackups = (prefix: string) => {
+    if (isSource(prefix)) throw new Failure(`the prefix ${JSON.stringify(prefix)} ${why}`);
+  };
+  return { first, prefixes, needBackups };
+}
+
+// ── prune: a policy for a place of backups ──
+
 export type PruneOptions = ReturnType<typeof pruneOptions>;
 
 /** Deletes from a place of backups what a policy does not keep, without its source. */
 export async function prune(o: PruneOptions, report: Report): Promise<void> {
-  const first = await openLocation(o.location, { ...o, prefix: o.prefix ?? "", wait: "look" });
-  const prefixes = o.prefix === null ? prefixesIn(first.standing) : [o.prefix];
-  const isSource = (prefix: string) => isSnapshotFolder(withPrefix(first, prefix));
-  const isOne = `has snapshots of a source: "btrfs-backup run --no-snapshot --no-transfer -N …" prunes these`;
-  if ([first.prefix, ...prefixes].every(isSource))
-    throw new UsageError(`${o.location.id} ${isOne}`);
-  // One look for all prefixes; only where something is to be done is one opened once more, and locked.
+  const { first, prefixes, needBackups } = await lookAtBackups(
+    o.location,
+    o,
+    `"btrfs-backup run --no-snapshot --no-transfer -N …" prunes these`,
+  );
+  // One look serves all prefixes. Only one of which something is to be done is opened, and locked.
   const all = prefixes.flatMap((prefix) => withPrefix(first, prefix).snapshots);
   const arriving = arrivals(first, all);
   arriving.catch(() => {});
@@ -9065,16 +9091,12 @@ export async function prune(o: PruneOptions, report: Report): Promise<void> {
     const looked = withPrefix(first, prefix);
     let folder = looked;
     try {
-      if (isSource(prefix)) throw new Failure(`the prefix ${JSON.stringify(prefix)} ${isOne}`);
+      needBackups(prefix);
       // Something may have gone in this moment: then each is asked for by itself.
-      const arrived = await arriving.catch(() => null);
-      let pruning = arrived === null ? null : pruningOf(looked, o, arrived, now);
+      const moments = await arriving.catch(() => null);
+      let pruning = moments && pruningOf(looked, o, moments, now);
       if (pruning === null || !(o.dryRun || pruning.isIdle)) {
-        folder = await openFolder(o.location, o.location.path, {
-          prefix,
-          wait: o.dryRun ? "look" : o.wait,
-          hosts: o.hosts,
-        });
+        folder = await openFolder(o.location, o.location.path, openingOf(o, prefix));
         pruning = pruningOf(folder, o, await arrivals(folder, folder.snapshots), now);
         if (pruning.isNews && !o.dryRun) await writeRecord(folder, pruning.chain);
       }
@@ -9099,6 +9121,29 @@ export async function prune(o: PruneOptions, report: Report): Promise<void> {
   report.event("summary", { ok: !report.failed, deletions });
 }
 
+/** What there is to prune of one prefix. `moments`: by UUID, when they arrived. */
+function pruningOf(
+  folder: Folder,
+  o: PruneOptions,
+  moments: ReadonlyMap<string, number>,
+  now: number,
+) {
+  const destination = pruned(folder, o);
+  const { backups } = destination.standing;
+  const newest = backups.some(({ belated }) => belated) ? { newest: backups.at(-1)?.uuid } : {};
+  const ordered = asReceived(folder, backups, moments);
+  const standing = { ...destination.standing, backups: ordered, ...newest };
+  const known = folder.chain.leaps;
+  const leaps = o.adoptClock ? leapNames([ordered], known) : known;
+  const chain = { ...folder.chain, ...(leaps === undefined ? {} : { leaps }) };
+  const isNews =
+    folder.store === null && folder.record.unreadable === null && !sameRecord(chain, folder.chain);
+  const goes = () =>
+    planDestination([], standing, o.policy, now, leaps).some(({ reasons }) => reasons.length === 0);
+  const isIdle = !isNews && destination.frozen === null && !goes();
+  return { destination, standing, leaps: leaps ?? [], chain, isNews, isIdle };
+}
+
 const NO_SENDING: Sending = {
   level: "",
   recipients: [],
@@ -9110,13 +9155,16 @@ const NO_SENDING: Sending = {
   trust: false,
 };
 
-/** A place of backups without a source: in a store, of all that the newest stream's source calls its own. */
+/**
+ * A place of backups as a destination without a source. In a store, it is about all that the newest
+ * stream's source calls its own.
+ */
 function pruned(folder: Folder, o: PruneOptions): Destination {
   const { store, prefix, id, chain } = folder;
   needRoot(folder, "pruning");
-  const again = () => openFolder(o.location, folder.path, { prefix, wait: "look", hosts: o.hosts });
+  const reopen = () => lookAt(o.location, folder.path, prefix, o.hosts);
   if (store === null)
-    return folderDestination(folder, again, chain, [], {
+    return folderDestination(folder, reopen, chain, [], {
       ...o.deletion,
       btrfsDebug: false,
       sending: NO_SENDING,
@@ -9126,7 +9174,7 @@ function pruned(folder: Folder, o: PruneOptions): Destination {
   return storeDestination(
     folder,
     store,
-    again,
+    reopen,
     standingInStore(store, prefix, lineagesOf(ours, owner, [])),
     owner,
     lockFile(`${id}\n${prefix}`),
@@ -9135,8 +9183,9 @@ function pruned(folder: Folder, o: PruneOptions): Destination {
 }
 
 /**
- * When backups arrived, by UUID, as far as their place tells: whoever may only add backups can give them any name, but not any time. Three
- * processes at most, whatever their number, but for what neither btrfs-progs nor the kernel tells in a list. Errors: Failure.
+ * When backups arrived, by UUID, as far as their place tells: who may only add backups can give
+ * them any name, but not any time. Three processes at most, whatever their number, but for what
+ * neither btrfs-progs nor the kernel tells in a list. Errors: Failure.
  */
 async function arrivals(folder: Folder, entries: readonly Entry[]): Promise<Map<string, number>> {
   const { host, id, store, alone, written } = folder;
@@ -9148,536 +9197,56 @@ async function arrivals(folder: Folder, entries: readonly Entry[]): Promise<Map<
     );
   const place = at(folder);
   const cannot = `${id}: cannot tell when backups were received`;
-  const arrived = new Map<string, number>();
-  const lacking = () => entries.filter(({ uuid }) => !arrived.has(uuid));
+  const moments = new Map<string, number>();
+  const lacking = () => entries.filter(({ uuid }) => !moments.has(uuid));
   // sudo does not pass the time zone on.
   const listed =
     alone || host.sudo ? "" : (await ask(host, MADE, place, cannot)).replace(/\n$/, "");
   for (const [, date, time, uuid = ""] of listedLines(listed, LISTED_MADE))
-    if (date !== undefined) arrived.set(uuid, Date.parse(`${date}T${time}Z`));
+    if (date !== undefined) moments.set(uuid, Date.parse(`${date}T${time}Z`));
   const byName = (some: readonly Entry[]) =>
     new Map(some.map(({ name, uuid }) => [`./${name}`, uuid]));
   const full = byName(lacking().filter(({ parentUuid }) => parentUuid === null));
-  for (const names of chunks([...full.keys()]))
-    for (const [, seconds, name = ""] of (
-      await ask(host, BORN, { ...place, names }, cannot)
-    ).matchAll(/^([1-9]\d*) (.*)$/gm))
-      arrived.set(full.get(name) ?? "", Number(seconds) * 1000);
+  for (const names of chunks([...full.keys()])) {
+    const born = await ask(host, BORN, { ...place, names }, cannot);
+    for (const [, seconds, name = ""] of born.matchAll(/^([1-9]\d*) (.*)$/gm))
+      moments.set(full.get(name) ?? "", Number(seconds) * 1000);
+  }
   const others = byName(lacking());
-  for (const names of chunks([...others.keys()]))
-    for (const [, name = "", date, time, zone] of (
-      await ask(host, RECEIVED, { ...place, names }, cannot)
-    ).matchAll(/^(\.\/.*)\n\s+Creation time:\s+(\S+) (\S+) ([+-]\d{4})$/gm))
-      arrived.set(others.get(name) ?? "", Date.parse(`${date}T${time}${zone}`));
-  return arrived;
+  const created = /^(\.\/.*)\n\s+Creation time:\s+(\S+) (\S+) ([+-]\d{4})$/gm;
+  for (const names of chunks([...others.keys()])) {
+    const shown = await ask(host, RECEIVED, { ...place, names }, cannot);
+    for (const [, name = "", date, time, zone] of shown.matchAll(created))
+      moments.set(others.get(name) ?? "", Date.parse(`${date}T${time}${zone}`));
+  }
+  return moments;
 }
 
-/** Backups in the order of their arrival, dated by it. Errors: Failure for one of which it is not known. */
+/** Backups in the order of their arrival, dated by it. Errors: Failure where it is not known. */
 function asReceived(
-  { id, store }: Pick<Folder, "id" | "store">,
+  { id, store }: Folder,
   backups: readonly Backup[],
-  arrived: ReadonlyMap<string, number>,
+  moments: ReadonlyMap<string, number>,
 ): Backup[] {
   let last = -Infinity;
-  return [...backups]
-    .sort((a, b) => a.id - b.id)
-    .map((backup) => {
-      const received = arrived.get(backup.uuid);
-      if (received === undefined && store?.verbs !== RCLONE)
-        throw new Failure(`${id}: it is not known when ${backup.name} was received`);
-      // The order of arrival is that of IDs, whatever the clock did.
-      return received === undefined
-        ? backup
-        : {
-            ...backup,
-            time: wallClock(new Date(received)),
-            moment: store === null ? (last = Math.max(last, received)) : received,
-          };
-    });
+  const inOrder = [...backups].sort((a, b) => a.id - b.id);
+  return inOrder.map((backup) => {
+    const moment = moments.get(backup.uuid);
+    if (moment === undefined) {
+      if (store?.verbs === RCLONE) return backup;
+      throw new Failure(`${id}: it is not known when ${backup.name} was received`);
+    }
+    // The order of arrival is that of IDs, whatever the clock did.
+    last = store === null ? Math.max(last, moment) : moment;
+    return { ...backup, time: wallClock(new Date(moment)), moment: last };
+  });
 }
 
-/** What there is to prune of one prefix. */
-function pruningOf(
-  folder: Folder,
-  o: PruneOptions,
-  arrived: ReadonlyMap<string, number>,
-  now: number,
-) {
-  const destination = pruned(folder, o);
-  const { backups } = destination.standing;
-  const standing = {
-    ...destination.standing,
-    backups: asReceived(folder, backups, arrived),
-    ...(backups.some(({ belated }) => belated) ? { newest: backups.at(-1)?.uuid } : {}),
-  };
-  const leaps = o.adoptClock
-    ? leapNames([standing.backups], folder.chain.leaps)
-    : folder.chain.leaps;
-  const chain = { ...folder.chain, ...(leaps === undefined ? {} : { leaps }) };
-  const isNews =
-    folder.store === null && folder.record.unreadable === null && !sameRecord(chain, folder.chain);
-  const goes = () =>
-    planDestination([], standing, o.policy, now, leaps).some(({ reasons }) => reasons.length === 0);
-  return {
-    destination,
-    standing,
-    leaps: leaps ?? [],
-    chain,
-    isNews,
-    isIdle: !isNews && destination.frozen === null && !goes(),
-  };
-}
+// ── restore: a subvolume again from a backup ──
 
 export type RestoreOptions = ReturnType<typeof restoreOptions>;
 
-/** The snapshot that is asked for. Errors: Failure telling what there is. */
-function choose(
-  location: Folder,
-  { snapshot, before: until }: Pick<RestoreOptions, "snapshot" | "before">,
-): Snapshot {
-  const whole = wholeIn(location);
-  const stored = location.store?.streams.filter((stream) => stream.stored);
-  // A stored stream that lacks what it builds on is not passed over in silence.
-  const all = stored === undefined ? whole : snapshotsAmong(stored, location.prefix, null);
-  const alike = stored?.filter((stream) => stream.readonly && stream.name === snapshot) ?? [];
-  if (new Set(alike.map(({ receivedUuid }) => receivedUuid)).size > 1)
-    throw new Failure(
-      `${location.id} has several snapshots ${snapshot}; --snapshot takes these names as well: ${alike.map(({ uuid }) => uuid).join(" ")}`,
-    );
-  const named = location.standing.find(
-    (entry) =>
-      entry.name === snapshot && (isSnapshotFolder(location) ? entry.readonly : isComplete(entry)),
-  );
-  const found =
-    snapshot === null
-      ? all.findLast(({ time }) => time <= (until ?? Infinity))
-      : (all.findLast(
-          ({ name, path }) => name === snapshot || (stored !== undefined && path === snapshot),
-        ) ??
-        (named && { ...named, time: 0, moment: 0 }));
-  if (found !== undefined && stored !== undefined && !found.readonly)
-    throw new Failure(
-      `${location.id}: ${found.name} cannot be restored: ${missingFor(found, location)}; ${instead(location, whole)}`,
-    );
-  if (found !== undefined) return found;
-  const range =
-    whole.length === 0
-      ? "nothing complete"
-      : `${count(whole.length, "snapshot")} from ${whole[0]?.name} to ${whole.at(-1)?.name}`;
-  const what =
-    snapshot !== null
-      ? `no complete snapshot ${snapshot}`
-      : until !== null
-        ? `nothing from that time or before`
-        : "nothing to restore";
-  const unsummed = (location.store?.streams.length ?? 0) - (stored?.length ?? 0);
-  const hint =
-    unsummed > 0
-      ? ` (${count(unsummed, "stream")} without a checksum object: --unverified restores what there is)`
-      : location.store === null &&
-          parseStreams(
-            [...location.entries].map((name) => ({ name, bytes: 0 })),
-            true,
-          ).streams.length > 0
-        ? ` (there are stored streams in it: raw${location.host.ssh === null ? "://" : "+"}${location.id})`
-        : location.store === null && location.place.filesystem === null
-          ? " (it is not on btrfs)"
-          : "";
-  throw new Failure(`${location.id}: ${what}; it has ${range}${hint}`);
-}
-
-/** What a stored stream lacks. */
-function missingFor({ uuid }: Subvolume, { store }: Folder): string {
-  const streams = store?.streams ?? [];
-  let lacking = streams.find((stream) => stream.uuid === uuid) as Stream;
-  const seen = new Set([lacking.uuid]);
-  for (
-    let above;
-    (above = streams.find(
-      (stream) => stream.stored && stream.receivedUuid === lacking.from && !seen.has(stream.uuid),
-    )) !== undefined;
-    seen.add(above.uuid)
-  )
-    lacking = above;
-  const half = streams.find((stream) => !stream.stored && stream.receivedUuid === lacking.from);
-  return half !== undefined
-    ? `${half.uuid} has no checksum object`
-    : `the stream that ${lacking.uuid} builds on, ${lacking.from}, is missing`;
-}
-
-/** What to restore where something else cannot be. */
-const instead = (location: Folder, whole: readonly Snapshot[]) =>
-  whole.length === 0
-    ? `nothing else in ${location.id} can be restored`
-    : `the newest that can be restored without it: --snapshot ${shellWord(whole.at(-1)?.name as string)}`;
-
-/** Where a subvolume is restored to: the folder that it will stand in, its name and path there, and what has that name now. */
-type Target = Folder & {
-  readonly name: string;
-  readonly full: string;
-  readonly existing: Subvolume | null;
-  readonly inside: string | null;
-};
-
-/** Looks at TARGET. Errors: Failure saying why it cannot be one, and what to do instead. */
-async function openTarget(o: RestoreOptions, prefix: string): Promise<Target> {
-  const { id, path } = o.target;
-  const parent = await openFolder(o.target, dirname(path), {
-    prefix,
-    wait: "look",
-    hosts: o.hosts,
-  });
-  const name = basename(path);
-  const full = join(parent.path, name);
-  const mount = parent.mounts.findLast((one) => one.path === full);
-  if (mount !== undefined) throw new Failure(mountAdvice(o.words, full, mount));
-  if (!parent.exists) throw new Failure(`no such directory: ${parent.path}`);
-  if (parent.place.filesystem === null) throw new Failure(`${parent.path} is not on btrfs`);
-  needRoot(parent, "restoring");
-  // Under sudo is only btrfs: files of others are in the way.
-  needRoot(
-    { ...parent, alone: parent.host.sudo && parent.user !== "0" },
-    "restoring: --sudo is not enough;",
-  );
-  const existing =
-    parent.subvolumes.find((subvolume) => `/${subvolume.path}` === join(parent.top, name)) ?? null;
-  if (parent.entries.has(name) && existing === null)
-    throw new Failure(`${id} exists, and is not a subvolume`);
-  if (existing !== null && !o.replace)
-    throw new Failure(
-      `${id} exists; --replace gives its name to the restored subvolume, and keeps the old one beside it`,
-    );
-  const below = parent.mounts.find((one) => isWithin(one.path, full));
-  if (below !== undefined)
-    throw new Failure(
-      `${below.path} is a mount point below ${id}, which would be moved away with it: unmount it first`,
-    );
-  const folder = resolve(path, o.snapshotFolder);
-  if (folder === path) throw new UsageError("the snapshot folder cannot be TARGET itself");
-  return {
-    ...parent,
-    name,
-    full,
-    existing,
-    inside: isWithin(folder, path) ? folder.slice(path.length + 1) : null,
-  };
-}
-
-const samePlace = (a: Folder, b: Folder) =>
-  a.hostName === b.hostName && a.place.filesystem === b.place.filesystem && a.top === b.top;
-
-/** The snapshot folder of TARGET where that is not inside it, locked: it may be LOCATION itself. */
-async function openOutside(target: Target, location: Folder, o: RestoreOptions): Promise<Folder> {
-  const opening = { prefix: location.prefix, wait: "look" as const, hosts: o.hosts };
-  const check = (folder: Folder) => {
-    if (folder.place.filesystem !== target.place.filesystem)
-      throw new UsageError(
-        `the snapshot folder ${folder.path} is not on the filesystem of ${o.target.id}`,
-      );
-    const known = dataFinder(wholeIn(location));
-    const claimed = claim(
-      { uuid: "", host: target.hostName, path: target.full },
-      folder.chain,
-      folder.snapshots,
-      folder.snapshots.filter((s) => known(s)),
-      false,
-    );
-    if (!claimed.accepted) throw new Failure(`${folder.path}: ${claimed.why}`);
-  };
-  // Not by another host's word.
-  const isLocation = (folder: Folder) =>
-    sameHost(folder.host, location.host) && samePlace(folder, location);
-  const path = resolve(o.target.path, o.snapshotFolder);
-  const seen = await openChecked(
-    o.target,
-    path,
-    opening,
-    (folder) => void (isLocation(folder) || check(folder)),
-  );
-  if (isLocation(seen)) return location;
-  return o.dryRun ? seen : openChecked(o.target, path, { ...opening, wait: o.wait }, check);
-}
-
-/** What FINISH printed: where the snapshots are to be, and what could not move there. Errors: Failure for any other shape. */
-function parseFinished(printed: string): { to: string; stuck: readonly string[] } {
-  const [to = "", stuck = "", end, ...rest] = printed.split("\n");
-  if (end !== "end" || rest.join() !== "")
-    throw new Failure(`cannot read what was printed of a restore's end: ${printed}`);
-  return { to, stuck: stuck.split("/").filter(Boolean) };
-}
-
-/** What to say where a restore broke when names had begun to change. */
-async function howFar(
-  target: Target,
-  work: string,
-  before: string,
-  left: string,
-  problem: string,
-  o: RestoreOptions,
-): Promise<string> {
-  const now = await openFolder(o.target, target.path, {
-    prefix: target.prefix,
-    wait: "look",
-    hosts: o.hosts,
-  });
-  const stands = (name: string) =>
-    now.subvolumes.some(({ path }) => `/${path}` === join(now.top, name));
-  if (stands(`${work}/tree`) || !stands(target.name))
-    return `${problem} (${now.entries.has(work) ? "the next run or restore goes on with it" : "nothing was changed"})`;
-  return `it is restored, but not all of its snapshots have moved from ${before === "" ? left : join(target.path, before)}; the next run or restore moves them: ${problem}`;
-}
-
-/** Goes on with restores to a path that were interrupted when names had begun to change. Errors: Failure, Busy. */
-async function finishRestores(location: Readable, path: string, hosts: Hosts): Promise<void> {
-  const opening = { prefix: "", wait: "look" as const, hosts };
-  const folder = await openFolder(location, dirname(path), opening);
-  for (const work of leftoversOf(basename(path), folder).keys()) {
-    const finished = await whileCleaning(() =>
-      ask(
-        folder.host,
-        FINISH,
-        { ...at(folder), work, how: "" },
-        `cannot finish what an interrupted restore of ${path} began`,
-      ),
-    );
-    if (finished === "") continue;
-    const { to, stuck } = parseFinished(finished);
-    log.info(`Finished the restore of ${path} that was interrupted`);
-    if (stuck.length > 0)
-      throw new Failure(
-        `${path} is restored, but these snapshots could not move to ${to}: ${stuck.join(" ")}`,
-      );
-    // What was replaced by its copy on the way has another UUID.
-    const moved = await openFolder(location, to, opening);
-    const uuids = new Map<string, string>(moved.standing.map(({ name, uuid }) => [name, uuid]));
-    for (const [prefix, chain] of moved.record.chains) {
-      const destinations = (chain.destinations ?? []).map((known) =>
-        known.pin === null || moved.subvolumes.some(({ uuid }) => uuid === known.pin?.uuid)
-          ? known
-          : { ...known, pin: { ...known.pin, uuid: uuids.get(known.pin.name) ?? known.pin.uuid } },
-      );
-      if (chain.destinations !== undefined && !sameRecord(chain, { ...chain, destinations }))
-        await writeRecord({ ...moved, prefix }, { ...chain, destinations });
-    }
-  }
-}
-
-/** Removes what interrupted restores to TARGET left; `only`: of those one directory. Errors: Busy while it is still at work. */
-async function clearLeftovers(
-  target: Target,
-  only: string | null,
-  o: RestoreOptions,
-): Promise<void> {
-  const now =
-    only === null
-      ? target
-      : await openFolder(o.target, target.path, {
-          prefix: target.prefix,
-          wait: "look",
-          hosts: o.hosts,
-        });
-  for (const [name, paths] of leftoversOf(target.name, now)) {
-    if (only !== null && name !== only) continue;
-    if (only === null)
-      log.info(
-        `${o.dryRun ? "Would remove" : "Removing"} what an interrupted restore left: ${join(target.path, name)}`,
-      );
-    const idOf = new Map(now.subvolumes.map(({ path, id }) => [`/${path}`, id]));
-    const ids = paths.flatMap((path) => idOf.get(join(now.top, name, path)) ?? []).join(" ");
-    if (!o.dryRun)
-      await ask(
-        target.host,
-        CLEAR,
-        { ...at(target), work: name, ids, paths },
-        `cannot remove ${join(target.path, name)}, which an interrupted restore left`,
-      );
-  }
-}
-
-/** The mount that TARGET is seen through, and the path below it of what has a path from the filesystem's top level. */
-function throughMount(target: Target): { mount: Mount; through: (top: string) => string } {
-  const { mount } = placeOn(target.mounts, target.path);
-  return {
-    mount,
-    through: (top) => join(mount.path, top.slice(mount.root.length === 1 ? 0 : mount.root.length)),
-  };
-}
-
-/** Whether a location is on the filesystem of TARGET, here: another host's word for being this one would let it choose what is moved here. */
-const isHere = (location: Folder, target: Target) =>
-  sameHost(location.host, target.host) &&
-  location.hostName === target.hostName &&
-  location.place.filesystem === target.place.filesystem;
-
-/** What a receive of LOCATION's could build on where it is restored; `edited`: the UUIDs of what it could not, since it may have been changed. Errors: Failure. */
-type Ground = { readonly there: readonly Subvolume[]; readonly edited: ReadonlySet<string> };
-async function groundOf(
-  location: Folder,
-  target: Target,
-  outside: Folder | null,
-  asked: Folder | null,
-  o: RestoreOptions,
-): Promise<Ground> {
-  const { mount, through } = throughMount(target);
-  const folders =
-    asked !== null
-      ? [asked.top]
-      : [target.top, outside?.top ?? join(target.top, target.name, target.inside ?? "")];
-  const there = target.subvolumes.filter(
-    ({ path, readonly }) =>
-      readonly && folders.includes(dirname(`/${path}`)) && isWithin(`/${path}`, mount.root),
-  );
-  const edited = new Set<string>();
-  const held = dataFinder(location.standing);
-  const taken = isHere(location, target)
-    ? []
-    : there.filter(
-        (one) =>
-          held(one) !== undefined && changedSince(one, { ctransids: new Map() }, {}) === undefined,
-      );
-  for (const [directory, some] of groupBy(taken, ({ path }) => dirname(`/${path}`))) {
-    const folder = await openFolder(o.target, through(directory), {
-      prefix: location.prefix,
-      wait: "look",
-      hosts: o.hosts,
-    });
-    const inquiry = inquiryInto(folder);
-    await learn(
-      inquiry,
-      some.map((one) => ({ ...one, name: basename(one.path) as EntryName, moment: null })),
-      [],
-    );
-    const cleared =
-      folder.chain.destinations?.find((known) => known.location === location.id)?.cleared ?? {};
-    for (const one of some) if (changedSince(one, inquiry, cleared)) edited.add(one.uuid);
-  }
-  if (edited.size > 0)
-    log.info(
-      `${o.target.id}: ${count(edited.size, "snapshot")} there may have been edited, and nothing is built on ${edited.size === 1 ? "it" : "them"}; "btrfs-backup verify" tells, and clears`,
-    );
-  return { there: there.filter(({ uuid }) => !edited.has(uuid)), edited };
-}
-
-/** Decides what is there already, what is sent, and what moves. Errors: Failure or UsageError for what cannot be done, before anything is changed. */
-function decideRestore(
-  location: Folder,
-  chosen: Snapshot,
-  target: Target,
-  outside: Folder | null,
-  { there, edited }: Ground,
-  fitness: Fitness,
-  o: RestoreOptions,
-) {
-  const { mount, through } = throughMount(target);
-  const here = isHere(location, target);
-  const own = here && isSnapshotFolder(location);
-  // NAME, where its own data has that name already.
-  const standing =
-    outside?.standing.find(({ name, readonly }) => name === chosen.name && readonly) ?? null;
-  const named =
-    standing !== null &&
-    (standing.uuid === chosen.uuid || dataFinder([standing])(chosen) !== undefined);
-  const stands = named && !edited.has(standing.uuid);
-  if (!named && (outside?.entries.has(chosen.name) ?? false))
-    throw new Failure(`${outside?.path} has something else by the name of ${chosen.name}`);
-  const { present, parent, why }: RestorePlan = stands
-    ? { present: standing, parent: null }
-    : here
-      ? { present: chosen, parent: null }
-      : planRestore(chosen, wholeIn(location), there, fitness);
-  const pieces =
-    location.store === null || present !== null
-      ? []
-      : planPieces(chainOf(chosen as Entry as Stream, byUuid(location.store.streams)), there);
-  const origin =
-    present === null
-      ? ""
-      : stands
-        ? join((outside as Folder).path, chosen.name)
-        : here
-          ? join(location.path, chosen.name)
-          : through(`/${present.path}`);
-  const replaced = target.existing !== null && isWithin(location.top, `/${target.existing.path}`);
-  if (here && !own && replaced)
-    throw new UsageError(
-      `${location.id} is inside of ${o.target.id}, which would be moved away with the backups`,
-    );
-  const chains = new Map(own ? location.record.chains : []);
-  if (own)
-    chains.set(location.prefix, { ...location.chain, destinations: knownDestinations(location) });
-  const pins = new Set(
-    [...chains.values()].flatMap(({ destinations = [] }) =>
-      destinations.map(({ pin }) => pin?.uuid),
-    ),
-  );
-  const every = location.standing.filter(
-    ({ name, readonly }) => readonly && prefixOf(name) !== null && !name.includes("\n"),
-  );
-  const moved =
-    !own || outside === location
-      ? []
-      : replaced
-        ? every
-        : every.filter(({ uuid }) => pins.has(uuid) || (pins.size > 0 && uuid === chosen.uuid));
-  const how =
-    named || moved.some(({ uuid }) => uuid === chosen.uuid) ? "none" : here ? "plain" : "keep";
-  const from = replaced
-    ? join(target.full, location.top.slice(`/${target.existing?.path}`.length))
-    : through(location.top);
-  const movable =
-    replaced ||
-    (isWithin(location.top, mount.root) && placeOn(target.mounts, from).top === location.top);
-  if (
-    moved.length > 0 &&
-    (!movable || (outside !== null && placeOn(target.mounts, outside.path).mount !== mount))
-  )
-    throw new Failure(
-      `the snapshots of ${location.id} can only move to ${o.target.id} below one mount point: mount the top level (subvolid=5), and restore there`,
-    );
-  if (replaced && target.existing?.readonly && moved.length > 0)
-    throw new Failure(
-      `${o.target.id} is read-only, so its snapshots cannot move: btrfs property set -ts ${quote(target.full)} ro false`,
-    );
-  const cleared = [...leftoversOf(target.name, target).keys()].map(
-    (leftover) => `${join(target.top, leftover)}/`,
-  );
-  const twins =
-    how === "keep"
-      ? target.subvolumes.filter(
-          ({ path, readonly, receivedUuid }) =>
-            readonly &&
-            receivedUuid === dataOf(chosen) &&
-            !cleared.some((leftover) => `/${path}`.startsWith(leftover)),
-        )
-      : [];
-  const now = stamp(new Date());
-  const [work, before] = [
-    `${target.name}.restoring-${now}`,
-    target.existing === null ? "" : `${target.name}.before-${now}`,
-  ];
-  // A source's own snapshots, and backups on this filesystem, are no destination to be remembered.
-  const came = here || isSnapshotFolder(location) ? null : location;
-  return {
-    present,
-    parent,
-    why,
-    pieces,
-    origin,
-    how,
-    moved,
-    from,
-    to: outside?.path ?? join(target.full, target.inside ?? ""),
-    chains,
-    came,
-    away: own && !replaced,
-    left: replaced ? join(target.path, before) : location.path,
-    twins,
-    work,
-    before,
-  };
-}
-
-/** Makes TARGET a writable subvolume with a backup's contents, and lets its next runs go on from there. */
+/** Makes TARGET a writable subvolume with a backup's contents, from which its next runs go on. */
 export async function restore(o: RestoreOptions, report: Report): Promise<void> {
   for (;;)
     try {
@@ -9698,229 +9267,25 @@ async function restoreOnce(o: RestoreOptions, report: Report): Promise<void> {
     const target = await openTarget(o, location.prefix);
     const outside = target.inside === null ? await openOutside(target, location, o) : null;
     if (outside !== null && outside !== location) opened.push(outside);
-    const asked =
-      o.parentFrom === null
-        ? null
-        : await openFolder(
-            { ...o.target, id: o.parentFrom },
-            o.target.host === null ? resolve(o.parentFrom) : o.parentFrom,
-            { prefix: location.prefix, wait: "look", hosts: o.hosts },
-          );
-    if (asked !== null && asked.place.filesystem !== target.place.filesystem)
-      throw new UsageError(
-        `--parent-from ${o.parentFrom} is not on the filesystem of ${o.target.id}`,
-      );
-
+    const parents = await openParents(target, o);
     if (location.store === null) compressionBetween(location, target, o.sending.level);
-    const ground = await groundOf(location, target, outside, asked, o);
-    const inquiry = inquiryInto(location);
-    const fitness =
-      location.store !== null
-        ? ANY
-        : judge(inquiry, { cleared: {}, refused: new Map() }, () => true);
-    const decide = () => decideRestore(location, chosen, target, outside, ground, fitness, o);
-    let decided = decide();
-    for (
-      ;
-      decided.parent !== null && fitness.unfit(decided.parent, chosen) === undefined;
-      decided = decide()
-    )
-      await learn(
-        inquiry,
-        changedSince(decided.parent, inquiry, {}) === undefined ? [decided.parent] : [],
-        [{ parent: decided.parent, snapshot: chosen }],
-      );
-    const {
-      present,
-      parent,
-      why,
-      pieces,
-      origin,
-      how,
-      moved,
-      from,
-      to,
-      chains,
-      came,
-      away,
-      left,
-      twins,
-      work,
-      before,
-    } = decided;
-    if (twins.length > 0)
-      report.warning(
-        `${o.target.id}: ${chosen.name} stands twice on its filesystem then, which can confuse "btrfs receive"; keep one of it and ${twins.map(({ path }) => path).join(", ")}`,
-      );
-    if (asked !== null && present === null && parent === null)
-      report.warning(`--parent-from ${o.parentFrom}: nothing there is shared with ${location.id}`);
-    for (const prefix of o.dryRun ? [] : prefixesIn(moved))
+    const opening = { o, report, display, location, chosen, target, outside, parents };
+    const plan = await decideRestore(opening);
+    warnAhead(plan);
+    for (const prefix of o.dryRun ? [] : prefixesIn(plan.moved))
       if (prefix !== location.prefix)
-        opened.push(
-          await openFolder(o.location, location.path, { prefix, wait: o.wait, hosts: o.hosts }),
-        );
-    const sums =
-      location.store === null
-        ? new Map<string, string>()
-        : await readyPieces(location, location.store, pieces, target, o);
-    await clearLeftovers(target, null, o);
-    const sent =
-      pieces.length > 0
-        ? `${count(pieces.length, "stream")}, ${inBytes(pieces.reduce((sum, { bytes }) => sum + bytes, 0))}`
-        : `${parent !== null ? `difference to ${parent.name}` : "in full"}${why === undefined ? "" : `: ${why}`}`;
-    log.info(
-      `${o.dryRun ? "Would restore" : "Restoring"} ${chosen.name} from ${location.id} to ${o.target.id} (${present !== null ? "reflinked, nothing is sent" : sent})`,
-    );
-    if (moved.length > 0)
-      log.info(
-        `${o.dryRun ? "Would move" : "Moving"} ${count(moved.length, "snapshot")} from ${location.path}, so that every destination goes on from ${o.target.id}`,
-      );
-    if (!o.dryRun) {
-      needOurs(target, o.target.id);
-      const begun = hold(
-        target.host,
-        RESTORING,
-        { ...at(target), work, end: `${work} end`, silence: silence(target.host) },
-        `${work} end`,
-        o.target.id,
-      );
-      const { output, release } = await begun.catch((error: Error) => {
-        throw error instanceof Taken ? new SameSecond(error.message) : error;
-      });
-      try {
-        const holder = output.split("\n")[0] as string;
-        const folder = {
-          ...target,
-          path: join(target.path, work),
-          holder,
-          host: behindFence(plainHost(target.host), { ...target, holder }),
-        };
-        const discard = async (name: string) =>
-          void (await ask(
-            target.host,
-            DISCARD,
-            { ...at(folder), prefix: folder.prefix, name, ...NO_RECORD },
-            `cannot remove what was received of ${name}`,
-          ));
-        // What is built on can be damaged; then nothing is.
-        const without = (error: unknown) => {
-          if (!(error instanceof BadParent)) throw error;
-          report.warning(
-            `${o.target.id}: ${error.message}; what it was to build on there ${DAMAGED} (see "btrfs-backup verify"): ${chosen.name} is received in full`,
-          );
-        };
-        if (location.store !== null) {
-          const { store } = location;
-          await receivePieces(location, store, pieces, sums, folder, display, o, report).catch(
-            async (error) => {
-              without(error);
-              await discard(pieces[0]?.name as string);
-              const all = chainOf(chosen as Entry as Stream, byUuid(store.streams));
-              await receivePieces(
-                location,
-                store,
-                all,
-                await readyPieces(location, store, all, target, o),
-                folder,
-                display,
-                o,
-                report,
-              );
-            },
-          );
-        } else if (present === null) {
-          const form = formBetween(location, target, o.sending);
-          const end = (level: string) => receiving(folder, chosen.name, level, null, o.btrfsDebug);
-          const receive = async (source: Folder, transfer: Transfer) => ({
-            stages: mustBeChecked(source, folder, o.sending)
-              ? checked(folder, form.level, expected(source, transfer), end)
-              : [end(form.level)],
-          });
-          const receiver = {
-            id: o.target.id,
-            form: () => form,
-            receive,
-            discard,
-            tidy: async () => {},
-          };
-          const receiveAs = async (parent: Snapshot | null) => {
-            const sent = await transferTo(
-              receiver,
-              location,
-              { snapshot: chosen, parent },
-              display,
-            );
-            report.event("transfer", {
-              destination: o.target.id,
-              name: chosen.name,
-              parent: parent?.name ?? null,
-              ...sent,
-            });
-          };
-          await receiveAs(parent).catch(async (error) => {
-            if (parent === null) throw error;
-            without(error);
-            await receiveAs(null);
-          });
-        }
-        await ask(
-          target.host,
-          BUILD,
-          {
-            ...at(target),
-            work,
-            origin,
-            target: outside?.path ?? target.inside ?? "",
-            name: chosen.name,
-            how,
-          },
-          `cannot build ${o.target.id}`,
-        );
-        await settle(target, join(target.path, work, "tree"), outside, chains, chosen, came, o);
-        // From here on there is no way back, only one forward.
-        checkInterruption();
-        const names = moved.flatMap(({ name, receivedUuid }) => [
-          receivedUuid === null ? "move" : "copy",
-          name,
-        ]);
-        const told = [from, to, before === "" ? "new" : "old", ...names, "end", ""].join("\n");
-        const finished = await whileCleaning(() =>
-          ask(
-            target.host,
-            FINISH,
-            { ...at(target), work, how: "begin" },
-            `cannot finish ${o.target.id}`,
-            told,
-          ),
-        ).catch(async (error) => {
-          throw new Failure(await howFar(target, work, before, left, (error as Error).message, o));
-        });
-        await release();
-        const { stuck } = parseFinished(finished);
-        if (stuck.length > 0)
-          report.error(
-            o.target.id,
-            new Failure(
-              `it is restored, but these snapshots could not move from ${left}: ${stuck.join(" ")}`,
-            ),
-          );
-        if (moved.some(({ receivedUuid }) => receivedUuid !== null))
-          await settle(target, target.full, outside, chains, chosen, null, o);
-      } catch (error) {
-        await release();
-        await whileCleaning(() => clearLeftovers(target, work, o)).catch((problem: Error) =>
-          log.warn(`${problem.message} (the next restore to ${o.target.id} will)`),
-        );
-        throw error;
-      }
-    }
+        opened.push(await openFolder(o.location, location.path, openingOf(o, prefix)));
+    const sums = await readyPieces(plan, plan.data.way === "streams" ? plan.data.pieces : []);
+    await clearLeftovers(plan, null);
+    tellPlan(plan);
+    if (!o.dryRun) await carryOut(plan, sums);
     report.event("restore", {
       location: location.id,
       name: chosen.name,
       target: o.target.id,
-      before: before === "" ? null : join(target.path, before),
+      before: plan.kept,
     });
-    tellWhatIsNext(target, location, chosen, before, moved, away, o, report);
+    tellWhatIsNext(plan);
   } finally {
     await whileCleaning(async () => {
       for (const folder of opened) await folder.close();
@@ -9929,14 +9294,450 @@ async function restoreOnce(o: RestoreOptions, report: Report): Promise<void> {
   report.event("summary", { ok: !report.failed });
 }
 
-/** Makes sure that every piece can be read before the first byte moves, and returns their checksums. Errors: Failure naming what is missing. */
-async function readyPieces(
+/** A restore that was asked for, with its places opened. */
+type Restore = {
+  readonly o: RestoreOptions;
+  readonly report: Report;
+  readonly display: Display;
+  readonly location: Folder;
+  readonly chosen: Snapshot;
+  readonly target: Target;
+  /** TARGET's snapshot folder where it is outside of TARGET; it may be LOCATION itself. */
+  readonly outside: Folder | null;
+  /** The folder of --parent-from. */
+  readonly parents: Folder | null;
+};
+
+/** How the data get to TARGET. `parent`: a snapshot that is on both sides. */
+type Way =
+  /** `origin`, the path of a subvolume on TARGET's filesystem, has them. */
+  | { readonly way: "reflink"; readonly origin: string }
+  /** LOCATION sends a stream. */
+  | ({ readonly way: "receive" } & Pick<Transfer, "parent" | "why">)
+  /** Stored streams are received, one on top of the other. */
+  | {
+      readonly way: "streams";
+      readonly store: Store;
+      readonly pieces: readonly Stream[];
+      readonly parent: Snapshot | null;
+    };
+
+/** What moves to TARGET: some of a source's own snapshots, where it is restored from these. */
+type Moves = {
+  readonly moved: readonly Entry[];
+  /** LOCATION is inside of the subvolume that TARGET replaces. */
+  readonly replaced: boolean;
+  /** LOCATION's path when TARGET has its name. */
+  readonly from: string;
+  /** By prefix, the source's records; none where LOCATION has no source's own snapshots. */
+  readonly chains: ReadonlyMap<string, ChainRecord>;
+};
+
+/** A restore of which all is decided. */
+type Restoration = Restore &
+  Moves & {
+    readonly data: Way;
+    /** How the snapshot gets into TARGET's snapshot folder: see BUILD. */
+    readonly how: "none" | "plain" | "keep";
+    /** The name of the directory beside TARGET where TARGET is built. */
+    readonly work: string;
+    /** Where the subvolume goes that TARGET replaces. */
+    readonly kept: string | null;
+  };
+
+/** The snapshot that is asked for. Errors: Failure telling what there is. */
+function choose(
   location: Folder,
-  { verbs }: Store,
+  { snapshot, before: until }: Pick<RestoreOptions, "snapshot" | "before">,
+): Snapshot {
+  const { id, store, prefix } = location;
+  const whole = wholeIn(location);
+  const stored = store?.streams.filter((one) => one.stored);
+  // A stored stream that lacks what it builds on is not passed over in silence.
+  const all = stored === undefined ? whole : snapshotsAmong(stored, prefix, null);
+  const alike = stored?.filter((one) => one.readonly && one.name === snapshot) ?? [];
+  if (new Set(alike.map(({ receivedUuid }) => receivedUuid)).size > 1)
+    throw new Failure(
+      `${id} has several snapshots ${snapshot}; --snapshot takes these names as well: ${alike.map(({ uuid }) => uuid).join(" ")}`,
+    );
+  const found =
+    snapshot === null
+      ? all.findLast(({ time }) => time <= (until ?? Infinity))
+      : snapshotNamed(snapshot, all, location);
+  if (found === undefined) {
+    const lacking = snapshot === null ? "nothing to restore" : `no complete snapshot ${snapshot}`;
+    const what = until === null ? lacking : "nothing from that time or before";
+    const range =
+      whole.length === 0
+        ? "nothing complete"
+        : `${count(whole.length, "snapshot")} from ${whole[0]?.name} to ${whole.at(-1)?.name}`;
+    throw new Failure(`${id}: ${what}; it has ${range}${hintFor(location)}`);
+  }
+  if (stored !== undefined && !found.readonly)
+    throw new Failure(
+      `${id}: ${found.name} cannot be restored: ${missingFor(found, location)}; ${instead(location, whole)}`,
+    );
+  return found;
+}
+
+/** A snapshot by its name, or a stored stream by its own; also one without a time in its name. */
+function snapshotNamed(
+  wanted: string,
+  all: readonly Snapshot[],
+  location: Folder,
+): Snapshot | undefined {
+  const isWhole = isSnapshotFolder(location) ? (one: Entry) => one.readonly : isComplete;
+  const named = location.standing.find((entry) => entry.name === wanted && isWhole(entry));
+  return (
+    all.findLast(
+      ({ name, path }) => name === wanted || (location.store !== null && path === wanted),
+    ) ??
+    (named && { ...named, time: 0, moment: 0 })
+  );
+}
+
+/** Why a location may have less than its user expects. */
+function hintFor({ store, entries, host, id, place }: Folder): string {
+  if (store !== null) {
+    const unsummed = store.streams.filter(({ stored }) => !stored).length;
+    return unsummed === 0
+      ? ""
+      : ` (${count(unsummed, "stream")} without a checksum object: --unverified restores what there is)`;
+  }
+  const files = [...entries].map((name) => ({ name, bytes: 0 }));
+  if (parseStreams(files, true).streams.length > 0)
+    return ` (there are stored streams in it: raw${host.ssh === null ? "://" : "+"}${id})`;
+  return place.filesystem === null ? " (it is not on btrfs)" : "";
+}
+
+/** What a stored stream lacks. */
+function missingFor({ uuid }: Subvolume, { store }: Folder): string {
+  const streams = store?.streams ?? [];
+  let lacking = streams.find((one) => one.uuid === uuid) as Stream;
+  const seen = new Set([lacking.uuid]);
+  const parent = () =>
+    streams.find((one) => one.stored && one.receivedUuid === lacking.from && !seen.has(one.uuid));
+  for (let above; (above = parent()) !== undefined; seen.add(above.uuid)) lacking = above;
+  const half = streams.find((one) => !one.stored && one.receivedUuid === lacking.from);
+  return half !== undefined
+    ? `${half.uuid} has no checksum object`
+    : `the stream that ${lacking.uuid} builds on, ${lacking.from}, is missing`;
+}
+
+/** What to restore where something else cannot be. */
+const instead = ({ id }: Folder, whole: readonly Snapshot[]) =>
+  whole.length === 0
+    ? `nothing else in ${id} can be restored`
+    : `the newest that can be restored without it: --snapshot ${shellWord(whole.at(-1)?.name as string)}`;
+
+/** Where a subvolume is restored to: the folder that it will stand in. */
+type Target = Folder & {
+  /** TARGET's name and path. */
+  readonly name: string;
+  readonly full: string;
+  /** The subvolume that has the name now. */
+  readonly existing: Subvolume | null;
+  /** The path of TARGET's snapshot folder below TARGET; null where it is elsewhere. */
+  readonly inside: string | null;
+};
+
+/** Looks at TARGET. Errors: Failure saying why it cannot be one, and what to do instead. */
+async function openTarget(o: RestoreOptions, prefix: string): Promise<Target> {
+  const { id, path } = o.target;
+  const parent = await lookAt(o.target, dirname(path), prefix, o.hosts);
+  const name = basename(path);
+  const full = join(parent.path, name);
+  const mount = parent.mounts.findLast((one) => one.path === full);
+  if (mount !== undefined) throw new Failure(mountAdvice(o.words, full, mount));
+  if (!parent.exists) throw new Failure(`no such directory: ${parent.path}`);
+  if (parent.place.filesystem === null) throw new Failure(`${parent.path} is not on btrfs`);
+  needRoot(parent, "restoring");
+  // Only btrfs runs under sudo: files of others are in the way.
+  const alone = parent.host.sudo && parent.user !== "0";
+  needRoot({ ...parent, alone }, "restoring: --sudo is not enough;");
+  const isTarget = (subvolume: Subvolume) => `/${subvolume.path}` === join(parent.top, name);
+  const existing = parent.subvolumes.find(isTarget) ?? null;
+  if (parent.entries.has(name) && existing === null)
+    throw new Failure(`${id} exists, and is not a subvolume`);
+  if (existing !== null && !o.replace)
+    throw new Failure(
+      `${id} exists; --replace gives its name to the restored subvolume, and keeps the old one beside it`,
+    );
+  const below = parent.mounts.find((one) => isWithin(one.path, full));
+  if (below !== undefined)
+    throw new Failure(
+      `${below.path} is a mount point below ${id}, which would be moved away with it: unmount it first`,
+    );
+  const folder = resolve(path, o.snapshotFolder);
+  if (folder === path) throw new UsageError("the snapshot folder cannot be TARGET itself");
+  const inside = isWithin(folder, path) ? folder.slice(path.length + 1) : null;
+  return { ...parent, name, full, existing, inside };
+}
+
+const samePlace = (a: Folder, b: Folder) =>
+  a.hostName === b.hostName && a.place.filesystem === b.place.filesystem && a.top === b.top;
+
+/** TARGET's snapshot folder where it is outside of TARGET, locked: it may be LOCATION itself. */
+async function openOutside(target: Target, location: Folder, o: RestoreOptions): Promise<Folder> {
+  const opening = openingOf({ ...o, dryRun: true }, location.prefix);
+  const check = (folder: Folder) => {
+    if (folder.place.filesystem !== target.place.filesystem)
+      throw new UsageError(
+        `the snapshot folder ${folder.path} is not on the filesystem of ${o.target.id}`,
+      );
+    const known = dataFinder(wholeIn(location));
+    const claimed = claim(
+      { uuid: "", host: target.hostName, path: target.full },
+      folder.chain,
+      folder.snapshots,
+      folder.snapshots.filter((s) => known(s)),
+      false,
+    );
+    if (!claimed.accepted) throw new Failure(`${folder.path}: ${claimed.why}`);
+  };
+  // Another host's word does not count.
+  const isLocation = (folder: Folder) =>
+    sameHost(folder.host, location.host) && samePlace(folder, location);
+  const path = resolve(o.target.path, o.snapshotFolder);
+  const seen = await openChecked(o.target, path, opening, (folder) => {
+    if (!isLocation(folder)) check(folder);
+  });
+  if (isLocation(seen)) return location;
+  return o.dryRun ? seen : openChecked(o.target, path, { ...opening, wait: o.wait }, check);
+}
+
+/** Looks at the folder of --parent-from. Errors: UsageError where it is on another filesystem. */
+async function openParents(target: Target, o: RestoreOptions): Promise<Folder | null> {
+  const { parentFrom: id } = o;
+  if (id === null) return null;
+  const path = o.target.host === null ? resolve(id) : id;
+  const folder = await lookAt({ ...o.target, id }, path, target.prefix, o.hosts);
+  if (folder.place.filesystem !== target.place.filesystem)
+    throw new UsageError(`--parent-from ${id} is not on the filesystem of ${o.target.id}`);
+  return folder;
+}
+
+/** The mount that TARGET is seen through, and the path below it of one from the top level. */
+function throughMount(target: Target): { mount: Mount; through: (top: string) => string } {
+  const { mount } = placeOn(target.mounts, target.path);
+  const length = mount.root === "/" ? 0 : mount.root.length;
+  return { mount, through: (top) => join(mount.path, top.slice(length)) };
+}
+
+/**
+ * Whether a location is on the filesystem of TARGET, here. Another host could say that it is this
+ * one, and would choose what is moved here.
+ */
+const isHere = (location: Folder, target: Target) =>
+  sameHost(location.host, target.host) &&
+  location.hostName === target.hostName &&
+  location.place.filesystem === target.place.filesystem;
+
+/**
+ * Decides what is there already, what is sent, and what moves.
+ * Errors: Failure or UsageError for what cannot be done, before anything is changed.
+ */
+async function decideRestore(r: Restore): Promise<Restoration> {
+  const { location, chosen, target } = r;
+  const ground = await groundOf(r);
+  const standing = standingOutside(r);
+  const moves = decideMoves(r);
+  const data = await decideWay(r, ground, standing);
+  const comes = standing !== null || moves.moved.some(({ uuid }) => uuid === chosen.uuid);
+  const made = isHere(location, target) ? "plain" : "keep";
+  const now = stamp(new Date());
+  return {
+    ...r,
+    ...moves,
+    data,
+    how: comes ? "none" : made,
+    work: `${target.name}.restoring-${now}`,
+    kept: target.existing && join(target.path, `${target.name}.before-${now}`),
+  };
+}
+
+/**
+ * What a receive could build on where it is restored. `edited`: the UUIDs of the subvolumes that
+ * it cannot build on, since they may have been changed.
+ */
+type Ground = { readonly there: readonly Subvolume[]; readonly edited: ReadonlySet<string> };
+
+async function groundOf(r: Restore): Promise<Ground> {
+  const { o, location, target, outside, parents } = r;
+  const { mount } = throughMount(target);
+  const folder = outside?.top ?? join(target.top, target.name, target.inside ?? "");
+  const folders = parents !== null ? [parents.top] : [target.top, folder];
+  const there = target.subvolumes.filter(
+    ({ path, readonly }) =>
+      readonly && folders.includes(dirname(`/${path}`)) && isWithin(`/${path}`, mount.root),
+  );
+  const edited = isHere(location, target) ? new Set<string>() : await editedAmong(there, r);
+  if (edited.size > 0)
+    log.info(
+      `${o.target.id}: ${count(edited.size, "snapshot")} there may have been edited, and nothing is built on ${edited.size === 1 ? "it" : "them"}; "btrfs-backup verify" tells, and clears`,
+    );
+  return { there: there.filter(({ uuid }) => !edited.has(uuid)), edited };
+}
+
+/** The UUIDs of subvolumes that hold data of LOCATION's, and may have been edited since. */
+async function editedAmong(
+  there: readonly Subvolume[],
+  { o, location, target }: Restore,
+): Promise<Set<string>> {
+  const edited = new Set<string>();
+  const held = dataFinder(location.standing);
+  const doubtful = there.filter(
+    (one) =>
+      held(one) !== undefined && changedSince(one, { ctransids: new Map() }, {}) === undefined,
+  );
+  for (const [directory, some] of groupBy(doubtful, ({ path }) => dirname(`/${path}`))) {
+    const path = throughMount(target).through(directory);
+    const folder = await lookAt(o.target, path, location.prefix, o.hosts);
+    const inquiry = inquiryInto(folder);
+    await learn(
+      inquiry,
+      some.map((one) => ({ ...one, name: basename(one.path) as EntryName, moment: null })),
+      [],
+    );
+    const known = folder.chain.destinations?.find((one) => one.location === location.id);
+    for (const one of some)
+      if (changedSince(one, inquiry, known?.cleared ?? {})) edited.add(one.uuid);
+  }
+  return edited;
+}
+
+/** The chosen snapshot where it stands outside. Errors: Failure where other data has its name. */
+function standingOutside({ chosen, outside }: Restore): Entry | null {
+  const found = outside?.standing.find(({ name, readonly }) => name === chosen.name && readonly);
+  if (found && (found.uuid === chosen.uuid || dataFinder([found])(chosen))) return found;
+  if (outside?.entries.has(chosen.name))
+    throw new Failure(`${outside.path} has something else by the name of ${chosen.name}`);
+  return null;
+}
+
+/** Decides what moves to TARGET. Errors: Failure or UsageError where it cannot. */
+function decideMoves(r: Restore): Moves {
+  const { o, location, target, outside } = r;
+  const here = isHere(location, target);
+  const own = here && isSnapshotFolder(location);
+  const old = target.existing && `/${target.existing.path}`;
+  const replaced = old !== null && isWithin(location.top, old);
+  if (here && !own && replaced)
+    throw new UsageError(
+      `${location.id} is inside of ${o.target.id}, which would be moved away with the backups`,
+    );
+  const from = replaced
+    ? join(target.full, location.top.slice(old.length))
+    : throughMount(target).through(location.top);
+  if (!own) return { moved: [], replaced, from, chains: new Map() };
+  const chains = new Map(location.record.chains).set(location.prefix, {
+    ...location.chain,
+    destinations: knownDestinations(location),
+  });
+  const moved = outside === location ? [] : movedOf(r, replaced, chains);
+  const moves = { moved, replaced, from, chains };
+  if (moved.length > 0) checkMoves(r, moves);
+  return moves;
+}
+
+/** All snapshots of a LOCATION that is replaced; else the pins, and with them the chosen one. */
+function movedOf(
+  { location, chosen }: Restore,
+  replaced: boolean,
+  chains: Moves["chains"],
+): readonly Entry[] {
+  const all = location.standing.filter(({ name, readonly }) => readonly && prefixOf(name) !== null);
+  if (replaced) return all;
+  const known = [...chains.values()].flatMap(({ destinations = [] }) => destinations);
+  const pins = new Set(known.map(({ pin }) => pin?.uuid));
+  return all.filter(({ uuid }) => pins.has(uuid) || (pins.size > 0 && uuid === chosen.uuid));
+}
+
+/** Errors: Failure where snapshots cannot move to TARGET. */
+function checkMoves({ o, location, target, outside }: Restore, { replaced, from }: Moves): void {
+  const { mount } = throughMount(target);
+  const isSeen =
+    replaced ||
+    (isWithin(location.top, mount.root) && placeOn(target.mounts, from).top === location.top);
+  if (!isSeen || (outside !== null && placeOn(target.mounts, outside.path).mount !== mount))
+    throw new Failure(
+      `the snapshots of ${location.id} can only move to ${o.target.id} below one mount point: mount the top level (subvolid=5), and restore there`,
+    );
+  if (replaced && target.existing?.readonly)
+    throw new Failure(
+      `${o.target.id} is read-only, so its snapshots cannot move: btrfs property set -ts ${quote(target.full)} ro false`,
+    );
+}
+
+/** Decides how the data come, and asks about each parent in question before. */
+async function decideWay(r: Restore, ground: Ground, standing: Entry | null): Promise<Way> {
+  const { location, chosen } = r;
+  const inquiry = inquiryInto(location);
+  const fitness =
+    location.store !== null ? ANY : judge(inquiry, { cleared: {}, refused: new Map() }, () => true);
+  for (;;) {
+    const data = wayFrom(r, ground, standing, fitness);
+    if (data.way !== "receive" || data.parent === null) return data;
+    const { parent } = data;
+    if (fitness.unfit(parent, chosen) !== undefined) return data;
+    await learn(inquiry, changedSince(parent, inquiry, {}) === undefined ? [parent] : [], [
+      { parent, snapshot: chosen },
+    ]);
+  }
+}
+
+/** How the data come, by what is known of the parents. */
+function wayFrom(
+  { location, chosen, target, outside }: Restore,
+  { there, edited }: Ground,
+  standing: Entry | null,
+  fitness: Fitness,
+): Way {
+  const { store } = location;
+  const reflink = (origin: string): Way => ({ way: "reflink", origin });
+  if (standing !== null && !edited.has(standing.uuid))
+    return reflink(join((outside as Folder).path, chosen.name));
+  if (isHere(location, target)) return reflink(join(location.path, chosen.name));
+  const { present, parent, why } = planRestore(chosen, wholeIn(location), there, fitness);
+  if (present !== null) return reflink(throughMount(target).through(`/${present.path}`));
+  if (store === null) return { way: "receive", parent, why };
+  return { way: "streams", store, pieces: planPieces(piecesOf(chosen, store), there), parent };
+}
+
+/** All streams that a stored snapshot consists of, the full one first. */
+const piecesOf = (stored: Entry, { streams }: Store) => chainOf(stored as Stream, byUuid(streams));
+
+const bytesOf = (streams: readonly Stream[]) => streams.reduce((sum, { bytes }) => sum + bytes, 0);
+
+/** Warns of what the user may not expect of a restore. */
+function warnAhead(r: Restoration): void {
+  const { o, report, location, chosen, target, parents, data, how } = r;
+  const left = [...leftoversOf(target.name, target).keys()].map(
+    (name) => `${join(target.top, name)}/`,
+  );
+  const twins = target.subvolumes.filter(
+    ({ path, readonly, receivedUuid }) =>
+      readonly &&
+      receivedUuid === dataOf(chosen) &&
+      !left.some((leftover) => `/${path}`.startsWith(leftover)),
+  );
+  if (how === "keep" && twins.length > 0)
+    report.warning(
+      `${o.target.id}: ${chosen.name} stands twice on its filesystem then, which can confuse "btrfs receive"; keep one of it and ${twins.map(({ path }) => path).join(", ")}`,
+    );
+  if (parents !== null && data.way !== "reflink" && data.parent === null)
+    report.warning(`--parent-from ${o.parentFrom}: nothing there is shared with ${location.id}`);
+}
+
+/**
+ * Makes sure that every piece can be read before the first byte moves, and returns their checksums.
+ * Errors: Failure naming what is missing.
+ */
+async function readyPieces(
+  { o, location, target }: Restore,
   pieces: readonly Stream[],
-  target: Target,
-  o: RestoreOptions,
 ): Promise<Map<string, string>> {
+  if (location.store === null) return new Map();
   if (o.sending.level !== "")
     throw new UsageError("--compress: a stored stream travels as it was stored");
   if (pieces.some(({ encrypted }) => encrypted) && which.sync("gpg", { nothrow: true }) === null)
@@ -9949,80 +9750,199 @@ async function readyPieces(
     throw new Failure(
       `${location.id}: ${unsummed.uuid} has no checksum object; --unverified restores without`,
     );
-  return readSums(location, verbs, pieces);
+  return readSums(location, location.store, pieces);
 }
 
 /** The checksum objects of streams. */
 async function readSums(
   location: Folder,
-  verbs: StoreVerbs,
+  { verbs }: Store,
   streams: readonly Stream[],
 ): Promise<Map<string, string>> {
   const texts: string[] = [];
-  for (const some of chunks(streams.map(({ uuid }) => uuid + SUM)))
+  for (const objects of chunks(streams.map(({ uuid }) => uuid + SUM)))
     texts.push(
       await ask(
         location.host,
         verbs.get,
-        { ...at(location), how: "", holder: "", objects: some },
+        { ...at(location), how: "", holder: "", objects },
         `${location.id}: cannot read checksum objects`,
       ),
     );
   return parseSums(texts.join(""));
 }
 
+/**
+ * Removes what interrupted restores to TARGET left; `only`: of those one directory.
+ * Errors: Busy while such a restore is still at work.
+ */
+async function clearLeftovers({ o, target }: Restore, only: string | null): Promise<void> {
+  const now = only === null ? target : await lookAt(o.target, target.path, target.prefix, o.hosts);
+  for (const [name, paths] of leftoversOf(target.name, now)) {
+    if (only !== null && name !== only) continue;
+    const full = join(target.path, name);
+    if (only === null)
+      log.info(
+        `${o.dryRun ? "Would remove" : "Removing"} what an interrupted restore left: ${full}`,
+      );
+    const idOf = new Map(now.subvolumes.map(({ path, id }) => [`/${path}`, id]));
+    const ids = paths.flatMap((path) => idOf.get(join(now.top, name, path)) ?? []).join(" ");
+    if (!o.dryRun)
+      await ask(
+        target.host,
+        CLEAR,
+        { ...at(target), work: name, ids, paths },
+        `cannot remove ${full}, which an interrupted restore left`,
+      );
+  }
+}
+
+function tellPlan({ o, location, chosen, data, moved }: Restoration): void {
+  log.info(
+    `${o.dryRun ? "Would restore" : "Restoring"} ${chosen.name} from ${location.id} to ${o.target.id} (${wayInWords(data)})`,
+  );
+  if (moved.length > 0)
+    log.info(
+      `${o.dryRun ? "Would move" : "Moving"} ${count(moved.length, "snapshot")} from ${location.path}, so that every destination goes on from ${o.target.id}`,
+    );
+}
+
+function wayInWords(data: Way): string {
+  if (data.way === "reflink") return "reflinked, nothing is sent";
+  if (data.way === "streams")
+    return `${count(data.pieces.length, "stream")}, ${inBytes(bytesOf(data.pieces))}`;
+  const { parent, why } = data;
+  return `${parent === null ? "in full" : `difference to ${parent.name}`}${why === undefined ? "" : `: ${why}`}`;
+}
+
+/** Builds TARGET in a directory beside it, and gives it its name. Errors: SameSecond, Failure. */
+async function carryOut(r: Restoration, sums: Receiving["sums"]): Promise<void> {
+  const { o, location, chosen, target, outside, data, how, work, moved } = r;
+  needOurs(target, o.target.id);
+  const { output, release } = await hold(
+    target.host,
+    RESTORING,
+    { ...at(target), work, end: `${work} end`, silence: silence(target.host) },
+    `${work} end`,
+    o.target.id,
+  ).catch((error: Error) => {
+    throw error instanceof Taken ? new SameSecond(error.message) : error;
+  });
+  try {
+    const holder = output.split("\n")[0] as string;
+    const host = behindFence(plainHost(target.host), { ...target, holder });
+    const folder = { ...target, path: join(target.path, work), holder, host };
+    const arriving = { ...r, folder, sums };
+    if (data.way === "receive") await receiveSnapshot(arriving, data);
+    if (data.way === "streams") await receiveStreams(arriving, data);
+    const built = {
+      origin: data.way === "reflink" ? data.origin : "",
+      target: outside?.path ?? target.inside ?? "",
+      name: chosen.name,
+      how,
+    };
+    await ask(target.host, BUILD, { ...at(target), work, ...built }, `cannot build ${o.target.id}`);
+    // A source's own snapshots, and backups on this filesystem, are no destination to remember.
+    const came = isHere(location, target) || isSnapshotFolder(location) ? null : location;
+    await settle(r, join(target.path, work, "tree"), came);
+    checkInterruption();
+    await giveNames(r, release);
+    if (moved.some(({ receivedUuid }) => receivedUuid !== null)) await settle(r, target.full, null);
+  } catch (error) {
+    await release();
+    await whileCleaning(() => clearLeftovers(r, work)).catch((problem: Error) =>
+      log.warn(`${problem.message} (the next restore to ${o.target.id} will)`),
+    );
+    throw error;
+  }
+}
+
+/** A restore whose streams arrive in `folder`. `sums`: their SHA-256, by object. */
+type Receiving = Restoration & {
+  readonly folder: Folder;
+  readonly sums: ReadonlyMap<string, string>;
+};
+
+async function discardReceived({ target, folder }: Receiving, name: string): Promise<void> {
+  await ask(
+    target.host,
+    DISCARD,
+    { ...at(folder), prefix: folder.prefix, name, ...NO_RECORD },
+    `cannot remove what was received of ${name}`,
+  );
+}
+
+/** Warns of a damaged parent, on which nothing is built then. Errors: any other error. */
+function warnOfParent({ o, report, chosen }: Restore, error: unknown): void {
+  if (!(error instanceof BadParent)) throw error;
+  report.warning(
+    `${o.target.id}: ${error.message}; what it was to build on there ${DAMAGED} (see "btrfs-backup verify"): ${chosen.name} is received in full`,
+  );
+}
+
+/** Receives the snapshot from LOCATION; in full where its parent is damaged. */
+async function receiveSnapshot(r: Receiving, data: Way & { way: "receive" }): Promise<void> {
+  const { o, report, display, location, chosen, target, folder } = r;
+  const form = formBetween(location, target, o.sending);
+  const end = (level: string) => receiving(folder, chosen.name, level, null, o.btrfsDebug);
+  const receiver = {
+    id: o.target.id,
+    form: () => form,
+    receive: async (source: Folder, transfer: Transfer) => ({
+      stages: mustBeChecked(source, folder, o.sending)
+        ? checked(folder, form.level, expected(source, transfer), end)
+        : [end(form.level)],
+    }),
+    discard: (name: string) => discardReceived(r, name),
+    tidy: async () => {},
+  };
+  const receive = async (parent: Snapshot | null) => {
+    const sent = await transferTo(receiver, location, { snapshot: chosen, parent }, display);
+    report.event("transfer", {
+      destination: o.target.id,
+      name: chosen.name,
+      parent: parent?.name ?? null,
+      ...sent,
+    });
+  };
+  await receive(data.parent).catch(async (error) => {
+    if (data.parent === null) throw error;
+    warnOfParent(r, error);
+    await receive(null);
+  });
+}
+
+/** Receives stored streams; all of the snapshot's where the first one's parent is damaged. */
+async function receiveStreams(r: Receiving, data: Way & { way: "streams" }): Promise<void> {
+  const { store, pieces } = data;
+  await receivePieces(r, store, pieces).catch(async (error) => {
+    warnOfParent(r, error);
+    await discardReceived(r, pieces[0]?.name as string);
+    const all = piecesOf(r.chosen, store);
+    await receivePieces({ ...r, sums: await readyPieces(r, all) }, store, all);
+  });
+}
+
 /** How many subvolumes that others were received on top of stand in the way at most. */
 const BELOW = 16;
 
-/** Receives stored streams, one on top of the other, and removes each when the next stands on it. Errors: Failure naming a piece that is damaged, and what can be restored without it. */
-async function receivePieces(
-  location: Folder,
-  { verbs, streams }: Store,
-  pieces: readonly Stream[],
-  sums: ReadonlyMap<string, string>,
-  work: Folder,
-  display: Display,
-  o: RestoreOptions,
-  report: Report,
-): Promise<void> {
-  const all = byUuid(streams);
-  const without = ({ uuid }: Stream) =>
-    instead(
-      location,
-      wholeIn(location).filter(
-        (one) => !chainOf(one as Entry as Stream, all).some((piece) => piece.uuid === uuid),
-      ),
-    );
+/**
+ * Receives stored streams, one on top of the other. Each is removed when the next stands on it.
+ * Errors: Failure naming a piece that is damaged, and what can be restored without it.
+ */
+async function receivePieces(r: Receiving, store: Store, pieces: readonly Stream[]): Promise<void> {
+  const { o, report, location, folder, sums } = r;
+  const all = byUuid(store.streams);
   const below: Stream[] = [];
   for (const [i, piece] of pieces.entries()) {
-    const { uuid: object, name, bytes: size, compressed, encrypted } = piece;
-    const fetch = staged(
-      "reading",
-      location.host,
-      verbs.get,
-      { ...at(location), how: "", holder: holderOf(location), objects: [object] },
-      { sends: true },
-    );
-    const decrypt = encrypted ? [{ label: "gpg", command: `${GPG} --decrypt` }] : [];
-    const end = (level: string) => receiving(work, name, level, null, o.btrfsDebug);
-    const level = compressed ? "1" : "";
-    const received = o.sending.trust
-      ? [end(level)]
-      : checked(work, level, { name, uuid: piece.receivedUuid as string, parent: piece.from }, end);
-    if (o.sending.trust) log.info(`${object} is received as it is, by --trust-stream`);
+    const { uuid: object, name } = piece;
+    const stages = stagesOf(r, store, piece, `${i + 1}/${pieces.length} ${name}`);
     const began = Date.now();
-    log.debug(`Receiving ${object}`);
-    const { summed } = await pipeline([
-      fetch,
-      ...meter(`${i + 1}/${pieces.length} ${name}`, display, o.sending.rate, size),
-      relaying({ sum: true }),
-      ...decrypt,
-      ...received,
-    ]).catch((error: Error) => {
+    const { summed } = await pipeline(stages).catch((error: Error) => {
       if (error instanceof BadParent && i === 0 && piece.parentUuid !== null) throw error;
       if (error instanceof Failure && !(error instanceof NoSpace))
         throw new Failure(
-          `${location.id}: ${object}: ${error.message}. If it is damaged: ${without(piece)}`,
+          `${location.id}: ${object}: ${error.message}. If it is damaged: ${insteadOf(location, store, piece)}`,
         );
       throw error;
     });
@@ -10030,7 +9950,7 @@ async function receivePieces(
     const right = sums.get(object);
     if (!o.unverified && sum !== right)
       throw new Failure(
-        `${location.id}: ${object} is damaged: it has the SHA-256 ${sum}, and should have ${right ?? "one"}; ${without(piece)}`,
+        `${location.id}: ${object} is damaged: it has the SHA-256 ${sum}, and should have ${right ?? "one"}; ${insteadOf(location, store, piece)}`,
       );
     report.event("transfer", {
       destination: o.target.id,
@@ -10041,158 +9961,299 @@ async function receivePieces(
     });
     // What the next one stands on goes, a few at a time, unless that is much.
     if (i > 0) below.push(pieces[i - 1] as Stream);
-    if (
-      piece !== pieces.at(-1) &&
-      below.length < BELOW &&
-      below.reduce((sum, { bytes }) => sum + bytes, 0) < SMALL.all
-    )
-      continue;
-    await deleteFrom(
-      work,
-      below.splice(0).map(({ name }) => ({ name, id: null })),
-      { convertRw: false, sync: false },
-    );
+    const isMuch = below.length >= BELOW || bytesOf(below) >= SMALL.all;
+    if (piece !== pieces.at(-1) && !isMuch) continue;
+    const going = below.splice(0).map((one) => ({ name: one.name, id: null }));
+    await deleteFrom(folder, going, { convertRw: false, sync: false });
   }
 }
 
+function stagesOf(r: Receiving, { verbs }: Store, piece: Stream, label: string): Stage[] {
+  const { o, location, folder, display } = r;
+  const { uuid: object, name, bytes, compressed, encrypted } = piece;
+  const fetch = fetching(location, verbs, object);
+  const decrypt = encrypted ? [{ label: "gpg", command: `${GPG} --decrypt` }] : [];
+  const end = (level: string) => receiving(folder, name, level, null, o.btrfsDebug);
+  const level = compressed ? "1" : "";
+  const received = o.sending.trust ? [end(level)] : checked(folder, level, expectedOf(piece), end);
+  if (o.sending.trust) log.info(`${object} is received as it is, by --trust-stream`);
+  log.debug(`Receiving ${object}`);
+  return [
+    fetch,
+    ...meter(label, display, o.sending.rate, bytes),
+    relaying({ sum: true }),
+    ...decrypt,
+    ...received,
+  ];
+}
+
+const fetching = (folder: Folder, verbs: StoreVerbs, object: string) =>
+  staged(
+    "reading",
+    folder.host,
+    verbs.get,
+    { ...at(folder), how: "", holder: holderOf(folder), objects: [object] },
+    { sends: true },
+  );
+
+const insteadOf = (location: Folder, store: Store, damaged: Stream) =>
+  instead(
+    location,
+    wholeIn(location).filter(
+      (one) => !piecesOf(one, store).some(({ uuid }) => uuid === damaged.uuid),
+    ),
+  );
+
 /**
- * Writes what the record of a restored subvolume's snapshot folder must say: what it said when the snapshot was
- * taken is outdated. `live`: what is said of the source's own snapshots that move; `backups`: where it came from.
+ * Writes the records of a restored subvolume's snapshot folder: what is there says how it was when
+ * the snapshot was taken. `backups`: where the snapshot came from.
  */
-async function settle(
-  target: Target,
-  tree: string,
-  outside: Folder | null,
-  live: ReadonlyMap<string, ChainRecord>,
-  chosen: Snapshot,
-  backups: Folder | null,
-  o: RestoreOptions,
-): Promise<void> {
-  const own = live.size > 0;
+async function settle(r: Restoration, tree: string, backups: Folder | null): Promise<void> {
+  const { o, target, outside, chains } = r;
   const folder = await openFolder(o.target, outside?.path ?? join(tree, target.inside ?? ""), {
     prefix: target.prefix,
     wait: "look",
     hosts: o.hosts,
     source: tree,
   });
-  const snapshot = folder.standing.find(({ name }) => name === chosen.name);
-  const uuids = new Map(folder.standing.map(({ name, uuid }) => [name, uuid]));
-  for (const prefix of new Set([...(own ? live : folder.record.chains).keys(), folder.prefix])) {
-    const { owner: _, ...chain } = { ...folder.record.chains.get(prefix), ...live.get(prefix) };
-    const previous = outside?.record.chains.get(prefix)?.owner;
-    const elsewhere =
-      previous !== undefined &&
-      previous.path !== target.full &&
-      target.subvolumes.some(({ uuid }) => uuid === previous.uuid);
-    const came =
-      backups !== null && snapshot && prefix === folder.prefix
-        ? {
-            id: backups.id,
-            filesystem: backups.place.filesystem,
-            pin: { name: snapshot.name, uuid: snapshot.uuid },
-          }
-        : null;
-    // A snapshot that was replaced by its copy on the way has another UUID.
-    const recorded = (chain.destinations ?? []).map((known) => ({
-      ...known,
-      pin:
-        known.pin && own
-          ? { ...known.pin, uuid: uuids.get(known.pin.name as EntryName) ?? known.pin.uuid }
-          : known.pin,
-    }));
-    const destinations = restoredDestinations(
-      recorded,
-      (uuid) => own || [...uuids.values()].includes(uuid),
-      came,
-    );
-    const owner =
-      outside === null
-        ? {}
-        : elsewhere
-          ? { owner: previous }
-          : {
-              owner: { uuid: folder.source?.uuid ?? "", host: target.hostName, path: target.full },
-            };
-    // What a backup brings along says where it was kept: on another host, or in a store, others can have written it.
-    const doubted =
-      !own &&
-      (backups === null || backups.host.ssh !== null || backups.store !== null || !backups.trusted);
-    await writeRecord(
-      { ...folder, prefix },
-      {
-        ...chain,
-        ...owner,
-        destinations,
-        ...(doubted && recorded.length > 0 ? { guarded: true as const } : {}),
-      },
-    );
+  const recorded = chains.size > 0 ? chains : folder.record.chains;
+  for (const prefix of new Set([...recorded.keys(), folder.prefix])) {
+    const restored = { ...folder, prefix };
+    await writeRecord(restored, recordAfter(r, restored, backups));
   }
 }
 
-/** Says what a restore leaves to its user. */
-function tellWhatIsNext(
-  target: Target,
-  location: Folder,
-  chosen: Snapshot,
-  before: string,
-  moved: readonly Entry[],
-  away: boolean,
-  o: RestoreOptions,
-  report: Report,
-): void {
+/** What the record of a restored snapshot folder must say of its prefix. */
+function recordAfter(r: Restoration, folder: Folder, backups: Folder | null): ChainRecord {
+  const { target, outside, chains, chosen } = r;
+  const { prefix, standing, record } = folder;
+  const own = chains.size > 0;
+  const { owner: _, ...chain } = { ...record.chains.get(prefix), ...chains.get(prefix) };
+  const snapshot = standing.find(({ name }) => name === chosen.name);
+  const came =
+    backups !== null && snapshot !== undefined && prefix === target.prefix
+      ? {
+          id: backups.id,
+          filesystem: backups.place.filesystem,
+          pin: { name: snapshot.name, uuid: snapshot.uuid },
+        }
+      : null;
+  const known = (chain.destinations ?? []).map((one) => (own ? withPinIn(one, standing) : one));
+  const destinations = restoredDestinations(
+    known,
+    (uuid) => own || standing.some((one) => one.uuid === uuid),
+    came,
+  );
+  // A backup brings along a record, which others can have written on another host, or in a store.
+  const doubted =
+    !own &&
+    (backups === null || backups.host.ssh !== null || backups.store !== null || !backups.trusted);
+  return {
+    ...chain,
+    ...(outside === null ? {} : { owner: ownerOutside(target, folder, outside) }),
+    destinations,
+    ...(doubted && known.length > 0 ? { guarded: true as const } : {}),
+  };
+}
+
+/** A destination whose pin may have been replaced by its copy, which has another UUID. */
+function withPinIn(known: KnownDestination, standing: readonly Entry[]): KnownDestination {
+  const { pin } = known;
+  if (pin === null) return known;
+  const found = standing.find(({ name }) => name === pin.name);
+  return { ...known, pin: { ...pin, uuid: found?.uuid ?? pin.uuid } };
+}
+
+/** Whose a chain outside of TARGET is: TARGET's, unless its owner stands elsewhere. */
+function ownerOutside(target: Target, { prefix, source }: Folder, outside: Folder): Identity {
+  const owner = outside.record.chains.get(prefix)?.owner;
+  const isElsewhere =
+    owner !== undefined &&
+    owner.path !== target.full &&
+    target.subvolumes.some(({ uuid }) => uuid === owner.uuid);
+  return isElsewhere
+    ? owner
+    : { uuid: source?.uuid ?? "", host: target.hostName, path: target.full };
+}
+
+/** Gives names to what was built: there is no way back from here, only one forward. */
+async function giveNames(r: Restoration, release: () => Promise<void>): Promise<void> {
+  const { o, report, location, target, outside, work, kept, moved, replaced, from } = r;
+  const to = outside?.path ?? join(target.full, target.inside ?? "");
+  const names = moved.map(
+    ({ name, receivedUuid }) => `${receivedUuid === null ? "move" : "copy"}\n${name}`,
+  );
+  const lines = [from, to, kept === null ? "new" : "old", ...names, "end", ""].join("\n");
+  const finished = await whileCleaning(() =>
+    ask(
+      target.host,
+      FINISH,
+      { ...at(target), work, how: "begin" },
+      `cannot finish ${o.target.id}`,
+      lines,
+    ),
+  ).catch(async (error: Error) => {
+    throw new Failure(await howFar(r, error.message));
+  });
+  await release();
+  const { stuck } = parseFinished(finished);
+  if (stuck.length > 0)
+    tellFailure(
+      report,
+      o.target.id,
+      `it is restored, but these snapshots could not move from ${replaced ? kept : location.path}: ${stuck.join(" ")}`,
+    );
+}
+
+/**
+ * What FINISH printed: where the snapshots are to be, and what could not move there.
+ * Errors: Failure for any other shape.
+ */
+function parseFinished(text: string): { to: string; stuck: readonly string[] } {
+  const [to = "", stuck = "", end, ...rest] = text.split("\n");
+  if (end !== "end" || rest.join() !== "")
+    throw new Failure(`cannot read what was printed of a restore's end: ${text}`);
+  return { to, stuck: stuck.split("/").filter(Boolean) };
+}
+
+/** What to say where a restore broke when names had begun to change. */
+async function howFar(r: Restoration, problem: string): Promise<string> {
+  const { o, location, target, work, kept } = r;
+  const now = await lookAt(o.target, target.path, target.prefix, o.hosts);
+  const stands = (name: string) =>
+    now.subvolumes.some(({ path }) => `/${path}` === join(now.top, name));
+  if (stands(`${work}/tree`) || !stands(target.name))
+    return `${problem} (${now.entries.has(work) ? "the next run or restore goes on with it" : "nothing was changed"})`;
+  return `it is restored, but not all of its snapshots have moved from ${kept ?? location.path}; the next run or restore moves them: ${problem}`;
+}
+
+/**
+ * Goes on with restores to a path that were interrupted when names had begun to change.
+ * Errors: Failure, Busy.
+ */
+async function finishRestores(location: Readable, path: string, hosts: Hosts): Promise<void> {
+  const folder = await lookAt(location, dirname(path), "", hosts);
+  for (const work of leftoversOf(basename(path), folder).keys()) {
+    const finished = await whileCleaning(() =>
+      ask(
+        folder.host,
+        FINISH,
+        { ...at(folder), work, how: "" },
+        `cannot finish what an interrupted restore of ${path} began`,
+      ),
+    );
+    if (finished === "") continue;
+    const { to, stuck } = parseFinished(finished);
+    log.info(`Finished the restore of ${path} that was interrupted`);
+    if (stuck.length > 0)
+      throw new Failure(
+        `${path} is restored, but these snapshots could not move to ${to}: ${stuck.join(" ")}`,
+      );
+    const moved = await lookAt(location, to, "", hosts);
+    const stands = ({ pin }: KnownDestination) =>
+      moved.subvolumes.some(({ uuid }) => uuid === pin?.uuid);
+    for (const [prefix, chain] of moved.record.chains) {
+      const destinations = (chain.destinations ?? []).map((known) =>
+        stands(known) ? known : withPinIn(known, moved.standing),
+      );
+      if (chain.destinations !== undefined && !sameRecord(chain, { ...chain, destinations }))
+        await writeRecord({ ...moved, prefix }, { ...chain, destinations });
+    }
+  }
+}
+
+function tellWhatIsNext(r: Restoration): void {
+  const { o, chosen, target, kept } = r;
   if (o.dryRun) return log.info("Nothing was changed");
   log.info(`Done: ${o.target.id} is as it was in ${chosen.name}`);
-  const p = o.snapshotFolder === "snapshot" ? [] : ["-f", o.snapshotFolder];
-  const again = [
+  tellWhoseBackups(r);
+  if (kept !== null && target.existing !== null) tellOfOld(r, kept, target.existing.path);
+}
+
+/** Says whose the backups, or the snapshots, are where TARGET is not their source by itself. */
+function tellWhoseBackups(r: Restoration): void {
+  const { o, report, location, chosen, target, moved, replaced, chains } = r;
+  const { id, prefix, store, chain } = location;
+  const ours = { uuid: "", host: target.hostName, path: target.full };
+  const from = `${ours.host}:${ours.path}`;
+  const command = [
     "btrfs-backup",
     "--adopt",
-    ...(location.prefix === "" ? [] : ["-p", location.prefix]),
-    ...p,
+    ...(prefix === "" ? [] : ["-p", prefix]),
+    ...(o.snapshotFolder === "snapshot" ? [] : ["-f", o.snapshotFolder]),
     o.target.id,
-  ]
-    .map(shellWord)
-    .join(" ");
-  const { owner } = location.chain;
-  const stored = location.store?.streams.find(({ uuid }) => uuid === chosen.uuid)?.owner.place;
-  if (
-    stored !== undefined &&
-    stored !== ownerOf({ uuid: "", host: target.hostName, path: target.full }).place
-  )
+  ];
+  const adopt = command.map(shellWord).join(" ");
+  const adopting = `If that shall be their source from now on: ${adopt} ${shellWord(id)}`;
+  const place = store?.streams.find(({ uuid }) => uuid === chosen.uuid)?.owner.place;
+  if (place !== undefined && place !== ownerOf(ours).place)
     log.info(
-      `The streams in ${location.id} were stored from another host or path: a run from ${target.hostName}:${target.full} is refused. If that shall be their source from now on: ${again} ${shellWord(location.id)}`,
+      `The streams in ${id} were stored from another host or path: a run from ${from} is refused. ${adopting}`,
     );
-  if (away && moved.length > 0)
-    report.warning(
-      `${location.path} has no longer what its destinations share with it: they go on from ${o.target.id}, once it has the path of their source or by "${again} DEST…"`,
-    );
-  else if (
-    !away &&
-    !isSnapshotFolder(location) &&
-    location.place.filesystem !== target.place.filesystem &&
-    owner !== undefined &&
-    (owner.host !== target.hostName || owner.path !== target.full)
-  )
+  if (chains.size > 0 && !replaced) {
+    if (moved.length > 0)
+      report.warning(
+        `${location.path} has no longer what its destinations share with it: they go on from ${o.target.id}, once it has the path of their source or by "${adopt} DEST…"`,
+      );
+    return;
+  }
+  const { owner } = chain;
+  if (isSnapshotFolder(location) || location.place.filesystem === target.place.filesystem) return;
+  if (owner !== undefined && (owner.host !== ours.host || owner.path !== ours.path))
     log.info(
-      `The backups in ${location.id} belong to ${owner.host}:${owner.path}: a run goes on from there, but is refused from ${target.hostName}:${target.full}. If that shall be their source from now on: ${again} ${shellWord(location.id)}`,
+      `The backups in ${id} belong to ${owner.host}:${owner.path}: a run goes on from there, but is refused from ${from}. ${adopting}`,
     );
-  if (before === "" || target.existing === null) return;
+}
+
+/** Says where the subvolume is that was replaced, and how to delete it with all that is in it. */
+function tellOfOld({ o, report, target, moved }: Restoration, kept: string, old: string): void {
   const gone = new Set(moved.map(({ path }) => path));
-  const old = target.existing.path;
-  const nested = target.subvolumes
+  const below = target.subvolumes
     .filter(({ path }) => path.startsWith(`${old}/`) && !gone.has(path))
     .map(({ path }) => path.slice(old.length));
-  const kept = join(target.path, before);
   const words =
-    nested.length <= 3
-      ? nested.map((path) => quote(kept + path))
-      : [...new Set(nested.map((path) => `${quote(kept + dirname(path))}/*`))];
-  if (nested.length > 0)
+    below.length <= 3
+      ? below.map((path) => quote(kept + path))
+      : [...new Set(below.map((path) => `${quote(kept + dirname(path))}/*`))];
+  if (below.length > 0)
     report.warning(
-      `${count(nested.length, "subvolume")} below the old ${o.target.id} ${nested.length === 1 ? "is" : "are"} now below ${kept}`,
+      `${count(below.length, "subvolume")} below the old ${o.target.id} ${below.length === 1 ? "is" : "are"} now below ${kept}`,
     );
   log.info(
     `The old one is ${kept}. When you do not need it any more: btrfs subvolume delete ${[...words.reverse(), quote(kept)].join(" ")}`,
   );
+}
+
+// ── list: what each location has ──
+
+export type ListOptions = ReturnType<typeof listOptions>;
+
+/** Shows what each location has of each snapshot. */
+export async function list(o: ListOptions, report: Report): Promise<void> {
+  const now = wallClock(new Date());
+  const { maxAge } = o;
+  // What cannot be read is told in the one line of its own.
+  const heard = maxAge === null ? report : { ...report, error: () => {} };
+  const addKnown = o.locations.length === 1 && maxAge === null;
+  const columns = await openColumns(o.locations, addKnown, { ...o, prefix: o.prefix ?? "" }, heard);
+  if (maxAge !== null) return checkAge(columns, { ...o, maxAge }, Date.now(), report);
+  const prefixes =
+    o.prefix !== null
+      ? [o.prefix]
+      : columns.flatMap(({ folder }) => prefixesIn(folder?.standing ?? []));
+  for (const prefix of new Set(prefixes.length === 0 ? [""] : prefixes)) {
+    const shown = columns.map((column) => ({
+      ...column,
+      folder: column.folder && underPrefix(column.folder, prefix),
+    }));
+    const sizes = shown.map(({ id, folder }) =>
+      o.size && folder ? sizesIn(folder).catch((error) => (report.error(id, error), [])) : [],
+    );
+    const listed = inventory(shown, o, now, new Map((await Promise.all(sizes)).flat()));
+    report.event("list", { prefix, ...listed });
+    if (!o.json) print(inventoryTable(columns, listed, now));
+  }
+  report.event("summary", { ok: !report.failed });
 }
 
 /** A column of a table: a location that could be opened, or why not. */
@@ -10200,15 +10261,73 @@ type Column = {
   readonly id: string;
   readonly folder: Folder | null;
   readonly problem: string | null;
-  /** It was not opened. */ readonly left?: true;
+  /** It was not opened. */
+  readonly left?: true;
 };
 
 /** What stands behind a column's name. */
-const whyEmpty = ({ problem, left }: Pick<Column, "problem" | "left">) =>
-  problem === null ? "" : left ? `, not looked at: ${problem}` : ", cannot be read";
+function whyEmpty({ problem, left }: Column): string {
+  if (problem === null) return "";
+  return left ? `, not looked at: ${problem}` : ", cannot be read";
+}
 
-/** Opens a location only to look; `known`: what SOURCE's record says of it. One that cannot be opened is a failure of the command, but not its end. */
-async function openColumn(location: Location, o: ColumnOptions): Promise<OpenedColumn> {
+/** What a column is called below its legend. */
+const letter = (i: number) => (i < 26 ? String.fromCharCode(65 + i) : String(i));
+
+type OpenedColumn = Column & { readonly error?: Error };
+
+/**
+ * The first location, and the others: the given ones, and with `addKnown` those that the first one
+ * knows if it is a SOURCE. They are opened side by side, and told of in order.
+ */
+async function openColumns(
+  [first, ...others]: readonly Location[],
+  addKnown: boolean,
+  o: LookOptions,
+  report: Report,
+): Promise<Column[]> {
+  const early = { ...o, prefix: o.prefix ?? "" };
+  const open = (location: Location) => ({ location, opening: openColumn(location, early) });
+  const asked = new Map(others.map((location) => [location.id, open(location)]));
+  const source = toldOf(await openColumn(first as Location, o), report);
+  const { folder } = source;
+  const remembered = new Map(folder === null ? [] : knownTo(folder));
+  const doubt = folder && doubtOf(folder);
+  const added = addKnown ? [...remembered.keys()].filter((id) => !asked.has(id)) : [];
+  if (doubt === null) for (const id of added) asked.set(id, open(recordedLocation(id)));
+  const left =
+    doubt === null
+      ? []
+      : added.map((id): Column => ({ id, folder: null, problem: doubt, left: true }));
+  const prefix = o.prefix ?? (folder?.snapshots.length ? folder.prefix : null);
+  const opened = await Promise.all(
+    [...asked].map(async ([id, { location, opening }]) =>
+      withKnown(location, await opening, remembered.get(id), { ...o, prefix }),
+    ),
+  );
+  return [source, ...opened.map((column) => toldOf(column, report)), ...left];
+}
+
+/** By location, what the records of a SOURCE say of its destinations, whatever the prefix. */
+function knownTo(folder: Folder): [string, KnownDestination][] {
+  if (!isSnapshotFolder(folder)) return [];
+  const prefixes = [...prefixesIn(folder.standing), ...folder.record.chains.keys()];
+  return [...new Set(prefixes)]
+    .flatMap((prefix) => knownDestinations(withPrefix(folder, prefix)))
+    .map((known) => [known.location, known]);
+}
+
+/** Why the destinations in a folder's records are not opened; null where they are. */
+function doubtOf(folder: Folder): string | null {
+  for (const chain of [...folder.record.chains.values(), folder.chain]) {
+    const doubt = disbelief({ ...folder, chain });
+    if (doubt !== null) return doubt;
+  }
+  return null;
+}
+
+/** Opens a location only to look. That this fails is a failure of the command, but not its end. */
+async function openColumn(location: Location, o: LookOptions): Promise<OpenedColumn> {
   const { id } = location;
   try {
     if (location.kind === "shell") return { id, folder: null, problem: null };
@@ -10220,10 +10339,6 @@ async function openColumn(location: Location, o: ColumnOptions): Promise<OpenedC
     return { id, folder: null, problem: (error as Error).message, error: error as Error };
   }
 }
-type ColumnOptions = Pick<RunOptions, "hosts" | "snapshotFolder"> & {
-  readonly prefix: string | null;
-};
-type OpenedColumn = Column & { readonly error?: Error };
 
 /** Tells what is wrong with a place, and goes on without it. Errors: UsageError, Interrupted. */
 function toldOf({ error, ...column }: OpenedColumn, report: Report): Column {
@@ -10232,12 +10347,15 @@ function toldOf({ error, ...column }: OpenedColumn, report: Report): Column {
   return column;
 }
 
-/** A place that was opened while nobody knew yet which prefix it is about, nor which filesystem was there before. */
+/**
+ * A place that was opened before the prefix was known. `known`: what SOURCE's record says of it,
+ * and so of the filesystem that was there.
+ */
 async function withKnown(
   location: Location,
   early: OpenedColumn,
   known: KnownDestination | undefined,
-  o: ColumnOptions,
+  o: LookOptions,
 ): Promise<OpenedColumn> {
   const { id, folder } = early;
   if (folder === null) return early;
@@ -10246,360 +10364,297 @@ async function withKnown(
     return { id, folder: null, problem: error.message, error };
   }
   if (o.prefix === null) return openColumn(location, o);
-  return folder.prefix === o.prefix ? early : { ...early, folder: withPrefix(folder, o.prefix) };
+  return { ...early, folder: underPrefix(folder, o.prefix) };
 }
 
-/** The first location, and the others: given, or known to the first if that is a SOURCE. They are opened side by side, and told of in order. */
-async function openColumns(
-  first: Location,
-  others: readonly Location[],
-  addKnown: boolean,
-  o: ColumnOptions,
-  report: Report,
-): Promise<Column[]> {
-  const early = { ...o, prefix: o.prefix ?? "" };
-  const open = (location: Location) => ({ location, opening: openColumn(location, early) });
-  const asked = new Map(others.map((location) => [location.id, open(location)]));
-  const source = toldOf(await openColumn(first, o), report);
-  const known =
-    source.folder !== null && isSnapshotFolder(source.folder)
-      ? [
-          ...new Set([
-            ...prefixesIn(source.folder.standing),
-            ...source.folder.record.chains.keys(),
-          ]),
-        ].flatMap((prefix) => knownDestinations(withPrefix(source.folder as Folder, prefix)))
-      : [];
-  const remembered = new Map(known.map((one) => [one.location, one]));
-  const doubts =
-    source.folder === null
-      ? []
-      : [...source.folder.record.chains.values(), source.folder.chain].map((chain) =>
-          disbelief({ ...(source.folder as Folder), chain }),
-        );
-  const doubt = doubts.find((one) => one !== null) ?? null;
-  const added = addKnown ? [...remembered.keys()].filter((id) => !asked.has(id)) : [];
-  for (const id of doubt === null ? added : []) asked.set(id, open(recordedLocation(id)));
-  const left =
-    doubt === null
-      ? []
-      : added.map((id): Column => ({ id, folder: null, problem: doubt, left: true }));
-  const prefix = o.prefix ?? (source.folder?.snapshots.length ? source.folder.prefix : null);
-  const opened = await Promise.all(
-    [...asked].map(async ([id, { location, opening }]) =>
-      withKnown(location, await opening, remembered.get(id), { ...o, prefix }),
-    ),
-  );
-  return [source, ...opened.map((column) => toldOf(column, report)), ...left];
-}
-
-export type ListOptions = ReturnType<typeof listOptions>;
-
-/** Shows what each location has of each snapshot. */
-export async function list(o: ListOptions, report: Report): Promise<void> {
-  const now = wallClock(new Date());
-  const [first, ...others] = o.locations as [Location, ...Location[]];
-  const { maxAge } = o;
-  // What cannot be read is told in the one line of its own.
-  const columns = await openColumns(
-    first,
-    others,
-    others.length === 0 && maxAge === null,
-    { ...o, prefix: o.prefix ?? "" },
-    maxAge === null ? report : { ...report, error: () => {} },
-  );
-  if (maxAge !== null) return checkAge(columns, { ...o, maxAge }, Date.now(), report);
-  const prefixes = new Set(
-    o.prefix !== null
-      ? [o.prefix]
-      : columns.flatMap(({ folder }) => prefixesIn(folder?.standing ?? [])),
-  );
-  for (const prefix of prefixes.size === 0 ? [""] : prefixes) {
-    const shown = columns.map((column) => ({
-      ...column,
-      folder:
-        column.folder &&
-        (column.folder.prefix === prefix ? column.folder : withPrefix(column.folder, prefix)),
-    }));
-    const sizes = new Map(
-      (
-        await Promise.all(
-          shown.map(({ id, folder }) =>
-            o.size && folder ? sizesIn(folder).catch((error) => (report.error(id, error), [])) : [],
-          ),
-        )
-      ).flat(),
-    );
-    const { locations, snapshots } = inventory(shown, o, now, sizes);
-    report.event("list", { prefix, locations, snapshots });
-    if (o.json) continue;
-    const legend = locations.map(({ id, last, source }, i) => {
-      const reached =
-        source || last === undefined
-          ? ""
-          : `, last served ${last === null ? "never" : `${inWords(Date.now() - Date.parse(last))} ago`}`;
-      return `${letter(i)}  ${id}${source ? " (source)" : ""}${reached}${whyEmpty(columns[i] as Column)}`;
-    });
-    const cells = snapshots.map(({ name, time, at: marks }) => [
-      name,
-      inWords(now - Date.parse(`${time}Z`)),
-      ...marks.map((mark) =>
-        mark === null
-          ? "-"
-          : [
-              mark.state + (mark.pin ? ", pin" : "") + (mark.goes ? ", goes" : ""),
-              ...(mark.bytes === null ? [] : [inBytes(mark.bytes)]),
-            ].join(" "),
-      ),
-    ]);
-    print(
-      `${legend.join("\n")}\n\n${cells.length === 0 ? "no snapshots\n" : table([["NAME", "AGE", ...locations.map((_, i) => letter(i))], ...cells])}\n`,
-    );
-  }
-  report.event("summary", { ok: !report.failed });
-}
+const underPrefix = (folder: Folder, prefix: string) =>
+  folder.prefix === prefix ? folder : withPrefix(folder, prefix);
 
 /** Bytes referenced by each whole snapshot of a folder, by UUID. */
 async function sizesIn(folder: Folder): Promise<[string, number][]> {
   const whole = wholeIn(folder);
   if (folder.store !== null) return folder.store.streams.map(({ uuid, bytes }) => [uuid, bytes]);
-  const printed: string[] = [];
+  const texts: string[] = [];
   for (const names of chunks(whole.map(({ name }) => `./${name}`)))
-    printed.push(
+    texts.push(
       await ask(folder.host, SIZES, { ...at(folder), names }, `${folder.id}: cannot tell sizes`),
     );
-  const lines = printed
-    .join("\n")
-    .split("\n")
-    .map((line) => /^\s*(\d+)\s.*?\s\.\/(.*)$/.exec(line));
+  const text = texts.join("\n");
+  const lines = text.split("\n").map((line) => /^\s*(\d+)\s.*?\s\.\/(.*)$/.exec(line));
   const bytes = new Map(
     lines.filter((match) => match !== null).map(([, size, name]) => [name, Number(size)]),
   );
   const unknown = whole.find(({ name }) => !bytes.has(name));
   if (unknown !== undefined)
     throw new Failure(
-      `"btrfs filesystem du" did not tell the size of ${unknown.name}: ${printed.join("\n").slice(0, 200)}`,
+      `"btrfs filesystem du" did not tell the size of ${unknown.name}: ${text.slice(0, 200)}`,
     );
   return whole.map(({ uuid, name }) => [uuid, bytes.get(name) as number]);
 }
 
-/** What `list` shows: for each snapshot, newest first, a mark for each location; null where that has nothing. */
+/** What an inventory is about. `source`: the first column's folder, if it is a SOURCE's. */
+type Inventory = {
+  readonly source: Folder | null;
+  /** What the source has, and the destinations that it knows. */
+  readonly taken: readonly Snapshot[];
+  readonly known: readonly KnownDestination[];
+  readonly policies: Pick<ListOptions, "sourcePolicy" | "backupPolicy">;
+  readonly now: number;
+};
+
+/**
+ * What `list` shows: for each snapshot, newest first, a mark for each location; null where that has
+ * nothing.
+ */
 export function inventory(
   columns: readonly Column[],
-  policies: Pick<ListOptions, "sourcePolicy" | "backupPolicy">,
+  policies: Inventory["policies"],
   now: number,
   sizes: ReadonlyMap<string, number>,
 ) {
-  const source =
-    columns[0]?.folder && isSnapshotFolder(columns[0].folder) ? columns[0].folder : null;
-  const taken = source === null ? [] : wholeIn(source);
-  const known = source === null ? [] : knownDestinations(source);
-  const sides = columns.map(({ folder, id }) => {
-    const own = folder !== null && folder === source;
-    const ownIn = ({ streams }: Store) =>
-      source === null
-        ? new Set(streams.map(({ owner }) => owner.lineage))
-        : lineagesOf(
-            streams,
-            ownerOf({ uuid: source.source?.uuid ?? "", host: "", path: "" }),
-            taken,
-          );
-    const standing =
-      folder &&
-      (folder.store !== null
-        ? standingInStore(folder.store, folder.prefix, ownIn(folder.store))
-        : standingIn(folder, folder.chain, []));
-    const pinned = standing && !own ? newestShared(taken, standing.held) : null;
-    const claimants = known.map((destination) => ({
-      id: destination.location,
-      pin: destination.pin,
-      unread: false,
-      unsentPolicy: null,
-    }));
-    const decisions = own
-      ? planSource(taken, policies.sourcePolicy, claimants, now, {
-          adopted: folder.chain.leaps ?? [],
-        })
-      : standing && isSnapshotFolder(folder)
-        ? []
-        : standing
-          ? planDestination(
-              taken,
-              standing,
-              policies.backupPolicy,
-              now,
-              source?.chain.leaps ?? folder.chain.leaps,
-            )
-          : [];
-    const goes = new Set(
-      decisions.filter(({ reasons }) => reasons.length === 0).map(({ entry }) => entry.uuid),
-    );
-    // What cannot be asked: what the source remembers.
-    const pin = own
-      ? null
-      : standing
-        ? pinned && (dataFinder(standing.held)(pinned)?.uuid ?? null)
-        : (known.find(({ location }) => location === id)?.pin?.uuid ?? null);
-    return { own, folder, goes, pin };
-  });
-  const snapshots = align(columns.map(({ folder }) => folder))
+  const folders = columns.map(({ folder }) => folder);
+  const [first] = folders;
+  const source = first && isSnapshotFolder(first) ? first : null;
+  const [taken, known] = source === null ? [[], []] : [wholeIn(source), knownDestinations(source)];
+  const sides = columns.map((one) => sideOf(one, { source, taken, known, policies, now }));
+  const snapshots = align(folders)
     .reverse()
     .map(({ name, time, cells }) => ({
       name,
       time: new Date(time).toISOString().slice(0, 19),
       at: sides.map(({ folder, goes, pin }, i) => {
+        // What cannot be asked: what the source remembers.
+        if (folder === null)
+          return {
+            state: "?",
+            pin: cells[0]?.entry.uuid === pin,
+            goes: false,
+            uuid: null,
+            bytes: null,
+          };
         const { state, entry } = cells[i] ?? {};
-        const isPin =
-          pin !== null && (folder === null ? cells[0]?.entry.uuid : entry?.uuid) === pin;
-        if (entry === undefined)
-          return folder === null
-            ? { state: "?", pin: isPin, goes: false, uuid: null, bytes: null }
-            : null;
+        if (entry === undefined) return null;
+        const { uuid } = entry;
         return {
           state,
-          pin: isPin,
-          goes: goes.has(entry.uuid),
-          uuid: entry.uuid,
-          bytes: sizes.get(entry.uuid) ?? null,
+          pin: uuid === pin,
+          goes: goes.has(uuid),
+          uuid,
+          bytes: sizes.get(uuid) ?? null,
         };
       }),
     }));
-  const locations = columns.map(({ id, problem }, i) => ({
+  const locations = columns.map(({ id, folder, problem }) => ({
     id,
-    source: sides[i]?.own ?? false,
+    source: folder !== null && folder === source,
     error: problem,
     last: known.find(({ location }) => location === id)?.last,
   }));
   return { locations, snapshots };
 }
 
-/** One line a location for a monitoring system: whether its newest complete backup is young enough. */
+/** The UUIDs of what goes in a column by the policies, and of the pin. */
+function sideOf({ folder, id }: Column, all: Inventory) {
+  const { source, taken, known, policies, now } = all;
+  const going = (decisions: readonly Decision<Snapshot>[]) =>
+    new Set(decisions.flatMap(({ reasons, entry }) => (reasons.length === 0 ? entry.uuid : [])));
+  if (folder === null) {
+    const remembered = known.find(({ location }) => location === id);
+    return { folder, goes: new Set<string>(), pin: remembered?.pin?.uuid ?? null };
+  }
+  if (folder === source) {
+    const claimants = known.map(({ location, pin }) => ({
+      id: location,
+      pin,
+      unread: false,
+      unsentPolicy: null,
+    }));
+    const adopted = { adopted: folder.chain.leaps ?? [] };
+    const decisions = planSource(taken, policies.sourcePolicy, claimants, now, adopted);
+    return { folder, goes: going(decisions), pin: null };
+  }
+  const standing =
+    folder.store !== null
+      ? standingInStore(folder.store, folder.prefix, lineagesIn(folder.store, all))
+      : standingIn(folder, folder.chain, []);
+  const pinned = newestShared(taken, standing.held);
+  const leaps = source?.chain.leaps ?? folder.chain.leaps;
+  const decisions = isSnapshotFolder(folder)
+    ? []
+    : planDestination(taken, standing, policies.backupPolicy, now, leaps);
+  return {
+    folder,
+    goes: going(decisions),
+    pin: pinned && (dataFinder(standing.held)(pinned)?.uuid ?? null),
+  };
+}
+
+/** The lineages of streams that are the source's own; without a source, all. */
+function lineagesIn({ streams }: Store, { source, taken }: Inventory): Set<string> {
+  if (source === null) return new Set(streams.map(({ owner }) => owner.lineage));
+  const owner = ownerOf({ uuid: source.source?.uuid ?? "", host: "", path: "" });
+  return lineagesOf(streams, owner, taken);
+}
+
+function inventoryTable(
+  columns: readonly Column[],
+  { locations, snapshots }: ReturnType<typeof inventory>,
+  now: number,
+): string {
+  const legend = locations.map(({ id, last, source }, i) => {
+    const ago = last && `${inWords(Date.now() - Date.parse(last))} ago`;
+    const reached = source || last === undefined ? "" : `, last served ${ago ?? "never"}`;
+    return `${letter(i)}  ${id}${source ? " (source)" : ""}${reached}${whyEmpty(columns[i] as Column)}\n`;
+  });
+  const cells = snapshots.map(({ name, time, at: marks }) => [
+    name,
+    inWords(now - Date.parse(`${time}Z`)),
+    ...marks.map((mark) => {
+      if (mark === null) return "-";
+      const { state, pin, goes, bytes } = mark;
+      return `${state}${pin ? ", pin" : ""}${goes ? ", goes" : ""}${bytes === null ? "" : ` ${inBytes(bytes)}`}`;
+    }),
+  ]);
+  const head = ["NAME", "AGE", ...locations.map((_, i) => letter(i))];
+  return `${legend.join("")}\n${cells.length === 0 ? "no snapshots\n" : table([head, ...cells])}\n`;
+}
+
+/** For a monitoring system, a line for each location: whether its newest backup is young enough. */
 function checkAge(
   columns: readonly Column[],
-  {
-    maxAge,
-    json,
-    prefix,
-  }: { maxAge: { count: number; unit: Unit; text: string }; json: boolean; prefix: string | null },
+  o: ListOptions & { readonly maxAge: object },
   now: number,
   report: Report,
 ): void {
+  const { maxAge } = o;
   for (const { id, folder, problem } of columns) {
-    const prefixes =
-      prefix !== null || folder === null ? [prefix ?? ""] : prefixesIn(folder.standing);
-    // What is dated in the future (more than time zones differ) would be young for ever.
-    const newestOf = (one: string) =>
-      folder &&
-      (wholeIn(withPrefix(folder, one))
-        .filter(({ moment }) => moment < now + DURATION.d)
-        .sort((a, b) => b.moment - a.moment)[0] ??
-        null);
-    const newests = prefixes.map(newestOf);
-    const newest = newests.includes(null)
-      ? null
-      : (newests.toSorted((a, b) => (a?.moment ?? 0) - (b?.moment ?? 0))[0] ?? null);
+    const newest = folder && newestIn(folder, o.prefix, now);
     const ok = newest !== null && newest.moment >= before(now, maxAge.count, maxAge.unit);
     if (!ok) report.failed = true;
     report.event("age", { location: id, ok, newest: newest?.name ?? null, error: problem });
-    if (!json)
-      print(
-        `${ok ? "OK" : problem === null ? "TOO OLD" : "UNKNOWN"}: ${id}: ${newest === null ? (problem ?? "no complete backup") : `the newest backup is ${newest.name}, ${inWords(now - newest.moment)} old`} (at most ${maxAge.text})\n`,
-      );
+    const failed = problem === null ? "TOO OLD" : "UNKNOWN";
+    const age =
+      newest === null
+        ? (problem ?? "no complete backup")
+        : `the newest backup is ${newest.name}, ${inWords(now - newest.moment)} old`;
+    if (!o.json) print(`${ok ? "OK" : failed}: ${id}: ${age} (at most ${maxAge.text})\n`);
   }
 }
 
-/** What a column is called below its legend. */
-const letter = (i: number) => (i < 26 ? String.fromCharCode(65 + i) : String(i));
+/**
+ * The newest complete backup in a folder; of several prefixes, the oldest one of these, and null
+ * where one prefix has none.
+ */
+function newestIn(folder: Folder, prefix: string | null, now: number): Snapshot | null {
+  let oldest: Snapshot | null = null;
+  for (const one of prefix === null ? prefixesIn(folder.standing) : [prefix]) {
+    // What is dated in the future (more than time zones differ) would be young for ever.
+    const [newest] = wholeIn(withPrefix(folder, one))
+      .filter(({ moment }) => moment < now + DURATION.d)
+      .sort((a, b) => b.moment - a.moment);
+    if (newest === undefined) return null;
+    if (oldest === null || newest.moment < oldest.moment) oldest = newest;
+  }
+  return oldest;
+}
+
+// ── verify: every byte, read and compared ──
 
 export type VerifyOptions = ReturnType<typeof verifyOptions>;
 
 /** Reads every byte of what two locations share, on their hosts, and compares. */
 export async function verify(o: VerifyOptions, report: Report): Promise<void> {
-  const columns = await openColumns(
-    o.locations[0] as Location,
-    o.locations.slice(1),
-    false,
-    o,
-    report,
-  );
+  const columns = await openColumns(o.locations, false, o, report);
   let compared = 0;
   for (const { folder } of columns)
     if (folder?.store) compared += await verifyStreams(folder, folder.store, o, report);
-  const [first, ...others] = columns.filter(({ folder }) => !folder?.store);
-  const left = first?.folder ?? null;
-  const digests = new Map<string, Promise<string>>();
-  const equal = new Map<string, Snapshot[]>();
-  for (const { folder: right, id } of left === null ? [] : others) {
-    if (left === null || right === null) continue;
-    if (samePlace(left, right)) {
-      report.error(id, new Failure(`it is the same folder as ${left.id}`));
-      continue;
-    }
-    const rows = align([left, right]);
-    const shared = rows.filter(({ cells }) => cells.every((cell) => cell?.state === "whole"));
-    const wanted =
-      o.snapshot !== null
-        ? shared.filter(({ name }) => name === o.snapshot)
-        : o.all
-          ? shared
-          : shared.slice(-1);
-    for (const { name, cells } of o.all ? rows : [])
-      if (
-        cells.every((cell) => cell !== undefined) &&
-        cells.some((cell) => cell?.state !== "whole")
-      )
-        report.warning(
-          `${name} in ${id} is not compared: it is incomplete there, or has other data`,
-        );
-    if (wanted.length === 0)
-      report.error(
-        id,
-        new Failure(
-          o.snapshot === null
-            ? `nothing complete is shared with ${left.id}`
-            : `${o.snapshot} is not complete on both sides, or not the same snapshot`,
-        ),
-      );
-    for (const { name, cells } of wanted) {
-      const [ours, theirs] = cells.map((cell) => cell?.entry) as [Snapshot, Snapshot];
-      try {
-        log.info(`Reading ${name} in ${left.id} and ${id}`);
-        if (!digests.has(ours.uuid)) digests.set(ours.uuid, digestIn(left, ours));
-        const [a, b] = await allOf([
-          digests.get(ours.uuid) as Promise<string>,
-          digestIn(right, theirs),
-        ]);
-        const differences = a === b ? [] : await compare([left, ours], [right, theirs]);
-        compared++;
-        report.event("verify", { location: id, name, equal: a === b, sha256: b, differences });
-        if (a === b) equal.set(id, [...(equal.get(id) ?? []), ours]);
-        if (a === b) log.info(`${name} in ${id} is equal (SHA-256 ${b})`);
-        else
-          report.error(
-            id,
-            new Failure(
-              `${name} differs from ${left.id}: ${differences.slice(0, 10).join("; ")}${differences.length > 10 ? `; and ${differences.length - 10} more` : ""}`,
-            ),
-          );
-      } catch (error) {
-        report.error(id, error);
-      }
-    }
-  }
-  if (compared === 0) report.error(null, new Failure("nothing was compared"));
-  if (left !== null && equal.size > 0)
-    await rememberEqual(left, equal, o).catch((problem: Error) =>
+  const [left, ...others] = columns.map(({ folder }) => folder).filter((one) => !one?.store);
+  if (left) {
+    const comparison = { o, report, left, digests: new Map(), equal: new Map(), compared };
+    for (const right of others) if (right !== null) await compareShared(comparison, right);
+    ({ compared } = comparison);
+    await rememberEqual(comparison).catch((problem: Error) =>
       log.warn(`the next run may compare once more: ${problem.message}`),
     );
+  }
+  if (compared === 0) tellFailure(report, null, "nothing was compared");
   report.event("summary", { ok: !report.failed, compared });
 }
 
-/** Writes into a source's record which of its snapshots were changed since they were taken, and are what their backups are all the same. Errors: Failure, Busy. */
-async function rememberEqual(
-  source: Folder,
-  equal: ReadonlyMap<string, readonly Snapshot[]>,
-  o: VerifyOptions,
+/** What was found in comparing the snapshots of a folder, `left`, with those of others. */
+type Comparison = {
+  readonly o: VerifyOptions;
+  readonly report: Report;
+  readonly left: Folder;
+  /** By UUID, what was read of `left`. */
+  readonly digests: Map<string, Promise<string>>;
+  /** By location, the snapshots of `left` that are the same there. */
+  readonly equal: Map<string, Snapshot[]>;
+  compared: number;
+};
+
+async function compareShared(comparison: Comparison, right: Folder): Promise<void> {
+  const { o, report, left } = comparison;
+  const { id } = right;
+  if (samePlace(left, right)) return tellFailure(report, id, `it is the same folder as ${left.id}`);
+  const rows = align([left, right]);
+  for (const { name, cells } of o.all ? rows : [])
+    if (!cells.includes(undefined) && cells.some((cell) => cell?.state !== "whole"))
+      report.warning(`${name} in ${id} is not compared: it is incomplete there, or has other data`);
+  const shared = rows.filter(({ cells }) => cells.every((cell) => cell?.state === "whole"));
+  const wanted =
+    o.snapshot === null
+      ? shared.slice(o.all ? 0 : -1)
+      : shared.filter(({ name }) => name === o.snapshot);
+  if (wanted.length === 0)
+    tellFailure(
+      report,
+      id,
+      o.snapshot === null
+        ? `nothing complete is shared with ${left.id}`
+        : `${o.snapshot} is not complete on both sides, or not the same snapshot`,
+    );
+  for (const row of wanted)
+    await compareOne(comparison, right, row).catch((error) => report.error(id, error));
+}
+
+async function compareOne(
+  comparison: Comparison,
+  right: Folder,
+  { name, cells }: Row,
 ): Promise<void> {
+  const { report, left, digests, equal } = comparison;
+  const { id } = right;
+  const [ours, theirs] = cells.map((cell) => cell?.entry) as [Snapshot, Snapshot];
+  log.info(`Reading ${name} in ${left.id} and ${id}`);
+  const digest = digests.get(ours.uuid) ?? digestIn(left, ours);
+  digests.set(ours.uuid, digest);
+  const [a, b] = await allOf([digest, digestIn(right, theirs)]);
+  const differences = a === b ? [] : await compare([left, ours], [right, theirs]);
+  comparison.compared++;
+  report.event("verify", { location: id, name, equal: a === b, sha256: b, differences });
+  if (a !== b)
+    return tellFailure(
+      report,
+      id,
+      `${name} differs from ${left.id}: ${firstFew(differences, 10, "; ")}`,
+    );
+  equal.set(id, [...(equal.get(id) ?? []), ours]);
+  log.info(`${name} in ${id} is equal (SHA-256 ${b})`);
+}
+
+/** The first few of some words, and how many more there are. */
+const firstFew = (words: readonly string[], most: number, between: string) =>
+  [
+    ...words.slice(0, most),
+    ...(words.length > most ? [`and ${words.length - most} more`] : []),
+  ].join(between);
+
+/**
+ * Writes into a source's record which of its snapshots were changed since they were taken, and are
+ * all the same what their backups are. Errors: Failure, Busy.
+ */
+async function rememberEqual({ o, left: source, equal }: Comparison): Promise<void> {
   const isKnown = ({ chain }: Folder) =>
     (chain.destinations ?? []).some(({ location }) => equal.has(location));
   const inquiry = inquiryInto(source);
@@ -10608,7 +10663,8 @@ async function rememberEqual(
     .filter((one) => changedSince(one, inquiry, {}) === undefined);
   if (!isKnown(source) || asked.length === 0 || source.record.unreadable !== null) return;
   await learn(inquiry, asked, []);
-  if (!asked.some((one) => changedSince(one, inquiry, {}))) return;
+  const isChanged = (one: Snapshot) => changedSince(one, inquiry, {});
+  if (!asked.some(isChanged)) return;
   const folder = await openFolder(o.locations[0] as Readable, source.path, {
     prefix: source.prefix,
     wait: 0,
@@ -10616,18 +10672,10 @@ async function rememberEqual(
   });
   try {
     const destinations = (folder.chain.destinations ?? []).map((known) => {
-      const changed = (equal.get(known.location) ?? []).filter((one) =>
-        changedSince(one, inquiry, {}),
-      );
-      return {
-        ...known,
-        ...clearedOf(folder.standing, {
-          ...known.cleared,
-          ...Object.fromEntries(
-            changed.map(({ uuid }) => [uuid, inquiry.ctransids.get(uuid) ?? 0]),
-          ),
-        }),
-      };
+      const changed = (equal.get(known.location) ?? []).filter(isChanged);
+      const generations = changed.map(({ uuid }) => [uuid, inquiry.ctransids.get(uuid) ?? 0]);
+      const cleared = { ...known.cleared, ...Object.fromEntries(generations) };
+      return { ...known, ...clearedOf(folder.standing, cleared) };
     });
     if (isKnown(folder) && !sameRecord(folder.chain, { ...folder.chain, destinations }))
       await writeRecord(folder, { ...folder.chain, destinations });
@@ -10636,68 +10684,187 @@ async function rememberEqual(
   }
 }
 
-/** The SHA-256 of a stored stream, or why it cannot be told. `refused`: it would be, where it is restored, as far as that can be told here. */
+/** Compares every stored stream with its checksum object. Returns how many have one. */
+async function verifyStreams(
+  folder: Folder,
+  store: Store,
+  o: VerifyOptions,
+  report: Report,
+): Promise<number> {
+  const { id } = folder;
+  const all = byUuid(store.streams);
+  const failed = (lacking: Stream, what: string) => {
+    const lost = store.streams
+      .filter((other) => other.readonly && chainOf(other, all).includes(lacking))
+      .map(({ name }) => name);
+    const hint = lost.length > 0 ? `; not to be restored: ${firstFew(lost, 5, ", ")}` : "";
+    tellFailure(report, id, `${lacking.uuid} ${what}${hint}`);
+  };
+  const streams = streamsToVerify(store, all, o);
+  if (streams.length === 0)
+    tellFailure(
+      report,
+      id,
+      o.snapshot === null ? "there are no streams" : `there is no stream of ${o.snapshot}`,
+    );
+  for (const one of streams.filter(({ stored, readonly }) => stored && !readonly))
+    failed(one, `cannot be restored: ${missingFor(one, folder)}`);
+  for (const one of streams.filter(({ summed }) => !summed))
+    if (one.stored || store.unsummed.includes(one)) failed(one, "has no checksum object");
+  for (const object of [...store.debris.values()].flat())
+    report.warning(`${id}: ${object} is what a broken transfer left; the next run removes it`);
+  const readable = streams.filter(({ summed }) => summed);
+  const sums = await readSums(folder, store, readable);
+  const small = await readSmall(folder, store.verbs, readable);
+  for (const one of readable) {
+    const { name, uuid } = one;
+    log.info(`Reading ${name} in ${id}`);
+    const read = small.get(one) ?? (await readStream(folder, store.verbs, one));
+    if ("problem" in read) {
+      failed(one, read.problem);
+      continue;
+    }
+    const { sha256, refused } = read;
+    const right = sums.get(uuid);
+    const equal = sha256 === right;
+    const differences = equal ? [] : [uuid];
+    report.event("verify", { location: id, name, equal, sha256, differences });
+    if (!equal)
+      failed(one, `is damaged: it has the SHA-256 ${sha256}, and should have ${right ?? "one"}`);
+    else if (refused !== null)
+      failed(one, `has the right SHA-256, but cannot be received: ${refused}`);
+    else log.info(`${name} in ${id} is as it was stored (SHA-256 ${sha256})`);
+  }
+  return readable.length;
+}
+
+/** The streams that are asked for: of one snapshot all that it needs. */
+function streamsToVerify(
+  { streams }: Store,
+  all: ReadonlyMap<string, Stream>,
+  { snapshot, prefix }: VerifyOptions,
+): Stream[] {
+  if (snapshot === null)
+    return streams.filter(({ name }) => prefix === null || parseName(name, prefix) !== null);
+  const named = streams.filter(({ name }) => name === snapshot);
+  return [...new Set(named.flatMap((one) => chainOf(one, all)))];
+}
+
+/**
+ * The SHA-256 of a stored stream, or why it cannot be told. `refused`: why the stream could not be
+ * received, as far as that can be told here.
+ */
 type Read =
   { readonly sha256: string; readonly refused: string | null } | { readonly problem: string };
-async function readStream(
-  folder: Folder,
-  verbs: StoreVerbs,
-  { uuid: object, name, receivedUuid, from, compressed, encrypted }: Stream,
-): Promise<Read> {
-  const place = { ...at(folder), objects: [object] };
+
+/** Reads one stored stream: here, if it can be read along; else where it is stored. */
+async function readStream(folder: Folder, verbs: StoreVerbs, stored: Stream): Promise<Read> {
+  const { uuid: object, compressed, encrypted } = stored;
   let refused: string | null = null;
   if (
     !encrypted &&
     folder.host.ssh === null &&
     !(compressed && which.sync("zstd", { nothrow: true }) === null)
   ) {
-    const fetch = staged(
-      "reading",
-      folder.host,
-      verbs.get,
-      { ...place, how: "", holder: holderOf(folder) },
-      { sends: true },
-    );
     const unpack: Stage[] = compressed ? [{ label: "zstd", command: "zstd -q -d -c" }] : [];
-    const check = { name, uuid: receivedUuid as string, parent: from, alone: false };
     const read = await pipeline([
-      fetch,
+      fetching(folder, verbs, object),
       relaying({ sum: true }),
       ...unpack,
-      relaying({ check, drop: true }),
+      relaying({ check: expectedOf(stored), drop: true }),
     ]).catch((error: Error) => error.message);
     checkInterruption();
     if (typeof read !== "string") return { sha256: read.summed?.sum ?? "", refused };
     refused = read; // or it is damaged, which its sum tells
   }
   try {
-    const told = await ask(
-      folder.host,
-      verbs.get,
-      { ...place, how: "sum", holder: "" },
-      `${folder.id}: cannot read ${object}`,
-    );
-    return { sha256: told.slice(0, 64), refused };
+    const [sha256 = ""] = await askSums(folder, verbs, [object], object);
+    return { sha256, refused };
   } catch (error) {
     checkInterruption();
     return { problem: (error as Error).message };
   }
 }
 
+/** What a stored stream must say of itself. */
+const expectedOf = ({ name, receivedUuid, from }: Stream): Expected => ({
+  name,
+  uuid: receivedUuid as string,
+  parent: from,
+  alone: false,
+});
+
+/** The SHA-256 of stored streams, by the host that has them. `what`: how an error calls them. */
+async function askSums(
+  folder: Folder,
+  verbs: StoreVerbs,
+  objects: readonly string[],
+  what: string,
+): Promise<string[]> {
+  const given = { ...at(folder), how: "sum", holder: "", objects };
+  const text = await ask(folder.host, verbs.get, given, `${folder.id}: cannot read ${what}`);
+  return text.match(/^[0-9a-f]{64}/gm) ?? [];
+}
+
 /** Small streams, in bytes: how large one is at most, and all that are read at a time. */
 const SMALL = { one: 1 << 20, all: 32 << 20 };
+
+/**
+ * Reads many small streams with one process: here those that are no more than a stream, for what
+ * each is; of all others, on another host, their sums. What cannot be read so is not in the result.
+ */
+async function readSmall(
+  folder: Folder,
+  verbs: StoreVerbs,
+  streams: readonly Stream[],
+): Promise<Map<Stream, Read>> {
+  const reads = new Map<Stream, Read>();
+  if (verbs !== RAW) return reads;
+  const isLocal = folder.host.ssh === null;
+  const plain = streams.filter(({ compressed, encrypted }) => !compressed && !encrypted);
+  for (const batch of smallOnes(isLocal ? plain : streams))
+    try {
+      const read = await (isLocal ? readHere : sumsThere)(folder, batch);
+      read.forEach((one, i) => reads.set(batch[i] as Stream, one));
+    } catch (error) {
+      if (!(error instanceof Failure)) throw error; // each is read by itself then, and told of
+    }
+  return reads;
+}
+
+/** Reads streams here; nothing of them if they are not as long as they were. Errors: Failure. */
+async function readHere(folder: Folder, batch: readonly Stream[]): Promise<Read[]> {
+  const given = { ...at(folder), holder: "", objects: batch.map(({ uuid }) => uuid), how: "" };
+  const bytes = await askBytes(folder.host, RAW.get, given, `${folder.id}: cannot read streams`);
+  if (bytes.length !== bytesOf(batch)) return [];
+  let done = 0;
+  return batch.map((one) => {
+    const own = bytes.subarray(done, (done += one.bytes));
+    return {
+      sha256: createHash("sha256").update(own).digest("hex"),
+      refused: refusedFor(one, own),
+    };
+  });
+}
+
+/** Asks another host for the sums of streams; returns all or none. Errors: Failure. */
+async function sumsThere(folder: Folder, batch: readonly Stream[]): Promise<Read[]> {
+  const objects = batch.map(({ uuid }) => uuid);
+  const sums = await askSums(folder, RAW, objects, "streams");
+  return sums.length === batch.length ? sums.map((sha256) => ({ sha256, refused: null })) : [];
+}
 
 /** Small streams of a folder, as many at a time as are read at once. */
 function smallOnes(streams: readonly Stream[]): Stream[][] {
   const batches: Stream[][] = [];
   let bytes = Infinity;
-  for (const stream of streams.filter((one) => one.bytes <= SMALL.one)) {
-    bytes += stream.bytes;
+  for (const one of streams.filter(({ bytes: size }) => size <= SMALL.one)) {
+    bytes += one.bytes;
     if (bytes > SMALL.all) {
       batches.push([]);
-      bytes = stream.bytes;
+      bytes = one.bytes;
     }
-    batches.at(-1)?.push(stream);
+    batches.at(-1)?.push(one);
   }
   return batches.flatMap((batch) => {
     let done = 0;
@@ -10708,11 +10875,9 @@ function smallOnes(streams: readonly Stream[]): Stream[][] {
 }
 
 /** Why a stream could not be received; null if it could. */
-function refusedFor({ name, receivedUuid, from }: Stream, bytes: Buffer): string | null {
+function refusedFor(stored: Stream, bytes: Buffer): string | null {
   try {
-    const { pass, finish } = streamCheck(
-      expecting({ name, uuid: receivedUuid as string, parent: from, alone: false }),
-    );
+    const { pass, finish } = streamCheck(expecting(expectedOf(stored)));
     pass(bytes, 0, bytes.length);
     finish();
     return null;
@@ -10721,139 +10886,16 @@ function refusedFor({ name, receivedUuid, from }: Stream, bytes: Buffer): string
   }
 }
 
-/**
- * Reads many small streams with one process: here those that are no more than a stream, for what each is; of all others, on
- * another host, their sums. What cannot be read so is not in the result.
- */
-async function readSmall(
-  folder: Folder,
-  verbs: StoreVerbs,
-  streams: readonly Stream[],
-): Promise<Map<Stream, Read>> {
-  const read = new Map<Stream, Read>();
-  if (verbs !== RAW) return read;
-  const isHere = folder.host.ssh === null;
-  for (const some of smallOnes(
-    isHere ? streams.filter(({ compressed, encrypted }) => !compressed && !encrypted) : streams,
-  )) {
-    const given = { ...at(folder), holder: "", objects: some.map(({ uuid }) => uuid) };
-    try {
-      if (isHere) {
-        const bytes = await askBytes(
-          folder.host,
-          verbs.get,
-          { ...given, how: "" },
-          `${folder.id}: cannot read streams`,
-        );
-        if (bytes.length !== some.reduce((sum, one) => sum + one.bytes, 0)) continue;
-        let done = 0;
-        for (const stream of some) {
-          const own = bytes.subarray(done, (done += stream.bytes));
-          read.set(stream, {
-            sha256: createHash("sha256").update(own).digest("hex"),
-            refused: refusedFor(stream, own),
-          });
-        }
-      } else {
-        const sums = [
-          ...(
-            await ask(
-              folder.host,
-              verbs.get,
-              { ...given, how: "sum" },
-              `${folder.id}: cannot read streams`,
-            )
-          ).matchAll(/^[0-9a-f]{64}/gm),
-        ];
-        if (sums.length === some.length)
-          some.forEach((stream, i) =>
-            read.set(stream, { sha256: sums[i]?.[0] ?? "", refused: null }),
-          );
-      }
-    } catch (error) {
-      if (!(error instanceof Failure)) throw error; // each is read by itself then, and told of
-    }
-  }
-  return read;
-}
-
-/** Reads every stored stream, and compares it with its checksum object. Returns how many could be read. */
-async function verifyStreams(
-  folder: Folder,
-  store: Store,
-  o: VerifyOptions,
-  report: Report,
-): Promise<number> {
-  const { id } = folder;
-  const { verbs } = store;
-  const all = byUuid(store.streams);
-  const asked = store.streams.filter(({ name }) =>
-    o.snapshot !== null
-      ? name === o.snapshot
-      : o.prefix === null || parseName(name, o.prefix) !== null,
-  );
-  const streams =
-    o.snapshot === null ? asked : [...new Set(asked.flatMap((stream) => chainOf(stream, all)))];
-  const failed = (stream: Stream, what: string) => {
-    const lost = store.streams
-      .filter((other) => other.readonly && chainOf(other, all).includes(stream))
-      .map(({ name }) => name);
-    report.error(
-      id,
-      new Failure(
-        `${stream.uuid} ${what}${lost.length > 0 ? `; not to be restored: ${lost.slice(0, 5).join(", ")}${lost.length > 5 ? `, and ${lost.length - 5} more` : ""}` : ""}`,
-      ),
-    );
-  };
-  if (streams.length === 0)
-    report.error(
-      id,
-      new Failure(
-        o.snapshot === null ? "there are no streams" : `there is no stream of ${o.snapshot}`,
-      ),
-    );
-  for (const stream of streams.filter((one) => one.stored && !one.readonly))
-    failed(stream, `cannot be restored: ${missingFor(stream, folder)}`);
-  for (const stream of streams.filter(({ summed }) => !summed))
-    if (stream.stored || store.unsummed.includes(stream)) failed(stream, "has no checksum object");
-  for (const objects of store.debris.values())
-    for (const object of objects)
-      report.warning(`${id}: ${object} is what a broken transfer left; the next run removes it`);
-  const summed = streams.filter((stream) => stream.summed);
-  const sums = await readSums(folder, verbs, summed);
-  const small = await readSmall(folder, verbs, summed);
-  for (const stream of summed) {
-    log.info(`Reading ${stream.name} in ${id}`);
-    const read = small.get(stream) ?? (await readStream(folder, verbs, stream));
-    if ("problem" in read) {
-      failed(stream, read.problem);
-      continue;
-    }
-    const { sha256, refused } = read;
-    const equal = sha256 === sums.get(stream.uuid);
-    report.event("verify", {
-      location: id,
-      name: stream.name,
-      equal,
-      sha256,
-      differences: equal ? [] : [stream.uuid],
-    });
-    if (equal && refused !== null)
-      failed(stream, `has the right SHA-256, but cannot be received: ${refused}`);
-    else if (equal) log.info(`${stream.name} in ${id} is as it was stored (SHA-256 ${sha256})`);
-    else
-      failed(
-        stream,
-        `is damaged: it has the SHA-256 ${sha256}, and should have ${sums.get(stream.uuid) ?? "one"}`,
-      );
-  }
-  return summed.length;
-}
-
 // The words that `stat` prints of a path; sha256sum and getfattr tell the rest.
 const STAT_FORMAT = "%n\\0%f\\0%u:%g\\0%s\\0%.9Y\\0%t:%T\\0%i\\0%N\\0";
 
-/** What a stream carries of a file besides its contents and attributes; what has no meaning for its type is left out. */
+/** printf's format of a word of what it prints. */
+const WORD = "%s\\0";
+
+/**
+ * What a stream carries of a file besides its contents and attributes. What has no meaning for the
+ * type of file is left out.
+ */
 export type FileState = {
   readonly type: string;
   readonly mode: string;
@@ -10864,54 +10906,52 @@ export type FileState = {
   readonly target?: string;
 };
 
-/** printf's format of a word of what it prints. */
-const WORD = "%s\\0";
+/** The types of files by the first four bits of st_mode: inode(7). */
+const FILE_TYPES: Readonly<Record<number, string>> = {
+  1: "fifo",
+  2: "character device",
+  4: "directory",
+  6: "block device",
+  8: "file",
+  10: "symbolic link",
+  12: "socket",
+};
+
+type Stat = [
+  path: string,
+  mode: string,
+  owner: string,
+  size: string,
+  mtime: string,
+  device: string,
+  inode: string,
+  shown: string,
+];
 
 /** Reads the words of STAT_FORMAT. Errors: Failure for any other shape. */
 export function parseStats(
   words: readonly string[],
 ): { path: string; inode: string; state: FileState }[] {
-  const files: { path: string; inode: string; state: FileState }[] = [];
+  const files: ReturnType<typeof parseStats> = [];
   for (let i = 0; i < words.length; i += 8) {
-    const [
-      path = "",
-      mode = "",
-      owner = "",
-      size = "",
-      mtime = "",
-      device = "",
-      inode = "",
-      shown,
-    ] = words.slice(i, i + 8);
-    if (shown === undefined || !/^[0-9a-f]+$/.test(mode))
-      throw new Failure(`cannot read what "stat" printed: ${words.slice(i, i + 8).join(" ")}`);
-    const bits = parseInt(mode, 16);
-    const type =
-      {
-        1: "fifo",
-        2: "character device",
-        4: "directory",
-        6: "block device",
-        8: "file",
-        10: "symbolic link",
-        12: "socket",
-      }[bits >> 12] ?? "unknown";
-    const special = type.endsWith("device")
-      ? { device }
-      : type === "symbolic link"
-        ? {
-            target: shown.slice(
-              shown.startsWith(`'${path}' -> `) ? path.length + 6 : shown.indexOf(" -> ") + 4,
-            ),
-          }
-        : type === "file"
-          ? { size }
-          : {};
-    files.push({
-      path,
-      inode,
-      state: { type, mode: (bits & 0o7777).toString(8), owner, mtime, ...special },
-    });
+    const file = words.slice(i, i + 8);
+    const [path, rawMode, owner, size, mtime, device, inode, shown] = file as Stat;
+    if (file.length < 8 || !/^[0-9a-f]+$/.test(rawMode))
+      throw new Failure(`cannot read what "stat" printed: ${file.join(" ")}`);
+    const bits = parseInt(rawMode, 16);
+    const type = FILE_TYPES[bits >> 12] ?? "unknown";
+    const mode = (bits & 0o7777).toString(8);
+    const arrow = shown.startsWith(`'${path}' -> `) ? path.length + 2 : shown.indexOf(" -> ");
+    const state = {
+      type,
+      mode,
+      owner,
+      mtime,
+      ...(type.endsWith("device") && { device }),
+      ...(type === "symbolic link" && { target: shown.slice(arrow + 4) }),
+      ...(type === "file" && { size }),
+    };
+    files.push({ path, inode, state });
   }
   return files;
 }
@@ -10923,30 +10963,24 @@ export function parseListing(text: string): Map<string, Record<string, string | 
   const contents = new Map(
     words.slice(stats + 1, sums).map((line) => [line.slice(66), line.slice(0, 64)]),
   );
+  const blocks = words
+    .slice(sums + 1)
+    .join("\0")
+    .split("\n\n");
   const attributes = new Map(
-    words
-      .slice(sums + 1)
-      .join("\0")
-      .split("\n\n")
-      .map((block) => {
-        const [file = "", ...values] = block.replace(/^\n+/, "").split("\n");
-        return [
-          file
-            .replace("# file: ", "")
-            .replace(/\\([0-7]{3})/g, (_, octal: string) =>
-              String.fromCharCode(parseInt(octal, 8)),
-            ),
-          values.sort().join(" "),
-        ];
-      }),
+    blocks.map((block) => {
+      const [file = "", ...values] = block.replace(/^\n+/, "").split("\n");
+      const path = file
+        .replace("# file: ", "")
+        .replace(/\\([0-7]{3})/g, (_, octal: string) => String.fromCharCode(parseInt(octal, 8)));
+      return [path, values.sort().join(" ")];
+    }),
   );
   const firsts = new Map<string, string>();
   return new Map(
     parseStats(words.slice(0, stats)).map(({ path, inode, state }) => {
-      const linked =
-        state.type === "directory"
-          ? undefined
-          : (firsts.get(inode) ?? (firsts.set(inode, path), undefined));
+      const linked = state.type === "directory" ? undefined : firsts.get(inode);
+      if (state.type !== "directory" && linked === undefined) firsts.set(inode, path);
       // The top's own mtime is not carried by incremental streams.
       const { mtime, ...rest } = state;
       return [
@@ -10968,43 +11002,92 @@ const asText = (latin1: string) => Buffer.from(latin1, "latin1").toString();
 
 /** What differs between two trees, and how: a line for each path. */
 async function compare(...sides: readonly [Folder, Snapshot][]): Promise<string[]> {
-  const listed = async ([folder, { name }]: [Folder, Snapshot]) =>
-    Buffer.from(
-      await ask(
-        folder.host,
-        LISTING,
-        { ...at(folder), snapshot: name, format: STAT_FORMAT },
-        `${folder.id}: cannot list ${name}`,
-      ),
-      "base64",
-    ).toString("latin1");
+  const listed = async ([folder, { name }]: [Folder, Snapshot]) => {
+    const given = { ...at(folder), snapshot: name, format: STAT_FORMAT };
+    const base64 = await ask(folder.host, LISTING, given, `${folder.id}: cannot list ${name}`);
+    return Buffer.from(base64, "base64").toString("latin1");
+  };
   const texts = await Promise.all(sides.map(listed));
-  const [a, b] = texts.map(parseListing) as [
-    ReturnType<typeof parseListing>,
-    ReturnType<typeof parseListing>,
-  ];
+  const [a, b] = texts.map(parseListing) as [Listing, Listing];
   const lines = [...new Set([...a.keys(), ...b.keys()])].sort().flatMap((path) => {
     const [x, y] = [a.get(path), b.get(path)];
     const shown = /[\x00-\x1f\x7f]/.test(path) ? JSON.stringify(asText(path)) : asText(path);
     if (x === undefined || y === undefined)
       return [`${shown} is only in ${sides[x === undefined ? 1 : 0]?.[0].id}`];
-    const how = [...new Set([...Object.keys(x), ...Object.keys(y)])].filter(
-      (key) => x[key] !== y[key],
-    );
-    return how.length > 0
-      ? [
-          `${shown}: ${how.map((key) => (key === "contents" || key === "attributes" ? key : `${key} ${asText(x[key] ?? "none")} and ${asText(y[key] ?? "none")}`)).join(", ")}`,
-        ]
-      : [];
+    const how = [...new Set([...Object.keys(x), ...Object.keys(y)])]
+      .filter((key) => x[key] !== y[key])
+      .map((key) =>
+        key === "contents" || key === "attributes"
+          ? key
+          : `${key} ${asText(x[key] ?? "none")} and ${asText(y[key] ?? "none")}`,
+      );
+    return how.length === 0 ? [] : [`${shown}: ${how.join(", ")}`];
   });
-  return lines.length > 0
-    ? lines
-    : [
-        `extended attributes or ACLs${texts.some((text) => text.endsWith("missing\n")) ? "; install attr on both sides to see of what" : ""}`,
-      ];
+  if (lines.length > 0) return lines;
+  const isMissing = texts.some((text) => text.endsWith("missing\n"));
+  return [
+    `extended attributes or ACLs${isMissing ? "; install attr on both sides to see of what" : ""}`,
+  ];
+}
+type Listing = ReturnType<typeof parseListing>;
+
+// ── versions: a file, as the snapshots have it ──
+
+export type VersionsOptions = ReturnType<typeof versionsOptions>;
+
+/** Shows every version of a file that a snapshot or backup still has, or copies one back. */
+export async function versions(o: VersionsOptions, report: Report): Promise<void> {
+  const { file, get } = o;
+  const host = hostOf(file.host, o.hosts);
+  const cannot = `${file.id}: cannot find its subvolume`;
+  const [root = "", inner = ""] = (await ask(host, LOCATE, { file: file.path }, cannot)).split(
+    "\0",
+  );
+  const source = { ...file, path: root, id: file.id.slice(0, -file.path.length) + root };
+  // One place that has the version is enough to give it back.
+  const heard =
+    get === null
+      ? report
+      : { ...report, error: (_: unknown, { message }: Error) => report.warning(message) };
+  const all = [source, ...o.locations];
+  const opened = await openColumns(all, o.locations.length === 0, o, heard as Report);
+  const columns = opened.filter(({ folder }) => folder?.store == null);
+  for (const { id } of opened.filter(({ folder }) => folder?.store))
+    log.info(`${id} is not looked into: it has streams, which must be restored first`);
+  const path = pathWithin(file.path, columns) ?? normalize(inner);
+  const sought = { o, report, host, path, columns, seen: await lookFor(path, columns) };
+  if (get !== null) return getVersion(sought, get);
+  const shown = await showVersions(sought);
+  if (shown === 0) {
+    const { length } = sought.seen;
+    const none =
+      length === 0 ? ": there are no snapshots" : ` is in none of ${count(length, "snapshot")}`;
+    tellFailure(report, null, `${file.id}${none} of ${source.id}`);
+  }
+  report.event("summary", { ok: !report.failed, versions: shown });
 }
 
-/** What was seen of a file: a row for each run of snapshots in which it was the same, or was not there. */
+/** Shows the versions of a file, newest first. Returns how many there are. */
+async function showVersions({ o, report, host, path, columns, seen }: Sought): Promise<number> {
+  const rows = versionsAmong(seen)
+    .reverse()
+    .map((row) => ({ ...row, columns: [...row.columns].sort((a, b) => a - b) }));
+  const live = columns[0]?.folder?.source;
+  const top = live && { folder: live.path, fsid: `${live.fsid}/` };
+  const now = top ? ((await statesIn(host, top, path, ["."])).get(".") ?? null) : undefined;
+  for (const { first, last, state, columns: having, names } of rows)
+    report.event("version", {
+      first,
+      last,
+      state,
+      snapshots: names,
+      locations: having.map((i) => columns[i]?.id),
+    });
+  if (!o.json && rows.length > 0) print(versionsTable(columns, rows, now));
+  return rows.length;
+}
+
+/** What was seen of a file: a row for each run of snapshots that have the same. */
 export type Version = {
   readonly first: string;
   last: string;
@@ -11013,14 +11096,80 @@ export type Version = {
   readonly columns: Set<number>;
 };
 
-/** `seen`: oldest first, what each snapshot has of the file, and the columns that have the snapshot. */
-export function versionsAmong(
-  seen: readonly {
-    readonly name: string;
-    readonly state: FileState | null;
-    readonly columns: readonly number[];
-  }[],
-): Version[] {
+/** What a snapshot has of a file, and the columns that have the snapshot. */
+type Sighting = {
+  readonly name: string;
+  readonly time: number;
+  readonly state: FileState | null;
+  readonly columns: readonly number[];
+};
+
+/** A file that is looked for, its path below the subvolume, and the sightings, oldest first. */
+type Sought = {
+  readonly o: VersionsOptions;
+  readonly report: Report;
+  readonly host: Host;
+  readonly path: string;
+  readonly columns: readonly Column[];
+  readonly seen: readonly Sighting[];
+};
+
+/** Where a source that is lost altogether was, its backups know: the path of FILE below it. */
+function pathWithin(file: string, columns: readonly Column[]): string | null {
+  if (columns[0]?.folder?.snapshots.length) return null;
+  const owners = columns.map(({ folder }) => folder?.chain.owner);
+  const lost = owners.find((owner) => owner !== undefined && isWithin(file, owner.path));
+  if (lost === undefined) return null;
+  return file.slice(lost.path === "/" ? 0 : lost.path.length);
+}
+
+async function lookFor(path: string, columns: readonly Column[]): Promise<Sighting[]> {
+  const folders = columns.map(({ folder }) => folder);
+  const states = await Promise.all(
+    folders.map((folder) => {
+      const names = folder === null ? [] : wholeIn(folder).map(({ name }) => name);
+      return folder && statesIn(folder.host, at(folder), path, names);
+    }),
+  );
+  return align(folders).flatMap(({ cells }) => {
+    const whole = cells.flatMap((cell, i) =>
+      cell?.state === "whole" ? [{ i, name: cell.entry.name, time: cell.entry.time }] : [],
+    );
+    const [one] = whole;
+    if (one === undefined) return [];
+    const { i: column, name, time } = one;
+    const state = states[column]?.get(name) ?? null;
+    return [{ name, time, state, columns: whole.map(({ i }) => i) }];
+  });
+}
+
+/** What `stat` says of a path in many subvolumes of a folder; nothing where it is not. */
+async function statesIn(
+  host: Host,
+  folder: ReturnType<typeof at>,
+  path: string,
+  names: readonly string[],
+): Promise<Map<string, FileState>> {
+  const found = new Map<string, FileState>();
+  for (const some of chunks(names)) {
+    const given = { ...folder, format: STAT_FORMAT, word: WORD, inner: path, names: some };
+    const words = (await ask(host, VERSIONS, given, `cannot look for ${path}`)).split("\0");
+    const end = words.indexOf("");
+    const [mode, place = "", ...paths] = words.slice(0, end);
+    if (mode !== "fenced" && !(mode === "open" && /^\/[^\n]*$/.test(place)))
+      throw new Failure(`cannot look for ${path}: GNU realpath not found: install coreutils`);
+    const real = new Set(paths);
+    for (const { path: there, state } of parseStats(words.slice(end + 1, -1))) {
+      const name = there.slice(0, there.length - path.length);
+      if (mode === "fenced" || real.has(withoutSlash(join(place, name, dirname(path)))))
+        found.set(name, state);
+    }
+  }
+  return found;
+}
+
+/** The versions of a file. `seen`: oldest first. */
+export function versionsAmong(seen: readonly Omit<Sighting, "time">[]): Version[] {
   const rows: Version[] = [];
   for (const { name, state, columns } of seen) {
     const last = rows.at(-1);
@@ -11036,201 +11185,61 @@ export function versionsAmong(
   return rows;
 }
 
-export type VersionsOptions = ReturnType<typeof versionsOptions>;
-
-/** Shows every version of a file that a snapshot or backup still has, or copies one back. */
-export async function versions(o: VersionsOptions, report: Report): Promise<void> {
-  const host = hostOf(o.file.host, o.hosts);
-  const [root = "", inner = ""] = (
-    await ask(host, LOCATE, { file: o.file.path }, `${o.file.id}: cannot find its subvolume`)
-  ).split("\0");
-  const source = {
-    ...o.file,
-    path: root,
-    id: o.file.id.slice(0, o.file.id.length - o.file.path.length) + root,
-  };
-  // One place that has the version is enough to give it back.
-  const heard =
-    o.get === null
-      ? report
-      : { ...report, error: (_: unknown, { message }: Error) => report.warning(message) };
-  const opened = await openColumns(
-    source,
-    o.locations,
-    o.locations.length === 0,
-    o,
-    heard as Report,
-  );
-  const columns = opened.filter(({ folder }) => folder?.store == null);
-  for (const { id } of opened.filter(({ folder }) => folder?.store))
-    log.info(`${id} is not looked into: it has streams, which must be restored first`);
-  // A source that is lost altogether is known to its backups.
-  const lost = columns[0]?.folder?.snapshots.length
-    ? undefined
-    : columns
-        .map(({ folder }) => folder?.chain.owner)
-        .find((owner) => owner !== undefined && isWithin(o.file.path, owner.path));
-  const path =
-    lost === undefined
-      ? normalize(inner)
-      : o.file.path.slice(lost.path === "/" ? 0 : lost.path.length);
-  const states = await Promise.all(
-    columns.map(
-      async ({ folder }) =>
-        new Map(
-          folder === null
-            ? []
-            : await statesIn(
-                folder.host,
-                at(folder),
-                path,
-                wholeIn(folder).map(({ name }) => name),
-              ),
-        ),
-    ),
-  );
-  const seen = align(columns.map(({ folder }) => folder)).flatMap(({ cells }) => {
-    const whole = cells.flatMap((cell, i) =>
-      cell?.state === "whole" ? [{ i, name: cell.entry.name, time: cell.entry.time }] : [],
+/** Versions as people read them, newest first. `now`: what FILE is, where that is known. */
+function versionsTable(
+  columns: readonly Column[],
+  rows: readonly (Omit<Version, "columns"> & { readonly columns: readonly number[] })[],
+  now: FileState | null | undefined,
+): string {
+  const cells = rows.map(({ first, last, state, columns: having }, i) => {
+    const isNow = i === 0 && JSON.stringify(now) === JSON.stringify(state);
+    const where = having.map(letter).join(" ") + (isNow ? " (as it is now)" : "");
+    if (state === null) return [first, last, "deleted", "-", where];
+    const { size, type, mtime } = state;
+    const modified = stamp(new Date(Number(mtime) * 1000)).replace(
+      /(....)(..)(..)-(..)(..)(..)/,
+      "$1-$2-$3 $4:$5:$6",
     );
-    const [one] = whole;
-    return one === undefined
-      ? []
-      : [
-          {
-            name: one.name,
-            time: one.time,
-            state: states[one.i]?.get(one.name) ?? null,
-            columns: whole.map(({ i }) => i),
-          },
-        ];
+    return [first, last, size === undefined ? type : inBytes(Number(size)), modified, where];
   });
-  if (o.get !== null) return getVersion(o, o.get, host, path, columns, seen, report);
-  const rows = versionsAmong(seen)
-    .reverse()
-    .map((row) => ({ ...row, columns: [...row.columns].sort((a, b) => a - b) }));
-  const live = columns[0]?.folder?.source;
-  const now = live
-    ? ((await statesIn(host, { folder: live.path, fsid: `${live.fsid}/` }, path, ["."])).get(".") ??
-      null)
-    : undefined;
-  for (const { first, last, state, columns: at, names } of rows)
-    report.event("version", {
-      first,
-      last,
-      state,
-      snapshots: names,
-      locations: at.map((i) => columns[i]?.id),
-    });
-  if (!o.json && rows.length > 0) {
-    const cells = rows.map(({ first, last, state, columns: at }, i) => {
-      const same =
-        i === 0 && now !== undefined && JSON.stringify(now) === JSON.stringify(state)
-          ? " (as it is now)"
-          : "";
-      const what =
-        state === null
-          ? ["deleted", "-"]
-          : [
-              state.size === undefined ? state.type : inBytes(Number(state.size)),
-              stamp(new Date(Number(state.mtime) * 1000)).replace(
-                /(....)(..)(..)-(..)(..)(..)/,
-                "$1-$2-$3 $4:$5:$6",
-              ),
-            ];
-      return [first, last, ...what, at.map(letter).join(" ") + same];
-    });
-    print(
-      `${columns.map((column, i) => `${letter(i)}  ${column.id}${whyEmpty(column)}\n`).join("")}\n${table([["FIRST IN", "LAST IN", "SIZE", "MODIFIED", "WHERE"], ...cells])}`,
-    );
-  }
-  if (rows.length === 0)
-    report.error(
-      null,
-      new Failure(
-        seen.length === 0
-          ? `${o.file.id}: there are no snapshots of ${source.id}`
-          : `${o.file.id} is in none of ${count(seen.length, "snapshot")} of ${source.id}`,
-      ),
-    );
-  report.event("summary", { ok: !report.failed, versions: rows.length });
-}
-
-/** What `stat` says of a path in many subvolumes of a folder; nothing where it is not. */
-async function statesIn(
-  host: Host,
-  folder: ReturnType<typeof at>,
-  path: string,
-  names: readonly string[],
-): Promise<Map<string, FileState>> {
-  const found = new Map<string, FileState>();
-  for (const some of chunks(names)) {
-    const words = (
-      await ask(
-        host,
-        VERSIONS,
-        { ...folder, format: STAT_FORMAT, word: WORD, inner: path, names: some },
-        `cannot look for ${path}`,
-      )
-    ).split("\0");
-    const end = words.indexOf("");
-    const [mode, place = "", ...paths] = words.slice(0, end);
-    if (mode !== "fenced" && !(mode === "open" && /^\/[^\n]*$/.test(place)))
-      throw new Failure(`cannot look for ${path}: GNU realpath not found: install coreutils`);
-    const real = new Set(paths);
-    for (const { path: there, state } of parseStats(words.slice(end + 1, -1))) {
-      const name = there.slice(0, there.length - path.length);
-      if (mode === "fenced" || real.has(withoutSlash(join(place, name, dirname(path)))))
-        found.set(name, state);
-    }
-  }
-  return found;
+  const legend = columns.map((column, i) => `${letter(i)}  ${column.id}${whyEmpty(column)}\n`);
+  return `${legend.join("")}\n${table([["FIRST IN", "LAST IN", "SIZE", "MODIFIED", "WHERE"], ...cells])}`;
 }
 
 /** Copies a version of a file back to its host. */
 async function getVersion(
-  o: VersionsOptions,
+  { o, report, host, path, columns, seen }: Sought,
   get: string,
-  host: Host,
-  path: string,
-  columns: readonly Column[],
-  seen: readonly {
-    name: string;
-    time: number;
-    state: FileState | null;
-    columns: readonly number[];
-  }[],
-  report: Report,
 ): Promise<void> {
-  const dated = /^\d{4}-/.test(get) ? parseWhen(get) : null;
+  const until = /^\d{4}-/.test(get) ? parseWhen(get) : null;
   const found = seen.findLast(
-    ({ name, time, state }) => state !== null && (dated === null ? name === get : time <= dated),
+    ({ name, time, state }) => state !== null && (until === null ? name === get : time <= until),
   );
   if (found === undefined)
     throw new Failure(
-      `${o.file.id}: ${dated === null ? `not in a snapshot ${get}` : "in no snapshot from that time or before"}`,
+      `${o.file.id}: ${until === null ? `not in a snapshot ${get}` : "in no snapshot from that time or before"}`,
     );
+  const { name } = found;
   const having = found.columns.map((i) => columns[i]?.folder as Folder);
-  const folder = having.find((one) => sameHost(one.host, host)) ?? (having[0] as Folder);
-  const to = o.to ?? `${o.file.path}.${found.name}`;
+  const near = having.find((one) => sameHost(one.host, host));
+  const folder = near ?? (having[0] as Folder);
+  const to = o.to ?? `${o.file.path}.${name}`;
   const put = {
     directory: dirname(to),
     name: basename(to),
     force: o.force ? "force" : "",
     base: basename(path),
   };
-  const take = { ...at(folder), snapshot: found.name, inner: path };
-  if (sameHost(folder.host, host))
-    await ask({ ...host, fence: "try" }, PUT, { ...put, ...take }, `cannot copy ${o.file.id} back`);
-  else
-    await pipeline([
-      staged("tar", folder.host, TAKE, take),
-      staged("tar", { ...host, fence: "try" }, PUT, put),
-    ]);
-  log.info(`Copied ${path.slice(1)} as it was in ${found.name} of ${folder.id} to ${to}`);
-  report.event("get", { location: folder.id, name: found.name, path: to });
+  const take = { ...at(folder), snapshot: name, inner: path };
+  const there: Host = { ...host, fence: "try" };
+  if (near) await ask(there, PUT, { ...put, ...take }, `cannot copy ${o.file.id} back`);
+  else await pipeline([staged("tar", folder.host, TAKE, take), staged("tar", there, PUT, put)]);
+  log.info(`Copied ${path.slice(1)} as it was in ${name} of ${folder.id} to ${to}`);
+  report.event("get", { location: folder.id, name, path: to });
   report.event("summary", { ok: !report.failed });
 }
+
+// ── unpin: destinations, forgotten ──
 
 export type UnpinOptions = Pick<
   RunOptions,
@@ -11242,27 +11251,23 @@ export async function unpin(o: UnpinOptions, report: Report): Promise<void> {
   const source = await openFinished({ ...o, dryRun: false, adopt: false, fsChecks: true });
   try {
     if (source.record.unreadable !== null) {
+      const record = `${source.path}/.btrfs-backup.json`;
       if (!o.all)
         throw new Failure(
-          `${source.path}/.btrfs-backup.json cannot be read (${source.record.unreadable}); --all moves it aside`,
+          `${record} cannot be read (${source.record.unreadable}); --all moves it aside`,
         );
       const suffix = stamp(new Date());
-      await ask(
-        source.host,
-        ASIDE,
-        { ...at(source), suffix },
-        `cannot move ${source.path}/.btrfs-backup.json aside`,
-      );
-      log.info(`Moved ${source.path}/.btrfs-backup.json to .btrfs-backup.json.${suffix}`);
-      return;
+      await ask(source.host, ASIDE, { ...at(source), suffix }, `cannot move ${record} aside`);
+      return log.info(`Moved ${record} to .btrfs-backup.json.${suffix}`);
     }
     const known = knownDestinations(source);
     const ids = known.map(({ location }) => location);
     for (const id of o.locations)
       if (!ids.includes(id))
-        report.error(
+        tellFailure(
+          report,
           id,
-          new Failure(`not known at ${o.source.id}; known are: ${ids.join(", ") || "none"}`),
+          `not known at ${o.source.id}; known are: ${ids.join(", ") || "none"}`,
         );
     const destinations = known.filter(({ location }) => !o.all && !o.locations.includes(location));
     await writeRecord(source, { ...source.owned, destinations });
