@@ -29,7 +29,7 @@ import { fileURLToPath } from "node:url";
 import { createInterface } from "node:readline";
 import { parseArgs } from "node:util";
 import type { ArgDef, ArgsDef, CommandDef } from "citty";
-import type { ProcessPromise } from "zx/core";
+import type { ProcessOutput, ProcessPromise } from "zx/core";
 
 /** The same as in package.json; here, so that this file runs alone. */
 export const VERSION = "1.0.0";
@@ -1193,34 +1193,55 @@ function pidOf(child: ProcessPromise): number {
 
 const WITHOUT_ROOT = `(see "Without root" in the README)`;
 
+/** The errors that a verb's exit status stands for. */
+const STATUS_ERRORS: Partial<Record<number, new (message: string) => Error>> = {
+  64: UsageError,
+  66: Absent,
+  75: Busy,
+  76: Taken,
+  78: Unfinished,
+  79: Missing,
+};
+
+/** What ssh says where the host cannot be reached, or no more. */
+const UNREACHABLE =
+  /No route|timed out|Timeout, server|refused|not resolve|unreachable|Host is down|Broken pipe|mux_client|Connection .*(closed|reset)/i;
+
+type Result = Pick<ProcessOutput, "exitCode" | "signal" | "stdout" | "stderr">;
+
+/** What a verb that failed has printed, with a hint where it lacks root. */
+function saidBy(host: Host, { stdout, stderr }: Result): string {
+  const text = stderr.trim() || stdout.trim().slice(0, 500); // nologin(8) speaks on stdout
+  const isUser = host.sudo || (host.ssh === null && process.getuid?.() !== 0);
+  return isUser && /Permission denied|Operation not permitted/.test(text)
+    ? `${text}: this needs root, as sudo gives it ${WITHOUT_ROOT}`
+    : text;
+}
+
 /** A verb's exit status other than 0 as an error that says where, what, and what it printed. */
-function failureOf(
-  host: Host,
-  what: string,
-  result: { exitCode: number | null; signal: string | null; stdout: string; stderr: string },
-): Error {
-  const printed = result.stderr.trim() || result.stdout.trim().slice(0, 500); // nologin(8) speaks on stdout
-  const denied =
-    (host.sudo || (host.ssh === null && process.getuid?.() !== 0)) &&
-    /Permission denied|Operation not permitted/.test(printed);
-  const said = denied ? `${printed}: this needs root, as sudo gives it ${WITHOUT_ROOT}` : printed;
+function failureOf(host: Host, what: string, result: Result): Error {
+  const { exitCode, signal } = result;
+  const said = saidBy(host, result);
   // A place stands once in a message, whoever named it.
   const [place] = /^\/.*?(?=: )/.exec(said) ?? [];
   const cause = place !== undefined && what.endsWith(place) ? said.slice(place.length + 2) : said;
   const where = host.label === "" || what.includes(host.label) ? "" : `${host.label}: `;
-  const message = `${where}${what}: ${cause || `ended by ${result.signal ?? `exit status ${result.exitCode}`}`}`;
-  if (result.exitCode === 64) return new UsageError(said);
-  if (result.exitCode === 75) return new Busy(message);
-  if (result.exitCode === 76) return new Taken(message);
-  if (result.exitCode === 78) return new Unfinished(said);
-  if (result.exitCode === 66) return new Absent(message);
-  if (result.exitCode === 79) return new Missing(message);
-  const unreachable =
-    /No route|timed out|Timeout, server|refused|not resolve|unreachable|Host is down|Broken pipe|mux_client|Connection .*(closed|reset)/i;
-  return host.ssh !== null && result.exitCode === 255 && unreachable.test(said)
-    ? new Unreachable(message)
-    : new Failure(message);
+  const message = `${where}${what}: ${cause || `ended by ${signal ?? `exit status ${exitCode}`}`}`;
+  const kind = STATUS_ERRORS[exitCode ?? 0];
+  if (kind === UsageError || kind === Unfinished) return new kind(said);
+  if (kind !== undefined) return new kind(message);
+  const isGone = host.ssh !== null && exitCode === 255 && UNREACHABLE.test(said);
+  return isGone ? new Unreachable(message) : new Failure(message);
 }
+
+/** A verb to run on a host, with arguments by name: `what` names this in errors. */
+type Asking<V extends Declared> = {
+  readonly host: Host;
+  readonly verb: V;
+  readonly given: ArgumentsOf<V>;
+  readonly what: string;
+  readonly input?: string;
+};
 
 /** Runs a verb for its output. Errors: Failure, Busy (exit 75), Absent (exit 66, host not reached). */
 const ask = async <V extends Declared>(
@@ -1228,8 +1249,7 @@ const ask = async <V extends Declared>(
   verb: V,
   given: ArgumentsOf<V>,
   what: string,
-  input = "",
-): Promise<string> => (await askAll(host, verb, given, what, input)).stdout;
+): Promise<string> => (await askAll({ host, verb, given, what })).stdout;
 
 /** Runs a verb for its output in bytes. Errors: those of `ask`. */
 const askBytes = async <V extends Declared>(
@@ -1237,23 +1257,23 @@ const askBytes = async <V extends Declared>(
   verb: V,
   given: ArgumentsOf<V>,
   what: string,
-): Promise<Buffer> => Buffer.concat((await askAll(host, verb, given, what, "")).chunks);
+): Promise<Buffer> => Buffer.concat((await askAll({ host, verb, given, what })).output);
 
-async function askAll<V extends Declared>(
-  host: Host,
-  verb: V,
-  given: ArgumentsOf<V>,
-  what: string,
-  input: string,
-): Promise<{ readonly stdout: string; readonly chunks: readonly Buffer[] }> {
+async function askAll<V extends Declared>({
+  host,
+  verb,
+  given,
+  what,
+  input = "",
+}: Asking<V>): Promise<{ readonly stdout: string; readonly output: readonly Buffer[] }> {
   const { process: child, stop } = start(host, verb, given);
   child.stdin.end(input);
   if (!cleaning.getStore()) running.add(stop);
   let bytes = 0;
-  const chunks: Buffer[] = [];
+  const output: Buffer[] = [];
   child.stdout.on("data", (chunk: Buffer) => {
     bytes += chunk.length;
-    chunks.push(chunk);
+    output.push(chunk);
   });
   const whose =
     host.ssh === null ? { group: child.pid as number } : { verb, folder: folderOf(given) };
@@ -1264,7 +1284,7 @@ async function askAll<V extends Declared>(
   );
   checkInterruption();
   if (result.exitCode !== 0) throw failureOf(host, what, result);
-  return { stdout: result.stdout, chunks };
+  return { stdout: result.stdout, output };
 }
 
 // ── what does not end ──
@@ -1278,24 +1298,26 @@ const LIMITS = { open: 120e3, stuck: 3600e3, parting: 10e3 };
 /** Comes with a signal, except for what cleans up after it. */
 const interrupting = (): Promise<true> => (cleaning.getStore() ? new Promise(() => {}) : signalled);
 
-/** Waits for so many ms, or until something else is over; tells whether that was over first. */
+/** Comes with the end of something, good or bad, and has `value`. */
+const endOf = <T>(one: Promise<unknown>, value: T): Promise<T> =>
+  one.then(
+    () => value,
+    () => value,
+  );
+
+/** Waits for so many ms, or until something else is over; tells whether it is over. */
 async function within(ms: number, over: Promise<unknown>): Promise<boolean> {
   let timer: ReturnType<typeof setTimeout> | undefined;
   const late = new Promise<false>((done) => (timer = setTimeout(() => done(false), ms)));
-  const first = await Promise.race([
-    late,
-    over.then(
-      () => true,
-      () => true,
-    ),
-  ]);
+  const first = await Promise.race([late, endOf(over, true)]);
   clearTimeout(timer);
   return first;
 }
 
 /**
- * Waits for the end of what runs as long as it does anything: `worked` tells what it has done so far. Then it is stopped; if it does not end by that, as
- * what waits for a dead disk, it is left alone. So it is after a signal. Errors: Stuck, Interrupted.
+ * Waits for the end of a process that does anything at all: `worked` tells what it has done so far.
+ * A process that does nothing is stopped, and left alone if it does not end then, as one that waits
+ * for a dead disk. The same goes for a signal. Errors: Stuck, Interrupted.
  */
 async function attended<T>(
   ended: Promise<T>,
@@ -1303,25 +1325,18 @@ async function attended<T>(
   worked: () => Promise<string>,
   stop: () => void,
 ): Promise<T> {
-  const pause = Math.min(60e3, LIMITS.stuck / 4); // ms
-  let [seen, idle, told] = ["", 0, false];
+  const interval = Math.min(60e3, LIMITS.stuck / 4); // ms
+  let [seen, idle, isAnnounced] = ["", 0, false];
   const interrupted = interrupting();
-  while (!(await Promise.race([within(pause, ended), interrupted]))) {
-    const work = await Promise.race([
-      worked(),
-      ...[ended, interrupted].map((over) =>
-        over.then(
-          () => "",
-          () => "",
-        ),
-      ),
-    ]);
+  while (!(await Promise.race([within(interval, ended), interrupted]))) {
+    const work = await Promise.race([worked(), endOf(ended, ""), endOf(interrupted, "")]);
     const isSyncing = work.includes(SYNCING);
-    idle = work === seen ? idle + pause : 0;
+    idle = work === seen ? idle + interval : 0;
     seen = work;
-    if (isSyncing && idle > 0 && !told)
+    if (isSyncing && idle > 0 && !isAnnounced) {
       log.info(`${what}: waiting for the disk to have everything (${SYNCING})`);
-    told ||= isSyncing && idle > 0;
+      isAnnounced = true;
+    }
     if (idle < LIMITS.stuck * (isSyncing ? 6 : 1)) continue;
     stop();
     const isOver = await within(LIMITS.parting, ended);
@@ -1339,21 +1354,17 @@ const folderOf = (given: object) => ("folder" in given ? String(given.folder) : 
 /** What a verb waits in that has a disk write down everything, as WORK tells it. */
 const SYNCING = "btrfs filesystem sync";
 
-/** What the processes of a group here, or those of a verb in a folder on another host, have done so far; nothing where nobody can tell. */
-async function workOf(
-  host: Host,
-  {
-    group,
-    verb,
-    folder,
-  }: { readonly group?: number; readonly verb?: Verb; readonly folder?: string },
-): Promise<string> {
+/** Processes: those of a group here, or those of a verb in a folder on another host. */
+type Workers = { readonly group: number } | { readonly verb: Verb; readonly folder: string };
+
+/** What processes have done so far; nothing where nobody can tell. */
+async function workOf(host: Host, whose: Workers): Promise<string> {
+  const asked =
+    "group" in whose
+      ? { group: String(whose.group), verb: "", folder: "" }
+      : { group: "", verb: whose.verb.name, folder: whose.folder };
   try {
-    const { process: child, stop } = start(plainHost(host), WORK, {
-      group: String(group ?? ""),
-      verb: verb?.name ?? "",
-      folder: folder ?? "",
-    });
+    const { process: child, stop } = start(plainHost(host), WORK, asked);
     child.stdin.end();
     if (await within(30e3, child)) return (await child).stdout;
     stop();
@@ -1366,26 +1377,31 @@ async function workOf(
 /** A verb that holds something (a lock) until it is told to let go. */
 type Held = { readonly output: string; readonly release: () => Promise<void> };
 
-/** What is exchanged with a verb on the way: the `first` line that it waits for; that it is `unwanted`, and is ended; and what is done when a line of its output is `seen`. */
-type Signals = {
+/** A line that a verb prints on the way, and what is done then. */
+type Seen = { readonly line: string; readonly tell: () => void };
+
+/**
+ * A verb that is held prints until a line that is `end`. It may be silent for `wait` s longer than
+ * LIMITS says. It waits for the line of input `first`, and is ended once it is `unwanted`.
+ */
+type Holding = {
+  readonly end: string;
+  readonly what: string;
   readonly wait?: number;
   readonly first?: Promise<string> | undefined;
   readonly unwanted?: AbortSignal | undefined;
   readonly seen?: Seen | undefined;
 };
-type Seen = { readonly line: string; readonly tell: () => void };
 
 /**
- * Starts a verb that prints until a line that is `end`, and then waits for its input to close. It may be silent for `wait` s longer than
- * LIMITS says. Errors: those of `ask`, Unreachable or Stuck where nothing comes.
+ * Starts a verb that prints, and then waits for its input to close. Errors: those of `ask`;
+ * Unreachable or Stuck where nothing comes.
  */
 async function hold<V extends Declared>(
   host: Host,
   verb: V,
   given: ArgumentsOf<V>,
-  end: string,
-  what: string,
-  { first, unwanted, seen, wait = 0 }: Signals = {},
+  { end, what, first, unwanted, seen, wait = 0 }: Holding,
 ): Promise<Held> {
   const { process: child, stop } = start(host, verb, given);
   running.add(stop);
@@ -1414,15 +1430,7 @@ async function hold<V extends Declared>(
   const release = async () => {
     clearInterval(beats);
     child.stdin.end();
-    // Over ssh this may be the connection that other commands share, which ends with the last
-    // of them: its output ends with the lock, the process when it likes.
-    const letGo =
-      host.ssh === null
-        ? child
-        : child.stdout.readableEnded
-          ? Promise.resolve()
-          : new Promise((done) => child.stdout.once("end", done));
-    if (!(await within(LIMITS.parting, letGo))) stop();
+    if (!(await within(LIMITS.parting, lockGone(host, child)))) stop();
   };
   if (output === null) {
     checkInterruption();
@@ -1433,24 +1441,37 @@ async function hold<V extends Declared>(
   return { output, release };
 }
 
+/**
+ * Comes when a verb whose input was closed holds its lock no more. Over ssh its process may be the
+ * connection that other commands share, which ends with the last of them: there the verb's output
+ * ends with the lock, and the process when it likes.
+ */
+function lockGone({ ssh }: Host, child: ProcessPromise): Promise<unknown> {
+  if (ssh === null) return child;
+  if (child.stdout.readableEnded) return Promise.resolve();
+  return new Promise((done) => child.stdout.once("end", done));
+}
+
 class Silent {}
 
-/** What a verb prints until its output ends so; null if it ends before, Silent if nothing comes for `limit` ms, once `from` is over. Decoded at once: lists of subvolumes can be long. */
+/** When a verb must have printed something: within `limit` ms after `from`. */
+type Patience = {
+  readonly limit?: number;
+  readonly from?: Promise<unknown> | undefined;
+  readonly seen?: Seen | undefined;
+};
+
+/**
+ * What a verb prints up to `end`; null if its output ends before, and Silent if nothing comes for
+ * too long. The text is decoded at once: lists of subvolumes can be long.
+ */
 function printed(
   child: ProcessPromise,
   end: string,
-  {
-    limit = Infinity,
-    from = Promise.resolve(),
-    seen,
-  }: {
-    readonly limit?: number;
-    readonly from?: Promise<unknown> | undefined;
-    readonly seen?: Seen | undefined;
-  } = {},
+  { limit = Infinity, from = Promise.resolve(), seen }: Patience = {},
 ): Promise<string | null | Silent> {
   return new Promise((done) => {
-    const chunks: Buffer[] = [];
+    const output: Buffer[] = [];
     const [line, last] = [Buffer.from(`\n${seen?.line}\n`), Buffer.from(end)];
     const kept = Math.max(last.length, line.length);
     let tail: Buffer = Buffer.alloc(0);
@@ -1477,31 +1498,34 @@ function printed(
     });
     child.stdout.on("data", (chunk: Buffer) => {
       heard = performance.now();
-      chunks.push(chunk);
+      output.push(chunk);
       if (tell !== undefined && Buffer.concat([tail, chunk]).includes(line)) {
         tell();
         tell = undefined;
       }
       tail =
         chunk.length < kept ? Buffer.concat([tail, chunk]).subarray(-kept) : chunk.subarray(-kept);
-      if (tail.subarray(-last.length).equals(last)) ended(Buffer.concat(chunks).toString());
+      if (tail.subarray(-last.length).equals(last)) ended(Buffer.concat(output).toString());
     });
     void child.then(() => ended(null));
   });
 }
 
-/**
- * One process of a pipeline. `shown`: its stderr goes to the terminal, not into the error; `sends`: what it says does not tell that the receiving side is full; `receives`: it is a `btrfs receive`. `relay`: it is this
- * program, and counts better; `counts` gets what has passed it, and null at the end. `far`: what works for it on another host.
- */
+/** One process of a pipeline. */
 export type Stage = {
   readonly label: string;
   readonly command: string;
+  /** The verb that works for it on another host. */
   readonly far?: { readonly host: Host; readonly verb: Verb; readonly folder: string };
+  /** Its stderr goes to the terminal, not into the error. */
   readonly shown?: boolean;
+  /** It is a `btrfs receive`. */
   readonly receives?: boolean;
+  /** It does not receive: what it says does not tell that the receiving side is full. */
   readonly sends?: boolean;
+  /** It is this program, which counts better than the kernel. */
   readonly relay?: Relay;
+  /** Gets the number of bytes that have passed it, and null at the end. */
   readonly counts?: (bytes: number | null) => void;
 };
 
@@ -1511,14 +1535,11 @@ function staged<V extends Declared>(
   host: Host,
   verb: V,
   given: ArgumentsOf<V>,
-  more: Partial<Stage> = {},
 ): Stage {
-  const far = host.ssh === null ? {} : { far: { host, verb, folder: folderOf(given) } };
   return {
     label: `${what}${host.label === "" ? "" : ` on ${host.label}`}`,
     command: commandWith(host, verb, given),
-    ...far,
-    ...more,
+    ...(host.ssh === null ? {} : { far: { host, verb, folder: folderOf(given) } }),
   };
 }
 
@@ -1593,63 +1614,47 @@ export const pipeline = async (
 function flow(
   given: readonly Stage[],
   environment: Record<string, string>,
-  { input = "/dev/null", feeds = [], waits = () => false }: Joint = {},
+  joint: Joint = {},
 ): Flowing {
   checkInterruption();
+  const { input = "/dev/null", feeds = [], waits = () => false } = joint;
   const stages = withoutTwins(given);
   const directory = mkdtempSync(join(runtimeDirectory(), "p"));
-  const file = (name: string | number) => quote(`${directory}/${name}`);
-  const texts = stages.map(({ command, shown, relay }, i) => {
-    // A child's I/O is added to its parent's when it is waited for: proc(5), /proc/pid/io. A few bytes
-    // of the verb's own are in it.
-    const measure =
-      i === 0
-        ? `while read -r k v; do case $k in wchar:) echo "$v" >${file("bytes")};; esac; done </proc/self/io;`
-        : "";
-    const last = i === stages.length - 1 ? " >&2" : "";
-    const end = [...feeds.map((group) => `kill -KILL -${group};`), "kill -KILL 0;"].join(" ");
-    const passes =
-      relay === undefined
-        ? `${command}${last}`
-        : `${[...OURSELVES, RELAY, JSON.stringify({ ...relay, tell: `${directory}/told.${i}` })].map(quote).join(" ")}${last}`;
-    return `{ { ${passes} 3>&-; } 2>${shown ? "&3" : file(i)}; r=$?; ${measure} echo "${i} $r" >>${file("ended")}; [ $r = 0 ] || { ${end} }; }`;
-  });
+  const text = pipelineText(stages, directory, feeds);
   log.debug(
-    `pipeline: ${stages.map(({ command, relay }) => (relay === undefined ? command : `relay ${JSON.stringify(relay)}`)).join(" | ")}`,
+    `pipeline: ${stages.map(({ command, relay: by }) => (by === undefined ? command : `relay ${JSON.stringify(by)}`)).join(" | ")}`,
   );
   const child = shell({
     detached: true,
     stdio: ["ignore", "ignore", "pipe"],
     env: { ...process.env, ...environment },
-  })`${`exec 3>&2 <${quote(input)}; ${texts.join(" | ")}`}`;
+  })`${`exec 3>&2 <${quote(input)}; ${text}`}`;
   const group = pidOf(child);
   const said = new TextDecoder();
   child.stderr.on("data", (chunk: Buffer) =>
     terminal.write(visible(said.decode(chunk, { stream: true }))),
   );
-  /** What a relay has told: how many bytes have passed, and which outputs take nothing. */
+  /** The bytes that have passed a relay so far, and its outputs that take nothing now. */
   const toldNow = (i: number) => readIfThere(`${directory}/told.${i}.now`).split(" ").map(Number);
-  const counting = stages.flatMap(({ counts }, i) => (counts === undefined ? [] : [{ counts, i }]));
-  const tell = () => counting.forEach(({ counts, i }) => counts(toldNow(i)[0] as number));
-  const watch = setInterval(tell, 500);
+  const tellCounts = () => stages.forEach(({ counts }, i) => counts?.(toldNow(i)[0] as number));
+  const watch = setInterval(tellCounts, 500);
   const kill = () => sendSignal(-group, "SIGKILL");
   running.add(kill);
   let waited = 0;
   const worked = async () => {
-    const far = await Promise.all(
+    const elsewhere = await Promise.all(
       stages.flatMap(({ far }) => (far === undefined ? [] : [workOf(far.host, far)])),
     );
-    const passed = stages.flatMap(({ relay }, i) => (relay === undefined ? [] : [toldNow(i)[0]]));
-    return [waits() ? ++waited : waited, ...passed, await workOf(LOCAL, { group }), ...far].join(
-      "\n",
-    );
+    const passed = stages.flatMap(({ relay: by }, i) => (by === undefined ? [] : [toldNow(i)[0]]));
+    if (waits()) waited++;
+    return [waited, ...passed, await workOf(LOCAL, { group }), ...elsewhere].join("\n");
   };
   const what = stages.map(({ label }) => label).join(" | ");
   const ended = attended(child, what, worked, kill).finally(() => {
     running.delete(kill);
     clearInterval(watch);
-    tell();
-    for (const { counts } of counting) counts(null);
+    tellCounts();
+    for (const { counts } of stages) counts?.(null);
   });
   return {
     group,
@@ -1657,6 +1662,33 @@ function flow(
     blocked: () => toldNow(stages.length - 1).slice(1),
     ended: ended.then(() => outcome(stages, directory, kill)),
   };
+}
+
+/**
+ * The shell text of a pipeline. Each stage leaves its stderr in the directory, in a file named by
+ * its number. A stage that fails kills the process groups in `feeds`, and then the pipeline.
+ */
+function pipelineText(
+  stages: readonly Stage[],
+  directory: string,
+  feeds: readonly number[],
+): string {
+  const file = (name: string | number) => quote(`${directory}/${name}`);
+  // A child's I/O is added to its parent's when it is waited for: proc(5), /proc/pid/io. A few bytes
+  // of the verb's own are in it.
+  const measure = `while read -r k v; do case $k in wchar:) echo "$v" >${file("bytes")};; esac; done </proc/self/io; `;
+  const end = [...feeds.map((group) => -group), 0].map((to) => `kill -KILL ${to};`).join(" ");
+  const texts = stages.map(({ command, shown, relay: by }, i) => {
+    const runs =
+      by === undefined
+        ? command
+        : [...OURSELVES, RELAY, JSON.stringify({ ...by, tell: `${directory}/told.${i}` })]
+            .map(quote)
+            .join(" ");
+    const last = i === stages.length - 1 ? " >&2" : "";
+    return `{ { ${runs}${last} 3>&-; } 2>${shown ? "&3" : file(i)}; r=$?; ${i === 0 ? measure : ""}echo "${i} $r" >>${file("ended")}; [ $r = 0 ] || { ${end} }; }`;
+  });
+  return texts.join(" | ");
 }
 
 /** What `btrfs receive` says where a file that a difference goes on from is not there, or not what it should be; not where the name of the whole is taken. */
@@ -1672,56 +1704,80 @@ function readIfThere(path: string): string {
   }
 }
 
+/** A stage that ended, by its number; -1 is the shell of the pipeline, which was killed. */
+type Ended = { readonly stage: number; readonly status: number };
+
+/** The exit statuses of the stages that ended, in that order, from the lines of a file. */
+const parseEnded = (text: string): Ended[] =>
+  text
+    .split("\n")
+    .filter(Boolean)
+    .map((line) => {
+      const [stage = -1, status = NaN] = line.split(" ").map(Number);
+      return { stage, status };
+    });
+
 /** What has become of a pipeline, by the files that its stages left in a directory. */
 function outcome(stages: readonly Stage[], directory: string, kill: () => void): Flown {
   const read = (name: string | number) => readIfThere(`${directory}/${name}`).trim();
-  const ended = read("ended")
-    .split("\n")
-    .filter(Boolean)
-    .map((line) => line.split(" ").map(Number));
+  const ended = parseEnded(read("ended"));
   const errors = stages.map((_, i) => read(i));
-  const bytes = read("bytes");
-  const passed = stages.flatMap((_, i) =>
-    read(`told.${i}`) === "" ? [] : [JSON.parse(read(`told.${i}`)) as Passed],
-  );
+  const written = read("bytes");
+  const passed = stages
+    .map((_, i) => read(`told.${i}`))
+    .filter(Boolean)
+    .map((told) => JSON.parse(told) as Passed);
   rmSync(directory, { recursive: true, force: true });
   checkInterruption();
-  if (ended.length < stages.length) kill(); // the shell was killed, and not by a stage
-  const [culprit, status] =
-    ended.find(([, status]) => status !== 0) ?? (ended.length < stages.length ? [-1, 0] : []);
-  if (culprit === undefined) {
-    errors.forEach((text, i) => text && log.debug(`${stages[i]?.label}: ${text}`));
-    const [first] = passed;
-    const last = passed.findLast(({ sum }) => sum !== null);
-    const summed = last === undefined ? null : { bytes: last.bytes, sum: last.sum as string };
-    return { bytes: first?.bytes ?? (bytes === "" ? null : Number(bytes)), summed };
-  }
-  const name = stages[culprit]?.label ?? "the shell of the pipeline";
-  const how =
-    culprit === -1
-      ? "was killed"
-      : status === 255
-        ? "failed: the connection is lost"
-        : (status ?? 0) > 128
-          ? `was killed by signal ${(status ?? 0) - 128}`
-          : `failed with exit status ${status}${status === 75 ? " (an earlier transfer may still be at work)" : ""}`;
+  const isKilled = ended.length < stages.length; // the shell was, and not by a stage
+  if (isKilled) kill();
+  const failed = ended.find(({ status }) => status !== 0);
+  if (failed !== undefined || isKilled)
+    throw brokenBy(failed ?? { stage: -1, status: 0 }, stages, errors);
+  errors.forEach((text, i) => text && log.debug(`${stages[i]?.label}: ${text}`));
+  const last = passed.findLast(({ sum }) => sum !== null);
+  return {
+    bytes: passed[0]?.bytes ?? (written === "" ? null : Number(written)),
+    summed: last === undefined ? null : { bytes: last.bytes, sum: last.sum as string },
+  };
+}
+
+/** The failure of a pipeline by the stage that failed first; `errors` is the stderr of each stage. */
+function brokenBy(culprit: Ended, stages: readonly Stage[], errors: readonly string[]): Failure {
+  const stage = stages[culprit.stage];
+  const said = errors[culprit.stage] ?? "";
   // What the others say is mostly that a pipe broke, but "mostly" is not enough to hide it.
-  const said = [culprit, ...errors.keys()]
-    .filter((i, at, all) => all.indexOf(i) === at && errors[i])
-    .map((i) => (i === culprit ? errors[i] : `(${stages[i]?.label}: ${errors[i]})`));
-  const message = `${name} ${how}${said.length > 0 ? `: ${said.join(" ")}` : ""}`;
-  const receiving = errors.filter((_, i) => !stages[i]?.sends);
-  if (/No space left on device|quota exceeded/i.test(receiving.join("\n")))
-    throw new NoSpace(message);
-  if (status === 1 && stages[culprit]?.receives && BAD_PARENT.test(errors[culprit] ?? ""))
-    throw new BadParent(message);
-  throw status === 255
-    ? new Unreachable(message)
-    : status === 77
-      ? new OtherStream(message)
-      : culprit === -1 || status === 137
-        ? new Killed(message)
-        : new Failure(message);
+  const others = errors.map((text, i) =>
+    text === "" || i === culprit.stage ? "" : `(${stages[i]?.label}: ${text})`,
+  );
+  const texts = [said, ...others].filter(Boolean);
+  const { how, kind } = endingOf(culprit);
+  const name = stage?.label ?? "the shell of the pipeline";
+  const message = `${name} ${how}${texts.length > 0 ? `: ${texts.join(" ")}` : ""}`;
+  const receiving = errors.filter((_, i) => !stages[i]?.sends).join("\n");
+  if (/No space left on device|quota exceeded/i.test(receiving)) return new NoSpace(message);
+  if (culprit.status === 1 && stage?.receives && BAD_PARENT.test(said))
+    return new BadParent(message);
+  return new kind(message);
+}
+
+/** How a stage ended, in words, and the error that this is by itself. */
+function endingOf({ stage, status }: Ended): {
+  readonly how: string;
+  readonly kind: new (message: string) => Failure;
+} {
+  if (stage === -1) return { how: "was killed", kind: Killed };
+  if (status === 255) return { how: "failed: the connection is lost", kind: Unreachable };
+  if (status > 128)
+    return {
+      how: `was killed by signal ${status - 128}`,
+      kind: status === 137 ? Killed : Failure,
+    };
+  const hint = status === 75 ? " (an earlier transfer may still be at work)" : "";
+  return {
+    how: `failed with exit status ${status}${hint}`,
+    kind: status === 77 ? OtherStream : Failure,
+  };
 }
 
 /** Signals a process, or a group by its negative number. */
@@ -1963,7 +2019,7 @@ const declared: Declared[] = [];
 export const VERBS: readonly Declared[] = declared;
 
 /** Declares a verb. Its script finds the parameters under their names, and those of `names...` as "$@". */
-function verb<const S extends string>(
+function defineVerb<const S extends string>(
   name: string,
   takes: S,
   script: string,
@@ -2083,7 +2139,7 @@ const WATCH = sh`
  * What processes have done so far, a line each: those of `group`, or of the groups in which `verb` works in `folder`. It tells of no process
  * that only waits, or passes on what others make: what waits for a holder's end, ssh, which talks also of nothing. See proc(5): stat, io.
  */
-const WORK = verb(
+const WORK = defineVerb(
   "work",
   "group verb folder",
   sh`
@@ -2180,7 +2236,7 @@ const COMPLETE = sh`
  * protocol need not be asked for. `wait` is `look`, or the seconds to wait for the lock, which is then held until the input
  * closes; or `later`: one of these comes as a line of input.
  */
-const OPEN = verb(
+const OPEN = defineVerb(
   "open",
   "nonce wait folder prefix source kind silence",
   sh`
@@ -2333,7 +2389,7 @@ const OPEN = verb(
 );
 
 /** Makes the folder (its last component only) and the chain's lock file; another first run may be faster. */
-const CREATE = verb(
+const CREATE = defineVerb(
   "create",
   "folder fsid prefix",
   sh`
@@ -2353,7 +2409,7 @@ const CREATE = verb(
  * Makes what is missing of the directories above `folder`, and prints the first, where that cannot be a disk that is not mounted: what is there
  * lies on a btrfs that is neither that of `source`, a path on the same host, nor the root filesystem. `how`: "look" makes nothing. Else it exits with 66.
  */
-const PARENTS = verb(
+const PARENTS = defineVerb(
   "parents",
   "folder source how",
   sh`
@@ -2381,7 +2437,7 @@ const PARENTS = verb(
 );
 
 /** Replaces one line of the record: see RECORD. `sync`: when everything else is on the disk. */
-const WRITE_RECORD = verb(
+const WRITE_RECORD = defineVerb(
   "record",
   "folder fsid header key value sync?",
   sh`
@@ -2394,7 +2450,7 @@ const WRITE_RECORD = verb(
 );
 
 /** Standard input becomes a file that everybody may read. Nobody reads half of it, and after a power cut it has one of both contents. */
-const METRICS = verb(
+const METRICS = defineVerb(
   "metrics",
   "file",
   sh`
@@ -2411,7 +2467,7 @@ const METRICS = verb(
 );
 
 /** Moves a record out of the way. */
-const ASIDE = verb(
+const ASIDE = defineVerb(
   "aside",
   "folder fsid suffix",
   sh`
@@ -2421,7 +2477,7 @@ const ASIDE = verb(
 );
 
 /** Prints what the list of subvolumes does not tell of the top level. */
-const SHOW = verb(
+const SHOW = defineVerb(
   "show",
   "folder fsid",
   sh`
@@ -2433,7 +2489,7 @@ const SHOW = verb(
 // ── snapshots, and the way that they go ──
 
 /** Gives a snapshot another name, in the same folder. */
-const RENAME = verb(
+const RENAME = defineVerb(
   "rename",
   "folder fsid name to",
   sh`
@@ -2444,7 +2500,7 @@ const RENAME = verb(
 );
 
 /** The user's own command, before or after a snapshot. What it leaves running must not keep us waiting for our pipes. */
-const HOOK = verb(
+const HOOK = defineVerb(
   "hook",
   "command",
   sh`
@@ -2457,7 +2513,7 @@ const HOOK = verb(
 ); // the user's own environment
 
 /** Takes the snapshot `name`. Prints `subvolume show` of it, or only the ID for whoever is not root. The kernel commits the transaction. */
-const SNAPSHOT = verb(
+const SNAPSHOT = defineVerb(
   "snapshot",
   "source folder fsid name",
   sh`
@@ -2490,7 +2546,7 @@ const SNAPSHOT = verb(
  * kept over there with the SHA-256 `sum`, only what follows is sent, if these are the same. Where others can change names, `uuid`
  * and `clone` (in hexadecimal) are what the stream must say of itself and of its parent.
  */
-const SEND = verb(
+const SEND = defineVerb(
   "send",
   "flag folder fsid level protocol holder snapshot parent skip sum uuid? clone?",
   sh`
@@ -2560,7 +2616,7 @@ const SEND = verb(
 );
 
 /** Of each snapshot, a line with the first 512 bytes of its stream, in hexadecimal: see changedIn. No file is read for them. */
-const HEADS = verb(
+const HEADS = defineVerb(
   "heads",
   "folder fsid snapshots...",
   sh`
@@ -2574,7 +2630,7 @@ const HEADS = verb(
 );
 
 /** Of each snapshot, the generation of its top directory, as lsattr(1) tells it. Nothing where there is no lsattr. */
-const BIRTHS = verb(
+const BIRTHS = defineVerb(
   "births",
   "folder fsid snapshots...",
   sh`
@@ -2588,7 +2644,7 @@ const BIRTHS = verb(
  * What a stream consists of: how often each command is in it, and how often data of each length (` len=N`), which
  * are not read for it.
  */
-const ESTIMATE = verb(
+const ESTIMATE = defineVerb(
   "estimate",
   "folder fsid snapshot parent",
   sh`
@@ -2608,7 +2664,7 @@ const ESTIMATE = verb(
 const REWRITTEN_MOST = "32000000";
 
 /** A difference without the data of its files; of a large one, the beginning. */
-const REWRITTEN = verb(
+const REWRITTEN = defineVerb(
   "rewritten",
   "folder fsid snapshot parent",
   sh`
@@ -2618,7 +2674,7 @@ const REWRITTEN = verb(
 );
 
 /** Of each path in a snapshot, its size there, and that of the same file in a parent, or -; nothing where there is no such path. */
-const FILE_SIZES = verb(
+const FILE_SIZES = defineVerb(
   "filesizes",
   "folder fsid snapshot parent paths...",
   sh`
@@ -2656,7 +2712,7 @@ const FILE_SIZES = verb(
  * comes, and goes when all is on the disk; with a `sync` of `next`, the next transfer's replaces it. Unless `part` is empty, the stream is that file, if it is complete; with a `flag` of guard's (one that
  * ends in C) it comes from there all the same.
  */
-const RECEIVE = verb(
+const RECEIVE = defineVerb(
   "receive",
   "flag folder fsid level holder prefix header key beginning rest part? sum? bytes? kept? sync?",
   sh`
@@ -2712,7 +2768,7 @@ const RECEIVE = verb(
  * What a broken transfer left of the stream `object` to go on from: its file `.OBJECT.pPROTOCOL-LEVEL.part`, how many bytes
  * of it count, and their SHA-256. Where others can write, they could put a link in its place.
  */
-const KEPT = verb(
+const KEPT = defineVerb(
   "kept",
   "folder fsid prefix object",
   sh`
@@ -2732,7 +2788,7 @@ const KEPT = verb(
 );
 
 /** Removes all that was kept to go on from. */
-const TIDY = verb(
+const TIDY = defineVerb(
   "tidy",
   "folder fsid prefix",
   sh`
@@ -2752,7 +2808,7 @@ const TIDY = verb(
  * Removes what a broken transfer left, and its announcement; unless it is read-only (an orphaned receive completed it after
  * all), but for `how` of `whole`: it is in doubt whether its data are on the disk.
  */
-const DISCARD = verb(
+const DISCARD = defineVerb(
   "discard",
   "folder fsid prefix name header key value how?",
   sh`
@@ -2801,7 +2857,7 @@ const THOSE = sh`
  * Deletes many at once, as ./NAME, if they still have their IDs. What cannot be deleted is as before, and the cause is told where it is an
  * attribute, which a snapshot has from its source. The cleaner sleeps for up to 30 s unless a sync wakes it.
  */
-const DELETE = verb(
+const DELETE = defineVerb(
   "delete",
   "convert sync folder fsid top ids names...",
   sh`
@@ -2842,7 +2898,7 @@ const DELETE = verb(
 // ── restoring ──
 
 /** Makes the directory `work` that a restore works in, marks it as ours, and holds it locked; see CLEAR. */
-const RESTORING = verb(
+const RESTORING = defineVerb(
   "restoring",
   "folder fsid work end silence",
   sh`
@@ -2876,7 +2932,7 @@ const BEHIND = sh`
   }`;
 
 /** Removes what an interrupted restore left: the subvolumes ./PATH, in the order of their IDs, and the directory `work`. */
-const CLEAR = verb(
+const CLEAR = defineVerb(
   "clear",
   "folder fsid work ids paths...",
   sh`
@@ -2915,7 +2971,7 @@ const CLEAR = verb(
  * tree is a user's, who may have put a symbolic link there. Stubs of snapshots that were nested in the source go (inode 2,
  * which is rmdir's).
  */
-const BUILD = verb(
+const BUILD = defineVerb(
   "build",
   "folder fsid work origin target name how",
   sh`
@@ -2965,7 +3021,7 @@ const BUILD = verb(
  * wherever it was interrupted. Prints where the snapshots
  * are to be, the names of those that cannot move, each with a slash behind it, and `end`; nothing if there is nothing to be finished.
  */
-const FINISH = verb(
+const FINISH = defineVerb(
   "finish",
   "folder fsid work how",
   sh`
@@ -3125,7 +3181,7 @@ const ATTRIBUTES = `--numeric-owner --xattrs --xattrs-include="*"`;
  * without atime, ctime and its process ID, but leaves sockets out. ACLs come as the attributes that they are: with
  * --acls, tar would write the names that users have on this host.
  */
-const DIGEST = verb(
+const DIGEST = defineVerb(
   "digest",
   "folder fsid snapshot",
   sh`
@@ -3150,7 +3206,7 @@ const DIGEST = verb(
  * What differs is found in: `stat --printf FORMAT` of every path, the SHA-256 of every file, and where getfattr is installed
  * all extended attributes, each part ended by an empty word; in base64, since names are bytes and not always text.
  */
-const LISTING = verb(
+const LISTING = defineVerb(
   "listing",
   "folder fsid snapshot format",
   sh`
@@ -3178,7 +3234,7 @@ const LISTING = verb(
 );
 
 /** When each subvolume was made that has a parent, in UTC: as that is of all that was received as a difference. One process, whatever their number. */
-const MADE = verb(
+const MADE = defineVerb(
   "made",
   "folder fsid",
   sh`
@@ -3194,7 +3250,7 @@ const MADE = verb(
  * When directories were made, in s since 1970, as far as the kernel tells: of a subvolume that is not a snapshot, when it was made itself. (A
  * snapshot has its directory from what it was taken of.)
  */
-const BORN = verb(
+const BORN = defineVerb(
   "born",
   "folder fsid names...",
   sh`
@@ -3203,7 +3259,7 @@ const BORN = verb(
 `,
 );
 
-const RECEIVED = verb(
+const RECEIVED = defineVerb(
   "received",
   "folder fsid names...",
   sh`
@@ -3216,7 +3272,7 @@ const RECEIVED = verb(
 );
 
 /** Bytes referenced by each ./NAME, as `btrfs filesystem du -s --raw` tells. */
-const SIZES = verb(
+const SIZES = defineVerb(
   "sizes",
   "folder fsid names...",
   sh`
@@ -3227,7 +3283,7 @@ const SIZES = verb(
 );
 
 /** The subvolume that `file` is, or was, in, and the path in it. Of its path only the last component is taken as it is. */
-const LOCATE = verb(
+const LOCATE = defineVerb(
   "locate",
   "file",
   sh`
@@ -3254,7 +3310,7 @@ const LOCATE = verb(
  * Of `inner`, a path, in every subvolume that has it: what `realpath` makes of the directory above it, as NUL-terminated words after
  * "open" and that of the folder itself, since a symbolic link may lead out of a snapshot (only "fenced", where the kernel follows none); an empty one; and `stat --printf FORMAT`. `word` is printf's format of a word.
  */
-const VERSIONS = verb(
+const VERSIONS = defineVerb(
   "versions",
   "folder fsid format word inner names...",
   sh`
@@ -3297,7 +3353,7 @@ const ORIGIN = sh`
   }`;
 
 /** A file or directory out of a subvolume, as a tar archive. */
-const TAKE = verb(
+const TAKE = defineVerb(
   "take",
   "folder fsid snapshot inner",
   sh`
@@ -3311,7 +3367,7 @@ const TAKE = verb(
  * DIRECTORY/NAME becomes what is called `base` in the archive on standard input, or `inner` of a subvolume here; whole or not
  * at all, and over another file only with `force`.
  */
-const PUT = verb(
+const PUT = defineVerb(
   "put",
   "directory name force base folder? fsid? snapshot? inner?",
   sh`
@@ -3387,7 +3443,7 @@ const GET = sh`
 
 /** A file has a temporary name until it is complete, and on the disk. Others may be able to write there: no link that they plant is followed. */
 const RAW: StoreVerbs = {
-  put: verb(
+  put: defineVerb(
     "store",
     "folder fsid lock object holder size",
     sh`
@@ -3410,7 +3466,7 @@ const RAW: StoreVerbs = {
     fi
   `,
   ),
-  commit: verb(
+  commit: defineVerb(
     "commit",
     "folder fsid lock object sum bytes part? kept? uuid?",
     sh`
@@ -3439,7 +3495,7 @@ const RAW: StoreVerbs = {
     sync .
   `,
   ),
-  get: verb(
+  get: defineVerb(
     "fetch",
     "folder fsid how holder objects...",
     sh`
@@ -3460,7 +3516,7 @@ const RAW: StoreVerbs = {
     ${GET}
   `,
   ),
-  delete: verb(
+  delete: defineVerb(
     "drop",
     "folder fsid lock objects...",
     sh`
@@ -3514,7 +3570,7 @@ const ALL_OBJECTS = sh`
 
 /** Objects of a remote cannot be renamed everywhere: without a checksum object, one is not complete. */
 const RCLONE: StoreVerbs & { readonly list: Declared<"folder"> } = {
-  list: verb(
+  list: defineVerb(
     "rclone-list",
     "folder",
     sh`
@@ -3545,7 +3601,7 @@ const RCLONE: StoreVerbs & { readonly list: Declared<"folder"> } = {
     esac
   `,
   ),
-  put: verb(
+  put: defineVerb(
     "rclone-put",
     "folder fsid lock object holder size",
     sh`
@@ -3558,7 +3614,7 @@ const RCLONE: StoreVerbs & { readonly list: Declared<"folder"> } = {
     exec rclone rcat -- "$folder$object"
   `,
   ),
-  commit: verb(
+  commit: defineVerb(
     "rclone-commit",
     "folder fsid lock object sum bytes part? kept? uuid?",
     sh`
@@ -3571,7 +3627,7 @@ const RCLONE: StoreVerbs & { readonly list: Declared<"folder"> } = {
     sumfile "$object" "$sum" "$bytes" | rclone rcat -- "$folder$object${SUM}"
   `,
   ),
-  get: verb(
+  get: defineVerb(
     "rclone-get",
     "folder fsid how holder objects...",
     sh`
@@ -3581,7 +3637,7 @@ const RCLONE: StoreVerbs & { readonly list: Declared<"folder"> } = {
     ${GET}
   `,
   ),
-  delete: verb(
+  delete: defineVerb(
     "rclone-delete",
     "folder fsid lock objects...",
     sh`
@@ -4389,19 +4445,14 @@ async function openFolder(location: Readable, path: string, opening: Opening): P
     silence: silence(host),
   };
   const seen = locked && { line: `${nonce} locked`, tell: locked };
-  const { output, release } = await hold(
-    { ...host, fence: "try" },
-    OPEN,
-    asked,
-    `${nonce} end`,
-    location.id,
-    {
-      first: ahead?.turn.then(() => String(wait)),
-      unwanted: ahead?.unwanted,
-      seen,
-      wait: wait === "look" ? 0 : wait,
-    },
-  );
+  const { output, release } = await hold({ ...host, fence: "try" }, OPEN, asked, {
+    end: `${nonce} end`,
+    what: location.id,
+    first: ahead?.turn.then(() => String(wait)),
+    unwanted: ahead?.unwanted,
+    seen,
+    wait: wait === "look" ? 0 : wait,
+  });
   try {
     if (wait === "look") await release(); // nothing of it is left in the directory
     checkAnswer(output, nonce, opening);
@@ -4961,10 +5012,8 @@ function receiving(
     ...announced,
     ...kept,
   };
-  return staged("btrfs receive", folder.host, RECEIVE, given, {
-    receives: true,
-    shown: btrfsDebug,
-  });
+  const stage = staged("btrfs receive", folder.host, RECEIVE, given);
+  return { ...stage, receives: true, shown: btrfsDebug };
 }
 
 /**
@@ -5179,15 +5228,14 @@ function folderDestination(
         2,
         { ...sending, ...form },
         async (part) => {
-          const kept = staged(
-            "reading",
-            host,
-            RAW.get,
-            { ...at(folder), how: "", holder: holderOf(folder), objects: [`.${part.part}.part`] },
-            { sends: true },
-          );
+          const kept = staged("reading", host, RAW.get, {
+            ...at(folder),
+            how: "",
+            holder: holderOf(folder),
+            objects: [`.${part.part}.part`],
+          });
           await pipeline([
-            ...(isChecked ? [kept] : []),
+            ...(isChecked ? [{ ...kept, sends: true }] : []),
             ...stages(PART.exec(`${part.part}.part`)?.[2] ?? form.level, part),
           ]);
         },
@@ -6675,10 +6723,11 @@ async function stream(
     ...asked,
   };
   const given = { flag: display.btrfsDebug ? "-vv" : "-q", ...at(source), ...sent };
-  const send = staged(`btrfs send${level === "" ? "" : " or zstd"}`, source.host, SEND, given, {
+  const send = {
+    ...staged(`btrfs send${level === "" ? "" : " or zstd"}`, source.host, SEND, given),
     sends: true,
     shown: display.btrfsDebug,
-  });
+  };
   const others = incoming.length === 1 ? "" : ` and ${incoming.length - 1} more`;
   const metered = meter(
     `${snapshot.name} to ${first.id}${others}`,
@@ -8600,7 +8649,8 @@ export function metricsOf(
 
 /** Replaces a file, so that nobody reads half of it, and it has one of both contents after a power cut. Errors: Failure. */
 async function writeMetrics(file: string, text: string): Promise<void> {
-  await ask(LOCAL, METRICS, { file }, `--metrics: cannot write ${file}`, text);
+  const what = `--metrics: cannot write ${file}`;
+  await askAll({ host: LOCAL, verb: METRICS, given: { file }, what, input: text });
 }
 
 /** What was done at each place, the source first. */
@@ -9781,8 +9831,7 @@ async function restoreOnce(o: RestoreOptions, report: Report): Promise<void> {
         target.host,
         RESTORING,
         { ...at(target), work, end: `${work} end`, silence: silence(target.host) },
-        `${work} end`,
-        o.target.id,
+        { end: `${work} end`, what: o.target.id },
       );
       const { output, release } = await begun.catch((error: Error) => {
         throw error instanceof Taken ? new SameSecond(error.message) : error;
@@ -9884,14 +9933,14 @@ async function restoreOnce(o: RestoreOptions, report: Report): Promise<void> {
           name,
         ]);
         const told = [from, to, before === "" ? "new" : "old", ...names, "end", ""].join("\n");
-        const finished = await whileCleaning(() =>
-          ask(
-            target.host,
-            FINISH,
-            { ...at(target), work, how: "begin" },
-            `cannot finish ${o.target.id}`,
-            told,
-          ),
+        const { stdout: finished } = await whileCleaning(() =>
+          askAll({
+            host: target.host,
+            verb: FINISH,
+            given: { ...at(target), work, how: "begin" },
+            what: `cannot finish ${o.target.id}`,
+            input: told,
+          }),
         ).catch(async (error) => {
           throw new Failure(await howFar(target, work, before, left, (error as Error).message, o));
         });
@@ -9996,13 +10045,12 @@ async function receivePieces(
   const below: Stream[] = [];
   for (const [i, piece] of pieces.entries()) {
     const { uuid: object, name, bytes: size, compressed, encrypted } = piece;
-    const fetch = staged(
-      "reading",
-      location.host,
-      verbs.get,
-      { ...at(location), how: "", holder: holderOf(location), objects: [object] },
-      { sends: true },
-    );
+    const fetch = staged("reading", location.host, verbs.get, {
+      ...at(location),
+      how: "",
+      holder: holderOf(location),
+      objects: [object],
+    });
     const decrypt = encrypted ? [{ label: "gpg", command: `${GPG} --decrypt` }] : [];
     const end = (level: string) => receiving(work, name, level, null, o.btrfsDebug);
     const level = compressed ? "1" : "";
@@ -10013,7 +10061,7 @@ async function receivePieces(
     const began = Date.now();
     log.debug(`Receiving ${object}`);
     const { summed } = await pipeline([
-      fetch,
+      { ...fetch, sends: true },
       ...meter(`${i + 1}/${pieces.length} ${name}`, display, o.sending.rate, size),
       relaying({ sum: true }),
       ...decrypt,
@@ -10651,17 +10699,12 @@ async function readStream(
     folder.host.ssh === null &&
     !(compressed && which.sync("zstd", { nothrow: true }) === null)
   ) {
-    const fetch = staged(
-      "reading",
-      folder.host,
-      verbs.get,
-      { ...place, how: "", holder: holderOf(folder) },
-      { sends: true },
-    );
+    const asked = { ...place, how: "", holder: holderOf(folder) };
+    const fetch = staged("reading", folder.host, verbs.get, asked);
     const unpack: Stage[] = compressed ? [{ label: "zstd", command: "zstd -q -d -c" }] : [];
     const check = { name, uuid: receivedUuid as string, parent: from, alone: false };
     const read = await pipeline([
-      fetch,
+      { ...fetch, sends: true },
       relaying({ sum: true }),
       ...unpack,
       relaying({ check, drop: true }),
