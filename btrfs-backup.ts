@@ -3671,10 +3671,13 @@ const LISTED_MADE = new RegExp(
 );
 const LISTED_READONLY = /^ID (\d+) gen \d+ top level \d+ path (?:<FS_TREE>\/)?(.*)$/s;
 
-/** The entries of `btrfs subvolume list`, one at a time: there can be many. A line of no known shape continues a path with a line break. Errors: Failure. */
+/**
+ * The entries of `btrfs subvolume list`, one at a time: there can be many. A line of no known shape
+ * continues a path with a line break. Errors: Failure.
+ */
 function* listedLines(text: string, shape: RegExp): Generator<RegExpExecArray> {
   let last: RegExpExecArray | null = null;
-  // What ends in a line break has an empty line behind it: a name can end so.
+  // A name can end in a line break: then an empty line follows.
   for (let from = 0, to = 0; text !== "" && from <= text.length; from = to + 1) {
     to = text.indexOf("\n", from);
     if (to < 0) to = text.length;
@@ -3691,8 +3694,8 @@ function* listedLines(text: string, shape: RegExp): Generator<RegExpExecArray> {
 }
 
 /**
- * Reads `btrfs subvolume list -a -c -u -q -R` and `-a -r` of one filesystem (btrfs-subvolume(8)). With
- * -a all paths count from the top level, some with a mark; without, some count from where one asks.
+ * Reads `btrfs subvolume list -a -c -u -q -R` and `-a -r` of one filesystem (btrfs-subvolume(8)).
+ * With -a all paths count from the top level, some with a mark; without, some count from where one asks.
  */
 export function parseSubvolumes(all: string, readonlyOnes: string): Subvolume[] {
   const readonly = new Set<string>();
@@ -3700,15 +3703,7 @@ export function parseSubvolumes(all: string, readonlyOnes: string): Subvolume[] 
     readonly.add(`${id} ${path}`);
   const subvolumes: Subvolume[] = [];
   for (const match of listedLines(all, LISTED)) {
-    const [, id, cgen, parent, received, uuid, path] = match as unknown as [
-      string,
-      string,
-      string,
-      string,
-      string,
-      string,
-      string,
-    ];
+    const [, id = "", cgen = "", parent = "", received = "", uuid = "", path = ""] = match;
     subvolumes.push({
       id: Number(id),
       path,
@@ -3719,8 +3714,8 @@ export function parseSubvolumes(all: string, readonlyOnes: string): Subvolume[] 
       cgen: Number(cgen),
     });
   }
-  // Any user can make subvolumes, and a name with a line break could pass for a subvolume of its own:
-  // one that matters would need a path, an ID or a UUID that is somebody's already.
+  // Any user can make subvolumes, and a name with a line break could pass for a subvolume of its own.
+  // A dangerous one would need a path, an ID or a UUID that another subvolume has already.
   for (const key of ["id", "uuid", "path"] as const) {
     const seen = new Set<Subvolume[typeof key]>();
     for (const one of subvolumes)
@@ -3733,8 +3728,9 @@ export function parseSubvolumes(all: string, readonlyOnes: string): Subvolume[] 
 }
 
 /**
- * In which generation a snapshot was changed last, as the head of its stream says (linux/fs/btrfs/send.h: its path, UUID and ctransid,
- * behind a magic, a version and the header of the command). Errors: Failure for any other shape.
+ * The generation in which a snapshot was changed last, from the head of its stream. The head holds
+ * path, UUID and ctransid, behind a magic, a version and the header of the command
+ * (linux/fs/btrfs/send.h). Errors: Failure for any other shape.
  */
 export function changedIn(head: string, snapshot: Subvolume): number {
   const bytes = Buffer.from(head, "hex");
@@ -3762,6 +3758,7 @@ function shownField(text: string, field: string): string {
   return value;
 }
 
+/** `root` is the path on the filesystem of `device` that is mounted at `path`. */
 export type Mount = {
   readonly id: string;
   readonly parent: string;
@@ -3771,38 +3768,38 @@ export type Mount = {
   readonly readonly: boolean;
 };
 
-/** Reads /proc/self/mountinfo (proc(5)): `root` is the path on the filesystem of `device` that is mounted at `path`. */
+/** Reads /proc/self/mountinfo (proc(5)). */
 export function parseMounts(text: string): Mount[] {
   const unescape = (word = "") =>
     word.replace(/\\([0-7]{3})/g, (_, octal: string) => String.fromCharCode(parseInt(octal, 8)));
   return text.split("\n").map((line) => {
     const words = line.split(" ");
-    const readonly = [words[5], words.at(-1)].some((options) => options?.split(",").includes("ro"));
+    const [id = "", parent = "", , root, path, options] = words;
     return {
-      id: words[0] ?? "",
-      parent: words[1] ?? "",
-      root: unescape(words[3]),
-      path: unescape(words[4]),
+      id,
+      parent,
+      root: unescape(root),
+      path: unescape(path),
       device: unescape(words[words.indexOf("-") + 2]),
-      readonly,
+      readonly: [options, words.at(-1)].some((some) => some?.split(",").includes("ro")),
     };
   });
 }
 
-/** The path from the filesystem's top level ("/…") of a resolved path, and the mount it is seen through. */
+/** The path of a resolved path from the filesystem's top level ("/…"), and the mount it is seen through. */
 export function placeOn(mounts: readonly Mount[], path: string): { mount: Mount; top: string } {
   const known = new Set(mounts.map(({ id }) => id));
-  const above = mounts.filter((m) => isWithin(path, m.path));
+  const above = mounts.filter((one) => isWithin(path, one.path));
   // As the kernel walks: what is mounted over a folder hides what was mounted below it.
-  const next = (mount?: Mount) =>
+  const isOn = (one: Mount, under?: Mount) =>
+    under === undefined
+      ? !known.has(one.parent) || one.parent === one.id
+      : one.parent === under.id && one !== under;
+  const next = (under?: Mount) =>
     above
-      .filter((m) =>
-        mount === undefined
-          ? !known.has(m.parent) || m.parent === m.id
-          : m.parent === mount.id && m !== mount,
-      )
+      .filter((one) => isOn(one, under))
       .reduce<Mount | undefined>(
-        (first, m) => (first === undefined || m.path.length <= first.path.length ? m : first),
+        (first, one) => (first && first.path.length < one.path.length ? first : one),
         undefined,
       );
   let mount = next();
@@ -3817,49 +3814,49 @@ export function placeOn(mounts: readonly Mount[], path: string): { mount: Mount;
  * kernel folds the UUID into it and adds the ID of the subvolume. Needs no root, unlike blkid.
  */
 export function filesystemOf(fsid: string, root: number, uuids: readonly string[]): string | null {
-  const shown = BigInt(`0x${fsid}`);
-  return (
-    uuids.find((uuid) => {
-      if (!new RegExp(`^(${UUID})$`).test(uuid)) return false;
-      const hex = uuid.replaceAll("-", "");
-      const [a, b, c, d] = [0, 8, 16, 24].map((at) => BigInt(`0x${hex.slice(at, at + 8)}`)) as [
-        bigint,
-        bigint,
-        bigint,
-        bigint,
-      ];
-      return (((a ^ c) << 32n) | (b ^ d)) === (shown ^ BigInt(root));
-    }) ?? null
-  );
+  const folded = BigInt(`0x${fsid}`) ^ BigInt(root);
+  const isUuid = new RegExp(`^(${UUID})$`);
+  const found = uuids.find((uuid) => {
+    if (!isUuid.test(uuid)) return false;
+    const hex = uuid.replaceAll("-", "");
+    const part = (at: number) => BigInt(`0x${hex.slice(at, at + 8)}`);
+    return (((part(0) ^ part(16)) << 32n) | (part(8) ^ part(24))) === folded;
+  });
+  return found ?? null;
 }
 
 /** The ID of the subvolume that a path from the filesystem's top level is in. */
 function rootOf(top: string, subvolumes: readonly Subvolume[]): number {
   const above = subvolumes.filter(({ path }) => isWithin(top, `/${path}`));
-  return above.reduce((deepest, one) => (one.path.length > deepest.path.length ? one : deepest), {
-    id: 5,
-    path: "",
-  }).id;
+  const topLevel = { id: 5, path: "" };
+  return above.reduce(
+    (deepest, one) => (one.path.length > deepest.path.length ? one : deepest),
+    topLevel,
+  ).id;
 }
 
-/** A directory that was looked at. `filesystem` is null where it is not btrfs; `fsid` is the kernel's, of its subvolume; `free` and `size`: bytes there. */
+/** A directory that was looked at. */
 export type Place = {
   readonly path: string;
   readonly inode: number;
+  /** The kernel's, of its subvolume. */
   readonly fsid: string;
+  /** Null where it is not btrfs. */
   readonly filesystem: string | null;
   readonly root: number;
+  /** Bytes there. */
   readonly free: number;
   readonly size: number;
 };
 
-/** All that `open` tells. `exists` is false for a folder that would have to be made; then `place` is its parent. */
+/** All that `open` tells. */
 export type Inspection = {
   readonly host: string;
   /** Whether zstd is installed there. */
   readonly zstd: boolean;
   /** The newest protocol of send streams that kernel and btrfs-progs know; 1 where it was not asked for. */
   readonly protocol: number;
+  /** False for a folder that would have to be made; then `place` is its parent. */
   readonly exists: boolean;
   readonly locked: boolean;
   /** The process that holds the lock there. */
@@ -3869,7 +3866,10 @@ export type Inspection = {
   readonly top: string;
   readonly source: (Place & { readonly uuid: string; readonly top: string }) | null;
   readonly mounts: readonly Mount[];
-  /** All of its filesystem's; only those in the folder where we are not root (`alone`), and without UUIDs: what has a pin's name has its UUID. */
+  /**
+   * All of the filesystem. Where we are not root (`alone`), only those in the folder, and without
+   * UUIDs: a subvolume with a pin's name has the pin's UUID.
+   */
   readonly subvolumes: readonly Subvolume[];
   readonly alone: boolean;
   readonly entries: ReadonlySet<string>;
@@ -3879,7 +3879,10 @@ export type Inspection = {
   readonly written: ReadonlyMap<string, number>;
   readonly record: RecordFile;
   readonly old: OldRecord;
-  /** What tells one mounting of the folder's filesystem from others: the host's boot, and the inode of the filesystem in /sys/fs/btrfs. */
+  /**
+   * Tells one mounting of the folder's filesystem from others: the host's boot, and the inode of the
+   * filesystem in /sys/fs/btrfs.
+   */
   readonly since: string;
   /** Our user ID there. */
   readonly user: string;
@@ -3887,7 +3890,7 @@ export type Inspection = {
   readonly fenced: boolean;
   /** Else the first directory on the way there that others than root and we can change, if there is one. */
   readonly strange: string;
-  /** The folder and what this program keeps in it belong to the user that we are there, or to root. */
+  /** The folder and this program's files in it belong to the user that we are there, or to root. */
   readonly trusted: boolean;
 };
 
@@ -3901,35 +3904,11 @@ const parseFiles = (text: string) =>
     }),
   );
 
-/** What `open` prints of any place, and what only of some. */
-const ALWAYS = [
-  "host",
-  "zstd",
-  "boot",
-  "filesystems",
-  "fence",
-  "strange",
-  "user",
-  "inodes",
-  "places",
-  "mounts",
-  "record",
-  "stream",
-];
-const SOMETIMES = [
-  "source",
-  "folder",
-  "missing",
-  "locked",
-  "entries",
-  "old",
-  "files",
-  "subvolumes",
-  "readonly",
-  "roots",
-  "alone",
-  "end",
-];
+/** The sections that `open` prints of any place, and those that it prints of some. */
+const ALWAYS =
+  "host zstd boot filesystems fence strange user inodes places mounts record stream".split(" ");
+const SOMETIMES =
+  "source folder missing locked entries old files subvolumes readonly roots alone end".split(" ");
 
 /** The sections of what `open` printed. Errors: Failure for one that is unknown, or comes twice. */
 function sectionsOf(output: string, nonce: string): Map<string, string> {
@@ -3948,42 +3927,92 @@ function sectionsOf(output: string, nonce: string): Map<string, string> {
   return sections;
 }
 
-/** Checks that a host has told all that it was asked for, and nothing of another shape. Errors: Failure. */
+/** The shapes of sections. */
+const PATH_SHAPE = /^\/[^\0]*$/;
+const SHAPES: Readonly<Record<string, RegExp>> = {
+  source: PATH_SHAPE,
+  folder: PATH_SHAPE,
+  missing: PATH_SHAPE,
+  host: /^[^\n\0]+$/,
+  user: /^\d+$/,
+  locked: /^\d+$/,
+  fence: /^(yes)?$/,
+  roots: /^(\d+\n)*\d+$/,
+  inodes: /^(\d+ \d+ \S+\n)*\d+ \d+ \S+$/,
+  places: /^([0-9a-f]+ [0-9a-f]+ \d+ \d+ \d+\n)*[0-9a-f]+ [0-9a-f]+ \d+ \d+ \d+$/,
+};
+
+/** Checks that a host has told all that it was asked for, in the shapes that are known. Errors: Failure. */
 function checkAnswer(
   output: string,
   nonce: string,
   { source = "" }: Pick<Opening, "source">,
 ): void {
   const sections = sectionsOf(output, nonce);
-  const wrong = (name: string) =>
-    new Failure(`the host does not print what it was asked for: ${name}`);
-  const lacking = ALWAYS.find((name) => !sections.has(name));
-  if (lacking !== undefined) throw wrong(lacking);
-  if (sections.has("source") !== (source !== "")) throw wrong("source");
-  if (
-    sections.has("folder") === sections.has("missing") ||
-    sections.has("folder") !== sections.has("entries")
-  )
-    throw wrong("folder");
-  const path = /^\/[^\0]*$/;
-  const shapes: Record<string, RegExp> = {
-    source: path,
-    folder: path,
-    missing: path,
-    host: /^[^\n\0]+$/,
-    user: /^\d+$/,
-    locked: /^\d+$/,
-    fence: /^(yes)?$/,
-    roots: /^(\d+\n)*\d+$/,
-    inodes: /^(\d+ \d+ \S+\n)*\d+ \d+ \S+$/,
-    places: /^([0-9a-f]+ [0-9a-f]+ \d+ \d+ \d+\n)*[0-9a-f]+ [0-9a-f]+ \d+ \d+ \d+$/,
-  };
-  for (const [name, shape] of Object.entries(shapes)) {
+  const isWrong = ([name, shape]: [string, RegExp]) => {
     const text = sections.get(name);
-    const real = shape !== path || text === undefined || text === withoutSlash(normalize(text));
-    if (text !== undefined && !(shape.test(text) && real)) throw wrong(name);
-  }
+    if (text === undefined) return false;
+    return !shape.test(text) || (shape === PATH_SHAPE && text !== withoutSlash(normalize(text)));
+  };
+  const isFolder = sections.has("folder");
+  const wrong =
+    ALWAYS.find((name) => !sections.has(name)) ??
+    (sections.has("source") !== (source !== "") ? "source" : undefined) ??
+    (isFolder === sections.has("missing") || isFolder !== sections.has("entries")
+      ? "folder"
+      : undefined) ??
+    Object.entries(SHAPES).find(isWrong)?.[0];
+  if (wrong !== undefined)
+    throw new Failure(`the host does not print what it was asked for: ${wrong}`);
 }
+
+const fieldsOf = (text = "") => text.split("\n").map((line) => line.split(" "));
+
+/** Reads what stat(1) told of a directory. Errors: Failure for any other shape. */
+function parseStat(path: string, [inode = ""]: string[] = [], filesystem: string[] = []) {
+  const [fsid = "", type, free, unit, all] = filesystem;
+  if (path === "" || !/^\d+$/.test(inode) || !/^[0-9a-f]+$/.test(fsid))
+    throw new Failure(`cannot read what "stat" printed of ${path}: ${inode} ${fsid}`);
+  const [bytesFree, bytes] = [Number(free) * Number(unit), Number(all) * Number(unit)];
+  return { type, place: { path, inode: Number(inode), fsid, free: bytesFree, size: bytes } };
+}
+
+/**
+ * The directories that were entered. `roots` are the IDs of their subvolumes, and `mounted` has the
+ * UUIDs of the host's filesystems. Errors: Failure.
+ */
+function parsePlaces(
+  sections: ReadonlyMap<string, string>,
+  paths: readonly string[],
+  roots: readonly number[],
+  mounted: ReadonlyMap<string, string>,
+): Place[] {
+  const inodes = fieldsOf(sections.get("inodes"));
+  const filesystems = fieldsOf(sections.get("places"));
+  return paths.map((path, i) => {
+    const { type, place } = parseStat(path, inodes[i], filesystems[i]);
+    const root = type === BTRFS_MAGIC && !sections.has("files") ? (roots[i] ?? 0) : 0;
+    if (root === 0) return { ...place, root, filesystem: null };
+    const filesystem = filesystemOf(place.fsid, root, [...mounted.keys()]);
+    if (filesystem !== null) return { ...place, root, filesystem };
+    if (i === paths.length - 1)
+      throw new Failure(`${path}: its filesystem is not in /sys/fs/btrfs`);
+    // SOURCE can lie on another filesystem than the one whose subvolumes were listed, which is an error anyway.
+    return { ...place, root, filesystem: `with the ID ${place.fsid}` };
+  });
+}
+
+/** Refuses a place below a bind mount of a plain folder: there btrfs receive cannot find the parent. */
+function refuseBindMount(path: string, mount: Mount, subvolumes: readonly Subvolume[]): void {
+  if (mount.root === "/" || subvolumes.some((one) => `/${one.path}` === mount.root)) return;
+  throw new Failure(
+    `${path} is below ${mount.path}, a bind mount of the plain folder ${mount.root} of its filesystem: use the path below that filesystem's own mount point`,
+  );
+}
+
+/** Whether nobody but root and `user` can change a file, by a line of its inode, owner and mode. */
+const isTrusted = ([, owner, mode = ""]: readonly string[], user: string) =>
+  (owner === user || owner === "0") && !/^.(?:....w|.{7}w)/.test(mode);
 
 /** Reads what `open` printed. Errors: Failure for any shape that is not known. */
 export function parseInspection(output: string, nonce: string, folder: string): Inspection {
@@ -3992,80 +4021,38 @@ export function parseInspection(output: string, nonce: string, folder: string): 
   const mounts = parseMounts(section("mounts"));
   const record = parseRecord(section("record"));
   const files = parseFiles(section("files"));
-  const exists = sections.has("folder");
-  const paths = [
-    ...(sections.has("source") ? [section("source")] : []),
-    section(exists ? "folder" : "missing"),
-  ];
+  const [exists, alone] = [sections.has("folder"), sections.has("alone")];
+  const paths = [section(exists ? "folder" : "missing")];
+  if (sections.has("source")) paths.unshift(section("source"));
   const seen = paths.map((path) => placeOn(mounts, path));
   const { mount, top } = seen.at(-1) as (typeof seen)[0];
-  const alone = sections.has("alone");
   const subvolumes = alone
     ? parseAlone(section("alone"), top, record)
     : parseSubvolumes(section("subvolumes"), section("readonly"));
-  const [inodes, shown] = (["inodes", "places"] as const).map((name) =>
-    section(name)
-      .split("\n")
-      .map((line) => line.split(" ")),
-  ) as [string[][], string[][]];
   const roots = alone
     ? section("roots").split("\n").map(Number)
-    : seen.map(({ top }) => rootOf(top, subvolumes));
+    : seen.map((one) => rootOf(one.top, subvolumes));
   const mounted = new Map(
-    section("filesystems")
-      .split("\n")
-      .map((line) => [line.slice(line.lastIndexOf("/") + 1), line.split(" ")[0] ?? ""]),
+    fieldsOf(section("filesystems")).map((line) => [basename(line.at(-1) ?? ""), line[0] ?? ""]),
   );
-  const places = paths.map((path, i): Place => {
-    const [[inode = ""] = [], [fsid = "", type, blocks, size, all] = []] = [inodes[i], shown[i]];
-    if (path === "" || !/^\d+$/.test(inode) || !/^[0-9a-f]+$/.test(fsid))
-      throw new Failure(`cannot read what "stat" printed of ${path}: ${inode} ${fsid}`);
-    const root = type === BTRFS_MAGIC && !sections.has("files") ? (roots[i] ?? 0) : 0;
-    // SOURCE can lie on another filesystem than the one whose subvolumes were listed, which is an error anyway.
-    const filesystem =
-      root === 0
-        ? null
-        : (filesystemOf(fsid, root, [...mounted.keys()]) ??
-          (i === 0 && paths.length > 1 ? `with the ID ${fsid}` : null));
-    if (root !== 0 && filesystem === null)
-      throw new Failure(`${path}: its filesystem is not in /sys/fs/btrfs`);
-    return {
-      path,
-      inode: Number(inode),
-      fsid,
-      filesystem,
-      root,
-      free: Number(blocks) * Number(size),
-      size: Number(all) * Number(size),
-    };
-  });
+  const places = parsePlaces(sections, paths, roots, mounted);
   const here = places.at(-1) as Place;
-  const source =
-    places.length > 1 ? { ...(places[0] as Place), top: seen[0]?.top as string } : null;
-  // Below a bind mount of a plain folder, btrfs receive cannot find the parent.
-  if (
-    exists &&
-    !alone &&
-    here.filesystem !== null &&
-    mount.root !== "/" &&
-    !subvolumes.some(({ path }) => `/${path}` === mount.root)
-  )
-    throw new Failure(
-      `${here.path} is below ${mount.path}, a bind mount of the plain folder ${mount.root} of its filesystem: use the path below that filesystem's own mount point`,
-    );
+  if (exists && !alone && here.filesystem !== null) refuseBindMount(here.path, mount, subvolumes);
   const user = section("user");
+  const [source] = places.slice(0, -1).map((place) => {
+    const isListed = !alone && place.filesystem === here.filesystem;
+    const itself = isListed ? subvolumes.find(({ id }) => id === place.root) : undefined;
+    return { ...place, top: seen[0]?.top as string, uuid: itself?.uuid ?? "" };
+  });
   return {
     since:
       here.filesystem === null ? "" : `${section("boot")}/${mounted.get(here.filesystem) ?? ""}`,
     user,
     fenced: section("fence") !== "",
     strange: section("strange"),
-    trusted: inodes
-      .slice(source === null ? 0 : 1)
-      .every(
-        ([, owner, mode = ""]) =>
-          (owner === user || owner === "0") && !/^.(?:....w|.{7}w)/.test(mode),
-      ),
+    trusted: fieldsOf(section("inodes"))
+      .slice(places.length - 1)
+      .every((line) => isTrusted(line, user)),
     host: section("host"),
     zstd: section("zstd") !== "",
     protocol: parseProtocol(section("stream")),
@@ -4074,13 +4061,7 @@ export function parseInspection(output: string, nonce: string, folder: string): 
     holder: section("locked"),
     place: here,
     top: exists ? top : `${top === "/" ? "" : top}${folder.slice(folder.lastIndexOf("/"))}`,
-    source: source && {
-      ...source,
-      uuid:
-        (alone || source.filesystem !== here.filesystem
-          ? undefined
-          : subvolumes.find(({ id }) => id === source.root)?.uuid) ?? "",
-    },
+    source: source ?? null,
     mounts,
     subvolumes,
     alone,
@@ -4119,17 +4100,22 @@ function parseAlone(text: string, top: string, { chains }: RecordFile): Subvolum
   });
 }
 
-/** A destination that a source knows. `pin` is what both share; `receiving`: announced by 0.3.1. */
+/** A destination that a source knows. */
 export type KnownDestination = {
   readonly location: string;
   readonly filesystem: string | null;
-  readonly pin: { readonly name: string; readonly uuid: string } | null;
+  /** The snapshot that both share. */
+  readonly pin: Memory | null;
   /** When a run last served it, as ISO 8601. */
   readonly last: string | null;
   /** UUIDs of snapshots that runs tried to send, and could not. */
   readonly failed?: readonly string[];
+  /** Announced by 0.3.1. */
   readonly receiving?: readonly string[];
-  /** Snapshots that were changed since they were taken, by UUID, and are all the same what is there: compared when that generation was their last. */
+  /**
+   * Snapshots that were changed since they were taken, by UUID, and are all the same as the backup
+   * there. They were compared when this generation was their last.
+   */
   readonly cleared?: Cleared;
 };
 export type Cleared = Readonly<Record<string, number>>;
@@ -4142,7 +4128,10 @@ export type ChainRecord = {
   readonly since?: string;
   /** UUIDs of backups that are another source's: never pruned. */
   readonly strangers?: readonly string[];
-  /** The same, as only the file has it where they are many: all backups up to this subvolume ID, but for these UUIDs. */
+  /**
+   * Many strangers, as only the file has them: all backups up to this subvolume ID, but for these
+   * UUIDs.
+   */
   readonly elders?: { readonly until: number; readonly but: readonly string[] };
   readonly destinations?: readonly KnownDestination[];
   /** UUIDs that the data of backups go by which came when later ones were there. */
@@ -4187,11 +4176,7 @@ export function parseRecord(text: string): RecordFile {
       );
       if (line !== recordLine(prefix, chain))
         throw new Error("a line was not written by btrfs-backup");
-      if (
-        prefix.startsWith("/") &&
-        Object.values(chain).every((value) => Number.isSafeInteger(value))
-      )
-        stored.set(prefix.slice(1), chain as Stored);
+      if (prefix.startsWith("/") && areNumbers(chain)) stored.set(prefix.slice(1), chain as Stored);
       else {
         checkChain(chain as ChainRecord);
         chains.set(prefix, chain as ChainRecord);
@@ -4203,44 +4188,58 @@ export function parseRecord(text: string): RecordFile {
   }
 }
 
+/** Whether a value in a record is what it should be. */
+type Check = (value: unknown) => boolean;
+const isText: Check = (value) => typeof value === "string";
+const areNumbers: Check = (value) =>
+  Object.values(value as object).every((one) => Number.isSafeInteger(one));
+const areTexts: Check = (value) => Array.isArray(value) && value.every(isText);
+const ifAny =
+  (check: Check): Check =>
+  (value) =>
+    value === undefined || check(value);
+const orNull =
+  (check: Check): Check =>
+  (value) =>
+    value === null || check(value);
+/** Checks every field of a record's part. Fields of later versions may be there, too. */
+const fieldsAre =
+  <T>(checks: { readonly [Field in keyof T]-?: Check }): Check =>
+  (value) =>
+    Object.entries<Check>(checks).every(([field, check]) =>
+      check((value as Record<string, unknown>)[field]),
+    );
+
+const isDestination = fieldsAre<KnownDestination>({
+  location: isText,
+  filesystem: orNull(isText),
+  pin: orNull(fieldsAre<Memory>({ name: isText, uuid: isText })),
+  last: orNull(isText),
+  failed: ifAny(areTexts),
+  receiving: ifAny(Array.isArray),
+  cleared: ifAny(areNumbers),
+});
+
+const isChain = fieldsAre<ChainRecord>({
+  owner: ifAny(fieldsAre<Identity>({ uuid: isText, host: isText, path: isText })),
+  receiving: ifAny(isText),
+  since: ifAny(isText),
+  strangers: ifAny(areTexts),
+  elders: ifAny(
+    fieldsAre<ChainRecord["elders"] & {}>({ until: Number.isSafeInteger, but: areTexts }),
+  ),
+  destinations: ifAny((all) => Array.isArray(all) && all.every(isDestination)),
+  belated: ifAny(areTexts),
+  leaps: ifAny(areTexts),
+  guarded: ifAny((value) => value === true),
+});
+
+/** Errors: Error for a chain with a field that this program does not write so; TypeError for null. */
 function checkChain(chain: ChainRecord): void {
-  const {
-    owner,
-    receiving,
-    since,
-    strangers,
-    elders,
-    destinations,
-    leaps = [],
-    belated = [],
-    guarded,
-  } = chain;
-  const isText = (value: unknown) => typeof value === "string";
-  const fine =
-    Object.getPrototypeOf(chain) === Object.prototype &&
-    (owner === undefined || [owner.uuid, owner.host, owner.path].every(isText)) &&
-    [receiving, since].every((text) => text === undefined || isText(text)) &&
-    (guarded === undefined || guarded === true) &&
-    [leaps, belated].every((names) => Array.isArray(names) && names.every(isText)) &&
-    (strangers === undefined || (Array.isArray(strangers) && strangers.every(isText))) &&
-    (elders === undefined ||
-      (strangers === undefined &&
-        Number.isSafeInteger(elders.until) &&
-        Array.isArray(elders.but) &&
-        elders.but.every(isText))) &&
-    (destinations === undefined ||
-      (Array.isArray(destinations) &&
-        destinations.every(
-          (d) =>
-            isText(d.location) &&
-            [d.filesystem, d.last].every((v) => v === null || isText(v)) &&
-            (d.receiving === undefined || Array.isArray(d.receiving)) &&
-            (d.failed === undefined || (Array.isArray(d.failed) && d.failed.every(isText))) &&
-            (d.cleared === undefined ||
-              Object.values(d.cleared).every((n) => Number.isSafeInteger(n))) &&
-            (d.pin === null || (isText(d.pin.name) && isText(d.pin.uuid))),
-        )));
-  if (!fine) throw new Error("a field is not what it should be");
+  const isObject = Object.getPrototypeOf(chain) === Object.prototype;
+  const isSaidTwice = chain.strangers !== undefined && chain.elders !== undefined;
+  if (!isObject || isSaidTwice || !isChain(chain))
+    throw new Error("a field is not what it should be");
 }
 
 /** How many strangers a record lists by their UUIDs; a line has room for some 2,000. */
@@ -4251,8 +4250,8 @@ const ofPrefix = (standing: readonly Entry[], prefix: string) =>
   standing.filter(({ name }) => parseName(name, prefix) !== null);
 
 /**
- * A chain's record as it is written: many strangers by a rule instead of a list. A rule that still says the same stays as it is: what
- * is not there just now may come back.
+ * A chain's record as it is written: many strangers by a rule instead of a list. A rule that still
+ * says the same stays as it is: a backup that is not there just now may come back.
  */
 export function asWritten(
   { strangers, elders, ...chain }: ChainRecord,
@@ -4261,27 +4260,20 @@ export function asWritten(
 ): ChainRecord {
   const foreign = new Set(strangers);
   if (elders !== undefined) {
-    const told = asRead({ elders }, standing, prefix).strangers ?? [];
-    if (told.length === foreign.size && told.every((uuid) => foreign.has(uuid)))
+    const ruled = asRead({ elders }, standing, prefix).strangers ?? [];
+    if (ruled.length === foreign.size && ruled.every((uuid) => foreign.has(uuid)))
       return { ...chain, elders };
   }
-  if (strangers === undefined || strangers.length <= LISTED_STRANGERS)
-    return strangers === undefined ? chain : { ...chain, strangers };
+  if (strangers === undefined) return chain;
+  if (strangers.length <= LISTED_STRANGERS) return { ...chain, strangers };
   const all = ofPrefix(standing, prefix);
   const until = all.reduce(
     (last, { id, uuid }) => (foreign.has(uuid) ? Math.max(last, id) : last),
     elders?.until ?? 0,
   );
-  const own = all
-    .filter(({ id, uuid }) => id <= until && !foreign.has(uuid))
-    .map(({ uuid }) => uuid);
-  return {
-    ...chain,
-    elders: {
-      until,
-      but: [...new Set([...(elders?.but ?? []).filter((uuid) => !foreign.has(uuid)), ...own])],
-    },
-  };
+  const own = all.filter(({ id }) => id <= until).map(({ uuid }) => uuid);
+  const but = [...(elders?.but ?? []), ...own].filter((uuid) => !foreign.has(uuid));
+  return { ...chain, elders: { until, but: [...new Set(but)] } };
 }
 
 /** A chain's record with all strangers that are there by their UUIDs, beside the rule. */
@@ -4309,26 +4301,25 @@ export type OldRecord = {
 
 /** Reads `{NAME: {"locks": [ID…], "parent_locks": [ID…]}}`, or 0.2's `{NAME: [ID…]}`; nonsense is nothing. */
 export function parseOldRecord(text: string): OldRecord {
-  const receiving = new Map<string, string[]>();
+  const announced = new Map<string, string[]>();
   const parents = new Map<string, string[]>();
   const add = (map: Map<string, string[]>, ids: unknown, name: string) => {
     for (const id of Array.isArray(ids) ? ids : [])
       if (typeof id === "string") map.set(id, [...(map.get(id) ?? []), name]);
   };
   try {
-    for (const [name, locks] of Object.entries(
-      JSON.parse(text === "" ? "{}" : text) as Record<
-        string,
-        { locks?: unknown; parent_locks?: unknown }
-      >,
-    )) {
-      add(receiving, Array.isArray(locks) ? locks : locks.locks, name);
+    const all = JSON.parse(text || "{}") as Record<
+      string,
+      { locks?: unknown; parent_locks?: unknown }
+    >;
+    for (const [name, locks] of Object.entries(all)) {
+      add(announced, Array.isArray(locks) ? locks : locks.locks, name);
       add(parents, locks.parent_locks, name);
     }
   } catch {
     log.debug(".outstanding_transfers of btrfs-backup 0.3.1 cannot be read");
   }
-  return { receiving, parents };
+  return { receiving: announced, parents };
 }
 
 // ── 4. Locations ─────────────────────────────────────────────────────────────────────────
