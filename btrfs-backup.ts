@@ -59,7 +59,10 @@ export type Subvolume = {
   readonly cgen?: number;
 };
 
-/** The name of something directly in a folder: never empty, `.`, `..`, nor with a slash, a NUL or a line break. Only `entryName` makes one. */
+/**
+ * The name of something directly in a folder: never empty, `.`, `..`, nor with a slash, a NUL or a
+ * line break. Only `entryName` makes one.
+ */
 export type EntryName = string & { readonly type: "name of an entry" };
 
 /** The name of an entry; null for what can be none. */
@@ -68,13 +71,12 @@ export function entryName(text: string): EntryName | null {
   return isOne ? (text as EntryName) : null;
 }
 
-/**
- * A subvolume standing directly in a folder, under `name`; `moment`: when that was, in ms since 1970, where the place says it. `belated`: a
- * later one was there when it came, which it can have been received as a difference to.
- */
+/** A subvolume directly in a folder. */
 export type Entry = Subvolume & {
   readonly name: EntryName;
+  /** When its data was as it is, in ms since 1970, where the place says so. */
   readonly moment: number | null;
+  /** A later one was there when it came; it can have been received as a difference to that. */
   readonly belated?: true;
 };
 
@@ -82,8 +84,9 @@ export type Entry = Subvolume & {
 export type Snapshot = Entry & { readonly time: number; readonly moment: number };
 
 /**
- * A stored stream, as the backup that it gives. The object's name stands for its path and UUID, the stream
- * that it builds on for its parent, and `readonly` means that it can be restored: it and all of those are complete.
+ * A stored stream, as the backup that it gives. The object's name stands for its path and UUID, and
+ * the stream that it builds on for its parent. `readonly`: it can be restored, since it and all of
+ * those are complete.
  */
 export type Stream = Entry & {
   readonly moment: number;
@@ -102,20 +105,26 @@ export type Stream = Entry & {
 /** What a destination holds of a snapshot. The same facts, seen from the other side. */
 export type Backup = Snapshot;
 
-/**
- * What a stream's name says of its owner: the UUID of the source subvolume; a digest of its host and path; and one
- * of the first UUID that it had, which stays the same when the source is restored, and goes on with its streams.
- */
-export type Owner = { readonly uuid: string; readonly place: string; readonly lineage: string };
+/** What a stream's name says of its owner. */
+export type Owner = {
+  /** Of the source subvolume. */
+  readonly uuid: string;
+  /** A digest of its host and path. */
+  readonly place: string;
+  /** A digest of its first UUID, which stays the same, with its streams, when it is restored. */
+  readonly lineage: string;
+};
 
 /** What a record says of a chain's owner. `uuid` is the filesystem's where the subvolume has none. */
 export type Identity = { readonly uuid: string; readonly host: string; readonly path: string };
 
-/** One stream to send: `snapshot` in full, or as the difference to `parent`. `why`: why not as the difference to what is nearest; `belated`: a later one is there already, and may be the parent. */
+/** One stream to send: `snapshot` in full, or as the difference to `parent`. */
 export type Transfer = {
   readonly snapshot: Snapshot;
   readonly parent: Snapshot | null;
+  /** Why not as the difference to what is nearest. */
   readonly why?: string | undefined;
+  /** A later one is there already, and may be the parent. */
   readonly belated?: true;
 };
 
@@ -129,9 +138,10 @@ export type Conflict = { readonly name: string; readonly uuid: string; readonly 
 export type Policy = {
   readonly text: string;
   readonly newest: number;
-  readonly firstOf: readonly { readonly unit: Unit; readonly count: number }[];
-  readonly within: readonly { readonly unit: Unit; readonly count: number }[];
+  readonly firstOf: readonly Duration[];
+  readonly within: readonly Duration[];
 };
+type Duration = { readonly count: number; readonly unit: Unit };
 export type Unit = keyof typeof UNITS;
 
 /** Something went wrong that the user can read about in `message`: exit status 1. */
@@ -142,13 +152,16 @@ export class UsageError extends Error {}
 export class Busy extends Error {}
 /** A place is not there just now, which is normal for an `--optional` destination. */
 export class Absent extends Failure {}
-/** Not even what a place would be made in is there. */
+/** Not even the directory that a place would be made in is there. */
 class Missing extends Absent {}
 /** A host cannot be reached, or no more. */
 export class Unreachable extends Absent {}
-/** The stream is not the one that a part of was kept. */
+/** The stream to send is not the one whose first part is at the destination. */
 class OtherStream extends Failure {}
-/** It did nothing for too long, and was ended, or left alone if it does not end: nothing more is done there. */
+/**
+ * A process did nothing for too long. It was ended, or left alone if it does not end: nothing more
+ * is done there.
+ */
 class Stuck extends Failure {}
 /** A pipeline was killed, and did not fail by itself. */
 class Killed extends Failure {}
@@ -158,11 +171,11 @@ class Taken extends Failure {}
 class Unfinished extends Failure {}
 /** Another restore has the names of this second. */
 class SameSecond extends Failure {}
-/** What has been told already. */
+/** The user knows of it. */
 class AlreadyTold extends Failure {}
 /** The transfer's receiving side has no space left. */
 export class NoSpace extends Failure {}
-/** What the receiving side has as the parent is not what the difference was made against. */
+/** The parent on the receiving side is not what the difference was made against. */
 export class BadParent extends Failure {}
 /** Something that a guarded key may not do: told in one line, and logged. */
 export class Refused extends Failure {}
@@ -186,19 +199,20 @@ export type Report = {
 };
 
 /** Map.groupBy, which Node 20 has not. */
-function groupBy<K, T>(all: readonly T[], keyOf: (one: T) => K): Map<K, T[]> {
+function groupBy<K, T>(all: readonly T[], by: (one: T) => K): Map<K, T[]> {
   const groups = new Map<K, T[]>();
   for (const one of all) {
-    const group = groups.get(keyOf(one));
-    if (group === undefined) groups.set(keyOf(one), [one]);
+    const group = groups.get(by(one));
+    if (group === undefined) groups.set(by(one), [one]);
     else group.push(one);
   }
   return groups;
 }
 
 /**
- * Text as a person sees it, whoever wrote it: what would move a terminal's cursor, change its title or turn text around stands as
- * an escape (C0 but for the line break, C1, and Unicode's bidirectional controls). All that is shown passes here; JSON escapes by itself.
+ * Text as a person sees it, whoever wrote it. An escape stands for what would move a terminal's
+ * cursor, change its title or turn text around: C0 but for the line break, C1, and Unicode's
+ * bidirectional controls. All that is shown passes here; JSON escapes by itself.
  */
 export const visible = (text: string) =>
   text.replace(
@@ -220,7 +234,10 @@ export function stamp(date: Date): string {
 /** The wall clock of a local date, counted like a snapshot's `time`. */
 export const wallClock = (date: Date) => parseName(stamp(date), "") as number;
 
-/** When a local clock showed `time`, in ms since 1970; the second time, if it did so twice and the first was before `earliest`. */
+/**
+ * When a local clock showed `time`, in ms since 1970; the second time, if it did so twice and the
+ * first was before `earliest`.
+ */
 export function momentOf(time: number, earliest = -Infinity): number {
   const utc = new Date(time);
   // The calendar is the same every 400 years, and Date takes years below 100 for those of the 20th century.
@@ -234,13 +251,9 @@ export function momentOf(time: number, earliest = -Infinity): number {
     utc.getUTCSeconds(),
   );
   const first = local.getTime() - shift * (146_097 / 400) * DURATION.d;
-  const again =
-    first >= earliest
-      ? undefined
-      : [30, 60]
-          .map((minutes) => first + minutes * 60e3)
-          .find((later) => wallClock(new Date(later)) === time);
-  return again ?? first;
+  if (first >= earliest) return first;
+  const laters = [30, 60].map((minutes) => first + minutes * 60e3);
+  return laters.find((later) => wallClock(new Date(later)) === time) ?? first;
 }
 
 /** The time in a snapshot's name, or null if the name is not exactly PREFIX and a real date. */
@@ -295,43 +308,36 @@ export const isComplete = (backup: Subvolume) => backup.readonly && backup.recei
 const DURATION = { h: 3600e3, d: 86400e3 } as const;
 
 /** The moment so many months before a time. */
-function monthsBefore(time: number, count: number): number {
+function monthsBefore(time: number, months: number): number {
   const date = new Date(time);
   const day = date.getUTCDate();
   date.setUTCDate(1);
-  date.setUTCMonth(date.getUTCMonth() - count);
+  date.setUTCMonth(date.getUTCMonth() - months);
   // A month before the 31st is the last day of a shorter month, not the first days of the next.
   const last = new Date(Date.UTC(date.getUTCFullYear(), date.getUTCMonth() + 1, 0)).getUTCDate();
   date.setUTCDate(Math.min(day, last));
   return Number.isNaN(date.getTime()) ? -Infinity : date.getTime();
 }
 
-/**
- * A unit of policies and durations: its noun; the number of the period that a wall-clock time lies in, counted from
- * 1970; and the moment `count` of them before a time.
- */
+/** A unit of policies and durations. */
 type UnitOfTime = {
   readonly noun: string;
+  /** The number of the period that a wall-clock time lies in, counted from 1970. */
   readonly period: (time: number) => number;
+  /** The moment so many of them before a time. */
   readonly before: (time: number, count: number) => number;
 };
+/** A unit of so many ms. A period began so many ms before 1970. */
+const ofLength = (noun: string, length: number, early = 0): UnitOfTime => ({
+  noun,
+  period: (time) => Math.floor((time + early) / length),
+  before: (time, count) => time - count * length,
+});
 const UNITS = {
-  h: {
-    noun: "hour",
-    period: (time) => Math.floor(time / DURATION.h),
-    before: (time, count) => time - count * DURATION.h,
-  },
-  d: {
-    noun: "day",
-    period: (time) => Math.floor(time / DURATION.d),
-    before: (time, count) => time - count * DURATION.d,
-  },
-  w: {
-    noun: "week",
-    // ISO weeks begin on Monday, and 1970-01-01 was a Thursday.
-    period: (time) => Math.floor((Math.floor(time / DURATION.d) + 3) / 7),
-    before: (time, count) => time - count * 7 * DURATION.d,
-  },
+  h: ofLength("hour", DURATION.h),
+  d: ofLength("day", DURATION.d),
+  // ISO weeks begin on Monday, and 1970-01-01 was a Thursday.
+  w: ofLength("week", 7 * DURATION.d, 3 * DURATION.d),
   m: {
     noun: "month",
     period: (time) => new Date(time).getUTCFullYear() * 12 + new Date(time).getUTCMonth(),
@@ -356,36 +362,28 @@ export const before = (time: number, count: number, unit: Unit) =>
 const POLICY_WORD = new RegExp(`^(\\d+|\\*)([${LETTERS.join("")}]?)(\\+?)$`);
 const DURATION_WORD = new RegExp(`^(\\d+)([${LETTERS.join("")}])$`);
 
+/** Reads a word of a POLICY: a number with a unit, and perhaps a plus. Errors: UsageError. */
+function parsePolicyWord(word: string) {
+  const [, number = "", unit = "", plus = ""] = POLICY_WORD.exec(word) ?? [];
+  const count = number === "*" ? Infinity : Number(number);
+  const isCount = count > 0 && (count === Infinity || Number.isSafeInteger(count));
+  if (!isCount || (unit === "" && (plus !== "" || count === Infinity)))
+    throw new UsageError(
+      `"${word}" is not a retention policy: a number, or words like 24h 7d 4w 12m 10y 14d+`,
+    );
+  return { count, unit, plus };
+}
+
 /** Reads a POLICY; null is "keep everything" (`0`). */
 export function parsePolicy(text: string): Policy | null {
   if (text.trim() === "0") return null;
   const seen = new Set<string>();
-  const policy = {
-    text,
-    newest: 0,
-    firstOf: [] as Policy["firstOf"][number][],
-    within: [] as Policy["within"][number][],
-  };
-  for (const word of text
-    .trim()
-    .replace(/^\+(?=\d+$)/, "")
-    .split(/\s+/)) {
-    const match = POLICY_WORD.exec(word);
-    const count = match?.[1] === "*" ? Infinity : Number(match?.[1]);
-    const [, , unit = "", plus = ""] = match ?? [];
-    if (
-      !match ||
-      count === 0 ||
-      !Number.isSafeInteger(count === Infinity ? 0 : count) ||
-      (unit === "" && (plus !== "" || count === Infinity))
-    )
-      throw new UsageError(
-        `"${word}" is not a retention policy: a number, or words like 24h 7d 4w 12m 10y 14d+`,
-      );
+  const policy = { text, newest: 0, firstOf: [] as Duration[], within: [] as Duration[] };
+  const words = text.trim().replace(/^\+(?=\d+$)/, "");
+  for (const word of words.split(/\s+/)) {
+    const { count, unit, plus } = parsePolicyWord(word);
     if (seen.has(unit + plus))
-      throw new UsageError(
-        `retention policy "${text}" says "${unit === "" ? "a number" : unit + plus}" twice`,
-      );
+      throw new UsageError(`retention policy "${text}" says "${unit + plus || "a number"}" twice`);
     seen.add(unit + plus);
     if (unit === "") policy.newest = count;
     else (plus ? policy.within : policy.firstOf).push({ unit: unit as Unit, count });
@@ -394,7 +392,7 @@ export function parsePolicy(text: string): Policy | null {
 }
 
 /** Reads a DURATION like `3d`. */
-export function parseDuration(text: string): { count: number; unit: Unit } {
+export function parseDuration(text: string): Duration {
   const match = DURATION_WORD.exec(text);
   if (!match)
     throw new UsageError(
@@ -403,30 +401,20 @@ export function parseDuration(text: string): { count: number; unit: Unit } {
   return { count: Number(match[1]), unit: match[2] as Unit };
 }
 
-/** Bytes with k, m or g for powers of 1024; null for any other text, and for none. */
-function bytesIn(text: string): number | null {
+/** Bytes with k, m or g for powers of 1024. Errors: UsageError, which says what it should be. */
+function bytesIn(text: string, what: string): number {
   const [, number = "", unit = ""] = /^(\d+(?:\.\d+)?)([kmg]?)$/i.exec(text) ?? [];
   const bytes = Math.floor(Number(number) * 1024 ** " kmg".indexOf(unit.toLowerCase() || " "));
-  return bytes < 1 || bytes > Number.MAX_SAFE_INTEGER ? null : bytes;
-}
-
-/** Reads a RATE in bytes a second, with k, m or g for powers of 1024. */
-export function parseRate(text: string): number {
-  const rate = bytesIn(text);
-  if (rate === null)
-    throw new UsageError(
-      `"${text}" is not a rate: bytes a second, with k, m or g for powers of 1024`,
-    );
-  return rate;
-}
-
-/** Reads a SIZE in bytes, with k, m or g for powers of 1024. */
-export function parseSize(text: string): number {
-  const bytes = bytesIn(text);
-  if (bytes === null)
-    throw new UsageError(`"${text}" is not a size: bytes, with k, m or g for powers of 1024`);
+  if (bytes < 1 || bytes > Number.MAX_SAFE_INTEGER)
+    throw new UsageError(`"${text}" is not a ${what}, with k, m or g for powers of 1024`);
   return bytes;
 }
+
+/** Reads a RATE in bytes a second. */
+export const parseRate = (text: string) => bytesIn(text, "rate: bytes a second");
+
+/** Reads a SIZE in bytes. */
+export const parseSize = (text: string) => bytesIn(text, "size: bytes");
 
 /** When a stored chain ends: after a number of streams, or a time; never for 0. */
 export type FullEvery = { readonly count: number; readonly unit: Unit | null };
@@ -451,7 +439,10 @@ export function parseCompression(text: string): string {
 /** A place a user can name. `id` tells it from others and is what records call it. */
 export type Location =
   Readable | { readonly kind: "shell"; readonly id: string; readonly command: string };
-/** What can be looked at: a btrfs folder, a folder of stored streams, or such a remote of rclone, whose `path` names it to rclone. */
+/**
+ * A place that can be looked at: a btrfs folder, a folder of stored streams, or such a remote of
+ * rclone, whose `path` names it to rclone.
+ */
 export type Readable = {
   readonly kind: "folder" | "raw" | "rclone";
   readonly id: string;
@@ -466,55 +457,72 @@ export type HostName = {
 
 /** Reads a SOURCE or LOCATION; relative paths count from the current directory. */
 export function parseLocation(text: string): Location {
-  if (text.startsWith("shell://")) {
-    const command = text.slice("shell://".length);
-    if (command.trim() === "") throw new UsageError("shell:// needs a command");
-    return { kind: "shell", id: text, command };
-  }
   const [, scheme, rest = ""] = /^([a-z][a-z0-9+]*):\/\/(.*)$/s.exec(text) ?? [];
-  if (scheme === "ssh" || scheme === "raw+ssh") {
-    const match = /^(?:([^/]*)@)?(\[[^\]/]+\]|[^:/@]+)(?::(\d+))?(\/.*)$/s.exec(rest);
-    if (!match)
-      throw new UsageError(`"${text}" is not of the form ${scheme}://[user@]host[:port]/path`);
-    const [, user = null, name = "", port = null, path = "/"] = match;
-    const clean = withoutSlash(normalize(path));
-    // csh cannot quote a newline, and one host's files are read by many shells.
-    if (/[\n\r\0]/.test(text))
-      throw new UsageError("a path on another host cannot contain a line break");
-    const id = `${scheme}://${user === null ? "" : `${user}@`}${name}${port === null ? "" : `:${port}`}${clean}`;
-    return {
-      kind: scheme === "ssh" ? "folder" : "raw",
-      id,
-      host: { user, name: name.replace(/^\[|\]$/g, ""), port },
-      path: clean,
-    };
+  switch (scheme) {
+    case "shell":
+      if (rest.trim() === "") throw new UsageError("shell:// needs a command");
+      return { kind: "shell", id: text, command: rest };
+    case "ssh":
+      return parseOnHost(text, rest, scheme, "folder");
+    case "raw+ssh":
+      return parseOnHost(text, rest, scheme, "raw");
+    case "raw": {
+      if (!rest.startsWith("/") || rest.includes("\0"))
+        throw new UsageError(`"${text}" is not of the form raw:///path`);
+      const path = withoutSlash(normalize(rest));
+      return { kind: "raw", id: `raw://${path}`, host: null, path };
+    }
+    case "rclone":
+      return parseRemote(text, rest);
+    case undefined:
+      return text.startsWith("rclone:")
+        ? parseRemote(text, text.slice("rclone:".length))
+        : parseFolder(text);
+    default:
+      throw new UsageError(
+        `"${scheme}://" is no kind of location; there are /path, ssh://[user@]host[:port]/path, raw:///path, raw+ssh://[user@]host[:port]/path, rclone://REMOTE:PATH and shell://COMMAND`,
+      );
   }
-  if (scheme === "raw") {
-    if (!rest.startsWith("/") || rest.includes("\0"))
-      throw new UsageError(`"${text}" is not of the form raw:///path`);
-    const path = withoutSlash(normalize(rest));
-    return { kind: "raw", id: `raw://${path}`, host: null, path };
-  }
-  const remote = scheme === "rclone" ? rest : /^rclone:(?!\/\/)(.*)$/s.exec(text)?.[1];
-  if (remote !== undefined) {
-    if (!/^[^-:/\n\r\0][^:/\n\r\0]*:[^\n\r\0]*$|^:[^\n\r\0]+:[^\n\r\0]*$/.test(remote))
-      throw new UsageError(`"${text}" is not of the form rclone://REMOTE:PATH`);
-    const path = remote.replace(/(?<!:)\/+$/, "");
-    return {
-      kind: "rclone",
-      id: `rclone://${path}`,
-      host: null,
-      path: /[:/]$/.test(path) ? path : `${path}/`,
-    };
-  }
-  if (scheme)
-    throw new UsageError(
-      `"${scheme}://" is no kind of location; there are /path, ssh://[user@]host[:port]/path, raw:///path, raw+ssh://[user@]host[:port]/path, rclone://REMOTE:PATH and shell://COMMAND`,
-    );
-  const [, login, there] = /^([^/:\s]+):([/~].*)$/s.exec(text) ?? [];
+}
+
+/** Reads what follows the scheme of a place on another host. Errors: UsageError. */
+function parseOnHost(text: string, rest: string, scheme: string, kind: "folder" | "raw"): Readable {
+  const match = /^(?:([^/]*)@)?(\[[^\]/]+\]|[^:/@]+)(?::(\d+))?(\/.*)$/s.exec(rest);
+  if (!match)
+    throw new UsageError(`"${text}" is not of the form ${scheme}://[user@]host[:port]/path`);
+  // csh cannot quote a newline, and one host's files are read by many shells.
+  if (/[\n\r\0]/.test(text))
+    throw new UsageError("a path on another host cannot contain a line break");
+  const [, user = null, name = "", port = null, written = "/"] = match;
+  const path = withoutSlash(normalize(written));
+  const login = user === null ? "" : `${user}@`;
+  return {
+    kind,
+    id: `${scheme}://${login}${name}${port === null ? "" : `:${port}`}${path}`,
+    host: { user, name: name.replace(/^\[|\]$/g, ""), port },
+    path,
+  };
+}
+
+/** Reads the REMOTE:PATH of rclone. Errors: UsageError. */
+function parseRemote(text: string, remote: string): Readable {
+  if (!/^[^-:/\n\r\0][^:/\n\r\0]*:[^\n\r\0]*$|^:[^\n\r\0]+:[^\n\r\0]*$/.test(remote))
+    throw new UsageError(`"${text}" is not of the form rclone://REMOTE:PATH`);
+  const path = remote.replace(/(?<!:)\/+$/, "");
+  return {
+    kind: "rclone",
+    id: `rclone://${path}`,
+    host: null,
+    path: /[:/]$/.test(path) ? path : `${path}/`,
+  };
+}
+
+/** Reads a path on this host. Errors: UsageError. */
+function parseFolder(text: string): Readable {
+  const [, login, there = ""] = /^([^/:\s]+):([/~].*)$/s.exec(text) ?? [];
   if (login !== undefined)
     throw new UsageError(
-      `"${text}" is not a path: write ssh://${login}${there?.startsWith("/") ? there : "/path"}, or ./${text} for a directory here`,
+      `"${text}" is not a path: write ssh://${login}${there.startsWith("/") ? there : "/path"}, or ./${text} for a directory here`,
     );
   if (text === "" || text.includes("\0")) throw new UsageError("a path cannot be empty");
   const path = resolve(text);
@@ -527,7 +535,10 @@ const withoutSlash = (path: string) => (path.length > 1 ? path.replace(/\/+$/, "
 const isWithin = (path: string, folder: string) =>
   path === folder || path.startsWith(folder === "/" ? "/" : `${folder}/`);
 
-/** The moment of a `YYYY-MM-DD[ HH:MM[:SS]]`, counted like a snapshot's `time`; what is left out is zero. */
+/**
+ * The moment of a `YYYY-MM-DD[ HH:MM[:SS]]`, counted like a snapshot's `time`; a part that is left
+ * out is zero.
+ */
 export function parseWhen(text: string): number {
   const [, date = "", time = "00:00", second = "00"] =
     /^(\d{4}-\d\d-\d\d)(?:[ T](\d\d:\d\d)(?::(\d\d))?)?$/.exec(text) ?? [];
@@ -541,23 +552,22 @@ export function parseWhen(text: string): number {
 
 /** A span of ms in words: `3 days`. */
 export function inWords(span: number): string {
-  const [size, noun] = (
-    [
-      [365 * DURATION.d, "year"],
-      [30 * DURATION.d, "month"],
-      [DURATION.d, "day"],
-      [DURATION.h, "hour"],
-      [60e3, "minute"],
-    ] as const
-  ).find(([size]) => span >= 2 * size) ?? [1e3, "second"];
+  const units = [
+    [365 * DURATION.d, "year"],
+    [30 * DURATION.d, "month"],
+    [DURATION.d, "day"],
+    [DURATION.h, "hour"],
+    [60e3, "minute"],
+  ] as const;
+  const [size, noun] = units.find(([length]) => span >= 2 * length) ?? [1e3, "second"];
   return count(Math.max(0, Math.floor(span / size)), noun);
 }
 
 type Dated = { readonly name: string; readonly time: number };
 
 /**
- * Orders entries by the time in their names, but those that have a rank (a place in the source's own order,
- * by subvolume ID) stand in that order among themselves: names repeat when clocks go back.
+ * Orders entries by the time in their names. Those that have a rank (a place in the source's own
+ * order, by subvolume ID) stand in that order among themselves: names repeat when clocks go back.
  */
 export function arrange<T extends { readonly moment: number }>(
   entries: readonly T[],
@@ -576,8 +586,8 @@ export function arrange<T extends { readonly moment: number }>(
 }
 
 /**
- * The entries that are ours by name, oldest first. What was taken of the source as it is now is newer
- * than all that came with it when it was restored, and IDs tell its order; those of received
+ * The entries that are ours by name, oldest first. Snapshots of the source as it is now are newer
+ * than all that came with it when it was restored, and IDs tell their order. IDs of received
  * snapshots tell when they arrived, but what they were received as a difference to is older.
  */
 export function snapshotsAmong(
@@ -606,13 +616,16 @@ export function snapshotsAmong(
   });
 }
 
-/** Moves what stands before its parent to behind it: a difference is newer than what it was made against, whatever the names say, unless it is known to be older. */
+/**
+ * Moves entries that stand before their parents to behind them: a difference is newer than its
+ * parent, whatever the names say, unless it is known to be older.
+ */
 function behindParents<T extends Entry>(entries: readonly T[]): T[] {
   const standing = byUuid(entries);
   const placed = new Set<T>();
+  const older = (one: T) => (one.belated ? undefined : standing.get(one.parentUuid ?? ""));
   for (const entry of entries) {
     const line = [entry];
-    const older = (one: T) => (one.belated ? undefined : standing.get(one.parentUuid ?? ""));
     for (
       let one = older(entry);
       one !== undefined && !placed.has(one) && !line.includes(one);
@@ -632,34 +645,41 @@ const dataOf = ({ uuid, receivedUuid }: Subvolume) => receivedUuid ?? uuid;
 /** How a stream is changed before it is stored or a command gets it; the recipients are gpg's. */
 export type Filters = { readonly level: string; readonly recipients: readonly string[] };
 
-/** What the name of a filtered stream ends with. */
+/** The end of a filtered stream's name. */
 const suffixOf = ({ level, recipients }: Filters) =>
   `.btrfs${level === "" ? "" : ".zst"}${recipients.length === 0 ? "" : ".gpg"}`;
 
 /** The longest prefix that leaves a stored stream's name, with all that is put around it, below 255 bytes. */
 export const STREAM_PREFIX_BYTES = 70;
 
-/** What the names of streams say of a source; the top level of an old filesystem, and a folder that is copied from, may have no UUID of their own. */
+/**
+ * What the names of streams say of a source. The top level of an old filesystem, and a folder that
+ * is copied from, may have no UUID of their own.
+ */
 export function ownerOf({ uuid, host, path }: Identity): Owner {
+  const digest = digestOf(uuid);
   const isUuid = /^[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}$/.test(uuid);
   return {
-    uuid: isUuid
-      ? uuid
-      : digestOf(uuid).replace(/^(.{8})(.{4})(.{4})(.{4})(.{12}).*$/, "$1-$2-$3-$4-$5"),
+    uuid: isUuid ? uuid : digest.replace(/^(.{8})(.{4})(.{4})(.{4})(.{12}).*$/, "$1-$2-$3-$4-$5"),
     place: digestOf(`${host}:${path}`).slice(0, 8),
-    lineage: digestOf(uuid).slice(0, 8),
+    lineage: digest.slice(0, 8),
   };
 }
 
-/** The name of a stored stream, which says all that list and restore must know: NAME+HHMM_PLACE_LINEAGE_SOURCE_UUID_PARENT.btrfs[.zst][.gpg], with + before PARENT if it is belated. */
+/**
+ * The name of a stored stream, which says all that list and restore must know:
+ * NAME+HHMM_PLACE_LINEAGE_SOURCE_UUID_PARENT.btrfs[.zst][.gpg], with + before PARENT if it is belated.
+ */
 export function streamName(
   { snapshot, parent, belated }: Transfer,
-  owner: Owner,
+  { place, lineage, uuid }: Owner,
   filters: Filters,
 ): string {
   const minutes = Math.round((snapshot.time - snapshot.moment) / 60e3);
-  const offset = `${minutes < 0 ? "-" : "+"}${two(Math.floor(Math.abs(minutes) / 60))}${two(Math.abs(minutes) % 60)}`;
-  return `${snapshot.name}${offset}_${owner.place}_${owner.lineage}_${owner.uuid}_${dataOf(snapshot)}_${belated ? "+" : ""}${parent === null ? "full" : dataOf(parent)}${suffixOf(filters)}`;
+  const [hours, rest] = [Math.floor(Math.abs(minutes) / 60), Math.abs(minutes) % 60];
+  const name = `${snapshot.name}${minutes < 0 ? "-" : "+"}${two(hours)}${two(rest)}`;
+  const from = `${belated ? "+" : ""}${parent === null ? "full" : dataOf(parent)}`;
+  return [name, place, lineage, uuid, dataOf(snapshot), from].join("_") + suffixOf(filters);
 }
 
 const STREAM =
@@ -669,102 +689,104 @@ const SUM = ".sha256";
 export type StoredFile = { readonly name: string; readonly bytes: number };
 
 /**
- * What a store holds, by its listing alone. `whole`: it cannot hold half a stream, since it renames what is
- * complete, or its user says so; else a stream without a checksum object is incomplete. `debris`: what broken
- * transfers left. One upload at a time leaves one stream at most, on which nothing builds; of more,
- * the checksum objects must have got lost, and they are no debris but `unsummed`.
+ * Reads a stored file that is a stream by its name. `summed`: it has a checksum object. `whole`:
+ * see parseStreams.
+ */
+function parseStream(
+  { name: object, bytes }: StoredFile,
+  summed: boolean,
+  whole: boolean,
+): Stream | null {
+  const [, text = "", sign, hours, minutes, place = "", lineage = "", ...others] =
+    STREAM.exec(object) ?? [];
+  const [uuid = "", receivedUuid = "", from = "", zst, gpg] = others;
+  const [name, time] = [entryName(text), timeIn(text)];
+  if (name === null || time === null || entryName(object) === null) return null;
+  const offset = (Number(hours) * 60 + Number(minutes)) * 60e3;
+  return {
+    id: 0,
+    path: object,
+    name,
+    uuid: object,
+    receivedUuid,
+    parentUuid: null,
+    readonly: false,
+    moment: time - (sign === "-" ? -offset : offset),
+    bytes,
+    owner: { uuid, place, lineage },
+    from: from.endsWith("full") ? null : from.replace("+", ""),
+    ...(from.startsWith("+") ? { belated: true as const } : {}),
+    compressed: zst !== undefined,
+    encrypted: gpg !== undefined,
+    summed,
+    stored: summed || whole,
+  };
+}
+
+/** Stored streams by what they build on. */
+type Children = ReadonlyMap<string | null, readonly Stream[]>;
+
+/**
+ * The streams that can be restored, each with its parent, by UUID. From the full streams up, so that
+ * of two streams with the same data the one that needs less stands for both.
+ */
+function restorableAmong(children: Children): Map<string, Stream> {
+  const found = new Map<string, Stream>();
+  const reached = new Set<string | null>();
+  const isFirst = (data: string | null) => !reached.has(data) && reached.add(data);
+  const on = (data: string | null, parentUuid: string | null) =>
+    (children.get(data) ?? []).map((one) => ({ ...one, parentUuid, readonly: true }));
+  for (let next = on(null, null); next.length > 0;) {
+    for (const one of next) found.set(one.uuid, one);
+    next = next
+      .filter(({ receivedUuid }) => isFirst(receivedUuid))
+      .flatMap(({ receivedUuid, uuid }) => on(receivedUuid, uuid));
+  }
+  return found;
+}
+
+/**
+ * The snapshot whose stream a file is left of: a part, or a checksum object without its stream. Null
+ * for all other files.
+ */
+function remainsOf(file: string, files: ReadonlySet<string>): string | null {
+  const part = /^\.(.*?)(?:\.sha256|\.p[0-2]-\d*)?\.part$/s.exec(file)?.[1];
+  const summed = file.endsWith(SUM) ? file.slice(0, -SUM.length) : "";
+  const [, name] = STREAM.exec(part ?? (files.has(summed) ? "" : summed)) ?? [];
+  return name === undefined || prefixOf(name) === null ? null : name;
+}
+
+/**
+ * What a store holds, by its listing alone. `whole`: it cannot hold half a stream, since it renames
+ * complete ones, or its user says so; else a stream without a checksum object is incomplete.
+ * `debris`: what broken transfers left, by the snapshot. One upload at a time leaves one stream at
+ * most, on which nothing builds; of more, the checksum objects must have got lost, and they are no
+ * debris but `unsummed`.
  */
 export function parseStreams(
   files: readonly StoredFile[],
   whole: boolean,
 ): { streams: Stream[]; debris: Map<string, string[]>; unsummed: Stream[] } {
   const names = new Set(files.map(({ name }) => name));
-  const found = files.flatMap(({ name: object, bytes }) => {
-    const [
-      ,
-      text = "",
-      sign,
-      hours,
-      minutes,
-      place = "",
-      lineage = "",
-      source = "",
-      uuid = "",
-      from = "",
-      zst,
-      gpg,
-    ] = STREAM.exec(object) ?? [];
-    const [name, time] = [entryName(text), timeIn(text)];
-    if (name === null || time === null || entryName(object) === null) return [];
-    const moment = time - (sign === "-" ? -1 : 1) * (Number(hours) * 60 + Number(minutes)) * 60e3;
-    const summed = names.has(object + SUM);
-    const itself = {
-      id: 0,
-      path: object,
-      name,
-      uuid: object,
-      receivedUuid: uuid,
-      parentUuid: null,
-      readonly: false,
-    };
-    return [
-      {
-        ...itself,
-        moment,
-        bytes,
-        owner: { uuid: source, place, lineage },
-        from: from.endsWith("full") ? null : from.replace("+", ""),
-        ...(from.startsWith("+") ? { belated: true as const } : {}),
-        compressed: zst !== undefined,
-        encrypted: gpg !== undefined,
-        summed,
-        stored: summed || whole,
-      },
-    ];
-  });
-  const stored = found.filter((stream) => stream.stored);
-  const children = groupBy(stored, ({ from }) => from);
-  // From the full streams up, so that of two streams with the same data the one that needs less stands for both.
-  const restorable = new Map<string, Stream>();
-  const reached = new Set<string | null>();
-  for (
-    let next: { stream: Stream; parent: string | null }[] = (children.get(null) ?? []).map(
-      (stream) => ({ stream, parent: null }),
-    );
-    next.length > 0;
-  ) {
-    for (const { stream, parent } of next)
-      restorable.set(stream.uuid, { ...stream, parentUuid: parent, readonly: true });
-    const firsts = next.filter(
-      ({ stream }) => !reached.has(stream.receivedUuid) && reached.add(stream.receivedUuid),
-    );
-    next = firsts.flatMap(({ stream }) =>
-      (children.get(stream.receivedUuid) ?? []).map((child) => ({
-        stream: child,
-        parent: stream.uuid,
-      })),
-    );
-  }
+  const found = files.flatMap((file) => parseStream(file, names.has(file.name + SUM), whole) ?? []);
+  const children = groupBy(
+    found.filter(({ stored }) => stored),
+    ({ from }) => from,
+  );
+  const restorable = restorableAmong(children);
   const streams = found
-    .map((stream) => restorable.get(stream.uuid) ?? stream)
+    .map((one) => restorable.get(one.uuid) ?? one)
     .sort((a, b) => a.moment - b.moment);
   const debris = new Map<string, string[]>();
   const add = (name: string, object: string) =>
     debris.set(name, [...(debris.get(name) ?? []), object]);
-  for (const { name } of files) {
-    const temporary = /^\.(.*?)(?:\.sha256|\.p[0-2]-\d*)?\.part$/s.exec(name)?.[1];
-    const orphan =
-      name.endsWith(SUM) && !names.has(name.slice(0, -SUM.length))
-        ? name.slice(0, -SUM.length)
-        : undefined;
-    const of = STREAM.exec(temporary ?? orphan ?? "")?.[1];
-    if (of !== undefined && prefixOf(of) !== null) add(of, name);
+  for (const { name: file } of files) {
+    const name = remainsOf(file, names);
+    if (name !== null) add(name, file);
   }
   const unsummed: Stream[] = [];
-  for (const some of groupBy(
-    streams.filter((stream) => !stream.stored),
-    ({ name }) => prefixOf(name),
-  ).values()) {
+  const unstored = streams.filter(({ stored }) => !stored);
+  for (const some of groupBy(unstored, ({ name }) => prefixOf(name)).values()) {
     const [first] = some;
     if (first !== undefined && some.length === 1 && !children.has(first.receivedUuid))
       add(first.name, first.uuid);
