@@ -39,8 +39,8 @@ declare const BUILT_FROM: string | undefined;
 /** Version, commit and runtime. */
 function versionText(): string {
   const { bun, deno, node } = process.versions as Record<string, string | undefined>;
-  const runtime =
-    deno !== undefined ? `Deno ${deno}` : bun !== undefined ? `Bun ${bun}` : `Node ${node}`;
+  const other = bun === undefined ? `Node ${node}` : `Bun ${bun}`;
+  const runtime = deno === undefined ? other : `Deno ${deno}`;
   return `btrfs-backup ${VERSION} (${typeof BUILT_FROM === "string" ? BUILT_FROM : "from source"}, ${runtime})`;
 }
 
@@ -825,28 +825,31 @@ const { $, which } = await import("zx/core");
 
 // ── 2. Hosts ─────────────────────────────────────────────────────────────────────────────
 
-/**
- * Where verbs run: here (`ssh` is null) or through the ssh command given. Every `beat` seconds what holds a lock there is told that we
- * live. `fence`: in which mount namespace.
- */
+/** Where verbs run. */
 export type Host = {
   readonly label: string;
+  /** The ssh command that they run through; null for here. */
   readonly ssh: readonly string[] | null;
   readonly sudo: boolean;
+  /** Every so many seconds a process that holds a lock there is told that we live. */
   readonly beat: number;
   readonly fence?: Fence;
 };
 
 /**
- * In a mount namespace of its own, a verb works behind the fence (see PRELUDE). `try`: in one where it can be had, for verbs that
- * tell whether it could; `own`: in a new one, or not at all; `pid`: in the one of the process that holds a folder.
+ * The mount namespace that a verb works in, behind the fence (see PRELUDE). `try`: its own where that
+ * can be had, for verbs that tell whether it could; `own`: its own, or not at all; `pid`: that of the
+ * process that holds a folder.
  */
 export type Fence = "try" | "own" | { readonly pid: string };
 
 /** A constant POSIX script; what it works on comes as positional parameters. */
 export type Verb = { readonly name: string; readonly script: string };
 
-/** A line behind which a line break is a blank, since the shell expects more; elsewhere it is a `;`. The last: a pattern of `case` alone. */
+/**
+ * A line behind which a line break is a blank, since the shell expects more; elsewhere it is a `;`.
+ * The last alternative is a pattern of `case` alone.
+ */
 const GOES_ON = /[{(|&;]$|(?:^|[\s;])(?:do|then|else|in)$|^[^()]*[^\s()]\)$/;
 
 /** A script as it goes over the wire: one line, without indentation and comments. */
@@ -865,12 +868,12 @@ export function oneLine(written: string): string {
   return joined;
 }
 
-/** What a line of a script cannot hold: the three characters that login shells differ about (see `quote`), and a comment behind code. */
+/** What no line of a script holds: characters that login shells differ about (see `quote`), and a comment behind code. */
 const UNFIT = /^(?![ \t]*#).*?(?:['\\!]|[ \t;&|(]#)/m;
 
 /**
- * A POSIX shell script, or a piece of one, written over many lines. Nothing but other pieces may be put
- * into it. Errors: what would not survive a login shell, or would hide what follows it in one line.
+ * A POSIX shell script, or a piece of one, over many lines. Only other pieces may be put into it.
+ * Errors: what would not survive a login shell, or would hide what follows it in one line.
  */
 export function sh(text: TemplateStringsArray, ...pieces: readonly string[]): string {
   // The pieces were looked at when they were made.
@@ -885,8 +888,8 @@ type Words<S extends string> = S extends `${infer First} ${infer Others}`
   : S;
 
 /**
- * The parameters of a verb by name: `name` must be given; `name?` may be left out, with all that follow; `names...` are
- * any number, and the last.
+ * The parameters of a verb by name: `name` must be given; `name?` may be left out, with all that
+ * follow; `names...` are any number, and the last.
  */
 type Named<S extends string> = {
   readonly [W in Words<S> as W extends `${string}?` | `${string}...` ? never : W]: string;
@@ -931,14 +934,14 @@ const shellWord = (word: string) => (/^[\w./:@+-]+$/.test(word) ? word : quote(w
 
 export const LEVELS = { error: 0, warning: 1, info: 3, debug: 4 } as const;
 
-/** Lines at the bottom of a terminal, one for each stream that is under way; whatever else is written goes above them. */
+/** The bottom of a terminal has a line for each stream that is under way. All other text goes above them. */
 class Terminal {
   readonly #lines = new Map<object, string>();
   #drawn = 0;
-  /** Shows a line for a stream, or none any more. */
-  show(stream: object, line: string | null): void {
-    if (line === null) this.#lines.delete(stream);
-    else this.#lines.set(stream, line);
+  /** Shows a line for something, or none any more. */
+  show(whose: object, line: string | null): void {
+    if (line === null) this.#lines.delete(whose);
+    else this.#lines.set(whose, line);
     this.write("");
   }
   write(text: string | Uint8Array): boolean {
@@ -980,7 +983,7 @@ const shell = $({
 });
 
 let privateDirectory: string | null = null;
-/** What a run's own directory is called, and in which namespace of processes that run has this number. */
+/** The name of a run's own directory: its process ID, and the namespace of processes where it has that. */
 const OWN_DIRECTORY = /^btrfs-backup\.(\d+)\.(\d+)\.\w{6}$/;
 /** A directory for control sockets and the like, gone at exit; short, since a socket's path must be. */
 function runtimeDirectory(): string {
@@ -996,7 +999,8 @@ function runtimeDirectory(): string {
       clearDead(parent, namespace);
       const made = mkdtempSync(join(parent, `btrfs-backup.${process.pid}.${namespace}.`));
       privateDirectory = made;
-      writeFileSync(join(made, "room"), Buffer.alloc(2 ** 16)); // a full one lets directories be made, and nothing be written
+      // Where a filesystem is full, directories can be made, and nothing be written.
+      writeFileSync(join(made, "room"), Buffer.alloc(2 ** 16));
       rmSync(join(made, "room"));
       return made;
     } catch {
@@ -1008,7 +1012,7 @@ function runtimeDirectory(): string {
   throw new Failure("cannot write to a private directory in /run or /tmp: are they full?");
 }
 
-/** Removes what runs that were killed have left. */
+/** Removes the directories of runs that were killed. */
 function clearDead(parent: string, namespace: string): void {
   for (const name of readdirSync(parent)) {
     const [, pid, other] = OWN_DIRECTORY.exec(name) ?? [];
@@ -1036,42 +1040,40 @@ export function hostOf(
   const beat = Number(interval ?? 0) || 15;
   if (name === null) return { label: "", ssh: null, sudo: options.sudo, beat };
   // The first value of an ssh option wins: the user's stand before ours.
-  const ours = [
+  const ssh = [
+    ...options.sshOptions,
     "ControlMaster=auto",
     `ControlPath=${runtimeDirectory()}/%C`,
     "ControlPersist=no",
     "ServerAliveInterval=15",
     "ServerAliveCountMax=2",
     "ConnectTimeout=15",
-  ];
-  // What a user's configuration lends to hosts that people log in to is not for one that may be hostile.
-  ours.push("ForwardAgent=no", "ForwardX11=no", "ClearAllForwardings=yes", "PermitLocalCommand=no");
-  // Nor is what it does there instead of what we ask for. An older ssh knows not all of these: ssh_config(5).
-  ours.push(
+    // What a user's configuration lends to hosts that people log in to is not for one that may be hostile.
+    "ForwardAgent=no",
+    "ForwardX11=no",
+    "ClearAllForwardings=yes",
+    "PermitLocalCommand=no",
+    // Nor is what it does there instead of what we ask for. An older ssh knows not all of these: ssh_config(5).
     "IgnoreUnknown=RemoteCommand,ForkAfterAuthentication,SessionType,StdinNull",
     "RemoteCommand=none",
     "ForkAfterAuthentication=no",
     "SessionType=default",
     "StdinNull=no",
-  );
-  const words = [
-    "ssh",
-    "-T",
-    ...[...options.sshOptions, ...ours].flatMap((option) => ["-o", option]),
-  ];
-  if (name.port !== null) words.push("-p", name.port);
-  if (name.user !== null) words.push("-l", name.user);
+  ].flatMap((option) => ["-o", option]);
+  const { user, name: host, port } = name;
+  if (port !== null) ssh.push("-p", port);
+  if (user !== null) ssh.push("-l", user);
   return {
-    label: `${name.user === null ? "" : `${name.user}@`}${name.name}`,
-    ssh: [...words, "--", name.name],
+    label: `${user === null ? "" : `${user}@`}${host}`,
+    ssh: ["ssh", "-T", ...ssh, "--", host],
     sudo: options.sshSudo,
     beat,
   };
 }
 
-/** A host, where what runs sees its mounts as everybody does. */
 const LOCAL: Host = { label: "", ssh: null, sudo: false, beat: 15 };
 
+/** A host whose verbs see its mounts as everybody does. */
 const plainHost = ({ fence: _, ...host }: Host): Host => host;
 
 const sameHost = (a: Host, b: Host) => JSON.stringify(a.ssh) === JSON.stringify(b.ssh);
@@ -1079,16 +1081,18 @@ const sameHost = (a: Host, b: Host) => JSON.stringify(a.ssh) === JSON.stringify(
 /** What tells a verb's process from others, as in ps(1). */
 const titleOf = ({ name }: Verb) => quote(`btrfs-backup:${name}`);
 
-/** The first word that a verb's script gets: "sudo" has btrfs run under it, "fence" says that the mount namespace is its own. */
-const modeOf = ({ sudo, fence }: Host) => (sudo ? "sudo" : fence === undefined ? "" : "fence");
-
-/** What a verb's script gets. */
-const scriptArguments = (host: Host, args: readonly string[]) =>
-  [modeOf(host), ...args].map(quote).join(" ");
+/**
+ * The words that a verb's script gets. The first is its mode: "sudo" has btrfs run under it, "fence"
+ * says that the mount namespace is its own.
+ */
+function scriptArguments({ sudo, fence }: Host, args: readonly string[]): string {
+  const fenced = fence === undefined ? "" : "fence";
+  return [sudo ? "sudo" : fenced, ...args].map(quote).join(" ");
+}
 
 const UNSHARE = "unshare -m --propagation slave --";
 
-/** What tells TRY from verbs. */
+/** The title of TRY, as titleOf is that of a verb. */
 const TRYING = "btrfs-backup";
 
 /** Runs `sh -c SCRIPT TITLE MODE ARGUMENT...` in a mount namespace of its own where root can have one, with the mode "try". */
@@ -1134,7 +1138,7 @@ export function commandFor(host: Host, verb: Verb, args: readonly string[]): str
 const commandWith = <V extends Declared>(host: Host, verb: V, given: ArgumentsOf<V>) =>
   commandFor(host, verb, wordsFor(verb, given));
 
-/** Children that end when a signal ends the run; cleaning up must be able to outlive it. */
+/** What ends the children when a signal ends the run; those that clean up must be able to outlive it. */
 const running = new Set<() => void>();
 let interruption: Interrupted | null = null;
 let tellSignalled = () => {};
@@ -1142,13 +1146,14 @@ let tellSignalled = () => {};
 const signalled = new Promise<true>((come) => (tellSignalled = () => come(true)));
 const cleaning = new AsyncLocalStorage<true>(); // one transfer cleans up while others go on
 
-/** Ends everything at the first signal, and gives up cleaning at the second; but not at one that we were started to ignore, as by nohup(1). */
+/**
+ * Ends everything at the first signal, and gives up cleaning at the second. A signal that we were
+ * started to ignore, as by nohup(1), stays ignored.
+ */
 export function stopOnSignals(): void {
-  const ignored = BigInt(
-    `0x${/^SigIgn:\s*(\w+)/m.exec(readFileSync("/proc/self/status", "utf8"))?.[1] ?? "0"}`,
-  ); // a bit each: proc_pid_status(5)
+  const [, bits = "0"] = /^SigIgn:\s*(\w+)/m.exec(readFileSync("/proc/self/status", "utf8")) ?? []; // proc_pid_status(5)
   const isIgnored = (signal: NodeJS.Signals) =>
-    ((ignored >> BigInt(osConstants.signals[signal] - 1)) & 1n) === 1n;
+    ((BigInt(`0x${bits}`) >> BigInt(osConstants.signals[signal] - 1)) & 1n) === 1n;
   if (isIgnored("SIGCHLD")) process.on("SIGCHLD", () => {}); // else the kernel tells nobody how a child has ended
   for (const signal of ["SIGINT", "SIGTERM", "SIGHUP"] as const)
     if (signal === "SIGTERM" || !isIgnored(signal))
@@ -1168,7 +1173,10 @@ const SIGNAL_STATUS: Partial<Record<NodeJS.Signals, number>> = {
   SIGTERM: 143,
 };
 
-/** Lets nothing in the environment decide whose programs we run, though we enter other users' directories, nor how a shell reads our scripts. */
+/**
+ * Lets nothing in the environment decide whose programs we run, though we enter other users'
+ * directories, nor how a shell reads our scripts.
+ */
 function settleEnvironment(environment: Record<string, string | undefined>): void {
   const folders = (environment["PATH"] ?? "").split(":").filter((folder) => folder.startsWith("/"));
   environment["PATH"] =
@@ -1193,13 +1201,16 @@ function start<V extends Declared>(host: Host, verb: V, given: ArgumentsOf<V>): 
     `${host.label === "" ? "" : `${host.label}: `}${verb.name} ${args.map(shellWord).join(" ")}`,
   );
   const local = host.ssh === null;
-  const plain = local && host.fence === undefined;
+  const text =
+    local && host.fence === undefined
+      ? `: ${titleOf(verb)}; set -- ${scriptArguments(host, args)}; ${verb.script}`
+      : `exec ${commandFor(host, verb, args)}`;
   // Ctrl-C at a terminal reaches every child there: these are ended by us, after cleaning up. A
   // verb has a process group of its own; ssh stays where it can ask for a passphrase.
   const child = shell({
     stdio: ["pipe", "pipe", "pipe"],
     detached: local,
-  })`${`trap "" INT HUP; ${plain ? `: ${titleOf(verb)}; set -- ${scriptArguments(host, args)}; ${verb.script}` : `exec ${commandFor(host, verb, args)}`}`}`;
+  })`${`trap "" INT HUP; ${text}`}`;
   const pid = pidOf(child);
   child.stdin.on("error", () => {}); // gone before we were: its exit status tells
   return { process: child, stop: () => sendSignal(local ? -pid : pid, "SIGTERM") };
@@ -1311,11 +1322,15 @@ async function askAll<V extends Declared>({
 
 // ── what does not end ──
 
-/**
- * In ms: how long a place may be silent that is asked to open; how long what was begun may do nothing (see --timeout), six times as long while
- * it waits for a disk to have everything; and how long what is told to end may take, which on a dead disk it never does.
- */
-const LIMITS = { open: 120e3, stuck: 3600e3, parting: 10e3 };
+/** In ms. */
+const LIMITS = {
+  /** How long a place may be silent that is asked to open. */
+  open: 120e3,
+  /** How long a process may do nothing (see --timeout); six times as long while it waits for a disk to have everything. */
+  stuck: 3600e3,
+  /** How long a process that is told to end may take. On a dead disk it never does. */
+  parting: 10e3,
+};
 
 /** Comes with a signal, except for what cleans up after it. */
 const interrupting = (): Promise<true> => (cleaning.getStore() ? new Promise(() => {}) : signalled);
@@ -1373,7 +1388,7 @@ async function attended<T>(
 /** The folder that a verb is asked to work in, if any. */
 const folderOf = (given: object) => ("folder" in given ? String(given.folder) : "");
 
-/** What a verb waits in that has a disk write down everything, as WORK tells it. */
+/** What WORK tells of a process that waits for a disk to have everything. */
 const SYNCING = "btrfs filesystem sync";
 
 /** Processes: those of a group here, or those of a verb in a folder on another host. */
@@ -1568,31 +1583,37 @@ function staged<V extends Declared>(
 /** Bytes with their SHA-256. */
 type Summed = { readonly bytes: number; readonly sum: string };
 
-/** What has passed a pipeline. `bytes`: null where the kernel does not count them; `summed`: what went to its end, if that was asked for. */
-type Flown = { readonly bytes: number | null; readonly summed: Summed | null };
+/** What has passed a pipeline. */
+type Flown = {
+  /** Null where the kernel does not count them. */
+  readonly bytes: number | null;
+  /** What went to its end, if that was asked for. */
+  readonly summed: Summed | null;
+};
 
 /** The relay as a stage. */
-const relaying = (relay: Relay, counts?: Stage["counts"]): Stage => ({
+const relaying = (how: Relay, counts?: Stage["counts"]): Stage => ({
   label: "relay",
   command: "",
-  relay,
+  relay: how,
   ...(counts === undefined ? {} : { counts }),
 });
 
 /** Of relays side by side, one. */
 function withoutTwins(stages: readonly Stage[]): Stage[] {
-  return stages.reduce<Stage[]>((all, stage) => {
+  const all: Stage[] = [];
+  for (const stage of stages) {
     const last = all.at(-1);
-    const isTwin = stage.relay !== undefined && last?.relay !== undefined;
-    return isTwin
-      ? [...all.slice(0, -1), { ...last, ...stage, relay: { ...last.relay, ...stage.relay } }]
-      : [...all, stage];
-  }, []);
+    if (stage.relay === undefined || last?.relay === undefined) all.push(stage);
+    else all[all.length - 1] = { ...last, ...stage, relay: { ...last.relay, ...stage.relay } };
+  }
+  return all;
 }
 
 /** The words that start this program once more. */
 const OURSELVES = ((): readonly string[] => {
-  const emulated = process.env["BTRFS_BACKUP_RELAY"]; // where the kernel cannot start our own executable: under qemu-user
+  // Where the kernel cannot start our own executable: under qemu-user.
+  const emulated = process.env["BTRFS_BACKUP_RELAY"];
   if (emulated !== undefined) return emulated.split(" ");
   const file = fileURLToPath(import.meta.url);
   if (file.startsWith("/$bunfs/")) return [process.execPath];
@@ -1603,30 +1624,31 @@ const OURSELVES = ((): readonly string[] => {
   ];
 })();
 
-/**
- * What a pipeline has to do with others: it reads from a file, or its last stage feeds process groups, which are killed before it ends badly.
- * `waits`: whether it waits for others just now, and is not to blame for what it does not do.
- */
+/** What a pipeline has to do with others. */
 type Joint = {
+  /** The file that it reads. */
   readonly input?: string;
+  /** Process groups that its last stage feeds. They are killed before it ends badly. */
   readonly feeds?: readonly number[];
+  /** Whether it waits for others just now, and is not to blame for what it does not do. */
   readonly waits?: () => boolean;
 };
 
-/** A pipeline at work. `blocked`: the outputs of its last relay that take nothing just now, by number. */
+/** A pipeline at work. */
 type Flowing = {
   readonly group: number;
   readonly kill: () => void;
+  /** The outputs of its last relay that take nothing just now, by number. */
   readonly blocked: () => readonly number[];
   readonly ended: Promise<Flown>;
 };
 
 /**
- * Runs stages as one pipeline in a process group of its own; returns the bytes that the first
- * one wrote, or the first relay passed. If a stage fails, the stages after it
- * are killed before their input closes: the failing one's shell holds the pipe until the group is
- * dead. By SIGKILL: what catches another signal could still take the end of a dying neighbour's
- * output for the end of the stream. Errors: Failure naming the stage that failed first, NoSpace, Stuck, Interrupted.
+ * Runs stages as one pipeline in a process group of its own; returns the bytes that the first one
+ * wrote, or the first relay passed. If a stage fails, the stages after it are killed before their
+ * input closes: the failing one's shell holds the pipe until the group is dead. By SIGKILL: a process
+ * that catches another signal could still take the end of a dying neighbour's output for the end of
+ * the stream. Errors: Failure naming the stage that failed first, NoSpace, Stuck, Interrupted.
  */
 export const pipeline = async (
   stages: readonly Stage[],
@@ -1713,7 +1735,10 @@ function pipelineText(
   return texts.join(" | ");
 }
 
-/** What `btrfs receive` says where a file that a difference goes on from is not there, or not what it should be; not where the name of the whole is taken. */
+/**
+ * What `btrfs receive` says where a file that a difference goes on from is not there, or not what it
+ * should be; not where the name of the whole is taken.
+ */
 const BAD_PARENT =
   /^ERROR: (?!creating |cannot find ).*: (?:No such file or directory|File exists|Not a directory|Invalid argument)$/m;
 
@@ -1748,7 +1773,7 @@ function outcome(stages: readonly Stage[], directory: string, kill: () => void):
   const passed = stages
     .map((_, i) => read(`told.${i}`))
     .filter(Boolean)
-    .map((told) => JSON.parse(told) as Passed);
+    .map((said) => JSON.parse(said) as Passed);
   rmSync(directory, { recursive: true, force: true });
   checkInterruption();
   const isKilled = ended.length < stages.length; // the shell was, and not by a stage
@@ -1776,8 +1801,8 @@ function brokenBy(culprit: Ended, stages: readonly Stage[], errors: readonly str
   const { how, kind } = endingOf(culprit);
   const name = stage?.label ?? "the shell of the pipeline";
   const message = `${name} ${how}${texts.length > 0 ? `: ${texts.join(" ")}` : ""}`;
-  const receiving = errors.filter((_, i) => !stages[i]?.sends).join("\n");
-  if (/No space left on device|quota exceeded/i.test(receiving)) return new NoSpace(message);
+  const onReceiving = errors.filter((_, i) => !stages[i]?.sends).join("\n");
+  if (/No space left on device|quota exceeded/i.test(onReceiving)) return new NoSpace(message);
   if (culprit.status === 1 && stage?.receives && BAD_PARENT.test(said))
     return new BadParent(message);
   return new kind(message);
@@ -2048,12 +2073,10 @@ function defineVerb<const S extends string>(
   prelude = PRELUDE,
 ): Declared<S> {
   const parameters = parametersOf({ takes });
-  const one = parameters.filter(({ kind }) => kind !== "...");
-  const named = one
-    .map(({ name }, i) => `${name}=${i < 9 ? `$${i + 1}` : `\${${i + 1}}`}`)
-    .join(" ");
-  const shifted = one.length < parameters.length ? `shift ${one.length}` : "";
-  const written = `${prelude}\n${named}\n${shifted}\n${script}`;
+  const single = parameters.filter(({ kind }) => kind !== "...");
+  const named = single.map((one, i) => `${one.name}=${i < 9 ? `$${i + 1}` : `\${${i + 1}}`}`);
+  const shifted = single.length < parameters.length ? `shift ${single.length}` : "";
+  const written = `${prelude}\n${named.join(" ")}\n${shifted}\n${script}`;
   let joined: string | null = null; // most verbs of a run are never sent
   const made = {
     name,
