@@ -46,7 +46,9 @@ function versionText(): string {
 
 // ── 1. Vocabulary ────────────────────────────────────────────────────────────────────────
 
-/** A subvolume as `btrfs subvolume list` shows it; `path` counts from the filesystem's top level. */
+/**
+ * A subvolume as `btrfs subvolume list` shows it; `path` counts from the filesystem's top level.
+ */
 export type Subvolume = {
   /** Grows with time on its filesystem, whatever the clock does. */
   readonly id: number;
@@ -115,7 +117,9 @@ export type Owner = {
   readonly lineage: string;
 };
 
-/** What a record says of a chain's owner. `uuid` is the filesystem's where the subvolume has none. */
+/**
+ * What a record says of a chain's owner. `uuid` is the filesystem's where the subvolume has none.
+ */
 export type Identity = { readonly uuid: string; readonly host: string; readonly path: string };
 
 /** One stream to send: `snapshot` in full, or as the difference to `parent`. */
@@ -240,7 +244,8 @@ export const wallClock = (date: Date) => parseName(stamp(date), "") as number;
  */
 export function momentOf(time: number, earliest = -Infinity): number {
   const utc = new Date(time);
-  // The calendar is the same every 400 years, and Date takes years below 100 for those of the 20th century.
+  // The calendar is the same every 400 years, and Date takes years below 100 for those of the 20th
+  // century.
   const shift = utc.getUTCFullYear() < 100 ? 400 : 0;
   const local = new Date(
     utc.getUTCFullYear() + shift,
@@ -286,7 +291,8 @@ const timeIn = (name: string) => parseName(name, name.slice(0, -15));
 
 /**
  * Finds, among subvolumes of one place, the one that holds a snapshot's data. UUIDs decide, never
- * names: it was received from the snapshot, or from where the snapshot was, or the snapshot from it.
+ * names: it was received from the snapshot, or from where the snapshot was, or the snapshot from
+ * it.
  */
 export function dataFinder<T extends Subvolume>(
   held: readonly T[],
@@ -649,7 +655,10 @@ export type Filters = { readonly level: string; readonly recipients: readonly st
 const suffixOf = ({ level, recipients }: Filters) =>
   `.btrfs${level === "" ? "" : ".zst"}${recipients.length === 0 ? "" : ".gpg"}`;
 
-/** The longest prefix that leaves a stored stream's name, with all that is put around it, below 255 bytes. */
+/**
+ * The longest prefix that leaves a stored stream's name, with all that is put around it, below 255
+ * bytes.
+ */
 export const STREAM_PREFIX_BYTES = 70;
 
 /**
@@ -668,7 +677,8 @@ export function ownerOf({ uuid, host, path }: Identity): Owner {
 
 /**
  * The name of a stored stream, which says all that list and restore must know:
- * NAME+HHMM_PLACE_LINEAGE_SOURCE_UUID_PARENT.btrfs[.zst][.gpg], with + before PARENT if it is belated.
+ * NAME+HHMM_PLACE_LINEAGE_SOURCE_UUID_PARENT.btrfs[.zst][.gpg], with + before PARENT if it is
+ * belated.
  */
 export function streamName(
   { snapshot, parent, belated }: Transfer,
@@ -727,8 +737,8 @@ function parseStream(
 type Children = ReadonlyMap<string | null, readonly Stream[]>;
 
 /**
- * The streams that can be restored, each with its parent, by UUID. From the full streams up, so that
- * of two streams with the same data the one that needs less stands for both.
+ * The streams that can be restored, each with its parent, by UUID. From the full streams up, so
+ * that of two streams with the same data the one that needs less stands for both.
  */
 function restorableAmong(children: Children): Map<string, Stream> {
   const found = new Map<string, Stream>();
@@ -746,8 +756,8 @@ function restorableAmong(children: Children): Map<string, Stream> {
 }
 
 /**
- * The snapshot whose stream a file is left of: a part, or a checksum object without its stream. Null
- * for all other files.
+ * The snapshot whose stream a file is left of: a part, or a checksum object without its stream.
+ * Null for all other files.
  */
 function remainsOf(file: string, files: ReadonlySet<string>): string | null {
   const part = /^\.(.*?)(?:\.sha256|\.p[0-2]-\d*)?\.part$/s.exec(file)?.[1];
@@ -815,7 +825,8 @@ function byUuid<T extends Subvolume>(all: readonly T[]): Map<string, T> {
 
 /** The first word that makes of this program the relay, which bytes pass through: see `relay`. */
 const RELAY = "--relay";
-// Before anything else is loaded, since each stream waits for it, and before any signal has a handler: see `relay`.
+// Before anything else is loaded, since each stream waits for it, and before any signal has a
+// handler: see `relay`.
 if (import.meta.main && process.argv[2] === RELAY)
   relay(JSON.parse(process.argv[3] ?? "{}") as Relay);
 
@@ -837,9 +848,9 @@ export type Host = {
 };
 
 /**
- * The mount namespace that a verb works in, behind the fence (see PRELUDE). `try`: its own where that
- * can be had, for verbs that tell whether it could; `own`: its own, or not at all; `pid`: that of the
- * process that holds a folder.
+ * The mount namespace that a verb works in, behind the fence (see PRELUDE). `try`: its own where
+ * that can be had, for verbs that tell whether it could; `own`: its own, or not at all; `pid`: that
+ * of the process that holds a folder.
  */
 export type Fence = "try" | "own" | { readonly pid: string };
 
@@ -868,7 +879,10 @@ export function oneLine(written: string): string {
   return joined;
 }
 
-/** What no line of a script holds: characters that login shells differ about (see `quote`), and a comment behind code. */
+/**
+ * What no line of a script holds: characters that login shells differ about (see `quote`), and a
+ * comment behind code.
+ */
 const UNFIT = /^(?![ \t]*#).*?(?:['\\!]|[ \t;&|(]#)/m;
 
 /**
@@ -899,7 +913,10 @@ type Named<S extends string> = {
   readonly [W in Words<S> as W extends `${infer Name}...` ? Name : never]: readonly string[];
 };
 
-/** A verb that was declared: `takes` names its parameters, and `written` is its script as a person reads it. */
+/**
+ * A verb that was declared: `takes` names its parameters, and `written` is its script as a person
+ * reads it.
+ */
 export type Declared<S extends string = string> = Verb & {
   readonly takes: S;
   readonly written: string;
@@ -924,8 +941,8 @@ export function wordsFor<V extends Declared>(verb: V, given: ArgumentsOf<V>): st
 }
 
 /**
- * A word for any login shell. `'`, `\` and `!` stand outside the quotes behind a backslash:
- * fish reads `\'` inside quotes, csh expands `!` there.
+ * A word for any login shell. `'`, `\` and `!` stand outside the quotes behind a backslash: fish
+ * reads `\'` inside quotes, csh expands `!` there.
  */
 export const quote = (word: string) => `'${word.replace(/['\\!]/g, (c) => `'\\${c}'`)}'`;
 
@@ -934,7 +951,10 @@ const shellWord = (word: string) => (/^[\w./:@+-]+$/.test(word) ? word : quote(w
 
 export const LEVELS = { error: 0, warning: 1, info: 3, debug: 4 } as const;
 
-/** The bottom of a terminal has a line for each stream that is under way. All other text goes above them. */
+/**
+ * The bottom of a terminal has a line for each stream that is under way. All other text goes above
+ * them.
+ */
 class Terminal {
   readonly #lines = new Map<object, string>();
   #drawn = 0;
@@ -983,9 +1003,14 @@ const shell = $({
 });
 
 let privateDirectory: string | null = null;
-/** The name of a run's own directory: its process ID, and the namespace of processes where it has that. */
+/**
+ * The name of a run's own directory: its process ID, and the namespace of processes where it has
+ * that.
+ */
 const OWN_DIRECTORY = /^btrfs-backup\.(\d+)\.(\d+)\.\w{6}$/;
-/** A directory for control sockets and the like, gone at exit; short, since a socket's path must be. */
+/**
+ * A directory for control sockets and the like, gone at exit; short, since a socket's path must be.
+ */
 function runtimeDirectory(): string {
   if (privateDirectory !== null) return privateDirectory;
   // A root that came from a user's session can still have that user's.
@@ -1048,12 +1073,14 @@ export function hostOf(
     "ServerAliveInterval=15",
     "ServerAliveCountMax=2",
     "ConnectTimeout=15",
-    // What a user's configuration lends to hosts that people log in to is not for one that may be hostile.
+    // What a user's configuration lends to hosts that people log in to is not for one that may be
+    // hostile.
     "ForwardAgent=no",
     "ForwardX11=no",
     "ClearAllForwardings=yes",
     "PermitLocalCommand=no",
-    // Nor is what it does there instead of what we ask for. An older ssh knows not all of these: ssh_config(5).
+    // Nor is what it does there instead of what we ask for. An older ssh knows not all of these:
+    // ssh_config(5).
     "IgnoreUnknown=RemoteCommand,ForkAfterAuthentication,SessionType,StdinNull",
     "RemoteCommand=none",
     "ForkAfterAuthentication=no",
@@ -1082,8 +1109,8 @@ const sameHost = (a: Host, b: Host) => JSON.stringify(a.ssh) === JSON.stringify(
 const titleOf = ({ name }: Verb) => quote(`btrfs-backup:${name}`);
 
 /**
- * The words that a verb's script gets. The first is its mode: "sudo" has btrfs run under it, "fence"
- * says that the mount namespace is its own.
+ * The words that a verb's script gets. The first is its mode: "sudo" has btrfs run under it,
+ * "fence" says that the mount namespace is its own.
  */
 function scriptArguments({ sudo, fence }: Host, args: readonly string[]): string {
   const fenced = fence === undefined ? "" : "fence";
@@ -1095,7 +1122,10 @@ const UNSHARE = "unshare -m --propagation slave --";
 /** The title of TRY, as titleOf is that of a verb. */
 const TRYING = "btrfs-backup";
 
-/** Runs `sh -c SCRIPT TITLE MODE ARGUMENT...` in a mount namespace of its own where root can have one, with the mode "try". */
+/**
+ * Runs `sh -c SCRIPT TITLE MODE ARGUMENT...` in a mount namespace of its own where root can have
+ * one, with the mode "try".
+ */
 const TRY = sh`
   script=$1 title=$2
   shift 2
@@ -1138,7 +1168,10 @@ export function commandFor(host: Host, verb: Verb, args: readonly string[]): str
 const commandWith = <V extends Declared>(host: Host, verb: V, given: ArgumentsOf<V>) =>
   commandFor(host, verb, wordsFor(verb, given));
 
-/** What ends the children when a signal ends the run; those that clean up must be able to outlive it. */
+/**
+ * What ends the children when a signal ends the run; those that clean up must be able to outlive
+ * it.
+ */
 const running = new Set<() => void>();
 let interruption: Interrupted | null = null;
 let tellSignalled = () => {};
@@ -1276,7 +1309,9 @@ type Asking<V extends Declared> = {
   readonly input?: string;
 };
 
-/** Runs a verb for its output. Errors: Failure, Busy (exit 75), Absent (exit 66, host not reached). */
+/**
+ * Runs a verb for its output. Errors: Failure, Busy (exit 75), Absent (exit 66, host not reached).
+ */
 const ask = async <V extends Declared>(
   host: Host,
   verb: V,
@@ -1326,7 +1361,10 @@ async function askAll<V extends Declared>({
 const LIMITS = {
   /** How long a place may be silent that is asked to open. */
   open: 120e3,
-  /** How long a process may do nothing (see --timeout); six times as long while it waits for a disk to have everything. */
+  /**
+   * How long a process may do nothing (see --timeout); six times as long while it waits for a disk
+   * to have everything.
+   */
   stuck: 3600e3,
   /** How long a process that is told to end may take. On a dead disk it never does. */
   parting: 10e3,
@@ -1646,9 +1684,10 @@ type Flowing = {
 /**
  * Runs stages as one pipeline in a process group of its own; returns the bytes that the first one
  * wrote, or the first relay passed. If a stage fails, the stages after it are killed before their
- * input closes: the failing one's shell holds the pipe until the group is dead. By SIGKILL: a process
- * that catches another signal could still take the end of a dying neighbour's output for the end of
- * the stream. Errors: Failure naming the stage that failed first, NoSpace, Stuck, Interrupted.
+ * input closes: the failing one's shell holds the pipe until the group is dead. By SIGKILL: a
+ * process that catches another signal could still take the end of a dying neighbour's output for
+ * the end of the stream. Errors: Failure naming the stage that failed first, NoSpace, Stuck,
+ * Interrupted.
  */
 export const pipeline = async (
   stages: readonly Stage[],
@@ -1718,8 +1757,8 @@ function pipelineText(
   feeds: readonly number[],
 ): string {
   const file = (name: string | number) => quote(`${directory}/${name}`);
-  // A child's I/O is added to its parent's when it is waited for: proc(5), /proc/pid/io. A few bytes
-  // of the verb's own are in it.
+  // A child's I/O is added to its parent's when it is waited for: proc(5), /proc/pid/io. A few
+  // bytes of the verb's own are in it.
   const measure = `while read -r k v; do case $k in wchar:) echo "$v" >${file("bytes")};; esac; done </proc/self/io; `;
   const end = [...feeds.map((group) => -group), 0].map((to) => `kill -KILL ${to};`).join(" ");
   const texts = stages.map(({ command, shown, relay: by }, i) => {
@@ -1736,8 +1775,8 @@ function pipelineText(
 }
 
 /**
- * What `btrfs receive` says where a file that a difference goes on from is not there, or not what it
- * should be; not where the name of the whole is taken.
+ * What `btrfs receive` says where a file that a difference goes on from is not there, or not what
+ * it should be; not where the name of the whole is taken.
  */
 const BAD_PARENT =
   /^ERROR: (?!creating |cannot find ).*: (?:No such file or directory|File exists|Not a directory|Invalid argument)$/m;
@@ -1789,7 +1828,9 @@ function outcome(stages: readonly Stage[], directory: string, kill: () => void):
   };
 }
 
-/** The failure of a pipeline by the stage that failed first; `errors` is the stderr of each stage. */
+/**
+ * The failure of a pipeline by the stage that failed first; `errors` is the stderr of each stage.
+ */
 function brokenBy(culprit: Ended, stages: readonly Stage[], errors: readonly string[]): Failure {
   const stage = stages[culprit.stage];
   const said = errors[culprit.stage] ?? "";
@@ -1838,8 +1879,8 @@ function sendSignal(pid: number, signal: NodeJS.Signals): void {
 
 // ── 3. Btrfs ─────────────────────────────────────────────────────────────────────────────
 // The verbs: constant POSIX scripts that get their values as parameters, what they print, and
-// the send stream. A verb is declared once, with the names of its parameters in the order that
-// they have on the wire; its script, those who call it, and guard know them by these names.
+// the send stream. A verb is declared once, with the names of its parameters in their order on
+// the wire; its script, its callers, and guard know them by these names.
 //
 // btrfs alone runs under sudo, never flock, which would run anything. Exit statuses: 64 usage,
 // 65 refused, 66 absent, 69 a program is missing, 75 a lock is busy, 76 the name is taken, 77
@@ -1852,15 +1893,19 @@ const BTRFS_MAGIC = "9123683e";
 // ── pieces that verbs share ──
 
 /**
- * What every verb begins with. A process costs more than a millisecond: what a shell can do itself, it does.
- * `b` is btrfs; `user_id` sets $user to the effective user's ID; `root` tells whether btrfs runs with root's rights; `line` prints
- * its parameter (echo expands backslashes in dash); `at FOLDER FSID` enters a folder that was opened before, unless another filesystem or directory is there by now,
- * and behind the fence if the verb has a mount namespace of its own. $here is the folder's true path from then on.
+ * The beginning of every verb. A process costs more than a millisecond: a shell does itself what it
+ * can. `b` is btrfs; `user_id` sets $user to the effective user's ID; `root` tells whether btrfs
+ * has root's rights; `line` prints its parameter (echo expands backslashes in dash); `at FOLDER
+ * FSID` enters a folder that was opened before, unless another filesystem or directory is there by
+ * now, and behind the fence if the verb has its own mount namespace. $here is the folder's true
+ * path then.
  *
- * The fence: whoever can write in a folder can put a link or a device under any name there, at any moment. So root works below a
- * bind of the root of the folder's mount (below a bind of the plain folder, incremental receives fail) on which the kernel follows
- * no links and opens no devices. It is private, so that what is mounted elsewhere stays out; the other mounts are slaves, so that disks that
- * are unmounted meanwhile are free. mount(8) accepts options that it does not know: what is true says mountinfo, proc(5).
+ * The fence: whoever can write in a folder can put a link or a device under any name there, at any
+ * moment. So root works below a bind of the root of the folder's mount (below a bind of the plain
+ * folder, incremental receives fail) on which the kernel follows no links and opens no devices. The
+ * bind is private, so that mounts elsewhere stay out. The other mounts are slaves, so that disks
+ * that are unmounted meanwhile are free. mount(8) accepts options that it does not know: mountinfo
+ * says which are in force, proc(5).
  */
 const PRELUDE = sh`
   set -e +f
@@ -1882,7 +1927,7 @@ const PRELUDE = sh`
   shift
 
   line() { printf %s "$1"; echo; }
-  # go DIRECTORY: where it leads. Shells differ in what they say of a failure, and not all tell the cause.
+  # go DIRECTORY: enters it. Shells differ in their messages, and not all tell the cause.
   go() {
     cd -P -- "$1" 2>/dev/null && return
     said=$(LC_ALL=C stat -- "$1/." 2>&1 >/dev/null) || :
@@ -1897,7 +1942,8 @@ const PRELUDE = sh`
   }
   root() { [ -n "$su" ] || { user_id; [ "$user" = 0 ]; }; }
 
-  # safe OWNER MODE: whether only root and we can change a directory, as stat(1) shows it. A sticky one lets nobody replace what is ours.
+  # safe OWNER MODE: whether only root and we can change a directory, as stat(1) shows it. In a
+  # sticky one nobody can replace our files.
   safe() {
     user_id
     case "$1 $2" in
@@ -1906,8 +1952,9 @@ const PRELUDE = sh`
       *) return 1;;
     esac
   }
-  # ours: whether nobody else can give other subvolumes the names on the way from the root of the mount. btrfs send, delete and show
-  # resolve paths themselves (getcwd(3), realpath(3)), and read links, which no mount can forbid.
+  # ours: whether only root and we can give the names on the way from the root of the mount to other
+  # subvolumes. btrfs send, delete and show resolve paths themselves (getcwd(3), realpath(3)), and
+  # read links, which no mount can forbid.
   ours() {
     left=$PWD
     set --
@@ -1919,15 +1966,16 @@ const PRELUDE = sh`
       left=\${left%/*}
     done
     [ . -ef "$PWD" ] || return 1
-    # A sticky directory is ours alone for what belongs to us; the top of a snapshot belongs to its owner.
+    # A sticky directory is ours alone for what belongs to us; the top of a snapshot belongs to its
+    # owner.
     { stat -c "%u %A" -- "$@" || echo "one of them is gone"; } | while read -r owner permissions; do
       case $permissions in d????????[tT]) return 1;; esac
       safe "$owner" "$permissions" || return 1
     done
   }
 
-  # delete_ids ID...: deletes subvolumes of this filesystem, whatever their names are. It takes a process for each; btrfs wants a subvolume
-  # to begin from, as the root of a mount is.
+  # delete_ids ID...: deletes subvolumes of this filesystem, whatever their names are, with a
+  # process for each. btrfs wants a subvolume to begin from, as the root of a mount is.
   delete_ids() {
     for id; do
       case $PWD in
@@ -1936,10 +1984,12 @@ const PRELUDE = sh`
       esac
     done
   }
-  # delete_one PATH [any]: deletes the subvolume that is there now, if it is writable, whatever gets its name meanwhile.
+  # delete_one PATH [any]: deletes the subvolume that is there now, if it is writable or "any",
+  # whatever gets its name meanwhile.
   delete_one() {
     if [ "$mode" = fence ]; then
-      # In it, all is said of one and the same: in a plain directory, btrfs would tell of the subvolume around it.
+      # In it, every command speaks of the same one. In a plain directory, btrfs would tell of the
+      # subvolume around it.
       id=$(cd "$1" && [ "$(stat -c %i .)" = 256 ] && { [ "$2" = any ] || [ "$(b property get -ts . ro)" = ro=false ]; } && b inspect-internal rootid .) ||
         { line "$1 is not what was to be deleted" >&2; exit 65; }
       delete_ids "$id"
@@ -1948,8 +1998,9 @@ const PRELUDE = sh`
     fi
   }
 
-  # into FILE [CONVERSION]: standard input becomes a new file, whatever others put in its place meanwhile: no link, device or FIFO is
-  # opened. The dd of busybox cannot do so, and has read nothing then: there the shell refuses what exists, and the fence the rest.
+  # into FILE [CONVERSION]: standard input becomes a new file. No link, device or FIFO that others
+  # put in its place is opened. The dd of busybox cannot do so, and has read nothing then: there the
+  # shell refuses an existing file, and the fence the rest.
   into() {
     said=$(dd iflag=fullblock bs=1M conv="excl\${2:+,$2}" oflag=nofollow status=none of="$1" 2>&1) && return
     if [ -e "$1" ] || [ -L "$1" ]; then line "$said" >&2; return 1; fi
@@ -1963,7 +2014,8 @@ const PRELUDE = sh`
   # make FILE: an empty one, unless it is there. Another run may be faster.
   make() { [ -f "$1" ] || into "$1" </dev/null 2>/dev/null || [ -f "$1" ]; }
 
-  # opened FILE: opens a plain file as descriptor 6; for writing, too, where that can be, since a FIFO in its place would keep a reader waiting.
+  # opened FILE: opens a plain file as descriptor 6; where possible for writing, too, since a FIFO
+  # in its place would keep a reader waiting.
   opened() {
     [ -e "$1" ] || [ -L "$1" ] || { line "$here/$1: No such file or directory" >&2; exit 1; }
     if { command exec 6<>"$1"; } 2>/dev/null; then
@@ -1985,7 +2037,8 @@ const PRELUDE = sh`
     exec 7<&-
   }
 
-  # fenced SPOT: whether the bind there is what it must be, and leads to the directory of descriptor 6, which it enters.
+  # fenced SPOT: whether the bind there has all options, and leads to the directory of descriptor 6,
+  # which it enters.
   fenced() {
     cd -P -- "$1$below_mount" 2>/dev/null && [ . -ef /proc/self/fd/6 ] || return 1
     mount_id
@@ -2013,13 +2066,15 @@ const PRELUDE = sh`
     done
   }
 
-  # fence: goes behind it, in the current directory $here. A directory of proc or sys is bound over: nobody has data there.
+  # fence: goes behind it, in the current directory $here. It binds over a directory of proc or sys:
+  # nobody has data there.
   spots=
   fence() {
     exec 6<.
     mount_id
     on=$mount
-    # As long as we are at work, the folder's mount is busy for everybody. A directory alone can be entered.
+    # As long as we are at work, the folder's mount is busy for everybody. A directory alone can be
+    # entered.
     if cd -P -- "/proc/$PPID/root$here" 2>/dev/null; then exec 5<.; fi
     cd -P -- /proc/self/fd/6
     mount_root=$PWD
@@ -2065,7 +2120,10 @@ const declared: Declared[] = [];
 /** Every verb that there is. */
 export const VERBS: readonly Declared[] = declared;
 
-/** Declares a verb. Its script finds the parameters under their names, and those of `names...` as "$@". */
+/**
+ * Declares a verb. Its script finds the parameters under their names, and those of `names...` as
+ * "$@".
+ */
 function defineVerb<const S extends string>(
   name: string,
   takes: S,
@@ -2091,9 +2149,10 @@ function defineVerb<const S extends string>(
 }
 
 /**
- * enter PATH: a directory by its path as it was given, behind the fence where that can be had ($fenced says so). Else $strange is
- * the first directory on the way that others than root and we can change. A symbolic link is followed as long as none was met:
- * whoever can change what is above it decides where it leads.
+ * enter PATH: a directory by its path as it was given, behind the fence where possible ($fenced
+ * says so). Else $strange is the first directory on the way that others than root and we can
+ * change. A symbolic link is followed until there is such a directory: whoever can change a
+ * directory above the link decides where it leads.
  */
 const ENTER = sh`
   # walk PATH: as the kernel does, from the root. Sets $walked to where it leads, and $strange.
@@ -2156,7 +2215,10 @@ const ENTER = sh`
     if [ -n "$fenced" ]; then strange=; fi
   }`;
 
-/** keep SECONDS: until the input closes, or is silent for so long: a dead link tells the other side nothing. */
+/**
+ * keep SECONDS: until the input closes, or is silent for so long: a dead link tells the other side
+ * nothing.
+ */
 const KEEP = sh`
   keep() {
     if [ -n "$1" ] && command -v timeout >/dev/null; then
@@ -2169,7 +2231,9 @@ const KEEP = sh`
 /** For `keep`: how many seconds a host waits for our next beat. */
 const silence = (host: Host) => (host.ssh === null ? "" : String(4 * host.beat));
 
-/** watch PID: ends this process group when that process, which holds our lock over the same link, is gone. */
+/**
+ * watch PID: ends this process group with that process, which holds our lock over the same link.
+ */
 const WATCH = sh`
   watch() {
     if [ -n "$1" ]; then
@@ -2181,8 +2245,9 @@ const WATCH = sh`
   }`;
 
 /**
- * What processes have done so far, a line each: those of `group`, or of the groups in which `verb` works in `folder`. It tells of no process
- * that only waits, or passes on what others make: what waits for a holder's end, ssh, which talks also of nothing. See proc(5): stat, io.
+ * What processes have done so far, a line each: those of `group`, or of the groups in which `verb`
+ * works in `folder`. Not told are processes that only wait, or pass on what others make: what waits
+ * for a holder's end, and ssh, which also talks without data. See proc(5): stat, io.
  */
 const WORK = defineVerb(
   "work",
@@ -2217,9 +2282,9 @@ const WORK = defineVerb(
 );
 
 /**
- * record HEADER KEY VALUE [BEGINNING]: replaces one line of the record in the current directory, whole or not at all; with a
- * BEGINNING, only that is taken out of the line as it is by now. Written by dd, which says what went wrong, and syncs it;
- * dash knows only "I/O error".
+ * record HEADER KEY VALUE [BEGINNING]: replaces one line of the record in the current directory,
+ * whole or not at all. With a BEGINNING, only that is taken out of the line as it is by now.
+ * Written and synced by dd, which tells the cause of an error; dash knows only "I/O error".
  */
 const RECORD = sh`
   record() { (
@@ -2244,7 +2309,10 @@ const RECORD = sh`
     mv -T -f $new $file
   ) 7<.; }`;
 
-/** receiving PREFIX SECONDS: this process alone writes to the chain from here on. Opened for reading: a disk may be mounted so. */
+/**
+ * receiving PREFIX SECONDS: this process alone writes to the chain from here on. Opened for
+ * reading: a disk may be mounted so.
+ */
 const RECEIVING = sh`
   receiving() {
     make ".btrfs-backup.$1.receiving" || :
@@ -2253,13 +2321,19 @@ const RECEIVING = sh`
     flock -w "$2" 8 || { line "an earlier transfer is still being received in $here" >&2; exit 75; }
   }`;
 
-/** sha256: prints the SHA-256 of standard input as sha256sum does, which takes three times as long as openssl (coreutils 9.1). */
+/**
+ * sha256: prints the SHA-256 of standard input as sha256sum does, which takes three times as long
+ * as openssl (coreutils 9.1).
+ */
 const SUMMING = sh`
   sha256() {
     if command -v openssl >/dev/null; then openssl dgst -sha256 -r | sed "s/ .*/  -/"; else sha256sum; fi
   }`;
 
-/** own_file FILE: whether nobody but root and we have written it. `is_complete FILE SUM BYTES KEPT`: whether a file has so many bytes, and those behind the KEPT ones have that SHA-256. */
+/**
+ * own_file FILE: whether only root and we can have written it. `is_complete FILE SUM BYTES KEPT`:
+ * whether a file has so many bytes, and those behind the KEPT ones have that SHA-256.
+ */
 const COMPLETE = sh`
   ${SUMMING}
   own_file() {
@@ -2276,10 +2350,11 @@ const COMPLETE = sh`
 // ── places: looking at them, making them, and what is remembered there ──
 
 /**
- * Prints all that there is to know of a folder (and of the SOURCE whose snapshot folder it is), in sections that begin with a
- * NONCE no listing can contain: see parseInspection. `kind` is `streams` for a folder of stored streams, and `known` where the
- * protocol need not be asked for. `wait` is `look`, or the seconds to wait for the lock, which is then held until the input
- * closes; or `later`: one of these comes as a line of input.
+ * Prints all that there is to know of a folder (and of the SOURCE whose snapshot folder it is), in
+ * sections that begin with a NONCE no listing can contain: see parseInspection. `kind` is `streams`
+ * for a folder of stored streams, and `known` where the protocol need not be asked for. `wait` is
+ * `look`, or the seconds to wait for the lock, which is then held until the input closes; or
+ * `later`: one of these comes as a line of input.
  */
 const OPEN = defineVerb(
   "open",
@@ -2314,7 +2389,8 @@ const OPEN = defineVerb(
 
   say host; read -r host </proc/sys/kernel/hostname; echo "$host"
   say zstd; command -v zstd || :
-  # Enter the folder, or the one above where it is not there. "$@" are our own files in it, which must be plain ones.
+  # Enter the folder, or the one above it if it is missing. "$@" are our own files in it, which must
+  # be plain ones.
   set --
   exists=
   if [ -d "$folder" ]; then
@@ -2337,13 +2413,14 @@ const OPEN = defineVerb(
   else
     line "no such directory: \${folder%/*} (is the disk mounted?)" >&2; exit 79
   fi
-  # Behind the first step into the folder, which may be what mounts it. The inode of a filesystem there is a new one with each mount.
+  # After the first step into the folder, which may mount it. The inode of a filesystem there is a
+  # new one with each mount.
   say boot; read -r boot </proc/sys/kernel/random/boot_id; line "$boot"
   say filesystems; stat -c "%i %n" /sys/fs/btrfs/*-* 2>/dev/null || :
   say fence; line "$fenced"
   say strange; line "$strange"
 
-  # One process for all that is of the same kind. Of files only the owner counts.
+  # One process for each kind of question. Of files only the owner counts.
   say user; user_id; line "$user"
   say inodes; stat -c "%i %u %A" \${source:+"$source"} . "$@"
   places=$(stat -f -c "%i %t %a %S %b" \${source:+"$source"} .)
@@ -2354,8 +2431,9 @@ const OPEN = defineVerb(
   btrfs=
   if [ "$kind" = streams ]; then :; elif [ "$2" = ${BTRFS_MAGIC} ]; then btrfs=btrfs; fi
 
-  # Whatever can change while others have the lock comes after this. The other .receiving locks are those of commands,
-  # and of remotes of rclone. A folder without a lock file is not locked: nothing is written before it is known to be ours.
+  # All that can change while others have the lock is read behind this. The other .receiving locks
+  # are those of commands, and of remotes of rclone. A folder without a lock file is not locked:
+  # nothing is written before it is known to be ours.
   if [ "$wait" = later ]; then
     wait=$(dd bs=16 count=1 2>/dev/null)
     [ "$wait" = look ] || { [ "$wait" -ge 0 ] 2>/dev/null && [ \${#wait} -le 6 ]; } || { line "not a number of seconds: $wait" >&2; exit 65; }
@@ -2433,7 +2511,10 @@ const OPEN = defineVerb(
 `,
 );
 
-/** Makes the folder (its last component only) and the chain's lock file; another first run may be faster. */
+/**
+ * Makes the folder (its last component only) and the chain's lock file; another first run may be
+ * faster.
+ */
 const CREATE = defineVerb(
   "create",
   "folder fsid prefix",
@@ -2451,8 +2532,9 @@ const CREATE = defineVerb(
 );
 
 /**
- * Makes what is missing of the directories above `folder`, and prints the first, where that cannot be a disk that is not mounted: what is there
- * lies on a btrfs that is neither that of `source`, a path on the same host, nor the root filesystem. `how`: "look" makes nothing. Else it exits with 66.
+ * Makes the missing directories above `folder`, and prints the first, where that cannot be a disk
+ * that is not mounted: the existing ones lie on a btrfs that is neither that of `source`, a path on
+ * the same host, nor the root filesystem. `how`: "look" makes nothing. Else it exits with 66.
  */
 const PARENTS = defineVerb(
   "parents",
@@ -2481,7 +2563,7 @@ const PARENTS = defineVerb(
 `,
 );
 
-/** Replaces one line of the record: see RECORD. `sync`: when everything else is on the disk. */
+/** Replaces one line of the record: see RECORD. `sync`: once everything else is on the disk. */
 const WRITE_RECORD = defineVerb(
   "record",
   "folder fsid header key value sync?",
@@ -2494,7 +2576,10 @@ const WRITE_RECORD = defineVerb(
 `,
 );
 
-/** Standard input becomes a file that everybody may read. Nobody reads half of it, and after a power cut it has one of both contents. */
+/**
+ * Standard input becomes a file that everybody may read. Nobody reads half of it, and after a power
+ * cut it has its old or its new contents.
+ */
 const METRICS = defineVerb(
   "metrics",
   "file",
@@ -2521,7 +2606,7 @@ const ASIDE = defineVerb(
 `,
 );
 
-/** Prints what the list of subvolumes does not tell of the top level. */
+/** Prints facts of the top level that the list of subvolumes lacks. */
 const SHOW = defineVerb(
   "show",
   "folder fsid",
@@ -2544,7 +2629,10 @@ const RENAME = defineVerb(
 `,
 );
 
-/** The user's own command, before or after a snapshot. What it leaves running must not keep us waiting for our pipes. */
+/**
+ * The user's own command, before or after a snapshot. Processes that it leaves behind must not keep
+ * us waiting for our pipes.
+ */
 const HOOK = defineVerb(
   "hook",
   "command",
@@ -2554,10 +2642,13 @@ const HOOK = defineVerb(
   if [ -n "$output" ]; then cat "$output" >&2; rm -f "$output"; fi
   [ "$result" = 0 ] || { echo "(exit status $result)" >&2; exit 1; }
 `,
-  "shift",
-); // the user's own environment
+  "shift", // the user's own environment
+);
 
-/** Takes the snapshot `name`. Prints `subvolume show` of it, or only the ID for whoever is not root. The kernel commits the transaction. */
+/**
+ * Takes the snapshot `name`. Prints `subvolume show` of it; only the ID for whoever is not root.
+ * The kernel commits the transaction.
+ */
 const SNAPSHOT = defineVerb(
   "snapshot",
   "source folder fsid name",
@@ -2569,7 +2660,7 @@ const SNAPSHOT = defineVerb(
   [ "$PWD" = "$source" ] || { line "$source leads to $PWD now" >&2; exit 66; }
   b subvolume snapshot -r . "$snapshot" >/dev/null
   if [ "$mode" = fence ]; then
-    # Whatever has its name by now, it is shown by its ID.
+    # By its ID: something else may have its name by now.
     id=$(cd "$snapshot" && b inspect-internal rootid .)
     case $snapshot in
       /proc/fs*) b subvolume show -b -r "$id" /proc/fs;;
@@ -2586,10 +2677,12 @@ const SNAPSHOT = defineVerb(
 );
 
 /**
- * The stream of `snapshot`, on standard output; in full if `parent` is empty, compressed unless `level` is, as long as `holder`
- * lives. Cut short it still ends well for zstd, but never for `btrfs receive`. Of `skip` bytes (a multiple of 64 KiB) that are
- * kept over there with the SHA-256 `sum`, only what follows is sent, if these are the same. Where others can change names, `uuid`
- * and `clone` (in hexadecimal) are what the stream must say of itself and of its parent.
+ * The stream of `snapshot`, on standard output; in full if `parent` is empty, compressed unless
+ * `level` is, as long as `holder` lives. Cut short it still ends well for zstd, but never for
+ * `btrfs receive`. If `skip` bytes (a multiple of 64 KiB) with the SHA-256 `sum` are kept over
+ * there, the stream must begin with the same, and only the rest is sent. Where others can change
+ * names, `uuid` and `clone` (in hexadecimal) are what the stream must say of itself and of its
+ * parent.
  */
 const SEND = defineVerb(
   "send",
@@ -2612,7 +2705,7 @@ const SEND = defineVerb(
       b send "$flag" $protocol "$1"
     fi
   }
-  # The directory that we are in is the same, whatever its name becomes.
+  # The current directory stays the same, whatever its name becomes.
   made_within() {
     cd "./$snapshot" || return 1
     made . "../$parent"
@@ -2645,7 +2738,7 @@ const SEND = defineVerb(
     kept=$(dd bs=65536 count=$((skip / 65536)) iflag=fullblock 2>/dev/null | sha256)
     if [ "$kept" = "$sum  -" ]; then cat; else echo other >&3; fi
   }
-  # What sudo runs is not ours to kill: it ends with the pipe that it writes to.
+  # We cannot kill what sudo runs: it ends with the pipe that it writes to.
   if [ -z "$level$su$skip" ]; then
     stream
   else
@@ -2660,7 +2753,10 @@ const SEND = defineVerb(
 `,
 );
 
-/** Of each snapshot, a line with the first 512 bytes of its stream, in hexadecimal: see changedIn. No file is read for them. */
+/**
+ * The first 512 bytes of each snapshot's stream, a line of hexadecimal: see changedIn. No file is
+ * read for them.
+ */
 const HEADS = defineVerb(
   "heads",
   "folder fsid snapshots...",
@@ -2674,7 +2770,10 @@ const HEADS = defineVerb(
 `,
 );
 
-/** Of each snapshot, the generation of its top directory, as lsattr(1) tells it. Nothing where there is no lsattr. */
+/**
+ * The generation of each snapshot's top directory, as lsattr(1) tells it. Nothing where there is no
+ * lsattr.
+ */
 const BIRTHS = defineVerb(
   "births",
   "folder fsid snapshots...",
@@ -2686,8 +2785,8 @@ const BIRTHS = defineVerb(
 );
 
 /**
- * What a stream consists of: how often each command is in it, and how often data of each length (` len=N`), which
- * are not read for it.
+ * The contents of a stream: how often each command is in it, and how often data of each length (`
+ * len=N`). The data are not read for this.
  */
 const ESTIMATE = defineVerb(
   "estimate",
@@ -2705,10 +2804,10 @@ const ESTIMATE = defineVerb(
 `,
 );
 
-/** How much is read of a difference without its data at most, in bytes: some 100,000 commands. */
+/** How much of a difference without its data is read at most, in bytes: some 100,000 commands. */
 const REWRITTEN_MOST = "32000000";
 
-/** A difference without the data of its files; of a large one, the beginning. */
+/** A difference without the data of its files; only the beginning of a large one. */
 const REWRITTEN = defineVerb(
   "rewritten",
   "folder fsid snapshot parent",
@@ -2718,13 +2817,16 @@ const REWRITTEN = defineVerb(
 `,
 );
 
-/** Of each path in a snapshot, its size there, and that of the same file in a parent, or -; nothing where there is no such path. */
+/**
+ * The size of each path in a snapshot, and of the same file in a parent, or -; nothing where there
+ * is no such path.
+ */
 const FILE_SIZES = defineVerb(
   "filesizes",
   "folder fsid snapshot parent paths...",
   sh`
   at "$folder" "$fsid"
-  # elsewhere INODE PARENT: number and size of the file that has another path there, or -.
+  # elsewhere INODE PARENT: number and size of the file, which has another path there, or -.
   elsewhere() {
     if found=$(b inspect-internal inode-resolve "$1" "./$2" 2>&1); then
       stat -c "%i %s" -- "$(line "$found" | head -n 1)" | grep "^$1 "
@@ -2753,9 +2855,11 @@ const FILE_SIZES = defineVerb(
 );
 
 /**
- * Takes the stream, see `send`. The record says `beginning` and `rest` meanwhile, and { and `rest` afterwards: the announcement
- * comes, and goes when all is on the disk; with a `sync` of `next`, the next transfer's replaces it. Unless `part` is empty, the stream is that file, if it is complete; with a `flag` of guard's (one that
- * ends in C) it comes from there all the same.
+ * Takes the stream, see `send`. The record says `beginning` and `rest` meanwhile, and { and `rest`
+ * afterwards: the announcement comes, and goes when all is on the disk; with a `sync` of `next`,
+ * the next transfer's replaces it. Unless `part` is empty, the stream is that file, if it is
+ * complete; with a `flag` of guard's (one that ends in C) the stream is standard input all the
+ * same.
  */
 const RECEIVE = defineVerb(
   "receive",
@@ -2769,7 +2873,8 @@ const RECEIVE = defineVerb(
   at "$folder" "$fsid"
   receiving "$prefix" 0
   if [ -n "$part" ]; then
-    # Whoever can change names there could put another stream in its place: it is opened once, and must be ours.
+    # Others who can change names could put another stream in its place: it is opened once, and must
+    # be ours.
     opened "./.$part.part"
     own_file /proc/self/fd/6
     is_complete /proc/self/fd/6 "$sum" "$bytes" "$kept"
@@ -2781,7 +2886,8 @@ const RECEIVE = defineVerb(
   if [ -n "$header" ]; then record "$header" "$key" "$beginning$rest"; fi
 
   unpack() { if [ -n "$level" ]; then zstd -q -d -c; else cat; fi; }
-  # Without the fence, in a destination's folder, where the parents are: a chroot keeps a stream from what is above it.
+  # Without the fence, in the folder of a destination, where the parents are: a chroot keeps a
+  # stream out of the directories above.
   chroot=-C
   if [ "$mode" = fence ] || [ -z "$header" ]; then chroot=; fi
   # shellcheck disable=SC2086 # an option, or none
@@ -2792,12 +2898,14 @@ const RECEIVE = defineVerb(
       told=$( { { unpack && echo ok >&3; } | b receive "$flag" $chroot . >&2; } 3>&1 ) && [ "$told" = ok ]
     fi
   }
-  # What is unmounted under its feet, btrfs receive calls a file that is not there; behind the fence, it goes on unseen.
+  # Of a disk that is unmounted meanwhile, btrfs receive says that a file is not there; behind the
+  # fence, it goes on unseen.
   result=0
   take || result=1
   at "$folder" "$fsid"
   [ $result = 0 ] || exit 1
-  # Its data are in memory until now: as long as they are, the announcement stays. A restore syncs at its end.
+  # Its data are only in memory until now: the announcement stays so long. A restore syncs at its
+  # end.
   [ "$sync" = later ] || b filesystem sync . >&2
   # What the next transfer writes will replace it.
   if [ "$sync" = next ]; then exit 0; fi
@@ -2810,8 +2918,9 @@ const RECEIVE = defineVerb(
 );
 
 /**
- * What a broken transfer left of the stream `object` to go on from: its file `.OBJECT.pPROTOCOL-LEVEL.part`, how many bytes
- * of it count, and their SHA-256. Where others can write, they could put a link in its place.
+ * The part of the stream `object` that a broken transfer left to go on from: its file
+ * `.OBJECT.pPROTOCOL-LEVEL.part`, how many bytes of it count, and their SHA-256. Where others can
+ * write, they could put a link in its place.
  */
 const KEPT = defineVerb(
   "kept",
@@ -2832,7 +2941,7 @@ const KEPT = defineVerb(
 `,
 );
 
-/** Removes all that was kept to go on from. */
+/** Removes all parts that were kept to go on from. */
 const TIDY = defineVerb(
   "tidy",
   "folder fsid prefix",
@@ -2850,8 +2959,9 @@ const TIDY = defineVerb(
 );
 
 /**
- * Removes what a broken transfer left, and its announcement; unless it is read-only (an orphaned receive completed it after
- * all), but for `how` of `whole`: it is in doubt whether its data are on the disk.
+ * Removes what a broken transfer left, and its announcement. A read-only subvolume (an orphaned
+ * receive completed it after all) stays, unless `how` is `whole`: it is in doubt whether its data
+ * are on the disk.
  */
 const DISCARD = defineVerb(
   "discard",
@@ -2870,8 +2980,9 @@ const DISCARD = defineVerb(
 );
 
 /**
- * those IDS TOP ./NAME...: whether these subvolumes, in a folder whose path from the top level is TOP, still have these IDs: names may
- * have become others since they were decided on. A process for each, or, of many, the list for all.
+ * those IDS TOP ./NAME...: whether these subvolumes, in a folder whose path from the top level is
+ * TOP, still have these IDs: names may have changed owners since the decision. A process for each;
+ * for many, the list of all.
  */
 const THOSE = sh`
   those() {
@@ -2879,7 +2990,7 @@ const THOSE = sh`
     shift 2
     # Paths are told from the top level, which has no name.
     above=\${above:+$above/}
-    # What has just been received into a directory that nobody else can enter.
+    # Received just now, into a directory that nobody else can enter.
     [ -n "$left" ] || return 0
     changed="the subvolumes are others than those that were to be deleted"
     if [ $# -gt 3 ] && root; then
@@ -2899,8 +3010,9 @@ const THOSE = sh`
   }`;
 
 /**
- * Deletes many at once, as ./NAME, if they still have their IDs. What cannot be deleted is as before, and the cause is told where it is an
- * attribute, which a snapshot has from its source. The cleaner sleeps for up to 30 s unless a sync wakes it.
+ * Deletes many at once, as ./NAME, if they still have their IDs. A subvolume that cannot be deleted
+ * is as before, and the cause is told where it is an attribute, which a snapshot has from its
+ * source. The cleaner sleeps for up to 30 s unless a sync wakes it.
  */
 const DELETE = defineVerb(
   "delete",
@@ -2923,7 +3035,7 @@ const DELETE = defineVerb(
     if [ -L "$name" ]; then echo "a symbolic link has the name of a subvolume" >&2; exit 65; fi
   done
   if [ -n "$ids" ] && [ "$mode" = fence ] && { [ $# -le 3 ] || not_ours; }; then
-    # Their IDs are all that others cannot change; for a few, it takes no more processes.
+    # Only their IDs cannot be changed by others; for a few, this takes no more processes.
     # shellcheck disable=SC2086 # several words
     delete_ids $ids >/dev/null || stays "$@"
   else
@@ -2942,7 +3054,10 @@ const DELETE = defineVerb(
 
 // ── restoring ──
 
-/** Makes the directory `work` that a restore works in, marks it as ours, and holds it locked; see CLEAR. */
+/**
+ * Makes the directory `work` that a restore works in, marks it as ours, and holds it locked; see
+ * CLEAR.
+ */
 const RESTORING = defineVerb(
   "restoring",
   "folder fsid work end silence",
@@ -2964,7 +3079,10 @@ const RESTORING = defineVerb(
 `,
 );
 
-/** behind PATH: sets $behind to the name of an absolute path behind the fence, where it is below the same mount. */
+/**
+ * behind PATH: sets $behind to the name of an absolute path behind the fence, where it is below the
+ * same mount.
+ */
 const BEHIND = sh`
   behind() {
     behind=$1
@@ -2976,7 +3094,10 @@ const BEHIND = sh`
     fi
   }`;
 
-/** Removes what an interrupted restore left: the subvolumes ./PATH, in the order of their IDs, and the directory `work`. */
+/**
+ * Removes the remains of an interrupted restore: the subvolumes ./PATH, in the order of their IDs,
+ * and the directory `work`.
+ */
 const CLEAR = defineVerb(
   "clear",
   "folder fsid work ids paths...",
@@ -3011,10 +3132,11 @@ const CLEAR = defineVerb(
 );
 
 /**
- * Makes WORK/tree, a writable snapshot of `origin` (empty: of WORK/NAME, which was received), and in `target`, a folder of it
- * unless absolute, the snapshot `name`: `how` is `keep`: with the origin's received UUID; `plain`: without one; or `none`. The
- * tree is a user's, who may have put a symbolic link there. Stubs of snapshots that were nested in the source go (inode 2,
- * which is rmdir's).
+ * Makes WORK/tree, a writable snapshot of `origin` (empty: of WORK/NAME, which was received), and
+ * the snapshot `name` in `target`, a folder of the tree unless absolute. `how` is `keep`: with the
+ * origin's received UUID; `plain`: without one; or `none`: no snapshot. The tree is a user's, who
+ * may have put a symbolic link there. Stubs of snapshots that were nested in the source go (inode
+ * 2, which is rmdir's).
  */
 const BUILD = defineVerb(
   "build",
@@ -3060,11 +3182,13 @@ const BUILD = defineVerb(
 );
 
 /**
- * Gives a tree in `work` the name of TARGET, what has that now its own with the time of the restore, and moves snapshots from one folder
- * to another. What is to be done comes as lines of input: these folders, `old` or `new`, HOW and NAME in turn (`move`, or `copy` for what was received,
- * which would lose its received UUID), and `end`. It stands in a file until it is done, so that it can be gone on with, `how` being empty,
- * wherever it was interrupted. Prints where the snapshots
- * are to be, the names of those that cannot move, each with a slash behind it, and `end`; nothing if there is nothing to be finished.
+ * Gives a tree in `work` the name of TARGET, and the present TARGET its own name with the time of
+ * the restore, and moves snapshots from one folder to another. The task comes as lines of input:
+ * these folders, `old` or `new`, HOW and NAME in turn (`move`, or `copy` for received ones, which
+ * would lose their received UUID), and `end`. It stands in a file until it is done, so that it can
+ * be gone on with, `how` being empty, wherever it was interrupted. Prints where the snapshots are
+ * to be, the names of those that cannot move, each with a slash behind it, and `end`; nothing if
+ * there is nothing to be finished.
  */
 const FINISH = defineVerb(
   "finish",
@@ -3081,7 +3205,7 @@ const FINISH = defineVerb(
       [ "$(tail -n 1 .btrfs-backup.told)" = end ]
       mv -T .btrfs-backup.told .btrfs-backup.finishing
     )
-    # What is restored is on the disk before anything else loses its name.
+    # The restored data are on the disk before anything else loses its name.
     b filesystem sync . >/dev/null
   elif [ -f "$list" ] && [ -z "$(find "$list" -prune -type l)" ]; then
     :
@@ -3129,13 +3253,14 @@ const FINISH = defineVerb(
     if [ "$how$unsettled" = begin ]; then rm -f "$list"; fi
     exit "$1"
   }
-  # alive COMMAND...: what was killed has not failed: it is to be gone on with.
+  # alive COMMAND...: a command that was killed has not failed: FINISH is to be gone on with.
   alive() {
     "$@" && return
     [ $? -lt 128 ] || { echo "it was killed" >&2; exit 1; }
     return 1
   }
-  # Whether all can move is known before the first name changes: what is being sent cannot be made writable.
+  # Whether all can move is known before the first name changes: a snapshot that is being sent
+  # cannot be made writable.
   unsettled=
   try() {
     if [ "$1" = copy ]; then return; fi
@@ -3146,7 +3271,7 @@ const FINISH = defineVerb(
   if [ "$how" = begin ]; then
     each try "$@" || give_up 1
   elif stands "$work/tree" && { [ -z "$before" ] || { stands "$target" && free "$before" 2>/dev/null; }; }; then
-    # No name has changed yet: it is as if it had not begun, but that one of them can be writable.
+    # No name has changed yet: it is as if it had not begun, but one of them can be writable.
     # shellcheck disable=SC2317 # it is called by each
     put_back() { [ "$1" = copy ] || b property set -ts "$from/$2" ro true; }
     each put_back "$@"
@@ -3177,7 +3302,7 @@ const FINISH = defineVerb(
       b subvolume snapshot -r "$from/$1" "$to/$1" >&2
     fi
   }
-  # carry HOW NAME: moves one, however far that had come, and prints its name if it cannot.
+  # carry HOW NAME: moves one, however far that had come, or adds its name to $stuck.
   carry() {
     if [ "$1 $(cd "$from/$2" 2>/dev/null && echo there)" = "copy there" ]; then
       alive duplicate "$2" && alive delete_one "$from/$2" any >&2
@@ -3196,7 +3321,8 @@ const FINISH = defineVerb(
       [ "$1" = copy ] || alive b property set -ts "$to/$2" ro true
     fi || stuck=$stuck$2/
   }
-  # Nothing is printed until it is done: who asked for it can be gone, and writing to nobody would end it.
+  # Nothing is printed until all is done: the asker can be gone, and writing to nobody would end
+  # this.
   stuck=
   each carry "$@"
   b filesystem sync . >/dev/null
@@ -3211,8 +3337,8 @@ const FINISH = defineVerb(
 // ── looking into trees ──
 
 /**
- * What every digest and listing of a tree is made of: its paths but for the top and for stubs of nested
- * subvolumes (inode 2), which are not sent. The top's own mtime is not carried by incremental streams.
+ * The paths that every digest and listing of a tree is made of: all but the top and stubs of nested
+ * subvolumes (inode 2), which are not sent. Incremental streams do not carry the top's own mtime.
  */
 const PATHS = sh`
   paths() {
@@ -3222,9 +3348,9 @@ const PATHS = sh`
 const ATTRIBUTES = `--numeric-owner --xattrs --xattrs-include="*"`;
 
 /**
- * SHA-256 of a tree with all that a stream carries. GNU tar gives the same bytes for the same tree in POSIX format
- * without atime, ctime and its process ID, but leaves sockets out. ACLs come as the attributes that they are: with
- * --acls, tar would write the names that users have on this host.
+ * SHA-256 of a tree with all that a stream carries. GNU tar gives the same bytes for the same tree
+ * in POSIX format without atime, ctime and its process ID, but leaves sockets out. ACLs come as
+ * plain attributes: with --acls, tar would write the names that users have on this host.
  */
 const DIGEST = defineVerb(
   "digest",
@@ -3248,8 +3374,9 @@ const DIGEST = defineVerb(
 );
 
 /**
- * What differs is found in: `stat --printf FORMAT` of every path, the SHA-256 of every file, and where getfattr is installed
- * all extended attributes, each part ended by an empty word; in base64, since names are bytes and not always text.
+ * A listing to find differences in: `stat --printf FORMAT` of every path, the SHA-256 of every
+ * file, and where getfattr is installed all extended attributes, each part ended by an empty word;
+ * in base64, since names are bytes and not always text.
  */
 const LISTING = defineVerb(
   "listing",
@@ -3278,7 +3405,10 @@ const LISTING = defineVerb(
 `,
 );
 
-/** When each subvolume was made that has a parent, in UTC: as that is of all that was received as a difference. One process, whatever their number. */
+/**
+ * When each subvolume that has a parent was made, in UTC: this goes for all that were received as a
+ * difference. One process, whatever their number.
+ */
 const MADE = defineVerb(
   "made",
   "folder fsid",
@@ -3290,10 +3420,9 @@ const MADE = defineVerb(
 `,
 );
 
-/** Of each ./NAME a line with the name, and one with the creation time. */
 /**
- * When directories were made, in s since 1970, as far as the kernel tells: of a subvolume that is not a snapshot, when it was made itself. (A
- * snapshot has its directory from what it was taken of.)
+ * When directories were made, in s since 1970, as far as the kernel tells: for a subvolume that is
+ * not a snapshot, when it was made itself. (A snapshot has its directory from its origin.)
  */
 const BORN = defineVerb(
   "born",
@@ -3304,6 +3433,7 @@ const BORN = defineVerb(
 `,
 );
 
+/** Of each ./NAME a line with the name, and one with the creation time. */
 const RECEIVED = defineVerb(
   "received",
   "folder fsid names...",
@@ -3327,7 +3457,10 @@ const SIZES = defineVerb(
 `,
 );
 
-/** The subvolume that `file` is, or was, in, and the path in it. Of its path only the last component is taken as it is. */
+/**
+ * The subvolume that `file` is, or was, in, and the path in it. The last component of its path is
+ * taken as it is.
+ */
 const LOCATE = defineVerb(
   "locate",
   "file",
@@ -3352,8 +3485,10 @@ const LOCATE = defineVerb(
 );
 
 /**
- * Of `inner`, a path, in every subvolume that has it: what `realpath` makes of the directory above it, as NUL-terminated words after
- * "open" and that of the folder itself, since a symbolic link may lead out of a snapshot (only "fenced", where the kernel follows none); an empty one; and `stat --printf FORMAT`. `word` is printf's format of a word.
+ * Of `inner`, a path, in every subvolume that has it: what `realpath` makes of the directory above
+ * it, as NUL-terminated words after "open" and that of the folder itself, since a symbolic link may
+ * lead out of a snapshot (only "fenced", where the kernel follows none); an empty word; and `stat
+ * --printf FORMAT`. `word` is printf's format of a word.
  */
 const VERSIONS = defineVerb(
   "versions",
@@ -3386,7 +3521,7 @@ const VERSIONS = defineVerb(
 `,
 );
 
-/** origin: enters the directory that `inner` is in, in a snapshot. Its parameters are those of TAKE. */
+/** origin: enters the directory of `inner` in a snapshot. Its parameters are those of TAKE. */
 const ORIGIN = sh`
   origin() {
     at "$folder" "$fsid"
@@ -3409,8 +3544,8 @@ const TAKE = defineVerb(
 );
 
 /**
- * DIRECTORY/NAME becomes what is called `base` in the archive on standard input, or `inner` of a subvolume here; whole or not
- * at all, and over another file only with `force`.
+ * DIRECTORY/NAME becomes `base` of the archive on standard input, or `inner` of a subvolume here;
+ * whole or not at all, and over another file only with `force`.
  */
 const PUT = defineVerb(
   "put",
@@ -3443,31 +3578,38 @@ const PUT = defineVerb(
     tar --extract --preserve-permissions --same-owner ${ATTRIBUTES} -C "$temporary" -f -
   fi
   mv -T -- "$temporary/$base" "./$name"
-  # What is said to be back is on the disk.
+  # A file that is said to be back is on the disk.
   sync -f . 2>/dev/null || sync
 `,
 );
 
 // ── stored streams ──
 
-/** Takes a stream. `size`: of a part for S3; for a file, how much of it is kept. */
-type PutVerb = Declared<"folder fsid lock object holder size">;
-/** Makes a stream complete, with its checksum object beside it; never if another stream has the UUID. */
-type CommitVerb = Declared<"folder fsid lock object sum bytes part? kept? uuid?">;
-/** Prints objects, or the checksum of one if `how` is `sum`. */
-type GetVerb = Declared<"folder fsid how holder objects...">;
-/** Deletes objects in the order given, a checksum object only after its stream; with one process, if no stream of these checksum objects is there. */
-type DropVerb = Declared<"folder fsid lock objects...">;
 /**
- * Where streams are stored: `list` (which is `open` for a folder), and these. `lock`, which those hold that write, is the
- * prefix of a chain in a folder, and a file for a remote.
+ * The parameters of the verbs of a store. `lock`, which those hold that write, is the prefix of a
+ * chain in a folder, and a file for a remote.
  */
-type StoreVerbs = {
-  readonly put: PutVerb;
-  readonly commit: CommitVerb;
-  readonly get: GetVerb;
-  readonly delete: DropVerb;
-};
+const STORE_TAKES = {
+  /** Takes a stream. `size`: of a part for S3; for a file, how much of it is kept. */
+  put: "folder fsid lock object holder size",
+  /**
+   * Makes a stream complete, with its checksum object beside it; never if another stream has the
+   * UUID.
+   */
+  commit: "folder fsid lock object sum bytes part? kept? uuid?",
+  /** Prints objects, or the checksum of one if `how` is `sum`. */
+  get: "folder fsid how holder objects...",
+  /**
+   * Deletes objects in the order given, a checksum object only after its stream; with one process,
+   * if no stream of these checksum objects is there.
+   */
+  delete: "folder fsid lock objects...",
+} as const;
+/** Where streams are stored: these, and `list` (which is `open` for a folder). */
+type StoreVerbs = { readonly [V in keyof typeof STORE_TAKES]: Declared<(typeof STORE_TAKES)[V]> };
+type PutVerb = StoreVerbs["put"];
+type CommitVerb = StoreVerbs["commit"];
+type DropVerb = StoreVerbs["delete"];
 
 /** sumfile OBJECT SUM BYTES: the text of a checksum object. */
 const SUM_FILE = sh`
@@ -3486,11 +3628,14 @@ const GET = sh`
     every "$@"
   fi`;
 
-/** A file has a temporary name until it is complete, and on the disk. Others may be able to write there: no link that they plant is followed. */
+/**
+ * A file has a temporary name until it is complete, and on the disk. Others may be able to write
+ * there: no link that they plant is followed.
+ */
 const RAW: StoreVerbs = {
   put: defineVerb(
     "store",
-    "folder fsid lock object holder size",
+    STORE_TAKES.put,
     sh`
     ${COMPLETE}
     ${RECEIVING}
@@ -3513,7 +3658,7 @@ const RAW: StoreVerbs = {
   ),
   commit: defineVerb(
     "commit",
-    "folder fsid lock object sum bytes part? kept? uuid?",
+    STORE_TAKES.commit,
     sh`
     ${RECEIVING}
     ${SUM_FILE}
@@ -3542,7 +3687,7 @@ const RAW: StoreVerbs = {
   ),
   get: defineVerb(
     "fetch",
-    "folder fsid how holder objects...",
+    STORE_TAKES.get,
     sh`
     ${WATCH}
     watch "$holder"
@@ -3563,7 +3708,7 @@ const RAW: StoreVerbs = {
   ),
   delete: defineVerb(
     "drop",
-    "folder fsid lock objects...",
+    STORE_TAKES.delete,
     sh`
     ${RECEIVING}
     at "$folder" "$fsid"
@@ -3596,8 +3741,9 @@ const LOCKED = sh`
   }`;
 
 /**
- * Filters, and what changes how names are listed or bytes are printed, would hide from us what is stored (rclone(1), its options as variables);
- * and whoever does not see a stream stores it again, over the old one.
+ * Options of rclone, as variables (rclone(1)), that would hide from us what is stored: filters, and
+ * those that change how names are listed or bytes are printed. Whoever does not see a stream stores
+ * it again, over the old one.
  */
 const HIDING = [
   ...["", "METADATA_"].flatMap((of) =>
@@ -3613,7 +3759,9 @@ const HIDING = [
 const ALL_OBJECTS = sh`
   unset ${HIDING.map((name) => `RCLONE_${name}`).join(" ")}`;
 
-/** Objects of a remote cannot be renamed everywhere: without a checksum object, one is not complete. */
+/**
+ * Objects of a remote cannot be renamed everywhere: without a checksum object, one is not complete.
+ */
 const RCLONE: StoreVerbs & { readonly list: Declared<"folder"> } = {
   list: defineVerb(
     "rclone-list",
@@ -3648,7 +3796,7 @@ const RCLONE: StoreVerbs & { readonly list: Declared<"folder"> } = {
   ),
   put: defineVerb(
     "rclone-put",
-    "folder fsid lock object holder size",
+    STORE_TAKES.put,
     sh`
     ${ALL_OBJECTS}
     ${LOCKED}
@@ -3661,7 +3809,7 @@ const RCLONE: StoreVerbs & { readonly list: Declared<"folder"> } = {
   ),
   commit: defineVerb(
     "rclone-commit",
-    "folder fsid lock object sum bytes part? kept? uuid?",
+    STORE_TAKES.commit,
     sh`
     ${ALL_OBJECTS}
     ${LOCKED}
@@ -3674,7 +3822,7 @@ const RCLONE: StoreVerbs & { readonly list: Declared<"folder"> } = {
   ),
   get: defineVerb(
     "rclone-get",
-    "folder fsid how holder objects...",
+    STORE_TAKES.get,
     sh`
     ${ALL_OBJECTS}
     get() { rclone cat -- "$folder$1"; }
@@ -3684,12 +3832,12 @@ const RCLONE: StoreVerbs & { readonly list: Declared<"folder"> } = {
   ),
   delete: defineVerb(
     "rclone-delete",
-    "folder fsid lock objects...",
+    STORE_TAKES.delete,
     sh`
     ${ALL_OBJECTS}
     ${LOCKED}
     locked "$lock" 10
-    # One after the other, as they are given: each stream before what it builds on.
+    # One after the other, as they are given: each stream before the one that it builds on.
     for object; do line "$object"; done | rclone delete --checkers 1 --transfers 1 --files-from-raw - -- "$folder"
   `,
   ),
@@ -3740,7 +3888,8 @@ function* listedLines(text: string, shape: RegExp): Generator<RegExpExecArray> {
 
 /**
  * Reads `btrfs subvolume list -a -c -u -q -R` and `-a -r` of one filesystem (btrfs-subvolume(8)).
- * With -a all paths count from the top level, some with a mark; without, some count from where one asks.
+ * With -a all paths count from the top level, some with a mark; without, some count from where one
+ * asks.
  */
 export function parseSubvolumes(all: string, readonlyOnes: string): Subvolume[] {
   const readonly = new Set<string>();
@@ -3759,8 +3908,8 @@ export function parseSubvolumes(all: string, readonlyOnes: string): Subvolume[] 
       cgen: Number(cgen),
     });
   }
-  // Any user can make subvolumes, and a name with a line break could pass for a subvolume of its own.
-  // A dangerous one would need a path, an ID or a UUID that another subvolume has already.
+  // Any user can make subvolumes, and a name with a line break could pass for a subvolume of its
+  // own. A dangerous one would need a path, an ID or a UUID that another subvolume has already.
   for (const key of ["id", "uuid", "path"] as const) {
     const seen = new Set<Subvolume[typeof key]>();
     for (const one of subvolumes)
@@ -3831,7 +3980,10 @@ export function parseMounts(text: string): Mount[] {
   });
 }
 
-/** The path of a resolved path from the filesystem's top level ("/…"), and the mount it is seen through. */
+/**
+ * The path of a resolved path from the filesystem's top level ("/…"), and the mount it is seen
+ * through.
+ */
 export function placeOn(mounts: readonly Mount[], path: string): { mount: Mount; top: string } {
   const known = new Set(mounts.map(({ id }) => id));
   const above = mounts.filter((one) => isWithin(path, one.path));
@@ -3899,7 +4051,10 @@ export type Inspection = {
   readonly host: string;
   /** Whether zstd is installed there. */
   readonly zstd: boolean;
-  /** The newest protocol of send streams that kernel and btrfs-progs know; 1 where it was not asked for. */
+  /**
+   * The newest protocol of send streams that kernel and btrfs-progs know; 1 where it was not asked
+   * for.
+   */
   readonly protocol: number;
   /** False for a folder that would have to be made; then `place` is its parent. */
   readonly exists: boolean;
@@ -3925,15 +4080,18 @@ export type Inspection = {
   readonly record: RecordFile;
   readonly old: OldRecord;
   /**
-   * Tells one mounting of the folder's filesystem from others: the host's boot, and the inode of the
-   * filesystem in /sys/fs/btrfs.
+   * Tells one mounting of the folder's filesystem from others: the host's boot, and the inode of
+   * the filesystem in /sys/fs/btrfs.
    */
   readonly since: string;
   /** Our user ID there. */
   readonly user: string;
   /** Verbs can work behind the fence there: see PRELUDE. */
   readonly fenced: boolean;
-  /** Else the first directory on the way there that others than root and we can change, if there is one. */
+  /**
+   * Else the first directory on the way there that others than root and we can change, if there is
+   * one.
+   */
   readonly strange: string;
   /** The folder and this program's files in it belong to the user that we are there, or to root. */
   readonly trusted: boolean;
@@ -3987,7 +4145,10 @@ const SHAPES: Readonly<Record<string, RegExp>> = {
   places: /^([0-9a-f]+ [0-9a-f]+ \d+ \d+ \d+\n)*[0-9a-f]+ [0-9a-f]+ \d+ \d+ \d+$/,
 };
 
-/** Checks that a host has told all that it was asked for, in the shapes that are known. Errors: Failure. */
+/**
+ * Checks that a host has told all that it was asked for, in the shapes that are known. Errors:
+ * Failure.
+ */
 function checkAnswer(
   output: string,
   nonce: string,
@@ -4042,12 +4203,15 @@ function parsePlaces(
     if (filesystem !== null) return { ...place, root, filesystem };
     if (i === paths.length - 1)
       throw new Failure(`${path}: its filesystem is not in /sys/fs/btrfs`);
-    // SOURCE can lie on another filesystem than the one whose subvolumes were listed, which is an error anyway.
+    // SOURCE can lie on another filesystem than the one whose subvolumes were listed, which is an
+    // error anyway.
     return { ...place, root, filesystem: `with the ID ${place.fsid}` };
   });
 }
 
-/** Refuses a place below a bind mount of a plain folder: there btrfs receive cannot find the parent. */
+/**
+ * Refuses a place below a bind mount of a plain folder: there btrfs receive cannot find the parent.
+ */
 function refuseBindMount(path: string, mount: Mount, subvolumes: readonly Subvolume[]): void {
   if (mount.root === "/" || subvolumes.some((one) => `/${one.path}` === mount.root)) return;
   throw new Failure(
@@ -4118,7 +4282,10 @@ export function parseInspection(output: string, nonce: string, folder: string): 
   };
 }
 
-/** Reads the kernel's send_stream_version, and `btrfs --version`: btrfs-progs know protocol 2 since 6.0 (CHANGES). */
+/**
+ * Reads the kernel's send_stream_version, and `btrfs --version`: btrfs-progs know protocol 2 since
+ * 6.0 (CHANGES).
+ */
 function parseProtocol(text: string): number {
   const [, kernel = "1", progs = "0"] = /^(\d+)\nbtrfs-progs v(\d+)/.exec(text) ?? [];
   return Number(kernel) >= 2 && Number(progs) >= 6 ? 2 : 1;
@@ -4165,7 +4332,10 @@ export type KnownDestination = {
 };
 export type Cleared = Readonly<Record<string, number>>;
 
-/** What a record says of one prefix; every part optional, since a folder can be both ends of a chain. */
+/**
+ * What a record says of one prefix; every part optional, since a folder can be both ends of a
+ * chain.
+ */
 export type ChainRecord = {
   readonly owner?: Identity;
   /** The name that is being received, and `since` of the place (see Inspection) when that began. */
@@ -4191,7 +4361,10 @@ export type ChainRecord = {
 export type RecordFile = {
   readonly chains: ReadonlyMap<string, ChainRecord>;
   readonly unreadable: string | null;
-  /** By prefix, how many bytes the streams of a guarded key's backups had, by received UUID: see --max-bytes. */
+  /**
+   * By prefix, how many bytes the streams of a guarded key's backups had, by received UUID: see
+   * --max-bytes.
+   */
   readonly stored?: ReadonlyMap<string, Stored>;
 };
 type Stored = Readonly<Record<string, number>>;
@@ -4279,7 +4452,9 @@ const isChain = fieldsAre<ChainRecord>({
   guarded: ifAny((value) => value === true),
 });
 
-/** Errors: Error for a chain with a field that this program does not write so; TypeError for null. */
+/**
+ * Errors: Error for a chain with a field that this program does not write so; TypeError for null.
+ */
 function checkChain(chain: ChainRecord): void {
   const isObject = Object.getPrototypeOf(chain) === Object.prototype;
   const isSaidTwice = chain.strangers !== undefined && chain.elders !== undefined;
@@ -4338,13 +4513,19 @@ export function asRead(
   };
 }
 
-/** What 0.2 to 0.3.1 left in `.outstanding_transfers`: for each destination's ID the names it concerns. */
+/**
+ * What 0.2 to 0.3.1 left in `.outstanding_transfers`: for each destination's ID the names it
+ * concerns.
+ */
 export type OldRecord = {
   readonly receiving: ReadonlyMap<string, readonly string[]>;
   readonly parents: ReadonlyMap<string, readonly string[]>;
 };
 
-/** Reads `{NAME: {"locks": [ID…], "parent_locks": [ID…]}}`, or 0.2's `{NAME: [ID…]}`; nonsense is nothing. */
+/**
+ * Reads `{NAME: {"locks": [ID…], "parent_locks": [ID…]}}`, or 0.2's `{NAME: [ID…]}`; nonsense is
+ * nothing.
+ */
 export function parseOldRecord(text: string): OldRecord {
   const announced = new Map<string, string[]>();
   const parents = new Map<string, string[]>();
