@@ -62,8 +62,8 @@ export type Subvolume = {
 };
 
 /**
- * The name of something directly in a folder: never empty, `.`, `..`, nor with a slash, a NUL or a
- * line break. Only `entryName` makes one.
+ * A name in a folder: never empty, `.`, `..`, nor with a slash, a NUL or a line break. Only
+ * `entryName` makes one.
  */
 export type EntryName = string & { readonly type: "name of an entry" };
 
@@ -86,8 +86,8 @@ export type Entry = Subvolume & {
 export type Snapshot = Entry & { readonly time: number; readonly moment: number };
 
 /**
- * A stored stream, as the backup that it gives. The object's name stands for its path and UUID, and
- * the stream that it builds on for its parent. `readonly`: it can be restored, since it and all of
+ * A stored stream, as the backup that it gives. Its object's name stands for path and UUID, and the
+ * stream that it builds on for the parent. `readonly`: it can be restored, since it and all of
  * those are complete.
  */
 export type Stream = Entry & {
@@ -104,7 +104,7 @@ export type Stream = Entry & {
   readonly stored: boolean;
 };
 
-/** What a destination holds of a snapshot. The same facts, seen from the other side. */
+/** What a destination holds of a snapshot: the same facts, seen from the other side. */
 export type Backup = Snapshot;
 
 /** What a stream's name says of its owner. */
@@ -163,8 +163,8 @@ export class Unreachable extends Absent {}
 /** The stream to send is not the one whose first part is at the destination. */
 class OtherStream extends Failure {}
 /**
- * A process did nothing for too long. It was ended, or left alone if it does not end: nothing more
- * is done there.
+ * A process did nothing for too long. It was ended, or left alone if it does not end. No more is
+ * done there.
  */
 class Stuck extends Failure {}
 /** A pipeline was killed, and did not fail by itself. */
@@ -214,9 +214,9 @@ function groupBy<K, T>(all: readonly T[], by: (one: T) => K): Map<K, T[]> {
 }
 
 /**
- * Text as a person sees it, whoever wrote it. An escape stands for what would move a terminal's
- * cursor, change its title or turn text around: C0 but for the line break, C1, and Unicode's
- * bidirectional controls. All that is shown passes here; JSON escapes by itself.
+ * Text as a person sees it, whoever wrote it, with escapes for characters that would move a
+ * terminal's cursor, change its title or turn text around: C0 but for the line break, C1, and
+ * Unicode's bidirectional controls. All that is shown passes here; JSON escapes by itself.
  */
 export const visible = (text: string) =>
   text.replace(
@@ -407,7 +407,7 @@ export function parseDuration(text: string): Duration {
   return { count: Number(match[1]), unit: match[2] as Unit };
 }
 
-/** Bytes with k, m or g for powers of 1024. Errors: UsageError, which says what it should be. */
+/** Bytes with k, m or g for powers of 1024. Errors: UsageError, which says `what` was expected. */
 function bytesIn(text: string, what: string): number {
   const [, number = "", unit = ""] = /^(\d+(?:\.\d+)?)([kmg]?)$/i.exec(text) ?? [];
   const bytes = Math.floor(Number(number) * 1024 ** " kmg".indexOf(unit.toLowerCase() || " "));
@@ -446,8 +446,8 @@ export function parseCompression(text: string): string {
 export type Location =
   Readable | { readonly kind: "shell"; readonly id: string; readonly command: string };
 /**
- * A place that can be looked at: a btrfs folder, a folder of stored streams, or such a remote of
- * rclone, whose `path` names it to rclone.
+ * A place that can be looked at: a btrfs folder, a folder of stored streams, or a remote of rclone
+ * with such, whose `path` names it to rclone.
  */
 export type Readable = {
   readonly kind: "folder" | "raw" | "rclone";
@@ -542,8 +542,8 @@ const isWithin = (path: string, folder: string) =>
   path === folder || path.startsWith(folder === "/" ? "/" : `${folder}/`);
 
 /**
- * The moment of a `YYYY-MM-DD[ HH:MM[:SS]]`, counted like a snapshot's `time`; a part that is left
- * out is zero.
+ * The moment of a `YYYY-MM-DD[ HH:MM[:SS]]`, counted like a snapshot's `time`; missing parts are
+ * zero.
  */
 export function parseWhen(text: string): number {
   const [, date = "", time = "00:00", second = "00"] =
@@ -656,8 +656,8 @@ const suffixOf = ({ level, recipients }: Filters) =>
   `.btrfs${level === "" ? "" : ".zst"}${recipients.length === 0 ? "" : ".gpg"}`;
 
 /**
- * The longest prefix that leaves a stored stream's name, with all that is put around it, below 255
- * bytes.
+ * The longest prefix with which a stored stream's name, with all that is put around it, stays below
+ * 255 bytes.
  */
 export const STREAM_PREFIX_BYTES = 70;
 
@@ -699,8 +699,8 @@ const SUM = ".sha256";
 export type StoredFile = { readonly name: string; readonly bytes: number };
 
 /**
- * Reads a stored file that is a stream by its name. `summed`: it has a checksum object. `whole`:
- * see parseStreams.
+ * A stored file as a stream, by its name. `summed`: it has a checksum object. `whole`: see
+ * parseStreams.
  */
 function parseStream(
   { name: object, bytes }: StoredFile,
@@ -737,8 +737,8 @@ function parseStream(
 type Children = ReadonlyMap<string | null, readonly Stream[]>;
 
 /**
- * The streams that can be restored, each with its parent, by UUID. From the full streams up, so
- * that of two streams with the same data the one that needs less stands for both.
+ * The streams that can be restored, by UUID, with their parents. From the full streams up: of two
+ * streams with the same data, the one that needs less stands for both.
  */
 function restorableAmong(children: Children): Map<string, Stream> {
   const found = new Map<string, Stream>();
@@ -756,8 +756,8 @@ function restorableAmong(children: Children): Map<string, Stream> {
 }
 
 /**
- * The snapshot whose stream a file is left of: a part, or a checksum object without its stream.
- * Null for all other files.
+ * The snapshot of which a file is a part of a stream, or a checksum object without its stream; else
+ * null.
  */
 function remainsOf(file: string, files: ReadonlySet<string>): string | null {
   const part = /^\.(.*?)(?:\.sha256|\.p[0-2]-\d*)?\.part$/s.exec(file)?.[1];
@@ -848,9 +848,9 @@ export type Host = {
 };
 
 /**
- * The mount namespace that a verb works in, behind the fence (see PRELUDE). `try`: its own where
- * that can be had, for verbs that tell whether it could; `own`: its own, or not at all; `pid`: that
- * of the process that holds a folder.
+ * The mount namespace that a verb works in, behind the fence (see PRELUDE). `try`: its own if
+ * possible, for verbs that tell whether it was; `own`: its own, or none; `pid`: that of the process
+ * that holds a folder.
  */
 export type Fence = "try" | "own" | { readonly pid: string };
 
@@ -880,14 +880,13 @@ export function oneLine(written: string): string {
 }
 
 /**
- * What no line of a script holds: characters that login shells differ about (see `quote`), and a
- * comment behind code.
+ * A line with a character that login shells differ about (see `quote`), or a comment behind code.
  */
 const UNFIT = /^(?![ \t]*#).*?(?:['\\!]|[ \t;&|(]#)/m;
 
 /**
  * A POSIX shell script, or a piece of one, over many lines. Only other pieces may be put into it.
- * Errors: what would not survive a login shell, or would hide what follows it in one line.
+ * Errors: a script that would not survive a login shell, or would hide its end in one line.
  */
 export function sh(text: TemplateStringsArray, ...pieces: readonly string[]): string {
   // The pieces were looked at when they were made.
@@ -914,8 +913,7 @@ type Named<S extends string> = {
 };
 
 /**
- * A verb that was declared: `takes` names its parameters, and `written` is its script as a person
- * reads it.
+ * A declared verb: `takes` names its parameters, and `written` is its script as a person reads it.
  */
 export type Declared<S extends string = string> = Verb & {
   readonly takes: S;
@@ -952,8 +950,7 @@ const shellWord = (word: string) => (/^[\w./:@+-]+$/.test(word) ? word : quote(w
 export const LEVELS = { error: 0, warning: 1, info: 3, debug: 4 } as const;
 
 /**
- * The bottom of a terminal has a line for each stream that is under way. All other text goes above
- * them.
+ * A line at the bottom of a terminal for each stream that is under way. All other text goes above.
  */
 class Terminal {
   readonly #lines = new Map<object, string>();
@@ -1004,12 +1001,13 @@ const shell = $({
 
 let privateDirectory: string | null = null;
 /**
- * The name of a run's own directory: its process ID, and the namespace of processes where it has
- * that.
+ * The name of a run's own directory: its process ID, and the namespace of processes that has this
+ * ID.
  */
 const OWN_DIRECTORY = /^btrfs-backup\.(\d+)\.(\d+)\.\w{6}$/;
 /**
- * A directory for control sockets and the like, gone at exit; short, since a socket's path must be.
+ * A directory for control sockets and the like, gone at exit. Its path is short, as a socket's must
+ * be.
  */
 function runtimeDirectory(): string {
   if (privateDirectory !== null) return privateDirectory;
@@ -1119,12 +1117,12 @@ function scriptArguments({ sudo, fence }: Host, args: readonly string[]): string
 
 const UNSHARE = "unshare -m --propagation slave --";
 
-/** The title of TRY, as titleOf is that of a verb. */
+/** As titleOf, for TRY. */
 const TRYING = "btrfs-backup";
 
 /**
- * Runs `sh -c SCRIPT TITLE MODE ARGUMENT...` in a mount namespace of its own where root can have
- * one, with the mode "try".
+ * Runs `sh -c SCRIPT TITLE MODE ARGUMENT...`, with the mode "try" in a mount namespace of its own
+ * where root can have one.
  */
 const TRY = sh`
   script=$1 title=$2
@@ -1168,10 +1166,7 @@ export function commandFor(host: Host, verb: Verb, args: readonly string[]): str
 const commandWith = <V extends Declared>(host: Host, verb: V, given: ArgumentsOf<V>) =>
   commandFor(host, verb, wordsFor(verb, given));
 
-/**
- * What ends the children when a signal ends the run; those that clean up must be able to outlive
- * it.
- */
+/** How to end the children when a signal ends the run; but not those that clean up. */
 const running = new Set<() => void>();
 let interruption: Interrupted | null = null;
 let tellSignalled = () => {};
@@ -1184,10 +1179,12 @@ const cleaning = new AsyncLocalStorage<true>(); // one transfer cleans up while 
  * started to ignore, as by nohup(1), stays ignored.
  */
 export function stopOnSignals(): void {
-  const [, bits = "0"] = /^SigIgn:\s*(\w+)/m.exec(readFileSync("/proc/self/status", "utf8")) ?? []; // proc_pid_status(5)
+  // A bit for each signal: proc_pid_status(5).
+  const [, bits = "0"] = /^SigIgn:\s*(\w+)/m.exec(readFileSync("/proc/self/status", "utf8")) ?? [];
   const isIgnored = (signal: NodeJS.Signals) =>
     ((BigInt(`0x${bits}`) >> BigInt(osConstants.signals[signal] - 1)) & 1n) === 1n;
-  if (isIgnored("SIGCHLD")) process.on("SIGCHLD", () => {}); // else the kernel tells nobody how a child has ended
+  // Else the kernel tells nobody how a child has ended.
+  if (isIgnored("SIGCHLD")) process.on("SIGCHLD", () => {});
   for (const signal of ["SIGINT", "SIGTERM", "SIGHUP"] as const)
     if (signal === "SIGTERM" || !isIgnored(signal))
       process.on(signal, () => {
@@ -1300,40 +1297,23 @@ function failureOf(host: Host, what: string, result: Result): Error {
   return isGone ? new Unreachable(message) : new Failure(message);
 }
 
-/** A verb to run on a host, with arguments by name: `what` names this in errors. */
-type Asking<V extends Declared> = {
-  readonly host: Host;
-  readonly verb: V;
-  readonly given: ArgumentsOf<V>;
-  readonly what: string;
-  readonly input?: string;
-};
+/** A verb to run on a host, with arguments by name. `what` is how errors begin. */
+type Asked<V extends Declared> = [host: Host, verb: V, given: ArgumentsOf<V>, what: string];
 
 /**
  * Runs a verb for its output. Errors: Failure, Busy (exit 75), Absent (exit 66, host not reached).
  */
-const ask = async <V extends Declared>(
-  host: Host,
-  verb: V,
-  given: ArgumentsOf<V>,
-  what: string,
-): Promise<string> => (await askAll({ host, verb, given, what })).stdout;
+const ask = async <V extends Declared>(...asked: Asked<V>): Promise<string> =>
+  (await askAll(asked)).stdout;
 
 /** Runs a verb for its output in bytes. Errors: those of `ask`. */
-const askBytes = async <V extends Declared>(
-  host: Host,
-  verb: V,
-  given: ArgumentsOf<V>,
-  what: string,
-): Promise<Buffer> => Buffer.concat((await askAll({ host, verb, given, what })).output);
+const askBytes = async <V extends Declared>(...asked: Asked<V>): Promise<Buffer> =>
+  Buffer.concat((await askAll(asked)).output);
 
-async function askAll<V extends Declared>({
-  host,
-  verb,
-  given,
-  what,
+async function askAll<V extends Declared>(
+  [host, verb, given, what]: Asked<V>,
   input = "",
-}: Asking<V>): Promise<{ readonly stdout: string; readonly output: readonly Buffer[] }> {
+): Promise<{ readonly stdout: string; readonly output: readonly Buffer[] }> {
   const { process: child, stop } = start(host, verb, given);
   child.stdin.end(input);
   if (!cleaning.getStore()) running.add(stop);
@@ -4130,7 +4110,8 @@ function sectionsOf(output: string, nonce: string): Map<string, string> {
   return sections;
 }
 
-/** The shapes of sections. */
+/** Lines that are all of one form. */
+const linesOf = (form: string) => new RegExp(`^(?:${form}\\n)*${form}$`);
 const PATH_SHAPE = /^\/[^\0]*$/;
 const SHAPES: Readonly<Record<string, RegExp>> = {
   source: PATH_SHAPE,
@@ -4140,9 +4121,9 @@ const SHAPES: Readonly<Record<string, RegExp>> = {
   user: /^\d+$/,
   locked: /^\d+$/,
   fence: /^(yes)?$/,
-  roots: /^(\d+\n)*\d+$/,
-  inodes: /^(\d+ \d+ \S+\n)*\d+ \d+ \S+$/,
-  places: /^([0-9a-f]+ [0-9a-f]+ \d+ \d+ \d+\n)*[0-9a-f]+ [0-9a-f]+ \d+ \d+ \d+$/,
+  roots: linesOf("\\d+"),
+  inodes: linesOf("\\d+ \\d+ \\S+"),
+  places: linesOf("[0-9a-f]+ [0-9a-f]+ \\d+ \\d+ \\d+"),
 };
 
 /**
@@ -8867,7 +8848,7 @@ export function metricsOf(
 /** Replaces a file, so that nobody reads half of it, and it has one of both contents after a power cut. Errors: Failure. */
 async function writeMetrics(file: string, text: string): Promise<void> {
   const what = `--metrics: cannot write ${file}`;
-  await askAll({ host: LOCAL, verb: METRICS, given: { file }, what, input: text });
+  await askAll([LOCAL, METRICS, { file }, what], text);
 }
 
 /** What was done at each place, the source first. */
@@ -10151,13 +10132,15 @@ async function restoreOnce(o: RestoreOptions, report: Report): Promise<void> {
         ]);
         const told = [from, to, before === "" ? "new" : "old", ...names, "end", ""].join("\n");
         const { stdout: finished } = await whileCleaning(() =>
-          askAll({
-            host: target.host,
-            verb: FINISH,
-            given: { ...at(target), work, how: "begin" },
-            what: `cannot finish ${o.target.id}`,
-            input: told,
-          }),
+          askAll(
+            [
+              target.host,
+              FINISH,
+              { ...at(target), work, how: "begin" },
+              `cannot finish ${o.target.id}`,
+            ],
+            told,
+          ),
         ).catch(async (error) => {
           throw new Failure(await howFar(target, work, before, left, (error as Error).message, o));
         });
