@@ -135,7 +135,7 @@ export type Transfer = {
 /** The snapshot of the last stream that a command took; it may be gone. */
 export type Memory = { readonly name: string; readonly uuid: string };
 
-/** A name at a destination that is taken by something that is not this snapshot's data. */
+/** A name at a destination that something other than this snapshot's data has. */
 export type Conflict = { readonly name: string; readonly uuid: string; readonly why: string };
 
 /** What to keep: nothing is dropped without one. Counts are Infinity for `*`. */
@@ -333,7 +333,7 @@ type UnitOfTime = {
   /** The moment so many of them before a time. */
   readonly before: (time: number, count: number) => number;
 };
-/** A unit of so many ms. A period began so many ms before 1970. */
+/** A unit of so many ms; its first period begins `early` ms before 1970. */
 const ofLength = (noun: string, length: number, early = 0): UnitOfTime => ({
   noun,
   period: (time) => Math.floor((time + early) / length),
@@ -368,7 +368,7 @@ export const before = (time: number, count: number, unit: Unit) =>
 const POLICY_WORD = new RegExp(`^(\\d+|\\*)([${LETTERS.join("")}]?)(\\+?)$`);
 const DURATION_WORD = new RegExp(`^(\\d+)([${LETTERS.join("")}])$`);
 
-/** Reads a word of a POLICY: a number with a unit, and perhaps a plus. Errors: UsageError. */
+/** Reads a word of a POLICY. Errors: UsageError. */
 function parsePolicyWord(word: string) {
   const [, number = "", unit = "", plus = ""] = POLICY_WORD.exec(word) ?? [];
   const count = number === "*" ? Infinity : Number(number);
@@ -491,7 +491,7 @@ export function parseLocation(text: string): Location {
   }
 }
 
-/** Reads what follows the scheme of a place on another host. Errors: UsageError. */
+/** Reads a place on another host. Errors: UsageError. */
 function parseOnHost(text: string, rest: string, scheme: string, kind: "folder" | "raw"): Readable {
   const match = /^(?:([^/]*)@)?(\[[^\]/]+\]|[^:/@]+)(?::(\d+))?(\/.*)$/s.exec(rest);
   if (!match)
@@ -1297,7 +1297,7 @@ function failureOf(host: Host, what: string, result: Result): Error {
   return isGone ? new Unreachable(message) : new Failure(message);
 }
 
-/** A verb to run on a host, with arguments by name. `what` is how errors begin. */
+/** A verb to run on a host, with arguments by name; errors begin with `what`. */
 type Asked<V extends Declared> = [host: Host, verb: V, given: ArgumentsOf<V>, what: string];
 
 /**
@@ -1360,7 +1360,7 @@ const endOf = <T>(one: Promise<unknown>, value: T): Promise<T> =>
     () => value,
   );
 
-/** Waits for so many ms, or until something else is over; tells whether it is over. */
+/** Waits for so many ms, or until something else is over, and tells whether it is. */
 async function within(ms: number, over: Promise<unknown>): Promise<boolean> {
   let timer: ReturnType<typeof setTimeout> | undefined;
   const late = new Promise<false>((done) => (timer = setTimeout(() => done(false), ms)));
@@ -1370,9 +1370,9 @@ async function within(ms: number, over: Promise<unknown>): Promise<boolean> {
 }
 
 /**
- * Waits for the end of a process that does anything at all: `worked` tells what it has done so far.
- * A process that does nothing is stopped, and left alone if it does not end then, as one that waits
- * for a dead disk. The same goes for a signal. Errors: Stuck, Interrupted.
+ * Waits for a process as long as it does anything: `worked` tells what it has done so far. Then it
+ * is stopped, and left alone if it does not end, as one that waits for a dead disk; so it is after
+ * a signal. Errors: Stuck, Interrupted.
  */
 async function attended<T>(
   ended: Promise<T>,
@@ -1436,8 +1436,8 @@ type Held = { readonly output: string; readonly release: () => Promise<void> };
 type Seen = { readonly line: string; readonly tell: () => void };
 
 /**
- * A verb that is held prints until a line that is `end`. It may be silent for `wait` s longer than
- * LIMITS says. It waits for the line of input `first`, and is ended once it is `unwanted`.
+ * How a verb is held: it prints until a line that is `end`, and may be silent for `wait` s longer
+ * than LIMITS says. It waits for the line of input `first`, and is ended once it is `unwanted`.
  */
 type Holding = {
   readonly end: string;
@@ -1497,9 +1497,9 @@ async function hold<V extends Declared>(
 }
 
 /**
- * Comes when a verb whose input was closed holds its lock no more. Over ssh its process may be the
- * connection that other commands share, which ends with the last of them: there the verb's output
- * ends with the lock, and the process when it likes.
+ * Comes when a verb whose input was closed has no lock any more. Over ssh its output ends with the
+ * lock; its process can be the connection that other commands share, which ends with the last of
+ * them.
  */
 function lockGone({ ssh }: Host, child: ProcessPromise): Promise<unknown> {
   if (ssh === null) return child;
@@ -1728,8 +1728,8 @@ function flow(
 }
 
 /**
- * The shell text of a pipeline. Each stage leaves its stderr in the directory, in a file named by
- * its number. A stage that fails kills the process groups in `feeds`, and then the pipeline.
+ * The shell text of a pipeline, whose stages leave their stderr in files named by their numbers. A
+ * stage that fails kills the process groups in `feeds`, and then the pipeline.
  */
 function pipelineText(
   stages: readonly Stage[],
@@ -1770,10 +1770,10 @@ function readIfThere(path: string): string {
   }
 }
 
-/** A stage that ended, by its number; -1 is the shell of the pipeline, which was killed. */
+/** A stage that ended, by number; -1 is the pipeline's shell, which was killed. */
 type Ended = { readonly stage: number; readonly status: number };
 
-/** The exit statuses of the stages that ended, in that order, from the lines of a file. */
+/** The stages that ended, in that order, by lines of a file. */
 const parseEnded = (text: string): Ended[] =>
   text
     .split("\n")
@@ -1808,9 +1808,7 @@ function outcome(stages: readonly Stage[], directory: string, kill: () => void):
   };
 }
 
-/**
- * The failure of a pipeline by the stage that failed first; `errors` is the stderr of each stage.
- */
+/** A pipeline's failure, by the stage that failed first and the stderr of each. */
 function brokenBy(culprit: Ended, stages: readonly Stage[], errors: readonly string[]): Failure {
   const stage = stages[culprit.stage];
   const said = errors[culprit.stage] ?? "";
@@ -1829,7 +1827,7 @@ function brokenBy(culprit: Ended, stages: readonly Stage[], errors: readonly str
   return new kind(message);
 }
 
-/** How a stage ended, in words, and the error that this is by itself. */
+/** How a stage ended, and the error that this is by itself. */
 function endingOf({ stage, status }: Ended): {
   readonly how: string;
   readonly kind: new (message: string) => Failure;
@@ -2626,8 +2624,8 @@ const HOOK = defineVerb(
 );
 
 /**
- * Takes the snapshot `name`. Prints `subvolume show` of it; only the ID for whoever is not root.
- * The kernel commits the transaction.
+ * Takes the snapshot `name`. Prints `subvolume show` of it; only the ID if we are not root. The
+ * kernel commits the transaction.
  */
 const SNAPSHOT = defineVerb(
   "snapshot",
@@ -3960,10 +3958,7 @@ export function parseMounts(text: string): Mount[] {
   });
 }
 
-/**
- * The path of a resolved path from the filesystem's top level ("/…"), and the mount it is seen
- * through.
- */
+/** A resolved path from the filesystem's top level ("/…"), and the mount it is seen through. */
 export function placeOn(mounts: readonly Mount[], path: string): { mount: Mount; top: string } {
   const known = new Set(mounts.map(({ id }) => id));
   const above = mounts.filter((one) => isWithin(path, one.path));
@@ -4032,7 +4027,7 @@ export type Inspection = {
   /** Whether zstd is installed there. */
   readonly zstd: boolean;
   /**
-   * The newest protocol of send streams that kernel and btrfs-progs know; 1 where it was not asked
+   * The newest protocol of send streams that kernel and btrfs-progs know; 1 if it was not asked
    * for.
    */
   readonly protocol: number;
@@ -4068,10 +4063,7 @@ export type Inspection = {
   readonly user: string;
   /** Verbs can work behind the fence there: see PRELUDE. */
   readonly fenced: boolean;
-  /**
-   * Else the first directory on the way there that others than root and we can change, if there is
-   * one.
-   */
+  /** Else the first directory on the way there that others than root and we can change, if any. */
   readonly strange: string;
   /** The folder and this program's files in it belong to the user that we are there, or to root. */
   readonly trusted: boolean;
@@ -4087,7 +4079,7 @@ const parseFiles = (text: string) =>
     }),
   );
 
-/** The sections that `open` prints of any place, and those that it prints of some. */
+/** The sections that `open` prints of any place, and of some. */
 const ALWAYS =
   "host zstd boot filesystems fence strange user inodes places mounts record stream".split(" ");
 const SOMETIMES =
@@ -4127,8 +4119,7 @@ const SHAPES: Readonly<Record<string, RegExp>> = {
 };
 
 /**
- * Checks that a host has told all that it was asked for, in the shapes that are known. Errors:
- * Failure.
+ * Checks that a host has told all that it was asked for, and in the known shapes. Errors: Failure.
  */
 function checkAnswer(
   output: string,
@@ -4165,8 +4156,8 @@ function parseStat(path: string, [inode = ""]: string[] = [], filesystem: string
 }
 
 /**
- * The directories that were entered. `roots` are the IDs of their subvolumes, and `mounted` has the
- * UUIDs of the host's filesystems. Errors: Failure.
+ * The directories that were entered, with the IDs of their subvolumes (`roots`). The keys of
+ * `mounted` are the UUIDs of the host's filesystems. Errors: Failure.
  */
 function parsePlaces(
   sections: ReadonlyMap<string, string>,
@@ -4200,7 +4191,7 @@ function refuseBindMount(path: string, mount: Mount, subvolumes: readonly Subvol
   );
 }
 
-/** Whether nobody but root and `user` can change a file, by a line of its inode, owner and mode. */
+/** Whether only root and `user` can change a file, by its inode, owner and mode. */
 const isTrusted = ([, owner, mode = ""]: readonly string[], user: string) =>
   (owner === user || owner === "0") && !/^.(?:....w|.{7}w)/.test(mode);
 
@@ -4343,7 +4334,7 @@ export type RecordFile = {
   readonly chains: ReadonlyMap<string, ChainRecord>;
   readonly unreadable: string | null;
   /**
-   * By prefix, how many bytes the streams of a guarded key's backups had, by received UUID: see
+   * By prefix and received UUID, how many bytes the streams of a guarded key's backups had: see
    * --max-bytes.
    */
   readonly stored?: ReadonlyMap<string, Stored>;
@@ -4433,9 +4424,7 @@ const isChain = fieldsAre<ChainRecord>({
   guarded: ifAny((value) => value === true),
 });
 
-/**
- * Errors: Error for a chain with a field that this program does not write so; TypeError for null.
- */
+/** Refuses a chain that this program does not write so. Errors: Error, or TypeError for null. */
 function checkChain(chain: ChainRecord): void {
   const isObject = Object.getPrototypeOf(chain) === Object.prototype;
   const isSaidTwice = chain.strangers !== undefined && chain.elders !== undefined;
