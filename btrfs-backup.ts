@@ -76,7 +76,7 @@ export function entryName(text: string): EntryName | null {
 /** A subvolume directly in a folder. */
 export type Entry = Subvolume & {
   readonly name: EntryName;
-  /** When its data was as it is, in ms since 1970, where the place says so. */
+  /** The moment of its data, in ms since 1970, where the place says so. */
   readonly moment: number | null;
   /** A later one was there when it came; it can have been received as a difference to that. */
   readonly belated?: true;
@@ -107,7 +107,7 @@ export type Stream = Entry & {
 /** What a destination holds of a snapshot: the same facts, seen from the other side. */
 export type Backup = Snapshot;
 
-/** What a stream's name says of its owner. */
+/** The owner of a stream, as its name tells it. */
 export type Owner = {
   /** Of the source subvolume. */
   readonly uuid: string;
@@ -126,7 +126,7 @@ export type Identity = { readonly uuid: string; readonly host: string; readonly 
 export type Transfer = {
   readonly snapshot: Snapshot;
   readonly parent: Snapshot | null;
-  /** Why not as the difference to what is nearest. */
+  /** Why not as the difference to the nearest snapshot. */
   readonly why?: string | undefined;
   /** A later one is there already, and may be the parent. */
   readonly belated?: true;
@@ -175,7 +175,7 @@ class Taken extends Failure {}
 class Unfinished extends Failure {}
 /** Another restore has the names of this second. */
 class SameSecond extends Failure {}
-/** The user knows of it. */
+/** The user has been told already. */
 class AlreadyTold extends Failure {}
 /** The transfer's receiving side has no space left. */
 export class NoSpace extends Failure {}
@@ -280,10 +280,10 @@ export function parseName(name: string, prefix: string): number | null {
 
 const digestOf = (text: string) => createHash("sha256").update(text).digest("hex");
 
-/** What can stand before the date. */
+/** Whether a text can stand before the date. */
 const isPrefix = (text: string) => !/[/\x00-\x1f\x7f]/.test(text) && Buffer.byteLength(text) <= 200;
 
-/** What a name begins with that ends in a date as ours do; null for all others. */
+/** The beginning of a name that ends in a date as ours do; null for all others. */
 const prefixOf = (name: string) => (timeIn(name) === null ? null : name.slice(0, -15));
 
 /** The time in a name with whatever prefix. */
@@ -854,7 +854,7 @@ export type Host = {
  */
 export type Fence = "try" | "own" | { readonly pid: string };
 
-/** A constant POSIX script; what it works on comes as positional parameters. */
+/** A constant POSIX script; its input comes as positional parameters. */
 export type Verb = { readonly name: string; readonly script: string };
 
 /**
@@ -1218,7 +1218,7 @@ function checkInterruption(): void {
   if (interruption !== null && !cleaning.getStore()) throw interruption;
 }
 
-/** Runs what must still happen after a signal. */
+/** Runs work that must still happen after a signal. */
 const whileCleaning = <T>(work: () => Promise<T>): Promise<T> => cleaning.run(true, work);
 
 /** A verb that was started: its output as it comes, its end, and the way to end it. */
@@ -1266,13 +1266,13 @@ const STATUS_ERRORS: Partial<Record<number, new (message: string) => Error>> = {
   79: Missing,
 };
 
-/** What ssh says where the host cannot be reached, or no more. */
+/** Messages of ssh where the host cannot be reached, or no more. */
 const UNREACHABLE =
   /No route|timed out|Timeout, server|refused|not resolve|unreachable|Host is down|Broken pipe|mux_client|Connection .*(closed|reset)/i;
 
 type Result = Pick<ProcessOutput, "exitCode" | "signal" | "stdout" | "stderr">;
 
-/** What a verb that failed has printed, with a hint where it lacks root. */
+/** The output of a verb that failed, with a hint where it lacks root. */
 function saidBy(host: Host, { stdout, stderr }: Result): string {
   const text = stderr.trim() || stdout.trim().slice(0, 500); // nologin(8) speaks on stdout
   const isUser = host.sudo || (host.ssh === null && process.getuid?.() !== 0);
@@ -1310,10 +1310,7 @@ const ask = async <V extends Declared>(...asked: Asked<V>): Promise<string> =>
 const askBytes = async <V extends Declared>(...asked: Asked<V>): Promise<Buffer> =>
   Buffer.concat((await askAll(asked)).output);
 
-async function askAll<V extends Declared>(
-  [host, verb, given, what]: Asked<V>,
-  input = "",
-): Promise<{ readonly stdout: string; readonly output: readonly Buffer[] }> {
+async function askAll<V extends Declared>([host, verb, given, what]: Asked<V>, input = "") {
   const { process: child, stop } = start(host, verb, given);
   child.stdin.end(input);
   if (!cleaning.getStore()) running.add(stop);
@@ -1339,7 +1336,7 @@ async function askAll<V extends Declared>(
 
 /** In ms. */
 const LIMITS = {
-  /** How long a place may be silent that is asked to open. */
+  /** How long a place that is asked to open may be silent. */
   open: 120e3,
   /**
    * How long a process may do nothing (see --timeout); six times as long while it waits for a disk
@@ -1412,7 +1409,7 @@ const SYNCING = "btrfs filesystem sync";
 /** Processes: those of a group here, or those of a verb in a folder on another host. */
 type Workers = { readonly group: number } | { readonly verb: Verb; readonly folder: string };
 
-/** What processes have done so far; nothing where nobody can tell. */
+/** Tells what processes have done so far; nothing where nobody can tell. */
 async function workOf(host: Host, whose: Workers): Promise<string> {
   const asked =
     "group" in whose
@@ -1617,7 +1614,7 @@ const relaying = (how: Relay, counts?: Stage["counts"]): Stage => ({
   ...(counts === undefined ? {} : { counts }),
 });
 
-/** Of relays side by side, one. */
+/** Joins relays that stand side by side into one. */
 function withoutTwins(stages: readonly Stage[]): Stage[] {
   const all: Stage[] = [];
   for (const stage of stages) {
@@ -1642,7 +1639,7 @@ const OURSELVES = ((): readonly string[] => {
   ];
 })();
 
-/** What a pipeline has to do with others. */
+/** The dealings of a pipeline with others. */
 type Joint = {
   /** The file that it reads. */
   readonly input?: string;
@@ -1761,7 +1758,7 @@ function pipelineText(
 const BAD_PARENT =
   /^ERROR: (?!creating |cannot find ).*: (?:No such file or directory|File exists|Not a directory|Invalid argument)$/m;
 
-/** What is in a file; nothing if it is not there. */
+/** The text of a file; nothing if it is not there. */
 function readIfThere(path: string): string {
   try {
     return readFileSync(path, "utf8");
@@ -1773,20 +1770,13 @@ function readIfThere(path: string): string {
 /** A stage that ended, by number; -1 is the pipeline's shell, which was killed. */
 type Ended = { readonly stage: number; readonly status: number };
 
-/** The stages that ended, in that order, by lines of a file. */
-const parseEnded = (text: string): Ended[] =>
-  text
-    .split("\n")
-    .filter(Boolean)
-    .map((line) => {
-      const [stage = -1, status = NaN] = line.split(" ").map(Number);
-      return { stage, status };
-    });
-
 /** What has become of a pipeline, by the files that its stages left in a directory. */
 function outcome(stages: readonly Stage[], directory: string, kill: () => void): Flown {
   const read = (name: string | number) => readIfThere(`${directory}/${name}`).trim();
-  const ended = parseEnded(read("ended"));
+  const ended = [...read("ended").matchAll(/^(\d+) (\d+)$/gm)].map(([, stage, status]): Ended => ({
+    stage: Number(stage),
+    status: Number(status),
+  }));
   const errors = stages.map((_, i) => read(i));
   const written = read("bytes");
   const passed = stages
@@ -1828,10 +1818,7 @@ function brokenBy(culprit: Ended, stages: readonly Stage[], errors: readonly str
 }
 
 /** How a stage ended, and the error that this is by itself. */
-function endingOf({ stage, status }: Ended): {
-  readonly how: string;
-  readonly kind: new (message: string) => Failure;
-} {
+function endingOf({ stage, status }: Ended) {
   if (stage === -1) return { how: "was killed", kind: Killed };
   if (status === 255) return { how: "failed: the connection is lost", kind: Unreachable };
   if (status > 128)
@@ -3593,7 +3580,7 @@ type DropVerb = StoreVerbs["delete"];
 const SUM_FILE = sh`
   sumfile() { printf %s "$2  $1"; echo; echo "# $3 bytes"; }`;
 
-/** What both kinds of `get` do with a function `get OBJECT`. */
+/** The part of both kinds of `get` behind a function `get OBJECT`. */
 const GET = sh`
   ${SUMMING}
   if [ "$how" = sum ]; then
@@ -3821,7 +3808,7 @@ const RCLONE: StoreVerbs & { readonly list: Declared<"folder"> } = {
   ),
 };
 
-/** The checksum objects in a text of several, by the name of what they are of. */
+/** The checksums in a text of several checksum objects, by the names of their objects. */
 export const parseSums = (text: string) =>
   new Map(
     [...text.matchAll(/^([0-9a-f]{64}) [ *]([^\n]*)/gm)].map(([, sum = "", object = ""]) => [
@@ -4484,7 +4471,7 @@ export function asRead(
 }
 
 /**
- * What 0.2 to 0.3.1 left in `.outstanding_transfers`: for each destination's ID the names it
+ * The remains of 0.2 to 0.3.1 in `.outstanding_transfers`: for each destination's ID the names it
  * concerns.
  */
 export type OldRecord = {
