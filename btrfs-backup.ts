@@ -1039,11 +1039,11 @@ function runtimeDirectory(): string {
 function clearDead(parent: string, namespace: string): void {
   for (const name of readdirSync(parent)) {
     const [, pid, other] = OWN_DIRECTORY.exec(name) ?? [];
-    const isOurs =
+    const isDead =
       other === namespace &&
-      lstatSync(join(parent, name), { throwIfNoEntry: false })?.uid === process.getuid?.();
-    if (isOurs && !existsSync(`/proc/${pid}`))
-      rmSync(join(parent, name), { recursive: true, force: true });
+      lstatSync(join(parent, name), { throwIfNoEntry: false })?.uid === process.getuid?.() &&
+      !existsSync(`/proc/${pid}`);
+    if (isDead) rmSync(join(parent, name), { recursive: true, force: true });
   }
 }
 process.on(
@@ -1528,17 +1528,17 @@ function printed(
     const kept = Math.max(last.length, line.length);
     let tail: Buffer = Buffer.alloc(0);
     let tell = seen?.tell;
-    let silence: ReturnType<typeof setTimeout> | undefined;
+    let alarm: ReturnType<typeof setTimeout> | undefined;
     let heard = 0;
     let isOver = false;
     const ended = (how: string | null | Silent) => {
       isOver = true;
-      clearTimeout(silence);
+      clearTimeout(alarm);
       done(how);
     };
     // There can be thousands of chunks: none sets a timer.
     const listen = (rest: number) => {
-      silence = setTimeout(() => {
+      alarm = setTimeout(() => {
         const left = heard + limit - performance.now();
         if (left <= 0) ended(new Silent());
         else listen(left);
@@ -1573,7 +1573,7 @@ export type Stage = {
   readonly shown?: boolean;
   /** It is a `btrfs receive`. */
   readonly receives?: boolean;
-  /** It does not receive: what it says does not tell that the receiving side is full. */
+  /** Its messages do not tell that the receiving side is full. */
   readonly sends?: boolean;
   /** It is this program, which counts better than the kernel. */
   readonly relay?: Relay;
@@ -1682,7 +1682,7 @@ function flow(
   const directory = mkdtempSync(join(runtimeDirectory(), "p"));
   const text = pipelineText(stages, directory, feeds);
   log.debug(
-    `pipeline: ${stages.map(({ command, relay: by }) => (by === undefined ? command : `relay ${JSON.stringify(by)}`)).join(" | ")}`,
+    `pipeline: ${stages.map(({ relay: by, ...stage }) => (by === undefined ? stage.command : `relay ${JSON.stringify(by)}`)).join(" | ")}`,
   );
   const child = shell({
     detached: true,
@@ -1738,15 +1738,15 @@ function pipelineText(
   // bytes of the verb's own are in it.
   const measure = `while read -r k v; do case $k in wchar:) echo "$v" >${file("bytes")};; esac; done </proc/self/io; `;
   const end = [...feeds.map((group) => -group), 0].map((to) => `kill -KILL ${to};`).join(" ");
-  const texts = stages.map(({ command, shown, relay: by }, i) => {
+  const texts = stages.map(({ relay: by, ...stage }, i) => {
     const runs =
       by === undefined
-        ? command
+        ? stage.command
         : [...OURSELVES, RELAY, JSON.stringify({ ...by, tell: `${directory}/told.${i}` })]
             .map(quote)
             .join(" ");
     const last = i === stages.length - 1 ? " >&2" : "";
-    return `{ { ${runs}${last} 3>&-; } 2>${shown ? "&3" : file(i)}; r=$?; ${i === 0 ? measure : ""}echo "${i} $r" >>${file("ended")}; [ $r = 0 ] || { ${end} }; }`;
+    return `{ { ${runs}${last} 3>&-; } 2>${stage.shown ? "&3" : file(i)}; r=$?; ${i === 0 ? measure : ""}echo "${i} $r" >>${file("ended")}; [ $r = 0 ] || { ${end} }; }`;
   });
   return texts.join(" | ");
 }
@@ -3893,20 +3893,20 @@ export function parseSubvolumes(all: string, readonlyOnes: string): Subvolume[] 
  */
 export function changedIn(head: string, snapshot: Subvolume): number {
   const bytes = Buffer.from(head, "hex");
-  const at = 31 + (bytes.length > 31 ? bytes.readUInt16LE(29) : 0);
+  const end = 31 + (bytes.length > 31 ? bytes.readUInt16LE(29) : 0);
   const begins =
     bytes.toString("latin1", 0, 13) === "btrfs-stream\0" &&
-    bytes.length >= at + 32 &&
+    bytes.length >= end + 32 &&
     bytes.readUInt16LE(27) === 15;
   const [uuid, ctransid] = [0x0010_0001, 0x0008_0002]; // their lengths and numbers
   if (
     !begins ||
-    bytes.readUInt32LE(at) !== uuid ||
-    bytes.readUInt32LE(at + 20) !== ctransid ||
-    bytes.toString("hex", at + 4, at + 20) !== dataOf(snapshot).replaceAll("-", "")
+    bytes.readUInt32LE(end) !== uuid ||
+    bytes.readUInt32LE(end + 20) !== ctransid ||
+    bytes.toString("hex", end + 4, end + 20) !== dataOf(snapshot).replaceAll("-", "")
   )
     throw new Failure(`"btrfs send" began with something unknown: ${head.slice(0, 200)}`);
-  return Number(bytes.readBigUInt64LE(at + 24));
+  return Number(bytes.readBigUInt64LE(end + 24));
 }
 
 /** A field of `btrfs subvolume show`. */
@@ -3978,7 +3978,7 @@ export function filesystemOf(fsid: string, root: number, uuids: readonly string[
   const found = uuids.find((uuid) => {
     if (!isUuid.test(uuid)) return false;
     const hex = uuid.replaceAll("-", "");
-    const part = (at: number) => BigInt(`0x${hex.slice(at, at + 8)}`);
+    const part = (from: number) => BigInt(`0x${hex.slice(from, from + 8)}`);
     return (((part(0) ^ part(16)) << 32n) | (part(8) ^ part(24))) === folded;
   });
   return found ?? null;
@@ -4080,11 +4080,11 @@ function sectionsOf(output: string, nonce: string): Map<string, string> {
     );
   const sections = new Map<string, string>();
   for (const part of output.split(`\n${nonce} `).slice(1)) {
-    const at = part.indexOf("\n");
-    const name = part.slice(0, at);
+    const end = part.indexOf("\n");
+    const name = part.slice(0, end);
     if (sections.has(name) || ![...ALWAYS, ...SOMETIMES].includes(name))
       throw new Failure(`the host prints what it was not asked for: ${JSON.stringify(name)}`);
-    sections.set(name, part.slice(at + 1).replace(/\n$/, ""));
+    sections.set(name, part.slice(end + 1).replace(/\n$/, ""));
   }
   return sections;
 }
@@ -4413,9 +4413,9 @@ const isChain = fieldsAre<ChainRecord>({
 
 /** Refuses a chain that this program does not write so. Errors: Error, or TypeError for null. */
 function checkChain(chain: ChainRecord): void {
-  const isObject = Object.getPrototypeOf(chain) === Object.prototype;
+  const isPlain = Object.getPrototypeOf(chain) === Object.prototype;
   const isSaidTwice = chain.strangers !== undefined && chain.elders !== undefined;
-  if (!isObject || isSaidTwice || !isChain(chain))
+  if (!isPlain || isSaidTwice || !isChain(chain))
     throw new Error("a field is not what it should be");
 }
 
