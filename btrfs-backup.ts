@@ -469,9 +469,9 @@ export function parseLocation(text: string): Location {
       if (rest.trim() === "") throw new UsageError("shell:// needs a command");
       return { kind: "shell", id: text, command: rest };
     case "ssh":
-      return parseOnHost(text, rest, scheme, "folder");
+      return parseOnHost(scheme, rest, "folder");
     case "raw+ssh":
-      return parseOnHost(text, rest, scheme, "raw");
+      return parseOnHost(scheme, rest, "raw");
     case "raw": {
       if (!rest.startsWith("/") || rest.includes("\0"))
         throw new UsageError(`"${text}" is not of the form raw:///path`);
@@ -492,12 +492,14 @@ export function parseLocation(text: string): Location {
 }
 
 /** Reads a place on another host. Errors: UsageError. */
-function parseOnHost(text: string, rest: string, scheme: string, kind: "folder" | "raw"): Readable {
+function parseOnHost(scheme: string, rest: string, kind: "folder" | "raw"): Readable {
   const match = /^(?:([^/]*)@)?(\[[^\]/]+\]|[^:/@]+)(?::(\d+))?(\/.*)$/s.exec(rest);
   if (!match)
-    throw new UsageError(`"${text}" is not of the form ${scheme}://[user@]host[:port]/path`);
+    throw new UsageError(
+      `"${scheme}://${rest}" is not of the form ${scheme}://[user@]host[:port]/path`,
+    );
   // csh cannot quote a newline, and one host's files are read by many shells.
-  if (/[\n\r\0]/.test(text))
+  if (/[\n\r\0]/.test(rest))
     throw new UsageError("a path on another host cannot contain a line break");
   const [, user = null, name = "", port = null, written = "/"] = match;
   const path = withoutSlash(normalize(written));
@@ -961,12 +963,11 @@ class Terminal {
     else this.#lines.set(whose, line);
     this.write("");
   }
-  write(text: string | Uint8Array): boolean {
+  write(text: string): void {
     if (this.#drawn > 0) process.stderr.write(`\x1b[${this.#drawn}A\x1b[J`);
-    if (text.length > 0) process.stderr.write(text);
+    if (text !== "") process.stderr.write(text);
     for (const line of this.#lines.values()) process.stderr.write(`${line}\n`);
     this.#drawn = this.#lines.size;
-    return true;
   }
 }
 const terminal = new Terminal();
@@ -1188,20 +1189,16 @@ export function stopOnSignals(): void {
   for (const signal of ["SIGINT", "SIGTERM", "SIGHUP"] as const)
     if (signal === "SIGTERM" || !isIgnored(signal))
       process.on(signal, () => {
-        if (interruption !== null) process.exit(SIGNAL_STATUS[signal]);
+        if (interruption !== null) process.exit(statusOf(signal));
         interruption = new Interrupted(signal);
         for (const stop of running) stop();
         tellSignalled();
       });
 }
+/** The exit status of a shell's command that a signal ended. */
+const statusOf = (signal: NodeJS.Signals) => 128 + osConstants.signals[signal];
 /** The exit status after a signal; 0 if there was none. */
-const statusOfSignal = () =>
-  interruption === null ? 0 : (SIGNAL_STATUS[interruption.signal] ?? 1);
-const SIGNAL_STATUS: Partial<Record<NodeJS.Signals, number>> = {
-  SIGHUP: 129,
-  SIGINT: 130,
-  SIGTERM: 143,
-};
+const statusOfSignal = () => (interruption === null ? 0 : statusOf(interruption.signal));
 
 /**
  * Lets nothing in the environment decide whose programs we run, though we enter other users'
