@@ -2083,32 +2083,29 @@ const declared: Declared[] = [];
 export const VERBS: readonly Declared[] = declared;
 
 /**
- * Declares a verb. Its script finds the parameters under their names, and those of `names...` as
- * "$@".
+ * Declares a verb by the script that follows. It finds the parameters under their names, and those
+ * of `names...` as "$@".
  */
-function defineVerb<const S extends string>(
-  name: string,
-  takes: S,
-  script: string,
-  prelude = PRELUDE,
-): Declared<S> {
-  const parameters = parametersOf({ takes });
-  const single = parameters.filter(({ kind }) => kind !== "...");
-  const named = single.map((one, i) => `${one.name}=${i < 9 ? `$${i + 1}` : `\${${i + 1}}`}`);
-  const shifted = single.length < parameters.length ? `shift ${single.length}` : "";
-  const written = `${prelude}\n${named.join(" ")}\n${shifted}\n${script}`;
-  let joined: string | null = null; // most verbs of a run are never sent
-  const made = {
-    name,
-    takes,
-    written,
-    get script() {
-      return (joined ??= oneLine(written));
-    },
+const defineVerb =
+  <const S extends string>(name: string, takes: S, prelude = PRELUDE) =>
+  (...script: Parameters<typeof sh>): Declared<S> => {
+    const parameters = parametersOf({ takes });
+    const single = parameters.filter(({ kind }) => kind !== "...");
+    const named = single.map((one, i) => `${one.name}=${i < 9 ? `$${i + 1}` : `\${${i + 1}}`}`);
+    const shifted = single.length < parameters.length ? `shift ${single.length}` : "";
+    const written = `${prelude}\n${named.join(" ")}\n${shifted}\n${sh(...script)}`;
+    let joined: string | null = null; // most verbs of a run are never sent
+    const made = {
+      name,
+      takes,
+      written,
+      get script() {
+        return (joined ??= oneLine(written));
+      },
+    };
+    declared.push(made);
+    return made;
   };
-  declared.push(made);
-  return made;
-}
 
 /**
  * enter PATH: a directory by its path as it was given, behind the fence where possible ($fenced
@@ -2211,10 +2208,7 @@ const WATCH = sh`
  * works in `folder`. Not told are processes that only wait, or pass on what others make: what waits
  * for a holder's end, and ssh, which also talks without data. See proc(5): stat, io.
  */
-const WORK = defineVerb(
-  "work",
-  "group verb folder",
-  sh`
+const WORK = defineVerb("work", "group verb folder")`
   groups=" $group "
   if [ -n "$verb" ]; then
     # shellcheck disable=SC2013 # there are no blanks in them
@@ -2240,8 +2234,7 @@ const WORK = defineVerb(
     case $command in "btrfs)"*) ;; *) continue;; esac
     if grep -qszxF -e filesystem "$found/cmdline" && grep -qszxF -e sync "$found/cmdline"; then echo "${SYNCING}"; fi
   done
-`,
-);
+`;
 
 /**
  * record HEADER KEY VALUE [BEGINNING]: replaces one line of the record in the current directory,
@@ -2318,10 +2311,7 @@ const COMPLETE = sh`
  * `look`, or the seconds to wait for the lock, which is then held until the input closes; or
  * `later`: one of these comes as a line of input.
  */
-const OPEN = defineVerb(
-  "open",
-  "nonce wait folder prefix source kind silence",
-  sh`
+const OPEN = defineVerb("open", "nonce wait folder prefix source kind silence")`
   ${KEEP}
   ${ENTER}
   say() { echo; line "$nonce $1"; }
@@ -2470,17 +2460,13 @@ const OPEN = defineVerb(
   if [ -z "$kind" ] && [ -f $version ]; then read -r version <$version; echo "$version"; btrfs --version; fi
   echo; echo "$nonce end"
   [ "$wait" = look ] || keep "$silence"
-`,
-);
+`;
 
 /**
  * Makes the folder (its last component only) and the chain's lock file; another first run may be
  * faster.
  */
-const CREATE = defineVerb(
-  "create",
-  "folder fsid prefix",
-  sh`
+const CREATE = defineVerb("create", "folder fsid prefix")`
   above=\${folder%/*}
   if [ -d "$folder" ]; then
     :
@@ -2490,18 +2476,14 @@ const CREATE = defineVerb(
   fi
   at "$folder" "$fsid"
   make ".btrfs-backup.$prefix.lock"
-`,
-);
+`;
 
 /**
  * Makes the missing directories above `folder`, and prints the first, where that cannot be a disk
  * that is not mounted: the existing ones lie on a btrfs that is neither that of `source`, a path on
  * the same host, nor the root filesystem. `how`: "look" makes nothing. Else it exits with 66.
  */
-const PARENTS = defineVerb(
-  "parents",
-  "folder source how",
-  sh`
+const PARENTS = defineVerb("parents", "folder source how")`
   ${ENTER}
   filesystem_of() { findmnt -n -o MAJ:MIN -T "$1"; }
   missing=\${folder%/*}
@@ -2522,30 +2504,22 @@ const PARENTS = defineVerb(
   line "$above/\${rest%%/*}"
   if [ "$how" = look ]; then exit 0; fi
   mkdir -p "./$rest"
-`,
-);
+`;
 
 /** Replaces one line of the record: see RECORD. `sync`: once everything else is on the disk. */
-const WRITE_RECORD = defineVerb(
-  "record",
-  "folder fsid header key value sync?",
-  sh`
+const WRITE_RECORD = defineVerb("record", "folder fsid header key value sync?")`
   ${RECORD}
   at "$folder" "$fsid"
   [ "$sync" = "" ] || b filesystem sync . >&2
   record "$header" "$key" "$value"
   [ "$sync" = "" ] || sync .
-`,
-);
+`;
 
 /**
  * Standard input becomes a file that everybody may read. Nobody reads half of it, and after a power
  * cut it has its old or its new contents.
  */
-const METRICS = defineVerb(
-  "metrics",
-  "file",
-  sh`
+const METRICS = defineVerb("metrics", "file")`
   temporary=
   gone() { [ -z "$temporary" ] || rm -f "$temporary"; }
   trap gone EXIT
@@ -2555,66 +2529,45 @@ const METRICS = defineVerb(
   chmod 644 "$temporary"
   mv -T -f -- "$temporary" "$file"
   temporary=
-`,
-);
+`;
 
 /** Moves a record out of the way. */
-const ASIDE = defineVerb(
-  "aside",
-  "folder fsid suffix",
-  sh`
+const ASIDE = defineVerb("aside", "folder fsid suffix")`
   at "$folder" "$fsid"
   mv -T -f .btrfs-backup.json ".btrfs-backup.json.$suffix"
-`,
-);
+`;
 
 /** Prints facts of the top level that the list of subvolumes lacks. */
-const SHOW = defineVerb(
-  "show",
-  "folder fsid",
-  sh`
+const SHOW = defineVerb("show", "folder fsid")`
   at "$folder" "$fsid"
   b subvolume show .
-`,
-);
+`;
 
 // ── snapshots, and the way that they go ──
 
 /** Gives a snapshot another name, in the same folder. */
-const RENAME = defineVerb(
-  "rename",
-  "folder fsid name to",
-  sh`
+const RENAME = defineVerb("rename", "folder fsid name to")`
   at "$folder" "$fsid"
   if [ -e "./$to" ] || [ -L "./$to" ]; then line "$here/$to is there" >&2; exit 76; fi
   mv -T "./$name" "./$to"
-`,
-);
+`;
 
 /**
- * The user's own command, before or after a snapshot. Processes that it leaves behind must not keep
- * us waiting for our pipes.
+ * The user's own command, before or after a snapshot, in the user's own environment. Processes that
+ * it leaves behind must not keep us waiting for our pipes.
  */
-const HOOK = defineVerb(
-  "hook",
-  "command",
-  sh`
+const HOOK = defineVerb("hook", "command", "shift")`
   output=$(mktemp) || output=
   sh -c "$command" >"\${output:-/dev/null}" 2>&1 </dev/null && result=0 || result=$?
   if [ -n "$output" ]; then cat "$output" >&2; rm -f "$output"; fi
   [ "$result" = 0 ] || { echo "(exit status $result)" >&2; exit 1; }
-`,
-  "shift", // the user's own environment
-);
+`;
 
 /**
  * Takes the snapshot `name`. Prints `subvolume show` of it; only the ID if we are not root. The
  * kernel commits the transaction.
  */
-const SNAPSHOT = defineVerb(
-  "snapshot",
-  "source folder fsid name",
-  sh`
+const SNAPSHOT = defineVerb("snapshot", "source folder fsid name")`
   at "$folder" "$fsid"
   snapshot=$PWD/$name
   if [ -e "$snapshot" ] || [ -L "$snapshot" ]; then exit 76; fi
@@ -2635,8 +2588,7 @@ const SNAPSHOT = defineVerb(
     echo " UUID: id:$id"
     echo " Subvolume ID: $id"
   fi
-`,
-);
+`;
 
 /**
  * The stream of `snapshot`, on standard output; in full if `parent` is empty, compressed unless
@@ -2649,7 +2601,7 @@ const SNAPSHOT = defineVerb(
 const SEND = defineVerb(
   "send",
   "flag folder fsid level protocol holder snapshot parent skip sum uuid? clone?",
-  sh`
+)`
   ${SUMMING}
   ${WATCH}
   watch "$holder"
@@ -2712,48 +2664,36 @@ const SEND = defineVerb(
       *) exit 1;;
     esac
   fi
-`,
-);
+`;
 
 /**
  * The first 512 bytes of each snapshot's stream, a line of hexadecimal: see changedIn. No file is
  * read for them.
  */
-const HEADS = defineVerb(
-  "heads",
-  "folder fsid snapshots...",
-  sh`
+const HEADS = defineVerb("heads", "folder fsid snapshots...")`
   at "$folder" "$fsid"
   for name; do
     head=$(b send -q --no-data "$name" | dd bs=512 count=1 iflag=fullblock 2>/dev/null | od -A n -v -t x1 | tr -d "[:space:]")
     [ -n "$head" ] || exit 1
     echo "$head"
   done
-`,
-);
+`;
 
 /**
  * The generation of each snapshot's top directory, as lsattr(1) tells it. Nothing where there is no
  * lsattr.
  */
-const BIRTHS = defineVerb(
-  "births",
-  "folder fsid snapshots...",
-  sh`
+const BIRTHS = defineVerb("births", "folder fsid snapshots...")`
   at "$folder" "$fsid"
   command -v lsattr >/dev/null || exit 0
   lsattr -v -d "$@" || :
-`,
-);
+`;
 
 /**
  * The contents of a stream: how often each command is in it, and how often data of each length (`
  * len=N`). The data are not read for this.
  */
-const ESTIMATE = defineVerb(
-  "estimate",
-  "folder fsid snapshot parent",
-  sh`
+const ESTIMATE = defineVerb("estimate", "folder fsid snapshot parent")`
   at "$folder" "$fsid"
   stream() {
     if [ -n "$parent" ]; then
@@ -2763,30 +2703,22 @@ const ESTIMATE = defineVerb(
     fi
   }
   stream | btrfs receive --dump | grep -o -e "^[a-z_]*" -e " len=[0-9]*$" | sort | uniq -c
-`,
-);
+`;
 
 /** How much of a difference without its data is read at most, in bytes: some 100,000 commands. */
 const REWRITTEN_MOST = "32000000";
 
 /** A difference without the data of its files; only the beginning of a large one. */
-const REWRITTEN = defineVerb(
-  "rewritten",
-  "folder fsid snapshot parent",
-  sh`
+const REWRITTEN = defineVerb("rewritten", "folder fsid snapshot parent")`
   at "$folder" "$fsid"
   b send -q --no-data -p "./$parent" "./$snapshot" | head -c ${REWRITTEN_MOST}
-`,
-);
+`;
 
 /**
  * The size of each path in a snapshot, and of the same file in a parent, or -; nothing where there
  * is no such path.
  */
-const FILE_SIZES = defineVerb(
-  "filesizes",
-  "folder fsid snapshot parent paths...",
-  sh`
+const FILE_SIZES = defineVerb("filesizes", "folder fsid snapshot parent paths...")`
   at "$folder" "$fsid"
   # elsewhere INODE PARENT: number and size of the file, which has another path there, or -.
   elsewhere() {
@@ -2813,8 +2745,7 @@ const FILE_SIZES = defineVerb(
     fi
     echo "\${here#* }\${here:+ }\${here:+\${there#* }}"
   done
-`,
-);
+`;
 
 /**
  * Takes the stream, see `send`. The record says `beginning` and `rest` meanwhile, and { and `rest`
@@ -2826,7 +2757,7 @@ const FILE_SIZES = defineVerb(
 const RECEIVE = defineVerb(
   "receive",
   "flag folder fsid level holder prefix header key beginning rest part? sum? bytes? kept? sync?",
-  sh`
+)`
   ${RECORD}
   ${RECEIVING}
   ${WATCH}
@@ -2876,18 +2807,14 @@ const RECEIVE = defineVerb(
     # The new name of the record, too: else the announcement could come back.
     sync .
   fi
-`,
-);
+`;
 
 /**
  * The part of the stream `object` that a broken transfer left to go on from: its file
  * `.OBJECT.pPROTOCOL-LEVEL.part`, how many bytes of it count, and their SHA-256. Where others can
  * write, they could put a link in its place.
  */
-const KEPT = defineVerb(
-  "kept",
-  "folder fsid prefix object",
-  sh`
+const KEPT = defineVerb("kept", "folder fsid prefix object")`
   ${SUMMING}
   ${RECEIVING}
   at "$folder" "$fsid"
@@ -2900,14 +2827,10 @@ const KEPT = defineVerb(
       line "$size $(head -c "$size" "$file" | sha256) $file"
     fi
   done
-`,
-);
+`;
 
 /** Removes all parts that were kept to go on from. */
-const TIDY = defineVerb(
-  "tidy",
-  "folder fsid prefix",
-  sh`
+const TIDY = defineVerb("tidy", "folder fsid prefix")`
   ${RECEIVING}
   at "$folder" "$fsid"
   receiving "$prefix" 10
@@ -2917,18 +2840,14 @@ const TIDY = defineVerb(
       "./.$prefix"$digits$digits-$digits*_*_*_*_*_*.btrfs*.p[0-2]-*.part) rm -f "$file";;
     esac
   done
-`,
-);
+`;
 
 /**
  * Removes what a broken transfer left, and its announcement. A read-only subvolume (an orphaned
  * receive completed it after all) stays, unless `how` is `whole`: it is in doubt whether its data
  * are on the disk.
  */
-const DISCARD = defineVerb(
-  "discard",
-  "folder fsid prefix name header key value how?",
-  sh`
+const DISCARD = defineVerb("discard", "folder fsid prefix name header key value how?")`
   ${RECORD}
   ${RECEIVING}
   at "$folder" "$fsid"
@@ -2938,8 +2857,7 @@ const DISCARD = defineVerb(
     b filesystem sync .
   fi
   if [ -n "$value" ]; then record "$header" "$key" "$value"; fi
-`,
-);
+`;
 
 /**
  * those IDS TOP ./NAME...: whether these subvolumes, in a folder whose path from the top level is
@@ -2976,10 +2894,7 @@ const THOSE = sh`
  * is as before, and the cause is told where it is an attribute, which a snapshot has from its
  * source. The cleaner sleeps for up to 30 s unless a sync wakes it.
  */
-const DELETE = defineVerb(
-  "delete",
-  "convert sync folder fsid top ids names...",
-  sh`
+const DELETE = defineVerb("delete", "convert sync folder fsid top ids names...")`
   ${THOSE}
   not_ours() { if ours; then return 1; fi; }
   stays() {
@@ -3011,8 +2926,7 @@ const DELETE = defineVerb(
     b filesystem sync .
     b subvolume sync . >/dev/null
   fi
-`,
-);
+`;
 
 // ── restoring ──
 
@@ -3020,10 +2934,7 @@ const DELETE = defineVerb(
  * Makes the directory `work` that a restore works in, marks it as ours, and holds it locked; see
  * CLEAR.
  */
-const RESTORING = defineVerb(
-  "restoring",
-  "folder fsid work end silence",
-  sh`
+const RESTORING = defineVerb("restoring", "folder fsid work end silence")`
   ${KEEP}
   at "$folder" "$fsid"
   before=\${work%.restoring-*}.before-\${work##*.restoring-}
@@ -3038,8 +2949,7 @@ const RESTORING = defineVerb(
   echo $$
   line "$end"
   keep "$silence"
-`,
-);
+`;
 
 /**
  * behind PATH: sets $behind to the name of an absolute path behind the fence, where it is below the
@@ -3060,10 +2970,7 @@ const BEHIND = sh`
  * Removes the remains of an interrupted restore: the subvolumes ./PATH, in the order of their IDs,
  * and the directory `work`.
  */
-const CLEAR = defineVerb(
-  "clear",
-  "folder fsid work ids paths...",
-  sh`
+const CLEAR = defineVerb("clear", "folder fsid work ids paths...")`
   at "$folder" "$fsid"
   if [ -d "./$work" ] && [ -z "$(find "./$work" -prune -type l)" ]; then :; else exit 0; fi
   [ -f "./$work/.btrfs-backup.finishing" ] && exit 0
@@ -3090,8 +2997,7 @@ const CLEAR = defineVerb(
     cd ..
     rmdir "./$work"
   )
-`,
-);
+`;
 
 /**
  * Makes WORK/tree, a writable snapshot of `origin` (empty: of WORK/NAME, which was received), and
@@ -3100,10 +3006,7 @@ const CLEAR = defineVerb(
  * may have put a symbolic link there. Stubs of snapshots that were nested in the source go (inode
  * 2, which is rmdir's).
  */
-const BUILD = defineVerb(
-  "build",
-  "folder fsid work origin target name how",
-  sh`
+const BUILD = defineVerb("build", "folder fsid work origin target name how")`
   ${BEHIND}
   at "$folder" "$fsid"
   cd -P -- "./$work"
@@ -3140,8 +3043,7 @@ const BUILD = defineVerb(
       ;;
   esac
   if [ "$origin" = "$work/$name" ]; then delete_one "$origin" any >/dev/null; fi
-`,
-);
+`;
 
 /**
  * Gives a tree in `work` the name of TARGET, and the present TARGET its own name with the time of
@@ -3152,10 +3054,7 @@ const BUILD = defineVerb(
  * to be, the names of those that cannot move, each with a slash behind it, and `end`; nothing if
  * there is nothing to be finished.
  */
-const FINISH = defineVerb(
-  "finish",
-  "folder fsid work how",
-  sh`
+const FINISH = defineVerb("finish", "folder fsid work how")`
   ${BEHIND}
   ${COMPLETE}
   at "$folder" "$fsid"
@@ -3293,8 +3192,7 @@ const FINISH = defineVerb(
   line "$told"
   line "$stuck"
   echo end
-`,
-);
+`;
 
 // ── looking into trees ──
 
@@ -3314,10 +3212,7 @@ const ATTRIBUTES = `--numeric-owner --xattrs --xattrs-include="*"`;
  * in POSIX format without atime, ctime and its process ID, but leaves sockets out. ACLs come as
  * plain attributes: with --acls, tar would write the names that users have on this host.
  */
-const DIGEST = defineVerb(
-  "digest",
-  "folder fsid snapshot",
-  sh`
+const DIGEST = defineVerb("digest", "folder fsid snapshot")`
   ${PATHS}
   ${SUMMING}
   at "$folder" "$fsid"
@@ -3332,18 +3227,14 @@ const DIGEST = defineVerb(
   exec 4>&1
   bad=$( { { pack --mtime=@0 .; sockets; paths | pack --null --verbatim-files-from -T -; } | sha256 >&4; } 3>&1 )
   [ -z "$bad" ]
-`,
-);
+`;
 
 /**
  * A listing to find differences in: `stat --printf FORMAT` of every path, the SHA-256 of every
  * file, and where getfattr is installed all extended attributes, each part ended by an empty word;
  * in base64, since names are bytes and not always text.
  */
-const LISTING = defineVerb(
-  "listing",
-  "folder fsid snapshot format",
-  sh`
+const LISTING = defineVerb("listing", "folder fsid snapshot format")`
   ${PATHS}
   at "$folder" "$fsid"
   cd -P -- "./$snapshot"
@@ -3364,69 +3255,49 @@ const LISTING = defineVerb(
   exec 4>&1
   told=$( { list | base64 -w 0 >&4; } 3>&1 )
   [ "$told" = whole ]
-`,
-);
+`;
 
 /**
  * When each subvolume that has a parent was made, in UTC: this goes for all that were received as a
  * difference. One process, whatever their number.
  */
-const MADE = defineVerb(
-  "made",
-  "folder fsid",
-  sh`
+const MADE = defineVerb("made", "folder fsid")`
   at "$folder" "$fsid"
   TZ=UTC0
   export TZ
   b subvolume list -a -s -u .
-`,
-);
+`;
 
 /**
  * When directories were made, in s since 1970, as far as the kernel tells: for a subvolume that is
  * not a snapshot, when it was made itself. (A snapshot has its directory from its origin.)
  */
-const BORN = defineVerb(
-  "born",
-  "folder fsid names...",
-  sh`
+const BORN = defineVerb("born", "folder fsid names...")`
   at "$folder" "$fsid"
   stat -c "%W %n" -- "$@"
-`,
-);
+`;
 
 /** Of each ./NAME a line with the name, and one with the creation time. */
-const RECEIVED = defineVerb(
-  "received",
-  "folder fsid names...",
-  sh`
+const RECEIVED = defineVerb("received", "folder fsid names...")`
   at "$folder" "$fsid"
   for name; do
     line "$name"
     b subvolume show "$name" | grep "Creation time:"
   done
-`,
-);
+`;
 
 /** Bytes referenced by each ./NAME, as `btrfs filesystem du -s --raw` tells. */
-const SIZES = defineVerb(
-  "sizes",
-  "folder fsid names...",
-  sh`
+const SIZES = defineVerb("sizes", "folder fsid names...")`
   at "$folder" "$fsid"
   b filesystem sync . >/dev/null
   b filesystem du -s --raw "$@"
-`,
-);
+`;
 
 /**
  * The subvolume that `file` is, or was, in, and the path in it. The last component of its path is
  * taken as it is.
  */
-const LOCATE = defineVerb(
-  "locate",
-  "file",
-  sh`
+const LOCATE = defineVerb("locate", "file")`
   ${ENTER}
   above=\${file%/*}
   rest=/\${file##*/}
@@ -3443,8 +3314,7 @@ const LOCATE = defineVerb(
   head -c 1 /dev/zero
   top=\${PWD%/}
   printf %s "\${above#"$top"}$rest"
-`,
-);
+`;
 
 /**
  * Of `inner`, a path, in every subvolume that has it: what `realpath` makes of the directory above
@@ -3452,10 +3322,7 @@ const LOCATE = defineVerb(
  * lead out of a snapshot (only "fenced", where the kernel follows none); an empty word; and `stat
  * --printf FORMAT`. `word` is printf's format of a word.
  */
-const VERSIONS = defineVerb(
-  "versions",
-  "folder fsid format word inner names...",
-  sh`
+const VERSIONS = defineVerb("versions", "folder fsid format word inner names...")`
   at "$folder" "$fsid"
   stat --printf x . >/dev/null || { echo "GNU stat not found: install coreutils" >&2; exit 69; }
   # paths INNER NAME...
@@ -3480,8 +3347,7 @@ const VERSIONS = defineVerb(
       fi
     }
   } 3>&1
-`,
-);
+`;
 
 /** origin: enters the directory of `inner` in a snapshot. Its parameters are those of TAKE. */
 const ORIGIN = sh`
@@ -3495,24 +3361,17 @@ const ORIGIN = sh`
   }`;
 
 /** A file or directory out of a subvolume, as a tar archive. */
-const TAKE = defineVerb(
-  "take",
-  "folder fsid snapshot inner",
-  sh`
+const TAKE = defineVerb("take", "folder fsid snapshot inner")`
   ${ORIGIN}
   origin
   tar --create --format=posix --sparse ${ATTRIBUTES} -- "./\${inner##*/}"
-`,
-);
+`;
 
 /**
  * DIRECTORY/NAME becomes `base` of the archive on standard input, or `inner` of a subvolume here;
  * whole or not at all, and over another file only with `force`.
  */
-const PUT = defineVerb(
-  "put",
-  "directory name force base folder? fsid? snapshot? inner?",
-  sh`
+const PUT = defineVerb("put", "directory name force base folder? fsid? snapshot? inner?")`
   ${ENTER}
   ${ORIGIN}
   [ -d "$directory" ] || { line "no such directory: $directory (--to names another place)" >&2; exit 65; }
@@ -3542,8 +3401,7 @@ const PUT = defineVerb(
   mv -T -- "$temporary/$base" "./$name"
   # A file that is said to be back is on the disk.
   sync -f . 2>/dev/null || sync
-`,
-);
+`;
 
 // ── stored streams ──
 
@@ -3595,10 +3453,7 @@ const GET = sh`
  * there: no link that they plant is followed.
  */
 const RAW: StoreVerbs = {
-  put: defineVerb(
-    "store",
-    STORE_TAKES.put,
-    sh`
+  put: defineVerb("store", STORE_TAKES.put)`
     ${COMPLETE}
     ${RECEIVING}
     ${WATCH}
@@ -3617,11 +3472,7 @@ const RAW: StoreVerbs = {
       cat >>/proc/self/fd/6
     fi
   `,
-  ),
-  commit: defineVerb(
-    "commit",
-    STORE_TAKES.commit,
-    sh`
+  commit: defineVerb("commit", STORE_TAKES.commit)`
     ${RECEIVING}
     ${SUM_FILE}
     ${COMPLETE}
@@ -3646,11 +3497,7 @@ const RAW: StoreVerbs = {
     [ "./$object" -ef /proc/self/fd/6 ] || { line "$here/$object is another file now" >&2; exit 65; }
     sync .
   `,
-  ),
-  get: defineVerb(
-    "fetch",
-    STORE_TAKES.get,
-    sh`
+  get: defineVerb("fetch", STORE_TAKES.get)`
     ${WATCH}
     watch "$holder"
     at "$folder" "$fsid"
@@ -3667,11 +3514,7 @@ const RAW: StoreVerbs = {
     }
     ${GET}
   `,
-  ),
-  delete: defineVerb(
-    "drop",
-    STORE_TAKES.delete,
-    sh`
+  delete: defineVerb("drop", STORE_TAKES.delete)`
     ${RECEIVING}
     at "$folder" "$fsid"
     receiving "$lock" 10
@@ -3690,7 +3533,6 @@ const RAW: StoreVerbs = {
     fi
     sync .
   `,
-  ),
 };
 
 /** locked FILE SECONDS: this process alone writes to the remote from here on. */
@@ -3725,10 +3567,7 @@ const ALL_OBJECTS = sh`
  * Objects of a remote cannot be renamed everywhere: without a checksum object, one is not complete.
  */
 const RCLONE: StoreVerbs & { readonly list: Declared<"folder"> } = {
-  list: defineVerb(
-    "rclone-list",
-    "folder",
-    sh`
+  list: defineVerb("rclone-list", "folder")`
     ${ALL_OBJECTS}
     command -v rclone >/dev/null || { echo "rclone not found: install rclone" >&2; exit 69; }
     remote=\${folder%%[:,]*}
@@ -3755,11 +3594,7 @@ const RCLONE: StoreVerbs & { readonly list: Declared<"folder"> } = {
         ;;
     esac
   `,
-  ),
-  put: defineVerb(
-    "rclone-put",
-    STORE_TAKES.put,
-    sh`
+  put: defineVerb("rclone-put", STORE_TAKES.put)`
     ${ALL_OBJECTS}
     ${LOCKED}
     locked "$lock" 0
@@ -3768,11 +3603,7 @@ const RCLONE: StoreVerbs & { readonly list: Declared<"folder"> } = {
     export RCLONE_S3_CHUNK_SIZE RCLONE_S3_UPLOAD_CONCURRENCY
     exec rclone rcat -- "$folder$object"
   `,
-  ),
-  commit: defineVerb(
-    "rclone-commit",
-    STORE_TAKES.commit,
-    sh`
+  commit: defineVerb("rclone-commit", STORE_TAKES.commit)`
     ${ALL_OBJECTS}
     ${LOCKED}
     ${SUM_FILE}
@@ -3781,28 +3612,19 @@ const RCLONE: StoreVerbs & { readonly list: Declared<"folder"> } = {
     [ "$size" = "$bytes" ] || { echo "only \${size:-none} of $bytes bytes arrived" >&2; exit 1; }
     sumfile "$object" "$sum" "$bytes" | rclone rcat -- "$folder$object${SUM}"
   `,
-  ),
-  get: defineVerb(
-    "rclone-get",
-    STORE_TAKES.get,
-    sh`
+  get: defineVerb("rclone-get", STORE_TAKES.get)`
     ${ALL_OBJECTS}
     get() { rclone cat -- "$folder$1"; }
     every() { for object; do get "$object"; done; }
     ${GET}
   `,
-  ),
-  delete: defineVerb(
-    "rclone-delete",
-    STORE_TAKES.delete,
-    sh`
+  delete: defineVerb("rclone-delete", STORE_TAKES.delete)`
     ${ALL_OBJECTS}
     ${LOCKED}
     locked "$lock" 10
     # One after the other, as they are given: each stream before the one that it builds on.
     for object; do line "$object"; done | rclone delete --checkers 1 --transfers 1 --files-from-raw - -- "$folder"
   `,
-  ),
 };
 
 /** The checksums in a text of several checksum objects, by the names of their objects. */
