@@ -1295,7 +1295,13 @@ function failureOf(host: Host, what: string, result: Result): Error {
 }
 
 /** A verb to run on a host, with arguments by name; errors begin with `what`. */
-type Asked<V extends Declared> = [host: Host, verb: V, given: ArgumentsOf<V>, what: string];
+type Asked<V extends Declared> = [
+  host: Host,
+  verb: V,
+  given: ArgumentsOf<V>,
+  what: string,
+  input?: string,
+];
 
 /**
  * Runs a verb for its output. Errors: Failure, Busy (exit 75), Absent (exit 66, host not reached).
@@ -1307,7 +1313,7 @@ const ask = async <V extends Declared>(...asked: Asked<V>): Promise<string> =>
 const askBytes = async <V extends Declared>(...asked: Asked<V>): Promise<Buffer> =>
   Buffer.concat((await askAll(asked)).output);
 
-async function askAll<V extends Declared>([host, verb, given, what]: Asked<V>, input = "") {
+async function askAll<V extends Declared>([host, verb, given, what, input = ""]: Asked<V>) {
   const { process: child, stop } = start(host, verb, given);
   child.stdin.end(input);
   if (!cleaning.getStore()) running.add(stop);
@@ -8642,8 +8648,7 @@ export function metricsOf(
 
 /** Replaces a file, so that nobody reads half of it, and it has one of both contents after a power cut. Errors: Failure. */
 async function writeMetrics(file: string, text: string): Promise<void> {
-  const what = `--metrics: cannot write ${file}`;
-  await askAll([LOCAL, METRICS, { file }, what], text);
+  await ask(LOCAL, METRICS, { file }, `--metrics: cannot write ${file}`, text);
 }
 
 /** What was done at each place, the source first. */
@@ -9926,14 +9931,12 @@ async function restoreOnce(o: RestoreOptions, report: Report): Promise<void> {
           name,
         ]);
         const told = [from, to, before === "" ? "new" : "old", ...names, "end", ""].join("\n");
-        const { stdout: finished } = await whileCleaning(() =>
-          askAll(
-            [
-              target.host,
-              FINISH,
-              { ...at(target), work, how: "begin" },
-              `cannot finish ${o.target.id}`,
-            ],
+        const finished = await whileCleaning(() =>
+          ask(
+            target.host,
+            FINISH,
+            { ...at(target), work, how: "begin" },
+            `cannot finish ${o.target.id}`,
             told,
           ),
         ).catch(async (error) => {
