@@ -1072,13 +1072,12 @@ export function hostOf(
     "ServerAliveInterval=15",
     "ServerAliveCountMax=2",
     "ConnectTimeout=15",
-    // What a user's configuration lends to hosts that people log in to is not for one that may be
-    // hostile.
+    // A user's configuration lends these to hosts to log in to. This host may be hostile.
     "ForwardAgent=no",
     "ForwardX11=no",
     "ClearAllForwardings=yes",
     "PermitLocalCommand=no",
-    // Nor is what it does there instead of what we ask for. An older ssh knows not all of these:
+    // It may also replace our command there. An older ssh does not know all of these:
     // ssh_config(5).
     "IgnoreUnknown=RemoteCommand,ForkAfterAuthentication,SessionType,StdinNull",
     "RemoteCommand=none",
@@ -1232,8 +1231,8 @@ function start<V extends Declared>(host: Host, verb: V, given: ArgumentsOf<V>): 
     local && host.fence === undefined
       ? `: ${titleOf(verb)}; set -- ${scriptArguments(host, args)}; ${verb.script}`
       : `exec ${commandFor(host, verb, args)}`;
-  // Ctrl-C at a terminal reaches every child there: these are ended by us, after cleaning up. A
-  // verb has a process group of its own; ssh stays where it can ask for a passphrase.
+  // Ctrl-C reaches every child of the terminal, but we end these, after cleaning up: a verb has a
+  // process group of its own. ssh stays where it can ask for a passphrase.
   const child = shell({
     stdio: ["pipe", "pipe", "pipe"],
     detached: local,
@@ -1326,7 +1325,7 @@ async function askAll<V extends Declared>([host, verb, given, what, input = ""]:
   const whose =
     host.ssh === null ? { group: child.pid as number } : { verb, folder: folderOf(given) };
   const worked = async () => `${bytes} ${await workOf(host, whose)}`;
-  // What the user's own command waits for is the user's.
+  // How long the user's own command waits is the user's affair.
   const result = await (verb === HOOK ? child : attended(child, what, worked, stop)).finally(() =>
     running.delete(stop),
   );
@@ -1462,7 +1461,8 @@ async function hold<V extends Declared>(
   running.add(stop);
   void first?.then((line) => child.stdin.write(`${line}\n`));
   unwanted?.addEventListener("abort", () => running.has(stop) && stop());
-  // It waits for the lock of the chain, and then for those of what is still being received there.
+  // It waits for the lock of the chain, and then for those of transfers that are still being
+  // received.
   const limit =
     LIMITS.stuck === Infinity ? Infinity : Math.min(LIMITS.open, LIMITS.stuck) + 4000 * wait;
   const interrupted = interrupting()
@@ -1805,7 +1805,7 @@ function outcome(stages: readonly Stage[], directory: string, kill: () => void):
 function brokenBy(culprit: Ended, stages: readonly Stage[], errors: readonly string[]): Failure {
   const stage = stages[culprit.stage];
   const said = errors[culprit.stage] ?? "";
-  // What the others say is mostly that a pipe broke, but "mostly" is not enough to hide it.
+  // The others mostly say that a pipe broke, but "mostly" is not enough to hide their messages.
   const others = errors.map((text, i) =>
     text === "" || i === culprit.stage ? "" : `(${stages[i]?.label}: ${text})`,
   );
