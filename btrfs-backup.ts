@@ -29,7 +29,7 @@ import { fileURLToPath } from "node:url";
 import { createInterface } from "node:readline";
 import { parseArgs } from "node:util";
 import type { ArgDef, ArgsDef, CommandDef } from "citty";
-import type { ProcessOutput, ProcessPromise } from "zx/core";
+import type { ProcessPromise } from "zx/core";
 
 /** The same as in package.json; here, so that this file runs alone. */
 export const VERSION = "1.0.0";
@@ -135,7 +135,7 @@ export type Transfer = {
 /** The snapshot of the last stream that a command took; it may be gone. */
 export type Memory = { readonly name: string; readonly uuid: string };
 
-/** A name at a destination that something other than this snapshot's data has. */
+/** A name at a destination that is taken by something that is not this snapshot's data. */
 export type Conflict = { readonly name: string; readonly uuid: string; readonly why: string };
 
 /** What to keep: nothing is dropped without one. Counts are Infinity for `*`. */
@@ -1266,7 +1266,7 @@ const STATUS_ERRORS: Partial<Record<number, new (message: string) => Error>> = {
 const UNREACHABLE =
   /No route|timed out|Timeout, server|refused|not resolve|unreachable|Host is down|Broken pipe|mux_client|Connection .*(closed|reset)/i;
 
-type Result = Pick<ProcessOutput, "exitCode" | "signal" | "stdout" | "stderr">;
+type Result = Pick<Awaited<ProcessPromise>, "exitCode" | "signal" | "stdout" | "stderr">;
 
 /** The output of a verb that failed, with a hint where it lacks root. */
 function saidBy(host: Host, { stdout, stderr }: Result): string {
@@ -1584,17 +1584,21 @@ export type Stage = {
   readonly counts?: (bytes: number | null) => void;
 };
 
-/** A verb on a host, with arguments by name, as a stage: `what` it does there. */
-function staged<V extends Declared>(
-  what: string,
+/** A verb on a host, with arguments by name, and what else is to be said of its stage. */
+type Staging<V extends Declared> = [
   host: Host,
   verb: V,
   given: ArgumentsOf<V>,
-): Stage {
+  more?: Partial<Stage>,
+];
+
+/** A verb as a stage: `what` it does there. */
+function staged<V extends Declared>(what: string, ...[host, verb, given, more]: Staging<V>): Stage {
   return {
     label: `${what}${host.label === "" ? "" : ` on ${host.label}`}`,
     command: commandWith(host, verb, given),
     ...(host.ssh === null ? {} : { far: { host, verb, folder: folderOf(given) } }),
+    ...more,
   };
 }
 
@@ -5011,8 +5015,10 @@ function receiving(
     ...announced,
     ...kept,
   };
-  const stage = staged("btrfs receive", folder.host, RECEIVE, given);
-  return { ...stage, receives: true, shown: btrfsDebug };
+  return staged("btrfs receive", folder.host, RECEIVE, given, {
+    receives: true,
+    shown: btrfsDebug,
+  });
 }
 
 /**
@@ -5227,14 +5233,15 @@ function folderDestination(
         2,
         { ...sending, ...form },
         async (part) => {
-          const kept = staged("reading", host, RAW.get, {
-            ...at(folder),
-            how: "",
-            holder: holderOf(folder),
-            objects: [`.${part.part}.part`],
-          });
+          const kept = staged(
+            "reading",
+            host,
+            RAW.get,
+            { ...at(folder), how: "", holder: holderOf(folder), objects: [`.${part.part}.part`] },
+            { sends: true },
+          );
           await pipeline([
-            ...(isChecked ? [{ ...kept, sends: true }] : []),
+            ...(isChecked ? [kept] : []),
             ...stages(PART.exec(`${part.part}.part`)?.[2] ?? form.level, part),
           ]);
         },
@@ -6722,11 +6729,10 @@ async function stream(
     ...asked,
   };
   const given = { flag: display.btrfsDebug ? "-vv" : "-q", ...at(source), ...sent };
-  const send = {
-    ...staged(`btrfs send${level === "" ? "" : " or zstd"}`, source.host, SEND, given),
+  const send = staged(`btrfs send${level === "" ? "" : " or zstd"}`, source.host, SEND, given, {
     sends: true,
     shown: display.btrfsDebug,
-  };
+  });
   const others = incoming.length === 1 ? "" : ` and ${incoming.length - 1} more`;
   const metered = meter(
     `${snapshot.name} to ${first.id}${others}`,
@@ -10043,12 +10049,13 @@ async function receivePieces(
   const below: Stream[] = [];
   for (const [i, piece] of pieces.entries()) {
     const { uuid: object, name, bytes: size, compressed, encrypted } = piece;
-    const fetch = staged("reading", location.host, verbs.get, {
-      ...at(location),
-      how: "",
-      holder: holderOf(location),
-      objects: [object],
-    });
+    const fetch = staged(
+      "reading",
+      location.host,
+      verbs.get,
+      { ...at(location), how: "", holder: holderOf(location), objects: [object] },
+      { sends: true },
+    );
     const decrypt = encrypted ? [{ label: "gpg", command: `${GPG} --decrypt` }] : [];
     const end = (level: string) => receiving(work, name, level, null, o.btrfsDebug);
     const level = compressed ? "1" : "";
@@ -10059,7 +10066,7 @@ async function receivePieces(
     const began = Date.now();
     log.debug(`Receiving ${object}`);
     const { summed } = await pipeline([
-      { ...fetch, sends: true },
+      fetch,
       ...meter(`${i + 1}/${pieces.length} ${name}`, display, o.sending.rate, size),
       relaying({ sum: true }),
       ...decrypt,
@@ -10697,12 +10704,17 @@ async function readStream(
     folder.host.ssh === null &&
     !(compressed && which.sync("zstd", { nothrow: true }) === null)
   ) {
-    const asked = { ...place, how: "", holder: holderOf(folder) };
-    const fetch = staged("reading", folder.host, verbs.get, asked);
+    const fetch = staged(
+      "reading",
+      folder.host,
+      verbs.get,
+      { ...place, how: "", holder: holderOf(folder) },
+      { sends: true },
+    );
     const unpack: Stage[] = compressed ? [{ label: "zstd", command: "zstd -q -d -c" }] : [];
     const check = { name, uuid: receivedUuid as string, parent: from, alone: false };
     const read = await pipeline([
-      { ...fetch, sends: true },
+      fetch,
       relaying({ sum: true }),
       ...unpack,
       relaying({ check, drop: true }),
