@@ -39,14 +39,16 @@ declare const BUILT_FROM: string | undefined;
 /** Version, commit and runtime. */
 function versionText(): string {
   const { bun, deno, node } = process.versions as Record<string, string | undefined>;
-  const runtime =
-    deno !== undefined ? `Deno ${deno}` : bun !== undefined ? `Bun ${bun}` : `Node ${node}`;
+  const other = bun === undefined ? `Node ${node}` : `Bun ${bun}`;
+  const runtime = deno === undefined ? other : `Deno ${deno}`;
   return `btrfs-backup ${VERSION} (${typeof BUILT_FROM === "string" ? BUILT_FROM : "from source"}, ${runtime})`;
 }
 
 // ── 1. Vocabulary ────────────────────────────────────────────────────────────────────────
 
-/** A subvolume as `btrfs subvolume list` shows it; `path` counts from the filesystem's top level. */
+/**
+ * A subvolume as `btrfs subvolume list` shows it; `path` counts from the filesystem's top level.
+ */
 export type Subvolume = {
   /** Grows with time on its filesystem, whatever the clock does. */
   readonly id: number;
@@ -59,7 +61,10 @@ export type Subvolume = {
   readonly cgen?: number;
 };
 
-/** The name of something directly in a folder: never empty, `.`, `..`, nor with a slash, a NUL or a line break. Only `entryName` makes one. */
+/**
+ * A name in a folder: never empty, `.`, `..`, nor with a slash, a NUL or a line break. Only
+ * `entryName` makes one.
+ */
 export type EntryName = string & { readonly type: "name of an entry" };
 
 /** The name of an entry; null for what can be none. */
@@ -68,13 +73,12 @@ export function entryName(text: string): EntryName | null {
   return isOne ? (text as EntryName) : null;
 }
 
-/**
- * A subvolume standing directly in a folder, under `name`; `moment`: when that was, in ms since 1970, where the place says it. `belated`: a
- * later one was there when it came, which it can have been received as a difference to.
- */
+/** A subvolume directly in a folder. */
 export type Entry = Subvolume & {
   readonly name: EntryName;
+  /** The moment of its data, in ms since 1970, where the place says so. */
   readonly moment: number | null;
+  /** A later one was there when it came; it can have been received as a difference to that. */
   readonly belated?: true;
 };
 
@@ -82,8 +86,9 @@ export type Entry = Subvolume & {
 export type Snapshot = Entry & { readonly time: number; readonly moment: number };
 
 /**
- * A stored stream, as the backup that it gives. The object's name stands for its path and UUID, the stream
- * that it builds on for its parent, and `readonly` means that it can be restored: it and all of those are complete.
+ * A stored stream, as the backup that it gives. Its object's name stands for path and UUID, and the
+ * stream that it builds on for the parent. `readonly`: it can be restored, since it and all of
+ * those are complete.
  */
 export type Stream = Entry & {
   readonly moment: number;
@@ -99,23 +104,31 @@ export type Stream = Entry & {
   readonly stored: boolean;
 };
 
-/** What a destination holds of a snapshot. The same facts, seen from the other side. */
+/** What a destination holds of a snapshot: the same facts, seen from the other side. */
 export type Backup = Snapshot;
 
-/**
- * What a stream's name says of its owner: the UUID of the source subvolume; a digest of its host and path; and one
- * of the first UUID that it had, which stays the same when the source is restored, and goes on with its streams.
- */
-export type Owner = { readonly uuid: string; readonly place: string; readonly lineage: string };
+/** The owner of a stream, as its name tells it. */
+export type Owner = {
+  /** Of the source subvolume. */
+  readonly uuid: string;
+  /** A digest of its host and path. */
+  readonly place: string;
+  /** A digest of its first UUID, which stays the same, with its streams, when it is restored. */
+  readonly lineage: string;
+};
 
-/** What a record says of a chain's owner. `uuid` is the filesystem's where the subvolume has none. */
+/**
+ * What a record says of a chain's owner. `uuid` is the filesystem's where the subvolume has none.
+ */
 export type Identity = { readonly uuid: string; readonly host: string; readonly path: string };
 
-/** One stream to send: `snapshot` in full, or as the difference to `parent`. `why`: why not as the difference to what is nearest; `belated`: a later one is there already, and may be the parent. */
+/** One stream to send: `snapshot` in full, or as the difference to `parent`. */
 export type Transfer = {
   readonly snapshot: Snapshot;
   readonly parent: Snapshot | null;
+  /** Why not as the difference to the nearest snapshot. */
   readonly why?: string | undefined;
+  /** A later one is there already, and may be the parent. */
   readonly belated?: true;
 };
 
@@ -129,9 +142,10 @@ export type Conflict = { readonly name: string; readonly uuid: string; readonly 
 export type Policy = {
   readonly text: string;
   readonly newest: number;
-  readonly firstOf: readonly { readonly unit: Unit; readonly count: number }[];
-  readonly within: readonly { readonly unit: Unit; readonly count: number }[];
+  readonly firstOf: readonly Duration[];
+  readonly within: readonly Duration[];
 };
+type Duration = { readonly count: number; readonly unit: Unit };
 export type Unit = keyof typeof UNITS;
 
 /** Something went wrong that the user can read about in `message`: exit status 1. */
@@ -142,13 +156,16 @@ export class UsageError extends Error {}
 export class Busy extends Error {}
 /** A place is not there just now, which is normal for an `--optional` destination. */
 export class Absent extends Failure {}
-/** Not even what a place would be made in is there. */
+/** Not even the directory that a place would be made in is there. */
 class Missing extends Absent {}
 /** A host cannot be reached, or no more. */
 export class Unreachable extends Absent {}
-/** The stream is not the one that a part of was kept. */
+/** The stream to send is not the one whose first part is at the destination. */
 class OtherStream extends Failure {}
-/** It did nothing for too long, and was ended, or left alone if it does not end: nothing more is done there. */
+/**
+ * A process did nothing for too long. It was ended, or left alone if it does not end. No more is
+ * done there.
+ */
 class Stuck extends Failure {}
 /** A pipeline was killed, and did not fail by itself. */
 class Killed extends Failure {}
@@ -158,11 +175,11 @@ class Taken extends Failure {}
 class Unfinished extends Failure {}
 /** Another restore has the names of this second. */
 class SameSecond extends Failure {}
-/** What has been told already. */
+/** The user has been told already. */
 class AlreadyTold extends Failure {}
 /** The transfer's receiving side has no space left. */
 export class NoSpace extends Failure {}
-/** What the receiving side has as the parent is not what the difference was made against. */
+/** The parent on the receiving side is not what the difference was made against. */
 export class BadParent extends Failure {}
 /** Something that a guarded key may not do: told in one line, and logged. */
 export class Refused extends Failure {}
@@ -186,19 +203,20 @@ export type Report = {
 };
 
 /** Map.groupBy, which Node 20 has not. */
-function groupBy<K, T>(all: readonly T[], keyOf: (one: T) => K): Map<K, T[]> {
+function groupBy<K, T>(all: readonly T[], by: (one: T) => K): Map<K, T[]> {
   const groups = new Map<K, T[]>();
   for (const one of all) {
-    const group = groups.get(keyOf(one));
-    if (group === undefined) groups.set(keyOf(one), [one]);
+    const group = groups.get(by(one));
+    if (group === undefined) groups.set(by(one), [one]);
     else group.push(one);
   }
   return groups;
 }
 
 /**
- * Text as a person sees it, whoever wrote it: what would move a terminal's cursor, change its title or turn text around stands as
- * an escape (C0 but for the line break, C1, and Unicode's bidirectional controls). All that is shown passes here; JSON escapes by itself.
+ * Text as a person sees it, whoever wrote it, with escapes for characters that would move a
+ * terminal's cursor, change its title or turn text around: C0 but for the line break, C1, and
+ * Unicode's bidirectional controls. All that is shown passes here; JSON escapes by itself.
  */
 export const visible = (text: string) =>
   text.replace(
@@ -220,10 +238,14 @@ export function stamp(date: Date): string {
 /** The wall clock of a local date, counted like a snapshot's `time`. */
 export const wallClock = (date: Date) => parseName(stamp(date), "") as number;
 
-/** When a local clock showed `time`, in ms since 1970; the second time, if it did so twice and the first was before `earliest`. */
+/**
+ * When a local clock showed `time`, in ms since 1970; the second time, if it did so twice and the
+ * first was before `earliest`.
+ */
 export function momentOf(time: number, earliest = -Infinity): number {
   const utc = new Date(time);
-  // The calendar is the same every 400 years, and Date takes years below 100 for those of the 20th century.
+  // The calendar is the same every 400 years, and Date takes years below 100 for those of the 20th
+  // century.
   const shift = utc.getUTCFullYear() < 100 ? 400 : 0;
   const local = new Date(
     utc.getUTCFullYear() + shift,
@@ -234,13 +256,9 @@ export function momentOf(time: number, earliest = -Infinity): number {
     utc.getUTCSeconds(),
   );
   const first = local.getTime() - shift * (146_097 / 400) * DURATION.d;
-  const again =
-    first >= earliest
-      ? undefined
-      : [30, 60]
-          .map((minutes) => first + minutes * 60e3)
-          .find((later) => wallClock(new Date(later)) === time);
-  return again ?? first;
+  if (first >= earliest) return first;
+  const laters = [30, 60].map((minutes) => first + minutes * 60e3);
+  return laters.find((later) => wallClock(new Date(later)) === time) ?? first;
 }
 
 /** The time in a snapshot's name, or null if the name is not exactly PREFIX and a real date. */
@@ -262,10 +280,10 @@ export function parseName(name: string, prefix: string): number | null {
 
 const digestOf = (text: string) => createHash("sha256").update(text).digest("hex");
 
-/** What can stand before the date. */
+/** Whether a text can stand before the date. */
 const isPrefix = (text: string) => !/[/\x00-\x1f\x7f]/.test(text) && Buffer.byteLength(text) <= 200;
 
-/** What a name begins with that ends in a date as ours do; null for all others. */
+/** The beginning of a name that ends in a date as ours do; null for all others. */
 const prefixOf = (name: string) => (timeIn(name) === null ? null : name.slice(0, -15));
 
 /** The time in a name with whatever prefix. */
@@ -273,7 +291,8 @@ const timeIn = (name: string) => parseName(name, name.slice(0, -15));
 
 /**
  * Finds, among subvolumes of one place, the one that holds a snapshot's data. UUIDs decide, never
- * names: it was received from the snapshot, or from where the snapshot was, or the snapshot from it.
+ * names: it was received from the snapshot, or from where the snapshot was, or the snapshot from
+ * it.
  */
 export function dataFinder<T extends Subvolume>(
   held: readonly T[],
@@ -295,43 +314,36 @@ export const isComplete = (backup: Subvolume) => backup.readonly && backup.recei
 const DURATION = { h: 3600e3, d: 86400e3 } as const;
 
 /** The moment so many months before a time. */
-function monthsBefore(time: number, count: number): number {
+function monthsBefore(time: number, months: number): number {
   const date = new Date(time);
   const day = date.getUTCDate();
   date.setUTCDate(1);
-  date.setUTCMonth(date.getUTCMonth() - count);
+  date.setUTCMonth(date.getUTCMonth() - months);
   // A month before the 31st is the last day of a shorter month, not the first days of the next.
   const last = new Date(Date.UTC(date.getUTCFullYear(), date.getUTCMonth() + 1, 0)).getUTCDate();
   date.setUTCDate(Math.min(day, last));
   return Number.isNaN(date.getTime()) ? -Infinity : date.getTime();
 }
 
-/**
- * A unit of policies and durations: its noun; the number of the period that a wall-clock time lies in, counted from
- * 1970; and the moment `count` of them before a time.
- */
+/** A unit of policies and durations. */
 type UnitOfTime = {
   readonly noun: string;
+  /** The number of the period that a wall-clock time lies in, counted from 1970. */
   readonly period: (time: number) => number;
+  /** The moment so many of them before a time. */
   readonly before: (time: number, count: number) => number;
 };
+/** A unit of so many ms; its first period begins `early` ms before 1970. */
+const ofLength = (noun: string, length: number, early = 0): UnitOfTime => ({
+  noun,
+  period: (time) => Math.floor((time + early) / length),
+  before: (time, count) => time - count * length,
+});
 const UNITS = {
-  h: {
-    noun: "hour",
-    period: (time) => Math.floor(time / DURATION.h),
-    before: (time, count) => time - count * DURATION.h,
-  },
-  d: {
-    noun: "day",
-    period: (time) => Math.floor(time / DURATION.d),
-    before: (time, count) => time - count * DURATION.d,
-  },
-  w: {
-    noun: "week",
-    // ISO weeks begin on Monday, and 1970-01-01 was a Thursday.
-    period: (time) => Math.floor((Math.floor(time / DURATION.d) + 3) / 7),
-    before: (time, count) => time - count * 7 * DURATION.d,
-  },
+  h: ofLength("hour", DURATION.h),
+  d: ofLength("day", DURATION.d),
+  // ISO weeks begin on Monday, and 1970-01-01 was a Thursday.
+  w: ofLength("week", 7 * DURATION.d, 3 * DURATION.d),
   m: {
     noun: "month",
     period: (time) => new Date(time).getUTCFullYear() * 12 + new Date(time).getUTCMonth(),
@@ -356,36 +368,28 @@ export const before = (time: number, count: number, unit: Unit) =>
 const POLICY_WORD = new RegExp(`^(\\d+|\\*)([${LETTERS.join("")}]?)(\\+?)$`);
 const DURATION_WORD = new RegExp(`^(\\d+)([${LETTERS.join("")}])$`);
 
+/** Reads a word of a POLICY. Errors: UsageError. */
+function parsePolicyWord(word: string) {
+  const [, number = "", unit = "", plus = ""] = POLICY_WORD.exec(word) ?? [];
+  const count = number === "*" ? Infinity : Number(number);
+  const isCount = count > 0 && (count === Infinity || Number.isSafeInteger(count));
+  if (!isCount || (unit === "" && (plus !== "" || count === Infinity)))
+    throw new UsageError(
+      `"${word}" is not a retention policy: a number, or words like 24h 7d 4w 12m 10y 14d+`,
+    );
+  return { count, unit, plus };
+}
+
 /** Reads a POLICY; null is "keep everything" (`0`). */
 export function parsePolicy(text: string): Policy | null {
   if (text.trim() === "0") return null;
   const seen = new Set<string>();
-  const policy = {
-    text,
-    newest: 0,
-    firstOf: [] as Policy["firstOf"][number][],
-    within: [] as Policy["within"][number][],
-  };
-  for (const word of text
-    .trim()
-    .replace(/^\+(?=\d+$)/, "")
-    .split(/\s+/)) {
-    const match = POLICY_WORD.exec(word);
-    const count = match?.[1] === "*" ? Infinity : Number(match?.[1]);
-    const [, , unit = "", plus = ""] = match ?? [];
-    if (
-      !match ||
-      count === 0 ||
-      !Number.isSafeInteger(count === Infinity ? 0 : count) ||
-      (unit === "" && (plus !== "" || count === Infinity))
-    )
-      throw new UsageError(
-        `"${word}" is not a retention policy: a number, or words like 24h 7d 4w 12m 10y 14d+`,
-      );
+  const policy = { text, newest: 0, firstOf: [] as Duration[], within: [] as Duration[] };
+  const words = text.trim().replace(/^\+(?=\d+$)/, "");
+  for (const word of words.split(/\s+/)) {
+    const { count, unit, plus } = parsePolicyWord(word);
     if (seen.has(unit + plus))
-      throw new UsageError(
-        `retention policy "${text}" says "${unit === "" ? "a number" : unit + plus}" twice`,
-      );
+      throw new UsageError(`retention policy "${text}" says "${unit + plus || "a number"}" twice`);
     seen.add(unit + plus);
     if (unit === "") policy.newest = count;
     else (plus ? policy.within : policy.firstOf).push({ unit: unit as Unit, count });
@@ -394,7 +398,7 @@ export function parsePolicy(text: string): Policy | null {
 }
 
 /** Reads a DURATION like `3d`. */
-export function parseDuration(text: string): { count: number; unit: Unit } {
+export function parseDuration(text: string): Duration {
   const match = DURATION_WORD.exec(text);
   if (!match)
     throw new UsageError(
@@ -403,30 +407,20 @@ export function parseDuration(text: string): { count: number; unit: Unit } {
   return { count: Number(match[1]), unit: match[2] as Unit };
 }
 
-/** Bytes with k, m or g for powers of 1024; null for any other text, and for none. */
-function bytesIn(text: string): number | null {
+/** Bytes with k, m or g for powers of 1024. Errors: UsageError, which says `what` was expected. */
+function bytesIn(text: string, what: string): number {
   const [, number = "", unit = ""] = /^(\d+(?:\.\d+)?)([kmg]?)$/i.exec(text) ?? [];
   const bytes = Math.floor(Number(number) * 1024 ** " kmg".indexOf(unit.toLowerCase() || " "));
-  return bytes < 1 || bytes > Number.MAX_SAFE_INTEGER ? null : bytes;
-}
-
-/** Reads a RATE in bytes a second, with k, m or g for powers of 1024. */
-export function parseRate(text: string): number {
-  const rate = bytesIn(text);
-  if (rate === null)
-    throw new UsageError(
-      `"${text}" is not a rate: bytes a second, with k, m or g for powers of 1024`,
-    );
-  return rate;
-}
-
-/** Reads a SIZE in bytes, with k, m or g for powers of 1024. */
-export function parseSize(text: string): number {
-  const bytes = bytesIn(text);
-  if (bytes === null)
-    throw new UsageError(`"${text}" is not a size: bytes, with k, m or g for powers of 1024`);
+  if (bytes < 1 || bytes > Number.MAX_SAFE_INTEGER)
+    throw new UsageError(`"${text}" is not a ${what}, with k, m or g for powers of 1024`);
   return bytes;
 }
+
+/** Reads a RATE in bytes a second. */
+export const parseRate = (text: string) => bytesIn(text, "rate: bytes a second");
+
+/** Reads a SIZE in bytes. */
+export const parseSize = (text: string) => bytesIn(text, "size: bytes");
 
 /** When a stored chain ends: after a number of streams, or a time; never for 0. */
 export type FullEvery = { readonly count: number; readonly unit: Unit | null };
@@ -451,7 +445,10 @@ export function parseCompression(text: string): string {
 /** A place a user can name. `id` tells it from others and is what records call it. */
 export type Location =
   Readable | { readonly kind: "shell"; readonly id: string; readonly command: string };
-/** What can be looked at: a btrfs folder, a folder of stored streams, or such a remote of rclone, whose `path` names it to rclone. */
+/**
+ * A place that can be looked at: a btrfs folder, a folder of stored streams, or a remote of rclone
+ * with such, whose `path` names it to rclone.
+ */
 export type Readable = {
   readonly kind: "folder" | "raw" | "rclone";
   readonly id: string;
@@ -466,55 +463,74 @@ export type HostName = {
 
 /** Reads a SOURCE or LOCATION; relative paths count from the current directory. */
 export function parseLocation(text: string): Location {
-  if (text.startsWith("shell://")) {
-    const command = text.slice("shell://".length);
-    if (command.trim() === "") throw new UsageError("shell:// needs a command");
-    return { kind: "shell", id: text, command };
-  }
   const [, scheme, rest = ""] = /^([a-z][a-z0-9+]*):\/\/(.*)$/s.exec(text) ?? [];
-  if (scheme === "ssh" || scheme === "raw+ssh") {
-    const match = /^(?:([^/]*)@)?(\[[^\]/]+\]|[^:/@]+)(?::(\d+))?(\/.*)$/s.exec(rest);
-    if (!match)
-      throw new UsageError(`"${text}" is not of the form ${scheme}://[user@]host[:port]/path`);
-    const [, user = null, name = "", port = null, path = "/"] = match;
-    const clean = withoutSlash(normalize(path));
-    // csh cannot quote a newline, and one host's files are read by many shells.
-    if (/[\n\r\0]/.test(text))
-      throw new UsageError("a path on another host cannot contain a line break");
-    const id = `${scheme}://${user === null ? "" : `${user}@`}${name}${port === null ? "" : `:${port}`}${clean}`;
-    return {
-      kind: scheme === "ssh" ? "folder" : "raw",
-      id,
-      host: { user, name: name.replace(/^\[|\]$/g, ""), port },
-      path: clean,
-    };
+  switch (scheme) {
+    case "shell":
+      if (rest.trim() === "") throw new UsageError("shell:// needs a command");
+      return { kind: "shell", id: text, command: rest };
+    case "ssh":
+      return parseOnHost(scheme, rest, "folder");
+    case "raw+ssh":
+      return parseOnHost(scheme, rest, "raw");
+    case "raw": {
+      if (!rest.startsWith("/") || rest.includes("\0"))
+        throw new UsageError(`"${text}" is not of the form raw:///path`);
+      const path = withoutSlash(normalize(rest));
+      return { kind: "raw", id: `raw://${path}`, host: null, path };
+    }
+    case "rclone":
+      return parseRemote(text, rest);
+    case undefined:
+      return text.startsWith("rclone:")
+        ? parseRemote(text, text.slice("rclone:".length))
+        : parseFolder(text);
+    default:
+      throw new UsageError(
+        `"${scheme}://" is no kind of location; there are /path, ssh://[user@]host[:port]/path, raw:///path, raw+ssh://[user@]host[:port]/path, rclone://REMOTE:PATH and shell://COMMAND`,
+      );
   }
-  if (scheme === "raw") {
-    if (!rest.startsWith("/") || rest.includes("\0"))
-      throw new UsageError(`"${text}" is not of the form raw:///path`);
-    const path = withoutSlash(normalize(rest));
-    return { kind: "raw", id: `raw://${path}`, host: null, path };
-  }
-  const remote = scheme === "rclone" ? rest : /^rclone:(?!\/\/)(.*)$/s.exec(text)?.[1];
-  if (remote !== undefined) {
-    if (!/^[^-:/\n\r\0][^:/\n\r\0]*:[^\n\r\0]*$|^:[^\n\r\0]+:[^\n\r\0]*$/.test(remote))
-      throw new UsageError(`"${text}" is not of the form rclone://REMOTE:PATH`);
-    const path = remote.replace(/(?<!:)\/+$/, "");
-    return {
-      kind: "rclone",
-      id: `rclone://${path}`,
-      host: null,
-      path: /[:/]$/.test(path) ? path : `${path}/`,
-    };
-  }
-  if (scheme)
+}
+
+/** Reads a place on another host. Errors: UsageError. */
+function parseOnHost(scheme: string, rest: string, kind: "folder" | "raw"): Readable {
+  const match = /^(?:([^/]*)@)?(\[[^\]/]+\]|[^:/@]+)(?::(\d+))?(\/.*)$/s.exec(rest);
+  if (!match)
     throw new UsageError(
-      `"${scheme}://" is no kind of location; there are /path, ssh://[user@]host[:port]/path, raw:///path, raw+ssh://[user@]host[:port]/path, rclone://REMOTE:PATH and shell://COMMAND`,
+      `"${scheme}://${rest}" is not of the form ${scheme}://[user@]host[:port]/path`,
     );
-  const [, login, there] = /^([^/:\s]+):([/~].*)$/s.exec(text) ?? [];
+  // csh cannot quote a newline, and one host's files are read by many shells.
+  if (/[\n\r\0]/.test(rest))
+    throw new UsageError("a path on another host cannot contain a line break");
+  const [, user = null, name = "", port = null, written = "/"] = match;
+  const path = withoutSlash(normalize(written));
+  const login = user === null ? "" : `${user}@`;
+  return {
+    kind,
+    id: `${scheme}://${login}${name}${port === null ? "" : `:${port}`}${path}`,
+    host: { user, name: name.replace(/^\[|\]$/g, ""), port },
+    path,
+  };
+}
+
+/** Reads the REMOTE:PATH of rclone. Errors: UsageError. */
+function parseRemote(text: string, remote: string): Readable {
+  if (!/^[^-:/\n\r\0][^:/\n\r\0]*:[^\n\r\0]*$|^:[^\n\r\0]+:[^\n\r\0]*$/.test(remote))
+    throw new UsageError(`"${text}" is not of the form rclone://REMOTE:PATH`);
+  const path = remote.replace(/(?<!:)\/+$/, "");
+  return {
+    kind: "rclone",
+    id: `rclone://${path}`,
+    host: null,
+    path: /[:/]$/.test(path) ? path : `${path}/`,
+  };
+}
+
+/** Reads a path on this host. Errors: UsageError. */
+function parseFolder(text: string): Readable {
+  const [, login, there = ""] = /^([^/:\s]+):([/~].*)$/s.exec(text) ?? [];
   if (login !== undefined)
     throw new UsageError(
-      `"${text}" is not a path: write ssh://${login}${there?.startsWith("/") ? there : "/path"}, or ./${text} for a directory here`,
+      `"${text}" is not a path: write ssh://${login}${there.startsWith("/") ? there : "/path"}, or ./${text} for a directory here`,
     );
   if (text === "" || text.includes("\0")) throw new UsageError("a path cannot be empty");
   const path = resolve(text);
@@ -527,7 +543,10 @@ const withoutSlash = (path: string) => (path.length > 1 ? path.replace(/\/+$/, "
 const isWithin = (path: string, folder: string) =>
   path === folder || path.startsWith(folder === "/" ? "/" : `${folder}/`);
 
-/** The moment of a `YYYY-MM-DD[ HH:MM[:SS]]`, counted like a snapshot's `time`; what is left out is zero. */
+/**
+ * The moment of a `YYYY-MM-DD[ HH:MM[:SS]]`, counted like a snapshot's `time`; missing parts are
+ * zero.
+ */
 export function parseWhen(text: string): number {
   const [, date = "", time = "00:00", second = "00"] =
     /^(\d{4}-\d\d-\d\d)(?:[ T](\d\d:\d\d)(?::(\d\d))?)?$/.exec(text) ?? [];
@@ -541,23 +560,22 @@ export function parseWhen(text: string): number {
 
 /** A span of ms in words: `3 days`. */
 export function inWords(span: number): string {
-  const [size, noun] = (
-    [
-      [365 * DURATION.d, "year"],
-      [30 * DURATION.d, "month"],
-      [DURATION.d, "day"],
-      [DURATION.h, "hour"],
-      [60e3, "minute"],
-    ] as const
-  ).find(([size]) => span >= 2 * size) ?? [1e3, "second"];
+  const units = [
+    [365 * DURATION.d, "year"],
+    [30 * DURATION.d, "month"],
+    [DURATION.d, "day"],
+    [DURATION.h, "hour"],
+    [60e3, "minute"],
+  ] as const;
+  const [size, noun] = units.find(([length]) => span >= 2 * length) ?? [1e3, "second"];
   return count(Math.max(0, Math.floor(span / size)), noun);
 }
 
 type Dated = { readonly name: string; readonly time: number };
 
 /**
- * Orders entries by the time in their names, but those that have a rank (a place in the source's own order,
- * by subvolume ID) stand in that order among themselves: names repeat when clocks go back.
+ * Orders entries by the time in their names. Those that have a rank (a place in the source's own
+ * order, by subvolume ID) stand in that order among themselves: names repeat when clocks go back.
  */
 export function arrange<T extends { readonly moment: number }>(
   entries: readonly T[],
@@ -576,8 +594,8 @@ export function arrange<T extends { readonly moment: number }>(
 }
 
 /**
- * The entries that are ours by name, oldest first. What was taken of the source as it is now is newer
- * than all that came with it when it was restored, and IDs tell its order; those of received
+ * The entries that are ours by name, oldest first. Snapshots of the source as it is now are newer
+ * than all that came with it when it was restored, and IDs tell their order. IDs of received
  * snapshots tell when they arrived, but what they were received as a difference to is older.
  */
 export function snapshotsAmong(
@@ -606,13 +624,16 @@ export function snapshotsAmong(
   });
 }
 
-/** Moves what stands before its parent to behind it: a difference is newer than what it was made against, whatever the names say, unless it is known to be older. */
+/**
+ * Moves entries that stand before their parents to behind them: a difference is newer than its
+ * parent, whatever the names say, unless it is known to be older.
+ */
 function behindParents<T extends Entry>(entries: readonly T[]): T[] {
   const standing = byUuid(entries);
   const placed = new Set<T>();
+  const older = (one: T) => (one.belated ? undefined : standing.get(one.parentUuid ?? ""));
   for (const entry of entries) {
     const line = [entry];
-    const older = (one: T) => (one.belated ? undefined : standing.get(one.parentUuid ?? ""));
     for (
       let one = older(entry);
       one !== undefined && !placed.has(one) && !line.includes(one);
@@ -632,34 +653,45 @@ const dataOf = ({ uuid, receivedUuid }: Subvolume) => receivedUuid ?? uuid;
 /** How a stream is changed before it is stored or a command gets it; the recipients are gpg's. */
 export type Filters = { readonly level: string; readonly recipients: readonly string[] };
 
-/** What the name of a filtered stream ends with. */
+/** The end of a filtered stream's name. */
 const suffixOf = ({ level, recipients }: Filters) =>
   `.btrfs${level === "" ? "" : ".zst"}${recipients.length === 0 ? "" : ".gpg"}`;
 
-/** The longest prefix that leaves a stored stream's name, with all that is put around it, below 255 bytes. */
+/**
+ * The longest prefix with which a stored stream's name, with all that is put around it, stays below
+ * 255 bytes.
+ */
 export const STREAM_PREFIX_BYTES = 70;
 
-/** What the names of streams say of a source; the top level of an old filesystem, and a folder that is copied from, may have no UUID of their own. */
+/**
+ * What the names of streams say of a source. The top level of an old filesystem, and a folder that
+ * is copied from, may have no UUID of their own.
+ */
 export function ownerOf({ uuid, host, path }: Identity): Owner {
+  const digest = digestOf(uuid);
   const isUuid = /^[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}$/.test(uuid);
   return {
-    uuid: isUuid
-      ? uuid
-      : digestOf(uuid).replace(/^(.{8})(.{4})(.{4})(.{4})(.{12}).*$/, "$1-$2-$3-$4-$5"),
+    uuid: isUuid ? uuid : digest.replace(/^(.{8})(.{4})(.{4})(.{4})(.{12}).*$/, "$1-$2-$3-$4-$5"),
     place: digestOf(`${host}:${path}`).slice(0, 8),
-    lineage: digestOf(uuid).slice(0, 8),
+    lineage: digest.slice(0, 8),
   };
 }
 
-/** The name of a stored stream, which says all that list and restore must know: NAME+HHMM_PLACE_LINEAGE_SOURCE_UUID_PARENT.btrfs[.zst][.gpg], with + before PARENT if it is belated. */
+/**
+ * The name of a stored stream, which says all that list and restore must know:
+ * NAME+HHMM_PLACE_LINEAGE_SOURCE_UUID_PARENT.btrfs[.zst][.gpg], with + before PARENT if it is
+ * belated.
+ */
 export function streamName(
   { snapshot, parent, belated }: Transfer,
-  owner: Owner,
+  { place, lineage, uuid }: Owner,
   filters: Filters,
 ): string {
   const minutes = Math.round((snapshot.time - snapshot.moment) / 60e3);
-  const offset = `${minutes < 0 ? "-" : "+"}${two(Math.floor(Math.abs(minutes) / 60))}${two(Math.abs(minutes) % 60)}`;
-  return `${snapshot.name}${offset}_${owner.place}_${owner.lineage}_${owner.uuid}_${dataOf(snapshot)}_${belated ? "+" : ""}${parent === null ? "full" : dataOf(parent)}${suffixOf(filters)}`;
+  const [hours, rest] = [Math.floor(Math.abs(minutes) / 60), Math.abs(minutes) % 60];
+  const name = `${snapshot.name}${minutes < 0 ? "-" : "+"}${two(hours)}${two(rest)}`;
+  const from = `${belated ? "+" : ""}${parent === null ? "full" : dataOf(parent)}`;
+  return [name, place, lineage, uuid, dataOf(snapshot), from].join("_") + suffixOf(filters);
 }
 
 const STREAM =
@@ -669,102 +701,104 @@ const SUM = ".sha256";
 export type StoredFile = { readonly name: string; readonly bytes: number };
 
 /**
- * What a store holds, by its listing alone. `whole`: it cannot hold half a stream, since it renames what is
- * complete, or its user says so; else a stream without a checksum object is incomplete. `debris`: what broken
- * transfers left. One upload at a time leaves one stream at most, on which nothing builds; of more,
- * the checksum objects must have got lost, and they are no debris but `unsummed`.
+ * A stored file as a stream, by its name. `summed`: it has a checksum object. `whole`: see
+ * parseStreams.
+ */
+function parseStream(
+  { name: object, bytes }: StoredFile,
+  summed: boolean,
+  whole: boolean,
+): Stream | null {
+  const [, text = "", sign, hours, minutes, place = "", lineage = "", ...others] =
+    STREAM.exec(object) ?? [];
+  const [uuid = "", receivedUuid = "", from = "", zst, gpg] = others;
+  const [name, time] = [entryName(text), timeIn(text)];
+  if (name === null || time === null || entryName(object) === null) return null;
+  const offset = (Number(hours) * 60 + Number(minutes)) * 60e3;
+  return {
+    id: 0,
+    path: object,
+    name,
+    uuid: object,
+    receivedUuid,
+    parentUuid: null,
+    readonly: false,
+    moment: time - (sign === "-" ? -offset : offset),
+    bytes,
+    owner: { uuid, place, lineage },
+    from: from.endsWith("full") ? null : from.replace("+", ""),
+    ...(from.startsWith("+") ? { belated: true as const } : {}),
+    compressed: zst !== undefined,
+    encrypted: gpg !== undefined,
+    summed,
+    stored: summed || whole,
+  };
+}
+
+/** Stored streams by what they build on. */
+type Children = ReadonlyMap<string | null, readonly Stream[]>;
+
+/**
+ * The streams that can be restored, by UUID, with their parents. From the full streams up: of two
+ * streams with the same data, the one that needs less stands for both.
+ */
+function restorableAmong(children: Children): Map<string, Stream> {
+  const found = new Map<string, Stream>();
+  const reached = new Set<string | null>();
+  const isFirst = (data: string | null) => !reached.has(data) && reached.add(data);
+  const on = (data: string | null, parentUuid: string | null) =>
+    (children.get(data) ?? []).map((one) => ({ ...one, parentUuid, readonly: true }));
+  for (let next = on(null, null); next.length > 0;) {
+    for (const one of next) found.set(one.uuid, one);
+    next = next
+      .filter(({ receivedUuid }) => isFirst(receivedUuid))
+      .flatMap(({ receivedUuid, uuid }) => on(receivedUuid, uuid));
+  }
+  return found;
+}
+
+/**
+ * The snapshot of which a file is a part of a stream, or a checksum object without its stream; else
+ * null.
+ */
+function remainsOf(file: string, files: ReadonlySet<string>): string | null {
+  const part = /^\.(.*?)(?:\.sha256|\.p[0-2]-\d*)?\.part$/s.exec(file)?.[1];
+  const summed = file.endsWith(SUM) ? file.slice(0, -SUM.length) : "";
+  const [, name] = STREAM.exec(part ?? (files.has(summed) ? "" : summed)) ?? [];
+  return name === undefined || prefixOf(name) === null ? null : name;
+}
+
+/**
+ * What a store holds, by its listing alone. `whole`: it cannot hold half a stream, since it renames
+ * complete ones, or its user says so; else a stream without a checksum object is incomplete.
+ * `debris`: what broken transfers left, by the snapshot. One upload at a time leaves one stream at
+ * most, on which nothing builds; of more, the checksum objects must have got lost, and they are no
+ * debris but `unsummed`.
  */
 export function parseStreams(
   files: readonly StoredFile[],
   whole: boolean,
 ): { streams: Stream[]; debris: Map<string, string[]>; unsummed: Stream[] } {
   const names = new Set(files.map(({ name }) => name));
-  const found = files.flatMap(({ name: object, bytes }) => {
-    const [
-      ,
-      text = "",
-      sign,
-      hours,
-      minutes,
-      place = "",
-      lineage = "",
-      source = "",
-      uuid = "",
-      from = "",
-      zst,
-      gpg,
-    ] = STREAM.exec(object) ?? [];
-    const [name, time] = [entryName(text), timeIn(text)];
-    if (name === null || time === null || entryName(object) === null) return [];
-    const moment = time - (sign === "-" ? -1 : 1) * (Number(hours) * 60 + Number(minutes)) * 60e3;
-    const summed = names.has(object + SUM);
-    const itself = {
-      id: 0,
-      path: object,
-      name,
-      uuid: object,
-      receivedUuid: uuid,
-      parentUuid: null,
-      readonly: false,
-    };
-    return [
-      {
-        ...itself,
-        moment,
-        bytes,
-        owner: { uuid: source, place, lineage },
-        from: from.endsWith("full") ? null : from.replace("+", ""),
-        ...(from.startsWith("+") ? { belated: true as const } : {}),
-        compressed: zst !== undefined,
-        encrypted: gpg !== undefined,
-        summed,
-        stored: summed || whole,
-      },
-    ];
-  });
-  const stored = found.filter((stream) => stream.stored);
-  const children = groupBy(stored, ({ from }) => from);
-  // From the full streams up, so that of two streams with the same data the one that needs less stands for both.
-  const restorable = new Map<string, Stream>();
-  const reached = new Set<string | null>();
-  for (
-    let next: { stream: Stream; parent: string | null }[] = (children.get(null) ?? []).map(
-      (stream) => ({ stream, parent: null }),
-    );
-    next.length > 0;
-  ) {
-    for (const { stream, parent } of next)
-      restorable.set(stream.uuid, { ...stream, parentUuid: parent, readonly: true });
-    const firsts = next.filter(
-      ({ stream }) => !reached.has(stream.receivedUuid) && reached.add(stream.receivedUuid),
-    );
-    next = firsts.flatMap(({ stream }) =>
-      (children.get(stream.receivedUuid) ?? []).map((child) => ({
-        stream: child,
-        parent: stream.uuid,
-      })),
-    );
-  }
+  const found = files.flatMap((file) => parseStream(file, names.has(file.name + SUM), whole) ?? []);
+  const children = groupBy(
+    found.filter(({ stored }) => stored),
+    ({ from }) => from,
+  );
+  const restorable = restorableAmong(children);
   const streams = found
-    .map((stream) => restorable.get(stream.uuid) ?? stream)
+    .map((one) => restorable.get(one.uuid) ?? one)
     .sort((a, b) => a.moment - b.moment);
   const debris = new Map<string, string[]>();
   const add = (name: string, object: string) =>
     debris.set(name, [...(debris.get(name) ?? []), object]);
-  for (const { name } of files) {
-    const temporary = /^\.(.*?)(?:\.sha256|\.p[0-2]-\d*)?\.part$/s.exec(name)?.[1];
-    const orphan =
-      name.endsWith(SUM) && !names.has(name.slice(0, -SUM.length))
-        ? name.slice(0, -SUM.length)
-        : undefined;
-    const of = STREAM.exec(temporary ?? orphan ?? "")?.[1];
-    if (of !== undefined && prefixOf(of) !== null) add(of, name);
+  for (const { name: file } of files) {
+    const name = remainsOf(file, names);
+    if (name !== null) add(name, file);
   }
   const unsummed: Stream[] = [];
-  for (const some of groupBy(
-    streams.filter((stream) => !stream.stored),
-    ({ name }) => prefixOf(name),
-  ).values()) {
+  const unstored = streams.filter(({ stored }) => !stored);
+  for (const some of groupBy(unstored, ({ name }) => prefixOf(name)).values()) {
     const [first] = some;
     if (first !== undefined && some.length === 1 && !children.has(first.receivedUuid))
       add(first.name, first.uuid);
@@ -793,7 +827,8 @@ function byUuid<T extends Subvolume>(all: readonly T[]): Map<string, T> {
 
 /** The first word that makes of this program the relay, which bytes pass through: see `relay`. */
 const RELAY = "--relay";
-// Before anything else is loaded, since each stream waits for it, and before any signal has a handler: see `relay`.
+// Before anything else is loaded, since each stream waits for it, and before any signal has a
+// handler: see `relay`.
 if (import.meta.main && process.argv[2] === RELAY)
   relay(JSON.parse(process.argv[3] ?? "{}") as Relay);
 
@@ -803,28 +838,31 @@ const { $, which } = await import("zx/core");
 
 // ── 2. Hosts ─────────────────────────────────────────────────────────────────────────────
 
-/**
- * Where verbs run: here (`ssh` is null) or through the ssh command given. Every `beat` seconds what holds a lock there is told that we
- * live. `fence`: in which mount namespace.
- */
+/** Where verbs run. */
 export type Host = {
   readonly label: string;
+  /** The ssh command that they run through; null for here. */
   readonly ssh: readonly string[] | null;
   readonly sudo: boolean;
+  /** Every so many seconds a process that holds a lock there is told that we live. */
   readonly beat: number;
   readonly fence?: Fence;
 };
 
 /**
- * In a mount namespace of its own, a verb works behind the fence (see PRELUDE). `try`: in one where it can be had, for verbs that
- * tell whether it could; `own`: in a new one, or not at all; `pid`: in the one of the process that holds a folder.
+ * The mount namespace that a verb works in, behind the fence (see PRELUDE). `try`: its own if
+ * possible, for verbs that tell whether it was; `own`: its own, or none; `pid`: that of the process
+ * that holds a folder.
  */
 export type Fence = "try" | "own" | { readonly pid: string };
 
-/** A constant POSIX script; what it works on comes as positional parameters. */
+/** A constant POSIX script; its input comes as positional parameters. */
 export type Verb = { readonly name: string; readonly script: string };
 
-/** A line behind which a line break is a blank, since the shell expects more; elsewhere it is a `;`. The last: a pattern of `case` alone. */
+/**
+ * A line behind which a line break is a blank, since the shell expects more; elsewhere it is a `;`.
+ * The last alternative is a pattern of `case` alone.
+ */
 const GOES_ON = /[{(|&;]$|(?:^|[\s;])(?:do|then|else|in)$|^[^()]*[^\s()]\)$/;
 
 /** A script as it goes over the wire: one line, without indentation and comments. */
@@ -843,12 +881,14 @@ export function oneLine(written: string): string {
   return joined;
 }
 
-/** What a line of a script cannot hold: the three characters that login shells differ about (see `quote`), and a comment behind code. */
+/**
+ * A line with a character that login shells differ about (see `quote`), or a comment behind code.
+ */
 const UNFIT = /^(?![ \t]*#).*?(?:['\\!]|[ \t;&|(]#)/m;
 
 /**
- * A POSIX shell script, or a piece of one, written over many lines. Nothing but other pieces may be put
- * into it. Errors: what would not survive a login shell, or would hide what follows it in one line.
+ * A POSIX shell script, or a piece of one, over many lines. Only other pieces may be put into it.
+ * Errors: a script that would not survive a login shell, or would hide its end in one line.
  */
 export function sh(text: TemplateStringsArray, ...pieces: readonly string[]): string {
   // The pieces were looked at when they were made.
@@ -863,8 +903,8 @@ type Words<S extends string> = S extends `${infer First} ${infer Others}`
   : S;
 
 /**
- * The parameters of a verb by name: `name` must be given; `name?` may be left out, with all that follow; `names...` are
- * any number, and the last.
+ * The parameters of a verb by name: `name` must be given; `name?` may be left out, with all that
+ * follow; `names...` are any number, and the last.
  */
 type Named<S extends string> = {
   readonly [W in Words<S> as W extends `${string}?` | `${string}...` ? never : W]: string;
@@ -874,7 +914,9 @@ type Named<S extends string> = {
   readonly [W in Words<S> as W extends `${infer Name}...` ? Name : never]: readonly string[];
 };
 
-/** A verb that was declared: `takes` names its parameters, and `written` is its script as a person reads it. */
+/**
+ * A declared verb: `takes` names its parameters, and `written` is its script as a person reads it.
+ */
 export type Declared<S extends string = string> = Verb & {
   readonly takes: S;
   readonly written: string;
@@ -899,8 +941,8 @@ export function wordsFor<V extends Declared>(verb: V, given: ArgumentsOf<V>): st
 }
 
 /**
- * A word for any login shell. `'`, `\` and `!` stand outside the quotes behind a backslash:
- * fish reads `\'` inside quotes, csh expands `!` there.
+ * A word for any login shell. `'`, `\` and `!` stand outside the quotes behind a backslash: fish
+ * reads `\'` inside quotes, csh expands `!` there.
  */
 export const quote = (word: string) => `'${word.replace(/['\\!]/g, (c) => `'\\${c}'`)}'`;
 
@@ -909,22 +951,23 @@ const shellWord = (word: string) => (/^[\w./:@+-]+$/.test(word) ? word : quote(w
 
 export const LEVELS = { error: 0, warning: 1, info: 3, debug: 4 } as const;
 
-/** Lines at the bottom of a terminal, one for each stream that is under way; whatever else is written goes above them. */
+/**
+ * A line at the bottom of a terminal for each stream that is under way. All other text goes above.
+ */
 class Terminal {
   readonly #lines = new Map<object, string>();
   #drawn = 0;
-  /** Shows a line for a stream, or none any more. */
-  show(stream: object, line: string | null): void {
-    if (line === null) this.#lines.delete(stream);
-    else this.#lines.set(stream, line);
+  /** Shows a line for something, or none any more. */
+  show(whose: object, line: string | null): void {
+    if (line === null) this.#lines.delete(whose);
+    else this.#lines.set(whose, line);
     this.write("");
   }
-  write(text: string | Uint8Array): boolean {
+  write(text: string): void {
     if (this.#drawn > 0) process.stderr.write(`\x1b[${this.#drawn}A\x1b[J`);
-    if (text.length > 0) process.stderr.write(text);
+    if (text !== "") process.stderr.write(text);
     for (const line of this.#lines.values()) process.stderr.write(`${line}\n`);
     this.#drawn = this.#lines.size;
-    return true;
   }
 }
 const terminal = new Terminal();
@@ -958,9 +1001,15 @@ const shell = $({
 });
 
 let privateDirectory: string | null = null;
-/** What a run's own directory is called, and in which namespace of processes that run has this number. */
+/**
+ * The name of a run's own directory: its process ID, and the namespace of processes that has this
+ * ID.
+ */
 const OWN_DIRECTORY = /^btrfs-backup\.(\d+)\.(\d+)\.\w{6}$/;
-/** A directory for control sockets and the like, gone at exit; short, since a socket's path must be. */
+/**
+ * A directory for control sockets and the like, gone at exit. Its path is short, as a socket's must
+ * be.
+ */
 function runtimeDirectory(): string {
   if (privateDirectory !== null) return privateDirectory;
   // A root that came from a user's session can still have that user's.
@@ -974,7 +1023,8 @@ function runtimeDirectory(): string {
       clearDead(parent, namespace);
       const made = mkdtempSync(join(parent, `btrfs-backup.${process.pid}.${namespace}.`));
       privateDirectory = made;
-      writeFileSync(join(made, "room"), Buffer.alloc(2 ** 16)); // a full one lets directories be made, and nothing be written
+      // Where a filesystem is full, directories can be made, and nothing be written.
+      writeFileSync(join(made, "room"), Buffer.alloc(2 ** 16));
       rmSync(join(made, "room"));
       return made;
     } catch {
@@ -986,15 +1036,15 @@ function runtimeDirectory(): string {
   throw new Failure("cannot write to a private directory in /run or /tmp: are they full?");
 }
 
-/** Removes what runs that were killed have left. */
+/** Removes the directories of runs that were killed. */
 function clearDead(parent: string, namespace: string): void {
   for (const name of readdirSync(parent)) {
     const [, pid, other] = OWN_DIRECTORY.exec(name) ?? [];
-    const isOurs =
+    const isDead =
       other === namespace &&
-      lstatSync(join(parent, name), { throwIfNoEntry: false })?.uid === process.getuid?.();
-    if (isOurs && !existsSync(`/proc/${pid}`))
-      rmSync(join(parent, name), { recursive: true, force: true });
+      lstatSync(join(parent, name), { throwIfNoEntry: false })?.uid === process.getuid?.() &&
+      !existsSync(`/proc/${pid}`);
+    if (isDead) rmSync(join(parent, name), { recursive: true, force: true });
   }
 }
 process.on(
@@ -1014,42 +1064,41 @@ export function hostOf(
   const beat = Number(interval ?? 0) || 15;
   if (name === null) return { label: "", ssh: null, sudo: options.sudo, beat };
   // The first value of an ssh option wins: the user's stand before ours.
-  const ours = [
+  const ssh = [
+    ...options.sshOptions,
     "ControlMaster=auto",
     `ControlPath=${runtimeDirectory()}/%C`,
     "ControlPersist=no",
     "ServerAliveInterval=15",
     "ServerAliveCountMax=2",
     "ConnectTimeout=15",
-  ];
-  // What a user's configuration lends to hosts that people log in to is not for one that may be hostile.
-  ours.push("ForwardAgent=no", "ForwardX11=no", "ClearAllForwardings=yes", "PermitLocalCommand=no");
-  // Nor is what it does there instead of what we ask for. An older ssh knows not all of these: ssh_config(5).
-  ours.push(
+    // A user's configuration lends these to hosts to log in to. This host may be hostile.
+    "ForwardAgent=no",
+    "ForwardX11=no",
+    "ClearAllForwardings=yes",
+    "PermitLocalCommand=no",
+    // It may also replace our command there. An older ssh does not know all of these:
+    // ssh_config(5).
     "IgnoreUnknown=RemoteCommand,ForkAfterAuthentication,SessionType,StdinNull",
     "RemoteCommand=none",
     "ForkAfterAuthentication=no",
     "SessionType=default",
     "StdinNull=no",
-  );
-  const words = [
-    "ssh",
-    "-T",
-    ...[...options.sshOptions, ...ours].flatMap((option) => ["-o", option]),
-  ];
-  if (name.port !== null) words.push("-p", name.port);
-  if (name.user !== null) words.push("-l", name.user);
+  ].flatMap((option) => ["-o", option]);
+  const { user, name: host, port } = name;
+  if (port !== null) ssh.push("-p", port);
+  if (user !== null) ssh.push("-l", user);
   return {
-    label: `${name.user === null ? "" : `${name.user}@`}${name.name}`,
-    ssh: [...words, "--", name.name],
+    label: `${user === null ? "" : `${user}@`}${host}`,
+    ssh: ["ssh", "-T", ...ssh, "--", host],
     sudo: options.sshSudo,
     beat,
   };
 }
 
-/** A host, where what runs sees its mounts as everybody does. */
 const LOCAL: Host = { label: "", ssh: null, sudo: false, beat: 15 };
 
+/** A host whose verbs see its mounts as everybody does. */
 const plainHost = ({ fence: _, ...host }: Host): Host => host;
 
 const sameHost = (a: Host, b: Host) => JSON.stringify(a.ssh) === JSON.stringify(b.ssh);
@@ -1057,19 +1106,24 @@ const sameHost = (a: Host, b: Host) => JSON.stringify(a.ssh) === JSON.stringify(
 /** What tells a verb's process from others, as in ps(1). */
 const titleOf = ({ name }: Verb) => quote(`btrfs-backup:${name}`);
 
-/** The first word that a verb's script gets: "sudo" has btrfs run under it, "fence" says that the mount namespace is its own. */
-const modeOf = ({ sudo, fence }: Host) => (sudo ? "sudo" : fence === undefined ? "" : "fence");
-
-/** What a verb's script gets. */
-const scriptArguments = (host: Host, args: readonly string[]) =>
-  [modeOf(host), ...args].map(quote).join(" ");
+/**
+ * The words that a verb's script gets. The first is its mode: "sudo" has btrfs run under it,
+ * "fence" says that the mount namespace is its own.
+ */
+function scriptArguments({ sudo, fence }: Host, args: readonly string[]): string {
+  const fenced = fence === undefined ? "" : "fence";
+  return [sudo ? "sudo" : fenced, ...args].map(quote).join(" ");
+}
 
 const UNSHARE = "unshare -m --propagation slave --";
 
-/** What tells TRY from verbs. */
+/** As titleOf, for TRY. */
 const TRYING = "btrfs-backup";
 
-/** Runs `sh -c SCRIPT TITLE MODE ARGUMENT...` in a mount namespace of its own where root can have one, with the mode "try". */
+/**
+ * Runs `sh -c SCRIPT TITLE MODE ARGUMENT...`, with the mode "try" in a mount namespace of its own
+ * where root can have one.
+ */
 const TRY = sh`
   script=$1 title=$2
   shift 2
@@ -1112,7 +1166,7 @@ export function commandFor(host: Host, verb: Verb, args: readonly string[]): str
 const commandWith = <V extends Declared>(host: Host, verb: V, given: ArgumentsOf<V>) =>
   commandFor(host, verb, wordsFor(verb, given));
 
-/** Children that end when a signal ends the run; cleaning up must be able to outlive it. */
+/** How to end the children when a signal ends the run; but not those that clean up. */
 const running = new Set<() => void>();
 let interruption: Interrupted | null = null;
 let tellSignalled = () => {};
@@ -1120,33 +1174,35 @@ let tellSignalled = () => {};
 const signalled = new Promise<true>((come) => (tellSignalled = () => come(true)));
 const cleaning = new AsyncLocalStorage<true>(); // one transfer cleans up while others go on
 
-/** Ends everything at the first signal, and gives up cleaning at the second; but not at one that we were started to ignore, as by nohup(1). */
+/**
+ * Ends everything at the first signal, and gives up cleaning at the second. A signal that we were
+ * started to ignore, as by nohup(1), stays ignored.
+ */
 export function stopOnSignals(): void {
-  const ignored = BigInt(
-    `0x${/^SigIgn:\s*(\w+)/m.exec(readFileSync("/proc/self/status", "utf8"))?.[1] ?? "0"}`,
-  ); // a bit each: proc_pid_status(5)
+  // A bit for each signal: proc_pid_status(5).
+  const [, bits = "0"] = /^SigIgn:\s*(\w+)/m.exec(readFileSync("/proc/self/status", "utf8")) ?? [];
   const isIgnored = (signal: NodeJS.Signals) =>
-    ((ignored >> BigInt(osConstants.signals[signal] - 1)) & 1n) === 1n;
-  if (isIgnored("SIGCHLD")) process.on("SIGCHLD", () => {}); // else the kernel tells nobody how a child has ended
+    ((BigInt(`0x${bits}`) >> BigInt(osConstants.signals[signal] - 1)) & 1n) === 1n;
+  // Else the kernel tells nobody how a child has ended.
+  if (isIgnored("SIGCHLD")) process.on("SIGCHLD", () => {});
   for (const signal of ["SIGINT", "SIGTERM", "SIGHUP"] as const)
     if (signal === "SIGTERM" || !isIgnored(signal))
       process.on(signal, () => {
-        if (interruption !== null) process.exit(SIGNAL_STATUS[signal]);
+        if (interruption !== null) process.exit(statusOf(signal));
         interruption = new Interrupted(signal);
         for (const stop of running) stop();
         tellSignalled();
       });
 }
+/** The exit status of a shell's command that a signal ended. */
+const statusOf = (signal: NodeJS.Signals) => 128 + osConstants.signals[signal];
 /** The exit status after a signal; 0 if there was none. */
-const statusOfSignal = () =>
-  interruption === null ? 0 : (SIGNAL_STATUS[interruption.signal] ?? 1);
-const SIGNAL_STATUS: Partial<Record<NodeJS.Signals, number>> = {
-  SIGHUP: 129,
-  SIGINT: 130,
-  SIGTERM: 143,
-};
+const statusOfSignal = () => (interruption === null ? 0 : statusOf(interruption.signal));
 
-/** Lets nothing in the environment decide whose programs we run, though we enter other users' directories, nor how a shell reads our scripts. */
+/**
+ * Lets nothing in the environment decide whose programs we run, though we enter other users'
+ * directories, nor how a shell reads our scripts.
+ */
 function settleEnvironment(environment: Record<string, string | undefined>): void {
   const folders = (environment["PATH"] ?? "").split(":").filter((folder) => folder.startsWith("/"));
   environment["PATH"] =
@@ -1158,7 +1214,7 @@ function checkInterruption(): void {
   if (interruption !== null && !cleaning.getStore()) throw interruption;
 }
 
-/** Runs what must still happen after a signal. */
+/** Runs work that must still happen after a signal. */
 const whileCleaning = <T>(work: () => Promise<T>): Promise<T> => cleaning.run(true, work);
 
 /** A verb that was started: its output as it comes, its end, and the way to end it. */
@@ -1171,13 +1227,16 @@ function start<V extends Declared>(host: Host, verb: V, given: ArgumentsOf<V>): 
     `${host.label === "" ? "" : `${host.label}: `}${verb.name} ${args.map(shellWord).join(" ")}`,
   );
   const local = host.ssh === null;
-  const plain = local && host.fence === undefined;
-  // Ctrl-C at a terminal reaches every child there: these are ended by us, after cleaning up. A
-  // verb has a process group of its own; ssh stays where it can ask for a passphrase.
+  const text =
+    local && host.fence === undefined
+      ? `: ${titleOf(verb)}; set -- ${scriptArguments(host, args)}; ${verb.script}`
+      : `exec ${commandFor(host, verb, args)}`;
+  // Ctrl-C reaches every child of the terminal, but we end these, after cleaning up: a verb has a
+  // process group of its own. ssh stays where it can ask for a passphrase.
   const child = shell({
     stdio: ["pipe", "pipe", "pipe"],
     detached: local,
-  })`${`trap "" INT HUP; ${plain ? `: ${titleOf(verb)}; set -- ${scriptArguments(host, args)}; ${verb.script}` : `exec ${commandFor(host, verb, args)}`}`}`;
+  })`${`trap "" INT HUP; ${text}`}`;
   const pid = pidOf(child);
   child.stdin.on("error", () => {}); // gone before we were: its exit status tells
   return { process: child, stop: () => sendSignal(local ? -pid : pid, "SIGTERM") };
@@ -1193,109 +1252,126 @@ function pidOf(child: ProcessPromise): number {
 
 const WITHOUT_ROOT = `(see "Without root" in the README)`;
 
+/** The errors that a verb's exit status stands for. */
+const STATUS_ERRORS: Partial<Record<number, new (message: string) => Error>> = {
+  64: UsageError,
+  66: Absent,
+  75: Busy,
+  76: Taken,
+  78: Unfinished,
+  79: Missing,
+};
+
+/** Messages of ssh where the host cannot be reached, or no more. */
+const UNREACHABLE =
+  /No route|timed out|Timeout, server|refused|not resolve|unreachable|Host is down|Broken pipe|mux_client|Connection .*(closed|reset)/i;
+
+type Result = Pick<Awaited<ProcessPromise>, "exitCode" | "signal" | "stdout" | "stderr">;
+
+/** The output of a verb that failed, with a hint where it lacks root. */
+function saidBy(host: Host, { stdout, stderr }: Result): string {
+  const text = stderr.trim() || stdout.trim().slice(0, 500); // nologin(8) speaks on stdout
+  const isUser = host.sudo || (host.ssh === null && process.getuid?.() !== 0);
+  return isUser && /Permission denied|Operation not permitted/.test(text)
+    ? `${text}: this needs root, as sudo gives it ${WITHOUT_ROOT}`
+    : text;
+}
+
 /** A verb's exit status other than 0 as an error that says where, what, and what it printed. */
-function failureOf(
-  host: Host,
-  what: string,
-  result: { exitCode: number | null; signal: string | null; stdout: string; stderr: string },
-): Error {
-  const printed = result.stderr.trim() || result.stdout.trim().slice(0, 500); // nologin(8) speaks on stdout
-  const denied =
-    (host.sudo || (host.ssh === null && process.getuid?.() !== 0)) &&
-    /Permission denied|Operation not permitted/.test(printed);
-  const said = denied ? `${printed}: this needs root, as sudo gives it ${WITHOUT_ROOT}` : printed;
+function failureOf(host: Host, what: string, result: Result): Error {
+  const { exitCode, signal } = result;
+  const said = saidBy(host, result);
   // A place stands once in a message, whoever named it.
   const [place] = /^\/.*?(?=: )/.exec(said) ?? [];
   const cause = place !== undefined && what.endsWith(place) ? said.slice(place.length + 2) : said;
   const where = host.label === "" || what.includes(host.label) ? "" : `${host.label}: `;
-  const message = `${where}${what}: ${cause || `ended by ${result.signal ?? `exit status ${result.exitCode}`}`}`;
-  if (result.exitCode === 64) return new UsageError(said);
-  if (result.exitCode === 75) return new Busy(message);
-  if (result.exitCode === 76) return new Taken(message);
-  if (result.exitCode === 78) return new Unfinished(said);
-  if (result.exitCode === 66) return new Absent(message);
-  if (result.exitCode === 79) return new Missing(message);
-  const unreachable =
-    /No route|timed out|Timeout, server|refused|not resolve|unreachable|Host is down|Broken pipe|mux_client|Connection .*(closed|reset)/i;
-  return host.ssh !== null && result.exitCode === 255 && unreachable.test(said)
-    ? new Unreachable(message)
-    : new Failure(message);
+  const message = `${where}${what}: ${cause || `ended by ${signal ?? `exit status ${exitCode}`}`}`;
+  const kind = STATUS_ERRORS[exitCode ?? 0];
+  if (kind === UsageError || kind === Unfinished) return new kind(said);
+  if (kind !== undefined) return new kind(message);
+  const isGone = host.ssh !== null && exitCode === 255 && UNREACHABLE.test(said);
+  return isGone ? new Unreachable(message) : new Failure(message);
 }
 
-/** Runs a verb for its output. Errors: Failure, Busy (exit 75), Absent (exit 66, host not reached). */
-const ask = async <V extends Declared>(
+/** A verb to run on a host, with arguments by name; errors begin with `what`. */
+type Asked<V extends Declared> = [
   host: Host,
   verb: V,
   given: ArgumentsOf<V>,
   what: string,
-  input = "",
-): Promise<string> => (await askAll(host, verb, given, what, input)).stdout;
+  input?: string,
+];
+
+/**
+ * Runs a verb for its output. Errors: Failure, Busy (exit 75), Absent (exit 66, host not reached).
+ */
+const ask = async <V extends Declared>(...asked: Asked<V>): Promise<string> =>
+  (await askAll(asked)).stdout;
 
 /** Runs a verb for its output in bytes. Errors: those of `ask`. */
-const askBytes = async <V extends Declared>(
-  host: Host,
-  verb: V,
-  given: ArgumentsOf<V>,
-  what: string,
-): Promise<Buffer> => Buffer.concat((await askAll(host, verb, given, what, "")).chunks);
+const askBytes = async <V extends Declared>(...asked: Asked<V>): Promise<Buffer> =>
+  Buffer.concat((await askAll(asked)).output);
 
-async function askAll<V extends Declared>(
-  host: Host,
-  verb: V,
-  given: ArgumentsOf<V>,
-  what: string,
-  input: string,
-): Promise<{ readonly stdout: string; readonly chunks: readonly Buffer[] }> {
+async function askAll<V extends Declared>([host, verb, given, what, input = ""]: Asked<V>) {
   const { process: child, stop } = start(host, verb, given);
   child.stdin.end(input);
   if (!cleaning.getStore()) running.add(stop);
   let bytes = 0;
-  const chunks: Buffer[] = [];
+  const output: Buffer[] = [];
   child.stdout.on("data", (chunk: Buffer) => {
     bytes += chunk.length;
-    chunks.push(chunk);
+    output.push(chunk);
   });
   const whose =
     host.ssh === null ? { group: child.pid as number } : { verb, folder: folderOf(given) };
   const worked = async () => `${bytes} ${await workOf(host, whose)}`;
-  // What the user's own command waits for is the user's.
+  // How long the user's own command waits is the user's affair.
   const result = await (verb === HOOK ? child : attended(child, what, worked, stop)).finally(() =>
     running.delete(stop),
   );
   checkInterruption();
   if (result.exitCode !== 0) throw failureOf(host, what, result);
-  return { stdout: result.stdout, chunks };
+  return { stdout: result.stdout, output };
 }
 
 // ── what does not end ──
 
-/**
- * In ms: how long a place may be silent that is asked to open; how long what was begun may do nothing (see --timeout), six times as long while
- * it waits for a disk to have everything; and how long what is told to end may take, which on a dead disk it never does.
- */
-const LIMITS = { open: 120e3, stuck: 3600e3, parting: 10e3 };
+/** In ms. */
+const LIMITS = {
+  /** How long a place that is asked to open may be silent. */
+  open: 120e3,
+  /**
+   * How long a process may do nothing (see --timeout); six times as long while it waits for a disk
+   * to have everything.
+   */
+  stuck: 3600e3,
+  /** How long a process that is told to end may take. On a dead disk it never does. */
+  parting: 10e3,
+};
 
 /** Comes with a signal, except for what cleans up after it. */
 const interrupting = (): Promise<true> => (cleaning.getStore() ? new Promise(() => {}) : signalled);
 
-/** Waits for so many ms, or until something else is over; tells whether that was over first. */
+/** Comes with the end of something, good or bad, and has `value`. */
+const endOf = <T>(one: Promise<unknown>, value: T): Promise<T> =>
+  one.then(
+    () => value,
+    () => value,
+  );
+
+/** Waits for so many ms, or until something else is over, and tells whether it is. */
 async function within(ms: number, over: Promise<unknown>): Promise<boolean> {
   let timer: ReturnType<typeof setTimeout> | undefined;
   const late = new Promise<false>((done) => (timer = setTimeout(() => done(false), ms)));
-  const first = await Promise.race([
-    late,
-    over.then(
-      () => true,
-      () => true,
-    ),
-  ]);
+  const first = await Promise.race([late, endOf(over, true)]);
   clearTimeout(timer);
   return first;
 }
 
 /**
- * Waits for the end of what runs as long as it does anything: `worked` tells what it has done so far. Then it is stopped; if it does not end by that, as
- * what waits for a dead disk, it is left alone. So it is after a signal. Errors: Stuck, Interrupted.
+ * Waits for a process as long as it does anything: `worked` tells what it has done so far. Then it
+ * is stopped, and left alone if it does not end, as one that waits for a dead disk; so it is after
+ * a signal. Errors: Stuck, Interrupted.
  */
 async function attended<T>(
   ended: Promise<T>,
@@ -1303,25 +1379,18 @@ async function attended<T>(
   worked: () => Promise<string>,
   stop: () => void,
 ): Promise<T> {
-  const pause = Math.min(60e3, LIMITS.stuck / 4); // ms
-  let [seen, idle, told] = ["", 0, false];
+  const interval = Math.min(60e3, LIMITS.stuck / 4); // ms
+  let [seen, idle, isAnnounced] = ["", 0, false];
   const interrupted = interrupting();
-  while (!(await Promise.race([within(pause, ended), interrupted]))) {
-    const work = await Promise.race([
-      worked(),
-      ...[ended, interrupted].map((over) =>
-        over.then(
-          () => "",
-          () => "",
-        ),
-      ),
-    ]);
+  while (!(await Promise.race([within(interval, ended), interrupted]))) {
+    const work = await Promise.race([worked(), endOf(ended, ""), endOf(interrupted, "")]);
     const isSyncing = work.includes(SYNCING);
-    idle = work === seen ? idle + pause : 0;
+    idle = work === seen ? idle + interval : 0;
     seen = work;
-    if (isSyncing && idle > 0 && !told)
+    if (isSyncing && idle > 0 && !isAnnounced) {
       log.info(`${what}: waiting for the disk to have everything (${SYNCING})`);
-    told ||= isSyncing && idle > 0;
+      isAnnounced = true;
+    }
     if (idle < LIMITS.stuck * (isSyncing ? 6 : 1)) continue;
     stop();
     const isOver = await within(LIMITS.parting, ended);
@@ -1336,24 +1405,20 @@ async function attended<T>(
 /** The folder that a verb is asked to work in, if any. */
 const folderOf = (given: object) => ("folder" in given ? String(given.folder) : "");
 
-/** What a verb waits in that has a disk write down everything, as WORK tells it. */
+/** What WORK tells of a process that waits for a disk to have everything. */
 const SYNCING = "btrfs filesystem sync";
 
-/** What the processes of a group here, or those of a verb in a folder on another host, have done so far; nothing where nobody can tell. */
-async function workOf(
-  host: Host,
-  {
-    group,
-    verb,
-    folder,
-  }: { readonly group?: number; readonly verb?: Verb; readonly folder?: string },
-): Promise<string> {
+/** Processes: those of a group here, or those of a verb in a folder on another host. */
+type Workers = { readonly group: number } | { readonly verb: Verb; readonly folder: string };
+
+/** Tells what processes have done so far; nothing where nobody can tell. */
+async function workOf(host: Host, whose: Workers): Promise<string> {
+  const asked =
+    "group" in whose
+      ? { group: String(whose.group), verb: "", folder: "" }
+      : { group: "", verb: whose.verb.name, folder: whose.folder };
   try {
-    const { process: child, stop } = start(plainHost(host), WORK, {
-      group: String(group ?? ""),
-      verb: verb?.name ?? "",
-      folder: folder ?? "",
-    });
+    const { process: child, stop } = start(plainHost(host), WORK, asked);
     child.stdin.end();
     if (await within(30e3, child)) return (await child).stdout;
     stop();
@@ -1366,32 +1431,38 @@ async function workOf(
 /** A verb that holds something (a lock) until it is told to let go. */
 type Held = { readonly output: string; readonly release: () => Promise<void> };
 
-/** What is exchanged with a verb on the way: the `first` line that it waits for; that it is `unwanted`, and is ended; and what is done when a line of its output is `seen`. */
-type Signals = {
+/** A line that a verb prints on the way, and what is done then. */
+type Seen = { readonly line: string; readonly tell: () => void };
+
+/**
+ * How a verb is held: it prints until a line that is `end`, and may be silent for `wait` s longer
+ * than LIMITS says. It waits for the line of input `first`, and is ended once it is `unwanted`.
+ */
+type Holding = {
+  readonly end: string;
+  readonly what: string;
   readonly wait?: number;
   readonly first?: Promise<string> | undefined;
   readonly unwanted?: AbortSignal | undefined;
   readonly seen?: Seen | undefined;
 };
-type Seen = { readonly line: string; readonly tell: () => void };
 
 /**
- * Starts a verb that prints until a line that is `end`, and then waits for its input to close. It may be silent for `wait` s longer than
- * LIMITS says. Errors: those of `ask`, Unreachable or Stuck where nothing comes.
+ * Starts a verb that prints, and then waits for its input to close. Errors: those of `ask`;
+ * Unreachable or Stuck where nothing comes.
  */
 async function hold<V extends Declared>(
   host: Host,
   verb: V,
   given: ArgumentsOf<V>,
-  end: string,
-  what: string,
-  { first, unwanted, seen, wait = 0 }: Signals = {},
+  { end, what, first, unwanted, seen, wait = 0 }: Holding,
 ): Promise<Held> {
   const { process: child, stop } = start(host, verb, given);
   running.add(stop);
   void first?.then((line) => child.stdin.write(`${line}\n`));
   unwanted?.addEventListener("abort", () => running.has(stop) && stop());
-  // It waits for the lock of the chain, and then for those of what is still being received there.
+  // It waits for the lock of the chain, and then for those of transfers that are still being
+  // received.
   const limit =
     LIMITS.stuck === Infinity ? Infinity : Math.min(LIMITS.open, LIMITS.stuck) + 4000 * wait;
   const interrupted = interrupting()
@@ -1414,15 +1485,7 @@ async function hold<V extends Declared>(
   const release = async () => {
     clearInterval(beats);
     child.stdin.end();
-    // Over ssh this may be the connection that other commands share, which ends with the last
-    // of them: its output ends with the lock, the process when it likes.
-    const letGo =
-      host.ssh === null
-        ? child
-        : child.stdout.readableEnded
-          ? Promise.resolve()
-          : new Promise((done) => child.stdout.once("end", done));
-    if (!(await within(LIMITS.parting, letGo))) stop();
+    if (!(await within(LIMITS.parting, lockGone(host, child)))) stop();
   };
   if (output === null) {
     checkInterruption();
@@ -1433,39 +1496,52 @@ async function hold<V extends Declared>(
   return { output, release };
 }
 
+/**
+ * Comes when a verb whose input was closed has no lock any more. Over ssh its output ends with the
+ * lock; its process can be the connection that other commands share, which ends with the last of
+ * them.
+ */
+function lockGone({ ssh }: Host, child: ProcessPromise): Promise<unknown> {
+  if (ssh === null) return child;
+  if (child.stdout.readableEnded) return Promise.resolve();
+  return new Promise((done) => child.stdout.once("end", done));
+}
+
 class Silent {}
 
-/** What a verb prints until its output ends so; null if it ends before, Silent if nothing comes for `limit` ms, once `from` is over. Decoded at once: lists of subvolumes can be long. */
+/** When a verb must have printed something: within `limit` ms after `from`. */
+type Patience = {
+  readonly limit?: number;
+  readonly from?: Promise<unknown> | undefined;
+  readonly seen?: Seen | undefined;
+};
+
+/**
+ * What a verb prints up to `end`; null if its output ends before, and Silent if nothing comes for
+ * too long. The text is decoded at once: lists of subvolumes can be long.
+ */
 function printed(
   child: ProcessPromise,
   end: string,
-  {
-    limit = Infinity,
-    from = Promise.resolve(),
-    seen,
-  }: {
-    readonly limit?: number;
-    readonly from?: Promise<unknown> | undefined;
-    readonly seen?: Seen | undefined;
-  } = {},
+  { limit = Infinity, from = Promise.resolve(), seen }: Patience = {},
 ): Promise<string | null | Silent> {
   return new Promise((done) => {
-    const chunks: Buffer[] = [];
+    const output: Buffer[] = [];
     const [line, last] = [Buffer.from(`\n${seen?.line}\n`), Buffer.from(end)];
     const kept = Math.max(last.length, line.length);
     let tail: Buffer = Buffer.alloc(0);
     let tell = seen?.tell;
-    let silence: ReturnType<typeof setTimeout> | undefined;
+    let alarm: ReturnType<typeof setTimeout> | undefined;
     let heard = 0;
     let isOver = false;
     const ended = (how: string | null | Silent) => {
       isOver = true;
-      clearTimeout(silence);
+      clearTimeout(alarm);
       done(how);
     };
     // There can be thousands of chunks: none sets a timer.
     const listen = (rest: number) => {
-      silence = setTimeout(() => {
+      alarm = setTimeout(() => {
         const left = heard + limit - performance.now();
         if (left <= 0) ended(new Silent());
         else listen(left);
@@ -1477,47 +1553,51 @@ function printed(
     });
     child.stdout.on("data", (chunk: Buffer) => {
       heard = performance.now();
-      chunks.push(chunk);
+      output.push(chunk);
       if (tell !== undefined && Buffer.concat([tail, chunk]).includes(line)) {
         tell();
         tell = undefined;
       }
       tail =
         chunk.length < kept ? Buffer.concat([tail, chunk]).subarray(-kept) : chunk.subarray(-kept);
-      if (tail.subarray(-last.length).equals(last)) ended(Buffer.concat(chunks).toString());
+      if (tail.subarray(-last.length).equals(last)) ended(Buffer.concat(output).toString());
     });
     void child.then(() => ended(null));
   });
 }
 
-/**
- * One process of a pipeline. `shown`: its stderr goes to the terminal, not into the error; `sends`: what it says does not tell that the receiving side is full; `receives`: it is a `btrfs receive`. `relay`: it is this
- * program, and counts better; `counts` gets what has passed it, and null at the end. `far`: what works for it on another host.
- */
+/** One process of a pipeline. */
 export type Stage = {
   readonly label: string;
   readonly command: string;
+  /** The verb that works for it on another host. */
   readonly far?: { readonly host: Host; readonly verb: Verb; readonly folder: string };
+  /** Its stderr goes to the terminal, not into the error. */
   readonly shown?: boolean;
+  /** It is a `btrfs receive`. */
   readonly receives?: boolean;
+  /** Its messages do not tell that the receiving side is full. */
   readonly sends?: boolean;
+  /** It is this program, which counts better than the kernel. */
   readonly relay?: Relay;
+  /** Gets the number of bytes that have passed it, and null at the end. */
   readonly counts?: (bytes: number | null) => void;
 };
 
-/** A verb on a host, with arguments by name, as a stage: `what` it does there. */
-function staged<V extends Declared>(
-  what: string,
+/** A verb on a host, with arguments by name, and what else is to be said of its stage. */
+type Staging<V extends Declared> = [
   host: Host,
   verb: V,
   given: ArgumentsOf<V>,
-  more: Partial<Stage> = {},
-): Stage {
-  const far = host.ssh === null ? {} : { far: { host, verb, folder: folderOf(given) } };
+  more?: Partial<Stage>,
+];
+
+/** A verb as a stage: `what` it does there. */
+function staged<V extends Declared>(what: string, ...[host, verb, given, more]: Staging<V>): Stage {
   return {
     label: `${what}${host.label === "" ? "" : ` on ${host.label}`}`,
     command: commandWith(host, verb, given),
-    ...far,
+    ...(host.ssh === null ? {} : { far: { host, verb, folder: folderOf(given) } }),
     ...more,
   };
 }
@@ -1525,31 +1605,37 @@ function staged<V extends Declared>(
 /** Bytes with their SHA-256. */
 type Summed = { readonly bytes: number; readonly sum: string };
 
-/** What has passed a pipeline. `bytes`: null where the kernel does not count them; `summed`: what went to its end, if that was asked for. */
-type Flown = { readonly bytes: number | null; readonly summed: Summed | null };
+/** What has passed a pipeline. */
+type Flown = {
+  /** Null where the kernel does not count them. */
+  readonly bytes: number | null;
+  /** What went to its end, if that was asked for. */
+  readonly summed: Summed | null;
+};
 
 /** The relay as a stage. */
-const relaying = (relay: Relay, counts?: Stage["counts"]): Stage => ({
+const relaying = (how: Relay, counts?: Stage["counts"]): Stage => ({
   label: "relay",
   command: "",
-  relay,
+  relay: how,
   ...(counts === undefined ? {} : { counts }),
 });
 
-/** Of relays side by side, one. */
+/** Joins relays that stand side by side into one. */
 function withoutTwins(stages: readonly Stage[]): Stage[] {
-  return stages.reduce<Stage[]>((all, stage) => {
+  const all: Stage[] = [];
+  for (const stage of stages) {
     const last = all.at(-1);
-    const isTwin = stage.relay !== undefined && last?.relay !== undefined;
-    return isTwin
-      ? [...all.slice(0, -1), { ...last, ...stage, relay: { ...last.relay, ...stage.relay } }]
-      : [...all, stage];
-  }, []);
+    if (stage.relay === undefined || last?.relay === undefined) all.push(stage);
+    else all[all.length - 1] = { ...last, ...stage, relay: { ...last.relay, ...stage.relay } };
+  }
+  return all;
 }
 
 /** The words that start this program once more. */
 const OURSELVES = ((): readonly string[] => {
-  const emulated = process.env["BTRFS_BACKUP_RELAY"]; // where the kernel cannot start our own executable: under qemu-user
+  // Where the kernel cannot start our own executable: under qemu-user.
+  const emulated = process.env["BTRFS_BACKUP_RELAY"];
   if (emulated !== undefined) return emulated.split(" ");
   const file = fileURLToPath(import.meta.url);
   if (file.startsWith("/$bunfs/")) return [process.execPath];
@@ -1560,30 +1646,32 @@ const OURSELVES = ((): readonly string[] => {
   ];
 })();
 
-/**
- * What a pipeline has to do with others: it reads from a file, or its last stage feeds process groups, which are killed before it ends badly.
- * `waits`: whether it waits for others just now, and is not to blame for what it does not do.
- */
+/** The dealings of a pipeline with others. */
 type Joint = {
+  /** The file that it reads. */
   readonly input?: string;
+  /** Process groups that its last stage feeds. They are killed before it ends badly. */
   readonly feeds?: readonly number[];
+  /** Whether it waits for others just now, and is not to blame for what it does not do. */
   readonly waits?: () => boolean;
 };
 
-/** A pipeline at work. `blocked`: the outputs of its last relay that take nothing just now, by number. */
+/** A pipeline at work. */
 type Flowing = {
   readonly group: number;
   readonly kill: () => void;
+  /** The outputs of its last relay that take nothing just now, by number. */
   readonly blocked: () => readonly number[];
   readonly ended: Promise<Flown>;
 };
 
 /**
- * Runs stages as one pipeline in a process group of its own; returns the bytes that the first
- * one wrote, or the first relay passed. If a stage fails, the stages after it
- * are killed before their input closes: the failing one's shell holds the pipe until the group is
- * dead. By SIGKILL: what catches another signal could still take the end of a dying neighbour's
- * output for the end of the stream. Errors: Failure naming the stage that failed first, NoSpace, Stuck, Interrupted.
+ * Runs stages as one pipeline in a process group of its own; returns the bytes that the first one
+ * wrote, or the first relay passed. If a stage fails, the stages after it are killed before their
+ * input closes: the failing one's shell holds the pipe until the group is dead. By SIGKILL: a
+ * process that catches another signal could still take the end of a dying neighbour's output for
+ * the end of the stream. Errors: Failure naming the stage that failed first, NoSpace, Stuck,
+ * Interrupted.
  */
 export const pipeline = async (
   stages: readonly Stage[],
@@ -1593,63 +1681,47 @@ export const pipeline = async (
 function flow(
   given: readonly Stage[],
   environment: Record<string, string>,
-  { input = "/dev/null", feeds = [], waits = () => false }: Joint = {},
+  joint: Joint = {},
 ): Flowing {
   checkInterruption();
+  const { input = "/dev/null", feeds = [], waits = () => false } = joint;
   const stages = withoutTwins(given);
   const directory = mkdtempSync(join(runtimeDirectory(), "p"));
-  const file = (name: string | number) => quote(`${directory}/${name}`);
-  const texts = stages.map(({ command, shown, relay }, i) => {
-    // A child's I/O is added to its parent's when it is waited for: proc(5), /proc/pid/io. A few bytes
-    // of the verb's own are in it.
-    const measure =
-      i === 0
-        ? `while read -r k v; do case $k in wchar:) echo "$v" >${file("bytes")};; esac; done </proc/self/io;`
-        : "";
-    const last = i === stages.length - 1 ? " >&2" : "";
-    const end = [...feeds.map((group) => `kill -KILL -${group};`), "kill -KILL 0;"].join(" ");
-    const passes =
-      relay === undefined
-        ? `${command}${last}`
-        : `${[...OURSELVES, RELAY, JSON.stringify({ ...relay, tell: `${directory}/told.${i}` })].map(quote).join(" ")}${last}`;
-    return `{ { ${passes} 3>&-; } 2>${shown ? "&3" : file(i)}; r=$?; ${measure} echo "${i} $r" >>${file("ended")}; [ $r = 0 ] || { ${end} }; }`;
-  });
+  const text = pipelineText(stages, directory, feeds);
   log.debug(
-    `pipeline: ${stages.map(({ command, relay }) => (relay === undefined ? command : `relay ${JSON.stringify(relay)}`)).join(" | ")}`,
+    `pipeline: ${stages.map(({ relay: by, ...stage }) => (by === undefined ? stage.command : `relay ${JSON.stringify(by)}`)).join(" | ")}`,
   );
   const child = shell({
     detached: true,
     stdio: ["ignore", "ignore", "pipe"],
     env: { ...process.env, ...environment },
-  })`${`exec 3>&2 <${quote(input)}; ${texts.join(" | ")}`}`;
+  })`${`exec 3>&2 <${quote(input)}; ${text}`}`;
   const group = pidOf(child);
   const said = new TextDecoder();
   child.stderr.on("data", (chunk: Buffer) =>
     terminal.write(visible(said.decode(chunk, { stream: true }))),
   );
-  /** What a relay has told: how many bytes have passed, and which outputs take nothing. */
+  /** The bytes that have passed a relay so far, and its outputs that take nothing now. */
   const toldNow = (i: number) => readIfThere(`${directory}/told.${i}.now`).split(" ").map(Number);
-  const counting = stages.flatMap(({ counts }, i) => (counts === undefined ? [] : [{ counts, i }]));
-  const tell = () => counting.forEach(({ counts, i }) => counts(toldNow(i)[0] as number));
-  const watch = setInterval(tell, 500);
+  const tellCounts = () => stages.forEach(({ counts }, i) => counts?.(toldNow(i)[0] as number));
+  const watch = setInterval(tellCounts, 500);
   const kill = () => sendSignal(-group, "SIGKILL");
   running.add(kill);
   let waited = 0;
   const worked = async () => {
-    const far = await Promise.all(
+    const elsewhere = await Promise.all(
       stages.flatMap(({ far }) => (far === undefined ? [] : [workOf(far.host, far)])),
     );
-    const passed = stages.flatMap(({ relay }, i) => (relay === undefined ? [] : [toldNow(i)[0]]));
-    return [waits() ? ++waited : waited, ...passed, await workOf(LOCAL, { group }), ...far].join(
-      "\n",
-    );
+    const passed = stages.flatMap(({ relay: by }, i) => (by === undefined ? [] : [toldNow(i)[0]]));
+    if (waits()) waited++;
+    return [waited, ...passed, await workOf(LOCAL, { group }), ...elsewhere].join("\n");
   };
   const what = stages.map(({ label }) => label).join(" | ");
   const ended = attended(child, what, worked, kill).finally(() => {
     running.delete(kill);
     clearInterval(watch);
-    tell();
-    for (const { counts } of counting) counts(null);
+    tellCounts();
+    for (const { counts } of stages) counts?.(null);
   });
   return {
     group,
@@ -1659,11 +1731,41 @@ function flow(
   };
 }
 
-/** What `btrfs receive` says where a file that a difference goes on from is not there, or not what it should be; not where the name of the whole is taken. */
+/**
+ * The shell text of a pipeline, whose stages leave their stderr in files named by their numbers. A
+ * stage that fails kills the process groups in `feeds`, and then the pipeline.
+ */
+function pipelineText(
+  stages: readonly Stage[],
+  directory: string,
+  feeds: readonly number[],
+): string {
+  const file = (name: string | number) => quote(`${directory}/${name}`);
+  // A child's I/O is added to its parent's when it is waited for: proc(5), /proc/pid/io. A few
+  // bytes of the verb's own are in it.
+  const measure = `while read -r k v; do case $k in wchar:) echo "$v" >${file("bytes")};; esac; done </proc/self/io; `;
+  const end = [...feeds.map((group) => -group), 0].map((to) => `kill -KILL ${to};`).join(" ");
+  const texts = stages.map(({ relay: by, ...stage }, i) => {
+    const runs =
+      by === undefined
+        ? stage.command
+        : [...OURSELVES, RELAY, JSON.stringify({ ...by, tell: `${directory}/told.${i}` })]
+            .map(quote)
+            .join(" ");
+    const last = i === stages.length - 1 ? " >&2" : "";
+    return `{ { ${runs}${last} 3>&-; } 2>${stage.shown ? "&3" : file(i)}; r=$?; ${i === 0 ? measure : ""}echo "${i} $r" >>${file("ended")}; [ $r = 0 ] || { ${end} }; }`;
+  });
+  return texts.join(" | ");
+}
+
+/**
+ * What `btrfs receive` says where a file that a difference goes on from is not there, or not what
+ * it should be; not where the name of the whole is taken.
+ */
 const BAD_PARENT =
   /^ERROR: (?!creating |cannot find ).*: (?:No such file or directory|File exists|Not a directory|Invalid argument)$/m;
 
-/** What is in a file; nothing if it is not there. */
+/** The text of a file; nothing if it is not there. */
 function readIfThere(path: string): string {
   try {
     return readFileSync(path, "utf8");
@@ -1672,56 +1774,70 @@ function readIfThere(path: string): string {
   }
 }
 
+/** A stage that ended, by number; -1 is the pipeline's shell, which was killed. */
+type Ended = { readonly stage: number; readonly status: number };
+
 /** What has become of a pipeline, by the files that its stages left in a directory. */
 function outcome(stages: readonly Stage[], directory: string, kill: () => void): Flown {
   const read = (name: string | number) => readIfThere(`${directory}/${name}`).trim();
-  const ended = read("ended")
-    .split("\n")
-    .filter(Boolean)
-    .map((line) => line.split(" ").map(Number));
+  const ended = [...read("ended").matchAll(/^(\d+) (\d+)$/gm)].map(([, stage, status]): Ended => ({
+    stage: Number(stage),
+    status: Number(status),
+  }));
   const errors = stages.map((_, i) => read(i));
-  const bytes = read("bytes");
-  const passed = stages.flatMap((_, i) =>
-    read(`told.${i}`) === "" ? [] : [JSON.parse(read(`told.${i}`)) as Passed],
-  );
+  const written = read("bytes");
+  const passed = stages
+    .map((_, i) => read(`told.${i}`))
+    .filter(Boolean)
+    .map((said) => JSON.parse(said) as Passed);
   rmSync(directory, { recursive: true, force: true });
   checkInterruption();
-  if (ended.length < stages.length) kill(); // the shell was killed, and not by a stage
-  const [culprit, status] =
-    ended.find(([, status]) => status !== 0) ?? (ended.length < stages.length ? [-1, 0] : []);
-  if (culprit === undefined) {
-    errors.forEach((text, i) => text && log.debug(`${stages[i]?.label}: ${text}`));
-    const [first] = passed;
-    const last = passed.findLast(({ sum }) => sum !== null);
-    const summed = last === undefined ? null : { bytes: last.bytes, sum: last.sum as string };
-    return { bytes: first?.bytes ?? (bytes === "" ? null : Number(bytes)), summed };
-  }
-  const name = stages[culprit]?.label ?? "the shell of the pipeline";
-  const how =
-    culprit === -1
-      ? "was killed"
-      : status === 255
-        ? "failed: the connection is lost"
-        : (status ?? 0) > 128
-          ? `was killed by signal ${(status ?? 0) - 128}`
-          : `failed with exit status ${status}${status === 75 ? " (an earlier transfer may still be at work)" : ""}`;
-  // What the others say is mostly that a pipe broke, but "mostly" is not enough to hide it.
-  const said = [culprit, ...errors.keys()]
-    .filter((i, at, all) => all.indexOf(i) === at && errors[i])
-    .map((i) => (i === culprit ? errors[i] : `(${stages[i]?.label}: ${errors[i]})`));
-  const message = `${name} ${how}${said.length > 0 ? `: ${said.join(" ")}` : ""}`;
-  const receiving = errors.filter((_, i) => !stages[i]?.sends);
-  if (/No space left on device|quota exceeded/i.test(receiving.join("\n")))
-    throw new NoSpace(message);
-  if (status === 1 && stages[culprit]?.receives && BAD_PARENT.test(errors[culprit] ?? ""))
-    throw new BadParent(message);
-  throw status === 255
-    ? new Unreachable(message)
-    : status === 77
-      ? new OtherStream(message)
-      : culprit === -1 || status === 137
-        ? new Killed(message)
-        : new Failure(message);
+  const isKilled = ended.length < stages.length; // the shell was, and not by a stage
+  if (isKilled) kill();
+  const failed = ended.find(({ status }) => status !== 0);
+  if (failed !== undefined || isKilled)
+    throw brokenBy(failed ?? { stage: -1, status: 0 }, stages, errors);
+  errors.forEach((text, i) => text && log.debug(`${stages[i]?.label}: ${text}`));
+  const last = passed.findLast(({ sum }) => sum !== null);
+  return {
+    bytes: passed[0]?.bytes ?? (written === "" ? null : Number(written)),
+    summed: last === undefined ? null : { bytes: last.bytes, sum: last.sum as string },
+  };
+}
+
+/** A pipeline's failure, by the stage that failed first and the stderr of each. */
+function brokenBy(culprit: Ended, stages: readonly Stage[], errors: readonly string[]): Failure {
+  const stage = stages[culprit.stage];
+  const said = errors[culprit.stage] ?? "";
+  // The others mostly say that a pipe broke, but "mostly" is not enough to hide their messages.
+  const others = errors.map((text, i) =>
+    text === "" || i === culprit.stage ? "" : `(${stages[i]?.label}: ${text})`,
+  );
+  const texts = [said, ...others].filter(Boolean);
+  const { how, kind } = endingOf(culprit);
+  const name = stage?.label ?? "the shell of the pipeline";
+  const message = `${name} ${how}${texts.length > 0 ? `: ${texts.join(" ")}` : ""}`;
+  const onReceiving = errors.filter((_, i) => !stages[i]?.sends).join("\n");
+  if (/No space left on device|quota exceeded/i.test(onReceiving)) return new NoSpace(message);
+  if (culprit.status === 1 && stage?.receives && BAD_PARENT.test(said))
+    return new BadParent(message);
+  return new kind(message);
+}
+
+/** How a stage ended, and the error that this is by itself. */
+function endingOf({ stage, status }: Ended) {
+  if (stage === -1) return { how: "was killed", kind: Killed };
+  if (status === 255) return { how: "failed: the connection is lost", kind: Unreachable };
+  if (status > 128)
+    return {
+      how: `was killed by signal ${status - 128}`,
+      kind: status === 137 ? Killed : Failure,
+    };
+  const hint = status === 75 ? " (an earlier transfer may still be at work)" : "";
+  return {
+    how: `failed with exit status ${status}${hint}`,
+    kind: status === 77 ? OtherStream : Failure,
+  };
 }
 
 /** Signals a process, or a group by its negative number. */
@@ -1735,8 +1851,8 @@ function sendSignal(pid: number, signal: NodeJS.Signals): void {
 
 // ── 3. Btrfs ─────────────────────────────────────────────────────────────────────────────
 // The verbs: constant POSIX scripts that get their values as parameters, what they print, and
-// the send stream. A verb is declared once, with the names of its parameters in the order that
-// they have on the wire; its script, those who call it, and guard know them by these names.
+// the send stream. A verb is declared once, with the names of its parameters in their order on
+// the wire; its script, its callers, and guard know them by these names.
 //
 // btrfs alone runs under sudo, never flock, which would run anything. Exit statuses: 64 usage,
 // 65 refused, 66 absent, 69 a program is missing, 75 a lock is busy, 76 the name is taken, 77
@@ -1749,15 +1865,19 @@ const BTRFS_MAGIC = "9123683e";
 // ── pieces that verbs share ──
 
 /**
- * What every verb begins with. A process costs more than a millisecond: what a shell can do itself, it does.
- * `b` is btrfs; `user_id` sets $user to the effective user's ID; `root` tells whether btrfs runs with root's rights; `line` prints
- * its parameter (echo expands backslashes in dash); `at FOLDER FSID` enters a folder that was opened before, unless another filesystem or directory is there by now,
- * and behind the fence if the verb has a mount namespace of its own. $here is the folder's true path from then on.
+ * The beginning of every verb. A process costs more than a millisecond: a shell does itself what it
+ * can. `b` is btrfs; `user_id` sets $user to the effective user's ID; `root` tells whether btrfs
+ * has root's rights; `line` prints its parameter (echo expands backslashes in dash); `at FOLDER
+ * FSID` enters a folder that was opened before, unless another filesystem or directory is there by
+ * now, and behind the fence if the verb has its own mount namespace. $here is the folder's true
+ * path then.
  *
- * The fence: whoever can write in a folder can put a link or a device under any name there, at any moment. So root works below a
- * bind of the root of the folder's mount (below a bind of the plain folder, incremental receives fail) on which the kernel follows
- * no links and opens no devices. It is private, so that what is mounted elsewhere stays out; the other mounts are slaves, so that disks that
- * are unmounted meanwhile are free. mount(8) accepts options that it does not know: what is true says mountinfo, proc(5).
+ * The fence: whoever can write in a folder can put a link or a device under any name there, at any
+ * moment. So root works below a bind of the root of the folder's mount (below a bind of the plain
+ * folder, incremental receives fail) on which the kernel follows no links and opens no devices. The
+ * bind is private, so that mounts elsewhere stay out. The other mounts are slaves, so that disks
+ * that are unmounted meanwhile are free. mount(8) accepts options that it does not know: mountinfo
+ * says which are in force, proc(5).
  */
 const PRELUDE = sh`
   set -e +f
@@ -1779,7 +1899,7 @@ const PRELUDE = sh`
   shift
 
   line() { printf %s "$1"; echo; }
-  # go DIRECTORY: where it leads. Shells differ in what they say of a failure, and not all tell the cause.
+  # go DIRECTORY: enters it. Shells differ in their messages, and not all tell the cause.
   go() {
     cd -P -- "$1" 2>/dev/null && return
     said=$(LC_ALL=C stat -- "$1/." 2>&1 >/dev/null) || :
@@ -1794,7 +1914,8 @@ const PRELUDE = sh`
   }
   root() { [ -n "$su" ] || { user_id; [ "$user" = 0 ]; }; }
 
-  # safe OWNER MODE: whether only root and we can change a directory, as stat(1) shows it. A sticky one lets nobody replace what is ours.
+  # safe OWNER MODE: whether only root and we can change a directory, as stat(1) shows it. In a
+  # sticky one nobody can replace our files.
   safe() {
     user_id
     case "$1 $2" in
@@ -1803,8 +1924,9 @@ const PRELUDE = sh`
       *) return 1;;
     esac
   }
-  # ours: whether nobody else can give other subvolumes the names on the way from the root of the mount. btrfs send, delete and show
-  # resolve paths themselves (getcwd(3), realpath(3)), and read links, which no mount can forbid.
+  # ours: whether only root and we can give the names on the way from the root of the mount to other
+  # subvolumes. btrfs send, delete and show resolve paths themselves (getcwd(3), realpath(3)), and
+  # read links, which no mount can forbid.
   ours() {
     left=$PWD
     set --
@@ -1816,15 +1938,16 @@ const PRELUDE = sh`
       left=\${left%/*}
     done
     [ . -ef "$PWD" ] || return 1
-    # A sticky directory is ours alone for what belongs to us; the top of a snapshot belongs to its owner.
+    # A sticky directory is ours alone for what belongs to us; the top of a snapshot belongs to its
+    # owner.
     { stat -c "%u %A" -- "$@" || echo "one of them is gone"; } | while read -r owner permissions; do
       case $permissions in d????????[tT]) return 1;; esac
       safe "$owner" "$permissions" || return 1
     done
   }
 
-  # delete_ids ID...: deletes subvolumes of this filesystem, whatever their names are. It takes a process for each; btrfs wants a subvolume
-  # to begin from, as the root of a mount is.
+  # delete_ids ID...: deletes subvolumes of this filesystem, whatever their names are, with a
+  # process for each. btrfs wants a subvolume to begin from, as the root of a mount is.
   delete_ids() {
     for id; do
       case $PWD in
@@ -1833,10 +1956,12 @@ const PRELUDE = sh`
       esac
     done
   }
-  # delete_one PATH [any]: deletes the subvolume that is there now, if it is writable, whatever gets its name meanwhile.
+  # delete_one PATH [any]: deletes the subvolume that is there now, if it is writable or "any",
+  # whatever gets its name meanwhile.
   delete_one() {
     if [ "$mode" = fence ]; then
-      # In it, all is said of one and the same: in a plain directory, btrfs would tell of the subvolume around it.
+      # In it, every command speaks of the same one. In a plain directory, btrfs would tell of the
+      # subvolume around it.
       id=$(cd "$1" && [ "$(stat -c %i .)" = 256 ] && { [ "$2" = any ] || [ "$(b property get -ts . ro)" = ro=false ]; } && b inspect-internal rootid .) ||
         { line "$1 is not what was to be deleted" >&2; exit 65; }
       delete_ids "$id"
@@ -1845,8 +1970,9 @@ const PRELUDE = sh`
     fi
   }
 
-  # into FILE [CONVERSION]: standard input becomes a new file, whatever others put in its place meanwhile: no link, device or FIFO is
-  # opened. The dd of busybox cannot do so, and has read nothing then: there the shell refuses what exists, and the fence the rest.
+  # into FILE [CONVERSION]: standard input becomes a new file. No link, device or FIFO that others
+  # put in its place is opened. The dd of busybox cannot do so, and has read nothing then: there the
+  # shell refuses an existing file, and the fence the rest.
   into() {
     said=$(dd iflag=fullblock bs=1M conv="excl\${2:+,$2}" oflag=nofollow status=none of="$1" 2>&1) && return
     if [ -e "$1" ] || [ -L "$1" ]; then line "$said" >&2; return 1; fi
@@ -1860,7 +1986,8 @@ const PRELUDE = sh`
   # make FILE: an empty one, unless it is there. Another run may be faster.
   make() { [ -f "$1" ] || into "$1" </dev/null 2>/dev/null || [ -f "$1" ]; }
 
-  # opened FILE: opens a plain file as descriptor 6; for writing, too, where that can be, since a FIFO in its place would keep a reader waiting.
+  # opened FILE: opens a plain file as descriptor 6; where possible for writing, too, since a FIFO
+  # in its place would keep a reader waiting.
   opened() {
     [ -e "$1" ] || [ -L "$1" ] || { line "$here/$1: No such file or directory" >&2; exit 1; }
     if { command exec 6<>"$1"; } 2>/dev/null; then
@@ -1882,7 +2009,8 @@ const PRELUDE = sh`
     exec 7<&-
   }
 
-  # fenced SPOT: whether the bind there is what it must be, and leads to the directory of descriptor 6, which it enters.
+  # fenced SPOT: whether the bind there has all options, and leads to the directory of descriptor 6,
+  # which it enters.
   fenced() {
     cd -P -- "$1$below_mount" 2>/dev/null && [ . -ef /proc/self/fd/6 ] || return 1
     mount_id
@@ -1910,13 +2038,15 @@ const PRELUDE = sh`
     done
   }
 
-  # fence: goes behind it, in the current directory $here. A directory of proc or sys is bound over: nobody has data there.
+  # fence: goes behind it, in the current directory $here. It binds over a directory of proc or sys:
+  # nobody has data there.
   spots=
   fence() {
     exec 6<.
     mount_id
     on=$mount
-    # As long as we are at work, the folder's mount is busy for everybody. A directory alone can be entered.
+    # As long as we are at work, the folder's mount is busy for everybody. A directory alone can be
+    # entered.
     if cd -P -- "/proc/$PPID/root$here" 2>/dev/null; then exec 5<.; fi
     cd -P -- /proc/self/fd/6
     mount_root=$PWD
@@ -1962,37 +2092,36 @@ const declared: Declared[] = [];
 /** Every verb that there is. */
 export const VERBS: readonly Declared[] = declared;
 
-/** Declares a verb. Its script finds the parameters under their names, and those of `names...` as "$@". */
-function verb<const S extends string>(
-  name: string,
-  takes: S,
-  script: string,
-  prelude = PRELUDE,
-): Declared<S> {
-  const parameters = parametersOf({ takes });
-  const one = parameters.filter(({ kind }) => kind !== "...");
-  const named = one
-    .map(({ name }, i) => `${name}=${i < 9 ? `$${i + 1}` : `\${${i + 1}}`}`)
-    .join(" ");
-  const shifted = one.length < parameters.length ? `shift ${one.length}` : "";
-  const written = `${prelude}\n${named}\n${shifted}\n${script}`;
-  let joined: string | null = null; // most verbs of a run are never sent
-  const made = {
-    name,
-    takes,
-    written,
-    get script() {
-      return (joined ??= oneLine(written));
-    },
+/**
+ * Declares a verb by the script that follows. It finds the parameters under their names, and those
+ * of `names...` as "$@".
+ */
+const defineVerb =
+  <const S extends string>(name: string, takes: S, prelude = PRELUDE) =>
+  (...script: Parameters<typeof sh>): Declared<S> => {
+    const parameters = parametersOf({ takes });
+    const single = parameters.filter(({ kind }) => kind !== "...");
+    const named = single.map((one, i) => `${one.name}=${i < 9 ? `$${i + 1}` : `\${${i + 1}}`}`);
+    const shifted = single.length < parameters.length ? `shift ${single.length}` : "";
+    const written = `${prelude}\n${named.join(" ")}\n${shifted}\n${sh(...script)}`;
+    let joined: string | null = null; // most verbs of a run are never sent
+    const made = {
+      name,
+      takes,
+      written,
+      get script() {
+        return (joined ??= oneLine(written));
+      },
+    };
+    declared.push(made);
+    return made;
   };
-  declared.push(made);
-  return made;
-}
 
 /**
- * enter PATH: a directory by its path as it was given, behind the fence where that can be had ($fenced says so). Else $strange is
- * the first directory on the way that others than root and we can change. A symbolic link is followed as long as none was met:
- * whoever can change what is above it decides where it leads.
+ * enter PATH: a directory by its path as it was given, behind the fence where possible ($fenced
+ * says so). Else $strange is the first directory on the way that others than root and we can
+ * change. A symbolic link is followed until there is such a directory: whoever can change a
+ * directory above the link decides where it leads.
  */
 const ENTER = sh`
   # walk PATH: as the kernel does, from the root. Sets $walked to where it leads, and $strange.
@@ -2055,7 +2184,10 @@ const ENTER = sh`
     if [ -n "$fenced" ]; then strange=; fi
   }`;
 
-/** keep SECONDS: until the input closes, or is silent for so long: a dead link tells the other side nothing. */
+/**
+ * keep SECONDS: until the input closes, or is silent for so long: a dead link tells the other side
+ * nothing.
+ */
 const KEEP = sh`
   keep() {
     if [ -n "$1" ] && command -v timeout >/dev/null; then
@@ -2068,7 +2200,9 @@ const KEEP = sh`
 /** For `keep`: how many seconds a host waits for our next beat. */
 const silence = (host: Host) => (host.ssh === null ? "" : String(4 * host.beat));
 
-/** watch PID: ends this process group when that process, which holds our lock over the same link, is gone. */
+/**
+ * watch PID: ends this process group with that process, which holds our lock over the same link.
+ */
 const WATCH = sh`
   watch() {
     if [ -n "$1" ]; then
@@ -2080,13 +2214,11 @@ const WATCH = sh`
   }`;
 
 /**
- * What processes have done so far, a line each: those of `group`, or of the groups in which `verb` works in `folder`. It tells of no process
- * that only waits, or passes on what others make: what waits for a holder's end, ssh, which talks also of nothing. See proc(5): stat, io.
+ * What processes have done so far, a line each: those of `group`, or of the groups in which `verb`
+ * works in `folder`. Not told are processes that only wait, or pass on what others make: what waits
+ * for a holder's end, and ssh, which also talks without data. See proc(5): stat, io.
  */
-const WORK = verb(
-  "work",
-  "group verb folder",
-  sh`
+const WORK = defineVerb("work", "group verb folder")`
   groups=" $group "
   if [ -n "$verb" ]; then
     # shellcheck disable=SC2013 # there are no blanks in them
@@ -2112,13 +2244,12 @@ const WORK = verb(
     case $command in "btrfs)"*) ;; *) continue;; esac
     if grep -qszxF -e filesystem "$found/cmdline" && grep -qszxF -e sync "$found/cmdline"; then echo "${SYNCING}"; fi
   done
-`,
-);
+`;
 
 /**
- * record HEADER KEY VALUE [BEGINNING]: replaces one line of the record in the current directory, whole or not at all; with a
- * BEGINNING, only that is taken out of the line as it is by now. Written by dd, which says what went wrong, and syncs it;
- * dash knows only "I/O error".
+ * record HEADER KEY VALUE [BEGINNING]: replaces one line of the record in the current directory,
+ * whole or not at all. With a BEGINNING, only that is taken out of the line as it is by now.
+ * Written and synced by dd, which tells the cause of an error; dash knows only "I/O error".
  */
 const RECORD = sh`
   record() { (
@@ -2143,7 +2274,10 @@ const RECORD = sh`
     mv -T -f $new $file
   ) 7<.; }`;
 
-/** receiving PREFIX SECONDS: this process alone writes to the chain from here on. Opened for reading: a disk may be mounted so. */
+/**
+ * receiving PREFIX SECONDS: this process alone writes to the chain from here on. Opened for
+ * reading: a disk may be mounted so.
+ */
 const RECEIVING = sh`
   receiving() {
     make ".btrfs-backup.$1.receiving" || :
@@ -2152,13 +2286,19 @@ const RECEIVING = sh`
     flock -w "$2" 8 || { line "an earlier transfer is still being received in $here" >&2; exit 75; }
   }`;
 
-/** sha256: prints the SHA-256 of standard input as sha256sum does, which takes three times as long as openssl (coreutils 9.1). */
+/**
+ * sha256: prints the SHA-256 of standard input as sha256sum does, which takes three times as long
+ * as openssl (coreutils 9.1).
+ */
 const SUMMING = sh`
   sha256() {
     if command -v openssl >/dev/null; then openssl dgst -sha256 -r | sed "s/ .*/  -/"; else sha256sum; fi
   }`;
 
-/** own_file FILE: whether nobody but root and we have written it. `is_complete FILE SUM BYTES KEPT`: whether a file has so many bytes, and those behind the KEPT ones have that SHA-256. */
+/**
+ * own_file FILE: whether only root and we can have written it. `is_complete FILE SUM BYTES KEPT`:
+ * whether a file has so many bytes, and those behind the KEPT ones have that SHA-256.
+ */
 const COMPLETE = sh`
   ${SUMMING}
   own_file() {
@@ -2175,15 +2315,13 @@ const COMPLETE = sh`
 // ── places: looking at them, making them, and what is remembered there ──
 
 /**
- * Prints all that there is to know of a folder (and of the SOURCE whose snapshot folder it is), in sections that begin with a
- * NONCE no listing can contain: see parseInspection. `kind` is `streams` for a folder of stored streams, and `known` where the
- * protocol need not be asked for. `wait` is `look`, or the seconds to wait for the lock, which is then held until the input
- * closes; or `later`: one of these comes as a line of input.
+ * Prints all that there is to know of a folder (and of the SOURCE whose snapshot folder it is), in
+ * sections that begin with a NONCE no listing can contain: see parseInspection. `kind` is `streams`
+ * for a folder of stored streams, and `known` where the protocol need not be asked for. `wait` is
+ * `look`, or the seconds to wait for the lock, which is then held until the input closes; or
+ * `later`: one of these comes as a line of input.
  */
-const OPEN = verb(
-  "open",
-  "nonce wait folder prefix source kind silence",
-  sh`
+const OPEN = defineVerb("open", "nonce wait folder prefix source kind silence")`
   ${KEEP}
   ${ENTER}
   say() { echo; line "$nonce $1"; }
@@ -2213,7 +2351,8 @@ const OPEN = verb(
 
   say host; read -r host </proc/sys/kernel/hostname; echo "$host"
   say zstd; command -v zstd || :
-  # Enter the folder, or the one above where it is not there. "$@" are our own files in it, which must be plain ones.
+  # Enter the folder, or the one above it if it is missing. "$@" are our own files in it, which must
+  # be plain ones.
   set --
   exists=
   if [ -d "$folder" ]; then
@@ -2236,13 +2375,14 @@ const OPEN = verb(
   else
     line "no such directory: \${folder%/*} (is the disk mounted?)" >&2; exit 79
   fi
-  # Behind the first step into the folder, which may be what mounts it. The inode of a filesystem there is a new one with each mount.
+  # After the first step into the folder, which may mount it. The inode of a filesystem there is a
+  # new one with each mount.
   say boot; read -r boot </proc/sys/kernel/random/boot_id; line "$boot"
   say filesystems; stat -c "%i %n" /sys/fs/btrfs/*-* 2>/dev/null || :
   say fence; line "$fenced"
   say strange; line "$strange"
 
-  # One process for all that is of the same kind. Of files only the owner counts.
+  # One process for each kind of question. Of files only the owner counts.
   say user; user_id; line "$user"
   say inodes; stat -c "%i %u %A" \${source:+"$source"} . "$@"
   places=$(stat -f -c "%i %t %a %S %b" \${source:+"$source"} .)
@@ -2253,8 +2393,9 @@ const OPEN = verb(
   btrfs=
   if [ "$kind" = streams ]; then :; elif [ "$2" = ${BTRFS_MAGIC} ]; then btrfs=btrfs; fi
 
-  # Whatever can change while others have the lock comes after this. The other .receiving locks are those of commands,
-  # and of remotes of rclone. A folder without a lock file is not locked: nothing is written before it is known to be ours.
+  # All that can change while others have the lock is read behind this. The other .receiving locks
+  # are those of commands, and of remotes of rclone. A folder without a lock file is not locked:
+  # nothing is written before it is known to be ours.
   if [ "$wait" = later ]; then
     wait=$(dd bs=16 count=1 2>/dev/null)
     [ "$wait" = look ] || { [ "$wait" -ge 0 ] 2>/dev/null && [ \${#wait} -le 6 ]; } || { line "not a number of seconds: $wait" >&2; exit 65; }
@@ -2329,14 +2470,13 @@ const OPEN = verb(
   if [ -z "$kind" ] && [ -f $version ]; then read -r version <$version; echo "$version"; btrfs --version; fi
   echo; echo "$nonce end"
   [ "$wait" = look ] || keep "$silence"
-`,
-);
+`;
 
-/** Makes the folder (its last component only) and the chain's lock file; another first run may be faster. */
-const CREATE = verb(
-  "create",
-  "folder fsid prefix",
-  sh`
+/**
+ * Makes the folder (its last component only) and the chain's lock file; another first run may be
+ * faster.
+ */
+const CREATE = defineVerb("create", "folder fsid prefix")`
   above=\${folder%/*}
   if [ -d "$folder" ]; then
     :
@@ -2346,17 +2486,14 @@ const CREATE = verb(
   fi
   at "$folder" "$fsid"
   make ".btrfs-backup.$prefix.lock"
-`,
-);
+`;
 
 /**
- * Makes what is missing of the directories above `folder`, and prints the first, where that cannot be a disk that is not mounted: what is there
- * lies on a btrfs that is neither that of `source`, a path on the same host, nor the root filesystem. `how`: "look" makes nothing. Else it exits with 66.
+ * Makes the missing directories above `folder`, and prints the first, where that cannot be a disk
+ * that is not mounted: the existing ones lie on a btrfs that is neither that of `source`, a path on
+ * the same host, nor the root filesystem. `how`: "look" makes nothing. Else it exits with 66.
  */
-const PARENTS = verb(
-  "parents",
-  "folder source how",
-  sh`
+const PARENTS = defineVerb("parents", "folder source how")`
   ${ENTER}
   filesystem_of() { findmnt -n -o MAJ:MIN -T "$1"; }
   missing=\${folder%/*}
@@ -2377,27 +2514,22 @@ const PARENTS = verb(
   line "$above/\${rest%%/*}"
   if [ "$how" = look ]; then exit 0; fi
   mkdir -p "./$rest"
-`,
-);
+`;
 
-/** Replaces one line of the record: see RECORD. `sync`: when everything else is on the disk. */
-const WRITE_RECORD = verb(
-  "record",
-  "folder fsid header key value sync?",
-  sh`
+/** Replaces one line of the record: see RECORD. `sync`: once everything else is on the disk. */
+const WRITE_RECORD = defineVerb("record", "folder fsid header key value sync?")`
   ${RECORD}
   at "$folder" "$fsid"
   [ "$sync" = "" ] || b filesystem sync . >&2
   record "$header" "$key" "$value"
   [ "$sync" = "" ] || sync .
-`,
-);
+`;
 
-/** Standard input becomes a file that everybody may read. Nobody reads half of it, and after a power cut it has one of both contents. */
-const METRICS = verb(
-  "metrics",
-  "file",
-  sh`
+/**
+ * Standard input becomes a file that everybody may read. Nobody reads half of it, and after a power
+ * cut it has its old or its new contents.
+ */
+const METRICS = defineVerb("metrics", "file")`
   temporary=
   gone() { [ -z "$temporary" ] || rm -f "$temporary"; }
   trap gone EXIT
@@ -2407,60 +2539,45 @@ const METRICS = verb(
   chmod 644 "$temporary"
   mv -T -f -- "$temporary" "$file"
   temporary=
-`,
-);
+`;
 
 /** Moves a record out of the way. */
-const ASIDE = verb(
-  "aside",
-  "folder fsid suffix",
-  sh`
+const ASIDE = defineVerb("aside", "folder fsid suffix")`
   at "$folder" "$fsid"
   mv -T -f .btrfs-backup.json ".btrfs-backup.json.$suffix"
-`,
-);
+`;
 
-/** Prints what the list of subvolumes does not tell of the top level. */
-const SHOW = verb(
-  "show",
-  "folder fsid",
-  sh`
+/** Prints facts of the top level that the list of subvolumes lacks. */
+const SHOW = defineVerb("show", "folder fsid")`
   at "$folder" "$fsid"
   b subvolume show .
-`,
-);
+`;
 
 // ── snapshots, and the way that they go ──
 
 /** Gives a snapshot another name, in the same folder. */
-const RENAME = verb(
-  "rename",
-  "folder fsid name to",
-  sh`
+const RENAME = defineVerb("rename", "folder fsid name to")`
   at "$folder" "$fsid"
   if [ -e "./$to" ] || [ -L "./$to" ]; then line "$here/$to is there" >&2; exit 76; fi
   mv -T "./$name" "./$to"
-`,
-);
+`;
 
-/** The user's own command, before or after a snapshot. What it leaves running must not keep us waiting for our pipes. */
-const HOOK = verb(
-  "hook",
-  "command",
-  sh`
+/**
+ * The user's own command, before or after a snapshot, in the user's own environment. Processes that
+ * it leaves behind must not keep us waiting for our pipes.
+ */
+const HOOK = defineVerb("hook", "command", "shift")`
   output=$(mktemp) || output=
   sh -c "$command" >"\${output:-/dev/null}" 2>&1 </dev/null && result=0 || result=$?
   if [ -n "$output" ]; then cat "$output" >&2; rm -f "$output"; fi
   [ "$result" = 0 ] || { echo "(exit status $result)" >&2; exit 1; }
-`,
-  "shift",
-); // the user's own environment
+`;
 
-/** Takes the snapshot `name`. Prints `subvolume show` of it, or only the ID for whoever is not root. The kernel commits the transaction. */
-const SNAPSHOT = verb(
-  "snapshot",
-  "source folder fsid name",
-  sh`
+/**
+ * Takes the snapshot `name`. Prints `subvolume show` of it; only the ID if we are not root. The
+ * kernel commits the transaction.
+ */
+const SNAPSHOT = defineVerb("snapshot", "source folder fsid name")`
   at "$folder" "$fsid"
   snapshot=$PWD/$name
   if [ -e "$snapshot" ] || [ -L "$snapshot" ]; then exit 76; fi
@@ -2468,7 +2585,7 @@ const SNAPSHOT = verb(
   [ "$PWD" = "$source" ] || { line "$source leads to $PWD now" >&2; exit 66; }
   b subvolume snapshot -r . "$snapshot" >/dev/null
   if [ "$mode" = fence ]; then
-    # Whatever has its name by now, it is shown by its ID.
+    # By its ID: something else may have its name by now.
     id=$(cd "$snapshot" && b inspect-internal rootid .)
     case $snapshot in
       /proc/fs*) b subvolume show -b -r "$id" /proc/fs;;
@@ -2481,19 +2598,20 @@ const SNAPSHOT = verb(
     echo " UUID: id:$id"
     echo " Subvolume ID: $id"
   fi
-`,
-);
+`;
 
 /**
- * The stream of `snapshot`, on standard output; in full if `parent` is empty, compressed unless `level` is, as long as `holder`
- * lives. Cut short it still ends well for zstd, but never for `btrfs receive`. Of `skip` bytes (a multiple of 64 KiB) that are
- * kept over there with the SHA-256 `sum`, only what follows is sent, if these are the same. Where others can change names, `uuid`
- * and `clone` (in hexadecimal) are what the stream must say of itself and of its parent.
+ * The stream of `snapshot`, on standard output; in full if `parent` is empty, compressed unless
+ * `level` is, as long as `holder` lives. Cut short it still ends well for zstd, but never for
+ * `btrfs receive`. If `skip` bytes (a multiple of 64 KiB) with the SHA-256 `sum` are kept over
+ * there, the stream must begin with the same, and only the rest is sent. Where others can change
+ * names, `uuid` and `clone` (in hexadecimal) are what the stream must say of itself and of its
+ * parent.
  */
-const SEND = verb(
+const SEND = defineVerb(
   "send",
   "flag folder fsid level protocol holder snapshot parent skip sum uuid? clone?",
-  sh`
+)`
   ${SUMMING}
   ${WATCH}
   watch "$holder"
@@ -2511,7 +2629,7 @@ const SEND = verb(
       b send "$flag" $protocol "$1"
     fi
   }
-  # The directory that we are in is the same, whatever its name becomes.
+  # The current directory stays the same, whatever its name becomes.
   made_within() {
     cd "./$snapshot" || return 1
     made . "../$parent"
@@ -2544,7 +2662,7 @@ const SEND = verb(
     kept=$(dd bs=65536 count=$((skip / 65536)) iflag=fullblock 2>/dev/null | sha256)
     if [ "$kept" = "$sum  -" ]; then cat; else echo other >&3; fi
   }
-  # What sudo runs is not ours to kill: it ends with the pipe that it writes to.
+  # We cannot kill what sudo runs: it ends with the pipe that it writes to.
   if [ -z "$level$su$skip" ]; then
     stream
   else
@@ -2556,42 +2674,36 @@ const SEND = verb(
       *) exit 1;;
     esac
   fi
-`,
-);
+`;
 
-/** Of each snapshot, a line with the first 512 bytes of its stream, in hexadecimal: see changedIn. No file is read for them. */
-const HEADS = verb(
-  "heads",
-  "folder fsid snapshots...",
-  sh`
+/**
+ * The first 512 bytes of each snapshot's stream, a line of hexadecimal: see changedIn. No file is
+ * read for them.
+ */
+const HEADS = defineVerb("heads", "folder fsid snapshots...")`
   at "$folder" "$fsid"
   for name; do
     head=$(b send -q --no-data "$name" | dd bs=512 count=1 iflag=fullblock 2>/dev/null | od -A n -v -t x1 | tr -d "[:space:]")
     [ -n "$head" ] || exit 1
     echo "$head"
   done
-`,
-);
+`;
 
-/** Of each snapshot, the generation of its top directory, as lsattr(1) tells it. Nothing where there is no lsattr. */
-const BIRTHS = verb(
-  "births",
-  "folder fsid snapshots...",
-  sh`
+/**
+ * The generation of each snapshot's top directory, as lsattr(1) tells it. Nothing where there is no
+ * lsattr.
+ */
+const BIRTHS = defineVerb("births", "folder fsid snapshots...")`
   at "$folder" "$fsid"
   command -v lsattr >/dev/null || exit 0
   lsattr -v -d "$@" || :
-`,
-);
+`;
 
 /**
- * What a stream consists of: how often each command is in it, and how often data of each length (` len=N`), which
- * are not read for it.
+ * The contents of a stream: how often each command is in it, and how often data of each length (`
+ * len=N`). The data are not read for this.
  */
-const ESTIMATE = verb(
-  "estimate",
-  "folder fsid snapshot parent",
-  sh`
+const ESTIMATE = defineVerb("estimate", "folder fsid snapshot parent")`
   at "$folder" "$fsid"
   stream() {
     if [ -n "$parent" ]; then
@@ -2601,29 +2713,24 @@ const ESTIMATE = verb(
     fi
   }
   stream | btrfs receive --dump | grep -o -e "^[a-z_]*" -e " len=[0-9]*$" | sort | uniq -c
-`,
-);
+`;
 
-/** How much is read of a difference without its data at most, in bytes: some 100,000 commands. */
+/** How much of a difference without its data is read at most, in bytes: some 100,000 commands. */
 const REWRITTEN_MOST = "32000000";
 
-/** A difference without the data of its files; of a large one, the beginning. */
-const REWRITTEN = verb(
-  "rewritten",
-  "folder fsid snapshot parent",
-  sh`
+/** A difference without the data of its files; only the beginning of a large one. */
+const REWRITTEN = defineVerb("rewritten", "folder fsid snapshot parent")`
   at "$folder" "$fsid"
   b send -q --no-data -p "./$parent" "./$snapshot" | head -c ${REWRITTEN_MOST}
-`,
-);
+`;
 
-/** Of each path in a snapshot, its size there, and that of the same file in a parent, or -; nothing where there is no such path. */
-const FILE_SIZES = verb(
-  "filesizes",
-  "folder fsid snapshot parent paths...",
-  sh`
+/**
+ * The size of each path in a snapshot, and of the same file in a parent, or -; nothing where there
+ * is no such path.
+ */
+const FILE_SIZES = defineVerb("filesizes", "folder fsid snapshot parent paths...")`
   at "$folder" "$fsid"
-  # elsewhere INODE PARENT: number and size of the file that has another path there, or -.
+  # elsewhere INODE PARENT: number and size of the file, which has another path there, or -.
   elsewhere() {
     if found=$(b inspect-internal inode-resolve "$1" "./$2" 2>&1); then
       stat -c "%i %s" -- "$(line "$found" | head -n 1)" | grep "^$1 "
@@ -2648,18 +2755,19 @@ const FILE_SIZES = verb(
     fi
     echo "\${here#* }\${here:+ }\${here:+\${there#* }}"
   done
-`,
-);
+`;
 
 /**
- * Takes the stream, see `send`. The record says `beginning` and `rest` meanwhile, and { and `rest` afterwards: the announcement
- * comes, and goes when all is on the disk; with a `sync` of `next`, the next transfer's replaces it. Unless `part` is empty, the stream is that file, if it is complete; with a `flag` of guard's (one that
- * ends in C) it comes from there all the same.
+ * Takes the stream, see `send`. The record says `beginning` and `rest` meanwhile, and { and `rest`
+ * afterwards: the announcement comes, and goes when all is on the disk; with a `sync` of `next`,
+ * the next transfer's replaces it. Unless `part` is empty, the stream is that file, if it is
+ * complete; with a `flag` of guard's (one that ends in C) the stream is standard input all the
+ * same.
  */
-const RECEIVE = verb(
+const RECEIVE = defineVerb(
   "receive",
   "flag folder fsid level holder prefix header key beginning rest part? sum? bytes? kept? sync?",
-  sh`
+)`
   ${RECORD}
   ${RECEIVING}
   ${WATCH}
@@ -2668,7 +2776,8 @@ const RECEIVE = verb(
   at "$folder" "$fsid"
   receiving "$prefix" 0
   if [ -n "$part" ]; then
-    # Whoever can change names there could put another stream in its place: it is opened once, and must be ours.
+    # Others who can change names could put another stream in its place: it is opened once, and must
+    # be ours.
     opened "./.$part.part"
     own_file /proc/self/fd/6
     is_complete /proc/self/fd/6 "$sum" "$bytes" "$kept"
@@ -2680,7 +2789,8 @@ const RECEIVE = verb(
   if [ -n "$header" ]; then record "$header" "$key" "$beginning$rest"; fi
 
   unpack() { if [ -n "$level" ]; then zstd -q -d -c; else cat; fi; }
-  # Without the fence, in a destination's folder, where the parents are: a chroot keeps a stream from what is above it.
+  # Without the fence, in the folder of a destination, where the parents are: a chroot keeps a
+  # stream out of the directories above.
   chroot=-C
   if [ "$mode" = fence ] || [ -z "$header" ]; then chroot=; fi
   # shellcheck disable=SC2086 # an option, or none
@@ -2691,12 +2801,14 @@ const RECEIVE = verb(
       told=$( { { unpack && echo ok >&3; } | b receive "$flag" $chroot . >&2; } 3>&1 ) && [ "$told" = ok ]
     fi
   }
-  # What is unmounted under its feet, btrfs receive calls a file that is not there; behind the fence, it goes on unseen.
+  # Of a disk that is unmounted meanwhile, btrfs receive says that a file is not there; behind the
+  # fence, it goes on unseen.
   result=0
   take || result=1
   at "$folder" "$fsid"
   [ $result = 0 ] || exit 1
-  # Its data are in memory until now: as long as they are, the announcement stays. A restore syncs at its end.
+  # Its data are only in memory until now: the announcement stays so long. A restore syncs at its
+  # end.
   [ "$sync" = later ] || b filesystem sync . >&2
   # What the next transfer writes will replace it.
   if [ "$sync" = next ]; then exit 0; fi
@@ -2705,17 +2817,14 @@ const RECEIVE = verb(
     # The new name of the record, too: else the announcement could come back.
     sync .
   fi
-`,
-);
+`;
 
 /**
- * What a broken transfer left of the stream `object` to go on from: its file `.OBJECT.pPROTOCOL-LEVEL.part`, how many bytes
- * of it count, and their SHA-256. Where others can write, they could put a link in its place.
+ * The part of the stream `object` that a broken transfer left to go on from: its file
+ * `.OBJECT.pPROTOCOL-LEVEL.part`, how many bytes of it count, and their SHA-256. Where others can
+ * write, they could put a link in its place.
  */
-const KEPT = verb(
-  "kept",
-  "folder fsid prefix object",
-  sh`
+const KEPT = defineVerb("kept", "folder fsid prefix object")`
   ${SUMMING}
   ${RECEIVING}
   at "$folder" "$fsid"
@@ -2728,14 +2837,10 @@ const KEPT = verb(
       line "$size $(head -c "$size" "$file" | sha256) $file"
     fi
   done
-`,
-);
+`;
 
-/** Removes all that was kept to go on from. */
-const TIDY = verb(
-  "tidy",
-  "folder fsid prefix",
-  sh`
+/** Removes all parts that were kept to go on from. */
+const TIDY = defineVerb("tidy", "folder fsid prefix")`
   ${RECEIVING}
   at "$folder" "$fsid"
   receiving "$prefix" 10
@@ -2745,17 +2850,14 @@ const TIDY = verb(
       "./.$prefix"$digits$digits-$digits*_*_*_*_*_*.btrfs*.p[0-2]-*.part) rm -f "$file";;
     esac
   done
-`,
-);
+`;
 
 /**
- * Removes what a broken transfer left, and its announcement; unless it is read-only (an orphaned receive completed it after
- * all), but for `how` of `whole`: it is in doubt whether its data are on the disk.
+ * Removes what a broken transfer left, and its announcement. A read-only subvolume (an orphaned
+ * receive completed it after all) stays, unless `how` is `whole`: it is in doubt whether its data
+ * are on the disk.
  */
-const DISCARD = verb(
-  "discard",
-  "folder fsid prefix name header key value how?",
-  sh`
+const DISCARD = defineVerb("discard", "folder fsid prefix name header key value how?")`
   ${RECORD}
   ${RECEIVING}
   at "$folder" "$fsid"
@@ -2765,12 +2867,12 @@ const DISCARD = verb(
     b filesystem sync .
   fi
   if [ -n "$value" ]; then record "$header" "$key" "$value"; fi
-`,
-);
+`;
 
 /**
- * those IDS TOP ./NAME...: whether these subvolumes, in a folder whose path from the top level is TOP, still have these IDs: names may
- * have become others since they were decided on. A process for each, or, of many, the list for all.
+ * those IDS TOP ./NAME...: whether these subvolumes, in a folder whose path from the top level is
+ * TOP, still have these IDs: names may have changed owners since the decision. A process for each;
+ * for many, the list of all.
  */
 const THOSE = sh`
   those() {
@@ -2778,7 +2880,7 @@ const THOSE = sh`
     shift 2
     # Paths are told from the top level, which has no name.
     above=\${above:+$above/}
-    # What has just been received into a directory that nobody else can enter.
+    # Received just now, into a directory that nobody else can enter.
     [ -n "$left" ] || return 0
     changed="the subvolumes are others than those that were to be deleted"
     if [ $# -gt 3 ] && root; then
@@ -2798,13 +2900,11 @@ const THOSE = sh`
   }`;
 
 /**
- * Deletes many at once, as ./NAME, if they still have their IDs. What cannot be deleted is as before, and the cause is told where it is an
- * attribute, which a snapshot has from its source. The cleaner sleeps for up to 30 s unless a sync wakes it.
+ * Deletes many at once, as ./NAME, if they still have their IDs. A subvolume that cannot be deleted
+ * is as before, and the cause is told where it is an attribute, which a snapshot has from its
+ * source. The cleaner sleeps for up to 30 s unless a sync wakes it.
  */
-const DELETE = verb(
-  "delete",
-  "convert sync folder fsid top ids names...",
-  sh`
+const DELETE = defineVerb("delete", "convert sync folder fsid top ids names...")`
   ${THOSE}
   not_ours() { if ours; then return 1; fi; }
   stays() {
@@ -2822,7 +2922,7 @@ const DELETE = verb(
     if [ -L "$name" ]; then echo "a symbolic link has the name of a subvolume" >&2; exit 65; fi
   done
   if [ -n "$ids" ] && [ "$mode" = fence ] && { [ $# -le 3 ] || not_ours; }; then
-    # Their IDs are all that others cannot change; for a few, it takes no more processes.
+    # Only their IDs cannot be changed by others; for a few, this takes no more processes.
     # shellcheck disable=SC2086 # several words
     delete_ids $ids >/dev/null || stays "$@"
   else
@@ -2836,16 +2936,15 @@ const DELETE = verb(
     b filesystem sync .
     b subvolume sync . >/dev/null
   fi
-`,
-);
+`;
 
 // ── restoring ──
 
-/** Makes the directory `work` that a restore works in, marks it as ours, and holds it locked; see CLEAR. */
-const RESTORING = verb(
-  "restoring",
-  "folder fsid work end silence",
-  sh`
+/**
+ * Makes the directory `work` that a restore works in, marks it as ours, and holds it locked; see
+ * CLEAR.
+ */
+const RESTORING = defineVerb("restoring", "folder fsid work end silence")`
   ${KEEP}
   at "$folder" "$fsid"
   before=\${work%.restoring-*}.before-\${work##*.restoring-}
@@ -2860,10 +2959,12 @@ const RESTORING = verb(
   echo $$
   line "$end"
   keep "$silence"
-`,
-);
+`;
 
-/** behind PATH: sets $behind to the name of an absolute path behind the fence, where it is below the same mount. */
+/**
+ * behind PATH: sets $behind to the name of an absolute path behind the fence, where it is below the
+ * same mount.
+ */
 const BEHIND = sh`
   behind() {
     behind=$1
@@ -2875,11 +2976,11 @@ const BEHIND = sh`
     fi
   }`;
 
-/** Removes what an interrupted restore left: the subvolumes ./PATH, in the order of their IDs, and the directory `work`. */
-const CLEAR = verb(
-  "clear",
-  "folder fsid work ids paths...",
-  sh`
+/**
+ * Removes the remains of an interrupted restore: the subvolumes ./PATH, in the order of their IDs,
+ * and the directory `work`.
+ */
+const CLEAR = defineVerb("clear", "folder fsid work ids paths...")`
   at "$folder" "$fsid"
   if [ -d "./$work" ] && [ -z "$(find "./$work" -prune -type l)" ]; then :; else exit 0; fi
   [ -f "./$work/.btrfs-backup.finishing" ] && exit 0
@@ -2906,19 +3007,16 @@ const CLEAR = verb(
     cd ..
     rmdir "./$work"
   )
-`,
-);
+`;
 
 /**
- * Makes WORK/tree, a writable snapshot of `origin` (empty: of WORK/NAME, which was received), and in `target`, a folder of it
- * unless absolute, the snapshot `name`: `how` is `keep`: with the origin's received UUID; `plain`: without one; or `none`. The
- * tree is a user's, who may have put a symbolic link there. Stubs of snapshots that were nested in the source go (inode 2,
- * which is rmdir's).
+ * Makes WORK/tree, a writable snapshot of `origin` (empty: of WORK/NAME, which was received), and
+ * the snapshot `name` in `target`, a folder of the tree unless absolute. `how` is `keep`: with the
+ * origin's received UUID; `plain`: without one; or `none`: no snapshot. The tree is a user's, who
+ * may have put a symbolic link there. Stubs of snapshots that were nested in the source go (inode
+ * 2, which is rmdir's).
  */
-const BUILD = verb(
-  "build",
-  "folder fsid work origin target name how",
-  sh`
+const BUILD = defineVerb("build", "folder fsid work origin target name how")`
   ${BEHIND}
   at "$folder" "$fsid"
   cd -P -- "./$work"
@@ -2955,20 +3053,18 @@ const BUILD = verb(
       ;;
   esac
   if [ "$origin" = "$work/$name" ]; then delete_one "$origin" any >/dev/null; fi
-`,
-);
+`;
 
 /**
- * Gives a tree in `work` the name of TARGET, what has that now its own with the time of the restore, and moves snapshots from one folder
- * to another. What is to be done comes as lines of input: these folders, `old` or `new`, HOW and NAME in turn (`move`, or `copy` for what was received,
- * which would lose its received UUID), and `end`. It stands in a file until it is done, so that it can be gone on with, `how` being empty,
- * wherever it was interrupted. Prints where the snapshots
- * are to be, the names of those that cannot move, each with a slash behind it, and `end`; nothing if there is nothing to be finished.
+ * Gives a tree in `work` the name of TARGET, and the present TARGET its own name with the time of
+ * the restore, and moves snapshots from one folder to another. The task comes as lines of input:
+ * these folders, `old` or `new`, HOW and NAME in turn (`move`, or `copy` for received ones, which
+ * would lose their received UUID), and `end`. It stands in a file until it is done, so that it can
+ * be gone on with, `how` being empty, wherever it was interrupted. Prints where the snapshots are
+ * to be, the names of those that cannot move, each with a slash behind it, and `end`; nothing if
+ * there is nothing to be finished.
  */
-const FINISH = verb(
-  "finish",
-  "folder fsid work how",
-  sh`
+const FINISH = defineVerb("finish", "folder fsid work how")`
   ${BEHIND}
   ${COMPLETE}
   at "$folder" "$fsid"
@@ -2980,7 +3076,7 @@ const FINISH = verb(
       [ "$(tail -n 1 .btrfs-backup.told)" = end ]
       mv -T .btrfs-backup.told .btrfs-backup.finishing
     )
-    # What is restored is on the disk before anything else loses its name.
+    # The restored data are on the disk before anything else loses its name.
     b filesystem sync . >/dev/null
   elif [ -f "$list" ] && [ -z "$(find "$list" -prune -type l)" ]; then
     :
@@ -3028,13 +3124,14 @@ const FINISH = verb(
     if [ "$how$unsettled" = begin ]; then rm -f "$list"; fi
     exit "$1"
   }
-  # alive COMMAND...: what was killed has not failed: it is to be gone on with.
+  # alive COMMAND...: a command that was killed has not failed: FINISH is to be gone on with.
   alive() {
     "$@" && return
     [ $? -lt 128 ] || { echo "it was killed" >&2; exit 1; }
     return 1
   }
-  # Whether all can move is known before the first name changes: what is being sent cannot be made writable.
+  # Whether all can move is known before the first name changes: a snapshot that is being sent
+  # cannot be made writable.
   unsettled=
   try() {
     if [ "$1" = copy ]; then return; fi
@@ -3045,7 +3142,7 @@ const FINISH = verb(
   if [ "$how" = begin ]; then
     each try "$@" || give_up 1
   elif stands "$work/tree" && { [ -z "$before" ] || { stands "$target" && free "$before" 2>/dev/null; }; }; then
-    # No name has changed yet: it is as if it had not begun, but that one of them can be writable.
+    # No name has changed yet: it is as if it had not begun, but one of them can be writable.
     # shellcheck disable=SC2317 # it is called by each
     put_back() { [ "$1" = copy ] || b property set -ts "$from/$2" ro true; }
     each put_back "$@"
@@ -3076,7 +3173,7 @@ const FINISH = verb(
       b subvolume snapshot -r "$from/$1" "$to/$1" >&2
     fi
   }
-  # carry HOW NAME: moves one, however far that had come, and prints its name if it cannot.
+  # carry HOW NAME: moves one, however far that had come, or adds its name to $stuck.
   carry() {
     if [ "$1 $(cd "$from/$2" 2>/dev/null && echo there)" = "copy there" ]; then
       alive duplicate "$2" && alive delete_one "$from/$2" any >&2
@@ -3095,7 +3192,8 @@ const FINISH = verb(
       [ "$1" = copy ] || alive b property set -ts "$to/$2" ro true
     fi || stuck=$stuck$2/
   }
-  # Nothing is printed until it is done: who asked for it can be gone, and writing to nobody would end it.
+  # Nothing is printed until all is done: the asker can be gone, and writing to nobody would end
+  # this.
   stuck=
   each carry "$@"
   b filesystem sync . >/dev/null
@@ -3104,14 +3202,13 @@ const FINISH = verb(
   line "$told"
   line "$stuck"
   echo end
-`,
-);
+`;
 
 // ── looking into trees ──
 
 /**
- * What every digest and listing of a tree is made of: its paths but for the top and for stubs of nested
- * subvolumes (inode 2), which are not sent. The top's own mtime is not carried by incremental streams.
+ * The paths that every digest and listing of a tree is made of: all but the top and stubs of nested
+ * subvolumes (inode 2), which are not sent. Incremental streams do not carry the top's own mtime.
  */
 const PATHS = sh`
   paths() {
@@ -3121,14 +3218,11 @@ const PATHS = sh`
 const ATTRIBUTES = `--numeric-owner --xattrs --xattrs-include="*"`;
 
 /**
- * SHA-256 of a tree with all that a stream carries. GNU tar gives the same bytes for the same tree in POSIX format
- * without atime, ctime and its process ID, but leaves sockets out. ACLs come as the attributes that they are: with
- * --acls, tar would write the names that users have on this host.
+ * SHA-256 of a tree with all that a stream carries. GNU tar gives the same bytes for the same tree
+ * in POSIX format without atime, ctime and its process ID, but leaves sockets out. ACLs come as
+ * plain attributes: with --acls, tar would write the names that users have on this host.
  */
-const DIGEST = verb(
-  "digest",
-  "folder fsid snapshot",
-  sh`
+const DIGEST = defineVerb("digest", "folder fsid snapshot")`
   ${PATHS}
   ${SUMMING}
   at "$folder" "$fsid"
@@ -3143,17 +3237,14 @@ const DIGEST = verb(
   exec 4>&1
   bad=$( { { pack --mtime=@0 .; sockets; paths | pack --null --verbatim-files-from -T -; } | sha256 >&4; } 3>&1 )
   [ -z "$bad" ]
-`,
-);
+`;
 
 /**
- * What differs is found in: `stat --printf FORMAT` of every path, the SHA-256 of every file, and where getfattr is installed
- * all extended attributes, each part ended by an empty word; in base64, since names are bytes and not always text.
+ * A listing to find differences in: `stat --printf FORMAT` of every path, the SHA-256 of every
+ * file, and where getfattr is installed all extended attributes, each part ended by an empty word;
+ * in base64, since names are bytes and not always text.
  */
-const LISTING = verb(
-  "listing",
-  "folder fsid snapshot format",
-  sh`
+const LISTING = defineVerb("listing", "folder fsid snapshot format")`
   ${PATHS}
   at "$folder" "$fsid"
   cd -P -- "./$snapshot"
@@ -3174,63 +3265,49 @@ const LISTING = verb(
   exec 4>&1
   told=$( { list | base64 -w 0 >&4; } 3>&1 )
   [ "$told" = whole ]
-`,
-);
+`;
 
-/** When each subvolume was made that has a parent, in UTC: as that is of all that was received as a difference. One process, whatever their number. */
-const MADE = verb(
-  "made",
-  "folder fsid",
-  sh`
+/**
+ * When each subvolume that has a parent was made, in UTC: this goes for all that were received as a
+ * difference. One process, whatever their number.
+ */
+const MADE = defineVerb("made", "folder fsid")`
   at "$folder" "$fsid"
   TZ=UTC0
   export TZ
   b subvolume list -a -s -u .
-`,
-);
+`;
 
-/** Of each ./NAME a line with the name, and one with the creation time. */
 /**
- * When directories were made, in s since 1970, as far as the kernel tells: of a subvolume that is not a snapshot, when it was made itself. (A
- * snapshot has its directory from what it was taken of.)
+ * When directories were made, in s since 1970, as far as the kernel tells: for a subvolume that is
+ * not a snapshot, when it was made itself. (A snapshot has its directory from its origin.)
  */
-const BORN = verb(
-  "born",
-  "folder fsid names...",
-  sh`
+const BORN = defineVerb("born", "folder fsid names...")`
   at "$folder" "$fsid"
   stat -c "%W %n" -- "$@"
-`,
-);
+`;
 
-const RECEIVED = verb(
-  "received",
-  "folder fsid names...",
-  sh`
+/** Of each ./NAME a line with the name, and one with the creation time. */
+const RECEIVED = defineVerb("received", "folder fsid names...")`
   at "$folder" "$fsid"
   for name; do
     line "$name"
     b subvolume show "$name" | grep "Creation time:"
   done
-`,
-);
+`;
 
 /** Bytes referenced by each ./NAME, as `btrfs filesystem du -s --raw` tells. */
-const SIZES = verb(
-  "sizes",
-  "folder fsid names...",
-  sh`
+const SIZES = defineVerb("sizes", "folder fsid names...")`
   at "$folder" "$fsid"
   b filesystem sync . >/dev/null
   b filesystem du -s --raw "$@"
-`,
-);
+`;
 
-/** The subvolume that `file` is, or was, in, and the path in it. Of its path only the last component is taken as it is. */
-const LOCATE = verb(
-  "locate",
-  "file",
-  sh`
+/**
+ * The subvolume that `file` is, or was, in, and the path in it. The last component of its path is
+ * taken as it is.
+ */
+const LOCATE = defineVerb("locate", "file")`
   ${ENTER}
   above=\${file%/*}
   rest=/\${file##*/}
@@ -3247,17 +3324,15 @@ const LOCATE = verb(
   head -c 1 /dev/zero
   top=\${PWD%/}
   printf %s "\${above#"$top"}$rest"
-`,
-);
+`;
 
 /**
- * Of `inner`, a path, in every subvolume that has it: what `realpath` makes of the directory above it, as NUL-terminated words after
- * "open" and that of the folder itself, since a symbolic link may lead out of a snapshot (only "fenced", where the kernel follows none); an empty one; and `stat --printf FORMAT`. `word` is printf's format of a word.
+ * Of `inner`, a path, in every subvolume that has it: what `realpath` makes of the directory above
+ * it, as NUL-terminated words after "open" and that of the folder itself, since a symbolic link may
+ * lead out of a snapshot (only "fenced", where the kernel follows none); an empty word; and `stat
+ * --printf FORMAT`. `word` is printf's format of a word.
  */
-const VERSIONS = verb(
-  "versions",
-  "folder fsid format word inner names...",
-  sh`
+const VERSIONS = defineVerb("versions", "folder fsid format word inner names...")`
   at "$folder" "$fsid"
   stat --printf x . >/dev/null || { echo "GNU stat not found: install coreutils" >&2; exit 69; }
   # paths INNER NAME...
@@ -3282,10 +3357,9 @@ const VERSIONS = verb(
       fi
     }
   } 3>&1
-`,
-);
+`;
 
-/** origin: enters the directory that `inner` is in, in a snapshot. Its parameters are those of TAKE. */
+/** origin: enters the directory of `inner` in a snapshot. Its parameters are those of TAKE. */
 const ORIGIN = sh`
   origin() {
     at "$folder" "$fsid"
@@ -3297,24 +3371,17 @@ const ORIGIN = sh`
   }`;
 
 /** A file or directory out of a subvolume, as a tar archive. */
-const TAKE = verb(
-  "take",
-  "folder fsid snapshot inner",
-  sh`
+const TAKE = defineVerb("take", "folder fsid snapshot inner")`
   ${ORIGIN}
   origin
   tar --create --format=posix --sparse ${ATTRIBUTES} -- "./\${inner##*/}"
-`,
-);
+`;
 
 /**
- * DIRECTORY/NAME becomes what is called `base` in the archive on standard input, or `inner` of a subvolume here; whole or not
- * at all, and over another file only with `force`.
+ * DIRECTORY/NAME becomes `base` of the archive on standard input, or `inner` of a subvolume here;
+ * whole or not at all, and over another file only with `force`.
  */
-const PUT = verb(
-  "put",
-  "directory name force base folder? fsid? snapshot? inner?",
-  sh`
+const PUT = defineVerb("put", "directory name force base folder? fsid? snapshot? inner?")`
   ${ENTER}
   ${ORIGIN}
   [ -d "$directory" ] || { line "no such directory: $directory (--to names another place)" >&2; exit 65; }
@@ -3342,37 +3409,43 @@ const PUT = verb(
     tar --extract --preserve-permissions --same-owner ${ATTRIBUTES} -C "$temporary" -f -
   fi
   mv -T -- "$temporary/$base" "./$name"
-  # What is said to be back is on the disk.
+  # A file that is said to be back is on the disk.
   sync -f . 2>/dev/null || sync
-`,
-);
+`;
 
 // ── stored streams ──
 
-/** Takes a stream. `size`: of a part for S3; for a file, how much of it is kept. */
-type PutVerb = Declared<"folder fsid lock object holder size">;
-/** Makes a stream complete, with its checksum object beside it; never if another stream has the UUID. */
-type CommitVerb = Declared<"folder fsid lock object sum bytes part? kept? uuid?">;
-/** Prints objects, or the checksum of one if `how` is `sum`. */
-type GetVerb = Declared<"folder fsid how holder objects...">;
-/** Deletes objects in the order given, a checksum object only after its stream; with one process, if no stream of these checksum objects is there. */
-type DropVerb = Declared<"folder fsid lock objects...">;
 /**
- * Where streams are stored: `list` (which is `open` for a folder), and these. `lock`, which those hold that write, is the
- * prefix of a chain in a folder, and a file for a remote.
+ * The parameters of the verbs of a store. `lock`, which those hold that write, is the prefix of a
+ * chain in a folder, and a file for a remote.
  */
-type StoreVerbs = {
-  readonly put: PutVerb;
-  readonly commit: CommitVerb;
-  readonly get: GetVerb;
-  readonly delete: DropVerb;
-};
+const STORE_TAKES = {
+  /** Takes a stream. `size`: of a part for S3; for a file, how much of it is kept. */
+  put: "folder fsid lock object holder size",
+  /**
+   * Makes a stream complete, with its checksum object beside it; never if another stream has the
+   * UUID.
+   */
+  commit: "folder fsid lock object sum bytes part? kept? uuid?",
+  /** Prints objects, or the checksum of one if `how` is `sum`. */
+  get: "folder fsid how holder objects...",
+  /**
+   * Deletes objects in the order given, a checksum object only after its stream; with one process,
+   * if no stream of these checksum objects is there.
+   */
+  delete: "folder fsid lock objects...",
+} as const;
+/** Where streams are stored: these, and `list` (which is `open` for a folder). */
+type StoreVerbs = { readonly [V in keyof typeof STORE_TAKES]: Declared<(typeof STORE_TAKES)[V]> };
+type PutVerb = StoreVerbs["put"];
+type CommitVerb = StoreVerbs["commit"];
+type DropVerb = StoreVerbs["delete"];
 
 /** sumfile OBJECT SUM BYTES: the text of a checksum object. */
 const SUM_FILE = sh`
   sumfile() { printf %s "$2  $1"; echo; echo "# $3 bytes"; }`;
 
-/** What both kinds of `get` do with a function `get OBJECT`. */
+/** The part of both kinds of `get` behind a function `get OBJECT`. */
 const GET = sh`
   ${SUMMING}
   if [ "$how" = sum ]; then
@@ -3385,12 +3458,12 @@ const GET = sh`
     every "$@"
   fi`;
 
-/** A file has a temporary name until it is complete, and on the disk. Others may be able to write there: no link that they plant is followed. */
+/**
+ * A file has a temporary name until it is complete, and on the disk. Others may be able to write
+ * there: no link that they plant is followed.
+ */
 const RAW: StoreVerbs = {
-  put: verb(
-    "store",
-    "folder fsid lock object holder size",
-    sh`
+  put: defineVerb("store", STORE_TAKES.put)`
     ${COMPLETE}
     ${RECEIVING}
     ${WATCH}
@@ -3409,11 +3482,7 @@ const RAW: StoreVerbs = {
       cat >>/proc/self/fd/6
     fi
   `,
-  ),
-  commit: verb(
-    "commit",
-    "folder fsid lock object sum bytes part? kept? uuid?",
-    sh`
+  commit: defineVerb("commit", STORE_TAKES.commit)`
     ${RECEIVING}
     ${SUM_FILE}
     ${COMPLETE}
@@ -3438,11 +3507,7 @@ const RAW: StoreVerbs = {
     [ "./$object" -ef /proc/self/fd/6 ] || { line "$here/$object is another file now" >&2; exit 65; }
     sync .
   `,
-  ),
-  get: verb(
-    "fetch",
-    "folder fsid how holder objects...",
-    sh`
+  get: defineVerb("fetch", STORE_TAKES.get)`
     ${WATCH}
     watch "$holder"
     at "$folder" "$fsid"
@@ -3459,11 +3524,7 @@ const RAW: StoreVerbs = {
     }
     ${GET}
   `,
-  ),
-  delete: verb(
-    "drop",
-    "folder fsid lock objects...",
-    sh`
+  delete: defineVerb("drop", STORE_TAKES.delete)`
     ${RECEIVING}
     at "$folder" "$fsid"
     receiving "$lock" 10
@@ -3482,7 +3543,6 @@ const RAW: StoreVerbs = {
     fi
     sync .
   `,
-  ),
 };
 
 /** locked FILE SECONDS: this process alone writes to the remote from here on. */
@@ -3495,8 +3555,9 @@ const LOCKED = sh`
   }`;
 
 /**
- * Filters, and what changes how names are listed or bytes are printed, would hide from us what is stored (rclone(1), its options as variables);
- * and whoever does not see a stream stores it again, over the old one.
+ * Options of rclone, as variables (rclone(1)), that would hide from us what is stored: filters, and
+ * those that change how names are listed or bytes are printed. Whoever does not see a stream stores
+ * it again, over the old one.
  */
 const HIDING = [
   ...["", "METADATA_"].flatMap((of) =>
@@ -3512,12 +3573,11 @@ const HIDING = [
 const ALL_OBJECTS = sh`
   unset ${HIDING.map((name) => `RCLONE_${name}`).join(" ")}`;
 
-/** Objects of a remote cannot be renamed everywhere: without a checksum object, one is not complete. */
+/**
+ * Objects of a remote cannot be renamed everywhere: without a checksum object, one is not complete.
+ */
 const RCLONE: StoreVerbs & { readonly list: Declared<"folder"> } = {
-  list: verb(
-    "rclone-list",
-    "folder",
-    sh`
+  list: defineVerb("rclone-list", "folder")`
     ${ALL_OBJECTS}
     command -v rclone >/dev/null || { echo "rclone not found: install rclone" >&2; exit 69; }
     remote=\${folder%%[:,]*}
@@ -3544,11 +3604,7 @@ const RCLONE: StoreVerbs & { readonly list: Declared<"folder"> } = {
         ;;
     esac
   `,
-  ),
-  put: verb(
-    "rclone-put",
-    "folder fsid lock object holder size",
-    sh`
+  put: defineVerb("rclone-put", STORE_TAKES.put)`
     ${ALL_OBJECTS}
     ${LOCKED}
     locked "$lock" 0
@@ -3557,11 +3613,7 @@ const RCLONE: StoreVerbs & { readonly list: Declared<"folder"> } = {
     export RCLONE_S3_CHUNK_SIZE RCLONE_S3_UPLOAD_CONCURRENCY
     exec rclone rcat -- "$folder$object"
   `,
-  ),
-  commit: verb(
-    "rclone-commit",
-    "folder fsid lock object sum bytes part? kept? uuid?",
-    sh`
+  commit: defineVerb("rclone-commit", STORE_TAKES.commit)`
     ${ALL_OBJECTS}
     ${LOCKED}
     ${SUM_FILE}
@@ -3570,31 +3622,22 @@ const RCLONE: StoreVerbs & { readonly list: Declared<"folder"> } = {
     [ "$size" = "$bytes" ] || { echo "only \${size:-none} of $bytes bytes arrived" >&2; exit 1; }
     sumfile "$object" "$sum" "$bytes" | rclone rcat -- "$folder$object${SUM}"
   `,
-  ),
-  get: verb(
-    "rclone-get",
-    "folder fsid how holder objects...",
-    sh`
+  get: defineVerb("rclone-get", STORE_TAKES.get)`
     ${ALL_OBJECTS}
     get() { rclone cat -- "$folder$1"; }
     every() { for object; do get "$object"; done; }
     ${GET}
   `,
-  ),
-  delete: verb(
-    "rclone-delete",
-    "folder fsid lock objects...",
-    sh`
+  delete: defineVerb("rclone-delete", STORE_TAKES.delete)`
     ${ALL_OBJECTS}
     ${LOCKED}
     locked "$lock" 10
-    # One after the other, as they are given: each stream before what it builds on.
+    # One after the other, as they are given: each stream before the one that it builds on.
     for object; do line "$object"; done | rclone delete --checkers 1 --transfers 1 --files-from-raw - -- "$folder"
   `,
-  ),
 };
 
-/** The checksum objects in a text of several, by the name of what they are of. */
+/** The checksums in a text of several checksum objects, by the names of their objects. */
 export const parseSums = (text: string) =>
   new Map(
     [...text.matchAll(/^([0-9a-f]{64}) [ *]([^\n]*)/gm)].map(([, sum = "", object = ""]) => [
@@ -3615,10 +3658,13 @@ const LISTED_MADE = new RegExp(
 );
 const LISTED_READONLY = /^ID (\d+) gen \d+ top level \d+ path (?:<FS_TREE>\/)?(.*)$/s;
 
-/** The entries of `btrfs subvolume list`, one at a time: there can be many. A line of no known shape continues a path with a line break. Errors: Failure. */
+/**
+ * The entries of `btrfs subvolume list`, one at a time: there can be many. A line of no known shape
+ * continues a path with a line break. Errors: Failure.
+ */
 function* listedLines(text: string, shape: RegExp): Generator<RegExpExecArray> {
   let last: RegExpExecArray | null = null;
-  // What ends in a line break has an empty line behind it: a name can end so.
+  // A name can end in a line break: then an empty line follows.
   for (let from = 0, to = 0; text !== "" && from <= text.length; from = to + 1) {
     to = text.indexOf("\n", from);
     if (to < 0) to = text.length;
@@ -3635,8 +3681,9 @@ function* listedLines(text: string, shape: RegExp): Generator<RegExpExecArray> {
 }
 
 /**
- * Reads `btrfs subvolume list -a -c -u -q -R` and `-a -r` of one filesystem (btrfs-subvolume(8)). With
- * -a all paths count from the top level, some with a mark; without, some count from where one asks.
+ * Reads `btrfs subvolume list -a -c -u -q -R` and `-a -r` of one filesystem (btrfs-subvolume(8)).
+ * With -a all paths count from the top level, some with a mark; without, some count from where one
+ * asks.
  */
 export function parseSubvolumes(all: string, readonlyOnes: string): Subvolume[] {
   const readonly = new Set<string>();
@@ -3644,15 +3691,7 @@ export function parseSubvolumes(all: string, readonlyOnes: string): Subvolume[] 
     readonly.add(`${id} ${path}`);
   const subvolumes: Subvolume[] = [];
   for (const match of listedLines(all, LISTED)) {
-    const [, id, cgen, parent, received, uuid, path] = match as unknown as [
-      string,
-      string,
-      string,
-      string,
-      string,
-      string,
-      string,
-    ];
+    const [, id = "", cgen = "", parent = "", received = "", uuid = "", path = ""] = match;
     subvolumes.push({
       id: Number(id),
       path,
@@ -3663,8 +3702,8 @@ export function parseSubvolumes(all: string, readonlyOnes: string): Subvolume[] 
       cgen: Number(cgen),
     });
   }
-  // Any user can make subvolumes, and a name with a line break could pass for a subvolume of its own:
-  // one that matters would need a path, an ID or a UUID that is somebody's already.
+  // Any user can make subvolumes, and a name with a line break could pass for a subvolume of its
+  // own. A dangerous one would need a path, an ID or a UUID that another subvolume has already.
   for (const key of ["id", "uuid", "path"] as const) {
     const seen = new Set<Subvolume[typeof key]>();
     for (const one of subvolumes)
@@ -3677,25 +3716,26 @@ export function parseSubvolumes(all: string, readonlyOnes: string): Subvolume[] 
 }
 
 /**
- * In which generation a snapshot was changed last, as the head of its stream says (linux/fs/btrfs/send.h: its path, UUID and ctransid,
- * behind a magic, a version and the header of the command). Errors: Failure for any other shape.
+ * The generation in which a snapshot was changed last, from the head of its stream. The head holds
+ * path, UUID and ctransid, behind a magic, a version and the header of the command
+ * (linux/fs/btrfs/send.h). Errors: Failure for any other shape.
  */
 export function changedIn(head: string, snapshot: Subvolume): number {
   const bytes = Buffer.from(head, "hex");
-  const at = 31 + (bytes.length > 31 ? bytes.readUInt16LE(29) : 0);
+  const end = 31 + (bytes.length > 31 ? bytes.readUInt16LE(29) : 0);
   const begins =
     bytes.toString("latin1", 0, 13) === "btrfs-stream\0" &&
-    bytes.length >= at + 32 &&
+    bytes.length >= end + 32 &&
     bytes.readUInt16LE(27) === 15;
   const [uuid, ctransid] = [0x0010_0001, 0x0008_0002]; // their lengths and numbers
   if (
     !begins ||
-    bytes.readUInt32LE(at) !== uuid ||
-    bytes.readUInt32LE(at + 20) !== ctransid ||
-    bytes.toString("hex", at + 4, at + 20) !== dataOf(snapshot).replaceAll("-", "")
+    bytes.readUInt32LE(end) !== uuid ||
+    bytes.readUInt32LE(end + 20) !== ctransid ||
+    bytes.toString("hex", end + 4, end + 20) !== dataOf(snapshot).replaceAll("-", "")
   )
     throw new Failure(`"btrfs send" began with something unknown: ${head.slice(0, 200)}`);
-  return Number(bytes.readBigUInt64LE(at + 24));
+  return Number(bytes.readBigUInt64LE(end + 24));
 }
 
 /** A field of `btrfs subvolume show`. */
@@ -3706,6 +3746,7 @@ function shownField(text: string, field: string): string {
   return value;
 }
 
+/** `root` is the path on the filesystem of `device` that is mounted at `path`. */
 export type Mount = {
   readonly id: string;
   readonly parent: string;
@@ -3715,38 +3756,38 @@ export type Mount = {
   readonly readonly: boolean;
 };
 
-/** Reads /proc/self/mountinfo (proc(5)): `root` is the path on the filesystem of `device` that is mounted at `path`. */
+/** Reads /proc/self/mountinfo (proc(5)). */
 export function parseMounts(text: string): Mount[] {
   const unescape = (word = "") =>
     word.replace(/\\([0-7]{3})/g, (_, octal: string) => String.fromCharCode(parseInt(octal, 8)));
   return text.split("\n").map((line) => {
     const words = line.split(" ");
-    const readonly = [words[5], words.at(-1)].some((options) => options?.split(",").includes("ro"));
+    const [id = "", parent = "", , root, path, options] = words;
     return {
-      id: words[0] ?? "",
-      parent: words[1] ?? "",
-      root: unescape(words[3]),
-      path: unescape(words[4]),
+      id,
+      parent,
+      root: unescape(root),
+      path: unescape(path),
       device: unescape(words[words.indexOf("-") + 2]),
-      readonly,
+      readonly: [options, words.at(-1)].some((some) => some?.split(",").includes("ro")),
     };
   });
 }
 
-/** The path from the filesystem's top level ("/…") of a resolved path, and the mount it is seen through. */
+/** A resolved path from the filesystem's top level ("/…"), and the mount it is seen through. */
 export function placeOn(mounts: readonly Mount[], path: string): { mount: Mount; top: string } {
   const known = new Set(mounts.map(({ id }) => id));
-  const above = mounts.filter((m) => isWithin(path, m.path));
+  const above = mounts.filter((one) => isWithin(path, one.path));
   // As the kernel walks: what is mounted over a folder hides what was mounted below it.
-  const next = (mount?: Mount) =>
+  const isOn = (one: Mount, under?: Mount) =>
+    under === undefined
+      ? !known.has(one.parent) || one.parent === one.id
+      : one.parent === under.id && one !== under;
+  const next = (under?: Mount) =>
     above
-      .filter((m) =>
-        mount === undefined
-          ? !known.has(m.parent) || m.parent === m.id
-          : m.parent === mount.id && m !== mount,
-      )
+      .filter((one) => isOn(one, under))
       .reduce<Mount | undefined>(
-        (first, m) => (first === undefined || m.path.length <= first.path.length ? m : first),
+        (first, one) => (first && first.path.length < one.path.length ? first : one),
         undefined,
       );
   let mount = next();
@@ -3761,49 +3802,52 @@ export function placeOn(mounts: readonly Mount[], path: string): { mount: Mount;
  * kernel folds the UUID into it and adds the ID of the subvolume. Needs no root, unlike blkid.
  */
 export function filesystemOf(fsid: string, root: number, uuids: readonly string[]): string | null {
-  const shown = BigInt(`0x${fsid}`);
-  return (
-    uuids.find((uuid) => {
-      if (!new RegExp(`^(${UUID})$`).test(uuid)) return false;
-      const hex = uuid.replaceAll("-", "");
-      const [a, b, c, d] = [0, 8, 16, 24].map((at) => BigInt(`0x${hex.slice(at, at + 8)}`)) as [
-        bigint,
-        bigint,
-        bigint,
-        bigint,
-      ];
-      return (((a ^ c) << 32n) | (b ^ d)) === (shown ^ BigInt(root));
-    }) ?? null
-  );
+  const folded = BigInt(`0x${fsid}`) ^ BigInt(root);
+  const isUuid = new RegExp(`^(${UUID})$`);
+  const found = uuids.find((uuid) => {
+    if (!isUuid.test(uuid)) return false;
+    const hex = uuid.replaceAll("-", "");
+    const part = (from: number) => BigInt(`0x${hex.slice(from, from + 8)}`);
+    return (((part(0) ^ part(16)) << 32n) | (part(8) ^ part(24))) === folded;
+  });
+  return found ?? null;
 }
 
 /** The ID of the subvolume that a path from the filesystem's top level is in. */
 function rootOf(top: string, subvolumes: readonly Subvolume[]): number {
   const above = subvolumes.filter(({ path }) => isWithin(top, `/${path}`));
-  return above.reduce((deepest, one) => (one.path.length > deepest.path.length ? one : deepest), {
-    id: 5,
-    path: "",
-  }).id;
+  const topLevel = { id: 5, path: "" };
+  return above.reduce(
+    (deepest, one) => (one.path.length > deepest.path.length ? one : deepest),
+    topLevel,
+  ).id;
 }
 
-/** A directory that was looked at. `filesystem` is null where it is not btrfs; `fsid` is the kernel's, of its subvolume; `free` and `size`: bytes there. */
+/** A directory that was looked at. */
 export type Place = {
   readonly path: string;
   readonly inode: number;
+  /** The kernel's, of its subvolume. */
   readonly fsid: string;
+  /** Null where it is not btrfs. */
   readonly filesystem: string | null;
   readonly root: number;
+  /** Bytes there. */
   readonly free: number;
   readonly size: number;
 };
 
-/** All that `open` tells. `exists` is false for a folder that would have to be made; then `place` is its parent. */
+/** All that `open` tells. */
 export type Inspection = {
   readonly host: string;
   /** Whether zstd is installed there. */
   readonly zstd: boolean;
-  /** The newest protocol of send streams that kernel and btrfs-progs know; 1 where it was not asked for. */
+  /**
+   * The newest protocol of send streams that kernel and btrfs-progs know; 1 if it was not asked
+   * for.
+   */
   readonly protocol: number;
+  /** False for a folder that would have to be made; then `place` is its parent. */
   readonly exists: boolean;
   readonly locked: boolean;
   /** The process that holds the lock there. */
@@ -3813,7 +3857,10 @@ export type Inspection = {
   readonly top: string;
   readonly source: (Place & { readonly uuid: string; readonly top: string }) | null;
   readonly mounts: readonly Mount[];
-  /** All of its filesystem's; only those in the folder where we are not root (`alone`), and without UUIDs: what has a pin's name has its UUID. */
+  /**
+   * All of the filesystem. Where we are not root (`alone`), only those in the folder, and without
+   * UUIDs: a subvolume with a pin's name has the pin's UUID.
+   */
   readonly subvolumes: readonly Subvolume[];
   readonly alone: boolean;
   readonly entries: ReadonlySet<string>;
@@ -3823,15 +3870,18 @@ export type Inspection = {
   readonly written: ReadonlyMap<string, number>;
   readonly record: RecordFile;
   readonly old: OldRecord;
-  /** What tells one mounting of the folder's filesystem from others: the host's boot, and the inode of the filesystem in /sys/fs/btrfs. */
+  /**
+   * Tells one mounting of the folder's filesystem from others: the host's boot, and the inode of
+   * the filesystem in /sys/fs/btrfs.
+   */
   readonly since: string;
   /** Our user ID there. */
   readonly user: string;
   /** Verbs can work behind the fence there: see PRELUDE. */
   readonly fenced: boolean;
-  /** Else the first directory on the way there that others than root and we can change, if there is one. */
+  /** Else the first directory on the way there that others than root and we can change, if any. */
   readonly strange: string;
-  /** The folder and what this program keeps in it belong to the user that we are there, or to root. */
+  /** The folder and this program's files in it belong to the user that we are there, or to root. */
   readonly trusted: boolean;
 };
 
@@ -3845,35 +3895,11 @@ const parseFiles = (text: string) =>
     }),
   );
 
-/** What `open` prints of any place, and what only of some. */
-const ALWAYS = [
-  "host",
-  "zstd",
-  "boot",
-  "filesystems",
-  "fence",
-  "strange",
-  "user",
-  "inodes",
-  "places",
-  "mounts",
-  "record",
-  "stream",
-];
-const SOMETIMES = [
-  "source",
-  "folder",
-  "missing",
-  "locked",
-  "entries",
-  "old",
-  "files",
-  "subvolumes",
-  "readonly",
-  "roots",
-  "alone",
-  "end",
-];
+/** The sections that `open` prints of any place, and of some. */
+const ALWAYS =
+  "host zstd boot filesystems fence strange user inodes places mounts record stream".split(" ");
+const SOMETIMES =
+  "source folder missing locked entries old files subvolumes readonly roots alone end".split(" ");
 
 /** The sections of what `open` printed. Errors: Failure for one that is unknown, or comes twice. */
 function sectionsOf(output: string, nonce: string): Map<string, string> {
@@ -3883,51 +3909,107 @@ function sectionsOf(output: string, nonce: string): Map<string, string> {
     );
   const sections = new Map<string, string>();
   for (const part of output.split(`\n${nonce} `).slice(1)) {
-    const at = part.indexOf("\n");
-    const name = part.slice(0, at);
+    const end = part.indexOf("\n");
+    const name = part.slice(0, end);
     if (sections.has(name) || ![...ALWAYS, ...SOMETIMES].includes(name))
       throw new Failure(`the host prints what it was not asked for: ${JSON.stringify(name)}`);
-    sections.set(name, part.slice(at + 1).replace(/\n$/, ""));
+    sections.set(name, part.slice(end + 1).replace(/\n$/, ""));
   }
   return sections;
 }
 
-/** Checks that a host has told all that it was asked for, and nothing of another shape. Errors: Failure. */
+/** Lines that are all of one form. */
+const linesOf = (form: string) => new RegExp(`^(?:${form}\\n)*${form}$`);
+const PATH_SHAPE = /^\/[^\0]*$/;
+const SHAPES: Readonly<Record<string, RegExp>> = {
+  source: PATH_SHAPE,
+  folder: PATH_SHAPE,
+  missing: PATH_SHAPE,
+  host: /^[^\n\0]+$/,
+  user: /^\d+$/,
+  locked: /^\d+$/,
+  fence: /^(yes)?$/,
+  roots: linesOf("\\d+"),
+  inodes: linesOf("\\d+ \\d+ \\S+"),
+  places: linesOf("[0-9a-f]+ [0-9a-f]+ \\d+ \\d+ \\d+"),
+};
+
+/**
+ * Checks that a host has told all that it was asked for, and in the known shapes. Errors: Failure.
+ */
 function checkAnswer(
   output: string,
   nonce: string,
   { source = "" }: Pick<Opening, "source">,
 ): void {
   const sections = sectionsOf(output, nonce);
-  const wrong = (name: string) =>
-    new Failure(`the host does not print what it was asked for: ${name}`);
-  const lacking = ALWAYS.find((name) => !sections.has(name));
-  if (lacking !== undefined) throw wrong(lacking);
-  if (sections.has("source") !== (source !== "")) throw wrong("source");
-  if (
-    sections.has("folder") === sections.has("missing") ||
-    sections.has("folder") !== sections.has("entries")
-  )
-    throw wrong("folder");
-  const path = /^\/[^\0]*$/;
-  const shapes: Record<string, RegExp> = {
-    source: path,
-    folder: path,
-    missing: path,
-    host: /^[^\n\0]+$/,
-    user: /^\d+$/,
-    locked: /^\d+$/,
-    fence: /^(yes)?$/,
-    roots: /^(\d+\n)*\d+$/,
-    inodes: /^(\d+ \d+ \S+\n)*\d+ \d+ \S+$/,
-    places: /^([0-9a-f]+ [0-9a-f]+ \d+ \d+ \d+\n)*[0-9a-f]+ [0-9a-f]+ \d+ \d+ \d+$/,
-  };
-  for (const [name, shape] of Object.entries(shapes)) {
+  const isWrong = ([name, shape]: [string, RegExp]) => {
     const text = sections.get(name);
-    const real = shape !== path || text === undefined || text === withoutSlash(normalize(text));
-    if (text !== undefined && !(shape.test(text) && real)) throw wrong(name);
-  }
+    if (text === undefined) return false;
+    return !shape.test(text) || (shape === PATH_SHAPE && text !== withoutSlash(normalize(text)));
+  };
+  const isFolder = sections.has("folder");
+  const wrong =
+    ALWAYS.find((name) => !sections.has(name)) ??
+    (sections.has("source") !== (source !== "") ? "source" : undefined) ??
+    (isFolder === sections.has("missing") || isFolder !== sections.has("entries")
+      ? "folder"
+      : undefined) ??
+    Object.entries(SHAPES).find(isWrong)?.[0];
+  if (wrong !== undefined)
+    throw new Failure(`the host does not print what it was asked for: ${wrong}`);
 }
+
+const fieldsOf = (text = "") => text.split("\n").map((line) => line.split(" "));
+
+/** Reads what stat(1) told of a directory. Errors: Failure for any other shape. */
+function parseStat(path: string, [inode = ""]: string[] = [], filesystem: string[] = []) {
+  const [fsid = "", type, free, unit, all] = filesystem;
+  if (path === "" || !/^\d+$/.test(inode) || !/^[0-9a-f]+$/.test(fsid))
+    throw new Failure(`cannot read what "stat" printed of ${path}: ${inode} ${fsid}`);
+  const [bytesFree, bytes] = [Number(free) * Number(unit), Number(all) * Number(unit)];
+  return { type, place: { path, inode: Number(inode), fsid, free: bytesFree, size: bytes } };
+}
+
+/**
+ * The directories that were entered, with the IDs of their subvolumes (`roots`). The keys of
+ * `mounted` are the UUIDs of the host's filesystems. Errors: Failure.
+ */
+function parsePlaces(
+  sections: ReadonlyMap<string, string>,
+  paths: readonly string[],
+  roots: readonly number[],
+  mounted: ReadonlyMap<string, string>,
+): Place[] {
+  const inodes = fieldsOf(sections.get("inodes"));
+  const filesystems = fieldsOf(sections.get("places"));
+  return paths.map((path, i) => {
+    const { type, place } = parseStat(path, inodes[i], filesystems[i]);
+    const root = type === BTRFS_MAGIC && !sections.has("files") ? (roots[i] ?? 0) : 0;
+    if (root === 0) return { ...place, root, filesystem: null };
+    const filesystem = filesystemOf(place.fsid, root, [...mounted.keys()]);
+    if (filesystem !== null) return { ...place, root, filesystem };
+    if (i === paths.length - 1)
+      throw new Failure(`${path}: its filesystem is not in /sys/fs/btrfs`);
+    // SOURCE can lie on another filesystem than the one whose subvolumes were listed, which is an
+    // error anyway.
+    return { ...place, root, filesystem: `with the ID ${place.fsid}` };
+  });
+}
+
+/**
+ * Refuses a place below a bind mount of a plain folder: there btrfs receive cannot find the parent.
+ */
+function refuseBindMount(path: string, mount: Mount, subvolumes: readonly Subvolume[]): void {
+  if (mount.root === "/" || subvolumes.some((one) => `/${one.path}` === mount.root)) return;
+  throw new Failure(
+    `${path} is below ${mount.path}, a bind mount of the plain folder ${mount.root} of its filesystem: use the path below that filesystem's own mount point`,
+  );
+}
+
+/** Whether only root and `user` can change a file, by its inode, owner and mode. */
+const isTrusted = ([, owner, mode = ""]: readonly string[], user: string) =>
+  (owner === user || owner === "0") && !/^.(?:....w|.{7}w)/.test(mode);
 
 /** Reads what `open` printed. Errors: Failure for any shape that is not known. */
 export function parseInspection(output: string, nonce: string, folder: string): Inspection {
@@ -3936,80 +4018,38 @@ export function parseInspection(output: string, nonce: string, folder: string): 
   const mounts = parseMounts(section("mounts"));
   const record = parseRecord(section("record"));
   const files = parseFiles(section("files"));
-  const exists = sections.has("folder");
-  const paths = [
-    ...(sections.has("source") ? [section("source")] : []),
-    section(exists ? "folder" : "missing"),
-  ];
+  const [exists, alone] = [sections.has("folder"), sections.has("alone")];
+  const paths = [section(exists ? "folder" : "missing")];
+  if (sections.has("source")) paths.unshift(section("source"));
   const seen = paths.map((path) => placeOn(mounts, path));
   const { mount, top } = seen.at(-1) as (typeof seen)[0];
-  const alone = sections.has("alone");
   const subvolumes = alone
     ? parseAlone(section("alone"), top, record)
     : parseSubvolumes(section("subvolumes"), section("readonly"));
-  const [inodes, shown] = (["inodes", "places"] as const).map((name) =>
-    section(name)
-      .split("\n")
-      .map((line) => line.split(" ")),
-  ) as [string[][], string[][]];
   const roots = alone
     ? section("roots").split("\n").map(Number)
-    : seen.map(({ top }) => rootOf(top, subvolumes));
+    : seen.map((one) => rootOf(one.top, subvolumes));
   const mounted = new Map(
-    section("filesystems")
-      .split("\n")
-      .map((line) => [line.slice(line.lastIndexOf("/") + 1), line.split(" ")[0] ?? ""]),
+    fieldsOf(section("filesystems")).map((line) => [basename(line.at(-1) ?? ""), line[0] ?? ""]),
   );
-  const places = paths.map((path, i): Place => {
-    const [[inode = ""] = [], [fsid = "", type, blocks, size, all] = []] = [inodes[i], shown[i]];
-    if (path === "" || !/^\d+$/.test(inode) || !/^[0-9a-f]+$/.test(fsid))
-      throw new Failure(`cannot read what "stat" printed of ${path}: ${inode} ${fsid}`);
-    const root = type === BTRFS_MAGIC && !sections.has("files") ? (roots[i] ?? 0) : 0;
-    // SOURCE can lie on another filesystem than the one whose subvolumes were listed, which is an error anyway.
-    const filesystem =
-      root === 0
-        ? null
-        : (filesystemOf(fsid, root, [...mounted.keys()]) ??
-          (i === 0 && paths.length > 1 ? `with the ID ${fsid}` : null));
-    if (root !== 0 && filesystem === null)
-      throw new Failure(`${path}: its filesystem is not in /sys/fs/btrfs`);
-    return {
-      path,
-      inode: Number(inode),
-      fsid,
-      filesystem,
-      root,
-      free: Number(blocks) * Number(size),
-      size: Number(all) * Number(size),
-    };
-  });
+  const places = parsePlaces(sections, paths, roots, mounted);
   const here = places.at(-1) as Place;
-  const source =
-    places.length > 1 ? { ...(places[0] as Place), top: seen[0]?.top as string } : null;
-  // Below a bind mount of a plain folder, btrfs receive cannot find the parent.
-  if (
-    exists &&
-    !alone &&
-    here.filesystem !== null &&
-    mount.root !== "/" &&
-    !subvolumes.some(({ path }) => `/${path}` === mount.root)
-  )
-    throw new Failure(
-      `${here.path} is below ${mount.path}, a bind mount of the plain folder ${mount.root} of its filesystem: use the path below that filesystem's own mount point`,
-    );
+  if (exists && !alone && here.filesystem !== null) refuseBindMount(here.path, mount, subvolumes);
   const user = section("user");
+  const [source] = places.slice(0, -1).map((place) => {
+    const isListed = !alone && place.filesystem === here.filesystem;
+    const itself = isListed ? subvolumes.find(({ id }) => id === place.root) : undefined;
+    return { ...place, top: seen[0]?.top as string, uuid: itself?.uuid ?? "" };
+  });
   return {
     since:
       here.filesystem === null ? "" : `${section("boot")}/${mounted.get(here.filesystem) ?? ""}`,
     user,
     fenced: section("fence") !== "",
     strange: section("strange"),
-    trusted: inodes
-      .slice(source === null ? 0 : 1)
-      .every(
-        ([, owner, mode = ""]) =>
-          (owner === user || owner === "0") && !/^.(?:....w|.{7}w)/.test(mode),
-      ),
+    trusted: fieldsOf(section("inodes"))
+      .slice(places.length - 1)
+      .every((line) => isTrusted(line, user)),
     host: section("host"),
     zstd: section("zstd") !== "",
     protocol: parseProtocol(section("stream")),
@@ -4018,13 +4058,7 @@ export function parseInspection(output: string, nonce: string, folder: string): 
     holder: section("locked"),
     place: here,
     top: exists ? top : `${top === "/" ? "" : top}${folder.slice(folder.lastIndexOf("/"))}`,
-    source: source && {
-      ...source,
-      uuid:
-        (alone || source.filesystem !== here.filesystem
-          ? undefined
-          : subvolumes.find(({ id }) => id === source.root)?.uuid) ?? "",
-    },
+    source: source ?? null,
     mounts,
     subvolumes,
     alone,
@@ -4036,7 +4070,10 @@ export function parseInspection(output: string, nonce: string, folder: string): 
   };
 }
 
-/** Reads the kernel's send_stream_version, and `btrfs --version`: btrfs-progs know protocol 2 since 6.0 (CHANGES). */
+/**
+ * Reads the kernel's send_stream_version, and `btrfs --version`: btrfs-progs know protocol 2 since
+ * 6.0 (CHANGES).
+ */
 function parseProtocol(text: string): number {
   const [, kernel = "1", progs = "0"] = /^(\d+)\nbtrfs-progs v(\d+)/.exec(text) ?? [];
   return Number(kernel) >= 2 && Number(progs) >= 6 ? 2 : 1;
@@ -4063,22 +4100,30 @@ function parseAlone(text: string, top: string, { chains }: RecordFile): Subvolum
   });
 }
 
-/** A destination that a source knows. `pin` is what both share; `receiving`: announced by 0.3.1. */
+/** A destination that a source knows. */
 export type KnownDestination = {
   readonly location: string;
   readonly filesystem: string | null;
-  readonly pin: { readonly name: string; readonly uuid: string } | null;
+  /** The snapshot that both share. */
+  readonly pin: Memory | null;
   /** When a run last served it, as ISO 8601. */
   readonly last: string | null;
   /** UUIDs of snapshots that runs tried to send, and could not. */
   readonly failed?: readonly string[];
+  /** Announced by 0.3.1. */
   readonly receiving?: readonly string[];
-  /** Snapshots that were changed since they were taken, by UUID, and are all the same what is there: compared when that generation was their last. */
+  /**
+   * Snapshots that were changed since they were taken, by UUID, and are all the same as the backup
+   * there. They were compared when this generation was their last.
+   */
   readonly cleared?: Cleared;
 };
 export type Cleared = Readonly<Record<string, number>>;
 
-/** What a record says of one prefix; every part optional, since a folder can be both ends of a chain. */
+/**
+ * What a record says of one prefix; every part optional, since a folder can be both ends of a
+ * chain.
+ */
 export type ChainRecord = {
   readonly owner?: Identity;
   /** The name that is being received, and `since` of the place (see Inspection) when that began. */
@@ -4086,7 +4131,10 @@ export type ChainRecord = {
   readonly since?: string;
   /** UUIDs of backups that are another source's: never pruned. */
   readonly strangers?: readonly string[];
-  /** The same, as only the file has it where they are many: all backups up to this subvolume ID, but for these UUIDs. */
+  /**
+   * Many strangers, as only the file has them: all backups up to this subvolume ID, but for these
+   * UUIDs.
+   */
   readonly elders?: { readonly until: number; readonly but: readonly string[] };
   readonly destinations?: readonly KnownDestination[];
   /** UUIDs that the data of backups go by which came when later ones were there. */
@@ -4101,7 +4149,10 @@ export type ChainRecord = {
 export type RecordFile = {
   readonly chains: ReadonlyMap<string, ChainRecord>;
   readonly unreadable: string | null;
-  /** By prefix, how many bytes the streams of a guarded key's backups had, by received UUID: see --max-bytes. */
+  /**
+   * By prefix and received UUID, how many bytes the streams of a guarded key's backups had: see
+   * --max-bytes.
+   */
   readonly stored?: ReadonlyMap<string, Stored>;
 };
 type Stored = Readonly<Record<string, number>>;
@@ -4131,11 +4182,7 @@ export function parseRecord(text: string): RecordFile {
       );
       if (line !== recordLine(prefix, chain))
         throw new Error("a line was not written by btrfs-backup");
-      if (
-        prefix.startsWith("/") &&
-        Object.values(chain).every((value) => Number.isSafeInteger(value))
-      )
-        stored.set(prefix.slice(1), chain as Stored);
+      if (prefix.startsWith("/") && areNumbers(chain)) stored.set(prefix.slice(1), chain as Stored);
       else {
         checkChain(chain as ChainRecord);
         chains.set(prefix, chain as ChainRecord);
@@ -4147,44 +4194,58 @@ export function parseRecord(text: string): RecordFile {
   }
 }
 
+/** Whether a value in a record is what it should be. */
+type Check = (value: unknown) => boolean;
+const isText: Check = (value) => typeof value === "string";
+const areNumbers: Check = (value) =>
+  Object.values(value as object).every((one) => Number.isSafeInteger(one));
+const areTexts: Check = (value) => Array.isArray(value) && value.every(isText);
+const ifAny =
+  (check: Check): Check =>
+  (value) =>
+    value === undefined || check(value);
+const orNull =
+  (check: Check): Check =>
+  (value) =>
+    value === null || check(value);
+/** Checks every field of a record's part. Fields of later versions may be there, too. */
+const fieldsAre =
+  <T>(checks: { readonly [Field in keyof T]-?: Check }): Check =>
+  (value) =>
+    Object.entries<Check>(checks).every(([field, check]) =>
+      check((value as Record<string, unknown>)[field]),
+    );
+
+const isDestination = fieldsAre<KnownDestination>({
+  location: isText,
+  filesystem: orNull(isText),
+  pin: orNull(fieldsAre<Memory>({ name: isText, uuid: isText })),
+  last: orNull(isText),
+  failed: ifAny(areTexts),
+  receiving: ifAny(Array.isArray),
+  cleared: ifAny(areNumbers),
+});
+
+const isChain = fieldsAre<ChainRecord>({
+  owner: ifAny(fieldsAre<Identity>({ uuid: isText, host: isText, path: isText })),
+  receiving: ifAny(isText),
+  since: ifAny(isText),
+  strangers: ifAny(areTexts),
+  elders: ifAny(
+    fieldsAre<ChainRecord["elders"] & {}>({ until: Number.isSafeInteger, but: areTexts }),
+  ),
+  destinations: ifAny((all) => Array.isArray(all) && all.every(isDestination)),
+  belated: ifAny(areTexts),
+  leaps: ifAny(areTexts),
+  guarded: ifAny((value) => value === true),
+});
+
+/** Refuses a chain that this program does not write so. Errors: Error, or TypeError for null. */
 function checkChain(chain: ChainRecord): void {
-  const {
-    owner,
-    receiving,
-    since,
-    strangers,
-    elders,
-    destinations,
-    leaps = [],
-    belated = [],
-    guarded,
-  } = chain;
-  const isText = (value: unknown) => typeof value === "string";
-  const fine =
-    Object.getPrototypeOf(chain) === Object.prototype &&
-    (owner === undefined || [owner.uuid, owner.host, owner.path].every(isText)) &&
-    [receiving, since].every((text) => text === undefined || isText(text)) &&
-    (guarded === undefined || guarded === true) &&
-    [leaps, belated].every((names) => Array.isArray(names) && names.every(isText)) &&
-    (strangers === undefined || (Array.isArray(strangers) && strangers.every(isText))) &&
-    (elders === undefined ||
-      (strangers === undefined &&
-        Number.isSafeInteger(elders.until) &&
-        Array.isArray(elders.but) &&
-        elders.but.every(isText))) &&
-    (destinations === undefined ||
-      (Array.isArray(destinations) &&
-        destinations.every(
-          (d) =>
-            isText(d.location) &&
-            [d.filesystem, d.last].every((v) => v === null || isText(v)) &&
-            (d.receiving === undefined || Array.isArray(d.receiving)) &&
-            (d.failed === undefined || (Array.isArray(d.failed) && d.failed.every(isText))) &&
-            (d.cleared === undefined ||
-              Object.values(d.cleared).every((n) => Number.isSafeInteger(n))) &&
-            (d.pin === null || (isText(d.pin.name) && isText(d.pin.uuid))),
-        )));
-  if (!fine) throw new Error("a field is not what it should be");
+  const isPlain = Object.getPrototypeOf(chain) === Object.prototype;
+  const isSaidTwice = chain.strangers !== undefined && chain.elders !== undefined;
+  if (!isPlain || isSaidTwice || !isChain(chain))
+    throw new Error("a field is not what it should be");
 }
 
 /** How many strangers a record lists by their UUIDs; a line has room for some 2,000. */
@@ -4195,8 +4256,8 @@ const ofPrefix = (standing: readonly Entry[], prefix: string) =>
   standing.filter(({ name }) => parseName(name, prefix) !== null);
 
 /**
- * A chain's record as it is written: many strangers by a rule instead of a list. A rule that still says the same stays as it is: what
- * is not there just now may come back.
+ * A chain's record as it is written: many strangers by a rule instead of a list. A rule that still
+ * says the same stays as it is: a backup that is not there just now may come back.
  */
 export function asWritten(
   { strangers, elders, ...chain }: ChainRecord,
@@ -4205,27 +4266,20 @@ export function asWritten(
 ): ChainRecord {
   const foreign = new Set(strangers);
   if (elders !== undefined) {
-    const told = asRead({ elders }, standing, prefix).strangers ?? [];
-    if (told.length === foreign.size && told.every((uuid) => foreign.has(uuid)))
+    const ruled = asRead({ elders }, standing, prefix).strangers ?? [];
+    if (ruled.length === foreign.size && ruled.every((uuid) => foreign.has(uuid)))
       return { ...chain, elders };
   }
-  if (strangers === undefined || strangers.length <= LISTED_STRANGERS)
-    return strangers === undefined ? chain : { ...chain, strangers };
+  if (strangers === undefined) return chain;
+  if (strangers.length <= LISTED_STRANGERS) return { ...chain, strangers };
   const all = ofPrefix(standing, prefix);
   const until = all.reduce(
     (last, { id, uuid }) => (foreign.has(uuid) ? Math.max(last, id) : last),
     elders?.until ?? 0,
   );
-  const own = all
-    .filter(({ id, uuid }) => id <= until && !foreign.has(uuid))
-    .map(({ uuid }) => uuid);
-  return {
-    ...chain,
-    elders: {
-      until,
-      but: [...new Set([...(elders?.but ?? []).filter((uuid) => !foreign.has(uuid)), ...own])],
-    },
-  };
+  const own = all.filter(({ id }) => id <= until).map(({ uuid }) => uuid);
+  const but = [...(elders?.but ?? []), ...own].filter((uuid) => !foreign.has(uuid));
+  return { ...chain, elders: { until, but: [...new Set(but)] } };
 }
 
 /** A chain's record with all strangers that are there by their UUIDs, beside the rule. */
@@ -4245,34 +4299,39 @@ export function asRead(
   };
 }
 
-/** What 0.2 to 0.3.1 left in `.outstanding_transfers`: for each destination's ID the names it concerns. */
+/**
+ * The remains of 0.2 to 0.3.1 in `.outstanding_transfers`: for each destination's ID the names it
+ * concerns.
+ */
 export type OldRecord = {
   readonly receiving: ReadonlyMap<string, readonly string[]>;
   readonly parents: ReadonlyMap<string, readonly string[]>;
 };
 
-/** Reads `{NAME: {"locks": [ID…], "parent_locks": [ID…]}}`, or 0.2's `{NAME: [ID…]}`; nonsense is nothing. */
+/**
+ * Reads `{NAME: {"locks": [ID…], "parent_locks": [ID…]}}`, or 0.2's `{NAME: [ID…]}`; nonsense is
+ * nothing.
+ */
 export function parseOldRecord(text: string): OldRecord {
-  const receiving = new Map<string, string[]>();
+  const announced = new Map<string, string[]>();
   const parents = new Map<string, string[]>();
   const add = (map: Map<string, string[]>, ids: unknown, name: string) => {
     for (const id of Array.isArray(ids) ? ids : [])
       if (typeof id === "string") map.set(id, [...(map.get(id) ?? []), name]);
   };
   try {
-    for (const [name, locks] of Object.entries(
-      JSON.parse(text === "" ? "{}" : text) as Record<
-        string,
-        { locks?: unknown; parent_locks?: unknown }
-      >,
-    )) {
-      add(receiving, Array.isArray(locks) ? locks : locks.locks, name);
+    const all = JSON.parse(text || "{}") as Record<
+      string,
+      { locks?: unknown; parent_locks?: unknown }
+    >;
+    for (const [name, locks] of Object.entries(all)) {
+      add(announced, Array.isArray(locks) ? locks : locks.locks, name);
       add(parents, locks.parent_locks, name);
     }
   } catch {
     log.debug(".outstanding_transfers of btrfs-backup 0.3.1 cannot be read");
   }
-  return { receiving, parents };
+  return { receiving: announced, parents };
 }
 
 // ── 4. Locations ─────────────────────────────────────────────────────────────────────────
@@ -4389,19 +4448,14 @@ async function openFolder(location: Readable, path: string, opening: Opening): P
     silence: silence(host),
   };
   const seen = locked && { line: `${nonce} locked`, tell: locked };
-  const { output, release } = await hold(
-    { ...host, fence: "try" },
-    OPEN,
-    asked,
-    `${nonce} end`,
-    location.id,
-    {
-      first: ahead?.turn.then(() => String(wait)),
-      unwanted: ahead?.unwanted,
-      seen,
-      wait: wait === "look" ? 0 : wait,
-    },
-  );
+  const { output, release } = await hold({ ...host, fence: "try" }, OPEN, asked, {
+    end: `${nonce} end`,
+    what: location.id,
+    first: ahead?.turn.then(() => String(wait)),
+    unwanted: ahead?.unwanted,
+    seen,
+    wait: wait === "look" ? 0 : wait,
+  });
   try {
     if (wait === "look") await release(); // nothing of it is left in the directory
     checkAnswer(output, nonce, opening);
@@ -9823,8 +9877,7 @@ async function carryOut(r: Restoration, sums: Receiving["sums"]): Promise<void> 
     target.host,
     RESTORING,
     { ...at(target), work, end: `${work} end`, silence: silence(target.host) },
-    `${work} end`,
-    o.target.id,
+    { end: `${work} end`, what: o.target.id },
   ).catch((error: Error) => {
     throw error instanceof Taken ? new SameSecond(error.message) : error;
   });
@@ -11565,7 +11618,7 @@ function use<V extends Declared>(
     const used = lookAgain === undefined ? given : await lookAgain(given, said);
     return {
       args: wordsFor(declaration, used),
-      serve: () => serveOtherwise?.(used, said) ?? statusOf(declaration, used),
+      serve: () => serveOtherwise?.(used, said) ?? runFenced(declaration, used),
     };
   };
   const least = parameters.filter(({ kind }) => kind === "").length;
@@ -11574,7 +11627,7 @@ function use<V extends Declared>(
 }
 
 /** Runs a verb for a guarded key, behind the fence. */
-function started<V extends Declared>(
+function startFenced<V extends Declared>(
   declaration: V,
   given: ArgumentsOf<V>,
   stdout: "inherit" | "pipe" = "inherit",
@@ -11590,8 +11643,8 @@ function started<V extends Declared>(
 }
 
 /** The exit status of a verb that runs for a guarded key. */
-const statusOf = async <V extends Declared>(declaration: V, given: ArgumentsOf<V>) =>
-  (await started(declaration, given)).exitCode ?? 1;
+const runFenced = async <V extends Declared>(declaration: V, given: ArgumentsOf<V>) =>
+  (await startFenced(declaration, given)).exitCode ?? 1;
 
 /** The folder of a guarded verb as it is now. */
 async function lookedAt(
@@ -11741,7 +11794,7 @@ async function discardServed(given: ArgumentsOf<typeof DISCARD>, said: Guarded):
   if (folder.chain.receiving !== given.name)
     refuse(`${given.name} was not left by a broken transfer`);
   if (given.how === "whole" && !doubtedIn(folder).has(given.name)) refuse(`${given.name} is whole`);
-  return statusOf(DISCARD, { ...given, ...recordedLine(given, folder, said) });
+  return runFenced(DISCARD, { ...given, ...recordedLine(given, folder, said) });
 }
 
 /**
@@ -12027,7 +12080,7 @@ async function rememberBytes(said: Guarded, uuid: string, bytes: number): Promis
 
 /** Passes a stream on to a store, as far as there is room. */
 async function storeServed(given: ArgumentsOf<PutVerb>, { o }: Guarded): Promise<number> {
-  if (o.maxBytes === null) return statusOf(RAW.put, given);
+  if (o.maxBytes === null) return runFenced(RAW.put, given);
   const allowed = async () => {};
   const store = (left: number) => {
     const coming = { stream: false, level: "", file: null, left, most: o.maxBytes };
@@ -12080,7 +12133,7 @@ function checkFence(): void {
 
 /** Opens a folder, and tells the facts that concern the key. */
 async function openServed(given: ArgumentsOf<typeof OPEN>, said: Guarded): Promise<number> {
-  const child = started(OPEN, given, "pipe");
+  const child = startFenced(OPEN, given, "pipe");
   const output = await printed(child, `\n${given.nonce} end\n`);
   if (typeof output === "string") process.stdout.write(narrowed(output, given.nonce, said.folder));
   return (await child).exitCode ?? 1;
@@ -12089,7 +12142,7 @@ async function openServed(given: ArgumentsOf<typeof OPEN>, said: Guarded): Promi
 /** Tells when the subvolumes of a folder were made. */
 async function madeServed(given: ArgumentsOf<typeof MADE>, said: Guarded): Promise<number> {
   const { top } = await lookedAt(said, "folder");
-  const { stdout, exitCode } = await started(MADE, given, "pipe");
+  const { stdout, exitCode } = await startFenced(MADE, given, "pipe");
   for (const [line, , , , path] of listedLines(stdout.replace(/\n$/, ""), LISTED_MADE))
     if (dirname(`/${path}`) === top) process.stdout.write(`${line}\n`);
   return exitCode ?? 1;
