@@ -4277,7 +4277,7 @@ export function parseOldRecord(text: string): OldRecord {
 
 // ── 4. Locations ─────────────────────────────────────────────────────────────────────────
 
-/** A place that was opened for one prefix: a snapshot folder, or where backups stand, or streams are stored. */
+/** A place opened for one prefix: a snapshot folder, a folder of backups, or a store of streams. */
 export type Folder = Omit<Inspection, "host" | "files"> & {
   readonly id: string;
   readonly host: Host;
@@ -4286,15 +4286,15 @@ export type Folder = Omit<Inspection, "host" | "files"> & {
   readonly prefix: string;
   /** Null where subvolumes stand. */
   readonly store: Store | null;
-  /** Subvolumes directly in it, ours or not; or its stored streams. */
+  /** All subvolumes directly in it, or all its stored streams. */
   readonly standing: readonly Entry[];
-  /** Those that are ours by name, oldest first. */
+  /** Those with a name of the prefix, oldest first. */
   readonly snapshots: readonly Snapshot[];
   readonly chain: ChainRecord;
   readonly close: () => Promise<void>;
 };
 
-/** Stored streams. `type`: what rclone calls such a remote; `path` names its objects. */
+/** Stored streams. `type`: rclone's word for such a remote, whose objects `path` names. */
 export type Store = ReturnType<typeof parseStreams> & {
   readonly verbs: StoreVerbs;
   readonly type: string | null;
@@ -4306,38 +4306,40 @@ type Hosts = {
   readonly sshSudo: boolean;
 };
 
-/**
- * How to open a place: `look` locks nothing; else the seconds to wait for its lock. `unverified`: streams need no checksum object; `peer`: a host
- * whose protocol is asked for anyway; `ahead`: it begins to be opened, and locks and looks in its `turn`, unless it is `unwanted`; `locked` is
- * called as soon as it is, if not later.
- */
+/** How to open a place. */
 type Opening = {
   readonly prefix: string;
+  /** `look` locks nothing; else the seconds to wait for the lock. */
   readonly wait: "look" | number;
   readonly hosts: Hosts;
   readonly source?: string;
+  /** Streams need no checksum object. */
   readonly unverified?: boolean;
+  /** A host whose protocol is asked for anyway. */
   readonly peer?: Host;
+  /** The opening begins now, and locks and looks in its `turn`, unless it is `unwanted`. */
   readonly ahead?: { readonly turn: Promise<void>; readonly unwanted: AbortSignal };
+  /** Called at once when the place is locked, or later. */
   readonly locked?: () => void;
 };
 
-/** A source's UUID. The top level is not in the list of subvolumes. */
+/** An opening that may have begun already. */
+type BegunOpening = Opening & { readonly begun?: Promise<Folder> | undefined };
+
+type Check = (folder: Folder) => void;
+
+/** A source's UUID. The list of subvolumes lacks the top level. */
 async function uuidOfSource(host: Host, { source, place, alone }: Inspection): Promise<string> {
   if (source?.root !== 5 || source.inode !== 256 || source.filesystem !== place.filesystem || alone)
     return source?.uuid ?? "";
-  const shown = await ask(
-    host,
-    SHOW,
-    { folder: source.path, fsid: `${source.fsid}/` },
-    source.path,
-  );
+  const asked = { folder: source.path, fsid: `${source.fsid}/` };
+  const shown = await ask(host, SHOW, asked, source.path);
   return uuidOrNull(shownField(shown, "UUID")) ?? place.filesystem ?? ""; // old versions of mkfs gave it none
 }
 
 /**
  * The names that were announced before the filesystem was mounted as it is now. btrfs receive makes a subvolume read-only, with a
- * received UUID, while the data are still in memory: whatever such a backup looks like, after a power cut its files can be empty.
+ * received UUID, while the data are still in memory: after a power cut, files of such a backup can be empty, however complete it looks.
  */
 export const doubtedIn = ({ record, since }: Pick<Folder, "record" | "since">) =>
   new Set(
@@ -4351,116 +4353,102 @@ function withPrefix(
   folder: Omit<Folder, "prefix" | "snapshots" | "chain">,
   prefix: string,
 ): Folder {
+  const chain = folder.record.chains.get(prefix) ?? {};
   const doubted = doubtedIn(folder);
-  // What is in doubt is not complete, for whoever asks.
-  const belated = new Set(folder.record.chains.get(prefix)?.belated);
-  const standing =
-    doubted.size + belated.size === 0
-      ? folder.standing
-      : folder.standing.map((entry) => {
-          const isBelated = belated.has(entry.receivedUuid ?? "");
-          return doubted.has(entry.name) || isBelated
-            ? {
-                ...entry,
-                readonly: entry.readonly && !doubted.has(entry.name),
-                ...(isBelated ? { belated: true as const } : {}),
-              }
-            : entry;
-        });
+  const belated = new Set(chain.belated);
+  const standing = folder.standing.map((entry) => {
+    const isBelated = belated.has(entry.receivedUuid ?? "");
+    if (!isBelated && !doubted.has(entry.name)) return entry;
+    return {
+      ...entry,
+      readonly: entry.readonly && !doubted.has(entry.name), // nobody takes it for complete
+      ...(isBelated ? { belated: true as const } : {}),
+    };
+  });
   const snapshots = snapshotsAmong(standing, prefix, folder.source?.uuid ?? null);
-  return { ...folder, prefix, standing, snapshots, chain: folder.record.chains.get(prefix) ?? {} };
+  return { ...folder, prefix, standing, snapshots, chain };
 }
 
-/** Opens a place: one command that locks it, and tells all there is to know. Errors: those of `ask`. */
+/** Opens a place: one command locks it, and tells all there is to know. Errors: those of `ask`. */
 async function openFolder(location: Readable, path: string, opening: Opening): Promise<Folder> {
   if (location.kind === "rclone") return openRemote(location, path, opening);
-  const { prefix, wait, hosts, source = "", peer, ahead, locked } = opening;
-  const host = hostOf(location.host, hosts);
-  const kind =
-    location.kind === "raw" ? "streams" : peer !== undefined && sameHost(peer, host) ? "known" : "";
+  const { id, kind } = location;
+  const { prefix, wait } = opening;
+  const host = hostOf(location.host, opening.hosts);
   const nonce = crypto.randomUUID();
-  const asked = {
-    nonce,
-    wait: ahead === undefined ? String(wait) : "later",
-    folder: path,
-    prefix,
-    source,
-    kind,
-    silence: silence(host),
-  };
-  const seen = locked && { line: `${nonce} locked`, tell: locked };
-  const { output, release } = await hold(
-    { ...host, fence: "try" },
-    OPEN,
-    asked,
-    `${nonce} end`,
-    location.id,
-    {
-      first: ahead?.turn.then(() => String(wait)),
-      unwanted: ahead?.unwanted,
-      seen,
-      wait: wait === "look" ? 0 : wait,
-    },
-  );
+  const { output, release } = await holdOpen(location, host, { nonce, folder: path }, opening);
   try {
     if (wait === "look") await release(); // nothing of it is left in the directory
     checkAnswer(output, nonce, opening);
-    const inspection = parseInspection(output, nonce, path);
-    if (wait !== "look") needOurs(inspection, location.id);
+    const seen = parseInspection(output, nonce, path);
+    if (wait !== "look") needOurs(seen, id);
     const store =
-      location.kind === "raw"
-        ? { ...parseStreams(inspection.files, true), verbs: RAW, type: null }
-        : null;
-    const above = inspection.top === "/" ? "/" : `${inspection.top}/`;
-    const subvolumes = inspection.subvolumes
-      .filter(({ path }) => `/${path}`.startsWith(above))
-      .flatMap((one): Entry[] => {
-        const name = entryName(one.path.slice(above.length - 1));
-        return name !== null && inspection.entries.has(name)
-          ? [{ ...one, name, moment: null }]
-          : [];
-      });
-    const real = inspection.exists
-      ? inspection.place.path
-      : join(inspection.place.path, basename(path));
-    const folder = {
-      ...inspection,
-      source: inspection.source && {
-        ...inspection.source,
-        uuid: await uuidOfSource(host, inspection),
-      },
-    };
-    const standing = store?.streams ?? subvolumes;
+      kind === "raw" ? { ...parseStreams(seen.files, true), verbs: RAW, type: null } : null;
+    const standing = store?.streams ?? subvolumesIn(seen);
     const chains = new Map(
-      [...folder.record.chains].map(([prefix, chain]) => [prefix, asRead(chain, standing, prefix)]),
+      [...seen.record.chains].map(([of, chain]) => [of, asRead(chain, standing, of)]),
     );
-    return withPrefix(
-      {
-        ...folder,
-        record: { ...folder.record, chains },
-        id: location.id,
-        host: behindFence(host, inspection),
-        hostName: inspection.host,
-        path: real,
-        store,
-        standing,
-        close: release,
-      },
-      prefix,
-    );
+    const folder = {
+      ...seen,
+      source: seen.source && { ...seen.source, uuid: await uuidOfSource(host, seen) },
+      record: { ...seen.record, chains },
+      id,
+      host: behindFence(host, seen),
+      hostName: seen.host,
+      path: seen.exists ? seen.place.path : join(seen.place.path, basename(path)),
+      store,
+      standing,
+      close: release,
+    };
+    return withPrefix(folder, prefix);
   } catch (error) {
     await release();
     throw error;
   }
 }
 
-/** A host as the verbs of a folder run there: in the mount namespace of the process that holds it, or in new ones, or in none. */
+/** Starts the command that locks a place and tells of it: see OPEN. */
+function holdOpen(
+  { id, kind }: Readable,
+  host: Host,
+  place: { readonly nonce: string; readonly folder: string },
+  { prefix, wait, source = "", peer, ahead, locked }: Opening,
+): Promise<Held> {
+  const known = peer !== undefined && sameHost(peer, host) ? "known" : "";
+  const asked = {
+    ...place,
+    wait: ahead === undefined ? String(wait) : "later",
+    prefix,
+    source,
+    kind: kind === "raw" ? "streams" : known,
+    silence: silence(host),
+  };
+  return hold({ ...host, fence: "try" }, OPEN, asked, `${place.nonce} end`, id, {
+    first: ahead?.turn.then(() => String(wait)),
+    unwanted: ahead?.unwanted,
+    seen: locked && { line: `${place.nonce} locked`, tell: locked },
+    wait: wait === "look" ? 0 : wait,
+  });
+}
+
+/** The subvolumes directly in a folder. */
+function subvolumesIn({ top, subvolumes, entries }: Inspection): Entry[] {
+  const above = top === "/" ? "/" : `${top}/`;
+  return subvolumes
+    .filter(({ path }) => `/${path}`.startsWith(above))
+    .flatMap((one): Entry[] => {
+      const name = entryName(one.path.slice(above.length - 1));
+      return name !== null && entries.has(name) ? [{ ...one, name, moment: null }] : [];
+    });
+}
+
+/** A host as a folder's verbs run there: in its holder's mount namespace, in new ones, or in none. */
 function behindFence(host: Host, { fenced, holder }: Pick<Inspection, "fenced" | "holder">): Host {
   if (!fenced) return host;
   return { ...host, fence: holder === "" ? "own" : { pid: holder } };
 }
 
-/** Errors: Failure where verbs would work without the fence in a place that is not ours alone. */
+/** Errors: Failure where verbs would work without the fence in a place that others can change. */
 function needOurs({ fenced, strange }: Pick<Inspection, "fenced" | "strange">, id: string): void {
   if (fenced || strange === "") return;
   throw new Failure(
@@ -4468,7 +4456,7 @@ function needOurs({ fenced, strange }: Pick<Inspection, "fenced" | "strange">, i
   );
 }
 
-/** Lists a remote of rclone, which nothing locks. Errors: those of `ask`. */
+/** Lists a remote of rclone, without a lock. Errors: those of `ask`. */
 async function openRemote(
   { id }: Readable,
   path: string,
@@ -4482,90 +4470,85 @@ async function openRemote(
     verbs: RCLONE,
     type: path.startsWith(":") ? (/^:([^,:]+)/.exec(path)?.[1] ?? "") : type,
   };
-  const place = {
+  const place = { path, inode: 0, fsid: "", filesystem: null, root: 0 };
+  const folder = {
+    ...NO_INSPECTION,
+    id,
+    host,
+    hostName: "",
     path,
-    inode: 0,
-    fsid: "",
-    filesystem: null,
-    root: 0,
-    free: Infinity,
-    size: Infinity,
+    place: { ...place, free: Infinity, size: Infinity },
+    store,
+    standing: store.streams,
+    close: async () => {},
   };
-  const nothing = {
-    source: null,
-    mounts: [],
-    subvolumes: [],
-    alone: false,
-    entries: new Set<string>(),
-    record: parseRecord(""),
-    old: parseOldRecord(""),
-    written: new Map<string, number>(),
-    zstd: false,
-    protocol: 1,
-  };
-  return withPrefix(
-    {
-      ...nothing,
-      id,
-      host,
-      hostName: "",
-      path,
-      place,
-      top: "",
-      exists: true,
-      locked: true,
-      holder: "",
-      since: "",
-      user: "",
-      trusted: true,
-      fenced: false,
-      strange: "",
-      store,
-      standing: store.streams,
-      close: async () => {},
-    },
-    prefix,
-  );
+  return withPrefix(folder, prefix);
 }
 
-/** Opens a place, or goes on with what has begun to; if it was never locked before, makes it and its lock file once `check` has accepted what is there. */
-async function openChecked(
-  location: Readable,
-  path: string,
-  opening: Opening,
-  check: (folder: Folder) => void,
-  begun?: Promise<Folder>,
-): Promise<Folder> {
-  for (let first = begun; ; first = undefined) {
-    const folder = await (first ?? openFolder(location, path, opening));
-    try {
-      check(folder);
-    } catch (error) {
-      await folder.close();
-      throw error;
-    }
-    if (folder.locked || opening.wait === "look") return folder;
+/** What is known of a place that is no directory. */
+const NO_INSPECTION = {
+  zstd: false,
+  protocol: 1,
+  exists: true,
+  locked: true,
+  holder: "",
+  top: "",
+  source: null,
+  mounts: [],
+  subvolumes: [],
+  alone: false,
+  entries: new Set<string>(),
+  written: new Map<string, number>(),
+  record: parseRecord(""),
+  old: parseOldRecord(""),
+  since: "",
+  user: "",
+  fenced: false,
+  strange: "",
+  trusted: true,
+} satisfies Omit<Inspection, "host" | "files" | "place">;
+
+/** A folder that `check` accepts; any other is closed. Errors: those of `check`. */
+async function accepted(folder: Folder, check: Check): Promise<Folder> {
+  try {
+    check(folder);
+    return folder;
+  } catch (error) {
     await folder.close();
-    await ask(
-      folder.host,
-      CREATE,
-      { ...at(folder), prefix: opening.prefix },
-      `cannot create ${path}`,
-    );
+    throw error;
   }
 }
 
-/** Opens a new destination as openChecked does, and makes the directories above it where it is safe to say that these are to be made. */
+/**
+ * Opens a place that `check` accepts. A place that was never locked is made then, with its lock file, and opened and checked once more.
+ * Errors: those of `openFolder` and `check`.
+ */
+async function openChecked(
+  location: Readable,
+  path: string,
+  { begun, ...opening }: BegunOpening,
+  check: Check,
+): Promise<Folder> {
+  for (let first = begun; ; first = undefined) {
+    const folder = await accepted(await (first ?? openFolder(location, path, opening)), check);
+    if (folder.locked || opening.wait === "look") return folder;
+    await folder.close();
+    const asked = { ...at(folder), prefix: opening.prefix };
+    await ask(folder.host, CREATE, asked, `cannot create ${path}`);
+  }
+}
+
+/**
+ * Opens a destination as openChecked does. The directories above one that no run knows yet are made where that is safe: see PARENTS.
+ */
 async function openNew(
   location: Readable,
-  opening: Opening,
-  source: Folder,
-  isKnown: boolean,
-  check: (folder: Folder) => void,
-  begun?: Promise<Folder>,
+  { source, isKnown }: { readonly source: Folder; readonly isKnown: boolean },
+  opening: BegunOpening,
+  check: Check,
 ): Promise<Folder> {
   try {
-    return await openChecked(location, location.path, opening, check, begun);
+    return await openChecked(location, location.path, opening, check);
   } catch (error) {
     if (!(error instanceof Missing) || isKnown) throw error;
     const isLooking = opening.wait === "look";
@@ -4578,11 +4561,11 @@ async function openNew(
     const made = await ask({ ...host, fence: "try" }, PARENTS, asked, location.id);
     log.info(`${location.id}: ${isLooking ? "would make" : "made"} the directory ${made.trim()}`);
     if (isLooking) throw error;
-    return openChecked(location, location.path, opening, check);
+    return openChecked(location, location.path, { ...opening, begun: undefined }, check);
   }
 }
 
-/** Errors: Failure where btrfs would not let us do more than take and delete snapshots. */
+/** Errors: Failure where btrfs lets us only take and delete snapshots. */
 function needRoot(
   { alone, host, hostName }: Pick<Folder, "alone" | "host" | "hostName">,
   what: string,
@@ -4595,13 +4578,11 @@ function needRoot(
 
 /** The prefixes of the names in a folder, sorted. */
 export const prefixesIn = (entries: readonly Pick<Entry, "name">[]) =>
-  [
-    ...new Set(entries.map(({ name }) => prefixOf(name)).filter((prefix) => prefix !== null)),
-  ].sort();
+  [...new Set(entries.map(({ name }) => prefixOf(name)))].filter((one) => one !== null).sort();
 
 /**
- * Opens what can be given back: a folder of backups, or of snapshots, or a SOURCE, whose snapshot folder it
- * is then. Without a prefix, the one that its names have. Errors: those of `openFolder`, UsageError for several prefixes.
+ * Opens what can be given back: a folder of backups, a folder of snapshots, or the snapshot folder of a SOURCE. Without
+ * a prefix, it is the one that the names there have. Errors: those of `openFolder`, Absent, UsageError for several prefixes.
  */
 async function openLocation(
   location: Readable,
@@ -4613,55 +4594,47 @@ async function openLocation(
     unverified = false,
   }: Omit<Opening, "prefix" | "source"> & { prefix: string | null; snapshotFolder: string },
 ): Promise<Folder> {
-  let opening: Opening & { path: string } = {
-    prefix: prefix ?? "",
-    wait,
-    hosts,
-    unverified,
-    path: location.path,
-  };
+  let path = location.path;
+  let opening: Opening = { prefix: prefix ?? "", wait, hosts, unverified };
   for (;;) {
-    const folder = await openFolder(location, opening.path, opening);
+    const folder = await openFolder(location, path, opening);
     const prefixes = prefixesIn(folder.standing);
-    const [only = opening.prefix] = prefixes;
-    const asSource =
-      folder.store === null &&
-      opening.source === undefined &&
-      prefixes.length === 0 &&
-      folder.place.inode === 256 &&
-      (snapshotFolder.startsWith("/") ||
-        folder.entries.has(snapshotFolder.replace(/^\.\/|\/.*/g, "")));
-    if (
-      folder.exists &&
-      (asSource || (prefix === null && prefixes.length <= 1 && only !== opening.prefix))
-    ) {
-      opening = asSource
-        ? { ...opening, source: folder.path, path: resolve(folder.path, snapshotFolder) }
-        : { ...opening, prefix: only };
-      await folder.close();
-      continue;
-    }
-    const isSnapshot =
-      folder.store === null &&
-      (folder.source ?? folder.place).inode === 256 &&
-      prefixes.length === 0 &&
-      prefixOf(basename(location.path)) !== null;
-    const wrong = !folder.exists
-      ? new Absent(`no such directory: ${folder.path} (is the disk mounted?)`)
-      : prefix === null && prefixes.length > 1
-        ? new UsageError(
-            `${location.id} holds several prefixes, choose one with -p: ${prefixes.map((p) => JSON.stringify(p)).join(", ")}`,
-          )
-        : isSnapshot
-          ? new UsageError(`${location.id} is a snapshot itself: name the folder that it is in`)
-          : null;
-    if (wrong === null) return folder;
+    const [only = opening.prefix, ...others] = prefixes;
+    const isNamed = prefix !== null || others.length > 0 || only === opening.prefix;
+    if (folder.exists && opening.source === undefined && looksLikeSource(folder, snapshotFolder)) {
+      path = resolve(folder.path, snapshotFolder);
+      opening = { ...opening, source: folder.path };
+    } else if (folder.exists && !isNamed) opening = { ...opening, prefix: only };
+    else return accepted(folder, () => needReadable(folder, location, prefix));
     await folder.close();
-    throw wrong;
   }
 }
 
-/** Whether a folder is where a source takes its snapshots, which need no received UUID, or one of backups. */
+/** Whether a folder looks like a SOURCE that has this snapshot folder, and not like a place of backups. */
+const looksLikeSource = ({ store, standing, place, entries }: Folder, snapshotFolder: string) =>
+  store === null &&
+  prefixesIn(standing).length === 0 &&
+  place.inode === 256 &&
+  (snapshotFolder.startsWith("/") || entries.has(snapshotFolder.replace(/^\.\/|\/.*/g, "")));
+
+/** Errors: Absent, or UsageError, where nothing can be given back from an opened place as it was named. */
+function needReadable(
+  { exists, path, standing, store, source, place }: Folder,
+  location: Readable,
+  prefix: string | null,
+): void {
+  if (!exists) throw new Absent(`no such directory: ${path} (is the disk mounted?)`);
+  const prefixes = prefixesIn(standing);
+  if (prefix === null && prefixes.length > 1)
+    throw new UsageError(
+      `${location.id} holds several prefixes, choose one with -p: ${prefixes.map((one) => JSON.stringify(one)).join(", ")}`,
+    );
+  const isSubvolume = store === null && (source ?? place).inode === 256;
+  if (isSubvolume && prefixes.length === 0 && prefixOf(basename(location.path)) !== null)
+    throw new UsageError(`${location.id} is a snapshot itself: name the folder that it is in`);
+}
+
+/** Whether a folder is where a source takes its snapshots, which need no received UUID. */
 export function isSnapshotFolder({
   source,
   chain: { owner, destinations },
@@ -4692,16 +4665,14 @@ export function wholeIn(folder: Folder): Snapshot[] {
   );
 }
 
-/** Warns of read-only subvolumes with one received UUID, among which `btrfs receive` could take the wrong one for a parent. */
+/** Warns of read-only subvolumes with one received UUID: `btrfs receive` could take the wrong one for a parent. */
 function warnOfDuplicates({ standing, subvolumes, id }: Folder, report: Report): void {
   const ours = new Set(standing.map(({ receivedUuid }) => receivedUuid));
-  const byUuid = groupBy(
-    subvolumes.filter(
-      ({ readonly, receivedUuid }) => readonly && receivedUuid !== null && ours.has(receivedUuid),
-    ),
-    ({ receivedUuid }) => receivedUuid,
+  const received = subvolumes.filter(
+    ({ readonly, receivedUuid }) => readonly && receivedUuid !== null && ours.has(receivedUuid),
   );
-  const [same, ...more] = [...byUuid.values()].filter(({ length }) => length > 1);
+  const alike = groupBy(received, ({ receivedUuid }) => receivedUuid);
+  const [same, ...more] = [...alike.values()].filter(({ length }) => length > 1);
   const others = more.length === 0 ? "" : ` (and ${count(more.length, "time")} more such)`;
   if (same)
     report.warning(
@@ -4709,11 +4680,11 @@ function warnOfDuplicates({ standing, subvolumes, id }: Folder, report: Report):
     );
 }
 
-/** The process whose end is the end of what we do in a folder on another host; here, our own process groups see to that. */
+/** The process on another host with whose end all work in a folder ends. Here, our own process groups see to that. */
 const holderOf = ({ host, holder }: Pick<Folder, "host" | "holder">) =>
   host.ssh === null ? "" : holder;
 
-/** A folder's path, and what must still be there when a verb uses it. */
+/** A folder's path, and the signs by which a verb knows that it is still the same folder. */
 const at = ({ path, place, holder }: Pick<Folder, "path" | "place" | "holder">) => ({
   folder: path,
   fsid: `${place.fsid}/${holder}`,
@@ -4723,11 +4694,11 @@ const RECORD_BYTES = 90 * 1024; // a pipeline with it must fit into one argument
 
 const NO_RECORD = { header: "", key: "", value: "" } as const;
 
-/** What the record verbs need to make a chain's line say `chain`: nothing if the file is not ours to write. */
+/** The arguments by which a record verb makes a chain's line say `chain`; NO_RECORD if the file is not ours to write. */
 function recordArguments(
   folder: Folder,
   chain: ChainRecord,
-): { header: string; key: string; value: string } {
+): Readonly<Record<keyof typeof NO_RECORD, string>> {
   const value = JSON.stringify(asWritten(chain, folder.standing, folder.prefix));
   if (Buffer.byteLength(value) > RECORD_BYTES)
     throw new Failure(`${folder.id}: its record would be larger than ${RECORD_BYTES} bytes`);
@@ -4736,34 +4707,31 @@ function recordArguments(
     : NO_RECORD;
 }
 
-/** Whether two records say the same, in whatever order. */
+/** Whether two records say the same, in any order. */
 export function sameRecord(a: ChainRecord, b: ChainRecord): boolean {
   const sorted = (chain: ChainRecord) =>
     JSON.stringify(Object.entries(chain).sort(([one], [other]) => (one < other ? -1 : 1)));
   return sorted(a) === sorted(b);
 }
 
-/** Writes a chain's record; `sync`: after everything else is on the disk. */
+/** Writes a chain's record; `sync`: after all else there is on the disk. */
 async function writeRecord(folder: Folder, chain: ChainRecord, sync = false): Promise<void> {
   const line = recordArguments(folder, chain);
-  if (line.header !== "")
-    await ask(
-      folder.host,
-      WRITE_RECORD,
-      { ...at(folder), ...line, ...(sync ? { sync: "sync" } : {}) },
-      `${folder.id}: cannot write .btrfs-backup.json`,
-    );
+  if (line.header === "") return;
+  const given = { ...at(folder), ...line, ...(sync ? { sync: "sync" } : {}) };
+  await ask(folder.host, WRITE_RECORD, given, `${folder.id}: cannot write .btrfs-backup.json`);
 }
 
-/** Arguments in as few commands as they fit into; each will have `extra` bytes more there. */
+/** Arguments in as few commands as hold them; there, each takes `extra` bytes more. */
 function chunks(words: readonly string[], extra = 0): string[][] {
   let bytes = Infinity;
   const batches: string[][] = [];
   for (const word of words) {
-    bytes += Buffer.byteLength(word) + extra + 8;
+    const size = Buffer.byteLength(word) + extra + 8;
+    bytes += size;
     if (bytes > RECORD_BYTES) {
       batches.push([]);
-      bytes = Buffer.byteLength(word) + extra + 8;
+      bytes = size;
     }
     batches.at(-1)?.push(word);
   }
@@ -4772,7 +4740,10 @@ function chunks(words: readonly string[], extra = 0): string[][] {
 
 type Deletion = { readonly convertRw: boolean; readonly sync: boolean };
 
-/** Deletes subvolumes of a folder, if they still have their IDs (null: not known, where nobody else comes), as many with one command as its arguments can hold. */
+/**
+ * Deletes subvolumes of a folder that still have their IDs (null where the ID is not known, and nobody else comes). One command deletes as
+ * many as its arguments can hold.
+ */
 async function deleteFrom(
   folder: Folder,
   going: readonly { readonly name: string; readonly id: number | null }[],
@@ -4780,22 +4751,17 @@ async function deleteFrom(
 ): Promise<void> {
   const idOf = new Map(going.map(({ name, id }) => [`./${name}`, id]));
   const batches = chunks([...idOf.keys()], 12); // and the ID
-  for (const [i, batch] of batches.entries()) {
-    const last = sync && i === batches.length - 1;
-    const ids = batch.flatMap((name) => idOf.get(name) ?? []).join(" ");
-    await ask(
-      folder.host,
-      DELETE,
-      {
-        convert: convertRw ? "rw" : "",
-        sync: last ? "sync" : "",
-        ...at(folder),
-        top: folder.top,
-        ids,
-        names: batch,
-      },
-      `${folder.id}: cannot delete ${count(batch.length, "subvolume")}`,
-    );
+  for (const batch of batches) {
+    const given = {
+      convert: convertRw ? "rw" : "",
+      sync: sync && batch === batches.at(-1) ? "sync" : "",
+      ...at(folder),
+      top: folder.top,
+      ids: batch.flatMap((name) => idOf.get(name) ?? []).join(" "),
+      names: batch,
+    };
+    const what = `${folder.id}: cannot delete ${count(batch.length, "subvolume")}`;
+    await ask(folder.host, DELETE, given, what);
   }
 }
 
@@ -7509,9 +7475,8 @@ async function openDestination(
   let claimed: Claim = { accepted: true, strangers: [] };
   const folder = await openNew(
     location,
-    destinationOpening(o),
-    source,
-    known !== undefined,
+    { source, isKnown: known !== undefined },
+    { ...destinationOpening(o), begun: begun?.folder },
     (folder) => {
       const { place, exists, chain, record, snapshots, top } = folder;
       needRoot(folder, "receiving");
@@ -7548,7 +7513,6 @@ async function openDestination(
       if (!claimed.accepted) throw new Failure(claimed.why);
       compressionBetween(source, folder, sending.level);
     },
-    begun?.folder,
   );
   const { receiving, since, ...chain } = folder.chain;
   // An announcement outlives its transfer only as long as there is a leftover to be recognised by it.
@@ -7597,9 +7561,8 @@ async function openStore(
   const opening = destinationOpening(o);
   const folder = await openNew(
     location,
-    opening,
-    source,
-    known !== undefined,
+    { source, isKnown: known !== undefined },
+    { ...opening, begun: begun?.folder },
     (folder) => {
       checkFilters(source, sending);
       const ours = folder.standing.filter(
@@ -7644,7 +7607,6 @@ async function openStore(
         );
       owner = { ...owner, lineage: own.at(-1)?.owner.lineage ?? owner.lineage };
     },
-    begun?.folder,
   );
   const store = folder.store as Store;
   const standing = standingInStore(store, o.prefix, lineages);
