@@ -122,8 +122,11 @@ export type Transfer = {
 /** The snapshot of the last stream that a command took; it may be gone. */
 export type Memory = { readonly name: string; readonly uuid: string };
 
-/** A name at a destination that is taken by something that is not this snapshot's data. */
-export type Conflict = { readonly name: string; readonly uuid: string; readonly why: string };
+/** A snapshot whose name at a destination is taken by something else. */
+export type Conflict = {
+  readonly snapshot: Snapshot;
+  readonly obstacle: Exclude<Obstacle, { kind: "leftover" }>;
+};
 
 /** What to keep: nothing is dropped without one. Counts are Infinity for `*`. */
 export type Policy = {
@@ -4765,23 +4768,46 @@ async function deleteFrom(
   }
 }
 
-/** What stands at a destination, as planning sees it. */
+/** What stands at a destination, for planning. */
 export type Standing = {
-  /** All that is complete, by any name: what a transfer can build on, and need not send again. */
+  /** All that is complete, by any name: a transfer can build on it, and need not send it again. */
   readonly held: readonly Entry[];
-  /** The complete ones that are this source's and ours by name: what retention is about. */
+  /** The complete ones that are this source's and ours by name, which retention is about. */
   readonly backups: readonly Backup[];
-  /** By UUID, where backups were copied on to: what the next copy builds on stays. */
+  /** By UUID, where backups were copied on to: the next copy builds on them. */
   readonly copied: ReadonlyMap<string, string>;
-  /** Names that a snapshot cannot get: "leftover", or why. */
-  readonly taken: ReadonlyMap<string, string>;
-  /** Of streams, each needs its parent, and all that this needs: those of other sources there. Null where every backup is whole by itself. */
+  /** Names that a snapshot cannot get. */
+  readonly taken: ReadonlyMap<string, Obstacle>;
+  /** The streams of other sources there, which need their parents as well. Null where every backup is whole by itself. */
   readonly chained: readonly Entry[] | null;
   /** The UUID of the backup with the newest data, where `backups` are in the order of arrival, and some came belated. */
   readonly newest?: string | undefined;
 };
 
-/** How a stream goes to one destination: `rate` in bytes a second; `protocol` null for what btrfs takes by itself. */
+/** What has a snapshot's name at a destination without holding its data. A `leftover` is cleared away by the next run. */
+export type Obstacle =
+  | { readonly kind: "leftover" }
+  | { readonly kind: "file" }
+  | { readonly kind: "writable" | "edited" | "local" | "other"; readonly backup: Backup };
+
+const OBSTACLES = {
+  file: "something that is not a subvolume has that name",
+  writable: "a writable subvolume has that name, which no transfer of this program began",
+  edited: "the backup by that name was made writable",
+  local: "a snapshot that was not received has that name",
+  other: "a backup of other data has that name",
+} as const satisfies Record<Conflict["obstacle"]["kind"], string>;
+
+/** Why a snapshot is not sent, with the UUIDs that the data on both sides go by. */
+export function conflictMessage({ snapshot, obstacle }: Conflict): string {
+  const sides =
+    "backup" in obstacle
+      ? ` (UUID there: ${dataOf(obstacle.backup)}, here: ${dataOf(snapshot)})`
+      : "";
+  return `${snapshot.name} is not sent: ${OBSTACLES[obstacle.kind]}${sides}; rename or remove it`;
+}
+
+/** How a stream goes to one destination: `rate` in bytes a second; `protocol` null for the one that btrfs takes by itself. */
 export type Sending = Filters & {
   readonly rate: number | null;
   readonly protocol: string | null;
@@ -4791,44 +4817,77 @@ export type Sending = Filters & {
   readonly trust: boolean;
 };
 
-/** How a stream is made: those that are made alike are the same. `chosen`: the protocol was not asked for. */
-type Form = Pick<Sending, "rate" | "level" | "protocol"> & { readonly chosen?: boolean };
+/** Whether an option of a destination changes the stream itself, up to where it parts for those who take it. */
+const SHAPING = {
+  level: true,
+  protocol: true,
+  rate: true,
+  recipients: false,
+  fullEvery: false, // changes the parent
+  resume: false, // makes the stream a destination's own: `form` is null
+  spaceCheck: false,
+  trust: false,
+} as const satisfies Record<keyof Sending, boolean>;
+type Shaping = {
+  [K in keyof Sending]: (typeof SHAPING)[K] extends true ? K : never;
+}[keyof Sending];
 
-/** What a broken transfer left over there to go on from: `bytes` of them with a SHA-256. */
+/** How a stream is made. `chosen`: the protocol was not asked for. */
+type Form = Pick<Sending, Shaping> & { readonly chosen?: boolean };
+
+/** The key of the stream that a transfer to a destination is. Transfers with the same key can share it; with `form` null, there is no other. */
+export function streamKey(
+  { snapshot, parent }: Transfer,
+  { id, form }: Pick<Destination, "id" | "form">,
+  source: Folder,
+): string {
+  const made = form(source);
+  const shape = (Object.keys(SHAPING) as (keyof Sending)[]).filter((one) => SHAPING[one]);
+  return JSON.stringify([
+    snapshot.uuid,
+    parent?.uuid,
+    made === null ? id : shape.map((one) => made[one as Shaping]),
+  ]);
+}
+
+/** The part of a broken transfer's stream that is over there: `bytes` of it, with a SHA-256. */
 type Begun = Form & { readonly bytes: number; readonly sum: string };
 
-/** Where a stream comes in. `stages`: the last ones of its pipeline; `finish` gets what was stored, and returns the bytes that are there; `kept`: what is there already. */
+/** Where a stream comes in. */
 type Incoming = {
+  /** The last stages of its pipeline. */
   readonly stages: readonly Stage[];
   readonly environment?: Record<string, string>;
+  /** Gets what was stored, and returns the bytes that are there. */
   readonly finish?: (summed: Summed) => Promise<number>;
+  /** What is there already. */
   readonly kept?: Begun;
 };
 
-/** A place that backups go to, whatever its kind. */
+/** A place that backups go to, of any kind. */
 export interface Destination {
   readonly id: string;
   readonly standing: Standing;
-  /** A command cannot be asked what it has: the last stream it took is remembered. Null for the others. */
+  /** The last stream that a command took, which cannot be asked what it has. Null for the others. */
   readonly stream: { readonly last: Memory | null } | null;
   readonly filesystem: string | null;
   /** Bytes that were free there when it was opened. */
   readonly free: number;
   /** Why nothing may be deleted there in this run. */
   readonly frozen: string | null;
-  /** Null where each transfer has to look what it can go on from. */
+  /** Null where each transfer has to look for a part to go on from. */
   readonly form: (source: Folder) => Form | null;
-  /** `isFollowed`: another transfer comes next, or else `settle`. Errors: Failure for what makes the transfer impossible. */
+  /** `isFollowed`: another transfer comes next, or else `settle`. Errors: Failure where the transfer is impossible. */
   readonly receive: (source: Folder, transfer: Transfer, isFollowed?: boolean) => Promise<Incoming>;
-  /** What the last transfer left to the next is done, where there was no next. */
+  /** Does what the last transfer left to the next one, where there was none. */
   readonly settle?: () => Promise<void>;
-  /** Whether the backup of a snapshot is the same as that; null where nobody can tell. Errors: Failure. */
+  /** Whether a snapshot's backup is the same as the snapshot; null where nobody can tell. Errors: Failure. */
   readonly compare: ((source: Folder, snapshot: Snapshot) => Promise<boolean>) | null;
   /** What a snapshot's transfer has become there. */
   readonly arrived: (transfer: Transfer) => Backup;
-  /** Clears away what a failed transfer of that name left, but for what the next one can go on from. */
+  /** Clears away what a failed transfer of that name left, but for the part that the next one can go on from. */
   readonly discard: (name: string) => Promise<void>;
-  /** Clears away what could be gone on from, if there is any. */
+  /** Clears away all parts that a transfer could go on from. */
   readonly tidy: () => Promise<void>;
   /** Deletes backups, in that order; `free`: waits until their space is free. */
   readonly remove: (backups: readonly Backup[], free: boolean) => Promise<void>;
@@ -4841,39 +4900,48 @@ export function standingIn(
   { strangers, destinations = [] }: ChainRecord,
   announced: readonly string[],
 ): Standing {
-  const held = folder.standing.filter(isComplete);
   const foreign = new Set(strangers);
-  const copied = new Map(destinations.map(({ pin, location }) => [pin?.uuid ?? "", location]));
-  const taken = new Map<string, string>();
-  for (const name of folder.entries)
-    if (parseName(name, folder.prefix) !== null)
-      taken.set(name, "something that is not a subvolume has that name");
-  for (const backup of folder.snapshots) {
-    // btrfs receive gives a received UUID first and makes read-only then: killed between, it leaves both unlike.
-    if (!backup.readonly && announced.includes(backup.name)) taken.set(backup.name, "leftover");
-    else if (!backup.readonly && backup.receivedUuid === null)
-      taken.set(
-        backup.name,
-        "a writable subvolume has that name, which no transfer of this program began",
-      );
-    else if (!backup.readonly) taken.set(backup.name, "the backup by that name was made writable");
-    else if (backup.receivedUuid === null)
-      taken.set(backup.name, "a snapshot that was not received has that name");
-    else taken.set(backup.name, "a backup of other data has that name");
-  }
-  const backups = folder.snapshots.filter(
-    (backup) => isComplete(backup) && !foreign.has(backup.uuid),
-  );
-  return { held, backups, copied, taken, chained: null };
+  const names = [...folder.entries].filter((name) => parseName(name, folder.prefix) !== null);
+  return {
+    held: folder.standing.filter(isComplete),
+    backups: folder.snapshots.filter((one) => isComplete(one) && !foreign.has(one.uuid)),
+    copied: new Map(destinations.map(({ pin, location }) => [pin?.uuid ?? "", location])),
+    taken: new Map<string, Obstacle>([
+      ...names.map((name) => [name, { kind: "file" }] as const),
+      ...folder.snapshots.map((one) => [one.name, obstacleOf(one, announced)] as const),
+    ]),
+    chained: null,
+  };
 }
 
-type FolderOptions = Deletion & { readonly btrfsDebug: boolean; readonly sending: Sending };
+/** What a subvolume with a snapshot's name is, where it is not that snapshot's backup. */
+function obstacleOf(backup: Backup, announced: readonly string[]): Obstacle {
+  const isReceived = backup.receivedUuid !== null;
+  if (backup.readonly) return { kind: isReceived ? "other" : "local", backup };
+  // btrfs receive gives a received UUID, and makes read-only then: killed between, it leaves both unlike.
+  if (announced.includes(backup.name)) return { kind: "leftover" };
+  return { kind: isReceived ? "edited" : "writable", backup };
+}
 
-/** Streams between hosts are compressed, others never. Errors: Failure where zstd is missing. */
+/** `again` looks at the folder anew; `owned` is its record from now on; `announced`: names that 0.3.1 began to receive. */
+type FolderOptions = Deletion & {
+  readonly again: () => Promise<Folder>;
+  readonly owned: ChainRecord;
+  readonly announced: readonly string[];
+  readonly btrfsDebug: boolean;
+  readonly sending: Sending;
+};
+
+/** Errors: Failure where zstd is missing. */
+function needZstd({ zstd, host, hostName }: Pick<Folder, "zstd" | "host" | "hostName">): void {
+  if (!zstd) throw new Failure(`${host.label || hostName}: zstd not found: install zstd`);
+}
+
+/** The level of a stream between two folders: only between hosts it is compressed. Errors: Failure where zstd is missing. */
 function compressionBetween(source: Folder, target: Folder, level: string): string {
   if (level === "" || sameHost(source.host, target.host)) return "";
-  for (const { zstd, host, hostName } of [source, target])
-    if (!zstd) throw new Failure(`${host.label || hostName}: zstd not found: install zstd`);
+  needZstd(source);
+  needZstd(target);
   return level;
 }
 
@@ -4881,7 +4949,7 @@ function compressionBetween(source: Folder, target: Folder, level: string): stri
 function formBetween(
   source: Folder,
   target: Folder,
-  { level, rate, protocol }: Pick<Sending, "level" | "rate" | "protocol">,
+  { level, rate, protocol }: Pick<Sending, Shaping>,
 ): Form {
   const newest =
     source.protocol > 1 && (target.protocol > 1 || sameHost(source.host, target.host)) ? "2" : null;
@@ -4897,45 +4965,45 @@ function formBetween(
 const announcement = (name: string, { since }: Pick<Folder, "since">) =>
   `{"receiving":${JSON.stringify(name)},"since":${JSON.stringify(since)},`;
 
-/** The receiving end of a transfer into a folder. `chain`: what its record says, with the announcement meanwhile. */
-function receiving(
-  folder: Folder,
-  name: string,
-  level: string,
-  chain: ChainRecord | null,
-  btrfsDebug: boolean,
-  kept: Partial<Part> = {},
-  isChecked = false,
-  isFollowed = false,
-): Stage {
+/** How a folder receives a stream. */
+type Receiving = {
+  readonly level: string;
+  /** The folder's record, into which the announcement is written meanwhile; null for none. */
+  readonly chain: ChainRecord | null;
+  readonly btrfsDebug: boolean;
+  /** The file that it was kept in. */
+  readonly part?: Part | undefined;
+  readonly isChecked?: boolean;
+  readonly isFollowed?: boolean;
+};
+
+/** The receiving end of a transfer into a folder. */
+function receiving(folder: Folder, name: string, how: Receiving): Stage {
+  const { level, chain, btrfsDebug, part, isChecked, isFollowed } = how;
   const { header, key, value } = chain === null ? NO_RECORD : recordArguments(folder, chain);
-  const announced = {
-    header,
-    key,
-    beginning: announcement(name, folder),
-    rest: value.slice(1),
-    ...(chain === null ? { sync: "later" } : isFollowed ? { sync: "next" } : {}),
-  };
-  // What was checked comes from us, and not from the file that it was kept in.
-  const flag = `${btrfsDebug ? "-vv" : "-q"}${isChecked && kept.part !== undefined ? "C" : ""}`;
+  // A checked stream comes from us, and not from the file that it was kept in.
+  const flag = `${btrfsDebug ? "-vv" : "-q"}${isChecked && part !== undefined ? "C" : ""}`;
+  const followed = isFollowed ? { sync: "next" } : {};
   const given = {
     flag,
     ...at(folder),
     level,
     holder: holderOf(folder),
     prefix: folder.prefix,
-    ...announced,
-    ...kept,
+    header,
+    key,
+    beginning: announcement(name, folder),
+    rest: value.slice(1),
+    ...(chain === null ? { sync: "later" } : followed),
+    ...part,
   };
-  return staged("btrfs receive", folder.host, RECEIVE, given, {
-    receives: true,
-    shown: btrfsDebug,
-  });
+  const more = { receives: true, shown: btrfsDebug };
+  return staged("btrfs receive", folder.host, RECEIVE, given, more);
 }
 
 /**
- * The receiving end of a stream that another host, or a store, made: it is read along here, behind what it was compressed with, before any
- * `btrfs receive` of ours gets it. `end`: that, for what is compressed by a level. Errors: Failure where zstd is missing.
+ * The receiving end of a stream that another host or a store made, uncompressed and read here, before any `btrfs receive` of ours gets it.
+ * `end`: that receive, of a stream that is compressed by a level. Errors: Failure where zstd is missing.
  */
 function checked(
   target: Folder,
@@ -4946,13 +5014,12 @@ function checked(
   const isElsewhere = target.host.ssh !== null;
   if (level !== "" && which.sync("zstd", { nothrow: true }) === null)
     throw new Failure("zstd not found: install zstd");
-  const unpack: Stage[] = level === "" ? [] : [{ label: "zstd", command: "zstd -q -d -c" }];
-  const pack: Stage[] =
-    level === "" || !isElsewhere ? [] : [{ label: "zstd", command: `zstd -q -c -T2 -${level}` }];
+  const zstd = (options: string): Stage[] =>
+    level === "" ? [] : [{ label: "zstd", command: `zstd -q ${options}` }];
   return [
-    ...unpack,
+    ...zstd("-d -c"),
     relaying({ check: { name, uuid, parent, alone: !target.fenced } }),
-    ...pack,
+    ...(isElsewhere ? zstd(`-c -T2 -${level}`) : []),
     end(isElsewhere ? level : ""),
   ];
 }
@@ -4964,7 +5031,7 @@ const expected = (source: Folder, { snapshot, parent }: Transfer): Omit<Expected
   parent: parent && dataOf(parent),
 });
 
-/** Whether what a source sends is another host's word, which must be checked where it arrives. */
+/** Whether a source's stream must be checked where it arrives, since another host made it. */
 function mustBeChecked(source: Folder, target: Folder, { trust }: Pick<Sending, "trust">): boolean {
   const isForeign = source.host.ssh !== null && !sameHost(source.host, target.host);
   if (isForeign && trust)
@@ -4972,7 +5039,7 @@ function mustBeChecked(source: Folder, target: Folder, { trust }: Pick<Sending, 
   return isForeign && !trust;
 }
 
-/** A file that a stream was kept in: its name without dot and end, and what it must be (see COMPLETE). */
+/** The file that a stream was kept in: its name without dot and end, and what it must be (see COMPLETE). */
 type Part = {
   readonly part: string;
   readonly sum: string;
@@ -4982,58 +5049,67 @@ type Part = {
 
 const PART = /\.p([0-2])-(\d*)\.part$/;
 
+/** A stream that is kept as a file until it is whole, under the name of `object`. `copies`: how often its data are there then. */
+type Resumable = {
+  readonly source: Folder;
+  readonly transfer: Transfer;
+  readonly object: string;
+  readonly copies: number;
+  readonly sending: Sending;
+};
+
 /**
- * A stream that is kept as a file over there until it is whole, so that a later transfer can go on from what arrived. `taken`: uses
- * the file. Errors: NoSpace if that clearly takes more than there is.
+ * Keeps a stream as a file over there until it is whole, so that a later transfer can go on from the part that arrived. `use` gets the
+ * file, and the level of its compression. Errors: NoSpace if that clearly takes more than there is.
  */
 async function resumable(
   folder: Folder,
-  source: Folder,
-  transfer: Transfer,
-  object: string,
-  copies: number,
-  sending: Sending,
-  taken: (part: Part) => Promise<void>,
+  { source, transfer, object, copies, sending }: Resumable,
+  use: (part: Part, level: string) => Promise<unknown>,
 ): Promise<Incoming> {
-  const { host, prefix, id } = folder;
-  const found = /^(\d+) ([0-9a-f]{64})  - \.\/\.(.*)$/m.exec(
-    await ask(host, KEPT, { ...at(folder), prefix, object }, `${id}: cannot look for what is kept`),
-  );
-  const [, protocol = sending.protocol ?? "0", level = sending.level] =
-    PART.exec(found?.[3] ?? "") ?? [];
-  const kept: Begun = {
-    bytes: Number(found?.[1] ?? 0),
-    sum: found?.[2] ?? "",
-    protocol: protocol === "0" ? null : protocol,
-    level,
-    rate: sending.rate,
-  };
+  const { host, prefix, id, place } = folder;
+  const { name } = transfer.snapshot;
+  const kept = await keptOf(folder, object, sending);
   const size = await streamBytes(source, transfer);
   const needed = Math.max(0, copies * size - kept.bytes);
   log.info(
-    `${id}: ${kept.bytes > 0 ? `${inBytes(kept.bytes)} of ${transfer.snapshot.name} are there already; ` : ""}the stream of some ${inBytes(size)} is kept there until it is whole, which takes ${inBytes(needed)} of ${inBytes(folder.place.free)}`,
+    `${id}: ${kept.bytes > 0 ? `${inBytes(kept.bytes)} of ${name} are there already; ` : ""}the stream of some ${inBytes(size)} is kept there until it is whole, which takes ${inBytes(needed)} of ${inBytes(place.free)}`,
   );
-  if (sending.spaceCheck && needed > folder.place.free)
+  if (sending.spaceCheck && needed > place.free)
     throw new NoSpace(
-      `${transfer.snapshot.name} takes ${inBytes(needed)} there with --resume, and only ${inBytes(folder.place.free)} are free; --skip-space-check tries all the same`,
+      `${name} takes ${inBytes(needed)} there with --resume, and only ${inBytes(place.free)} are free; --skip-space-check tries all the same`,
     );
-  const part = `${object}.p${protocol}-${level}`;
+  const part = `${object}.p${kept.protocol ?? "0"}-${kept.level}`;
+  const given = { lock: prefix, object: part, holder: holderOf(folder), size: String(kept.bytes) };
   return {
     kept,
     stages: [
       relaying({ sum: true }),
-      staged("storing", host, RAW.put, {
-        ...at(folder),
-        lock: prefix,
-        object: part,
-        holder: holderOf(folder),
-        size: String(kept.bytes),
-      }),
+      staged("storing", host, RAW.put, { ...at(folder), ...given }),
     ],
     async finish({ sum, bytes }) {
-      await taken({ part, sum, bytes: String(kept.bytes + bytes), kept: String(kept.bytes) });
-      return kept.bytes + bytes;
+      const all = kept.bytes + bytes;
+      await use({ part, sum, bytes: String(all), kept: String(kept.bytes) }, kept.level);
+      return all;
     },
+  };
+}
+
+/** The part of a stream that is kept in a folder; of 0 bytes, and as `sending` says, if there is none. */
+async function keptOf(folder: Folder, object: string, sending: Sending): Promise<Begun> {
+  const { host, prefix, id } = folder;
+  const asked = { ...at(folder), prefix, object };
+  const [, bytes = 0, sum = "", name = ""] =
+    /^(\d+) ([0-9a-f]{64})  - \.\/\.(.*)$/m.exec(
+      await ask(host, KEPT, asked, `${id}: cannot look for what is kept`),
+    ) ?? [];
+  const [, protocol = sending.protocol, level = sending.level] = PART.exec(name) ?? [];
+  return {
+    bytes: Number(bytes),
+    sum,
+    protocol: protocol === "0" ? null : protocol,
+    level,
+    rate: sending.rate,
   };
 }
 
@@ -5041,29 +5117,19 @@ async function resumable(
 const canResume = (source: Folder, { host }: Folder, { resume }: Sending) =>
   resume && (source.host.ssh !== null || host.ssh !== null);
 
-/** Removes what was kept to go on from, if a listing or this run knows of any. */
-const tidying = (folder: Folder, used: () => boolean) => async () => {
-  if (used() || [...folder.entries].some((name) => PART.test(name)))
-    await ask(
-      folder.host,
-      TIDY,
-      { ...at(folder), prefix: folder.prefix },
-      `${folder.id}: cannot remove what is kept of a broken transfer`,
-    );
-};
+/** Removes the parts of broken transfers that are kept, if a listing or this run knows of any. */
+async function tidyUp(folder: Folder, hasParts: boolean): Promise<void> {
+  if (!hasParts && ![...folder.entries].some((name) => PART.test(name))) return;
+  const asked = { ...at(folder), prefix: folder.prefix };
+  const what = `${folder.id}: cannot remove what is kept of a broken transfer`;
+  await ask(folder.host, TIDY, asked, what);
+}
 
 /** The SHA-256 of all that a stream would carry of a snapshot. Errors: Failure. */
 async function digestIn(folder: Folder, { name }: Entry): Promise<string> {
-  const told = await ask(
-    folder.host,
-    DIGEST,
-    { ...at(folder), snapshot: name },
-    `${folder.id}: cannot read ${name}`,
-  );
-  return (
-    /^[0-9a-f]{64}(?= )/.exec(told)?.[0] ??
-    fail(`${folder.id}: cannot read ${name}: no SHA-256 was printed`)
-  );
+  const what = `${folder.id}: cannot read ${name}`;
+  const told = await ask(folder.host, DIGEST, { ...at(folder), snapshot: name }, what);
+  return /^[0-9a-f]{64}(?= )/.exec(told)?.[0] ?? fail(`${what}: no SHA-256 was printed`);
 }
 
 /** Errors: Failure. */
@@ -5080,87 +5146,45 @@ async function allOf<T>(all: readonly Promise<T>[]): Promise<T[]> {
   });
 }
 
-/** A btrfs folder as a destination: `again` looks at it anew; `owned` is its record from now on, `announced` what 0.3.1 began. */
-function folderDestination(
-  folder: Folder,
-  again: () => Promise<Folder>,
-  owned: ChainRecord,
-  announced: readonly string[],
-  options: FolderOptions,
-): Destination {
-  const { host, prefix, id } = folder;
-  const { sending } = options;
+/** What transfers of this run have changed in a destination folder. */
+type FolderState = {
+  /** Its record, without the announcement of what is being received. */
+  chain: ChainRecord;
+  /** The UUIDs that data there go by. */
+  readonly here: Set<string | null>;
+  /** A stream was kept there. */
+  hasParts: boolean;
+  /** The record on the disk has an announcement that the next transfer, or `settle`, takes out. */
+  isAnnounced: boolean;
+};
+
+/** A btrfs folder as a destination. */
+function folderDestination(folder: Folder, options: FolderOptions): Destination {
+  const { host, prefix, id, place, standing } = folder;
+  const { owned, announced, sending } = options;
   const { receiving: left, since: _, ...chain } = owned;
-  let settled: ChainRecord = chain;
   const doubted = doubtedIn(folder);
-  const here = new Set(folder.standing.map(({ receivedUuid }) => receivedUuid));
-  let parts = false;
-  let isAnnounced = false;
+  const here = new Set(standing.map(({ receivedUuid }) => receivedUuid));
+  const state: FolderState = { chain, here, hasParts: false, isAnnounced: false };
   return {
     id,
     stream: null,
-    filesystem: folder.place.filesystem,
-    free: folder.place.free,
-    standing: standingIn(folder, settled, left === undefined ? announced : [...announced, left]),
+    filesystem: place.filesystem,
+    free: place.free,
+    standing: standingIn(folder, chain, left === undefined ? announced : [...announced, left]),
     frozen:
       folder.record.unreadable === null
         ? null
         : `its .btrfs-backup.json cannot be read (${folder.record.unreadable}); move it aside and run once with --adopt`,
     form: (source) =>
       canResume(source, folder, sending) ? null : formBetween(source, folder, sending),
-    async receive(source, transfer, isFollowed = false) {
+    receive(source, transfer, isFollowed = false) {
       // A guarded key has to take its announcement back.
-      isAnnounced = isFollowed && host.ssh === null;
-      const form = formBetween(source, folder, sending);
-      const isChecked = mustBeChecked(source, folder, sending);
-      const data = dataOf(transfer.snapshot);
-      const others = (settled.belated ?? []).filter((uuid) => uuid !== data && here.has(uuid));
-      if (transfer.belated || settled.belated !== undefined)
-        settled = { ...settled, belated: [...others, ...(transfer.belated ? [data] : [])] };
-      const stages = (given: string, part?: Part) => {
-        const end = (level: string) =>
-          receiving(
-            folder,
-            transfer.snapshot.name,
-            level,
-            settled,
-            options.btrfsDebug,
-            part,
-            isChecked,
-            isAnnounced,
-          );
-        return isChecked ? checked(folder, given, expected(source, transfer), end) : [end(given)];
-      };
-      if (!canResume(source, folder, sending)) return { stages: stages(form.level) };
-      parts = true;
-      const object = streamName(transfer, ownerOf(settled.owner as Identity), {
-        level: "",
-        recipients: [],
-      });
-      return resumable(
-        folder,
-        source,
-        transfer,
-        object,
-        2,
-        { ...sending, ...form },
-        async (part) => {
-          const kept = staged(
-            "reading",
-            host,
-            RAW.get,
-            { ...at(folder), how: "", holder: holderOf(folder), objects: [`.${part.part}.part`] },
-            { sends: true },
-          );
-          await pipeline([
-            ...(isChecked ? [kept] : []),
-            ...stages(PART.exec(`${part.part}.part`)?.[2] ?? form.level, part),
-          ]);
-        },
-      );
+      state.isAnnounced = isFollowed && host.ssh === null;
+      return receiveInto(folder, state, options, { source, transfer });
     },
     async compare(source, snapshot) {
-      const backup = dataFinder(folder.standing.filter(isComplete))(snapshot);
+      const backup = dataFinder(standing.filter(isComplete))(snapshot);
       if (backup === undefined) throw new Failure(`${id} has no backup of ${snapshot.name}`);
       const [ours, theirs] = await allOf([digestIn(source, snapshot), digestIn(folder, backup)]);
       return ours === theirs;
@@ -5170,42 +5194,80 @@ function folderDestination(
       return { ...arrived(transfer), id: ARRIVED };
     },
     async settle() {
-      if (isAnnounced) await writeRecord(folder, settled, true);
-      isAnnounced = false;
+      if (state.isAnnounced) await writeRecord(folder, state.chain, true);
+      state.isAnnounced = false;
     },
-    tidy: tidying(folder, () => parts),
+    tidy: () => tidyUp(folder, state.hasParts),
     async discard(name) {
+      const how = doubted.has(name) ? "whole" : "";
+      const asked = { ...at(folder), prefix, name, ...recordArguments(folder, state.chain), how };
       await ask(
         host,
         DISCARD,
-        {
-          ...at(folder),
-          prefix,
-          name,
-          ...recordArguments(folder, settled),
-          how: doubted.has(name) ? "whole" : "",
-        },
+        asked,
         `${id}: cannot remove what the broken transfer of ${name} left`,
       );
     },
     async remove(backups, free) {
-      const news = backups.some(({ id }) => id === ARRIVED)
-        ? byUuidOfData((await again()).standing)
-        : new Map<string, Entry>();
-      const going = backups.map((backup) =>
-        backup.id === ARRIVED ? (news.get(dataOf(backup)) ?? backup) : backup,
-      );
+      const going = await withIds(backups, options.again);
       await deleteFrom(folder, going, { ...options, sync: options.sync || free });
     },
     close: folder.close,
   };
 }
 
-/** The ID of a backup that has arrived in this run: it is looked up where it is needed. */
+/** How a folder gets a transfer: by `btrfs receive` at once, or by way of a file that is kept. */
+async function receiveInto(
+  folder: Folder,
+  state: FolderState,
+  { sending, btrfsDebug }: FolderOptions,
+  { source, transfer }: Pick<Resumable, "source" | "transfer">,
+): Promise<Incoming> {
+  const form = formBetween(source, folder, sending);
+  const isChecked = mustBeChecked(source, folder, sending);
+  state.chain = withBelated(state, transfer);
+  const stages = (given: string, part?: Part) => {
+    const end = (level: string) => {
+      const { chain, isAnnounced: isFollowed } = state;
+      const how = { level, chain, btrfsDebug, part, isChecked, isFollowed };
+      return receiving(folder, transfer.snapshot.name, how);
+    };
+    return isChecked ? checked(folder, given, expected(source, transfer), end) : [end(given)];
+  };
+  if (!canResume(source, folder, sending)) return { stages: stages(form.level) };
+  state.hasParts = true;
+  const owner = ownerOf(state.chain.owner as Identity);
+  const object = streamName(transfer, owner, { level: "", recipients: [] });
+  const kept = { source, transfer, object, copies: 2, sending: { ...sending, ...form } };
+  return resumable(folder, kept, (part, level) => {
+    const objects = [`.${part.part}.part`];
+    const given = { ...at(folder), how: "", holder: holderOf(folder), objects };
+    const reading = () => staged("reading", folder.host, RAW.get, given, { sends: true });
+    return pipeline([...(isChecked ? [reading()] : []), ...stages(level, part)]);
+  });
+}
+
+/** A folder's record, which names the belated backups there, once a transfer has arrived. */
+function withBelated({ chain, here }: FolderState, { snapshot, belated }: Transfer): ChainRecord {
+  if (!belated && chain.belated === undefined) return chain;
+  const data = dataOf(snapshot);
+  const others = (chain.belated ?? []).filter((uuid) => uuid !== data && here.has(uuid));
+  return { ...chain, belated: [...others, ...(belated ? [data] : [])] };
+}
+
+/** The ID of a backup that has arrived in this run: see withIds. */
 const ARRIVED = -1;
 
-const byUuidOfData = (entries: readonly Entry[]) =>
-  new Map(entries.filter(isComplete).map((entry) => [dataOf(entry), entry]));
+/** Backups with their IDs; `again` looks for those of what has arrived in this run. */
+async function withIds(
+  backups: readonly Backup[],
+  again: () => Promise<Folder>,
+): Promise<readonly Entry[]> {
+  if (!backups.some(({ id }) => id === ARRIVED)) return backups;
+  const standing = (await again()).standing.filter(isComplete);
+  const found = new Map(standing.map((entry) => [dataOf(entry), entry]));
+  return backups.map((one) => (one.id === ARRIVED ? (found.get(dataOf(one)) ?? one) : one));
+}
 
 /** A snapshot as the backup that its transfer makes. */
 const arrived = ({ snapshot, belated }: Pick<Transfer, "snapshot" | "belated">): Backup => ({
@@ -5218,7 +5280,7 @@ const arrived = ({ snapshot, belated }: Pick<Transfer, "snapshot" | "belated">):
 const GPG =
   "gpg --batch --no-tty --quiet --no-auto-key-locate --no-auto-key-retrieve --disable-dirmngr";
 
-/** Encrypts for gpg's recipients, if there are any; compressed before, or not worth it. */
+/** Encrypts for gpg's recipients, if there are any. gpg compresses nothing: that was done before, or is not worth it. */
 const encrypting = ({ recipients }: Filters): Stage[] =>
   recipients.length === 0
     ? []
@@ -5254,8 +5316,8 @@ function keyOf(recipient: string): string {
 }
 
 /**
- * The fingerprints of keys that can encrypt and are neither expired nor revoked nor disabled, in what `gpg --with-colons --list-keys`
- * printed (doc/DETAILS of GnuPG: the validity is the second field, the capabilities of the whole key are capitals in the twelfth).
+ * The fingerprints of keys that can encrypt and are neither expired nor revoked nor disabled, in the output of `gpg --with-colons
+ * --list-keys` (doc/DETAILS of GnuPG: the validity is the second field, the capabilities of the whole key are capitals in the twelfth).
  */
 export function usableKeys(printed: string): string[] {
   const found: string[] = [];
@@ -5277,19 +5339,18 @@ export function usableKeys(printed: string): string[] {
   return found;
 }
 
-/** Errors: Failure if a stream of that source is to be compressed, and cannot be. */
+/** Errors: Failure if a stream of that source is to be compressed or encrypted, and cannot be. */
 function checkFilters(
-  { zstd, host, hostName }: Pick<Folder, "zstd" | "host" | "hostName">,
+  source: Pick<Folder, "zstd" | "host" | "hostName">,
   { level, recipients }: Filters,
 ): void {
-  if (level !== "" && !zstd)
-    throw new Failure(`${host.label || hostName}: zstd not found: install zstd`);
+  if (level !== "") needZstd(source);
   if (recipients.length > 0 && which.sync("gpg", { nothrow: true }) === null)
     throw new Failure("gpg not found: install gnupg");
   for (const recipient of recipients) keyOf(recipient);
 }
 
-/** What is stored is meant to be understood for long: without being asked, by the protocol that btrfs send takes by itself. */
+/** How a stored stream is made. It is to be understood for long: unless asked otherwise, by the protocol that btrfs send takes by itself. */
 const storedForm = ({ level, rate, protocol }: Sending): Form => ({ level, rate, protocol });
 
 /** What stands in a store, for a source that owns the streams of some lineages. */
@@ -5299,131 +5360,120 @@ function standingInStore(
   lineages: ReadonlySet<string>,
 ): Standing {
   const held = streams.filter(isComplete);
-  const backups = snapshotsAmong(
-    held.filter(({ owner }) => lineages.has(owner.lineage)),
-    prefix,
-    null,
-  );
-  const taken = new Map(
-    [...debris.keys()]
-      .filter((name) => parseName(name, prefix) !== null)
-      .map((name) => [name, "leftover"]),
-  );
+  const isOurs = ({ owner }: Stream) => lineages.has(owner.lineage);
+  const names = [...debris.keys()].filter((name) => parseName(name, prefix) !== null);
   return {
     held,
-    backups,
+    backups: snapshotsAmong(held.filter(isOurs), prefix, null),
     copied: new Map(),
-    taken,
-    chained: held.filter(({ owner }) => !lineages.has(owner.lineage)),
+    taken: new Map(names.map((name) => [name, { kind: "leftover" }])),
+    chained: held.filter((one) => !isOurs(one)),
   };
 }
 
-/**
- * Stored streams as a destination. `again` lists them anew; `owner`: what names say of the source; `lock`: a
- * file that whatever writes to a remote holds locked, since the remote cannot be.
- */
+/** `again` lists the store anew; `owner`: the source, as names of streams say it; `lock`: the file that all who write to a remote lock, since the remote cannot be locked. */
+type StoreOptions = {
+  readonly store: Store;
+  readonly again: () => Promise<Folder>;
+  readonly standing: Standing;
+  readonly owner: Owner;
+  readonly lock: string;
+  readonly sending: Sending;
+};
+
+/** Stored streams as a destination. */
 function storeDestination(
   folder: Folder,
-  store: Store,
-  again: () => Promise<Folder>,
-  standing: Standing,
-  owner: Owner,
-  lock: string,
-  sending: Sending,
+  { store, again, standing, owner, lock, sending }: StoreOptions,
 ): Destination {
   const { id, host } = folder;
   const { verbs } = store;
-  const place = { ...at(folder), lock: verbs === RCLONE ? lock : folder.prefix };
-  const unsummed = store.unsummed.filter(({ name }) => parseName(name, folder.prefix) !== null);
-  const drop = async (objects: readonly string[]) => {
-    // A stream without its checksum object would count as lost, and a checksum object without its stream is only debris.
-    const isSum = (object: string) => object.endsWith(SUM);
-    for (const some of [objects.filter((one) => !isSum(one)), objects.filter(isSum)].flatMap(
-      (all) => chunks(all),
-    ))
-      await ask(
-        host,
-        verbs.delete,
-        { ...place, objects: some },
-        `${id}: cannot delete ${count(some.length, "object")}`,
-      );
-  };
-  let parts = false;
-  const objects = new Map<string, string>();
+  const isRemote = verbs === RCLONE;
+  const place = { ...at(folder), lock: isRemote ? lock : folder.prefix };
+  const resumes = (source: Folder) => !isRemote && canResume(source, folder, sending);
   const inSource = dataFinder(standing.held);
+  const objects = new Map<string, string>();
   const nameOf = (transfer: Transfer) => streamName(transfer, owner, sending);
-  const parentObject = (parent: Snapshot) =>
-    objects.get(parent.uuid) ?? inSource(parent)?.uuid ?? null;
+  const dropAll = (going: readonly string[]) => dropObjects(going, place, folder, verbs);
+  let hasParts = false;
   return {
     id,
     stream: null,
     filesystem: null,
     free: folder.place.free,
     standing,
-    frozen:
-      unsummed.length === 0
-        ? null
-        : `${count(unsummed.length, "stream")} there ${unsummed.length === 1 ? "has" : "have"} no checksum object, first ${unsummed[0]?.uuid}: if these were lost, make them again (see the README), else delete the streams`,
-    form: (source) =>
-      verbs === RAW && canResume(source, folder, sending) ? null : storedForm(sending),
+    frozen: lostSums(store, folder.prefix),
+    form: (source) => (resumes(source) ? null : storedForm(sending)),
     async receive(source, transfer) {
       checkFilters(source, sending);
       const object = nameOf(transfer);
-      if (verbs === RAW && canResume(source, folder, sending)) {
-        parts = true;
-        return resumable(folder, source, transfer, object, 1, sending, async (part) => {
-          await ask(
-            host,
-            RAW.commit,
-            { ...place, object, ...part },
-            `${id}: cannot complete ${object}`,
-          );
-        });
+      const complete = (arrived: Pick<Part, "sum" | "bytes"> & Partial<Part>) =>
+        ask(
+          host,
+          verbs.commit,
+          { ...place, object, ...arrived },
+          `${id}: cannot complete ${object}`,
+        );
+      if (resumes(source)) {
+        hasParts = true;
+        return resumable(folder, { source, transfer, object, copies: 1, sending }, complete);
       }
-      const part = verbs === RCLONE ? await partFor(source, transfer, store, sending) : "";
-      const put = staged(verbs === RCLONE ? "rclone" : "storing", host, verbs.put, {
-        ...place,
-        object,
-        holder: holderOf(folder),
-        size: part,
-      });
+      const size = isRemote ? await partFor(source, transfer, store, sending) : "";
+      const given = { ...place, object, holder: holderOf(folder), size };
+      const put = staged(isRemote ? "rclone" : "storing", host, verbs.put, given);
       return {
         stages: [...encrypting(sending), relaying({ sum: true }), put],
         async finish({ sum, bytes }) {
-          await ask(
-            host,
-            verbs.commit,
-            { ...place, object, sum, bytes: String(bytes) },
-            `${id}: cannot complete ${object}`,
-          );
+          await complete({ sum, bytes: String(bytes) });
           return bytes;
         },
       };
     },
     compare: null,
     arrived(transfer) {
+      const { snapshot, parent } = transfer;
       const object = nameOf(transfer);
-      objects.set(transfer.snapshot.uuid, object);
-      return {
-        ...arrived(transfer),
-        uuid: object,
-        parentUuid: transfer.parent && parentObject(transfer.parent),
-      };
+      objects.set(snapshot.uuid, object);
+      const parentUuid = parent && (objects.get(parent.uuid) ?? inSource(parent)?.uuid ?? null);
+      return { ...arrived(transfer), uuid: object, parentUuid };
     },
     async discard(name) {
       const debris = (await again()).store?.debris.get(name) ?? [];
-      await drop(debris.filter((object) => !sending.resume || !PART.test(object)));
+      const going = debris.filter((object) => !sending.resume || !PART.test(object));
+      await dropAll(going);
     },
-    tidy: tidying(folder, () => parts),
-    remove: (backups) => drop(backups.flatMap(({ uuid }) => [uuid, uuid + SUM])),
+    tidy: () => tidyUp(folder, hasParts),
+    remove: (backups) => dropAll(backups.flatMap(({ uuid }) => [uuid, uuid + SUM])),
     close: folder.close,
   };
+}
+
+/** Why nothing may be deleted from a store whose checksum objects seem to be lost; null otherwise. */
+function lostSums(store: Store, prefix: string): string | null {
+  const [first, ...more] = store.unsummed.filter(({ name }) => parseName(name, prefix) !== null);
+  if (first === undefined) return null;
+  return `${count(more.length + 1, "stream")} there ${more.length === 0 ? "has" : "have"} no checksum object, first ${first.uuid}: if these were lost, make them again (see the README), else delete the streams`;
+}
+
+/** Deletes objects of a store, streams first: one without its checksum object would count as lost, and a checksum object alone is only debris. */
+async function dropObjects(
+  objects: readonly string[],
+  place: ReturnType<typeof at> & { readonly lock: string },
+  { host, id }: Folder,
+  verbs: StoreVerbs,
+): Promise<void> {
+  const isSum = (object: string) => object.endsWith(SUM);
+  const ordered = [objects.filter((one) => !isSum(one)), objects.filter(isSum)];
+  for (const some of ordered.flatMap((all) => chunks(all))) {
+    const what = `${id}: cannot delete ${count(some.length, "object")}`;
+    await ask(host, verbs.delete, { ...place, objects: some }, what);
+  }
 }
 
 const MIB = 2 ** 20;
 const S3_OBJECT = 5 * 2 ** 40; // bytes; in at most 10,000 parts: the limits of S3
 
-/** In how large parts S3 gets a stream of about that many bytes. Errors: Failure if no object of S3 can be that large. */
+/** How large the parts are in which S3 gets a stream of about that many bytes. Errors: Failure if no object of S3 can be that large. */
 export function partSize(bytes: number): number {
   if (bytes > S3_OBJECT)
     throw new Failure(
@@ -5439,30 +5489,24 @@ export const inBytes = (bytes: number) => {
   return `${unit === 0 ? bytes : (bytes / 2 ** (10 * unit)).toFixed(1)}${"BKMGTP"[unit]}`;
 };
 
-/** How many bytes a stream has that consists of what `estimate` printed; a command without data has some hundred. Errors: Failure for any other shape. */
-export function estimatedBytes(printed: string): number {
-  const lines = printed
+/** How many bytes a stream has of which `estimate` printed this; a command without data counts 200. Errors: Failure for any other shape. */
+export function estimatedBytes(text: string): number {
+  const lines = text
     .split("\n")
     .filter(Boolean)
     .map((line) => /^ *(\d+) (?: len=(\d+)|([a-z_]+))$/.exec(line));
-  if (
-    lines.includes(null) ||
-    !lines.some((line) => ["subvol", "snapshot"].includes(line?.[3] ?? ""))
-  )
-    throw new Failure(`"btrfs receive --dump" printed something unknown: ${printed.slice(0, 200)}`);
+  const isFirst = (line: RegExpExecArray | null) => /^(subvol|snapshot)$/.test(line?.[3] ?? "");
+  if (lines.includes(null) || !lines.some(isFirst))
+    throw new Failure(`"btrfs receive --dump" printed something unknown: ${text.slice(0, 200)}`);
   return lines.reduce((sum, line) => sum + Number(line?.[1]) * Number(line?.[2] ?? 200), 0);
 }
 
 /** How many bytes a stream will have, but for some hundred a command. */
-const streamBytes = async (source: Folder, { snapshot, parent }: Transfer) =>
-  estimatedBytes(
-    await ask(
-      source.host,
-      ESTIMATE,
-      { ...at(source), snapshot: snapshot.name, parent: parent?.name ?? "" },
-      `${source.id}: cannot estimate the stream of ${snapshot.name}`,
-    ),
-  );
+async function streamBytes(source: Folder, { snapshot, parent }: Transfer): Promise<number> {
+  const asked = { ...at(source), snapshot: snapshot.name, parent: parent?.name ?? "" };
+  const what = `${source.id}: cannot estimate the stream of ${snapshot.name}`;
+  return estimatedBytes(await ask(source.host, ESTIMATE, asked, what));
+}
 
 /** The part size for a transfer to a remote, as rclone reads it. */
 async function partFor(
@@ -5473,11 +5517,11 @@ async function partFor(
 ): Promise<string> {
   const bytes = await streamBytes(source, transfer);
   log.debug(`the stream of ${transfer.snapshot.name} will have some ${inBytes(bytes)}`);
-  // What is compressed can be much smaller, and other remotes are not bound by the limits of S3.
+  // A compressed stream can be much smaller, and other remotes are not bound by the limits of S3.
   return `${partSize(type === "s3" && level === "" ? bytes : Math.min(bytes, S3_OBJECT)) / MIB}M`;
 }
 
-/** The shell that runs the user's commands, if it can with pipefail: without, half a pipeline can fail unseen. */
+/** The shell that runs the user's commands, with pipefail if it can: without it, half a pipeline can fail unseen. */
 async function commandShell(report: Report): Promise<string> {
   if (which.sync("bash", { nothrow: true }) !== null) return "bash -o pipefail";
   if ((await shell`${"sh -o pipefail -c :"}`).exitCode === 0) return "sh -o pipefail";
@@ -5487,20 +5531,24 @@ async function commandShell(report: Report): Promise<string> {
   return "sh";
 }
 
-/**
- * A command as a destination: a store that can only take. `run` is the shell for it, and `lock` the
- * file that it holds locked, so that a killed run's command and the next one never store side by side.
- */
+/** `interpreter`: see commandShell; `lock`: the file that a command locks, so that a killed run's and the next one never store side by side. */
+type ShellOptions = {
+  readonly last: Memory | null;
+  readonly interpreter: string;
+  readonly lock: string;
+  readonly prefix: string;
+  readonly source: string;
+  readonly sending: Sending;
+};
+
+/** A command as a destination: a store that can only take. */
 function shellDestination(
-  location: Location & { kind: "shell" },
-  last: Memory | null,
-  run: string,
-  lock: string,
-  chain: { prefix: string; source: string },
-  sending: Sending,
+  { id, command }: Location & { kind: "shell" },
+  { last, interpreter, lock, prefix, source: sourceId, sending }: ShellOptions,
 ): Destination {
+  const file = quote(lock);
   return {
-    id: location.id,
+    id,
     stream: { last },
     filesystem: null,
     free: Infinity,
@@ -5509,22 +5557,17 @@ function shellDestination(
     form: () => storedForm(sending),
     async receive(source, { snapshot, parent }) {
       checkFilters(source, sending);
+      const locked = `{ [ -f ${file} ] || ( umask 077; exec dd if=/dev/null of=${file} conv=excl oflag=nofollow status=none 2>/dev/null ) || :; [ -f ${file} ] || exit 75; flock -n -o -E 75 ${file} ${interpreter} -c ${quote(command)}; }`;
       return {
-        stages: [
-          ...encrypting(sending),
-          {
-            label: location.id,
-            command: `{ [ -f ${quote(lock)} ] || ( umask 077; exec dd if=/dev/null of=${quote(lock)} conv=excl oflag=nofollow status=none 2>/dev/null ) || :; [ -f ${quote(lock)} ] || exit 75; flock -n -o -E 75 ${quote(lock)} ${run} -c ${quote(location.command)}; }`,
-          },
-        ],
+        stages: [...encrypting(sending), { label: id, command: locked }],
         environment: {
           BTRFS_BACKUP_NAME: snapshot.name,
           BTRFS_BACKUP_KIND: parent === null ? "full" : "incremental",
           BTRFS_BACKUP_PARENT: parent?.name ?? "",
           BTRFS_BACKUP_UUID: snapshot.uuid,
           BTRFS_BACKUP_PARENT_UUID: parent?.uuid ?? "",
-          BTRFS_BACKUP_PREFIX: chain.prefix,
-          BTRFS_BACKUP_SOURCE: chain.source,
+          BTRFS_BACKUP_PREFIX: prefix,
+          BTRFS_BACKUP_SOURCE: sourceId,
           BTRFS_BACKUP_SUFFIX: suffixOf(sending),
         },
       };
@@ -5544,10 +5587,21 @@ function shellDestination(
 /** A snapshot with the reasons to keep it; without any, it goes. */
 export type Decision<T extends Dated> = { readonly entry: T; readonly reasons: readonly string[] };
 
+const keptBy = <T extends Dated>(decisions: readonly Decision<T>[]) =>
+  decisions.filter(({ reasons }) => reasons.length > 0).map(({ entry }) => entry);
+
 /**
- * Why a policy keeps each of `entries` (oldest first). Calendar words keep the first of a period,
- * so that what is kept stays the same for its whole life. `now` is wall-clock ms: windows like
- * `14d+` end at the newest entry, or now if that is dated in the future.
+ * What retention goes by. `now` is wall-clock ms; `adopted`: the names that the clock leapt to, and that somebody vouches for.
+ */
+type Retention = {
+  readonly policy: Policy | null;
+  readonly now: number;
+  readonly adopted?: readonly string[] | undefined;
+};
+
+/**
+ * Why a policy keeps each of `entries` (oldest first). Calendar words keep the first of a period, so that an entry that is kept
+ * stays so for its whole life. `now` is wall-clock ms: windows like `14d+` end at the newest entry, or now if that is dated in the future.
  */
 export function retain<T extends Dated>(
   entries: readonly T[],
@@ -5556,27 +5610,24 @@ export function retain<T extends Dated>(
 ): Decision<T>[] {
   const reasons = entries.map(() => [] as string[]);
   const newest = entries.at(-1);
+  const words = (most: number, unit: Unit) => `${most === Infinity ? "*" : most}${unit}`;
   reasons.at(-1)?.push("newest");
-  if (policy === null) reasons.forEach((r) => r.push("everything is kept"));
+  if (policy === null) for (const why of reasons) why.push("everything is kept");
   else if (newest !== undefined) {
-    const newestOnes = `one of the newest ${policy.newest}`;
-    if (policy.newest > 0) for (const r of reasons.slice(-policy.newest)) r.push(newestOnes);
-    for (const { unit, count } of policy.firstOf) {
+    const last = policy.newest > 0 ? reasons.slice(-policy.newest) : [];
+    for (const why of last) why.push(`one of the newest ${policy.newest}`);
+    for (const { unit, count: most } of policy.firstOf) {
       const firsts = new Map<number, number>();
       entries.forEach(
         ({ time }, i) => firsts.has(period(time, unit)) || firsts.set(period(time, unit), i),
       );
-      const kept = [...firsts.values()];
-      for (const i of count === Infinity ? kept : kept.slice(-count))
-        reasons[i]?.push(
-          `first of its ${UNITS[unit].noun} (${count === Infinity ? "*" : count}${unit})`,
-        );
+      for (const i of [...firsts.values()].slice(-most))
+        reasons[i]?.push(`first of its ${UNITS[unit].noun} (${words(most, unit)})`);
     }
-    for (const { unit, count } of policy.within) {
-      const from = before(Math.min(now, newest.time), count, unit);
+    for (const { unit, count: most } of policy.within) {
+      const from = before(Math.min(now, newest.time), most, unit);
       entries.forEach(
-        ({ time }, i) =>
-          time >= from && reasons[i]?.push(`within ${count === Infinity ? "*" : count}${unit}`),
+        ({ time }, i) => time >= from && reasons[i]?.push(`within ${words(most, unit)}`),
       );
     }
   }
@@ -5587,8 +5638,8 @@ export function retain<T extends Dated>(
 const LEAP = { forward: 30 * DURATION.d, times: 10, back: 26 * DURATION.h };
 
 /**
- * Where the clock leapt, as the names of what was taken tell, which are in the order in which that was done: forward if it is more than 30
- * days, and more than ten times the longest time between others until then, after the newest of these; back if it is more than 26 hours.
+ * Where the clock leapt, by the times of entries in the order in which they were taken. It leapt forward to a time more than 30 days, and
+ * more than ten times the longest time between others until then, after the newest before; back, to one more than 26 hours before the last.
  */
 export function leapsAmong(entries: readonly Dated[]): number[] {
   const leaps: number[] = [];
@@ -5596,11 +5647,8 @@ export function leapsAmong(entries: readonly Dated[]): number[] {
   for (let i = 1; i < entries.length; i++) {
     const { time } = entries[i] as Dated;
     const ahead = time - newest;
-    if (
-      (ahead > LEAP.forward && ahead > LEAP.times * longest) ||
-      time < (entries[i - 1] as Dated).time - LEAP.back
-    )
-      leaps.push(i);
+    const isForward = ahead > LEAP.forward && ahead > LEAP.times * longest;
+    if (isForward || time < (entries[i - 1] as Dated).time - LEAP.back) leaps.push(i);
     longest = Math.max(longest, ahead);
     newest = Math.max(newest, time);
   }
@@ -5612,52 +5660,43 @@ const BELIEVED = { days: 3, stay: 3 };
 const LEAPT = "the clock leapt: ";
 
 /**
- * Keeps what only a wrong clock would let go: by hours to years, nothing goes until there are entries of three days since it leapt, and
- * in that deletion the three newest from before stay. `adopted`: names that it leapt to, and that somebody vouches for.
+ * Retention that keeps whatever only a wrong clock would let go by hours to years. Nothing goes until there are entries of three days since
+ * the clock leapt, and in the deletion then, the three newest from before stay.
  */
-function despiteLeaps<T extends Dated>(
-  decisions: readonly Decision<T>[],
-  policy: Policy | null,
-  adopted: readonly string[],
+function retained<T extends Dated>(
+  entries: readonly T[],
+  { policy, now, adopted = [] }: Retention,
 ): Decision<T>[] {
-  const all = decisions.map(({ entry }) => entry);
+  const decisions = retain(entries, policy, now);
+  const byTime = policy === null ? 0 : policy.firstOf.length + policy.within.length;
   const reasons = decisions.map((decision) => [...decision.reasons]);
-  for (const leap of policy === null || policy.firstOf.length + policy.within.length === 0
-    ? []
-    : leapsAmong(all)) {
-    const { name } = all[leap] as T;
-    const days = new Set(all.slice(leap).map(({ time }) => period(time, "d"))).size;
+  for (const leap of byTime === 0 ? [] : leapsAmong(entries)) {
+    const { name } = entries[leap] as T;
+    const days = new Set(entries.slice(leap).map(({ time }) => period(time, "d"))).size;
     const isBelieved = days >= BELIEVED.days || adopted.includes(name);
-    const newest = reasons.slice(Math.max(0, leap - BELIEVED.stay), leap);
-    const older = reasons.slice(0, leap - newest.length);
+    const older = reasons.slice(0, Math.max(0, leap - BELIEVED.stay));
     const isFirst = days <= BELIEVED.days || older.some((why) => why.length === 0);
-    const held = !isBelieved ? reasons : isFirst ? newest : [];
-    for (const why of held)
-      if (why.length === 0)
-        why.push(
-          isBelieved
-            ? `one of the newest ${BELIEVED.stay} from before the clock leapt`
-            : LEAPT + name,
-        );
+    const why = isBelieved
+      ? `one of the newest ${BELIEVED.stay} from before the clock leapt`
+      : LEAPT + name;
+    const newest = isFirst ? reasons.slice(older.length, leap) : [];
+    for (const none of (isBelieved ? newest : reasons).filter(({ length }) => length === 0))
+      none.push(why);
   }
-  return decisions.map(({ entry }, i) => ({ entry, reasons: reasons[i] ?? [] }));
+  return entries.map((entry, i) => ({ entry, reasons: reasons[i] ?? [] }));
 }
 
-/** The names that the clock leapt to in some rows of entries, and those of `before` that still stand there. */
+/** The names that the clock leapt to in some rows of entries, and those of `known` that still stand there. */
 export function leapNames(
   rows: readonly (readonly Dated[])[],
-  before: readonly string[] = [],
+  known: readonly string[] = [],
 ): string[] {
-  const stands = before.filter((name) => rows.some((row) => row.some((one) => one.name === name)));
-  return [
-    ...new Set([
-      ...stands,
-      ...rows.flatMap((row) => leapsAmong(row).map((i) => (row[i] as Dated).name)),
-    ]),
-  ];
+  const stands = known.filter((name) => rows.some((row) => row.some((one) => one.name === name)));
+  const found = rows.flatMap((row) => leapsAmong(row).map((i) => (row[i] as Dated).name));
+  return [...new Set([...stands, ...found])];
 }
 
-/** What the clock leapt to, where that keeps everything. */
+/** The name that the clock leapt to, where everything is kept for that. */
 export const leaptTo = (decisions: readonly Decision<Dated>[]) =>
   decisions.find(({ reasons }) => reasons[0]?.startsWith(LEAPT))?.reasons[0]?.slice(LEAPT.length) ??
   null;
@@ -5671,13 +5710,13 @@ export function newestShared(
   return snapshots.findLast((snapshot) => find(snapshot) !== undefined) ?? null;
 }
 
-/** What is known of snapshots as parents of differences, by UUID. What is in none of the maps was not asked for. */
+/** What is known of snapshots as parents of differences, by UUID. A map lacks what was not asked for. */
 export type Facts = {
   /** All subvolumes of their filesystem. */
   readonly all: ReadonlyMap<string, Subvolume>;
   /** In which generation a snapshot was changed last. */
   readonly ctransids: ReadonlyMap<string, number>;
-  /** The generation of the top directory, null where nobody can tell: a snapshot has it from its origin, and what is received from its parent, through any number of them. */
+  /** The generation of the top directory, null where nobody can tell: a snapshot has its origin's, a received one its parent's, and so on. */
   readonly births: ReadonlyMap<string, number | null>;
   /** Why a difference would lose something, null if it would not; by `pairOf`. */
   readonly losses: ReadonlyMap<string, string | null>;
@@ -5699,9 +5738,9 @@ function lineOf(one: Subvolume, all: ReadonlyMap<string, Subvolume>): string[] {
 }
 
 /**
- * Whether `btrfs send` can tell what changed between two subvolumes: it goes by inode numbers, which mean nothing where one was not
- * made from the other. What was taken here has them from SOURCE. What was received has them from its parent: of two such, one must have
- * been received on top of the other. Where what was between is gone, their top directories tell. Undefined as long as these are not known.
+ * Whether `btrfs send` can tell what changed between two subvolumes. It goes by inode numbers, which mean nothing where neither was made
+ * from the other. A snapshot taken here has them from SOURCE. A received one has them from its parent: of two such, one must have been
+ * received on top of the other. Where one between them is gone, their top directories tell. Undefined until these are known.
  */
 export function related(a: Subvolume, b: Subvolume, { all, births }: Facts): boolean | undefined {
   if (a.receivedUuid === null && b.receivedUuid === null) return true;
@@ -5716,8 +5755,8 @@ export function related(a: Subvolume, b: Subvolume, { all, births }: Facts): boo
 }
 
 /**
- * Whether a snapshot was changed after it was taken: it is as old as its source then, or older (DESIGN: ctransid and cgen). Deduplication
- * does so as well, without changing what is in it. What was received was written after it was made; who changes it takes its received UUID.
+ * Whether a snapshot was changed after it was taken. A new one is as old as its source then, or older (DESIGN: ctransid and cgen).
+ * Deduplication changes one as well, but not its contents. A received one was written after it was made; whoever edits it takes its received UUID.
  */
 export function changedSince(
   { uuid, receivedUuid, cgen }: Subvolume,
@@ -5730,7 +5769,7 @@ export function changedSince(
 }
 
 /**
- * Whether a subvolume is an earlier state of another one: that one was made from it, or from what it was taken of, later. A difference
+ * Whether a subvolume is an earlier state of another one: the other was made from it, or, later, from its origin. A difference
  * to a later state, or to one from which the way led back, may lose something: see `lossIn`.
  */
 export function isEarlierState(
@@ -5740,18 +5779,18 @@ export function isEarlierState(
 ): boolean {
   const line = lineOf(of, all);
   if (line.includes(one.uuid)) return true;
-  // What is received on top of something is not as that is.
+  // Whatever is received on top of something differs from it.
   const origin =
     one.receivedUuid === null && one.parentUuid !== null ? line.indexOf(one.parentUuid) : -1;
   const next = origin < 2 ? of : all.get(line[origin - 1] as string);
   return origin > 0 && one.cgen !== undefined && next?.cgen !== undefined && one.cgen <= next.cgen;
 }
 
-/** Whether it is one still: what was edited is no more what it was, whatever it was compared with. */
+/** Whether it still is one: an edited snapshot is no earlier state of anything, whatever it was compared with. */
 const isStillEarlier = (one: Subvolume, of: Subvolume, facts: Facts) =>
   changedSince(one, facts, {}) !== true && isEarlierState(one, of, facts.all);
 
-/** A file that a difference changes: the commands that write to it, its size in the snapshot, and in the parent; null where it is not there. */
+/** A file that a difference changes: the ranges that it writes, and the sizes in the snapshot and `before`, in the parent; null where it is not there. */
 export type Rewritten = {
   readonly path: string;
   readonly ranges: readonly { readonly from: number; readonly to: number }[];
@@ -5759,37 +5798,37 @@ export type Rewritten = {
   readonly before: number | null;
 };
 
-/** The largest block that btrfs stores a file's data in, in bytes: 4 KiB mostly, and a page where that is larger. */
+/** The largest block, in bytes, that btrfs stores a file's data in: mostly 4 KiB, and a page where that is larger. */
 const SECTOR = 65536;
 
 /**
- * The file that would come out wrong of a difference, if there is one. A file that is made shorter keeps its last block as it is, and what is
- * behind its end stays on the disk. If it is longer in another subvolume, and has the same block, `btrfs send` takes that for
- * unchanged, and whoever receives it has zeros there. (Seen with Linux 6.18.)
+ * The file that a difference would get wrong, if there is one. A file that is made shorter keeps its last block as it is, with the data behind
+ * its end. If the file is longer in another subvolume, and has the same block, `btrfs send` takes these data for unchanged,
+ * and the receiver has zeros there. (Seen with Linux 6.18.)
  */
 export const lossIn = (files: readonly Rewritten[]) =>
   files.find(
-    ({ ranges, size, before }) =>
-      before !== null &&
-      size > before &&
-      before % SECTOR !== 0 &&
-      !ranges.some(({ from, to }) => from <= before && before < to),
+    ({ ranges, size, before: end }) =>
+      end !== null &&
+      size > end &&
+      end % SECTOR !== 0 &&
+      !ranges.some(({ from, to }) => from <= end && end < to),
   )?.path ?? null;
 
-/** Why no difference to a snapshot can be made against a parent; null if it can, undefined as long as that is not known. */
+/** Why no difference to a snapshot can be made against a parent; null if it can, undefined until that is known. */
 export type Unfit = (parent: Snapshot, snapshot: Snapshot) => string | null | undefined;
 
-/** What makes a parent: whether it is fit at all; and whether it is known to be an earlier state, which is preferred to all that is nearer. */
+/** What makes a parent: it must not be unfit; and one that is known to be an earlier state is preferred to any nearer one. */
 export type Fitness = {
   readonly unfit: Unfit;
   readonly isEarlier: (parent: Snapshot, snapshot: Snapshot) => boolean;
 };
 const ANY: Fitness = { unfit: () => null, isEarlier: () => true };
 
-/** What a destination adds to the facts: what was compared with its backup there and is the same, and what is no parent there, with the reason. */
+/** What a destination adds to the facts: the snapshots that were compared with their backups there and are the same, and those that are no parents there, with the reason. */
 export type Verdicts = { cleared: Cleared; readonly refused: Map<string, string> };
 
-/** Judges parents for a destination; those that `isThere` not yet are sent before in the same run, as they are. */
+/** Judges parents for a destination. A parent that `isThere` not yet is sent before in the same run, as it is. */
 export function judge(
   facts: Facts,
   { cleared, refused }: Verdicts,
@@ -5812,36 +5851,38 @@ export function judge(
   return { unfit, isEarlier };
 }
 
-/** How many that are not known to be earlier states are tried as a parent: to try one costs a walk through all that is different. */
+/** How many parents are tried that are not known to be earlier states: each costs a walk through all that is different. */
 const TRIES = 2;
 
+type Against = Pick<Transfer, "parent" | "why">;
+
 /**
- * The nearest of what both sides hold which can be a parent, and why no nearer one can: an earlier state, or else the nearest
- * of what came earlier (the last one), or else of what came later (the first one).
+ * The nearest parent that both sides hold, and why no nearer one is fit: an earlier state; or else the nearest of the `earlier` ones (the
+ * last); or else of the `later` ones (the first).
  */
 function nearestFit(
   snapshot: Snapshot,
   earlier: readonly Snapshot[],
   later: readonly Snapshot[],
   { unfit, isEarlier }: Fitness,
-): Pick<Transfer, "parent" | "why"> {
+): Against {
   let why: string | undefined;
   const unsure: Snapshot[] = [];
   const isFit = (parent: Snapshot) => {
-    const reason = unfit(parent, snapshot) ?? null;
-    why ??= reason ?? undefined;
-    return reason === null;
+    const reason = unfit(parent, snapshot) ?? undefined;
+    why ??= reason;
+    return reason === undefined;
   };
-  for (let i = earlier.length - 1; i >= 0; i--) {
-    const parent = earlier[i] as Snapshot;
-    if (!isEarlier(parent, snapshot)) unsure.push(parent);
-    else if (isFit(parent)) return { parent, ...(why === undefined ? {} : { why }) };
-  }
-  const parent = [...unsure.slice(0, TRIES), ...later.slice(0, 1)].find(isFit) ?? null;
-  return { parent, ...(why === undefined ? {} : { why }) };
+  const state = earlier.findLast((one) => {
+    if (isEarlier(one, snapshot)) return isFit(one);
+    unsure.push(one);
+    return false;
+  });
+  const others = () => [...unsure.slice(0, TRIES), ...later.slice(0, 1)].find(isFit);
+  return { parent: state ?? others() ?? null, why };
 }
 
-/** `failed`: the UUIDs of what earlier runs tried to send, and could not; `backfill`: sends also what is older than the newest that both have. */
+/** `failed`: the UUIDs of snapshots that earlier runs could not send; `backfill`: sends also those older than the newest that both have. */
 export type TransferOptions = {
   readonly policy: Policy | null;
   readonly incremental: boolean;
@@ -5852,99 +5893,109 @@ export type TransferOptions = {
   readonly failed?: ReadonlySet<string>;
 };
 
-/** Whether a stored chain of that many streams, the first one from `since`, ends before a snapshot of `time`. */
-const chainEnds = (
-  { length, since }: { length: number; since: number },
-  time: number,
-  { count, unit }: FullEvery,
-) => (unit === null ? count > 0 && length >= count : before(time, count, unit) >= since);
+/** A stored chain: so many streams, the first one from `since`. */
+type Chain = { readonly length: number; readonly since: number };
 
-/**
- * What a destination lacks of what its policy would keep, oldest first, each against what both sides hold by then and is nearest to it (see
- * `nearestFit`); in full if they share nothing. `snapshots` are in the source's order. Without a policy, what is older than the newest that
- * both have was deleted there, or left out on purpose: it is `skipped`.
- */
-export function planTransfers(
-  snapshots: readonly Snapshot[],
-  { held, backups, taken, chained }: Standing,
-  options: TransferOptions,
-  fitness = ANY,
-): { transfers: Transfer[]; conflicts: Conflict[]; skipped: number } {
+/** Whether a chain ends before a snapshot of `time`. */
+const chainEnds = ({ length, since }: Chain, time: number, { count: most, unit }: FullEvery) =>
+  unit === null ? most > 0 && length >= most : before(time, most, unit) >= since;
+
+/** Begins new chains in a plan: a stream is a full one where its parent's chain ends, as it stands there, or with the streams planned before. */
+function renewing({ held, chained }: Standing, fullEvery: FullEvery | null) {
   const find = dataFinder(held);
-  const rank = new Map(snapshots.map((snapshot, i) => [snapshot.uuid, i]));
-  const here = dataFinder(snapshots); // the relation is the same from both sides
-  const gone = backups.filter((backup) => here(backup) === undefined);
-  const kept = retain(
-    arrange<Snapshot>([...gone, ...snapshots], ({ uuid }) => rank.get(uuid)),
-    options.policy,
-    options.now,
-  );
-  const wanted = new Set(
-    kept.filter(({ reasons }) => reasons.length > 0).map(({ entry }) => entry.uuid),
-  );
-  const newest = snapshots.at(-1);
-  const transfers: Transfer[] = [];
-  const conflicts: Conflict[] = [];
-  const standing = byUuid(chained === null ? [] : held);
-  const shared: Snapshot[] = [];
-  const chains = new Map<Snapshot | null, { length: number; since: number }>();
-  const chainAt = (snapshot: Snapshot | null) => {
-    const there = snapshot === null || chained === null ? undefined : find(snapshot);
+  const standing = byUuid(held);
+  const planned = new Map<Snapshot | null, Chain>();
+  const chainAt = (parent: Snapshot | null): Chain => {
+    const there = parent === null ? undefined : find(parent);
     const streams = there === undefined ? [] : chainOf(there, standing);
     return { length: streams.length, since: timeIn(streams[0]?.name ?? "") ?? 0 };
   };
+  return (snapshot: Snapshot, nearest: Against): Against => {
+    if (chained === null || fullEvery === null) return nearest;
+    const { time } = snapshot;
+    const chain = planned.get(nearest.parent) ?? chainAt(nearest.parent);
+    const against = chainEnds(chain, time, fullEvery) ? { parent: null } : nearest;
+    const isNew = against.parent === null;
+    planned.set(
+      snapshot,
+      isNew ? { length: 1, since: time } : { ...chain, length: chain.length + 1 },
+    );
+    return against;
+  };
+}
+
+/** Tells which snapshots a destination wants, if it lacks them: those that its policy would keep there. */
+function wantedAt(
+  snapshots: readonly Snapshot[],
+  { backups }: Standing,
+  { policy, now, newestOnly }: TransferOptions,
+): (snapshot: Snapshot) => boolean {
+  const here = dataFinder(snapshots); // the relation is the same from both sides
+  const gone = backups.filter((backup) => here(backup) === undefined);
+  const rank = new Map(snapshots.map(({ uuid }, i) => [uuid, i]));
+  const all = arrange<Snapshot>([...gone, ...snapshots], ({ uuid }) => rank.get(uuid));
+  const kept = new Set(keptBy(retain(all, policy, now)).map(({ uuid }) => uuid));
+  const newest = snapshots.at(-1);
+  // The newest always: a backup that is dated in the future must not stand in its place.
+  return (snapshot) => snapshot === newest || (!newestOnly && kept.has(snapshot.uuid));
+}
+
+/** What a destination gets, what it cannot get, and how many snapshots it is not to get. */
+type TransferPlan = {
+  readonly transfers: Transfer[];
+  readonly conflicts: Conflict[];
+  skipped: number;
+};
+
+/**
+ * What a destination lacks of all that its policy would keep, oldest first: each snapshot against the nearest one that both sides hold by
+ * then (see `nearestFit`), or in full if they share nothing. `snapshots` are in the source's order. Without a policy, one that is older than
+ * the newest that both have was deleted there, or left out on purpose: it is `skipped`.
+ */
+export function planTransfers(
+  snapshots: readonly Snapshot[],
+  standing: Standing,
+  options: TransferOptions,
+  fitness = ANY,
+): TransferPlan {
+  const { policy, incremental, backfill, failed } = options;
+  const find = dataFinder(standing.held);
+  const isWanted = wantedAt(snapshots, standing, options);
+  const renewed = renewing(standing, options.fullEvery);
+  const plan: TransferPlan = { transfers: [], conflicts: [], skipped: 0 };
+  const shared: Snapshot[] = [];
   /** What both have that is later than the snapshot at hand, the nearest last. */
   const later = snapshots.filter((snapshot) => find(snapshot) !== undefined).reverse();
-  let skipped = 0;
   for (const snapshot of snapshots) {
-    const there = find(snapshot);
-    if (there === undefined) {
-      // The newest always: a backup that is dated in the future must not stand in its place.
-      if (snapshot !== newest && (options.newestOnly || !wanted.has(snapshot.uuid))) continue;
-      const isBelated = later.length > 0;
-      if (
-        isBelated &&
-        options.policy === null &&
-        !options.backfill &&
-        !options.failed?.has(snapshot.uuid)
-      ) {
-        skipped++;
-        continue;
-      }
-      const obstacle = taken.get(snapshot.name);
-      if (obstacle !== undefined && obstacle !== "leftover") {
-        conflicts.push({ name: snapshot.name, uuid: snapshot.uuid, why: obstacle });
-        continue;
-      }
-      const nearest = options.incremental
-        ? nearestFit(snapshot, shared, later.slice(-1), fitness)
-        : { parent: null };
-      const chain = chains.get(nearest.parent) ?? chainAt(nearest.parent);
-      const due =
-        chained !== null &&
-        options.fullEvery !== null &&
-        chainEnds(chain, snapshot.time, options.fullEvery);
-      const { parent } = due ? { parent: null } : nearest;
-      transfers.push({
-        snapshot,
-        ...(due ? { parent } : nearest),
-        ...(isBelated ? { belated: true } : {}),
-      });
-      chains.set(
-        snapshot,
-        parent === null
-          ? { length: 1, since: snapshot.time }
-          : { ...chain, length: chain.length + 1 },
-      );
-    } else later.pop();
+    if (find(snapshot) !== undefined) {
+      later.pop();
+      shared.push(snapshot);
+      continue;
+    }
+    if (!isWanted(snapshot)) continue;
+    const isBelated = later.length > 0;
+    if (isBelated && policy === null && !backfill && !failed?.has(snapshot.uuid)) {
+      plan.skipped++;
+      continue;
+    }
+    const obstacle = standing.taken.get(snapshot.name);
+    if (obstacle !== undefined && obstacle.kind !== "leftover") {
+      plan.conflicts.push({ snapshot, obstacle });
+      continue;
+    }
+    const nearest = incremental
+      ? nearestFit(snapshot, shared, later.slice(-1), fitness)
+      : { parent: null };
+    const belated = isBelated ? { belated: true as const } : {};
+    plan.transfers.push({ snapshot, ...renewed(snapshot, nearest), ...belated });
     shared.push(snapshot);
   }
-  return { transfers, conflicts, skipped };
+  return plan;
 }
 
 /**
- * What a command gets, that cannot be asked what it has: what is newer than the last stream it
- * took, or only the newest if there was none.
+ * What a command gets, which cannot be asked what it has: all that is newer than the last stream it
+ * took, or only the newest snapshot if there was none.
  */
 export function planStreams(
   snapshots: readonly Snapshot[],
@@ -5954,7 +6005,7 @@ export function planStreams(
 ): Transfer[] {
   const last = memory === null ? -1 : snapshots.findIndex(({ uuid }) => uuid === memory.uuid);
   // The remembered snapshot is gone: its name still tells what came after it.
-  const time = memory === null ? null : parseName(memory.name, options.prefix);
+  const time = memory && parseName(memory.name, options.prefix);
   const newer =
     last !== -1
       ? snapshots.slice(last + 1)
@@ -5962,15 +6013,8 @@ export function planStreams(
   const sent = memory === null || options.newestOnly ? newer.slice(-1) : newer;
   return sent.map((snapshot, i) => {
     const parent = sent[i - 1] ?? snapshots[last];
-    return {
-      snapshot,
-      ...nearestFit(
-        snapshot,
-        options.incremental && parent !== undefined ? [parent] : [],
-        [],
-        fitness,
-      ),
-    };
+    const earlier = options.incremental && parent !== undefined ? [parent] : [];
+    return { snapshot, ...nearestFit(snapshot, earlier, [], fitness) };
   });
 }
 
@@ -5978,53 +6022,37 @@ export function planStreams(
 type Kept = Pick<Standing, "backups" | "copied" | "chained" | "newest">;
 
 /**
- * What retention does at a destination after its transfers. Strangers are not among `backups`.
- * The newest backup, the newest that the source still has (the pin) and what was copied on last stay, whatever
- * the policy; and of streams all that these build on.
+ * What retention does at a destination after its transfers. Strangers are not among `backups`. Three stay whatever the policy: the
+ * newest backup, the newest that the source still has (the pin), and the last that was copied on; and of streams, all that these build on.
  */
 export function planDestination(
   snapshots: readonly Snapshot[],
   { backups, copied, chained, newest }: Kept,
-  policy: Policy | null,
-  now: number,
-  adopted: readonly string[] = [],
+  retention: Retention,
 ): Decision<Backup>[] {
   const find = dataFinder(backups);
-  const rank = new Map<string, number>();
-  snapshots.forEach((snapshot, i) => {
-    const backup = find(snapshot);
-    if (backup !== undefined) rank.set(backup.uuid, i);
-  });
-  const pin = snapshots.findLast((snapshot) => find(snapshot) !== undefined);
-  const pinned = pin && find(pin);
+  const shared = snapshots.map(find);
+  const rank = new Map(shared.map((backup, i) => [backup?.uuid, i]));
+  const pinned = shared.findLast((backup) => backup !== undefined);
   const ordered = arrange(backups, ({ uuid }) => rank.get(uuid));
-  const decisions = despiteLeaps(retain(ordered, policy, now), policy, adopted).map(
-    ({ entry, reasons }) => {
-      const last = entry.uuid === newest ? ["the newest of the data"] : [];
-      const shared = [
-        ...(entry === pinned ? ["the source"] : []),
-        ...(copied.has(entry.uuid) ? [copied.get(entry.uuid)] : []),
-      ];
-      return {
-        entry,
-        reasons: [...reasons, ...last, ...shared.map((side) => `shared with ${side}`)],
-      };
-    },
-  );
-  const needed = neededBy(
-    decisions.filter(({ reasons }) => reasons.length > 0).map(({ entry }) => entry),
-    { backups, chained },
-  );
-  return decisions.map(({ entry, reasons }) => ({
+  const decisions = retained(ordered, retention).map(({ entry, reasons }) => ({
     entry,
-    reasons:
-      reasons.length === 0 && needed.has(entry.uuid)
-        ? [`needed by ${needed.get(entry.uuid)}`]
-        : reasons,
+    reasons: [
+      ...reasons,
+      ...(entry.uuid === newest ? ["the newest of the data"] : []),
+      ...(entry === pinned ? ["shared with the source"] : []),
+      ...(copied.has(entry.uuid) ? [`shared with ${copied.get(entry.uuid)}`] : []),
+    ],
   }));
+  const needed = neededBy(keptBy(decisions), { backups, chained });
+  return decisions.map((decision) => {
+    const by = needed.get(decision.entry.uuid);
+    if (decision.reasons.length > 0 || by === undefined) return decision;
+    return { ...decision, reasons: [`needed by ${by}`] };
+  });
 }
 
-/** By UUID, all that some backups, and the streams of others, build on, and the name of one that does. */
+/** By UUID, all that some backups, and the streams of others, build on, and the name of one that builds on it. */
 function neededBy(
   kept: readonly Backup[],
   { backups, chained }: Pick<Standing, "backups" | "chained">,
@@ -6042,7 +6070,7 @@ function neededBy(
   return needed;
 }
 
-/** The order in which backups are deleted: of streams each before what it builds on, so that none ever lacks that. */
+/** The order in which backups are deleted: of streams, each before its parent, so that none ever lacks one. */
 export function deletionOrder(
   going: readonly Backup[],
   { chained }: Pick<Standing, "chained">,
@@ -6060,22 +6088,20 @@ export type Claimant = {
   readonly pin: { readonly uuid: string } | null;
   /** It was given in this run, and could not be read. */
   readonly unread: boolean;
-  /** Null unless what it could not get is to be kept for it. */
+  /** The policy for which all that it could not get is kept; null if nothing is. */
   readonly unsentPolicy: { readonly policy: Policy | null } | null;
   /** UUIDs of snapshots older than the pin that could not be sent there. */
   readonly failed?: readonly string[] | undefined;
 };
 
 /**
- * What retention does at the source. Every known destination's pin stays; while one that has no pin,
- * or one that is gone (a restored record is old), could not be read, everything does.
+ * What retention does at the source. Every known destination's pin stays. Everything stays while a destination could not be read that has no
+ * pin, or one that is gone (a restored record is old). `full`: hardly any space is left, so the older half of what is only kept to be sent goes.
  */
 export function planSource(
   snapshots: readonly Snapshot[],
-  policy: Policy | null,
   claimants: readonly Claimant[],
-  now: number,
-  { adopted = [], full = false }: SourceState = {},
+  retention: Retention & { readonly full?: boolean },
 ): Decision<Snapshot>[] {
   const extra = new Map<string, string[]>(snapshots.map(({ uuid }) => [uuid, []]));
   for (const { id, pin, unread, unsentPolicy, failed = [] } of claimants) {
@@ -6084,43 +6110,36 @@ export function planSource(
     if (unread && pinned === -1)
       for (const reasons of extra.values()) reasons.push(`nothing is known of ${id} yet`);
     if (unsentPolicy === null) continue;
-    retain(snapshots, unsentPolicy.policy, now).forEach(
+    retain(snapshots, unsentPolicy.policy, retention.now).forEach(
       ({ entry, reasons }, i) =>
         (i > pinned || failed.includes(entry.uuid)) &&
         reasons.length > 0 &&
         extra.get(entry.uuid)?.push(UNSENT + id),
     );
   }
-  const decisions = despiteLeaps(retain(snapshots, policy, now), policy, adopted).map(
-    ({ entry, reasons }) => ({ entry, reasons: [...reasons, ...(extra.get(entry.uuid) ?? [])] }),
-  );
-  const unsent = decisions.filter(
-    ({ reasons }) => reasons.length > 0 && reasons.every((reason) => reason.startsWith(UNSENT)),
-  );
-  const lost = new Set(full ? unsent.slice(0, Math.ceil(unsent.length / 2)) : []);
-  return decisions.map((decision) =>
-    lost.has(decision) ? { ...decision, reasons: [] } : decision,
-  );
+  const decisions = retained(snapshots, retention).map(({ entry, reasons }) => ({
+    entry,
+    reasons: [...reasons, ...(extra.get(entry.uuid) ?? [])],
+  }));
+  const unsent = decisions.filter(isOnlyUnsent);
+  const lost = new Set(retention.full ? unsent.slice(0, Math.ceil(unsent.length / 2)) : []);
+  return decisions.map((one) => (lost.has(one) ? { ...one, reasons: [] } : one));
 }
 
-/** What else retention at a source goes by. `adopted`: see despiteLeaps; `full`: there is hardly any space left, so the older half of what is only kept to be sent goes. */
-export type SourceState = { readonly adopted?: readonly string[]; readonly full?: boolean };
-
 const UNSENT = "not yet sent to ";
+const isOnlyUnsent = ({ reasons }: Decision<Snapshot>) =>
+  reasons.length > 0 && reasons.every((reason) => reason.startsWith(UNSENT));
+
 /** How many snapshots are kept only because a destination has not got them yet, by its ID, and the oldest of these. */
 export function unsentIn(
   decisions: readonly Decision<Snapshot>[],
 ): Map<string, { count: number; oldest: string }> {
   const unsent = new Map<string, { count: number; oldest: string }>();
-  for (const { entry, reasons } of decisions)
-    for (const reason of reasons.length > 0 && reasons.every((one) => one.startsWith(UNSENT))
-      ? reasons
-      : []) {
+  for (const { entry, reasons } of decisions.filter(isOnlyUnsent))
+    for (const reason of reasons) {
       const id = reason.slice(UNSENT.length);
-      unsent.set(id, {
-        count: (unsent.get(id)?.count ?? 0) + 1,
-        oldest: unsent.get(id)?.oldest ?? entry.name,
-      });
+      const { count: many, oldest } = unsent.get(id) ?? { count: 0, oldest: entry.name };
+      unsent.set(id, { count: many + 1, oldest });
     }
   return unsent;
 }
@@ -6129,44 +6148,38 @@ export function unsentIn(
 export type Cell = { readonly state: "whole" | "incomplete" | "other"; readonly entry: Snapshot };
 export type Row = Dated & { readonly moment: number; readonly cells: (Cell | undefined)[] };
 
-/** Lays the same data side by side, whatever holds it: a row for each snapshot, oldest first, a cell for each folder. */
+/** Lays the same data side by side, whatever holds it: a row for each snapshot, oldest first, with a cell for each folder. */
 export function align(columns: readonly (Folder | null)[]): Row[] {
   const rows: Row[] = [];
   const [byData, byName] = [new Map<string, Row>(), new Map<string, Row>()];
   for (const [i, column] of columns.entries()) {
     const whole = new Set(column === null ? [] : wholeIn(column));
+    const isFree = (row: Row | undefined) => row !== undefined && row.cells[i] === undefined;
     for (const entry of column?.snapshots ?? []) {
-      const keys = whole.has(entry)
-        ? [entry.uuid, ...(entry.receivedUuid === null ? [] : [entry.receivedUuid])]
-        : [];
-      let row = keys
-        .map((key) => byData.get(key))
-        .find((same) => same !== undefined && same.cells[i] === undefined);
-      const known = row !== undefined;
-      row ??= byName.get(entry.name);
-      if (row === undefined || row.cells[i] !== undefined)
-        rows.push(
-          (row = {
-            name: entry.name,
-            time: entry.time,
-            moment: entry.moment,
-            cells: columns.map(() => undefined),
-          }),
-        );
+      const { name, time, moment } = entry;
+      const data = whole.has(entry) ? [entry.uuid, entry.receivedUuid ?? entry.uuid] : [];
+      const same = data.map((uuid) => byData.get(uuid)).find(isFree);
+      const alike = same ?? byName.get(name);
+      const row: Row =
+        alike !== undefined && isFree(alike)
+          ? alike
+          : { name, time, moment, cells: columns.map(() => undefined) };
+      if (row !== alike) rows.push(row);
       if (!byName.has(row.name)) byName.set(row.name, row);
-      const other = !known && row.cells.some((cell) => cell?.state === "whole");
-      row.cells[i] = { state: keys.length === 0 ? "incomplete" : other ? "other" : "whole", entry };
-      if (!other) for (const key of keys) byData.set(key, row);
+      const isOther = same === undefined && row.cells.some((cell) => cell?.state === "whole");
+      const held = isOther ? "other" : "whole";
+      row.cells[i] = { state: data.length === 0 ? "incomplete" : held, entry };
+      if (!isOther) for (const uuid of data) byData.set(uuid, row);
     }
   }
   const rank = new Map(columns[0]?.snapshots.map(({ uuid }, i) => [uuid, i]));
   return arrange(rows, ({ cells }) => rank.get(cells[0]?.entry.uuid ?? ""));
 }
 
-/** How a backup gets to where it is restored: from what is there already, or as a stream on top of what both sides have. */
-export type RestorePlan = { readonly present: Subvolume | null } & Pick<Transfer, "parent" | "why">;
+/** How a backup gets to where it is restored: from a subvolume that is `present` there, or as a stream on top of one that both sides have. */
+export type RestorePlan = { readonly present: Subvolume | null } & Against;
 
-/** The streams of a chain that have to be received where some subvolumes are: those after the last that is there. The chosen one always is. */
+/** The streams of a chain that have to be received beside some subvolumes: those after the last that is there. The chosen one always is. */
 export function planPieces(chain: readonly Stream[], there: readonly Subvolume[]): Stream[] {
   const find = dataFinder([
     ...there,
@@ -6174,31 +6187,23 @@ export function planPieces(chain: readonly Stream[], there: readonly Subvolume[]
       .filter(({ receivedUuid }) => receivedUuid === null)
       .map((one) => ({ ...one, receivedUuid: one.uuid })),
   ]);
-  return chain.slice(chain.slice(0, -1).findLastIndex((stream) => find(stream) !== undefined) + 1);
+  return chain.slice(chain.slice(0, -1).findLastIndex((piece) => find(piece) !== undefined) + 1);
 }
 
-/** `whole`: what its location has, oldest first; `there`: the read-only subvolumes that a receive could build on. */
+/** `whole`: the backups at the location, oldest first; `there`: the read-only subvolumes that a receive could build on. */
 export function planRestore(
   chosen: Snapshot,
   whole: readonly Snapshot[],
   there: readonly Subvolume[],
   fitness = ANY,
 ): RestorePlan {
-  const received = chosen.receivedUuid ?? chosen.uuid;
-  const present = there.find(({ receivedUuid }) => receivedUuid === received) ?? null;
+  const present = there.find(({ receivedUuid }) => receivedUuid === dataOf(chosen)) ?? null;
   const find = dataFinder(there);
-  const shared = (snapshot: Snapshot) => find(snapshot) !== undefined;
+  const shared = (some: readonly Snapshot[]) => some.filter((one) => find(one) !== undefined);
   // Up to itself: where its data is there under another UUID, the stream is a few bytes.
   const behind = whole.findIndex(({ uuid }) => uuid === chosen.uuid) + 1 || whole.length;
-  return {
-    present,
-    ...nearestFit(
-      chosen,
-      whole.slice(0, behind).filter(shared),
-      whole.slice(behind).filter(shared),
-      fitness,
-    ),
-  };
+  const [earlier, later] = [shared(whole.slice(0, behind)), shared(whole.slice(behind))];
+  return { present, ...nearestFit(chosen, earlier, later, fitness) };
 }
 
 /** What interrupted restores to a name in a folder left: directories, each with the subvolumes in it, innermost first. */
@@ -6206,34 +6211,28 @@ export function leftoversOf(
   name: string,
   { top, entries, subvolumes }: Pick<Folder, "top" | "entries" | "subvolumes">,
 ): Map<string, string[]> {
+  const begins = `${name}.restoring-`;
   const ours = [...entries].filter(
-    (entry) =>
-      entry.startsWith(`${name}.restoring-`) && parseName(entry, `${name}.restoring-`) !== null,
+    (entry) => entry.startsWith(begins) && parseName(entry, begins) !== null,
   );
-  return new Map(
-    ours.map((entry) => {
-      const above = `${join(top, entry)}/`;
-      const paths = subvolumes
-        .map(({ path }) => `/${path}`)
-        .filter((path) => path.startsWith(above))
-        .map((path) => path.slice(above.length));
-      const made = (path: string) =>
-        path === "tree" ||
-        ((path.startsWith("tree/") || !path.includes("/")) && prefixOf(basename(path)) !== null);
-      return [
-        entry,
-        paths
-          .filter(made)
-          .map((path) => `./${path}`)
-          .sort((a, b) => b.split("/").length - a.split("/").length),
-      ];
-    }),
-  );
+  const isMade = (path: string) =>
+    path === "tree" ||
+    ((path.startsWith("tree/") || !path.includes("/")) && prefixOf(basename(path)) !== null);
+  const depth = (path: string) => path.split("/").length;
+  const below = (above: string) =>
+    subvolumes
+      .map(({ path }) => `/${path}`)
+      .filter((path) => path.startsWith(above))
+      .map((path) => path.slice(above.length))
+      .filter(isMade)
+      .map((path) => `./${path}`)
+      .sort((a, b) => depth(b) - depth(a));
+  return new Map(ours.map((entry) => [entry, below(`${join(top, entry)}/`)]));
 }
 
 /**
- * What a restored snapshot folder's record says of destinations, after what the restored one said when it was
- * taken: only what `stands` is a pin; the place that `name` came from shares it.
+ * The destinations in a restored snapshot folder's record, by those in the record when the restored snapshot was taken. Only a snapshot
+ * that `stands` is a pin; the place that the restored one came from shares it.
  */
 export function restoredDestinations(
   recorded: readonly KnownDestination[],
@@ -6241,25 +6240,20 @@ export function restoredDestinations(
   came: { readonly id: string; readonly filesystem: string | null; readonly pin: Memory } | null,
 ): KnownDestination[] {
   // Known by another path: the one folder on that disk, by the same name.
-  const alike = recorded.filter(
+  const [alike, ...more] = recorded.filter(
     ({ filesystem }) => filesystem !== null && filesystem === came?.filesystem,
   );
-  const old = recorded.map((known) => {
-    const from =
-      came !== null &&
-      (known.location === came.id ||
-        (alike.length === 1 &&
-          alike[0] === known &&
-          basename(known.location) === basename(came.id)));
-    return {
-      ...known,
-      pin: from ? came.pin : known.pin !== null && stands(known.pin.uuid) ? known.pin : null,
-    };
-  });
-  const listed = came === null || old.some(({ pin }) => pin === came.pin);
-  return listed
-    ? old
-    : [...old, { location: came.id, filesystem: came.filesystem, pin: came.pin, last: null }];
+  const isWhereFrom = (known: KnownDestination, { id }: { readonly id: string }) =>
+    known.location === id ||
+    (known === alike && more.length === 0 && basename(known.location) === basename(id));
+  const pinOf = (known: KnownDestination) => {
+    if (came !== null && isWhereFrom(known, came)) return came.pin;
+    return known.pin !== null && stands(known.pin.uuid) ? known.pin : null;
+  };
+  const all = recorded.map((known) => ({ ...known, pin: pinOf(known) }));
+  if (came === null || recorded.some((known) => isWhereFrom(known, came))) return all;
+  const { id: location, filesystem, pin } = came;
+  return [...all, { location, filesystem, pin, last: null }];
 }
 
 /** What to do where TARGET is a mount point, whose name cannot be given to something else. */
@@ -6268,19 +6262,19 @@ export function mountAdvice(
   path: string,
   { root, device }: Mount,
 ): string {
-  const restore = words.map(quote).join(" ");
-  const again = path === "/" ? "reboot" : `umount ${quote(path)} && mount ${quote(path)}`;
+  const target = words.map(quote).join(" ");
+  const remount = path === "/" ? "reboot" : `umount ${quote(path)} && mount ${quote(path)}`;
   const top = `mount -o subvolid=5 ${quote(device)} /mnt`;
   if (root === "/")
     return `${path} is a mount point, of the top level of ${device}, which cannot be replaced. Restore beside it, and mount that instead:
   ${top}
-  btrfs-backup restore ${restore} /mnt/restored
+  btrfs-backup restore ${target} /mnt/restored
   btrfs subvolume set-default /mnt/restored   # or subvol=restored in /etc/fstab
-  ${again}`;
+  ${remount}`;
   return `${path} is a mount point, of the subvolume ${root.slice(1)} of ${device}. Replace that where the top level is mounted:
   ${top}
-  btrfs-backup restore --replace ${restore} ${quote(`/mnt${root}`)}
-  ${again}
+  btrfs-backup restore --replace ${target} ${quote(`/mnt${root}`)}
+  ${remount}
 If /etc/fstab has subvolid= for it, write subvol=${root.slice(1)} instead; if it has neither, btrfs subvolume set-default ${quote(`/mnt${root}`)}`;
 }
 
@@ -6292,88 +6286,77 @@ export function planRoom(
   snapshots: readonly Snapshot[],
   { backups, copied, chained }: Kept,
   coming: readonly Transfer[],
-  policy: Policy | null,
-  now: number,
-  adopted: readonly string[] = [],
+  retention: Retention,
 ): Backup[] {
   const find = dataFinder(backups);
-  const then = [...backups, ...coming.slice(0, 1).map(arrived)];
-  const later = new Set(
-    planDestination(snapshots, { backups: then, copied, chained }, policy, now, adopted)
-      .filter(({ reasons }) => reasons.length === 0)
-      .map(({ entry }) => entry),
+  const planned = (some: readonly Backup[]) =>
+    planDestination(snapshots, { backups: some, copied, chained }, retention);
+  const then = planned([...backups, ...coming.slice(0, 1).map(arrived)]);
+  const pin = newestShared(snapshots, backups);
+  const stays = new Set(
+    [
+      ...keptBy(then),
+      ...coming.map(({ parent }) => parent && find(parent)),
+      planned(backups).at(-1)?.entry,
+      pin && find(pin),
+    ].filter((one) => one !== null && one !== undefined),
   );
-  const parents = coming.map(({ parent }) => parent && find(parent));
-  const [newest, pin] = [
-    planDestination(snapshots, { backups, copied, chained }, policy, now).at(-1)?.entry,
-    newestShared(snapshots, backups),
-  ];
-  const stays = [...parents, newest, pin && find(pin)].filter(
-    (backup) => backup !== null && backup !== undefined,
-  );
-  const needed = neededBy(stays, { backups, chained });
-  return backups.filter(
-    (backup) => later.has(backup) && !stays.includes(backup) && !needed.has(backup.uuid),
-  );
+  const needed = neededBy([...stays], { backups, chained });
+  return backups.filter((one) => !stays.has(one) && !needed.has(one.uuid));
 }
 
 /** Whether a source may use a folder for a chain; `strangers` are the backups there that are not its own. */
-export type Claim =
-  | { readonly accepted: true; readonly strangers: readonly string[] }
-  | { readonly accepted: false; readonly why: string };
+export type Claim = { readonly accepted: true; readonly strangers: readonly string[] } | Refusal;
 
-/**
- * One chain, one owner. `shared` tells the folder's snapshots that hold the claiming source's data;
- * of the others, the ancestors of those are its own as well (each was received on top of its parent).
- */
-export function claim(
-  identity: Identity,
-  chain: ChainRecord,
-  standing: readonly Snapshot[],
-  shared: readonly Snapshot[],
-  adopt: boolean,
-): Claim {
+/** Why it may not: the chain is another's `owner`'s, or nobody knows whose; or its `newest` backup, which the source does not know, says that one of both is a clone. */
+type Refusal = { readonly accepted: false; readonly identity: Identity } & (
+  { readonly owner: Identity | undefined } | { readonly owner: Identity; readonly newest: Snapshot }
+);
+
+/** Both sides of a claim that is refused. */
+export function refusalMessage(refusal: Refusal): string {
+  const { identity, owner } = refusal;
+  const ours = `${identity.host}:${identity.path}`;
+  if ("newest" in refusal)
+    return `the backups there were made on ${refusal.owner.host}:${refusal.owner.path}, and the newest, ${refusal.newest.name}, is unknown to ${ours}, which has the same subvolume UUID (${identity.uuid}): is one a clone of the other? Use a prefix (-p) or another folder; --adopt goes on with them`;
+  const theirs =
+    owner === undefined
+      ? "an unknown source: nothing there has been received from this one"
+      : `${owner.host}:${owner.path} (subvolume ${owner.uuid})`;
+  return `the backups there belong to ${theirs}; this source is ${ours} (subvolume ${identity.uuid}). Use a prefix (-p) or another folder; --adopt takes it over`;
+}
+
+/** A source that claims a folder's chain. */
+type Claiming = {
+  readonly identity: Identity;
+  readonly chain: ChainRecord;
+  /** The backups of the chain. */
+  readonly standing: readonly Snapshot[];
+  /** Those that hold the source's data. */
+  readonly shared: readonly Snapshot[];
+  readonly adopt: boolean;
+};
+
+/** One chain, one owner. Of the backups that hold none of the source's data, the ancestors of those that do are its own as well: each was received on top of its parent. */
+export function claim({ identity, chain, standing, shared, adopt }: Claiming): Claim {
   const { owner, strangers = [] } = chain;
-  const foreign = new Set(strangers);
   const samePlace = owner?.host === identity.host && owner.path === identity.path;
   if (owner?.uuid === identity.uuid) {
     // A machine that was cloned has the original's subvolume UUIDs, but not what the original has sent since.
+    const foreign = new Set(strangers);
     const newest = standing.findLast(({ uuid }) => !foreign.has(uuid));
     if (samePlace || newest === undefined || shared.some(({ uuid }) => uuid === newest.uuid))
       return { accepted: true, strangers };
-    if (!adopt)
-      return {
-        accepted: false,
-        why: `the backups there were made on ${owner.host}:${owner.path}, and the newest, ${newest.name}, is unknown to ${identity.host}:${identity.path}, which has the same subvolume UUID (${identity.uuid}): is one a clone of the other? Use a prefix (-p) or another folder; --adopt goes on with them`,
-      };
+    if (!adopt) return { accepted: false, identity, owner, newest };
   }
   if (standing.length === 0 || (samePlace && shared.length > 0))
     return { accepted: true, strangers };
-  if (!adopt && (owner !== undefined || shared.length === 0)) {
-    const theirs =
-      owner === undefined
-        ? "an unknown source: nothing there has been received from this one"
-        : `${owner.host}:${owner.path} (subvolume ${owner.uuid})`;
-    return {
-      accepted: false,
-      why: `the backups there belong to ${theirs}; this source is ${identity.host}:${identity.path} (subvolume ${identity.uuid}). Use a prefix (-p) or another folder; --adopt takes it over`,
-    };
-  }
-  const byUuid = new Map(standing.map((backup) => [backup.uuid, backup]));
-  const own = new Set<string>();
-  for (const start of shared)
-    for (
-      let b: Snapshot | undefined = start;
-      b !== undefined && !own.has(b.uuid);
-      b = byUuid.get(b.parentUuid ?? "")
-    )
-      own.add(b.uuid);
-  return {
-    accepted: true,
-    strangers: [...new Set([...strangers, ...standing.map(({ uuid }) => uuid)])].filter(
-      (uuid) => !own.has(uuid),
-    ),
-  };
+  if (!adopt && (owner !== undefined || shared.length === 0))
+    return { accepted: false, identity, owner };
+  const needed = neededBy(shared, { backups: standing, chained: [] });
+  const own = new Set([...shared.map(({ uuid }) => uuid), ...needed.keys()]);
+  const all = new Set([...strangers, ...standing.map(({ uuid }) => uuid)]);
+  return { accepted: true, strangers: [...all].filter((uuid) => !own.has(uuid)) };
 }
 
 /** The lineages whose streams in a store are a source's own: its first, and those of streams that it sent, or shares data with (it was restored, or rolled back). */
@@ -6383,10 +6366,8 @@ export function lineagesOf(
   snapshots: readonly Snapshot[],
 ): Set<string> {
   const shared = dataFinder(snapshots);
-  const own = streams.filter(
-    (stream) => stream.owner.uuid === owner.uuid || shared(stream) !== undefined,
-  );
-  return new Set([owner.lineage, ...own.map((stream) => stream.owner.lineage)]);
+  const own = streams.filter((one) => one.owner.uuid === owner.uuid || shared(one) !== undefined);
+  return new Set([owner.lineage, ...own.map((one) => one.owner.lineage)]);
 }
 
 /** A chain's record once `owner` has it. */
@@ -7333,8 +7314,14 @@ async function openSource(
     );
     const claimed = isWithin(folder.top, source.top)
       ? null
-      : claim(identityOf(folder), chain, snapshots, children, o.adopt);
-    if (claimed?.accepted === false) throw new Failure(`${path}: ${claimed.why}`);
+      : claim({
+          identity: identityOf(folder),
+          chain,
+          standing: snapshots,
+          shared: children,
+          adopt: o.adopt,
+        });
+    if (claimed?.accepted === false) throw new Failure(`${path}: ${refusalMessage(claimed)}`);
     strangers = claimed?.strangers ?? null;
     if (folder.alone && strangers !== null && strangers.length > 0)
       needRoot(folder, "telling other sources' snapshots in that folder");
@@ -7461,14 +7448,14 @@ async function openDestination(
         ? join(folder, `.btrfs-backup.${o.prefix}.${digestOf(location.id).slice(0, 8)}.receiving`)
         : lockFile(`${o.source.id}\n${o.prefix}\n${location.id}`);
     if (location.kind === "shell")
-      return shellDestination(
-        location,
-        known?.pin ?? null,
-        await commandShell(report),
+      return shellDestination(location, {
+        last: known?.pin ?? null,
+        interpreter: await commandShell(report),
         lock,
-        { prefix: o.prefix, source: o.source.id },
+        prefix: o.prefix,
+        source: o.source.id,
         sending,
-      );
+      });
     return openStore(location, sending, lock, source, known, o, report, begun);
   }
   const mounted = "(is the disk mounted?)";
@@ -7503,14 +7490,14 @@ async function openDestination(
           `the backups that 0.3.1 made are not there ${mounted}; --adopt begins anew`,
         );
       const here = dataFinder(source.snapshots);
-      claimed = claim(
-        source.identity,
+      claimed = claim({
+        identity: source.identity,
         chain,
-        complete,
-        complete.filter((backup) => here(backup) !== undefined),
-        o.adopt,
-      );
-      if (!claimed.accepted) throw new Failure(claimed.why);
+        standing: complete,
+        shared: complete.filter((backup) => here(backup) !== undefined),
+        adopt: o.adopt,
+      });
+      if (!claimed.accepted) throw new Failure(refusalMessage(claimed));
       compressionBetween(source, folder, sending.level);
     },
   );
@@ -7536,13 +7523,14 @@ async function openDestination(
     await writeRecord(folder, owned, receiving !== undefined && !broken);
   warnOfDuplicates(folder, report);
   const again = () => openFolder(location, folder.path, { ...destinationOpening(o), wait: "look" });
-  return folderDestination(
-    folder,
+  return folderDestination(folder, {
     again,
     owned,
-    disbelief(source) === null ? (known?.receiving ?? []) : [],
-    { ...o.deletion, btrfsDebug: o.btrfsDebug, sending },
-  );
+    announced: disbelief(source) === null ? (known?.receiving ?? []) : [],
+    ...o.deletion,
+    btrfsDebug: o.btrfsDebug,
+    sending,
+  });
 }
 
 /** Opens a store after making sure that it is the right one. Errors: Absent, Busy, Failure. */
@@ -7615,15 +7603,8 @@ async function openStore(
     report.warning(
       `${location.id}: ${count(broken.length, "stream")} cannot be restored, since what ${broken.length === 1 ? "it builds" : "they build"} on is missing: ${broken[0]?.name}${broken.length > 1 ? " …" : ""}`,
     );
-  return storeDestination(
-    folder,
-    store,
-    () => openFolder(location, folder.path, { ...opening, wait: "look" }),
-    standing,
-    owner,
-    lock,
-    sending,
-  );
+  const again = () => openFolder(location, folder.path, { ...opening, wait: "look" });
+  return storeDestination(folder, { store, again, standing, owner, lock, sending });
 }
 
 const NO_SUBVOLUME: Subvolume = {
@@ -7968,14 +7949,14 @@ async function begin(served: Served, serving: Serving): Promise<void> {
   const { id } = destination;
   if (!o.transfer) return;
   const { transfers, conflicts, skipped } = await planFor(served, serving);
-  for (const { name, uuid, why } of conflicts) {
-    report.error(id, new Failure(`${name} is not sent: ${why}; rename or remove it`));
-    served.earlier.add(uuid);
+  for (const conflict of conflicts) {
+    report.error(id, new Failure(conflictMessage(conflict)));
+    served.earlier.add(conflict.snapshot.uuid);
   }
   if (conflicts.length > 0) served.complete = false;
   // All of them, since the next announcement replaces that of a leftover which is not sent again.
-  for (const [name, what] of standing.taken)
-    if (what === "leftover" && !o.dryRun) await destination.discard(name);
+  for (const [name, { kind }] of standing.taken)
+    if (kind === "leftover" && !o.dryRun) await destination.discard(name);
   if (!wanted.sending.resume && !o.dryRun) await destination.tidy();
   if (skipped > 0)
     log.info(
@@ -8109,7 +8090,11 @@ async function withRoom(
   const { destination, wanted, todo } = served;
   const going =
     error instanceof NoSpace && o.makeRoom && destination.frozen === null
-      ? planRoom(snapshots, served.standing, todo, wanted.policy, now, source.owned.leaps)
+      ? planRoom(snapshots, served.standing, todo, {
+          policy: wanted.policy,
+          now,
+          adopted: source.owned.leaps,
+        })
       : [];
   if (going.length === 0 || o.dryRun) throw error;
   const [transfer] = todo as [Transfer];
@@ -8121,14 +8106,9 @@ async function withRoom(
 /** Sends destinations what they lack: what is the same stream once, others side by side. */
 async function sendAll(all: readonly Served[], serving: Serving): Promise<void> {
   const ready = all.filter(({ todo }) => todo.length > 0);
-  const alike = groupBy(ready, ({ todo: [next], destination }) => {
-    const form = destination.form(serving.source);
-    return JSON.stringify([
-      next?.snapshot.uuid,
-      next?.parent?.uuid,
-      ...(form === null ? [destination.id] : [form.level, form.protocol, form.rate]),
-    ]);
-  });
+  const alike = groupBy(ready, ({ todo: [next], destination }) =>
+    streamKey(next as Transfer, destination, serving.source),
+  );
   await together([...alike.values()], async (some) => {
     const [
       {
@@ -8188,7 +8168,11 @@ async function pruneDestination(
   if (destination.stream !== null) return;
   if (destination.frozen !== null)
     throw new Failure(`nothing is deleted there: ${destination.frozen}`);
-  const decisions = planDestination(snapshots, served.standing, wanted.policy, now, leaps);
+  const decisions = planDestination(snapshots, served.standing, {
+    policy: wanted.policy,
+    now,
+    adopted: leaps,
+  });
   warnOfLeap(decisions, destination.id, report);
   await removeFrom(
     served,
@@ -8919,13 +8903,12 @@ async function pruneSource(
     },
   );
   const decide = (full: boolean) =>
-    planSource(
-      snapshots,
-      o.sourcePolicy,
-      o.removeLocks ? claimants.filter(({ pin }) => pin) : claimants,
-      wallClock(new Date()),
-      { adopted: source.owned.leaps ?? [], full },
-    );
+    planSource(snapshots, o.removeLocks ? claimants.filter(({ pin }) => pin) : claimants, {
+      policy: o.sourcePolicy,
+      now: wallClock(new Date()),
+      adopted: source.owned.leaps,
+      full,
+    });
   const isFull = source.place.free < LOW * source.place.size;
   const decisions = decide(isFull);
   const stays = decide(false);
@@ -9078,22 +9061,24 @@ function pruned(folder: Folder, o: PruneOptions): Destination {
   needRoot(folder, "pruning");
   const again = () => openFolder(o.location, folder.path, { prefix, wait: "look", hosts: o.hosts });
   if (store === null)
-    return folderDestination(folder, again, chain, [], {
+    return folderDestination(folder, {
+      again,
+      owned: chain,
+      announced: [],
       ...o.deletion,
       btrfsDebug: false,
       sending: NO_SENDING,
     });
   const ours = store.streams.filter(({ name }) => parseName(name, prefix) !== null);
   const owner = ours.at(-1)?.owner ?? ownerOf({ uuid: "", host: "", path: "" });
-  return storeDestination(
-    folder,
+  return storeDestination(folder, {
     store,
     again,
-    standingInStore(store, prefix, lineagesOf(ours, owner, [])),
+    standing: standingInStore(store, prefix, lineagesOf(ours, owner, [])),
     owner,
-    lockFile(`${id}\n${prefix}`),
-    NO_SENDING,
-  );
+    lock: lockFile(`${id}\n${prefix}`),
+    sending: NO_SENDING,
+  });
 }
 
 /**
@@ -9179,7 +9164,9 @@ function pruningOf(
   const isNews =
     folder.store === null && folder.record.unreadable === null && !sameRecord(chain, folder.chain);
   const goes = () =>
-    planDestination([], standing, o.policy, now, leaps).some(({ reasons }) => reasons.length === 0);
+    planDestination([], standing, { policy: o.policy, now, adopted: leaps }).some(
+      ({ reasons }) => reasons.length === 0,
+    );
   return {
     destination,
     standing,
@@ -9337,14 +9324,14 @@ async function openOutside(target: Target, location: Folder, o: RestoreOptions):
         `the snapshot folder ${folder.path} is not on the filesystem of ${o.target.id}`,
       );
     const known = dataFinder(wholeIn(location));
-    const claimed = claim(
-      { uuid: "", host: target.hostName, path: target.full },
-      folder.chain,
-      folder.snapshots,
-      folder.snapshots.filter((s) => known(s)),
-      false,
-    );
-    if (!claimed.accepted) throw new Failure(`${folder.path}: ${claimed.why}`);
+    const claimed = claim({
+      identity: { uuid: "", host: target.hostName, path: target.full },
+      chain: folder.chain,
+      standing: folder.snapshots,
+      shared: folder.snapshots.filter((s) => known(s)),
+      adopt: false,
+    });
+    if (!claimed.accepted) throw new Failure(`${folder.path}: ${refusalMessage(claimed)}`);
   };
   // Not by another host's word.
   const isLocation = (folder: Folder) =>
@@ -9792,7 +9779,9 @@ async function restoreOnce(o: RestoreOptions, report: Report): Promise<void> {
           );
         } else if (present === null) {
           const form = formBetween(location, target, o.sending);
-          const end = (level: string) => receiving(folder, chosen.name, level, null, o.btrfsDebug);
+          const { btrfsDebug } = o;
+          const end = (level: string) =>
+            receiving(folder, chosen.name, { level, chain: null, btrfsDebug });
           const receive = async (source: Folder, transfer: Transfer) => ({
             stages: mustBeChecked(source, folder, o.sending)
               ? checked(folder, form.level, expected(source, transfer), end)
@@ -9966,7 +9955,9 @@ async function receivePieces(
       { sends: true },
     );
     const decrypt = encrypted ? [{ label: "gpg", command: `${GPG} --decrypt` }] : [];
-    const end = (level: string) => receiving(work, name, level, null, o.btrfsDebug);
+    const { btrfsDebug } = o;
+    const end = (packed: string) =>
+      receiving(work, name, { level: packed, chain: null, btrfsDebug });
     const level = compressed ? "1" : "";
     const received = o.sending.trust
       ? [end(level)]
@@ -10379,19 +10370,19 @@ export function inventory(
       unsentPolicy: null,
     }));
     const decisions = own
-      ? planSource(taken, policies.sourcePolicy, claimants, now, {
-          adopted: folder.chain.leaps ?? [],
+      ? planSource(taken, claimants, {
+          policy: policies.sourcePolicy,
+          now,
+          adopted: folder.chain.leaps,
         })
       : standing && isSnapshotFolder(folder)
         ? []
         : standing
-          ? planDestination(
-              taken,
-              standing,
-              policies.backupPolicy,
+          ? planDestination(taken, standing, {
+              policy: policies.backupPolicy,
               now,
-              source?.chain.leaps ?? folder.chain.leaps,
-            )
+              adopted: source?.chain.leaps ?? folder.chain.leaps,
+            })
           : [];
     const goes = new Set(
       decisions.filter(({ reasons }) => reasons.length === 0).map(({ entry }) => entry.uuid),
