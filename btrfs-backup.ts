@@ -5059,13 +5059,13 @@ type Resumable = {
 };
 
 /**
- * Keeps a stream as a file over there until it is whole, so that a later transfer can go on from the part that arrived. `use` gets the
+ * Keeps a stream as a file over there until it is whole, so that a later transfer can go on from the part that arrived. `received` gets the
  * file, and the level of its compression. Errors: NoSpace if that clearly takes more than there is.
  */
 async function resumable(
   folder: Folder,
   { source, transfer, object, copies, sending }: Resumable,
-  use: (part: Part, level: string) => Promise<unknown>,
+  received: (part: Part, level: string) => Promise<unknown>,
 ): Promise<Incoming> {
   const { host, prefix, id, place } = folder;
   const { name } = transfer.snapshot;
@@ -5089,7 +5089,7 @@ async function resumable(
     ],
     async finish({ sum, bytes }) {
       const all = kept.bytes + bytes;
-      await use({ part, sum, bytes: String(all), kept: String(kept.bytes) }, kept.level);
+      await received({ part, sum, bytes: String(all), kept: String(kept.bytes) }, kept.level);
       return all;
     },
   };
@@ -5128,8 +5128,8 @@ async function tidyUp(folder: Folder, hasParts: boolean): Promise<void> {
 /** The SHA-256 of all that a stream would carry of a snapshot. Errors: Failure. */
 async function digestIn(folder: Folder, { name }: Entry): Promise<string> {
   const what = `${folder.id}: cannot read ${name}`;
-  const told = await ask(folder.host, DIGEST, { ...at(folder), snapshot: name }, what);
-  return /^[0-9a-f]{64}(?= )/.exec(told)?.[0] ?? fail(`${what}: no SHA-256 was printed`);
+  const sum = await ask(folder.host, DIGEST, { ...at(folder), snapshot: name }, what);
+  return /^[0-9a-f]{64}(?= )/.exec(sum)?.[0] ?? fail(`${what}: no SHA-256 was printed`);
 }
 
 /** Errors: Failure. */
@@ -5138,13 +5138,8 @@ function fail(message: string): never {
 }
 
 /** Waits for all, also where one fails. Errors: the first one's. */
-async function allOf<T>(all: readonly Promise<T>[]): Promise<T[]> {
-  const ended = await Promise.allSettled(all);
-  return ended.map((one) => {
-    if (one.status === "rejected") throw one.reason;
-    return one.value;
-  });
-}
+const allOf = async <T>(all: readonly Promise<T>[]): Promise<T[]> =>
+  (await Promise.allSettled(all)).map((one) => resultOf(one));
 
 /** What transfers of this run have changed in a destination folder. */
 type FolderState = {
@@ -5191,7 +5186,7 @@ function folderDestination(folder: Folder, options: FolderOptions): Destination 
     },
     arrived(transfer) {
       here.add(dataOf(transfer.snapshot));
-      return { ...arrived(transfer), id: ARRIVED };
+      return { ...backupOf(transfer), id: ARRIVED };
     },
     async settle() {
       if (state.isAnnounced) await writeRecord(folder, state.chain, true);
@@ -5270,7 +5265,7 @@ async function withIds(
 }
 
 /** A snapshot as the backup that its transfer makes. */
-const arrived = ({ snapshot, belated }: Pick<Transfer, "snapshot" | "belated">): Backup => ({
+const backupOf = ({ snapshot, belated }: Pick<Transfer, "snapshot" | "belated">): Backup => ({
   ...snapshot,
   receivedUuid: dataOf(snapshot),
   ...(belated ? { belated } : {}),
@@ -5291,10 +5286,10 @@ const encrypting = ({ recipients }: Filters): Stage[] =>
         },
       ];
 
-const keys = new Map<string, string>();
+const knownKeys = new Map<string, string>();
 /** The fingerprint of the one key in the keyring that a recipient means. Errors: Failure for none, or several. */
 function keyOf(recipient: string): string {
-  const known = keys.get(recipient);
+  const known = knownKeys.get(recipient);
   if (known !== undefined) return known;
   const { stdout } = spawnSync(
     "sh",
@@ -5311,7 +5306,7 @@ function keyOf(recipient: string): string {
     throw new Failure(
       `--encrypt-to ${recipient}: several keys have that name, say which by its fingerprint: ${[first, ...others].join(", ")}`,
     );
-  keys.set(recipient, first);
+  knownKeys.set(recipient, first);
   return first;
 }
 
@@ -5319,10 +5314,10 @@ function keyOf(recipient: string): string {
  * The fingerprints of keys that can encrypt and are neither expired nor revoked nor disabled, in the output of `gpg --with-colons
  * --list-keys` (doc/DETAILS of GnuPG: the validity is the second field, the capabilities of the whole key are capitals in the twelfth).
  */
-export function usableKeys(printed: string): string[] {
+export function usableKeys(listed: string): string[] {
   const found: string[] = [];
   let usable = false;
-  for (const line of printed.split("\n")) {
+  for (const line of listed.split("\n")) {
     const fields = line.split(":");
     const [type, validity = ""] = fields;
     const capabilities = fields[11] ?? "";
@@ -5382,22 +5377,15 @@ type StoreOptions = {
 };
 
 /** Stored streams as a destination. */
-function storeDestination(
-  folder: Folder,
-  { store, again, standing, owner, lock, sending }: StoreOptions,
-): Destination {
-  const { id, host } = folder;
-  const { verbs } = store;
-  const isRemote = verbs === RCLONE;
-  const place = { ...at(folder), lock: isRemote ? lock : folder.prefix };
-  const resumes = (source: Folder) => !isRemote && canResume(source, folder, sending);
+function storeDestination(folder: Folder, options: StoreOptions): Destination {
+  const { store, again, standing, owner, sending } = options;
   const inSource = dataFinder(standing.held);
   const objects = new Map<string, string>();
   const nameOf = (transfer: Transfer) => streamName(transfer, owner, sending);
-  const dropAll = (going: readonly string[]) => dropObjects(going, place, folder, verbs);
+  const resumes = (source: Folder) => store.verbs !== RCLONE && canResume(source, folder, sending);
   let hasParts = false;
   return {
-    id,
+    id: folder.id,
     stream: null,
     filesystem: null,
     free: folder.place.free,
@@ -5406,28 +5394,12 @@ function storeDestination(
     form: (source) => (resumes(source) ? null : storedForm(sending)),
     async receive(source, transfer) {
       checkFilters(source, sending);
-      const object = nameOf(transfer);
-      const complete = (arrived: Pick<Part, "sum" | "bytes"> & Partial<Part>) =>
-        ask(
-          host,
-          verbs.commit,
-          { ...place, object, ...arrived },
-          `${id}: cannot complete ${object}`,
-        );
-      if (resumes(source)) {
-        hasParts = true;
-        return resumable(folder, { source, transfer, object, copies: 1, sending }, complete);
-      }
-      const size = isRemote ? await partFor(source, transfer, store, sending) : "";
-      const given = { ...place, object, holder: holderOf(folder), size };
-      const put = staged(isRemote ? "rclone" : "storing", host, verbs.put, given);
-      return {
-        stages: [...encrypting(sending), relaying({ sum: true }), put],
-        async finish({ sum, bytes }) {
-          await complete({ sum, bytes: String(bytes) });
-          return bytes;
-        },
-      };
+      const storing = { source, transfer, object: nameOf(transfer), copies: 1, sending };
+      if (!resumes(source)) return upload(folder, options, storing);
+      hasParts = true;
+      return resumable(folder, storing, (part) =>
+        commitStream(folder, options, storing.object, part),
+      );
     },
     compare: null,
     arrived(transfer) {
@@ -5435,17 +5407,64 @@ function storeDestination(
       const object = nameOf(transfer);
       objects.set(snapshot.uuid, object);
       const parentUuid = parent && (objects.get(parent.uuid) ?? inSource(parent)?.uuid ?? null);
-      return { ...arrived(transfer), uuid: object, parentUuid };
+      return { ...backupOf(transfer), uuid: object, parentUuid };
     },
     async discard(name) {
       const debris = (await again()).store?.debris.get(name) ?? [];
       const going = debris.filter((object) => !sending.resume || !PART.test(object));
-      await dropAll(going);
+      await dropObjects(folder, options, going);
     },
     tidy: () => tidyUp(folder, hasParts),
-    remove: (backups) => dropAll(backups.flatMap(({ uuid }) => [uuid, uuid + SUM])),
+    remove: (backups) =>
+      dropObjects(
+        folder,
+        options,
+        backups.flatMap(({ uuid }) => [uuid, uuid + SUM]),
+      ),
     close: folder.close,
   };
+}
+
+/** A store's folder, and what its verbs lock. */
+const storeAt = (folder: Folder, { store, lock }: StoreOptions) => ({
+  ...at(folder),
+  lock: store.verbs === RCLONE ? lock : folder.prefix,
+});
+
+/** How a store gets a stream that is not kept in part. */
+async function upload(
+  folder: Folder,
+  options: StoreOptions,
+  { source, transfer, object }: Omit<Resumable, "copies">,
+): Promise<Incoming> {
+  const { store, sending } = options;
+  const isRemote = store.verbs === RCLONE;
+  const size = isRemote ? await partFor(source, transfer, store, sending) : "";
+  const given = { ...storeAt(folder, options), object, holder: holderOf(folder), size };
+  const put = staged(isRemote ? "rclone" : "storing", folder.host, store.verbs.put, given);
+  return {
+    stages: [...encrypting(sending), relaying({ sum: true }), put],
+    async finish({ sum, bytes }) {
+      await commitStream(folder, options, object, { sum, bytes: String(bytes) });
+      return bytes;
+    },
+  };
+}
+
+/** Makes a stream that has arrived complete. */
+async function commitStream(
+  folder: Folder,
+  options: StoreOptions,
+  object: string,
+  stored: Pick<Part, "sum" | "bytes"> & Partial<Part>,
+): Promise<void> {
+  const given = { ...storeAt(folder, options), object, ...stored };
+  await ask(
+    folder.host,
+    options.store.verbs.commit,
+    given,
+    `${folder.id}: cannot complete ${object}`,
+  );
 }
 
 /** Why nothing may be deleted from a store whose checksum objects seem to be lost; null otherwise. */
@@ -5457,16 +5476,16 @@ function lostSums(store: Store, prefix: string): string | null {
 
 /** Deletes objects of a store, streams first: one without its checksum object would count as lost, and a checksum object alone is only debris. */
 async function dropObjects(
+  folder: Folder,
+  options: StoreOptions,
   objects: readonly string[],
-  place: ReturnType<typeof at> & { readonly lock: string },
-  { host, id }: Folder,
-  verbs: StoreVerbs,
 ): Promise<void> {
   const isSum = (object: string) => object.endsWith(SUM);
   const ordered = [objects.filter((one) => !isSum(one)), objects.filter(isSum)];
   for (const some of ordered.flatMap((all) => chunks(all))) {
-    const what = `${id}: cannot delete ${count(some.length, "object")}`;
-    await ask(host, verbs.delete, { ...place, objects: some }, what);
+    const given = { ...storeAt(folder, options), objects: some };
+    const what = `${folder.id}: cannot delete ${count(some.length, "object")}`;
+    await ask(folder.host, options.store.verbs.delete, given, what);
   }
 }
 
@@ -5573,7 +5592,7 @@ function shellDestination(
       };
     },
     compare: null,
-    arrived,
+    arrived: backupOf,
     discard: async () => {},
     tidy: async () => {},
     remove: async () => {},
@@ -6152,25 +6171,27 @@ export type Row = Dated & { readonly moment: number; readonly cells: (Cell | und
 export function align(columns: readonly (Folder | null)[]): Row[] {
   const rows: Row[] = [];
   const [byData, byName] = [new Map<string, Row>(), new Map<string, Row>()];
+  /** Puts an entry into the row of its `data` (none if it is incomplete), or else of its name, or a new one. */
+  const put = (entry: Snapshot, data: readonly string[], column: number) => {
+    const isFree = (one: Row | undefined) => one !== undefined && one.cells[column] === undefined;
+    const { name, time, moment } = entry;
+    const same = data.map((uuid) => byData.get(uuid)).find(isFree);
+    const alike = same ?? byName.get(name);
+    const row: Row =
+      alike !== undefined && isFree(alike)
+        ? alike
+        : { name, time, moment, cells: columns.map(() => undefined) };
+    if (row !== alike) rows.push(row);
+    if (!byName.has(row.name)) byName.set(row.name, row);
+    const isOther = same === undefined && row.cells.some((cell) => cell?.state === "whole");
+    const held = isOther ? "other" : "whole";
+    row.cells[column] = { state: data.length === 0 ? "incomplete" : held, entry };
+    if (!isOther) for (const uuid of data) byData.set(uuid, row);
+  };
   for (const [i, column] of columns.entries()) {
     const whole = new Set(column === null ? [] : wholeIn(column));
-    const isFree = (row: Row | undefined) => row !== undefined && row.cells[i] === undefined;
-    for (const entry of column?.snapshots ?? []) {
-      const { name, time, moment } = entry;
-      const data = whole.has(entry) ? [entry.uuid, entry.receivedUuid ?? entry.uuid] : [];
-      const same = data.map((uuid) => byData.get(uuid)).find(isFree);
-      const alike = same ?? byName.get(name);
-      const row: Row =
-        alike !== undefined && isFree(alike)
-          ? alike
-          : { name, time, moment, cells: columns.map(() => undefined) };
-      if (row !== alike) rows.push(row);
-      if (!byName.has(row.name)) byName.set(row.name, row);
-      const isOther = same === undefined && row.cells.some((cell) => cell?.state === "whole");
-      const held = isOther ? "other" : "whole";
-      row.cells[i] = { state: data.length === 0 ? "incomplete" : held, entry };
-      if (!isOther) for (const uuid of data) byData.set(uuid, row);
-    }
+    for (const entry of column?.snapshots ?? [])
+      put(entry, whole.has(entry) ? [entry.uuid, dataOf(entry)] : [], i);
   }
   const rank = new Map(columns[0]?.snapshots.map(({ uuid }, i) => [uuid, i]));
   return arrange(rows, ({ cells }) => rank.get(cells[0]?.entry.uuid ?? ""));
@@ -6291,7 +6312,7 @@ export function planRoom(
   const find = dataFinder(backups);
   const planned = (some: readonly Backup[]) =>
     planDestination(snapshots, { backups: some, copied, chained }, retention);
-  const then = planned([...backups, ...coming.slice(0, 1).map(arrived)]);
+  const then = planned([...backups, ...coming.slice(0, 1).map(backupOf)]);
   const pin = newestShared(snapshots, backups);
   const stays = new Set(
     [
@@ -6337,19 +6358,20 @@ type Claiming = {
   readonly adopt: boolean;
 };
 
-/** One chain, one owner. Of the backups that hold none of the source's data, the ancestors of those that do are its own as well: each was received on top of its parent. */
-export function claim({ identity, chain, standing, shared, adopt }: Claiming): Claim {
+/**
+ * One chain, one owner. Of the backups that hold none of the source's data, the ancestors of those that do are its own as
+ * well: each was received on top of its parent.
+ */
+export function claim(claiming: Claiming): Claim {
+  const { identity, chain, standing, shared, adopt } = claiming;
   const { owner, strangers = [] } = chain;
-  const samePlace = owner?.host === identity.host && owner.path === identity.path;
+  const isSamePlace = owner?.host === identity.host && owner.path === identity.path;
   if (owner?.uuid === identity.uuid) {
-    // A machine that was cloned has the original's subvolume UUIDs, but not what the original has sent since.
-    const foreign = new Set(strangers);
-    const newest = standing.findLast(({ uuid }) => !foreign.has(uuid));
-    if (samePlace || newest === undefined || shared.some(({ uuid }) => uuid === newest.uuid))
-      return { accepted: true, strangers };
+    const newest = isSamePlace ? undefined : unknownNewest(claiming);
+    if (newest === undefined) return { accepted: true, strangers };
     if (!adopt) return { accepted: false, identity, owner, newest };
   }
-  if (standing.length === 0 || (samePlace && shared.length > 0))
+  if (standing.length === 0 || (isSamePlace && shared.length > 0))
     return { accepted: true, strangers };
   if (!adopt && (owner !== undefined || shared.length === 0))
     return { accepted: false, identity, owner };
@@ -6357,6 +6379,13 @@ export function claim({ identity, chain, standing, shared, adopt }: Claiming): C
   const own = new Set([...shared.map(({ uuid }) => uuid), ...needed.keys()]);
   const all = new Set([...strangers, ...standing.map(({ uuid }) => uuid)]);
   return { accepted: true, strangers: [...all].filter((uuid) => !own.has(uuid)) };
+}
+
+/** The chain's newest backup, if the source does not know it: a cloned machine has the original's UUIDs, but not what the original has sent since. */
+function unknownNewest({ chain, standing, shared }: Claiming): Snapshot | undefined {
+  const foreign = new Set(chain.strangers);
+  const newest = standing.findLast(({ uuid }) => !foreign.has(uuid));
+  return shared.some(({ uuid }) => uuid === newest?.uuid) ? undefined : newest;
 }
 
 /** The lineages whose streams in a store are a source's own: its first, and those of streams that it sent, or shares data with (it was restored, or rolled back). */
@@ -6382,20 +6411,13 @@ function ownedBy(
 // ── 6. Transfer ──────────────────────────────────────────────────────────────────────────
 
 function placeIn(places: Report["places"], id: string | null): PlaceMetrics {
-  const place = places.get(id) ?? {
-    sent: 0,
-    bytes: 0,
-    seconds: 0,
-    deleted: 0,
-    errors: 0,
-    kept: null,
-    last: null,
-  };
+  const none = { sent: 0, bytes: 0, seconds: 0, deleted: 0, errors: 0, kept: null, last: null };
+  const place = places.get(id) ?? none;
   places.set(id, place);
   return place;
 }
 
-/** What the system is short of, where an error says that; null for any other. */
+/** What the system is short of, where an error says so; null for any other. */
 function lackOf(error: unknown): string | null {
   const { code, path = "" } = error as NodeJS.ErrnoException;
   if (code === "EMFILE" || code === "ENFILE") return "too many files are open: see ulimit -n";
@@ -6404,6 +6426,12 @@ function lackOf(error: unknown): string | null {
     return `there is no space left for ${path}`;
   return null;
 }
+
+/** What an error says. One that is not our own is a mistake in this program, and its stack tells where. */
+const messageOf = (error: unknown) =>
+  error instanceof Failure || error instanceof Busy
+    ? error.message
+    : (lackOf(error) ?? String((error as Error)?.stack ?? error));
 
 function newReport(json: boolean, dryRun: boolean): Report {
   const tally: Report["tally"] = {};
@@ -6415,10 +6443,8 @@ function newReport(json: boolean, dryRun: boolean): Report {
       place.sent++;
       place.bytes += (fields["bytes"] as number | null) ?? 0;
     }
-    if (json)
-      process.stdout.write(
-        `${JSON.stringify({ event: name, ...fields, ...(dryRun ? { dry_run: true } : {}) })}\n`,
-      );
+    const line = { event: name, ...fields, ...(dryRun ? { dry_run: true } : {}) };
+    if (json) process.stdout.write(`${JSON.stringify(line)}\n`);
   };
   const report: Report = {
     failed: false,
@@ -6432,18 +6458,11 @@ function newReport(json: boolean, dryRun: boolean): Report {
     error(destination, error) {
       if (error instanceof Interrupted) throw error;
       if (error instanceof AlreadyTold) return;
-      // Anything but our own errors is a mistake in this program, and its stack tells where.
-      const message =
-        error instanceof Failure || error instanceof Busy
-          ? error.message
-          : (lackOf(error) ?? String((error as Error)?.stack ?? error));
+      const message = messageOf(error);
       report.failed = true;
       placeIn(places, destination).errors++;
-      log.error(
-        destination === null || message.startsWith(destination)
-          ? message
-          : `${destination}: ${message}`,
-      );
+      const isNamed = destination === null || message.startsWith(destination);
+      log.error(isNamed ? message : `${destination}: ${message}`);
       event("error", { destination, message });
     },
   };
@@ -6457,54 +6476,53 @@ type Display = {
   readonly sizes: Map<string, number>;
 };
 
-/** Whether there is a terminal to draw a bar on. */
-function canShowProgress(): boolean {
-  if (!process.stderr.isTTY) log.debug("no progress is shown: stderr is no terminal");
-  return process.stderr.isTTY;
+/** What options ask to show; a bar only where there is a terminal to draw it on. */
+function displayOf({ progress, btrfsDebug }: Omit<Display, "sizes">): Display {
+  const { isTTY } = process.stderr;
+  if (progress && !isTTY) log.debug("no progress is shown: stderr is no terminal");
+  return { progress: progress && isTTY, btrfsDebug, sizes: new Map() };
 }
 
-/** What options ask to show. */
-const displayOf = ({ progress, btrfsDebug }: Omit<Display, "sizes">): Display => ({
-  progress: progress && canShowProgress(),
-  btrfsDebug,
-  sizes: new Map(),
-});
+/** Of a stream, so many bytes have passed in so many seconds; `size` where it is known. */
+type Progress = {
+  readonly name: string;
+  readonly bytes: number;
+  readonly size: number | undefined;
+  readonly seconds: number;
+  readonly columns: number;
+};
 
-/** One line about a stream: `bytes` of `size`, where that is known, after so many seconds. */
-export function progressLine(
-  name: string,
-  bytes: number,
-  size: number | undefined,
-  seconds: number,
-  columns: number,
-): string {
-  const what = visible(name);
+/** One line about a stream. */
+export function progressLine({ name, bytes, size, seconds, columns }: Progress): string {
   const rate = bytes / Math.max(seconds, 1);
   const clock = (s: number) =>
     `${Math.floor(s / 3600)}:${two(Math.floor(s / 60) % 60)}:${two(Math.floor(s) % 60)}`;
-  const done = Math.min(1, bytes / (size ?? Infinity));
-  const bar =
-    size === undefined
-      ? ""
-      : ` ${`${"=".repeat(Math.floor(done * 19))}>`.padEnd(20)} ${String(Math.floor(done * 100)).padStart(3)}% ${clock(rate === 0 ? 0 : Math.max(0, size - bytes) / rate)} left`;
-  const figures = ` ${inBytes(bytes).padStart(7)} ${inBytes(Math.floor(rate)).padStart(7)}/s ${clock(seconds)}${bar}`;
+  const bar = (all: number) => {
+    const done = Math.min(1, bytes / all);
+    const left = rate === 0 ? 0 : Math.max(0, all - bytes) / rate;
+    return ` ${`${"=".repeat(Math.floor(done * 19))}>`.padEnd(20)} ${String(Math.floor(done * 100)).padStart(3)}% ${clock(left)} left`;
+  };
+  const figures = ` ${inBytes(bytes).padStart(7)} ${inBytes(Math.floor(rate)).padStart(7)}/s ${clock(seconds)}${size === undefined ? "" : bar(size)}`;
   const room = columns - 1 - figures.length;
+  const what = visible(name);
   return `${what.length > room ? `${what.slice(0, Math.max(0, room - 1))}…` : what.padEnd(Math.min(room, 40))}${figures}`;
 }
 
-/** The stage that counts bytes for a line about a stream, up to `size` of them, and slows down; none if nothing of this is asked for. */
+/** The stage that slows a stream down, and counts its bytes for a line about it, up to `size` of them; none if neither is asked for. */
 function meter(
-  what: string,
+  name: string,
   { progress }: Pick<Display, "progress">,
   rate: number | null,
   size?: number,
 ): Stage[] {
   const slowed = rate === null ? {} : { rate };
   if (!progress) return rate === null ? [] : [relaying(slowed)];
-  const [stream, began] = [{}, Date.now()];
-  const line = (bytes: number) =>
-    progressLine(what, bytes, size, (Date.now() - began) / 1000, process.stderr.columns || 80);
-  return [relaying(slowed, (bytes) => terminal.show(stream, bytes === null ? null : line(bytes)))];
+  const [key, began] = [{}, Date.now()];
+  const line = (bytes: number) => {
+    const seconds = (Date.now() - began) / 1000;
+    return progressLine({ name, bytes, size, seconds, columns: process.stderr.columns || 80 });
+  };
+  return [relaying(slowed, (bytes) => terminal.show(key, bytes === null ? null : line(bytes)))];
 }
 
 /** What a destination got of one snapshot. */
@@ -6513,68 +6531,53 @@ type Sent = { readonly bytes: number | null; readonly seconds: number };
 /** Where a stream goes: a destination, or what stands for one. */
 type Receiver = Pick<Destination, "id" | "form" | "receive" | "discard" | "tidy">;
 
+/** What is sent, and shown of it. */
+type Send = { readonly source: Folder; readonly transfer: Transfer; readonly display: Display };
+
 /** Sends one snapshot to one destination, which is as before if it fails. Errors: those of `pipeline`. */
-async function transferTo(
-  receiver: Receiver,
-  source: Folder,
-  transfer: Transfer,
-  display: Display,
-): Promise<Sent> {
-  const [result] = await transferToAll([receiver], source, transfer, display);
-  if (result?.status === "fulfilled") return result.value;
-  throw result?.reason;
+const transferTo = async (receiver: Receiver, send: Send): Promise<Sent> =>
+  resultOf((await transferToAll([receiver], send))[0]);
+
+/** What a promise came to. Errors: its own. */
+function resultOf<T>(settled: PromiseSettledResult<T> | undefined): T {
+  if (settled?.status === "fulfilled") return settled.value;
+  throw settled?.reason;
 }
 
-/** Sends one snapshot to destinations that take the same stream: it is made once. Where it fails, all is as before; tells each one's outcome. */
+/** Sends one snapshot to destinations that take the same stream, which is made once. Tells each one's outcome: where it fails, all is as before. */
 async function transferToAll(
   receivers: readonly Receiver[],
-  source: Folder,
-  transfer: Transfer,
-  display: Display,
+  send: Send,
 ): Promise<PromiseSettledResult<Sent>[]> {
+  const { source, transfer } = send;
   const began = Date.now();
-  const ready = await Promise.allSettled(
-    receivers.map((receiver) => receiver.receive(source, transfer)),
+  const ready = await Promise.allSettled(receivers.map((one) => one.receive(source, transfer)));
+  const incoming = receivers.flatMap((receiver, i): [Receiver, Incoming][] =>
+    ready[i]?.status === "fulfilled" ? [[receiver, ready[i].value]] : [],
   );
-  const incoming = new Map(
-    receivers.flatMap((receiver, i): [Receiver, Incoming][] =>
-      ready[i]?.status === "fulfilled" ? [[receiver, ready[i].value]] : [],
-    ),
-  );
-  const flowing = incoming.size === 0 ? [] : await stream([...incoming], source, transfer, display);
-  const outcomes = new Map([...incoming.keys()].map((receiver, i) => [receiver, flowing[i]]));
+  const flowing = incoming.length === 0 ? [] : await flowTo(incoming, send);
+  const flown = new Map(incoming.map(([receiver], i) => [receiver, flowing[i]]));
   return Promise.allSettled(
     receivers.map(async (receiver, i): Promise<Sent> => {
-      if (ready[i]?.status === "rejected") throw ready[i].reason;
-      const { finish } = incoming.get(receiver) as Incoming;
+      const { finish } = resultOf(ready[i]);
       try {
-        const outcome = outcomes.get(receiver) as PromiseSettledResult<Flown>;
-        if (outcome.status === "rejected") throw outcome.reason;
-        const { bytes, summed } = outcome.value;
-        return {
-          bytes: finish === undefined ? bytes : await finish(summed as Summed),
-          seconds: (Date.now() - began) / 1000,
-        };
+        const { bytes, summed } = resultOf(flown.get(receiver));
+        const stored = finish === undefined ? bytes : await finish(summed as Summed);
+        return { bytes: stored, seconds: (Date.now() - began) / 1000 };
       } catch (error) {
-        return again(receiver, error as Error, source, transfer, display);
+        return afterFailure(receiver, error as Error, send);
       }
     }),
   );
 }
 
-/** What follows a broken transfer: it is cleared away, and made once more if it can end otherwise. Errors: the one that broke it. */
-async function again(
-  receiver: Receiver,
-  error: Error,
-  source: Folder,
-  transfer: Transfer,
-  display: Display,
-): Promise<Sent> {
-  const { name } = transfer.snapshot;
+/** Clears away a broken transfer, and makes it once more if it can end otherwise. Errors: the one that broke it. */
+async function afterFailure(receiver: Receiver, error: Error, send: Send): Promise<Sent> {
+  const { name } = send.transfer.snapshot;
   if (error instanceof OtherStream) {
     log.info(`${name}: its stream has changed since the transfer broke, which begins anew`);
     await receiver.tidy();
-    return transferTo(receiver, source, transfer, display);
+    return transferTo(receiver, send);
   }
   if (error instanceof Stuck) throw error;
   // What stood in the way of the name is not what this transfer left.
@@ -6583,71 +6586,64 @@ async function again(
       log.warn(`${problem.message} (the next run will)`),
     );
   checkInterruption();
-  const form = receiver.form(source);
-  if (form?.chosen && /encoded.write|--protocol 1/i.test(error.message)) {
-    log.info(`${name}: ${error.message}; once more with protocol 1`);
-    return transferTo(
-      { ...receiver, form: () => ({ ...form, protocol: "1", chosen: false }) },
-      source,
-      transfer,
-      display,
-    );
-  }
-  throw error;
+  const form = receiver.form(send.source);
+  if (!form?.chosen || !/encoded.write|--protocol 1/i.test(error.message)) throw error;
+  log.info(`${name}: ${error.message}; once more with protocol 1`);
+  const older = { ...form, protocol: "1", chosen: false };
+  return transferTo({ ...receiver, form: () => older }, send);
 }
 
 /** Makes the stream, and lets it flow to all who take it. */
-async function stream(
+async function flowTo(
   incoming: readonly (readonly [Receiver, Incoming])[],
-  source: Folder,
-  { snapshot, parent }: Transfer,
-  display: Display,
+  send: Send,
 ): Promise<PromiseSettledResult<Flown>[]> {
   const [[first, { kept, stages, environment }]] = incoming as [readonly [Receiver, Incoming]];
-  const { level, protocol, rate } = kept ?? (first.form(source) as Form);
-  const before =
-    kept === undefined || kept.bytes === 0
-      ? { skip: "", sum: "" }
-      : { skip: String(kept.bytes), sum: kept.sum };
+  const { source, transfer, display } = send;
+  const { snapshot, parent } = transfer;
+  const form = kept ?? (first.form(source) as Form);
+  const { level, rate } = form;
+  const others = incoming.length === 1 ? "" : ` and ${incoming.length - 1} more`;
+  const size = parent === null && level === "" ? display.sizes.get(snapshot.uuid) : undefined;
+  // How many bytes a compressed stream has is known only behind the host that compresses it.
+  const isCounted = level === "" || incoming.every(([, { finish }]) => finish);
+  const trunk = [
+    sender(send, form),
+    ...(isCounted ? [] : [relaying({})]),
+    ...meter(`${snapshot.name} to ${first.id}${others}`, display, rate, size),
+  ];
+  if (incoming.length === 1)
+    return Promise.allSettled([pipeline([...trunk, ...stages], environment)]);
+  const takers = incoming.map(([, one]) => one);
+  return fanOut(trunk, takers);
+}
+
+/** The sending end of a transfer, from behind the part that is kept over there. */
+function sender(
+  { source, transfer: { snapshot, parent }, display }: Send,
+  { level, protocol, bytes = 0, sum = "" }: Form & Partial<Begun>,
+): Stage {
   const hexadecimal = (one: Snapshot | null) =>
     one === null || source.alone ? "" : dataOf(one).replaceAll("-", "");
-  const asked = { uuid: hexadecimal(snapshot), clone: hexadecimal(parent) };
-  const sent = {
+  const given = {
+    flag: display.btrfsDebug ? "-vv" : "-q",
+    ...at(source),
     level,
     protocol: protocol ?? "",
     holder: holderOf(source),
     snapshot: snapshot.name,
     parent: parent?.name ?? "",
-    ...before,
-    ...asked,
+    skip: bytes === 0 ? "" : String(bytes),
+    sum: bytes === 0 ? "" : sum,
+    uuid: hexadecimal(snapshot),
+    clone: hexadecimal(parent),
   };
-  const given = { flag: display.btrfsDebug ? "-vv" : "-q", ...at(source), ...sent };
-  const send = staged(`btrfs send${level === "" ? "" : " or zstd"}`, source.host, SEND, given, {
-    sends: true,
-    shown: display.btrfsDebug,
-  });
-  const others = incoming.length === 1 ? "" : ` and ${incoming.length - 1} more`;
-  const metered = meter(
-    `${snapshot.name} to ${first.id}${others}`,
-    display,
-    rate,
-    parent === null && level === "" ? display.sizes.get(snapshot.uuid) : undefined,
-  );
-  // How many bytes a compressed stream has is known only behind the host that compresses it.
-  const between =
-    level === "" || incoming.every(([, { finish }]) => finish)
-      ? metered
-      : [relaying({}), ...metered];
-  if (incoming.length === 1)
-    return Promise.allSettled([pipeline([send, ...between, ...stages], environment)]);
-  return fanOut(
-    [send, ...between],
-    incoming.map(([, one]) => one),
-  );
+  const what = `btrfs send${level === "" ? "" : " or zstd"}`;
+  return staged(what, source.host, SEND, given, { sends: true, shown: display.btrfsDebug });
 }
 
 /**
- * Runs the stages of one stream, and what follows of each who takes it as a pipeline of its own, so that one that fails, or is stuck, drops
+ * Runs the stages of one stream, and the stages of each who takes it as a pipeline of its own, so that one that fails, or is stuck, drops
  * out. Where the stream itself fails, all are killed before their input closes.
  */
 async function fanOut(
@@ -6656,24 +6652,22 @@ async function fanOut(
 ): Promise<PromiseSettledResult<Flown>[]> {
   const directory = mkdtempSync(join(runtimeDirectory(), "f"));
   const pipes = takers.map((_, i) => `${directory}/${i}`);
-  const { error } = spawnSync("mkfifo", pipes);
-  if (error !== undefined) throw error;
-  let isFlowing = true;
-  const blocked = (): readonly number[] => (isFlowing ? (trunk?.blocked() ?? []) : []);
+  const made = spawnSync("mkfifo", pipes);
+  if (made.error !== undefined) throw made.error;
   const branches: Flowing[] = [];
   let trunk: Flowing | null = null;
+  let isFlowing = true;
+  const blocked = (): readonly number[] => (isFlowing ? (trunk?.blocked() ?? []) : []);
   try {
-    for (const [i, { stages, environment }] of takers.entries()) {
-      // Who waits for what another one keeps from all does nothing, and is not stuck.
+    for (const [i, taker] of takers.entries()) {
+      // Who waits because another one keeps the stream from all does nothing, and is not stuck.
       const waits = () => isFlowing && !blocked().includes(i);
-      branches.push(flow(stages, environment ?? {}, { input: pipes[i] as string, waits }));
+      const joint = { input: pipes[i] as string, waits };
+      branches.push(flow(taker.stages, taker.environment ?? {}, joint));
     }
-    const to = branches.map(({ group }, i) => ({ path: pipes[i] as string, group }));
-    trunk = flow(
-      [...stages, relaying({ to })],
-      {},
-      { feeds: branches.map(({ group }) => group), waits: () => blocked().length > 0 },
-    );
+    const feeds = branches.map(({ group }) => group);
+    const to = feeds.map((group, i) => ({ path: pipes[i] as string, group }));
+    trunk = flow([...stages, relaying({ to })], {}, { feeds, waits: () => blocked().length > 0 });
   } catch (error) {
     for (const { kill, ended } of branches) {
       kill();
@@ -6693,26 +6687,39 @@ async function fanOut(
   for (const descriptor of await held) if (descriptor !== null) closeSync(descriptor);
   const ends = await Promise.allSettled(branches.map(({ ended }) => ended));
   rmSync(directory, { recursive: true, force: true });
-  return ends.map((end) => {
-    if (stem.status === "rejected" && (end.status === "fulfilled" || end.reason instanceof Killed))
-      return { status: "rejected" as const, reason: stem.reason as unknown };
-    if (end.status === "rejected") return end;
-    const { bytes } = (stem as PromiseFulfilledResult<Flown>).value;
-    return { status: "fulfilled", value: { ...end.value, bytes } };
-  });
+  return ends.map((end) => branchEnd(stem, end));
+}
+
+/** The end of one who takes a stream, by that of the stream itself, which counts the bytes, and whose failure has all killed. */
+function branchEnd(
+  stem: PromiseSettledResult<Flown>,
+  end: PromiseSettledResult<Flown>,
+): PromiseSettledResult<Flown> {
+  const isOwn = end.status === "rejected" && !(end.reason instanceof Killed);
+  if (stem.status === "rejected") return isOwn ? end : stem;
+  if (end.status === "rejected") return end;
+  return { ...end, value: { ...end.value, bytes: stem.value.bytes } };
 }
 
 /** Opens a FIFO for writing as soon as somebody reads it; null if its reader ends before. */
 async function heldOpen(pipe: string, reader: Promise<unknown>): Promise<number | null> {
   let over = false;
   reader.catch(() => {}).finally(() => (over = true));
-  for (; !over; await new Promise((later) => setTimeout(later, 5)))
-    try {
-      return openSync(pipe, constants.O_WRONLY | constants.O_NONBLOCK);
-    } catch (error) {
-      if ((error as NodeJS.ErrnoException).code !== "ENXIO") throw error;
-    }
+  for (; !over; await new Promise((later) => setTimeout(later, 5))) {
+    const descriptor = openIfRead(pipe);
+    if (descriptor !== null) return descriptor;
+  }
   return null;
+}
+
+/** Opens a FIFO for writing; null as long as nobody reads it. */
+function openIfRead(pipe: string): number | null {
+  try {
+    return openSync(pipe, constants.O_WRONLY | constants.O_NONBLOCK);
+  } catch (error) {
+    if ((error as NodeJS.ErrnoException).code !== "ENXIO") throw error;
+    return null;
+  }
 }
 
 /** Whether a process group has a process yet. */
@@ -6726,18 +6733,18 @@ function isRunning(group: number): boolean {
 
 // ── the relay ──
 
-/** What the relay does with the bytes that pass it. */
+/** What the relay does with the bytes that pass it. It sees no constant of this file: see RELAY. */
 type Relay = {
-  /** Tells their SHA-256. */
+  /** It tells their SHA-256. */
   readonly sum?: boolean;
-  /** At most so many bytes a second. */
+  /** It passes at most so many bytes a second. */
   readonly rate?: number;
-  /** The file that gets what it tells at its end; with ".now" behind its name, twice a second, how many bytes have passed, and the numbers of outputs that take nothing. */
+  /** The file for what it tells at its end. Twice a second, the file with ".now" behind its name gets the bytes that have passed, and the numbers of outputs that take nothing. */
   readonly tell?: string;
   /** They must be this stream: see streamCheck. */
   readonly check?: Expected;
   /**
-   * They come with a guarded key: a send stream, or any bytes; at most so many, which `refusal` says. Guard is asked: see Said. `state`: the file
+   * They come with a guarded key: a send stream, or any bytes; at most so many, or `refusal` is told. Guard is asked: see Said. `state`: the file
    * that says whether the relay waits for its input (r), or has something to pass on (w).
    */
   readonly guarded?: {
@@ -6748,11 +6755,11 @@ type Relay = {
   };
   /** They go nowhere. */
   readonly drop?: boolean;
-  /** Where they go instead of standard output: FIFOs, each with the process group that reads it. One that is removed is given up. */
+  /** Where they go instead of standard output: FIFOs, each with the process group that reads it. A removed FIFO is given up. */
   readonly to?: readonly { readonly path: string; readonly group: number }[];
 };
 
-/** The stream that is expected: what it makes, and on top of what; `alone`: no fence keeps it in. Empty UUIDs are not known. */
+/** The stream that is expected: its subvolume, and that one's parent; `alone`: no fence keeps it in. Empty UUIDs are not known. */
 type Expected = {
   readonly name: string;
   readonly uuid: string;
@@ -6761,8 +6768,9 @@ type Expected = {
 };
 
 /**
- * What the processes of a guarded stream say on descriptor 3, a line each. What the stream begins with (name, UUID, and its parent's, null in
- * full), and that it is whole with so many bytes, are questions, which guard answers with a line on descriptor 4, or not at all. `unpacked`: zstd's exit status.
+ * What the processes of a guarded stream say on descriptor 3, a line each. Two are questions, which guard answers with a line on descriptor 4,
+ * or not at all: what the stream begins with (name, UUID, and its parent's, null in full); and that it is whole, with so many bytes.
+ * `unpacked`: zstd's exit status.
  */
 type Said =
   | { readonly unpacked: number }
@@ -6774,9 +6782,9 @@ type Said =
 type Passed = { readonly bytes: number; readonly sum: string | null };
 
 /**
- * Passes standard input on, and tells what has passed. A process of its own, which reads and writes with blocking calls,
- * so that no byte waits for anything else, and which any signal ends at once: with a handler, it would not in such a call. Where it
- * fails, whoever started it kills those who read from it while its standard output is still open; those behind FIFOs it kills itself.
+ * Passes standard input on, and tells what has passed. A process of its own, which reads and writes with blocking calls, so that no byte
+ * waits for anything else, and which any signal ends at once: with a handler, a signal would not end such a call. Where it fails, its
+ * starter kills those who read from it while its standard output is still open; those behind FIFOs it kills itself.
  */
 function relay(given: Relay): never {
   try {
@@ -6785,19 +6793,17 @@ function relay(given: Relay): never {
     process.exit(0);
   } catch (error) {
     for (const { group } of given.to ?? []) sendSignal(-group, "SIGKILL");
+    const { code, message } = error as NodeJS.ErrnoException;
+    const isRefused = error instanceof Refused;
     try {
-      if (given.guarded !== undefined) {
-        // Who takes it has ended before, and tells why itself.
-        if ((error as NodeJS.ErrnoException).code === "EPIPE") process.exit(0);
-        if (error instanceof Refused) {
-          say({ refused: error.message });
-          process.exit(1);
-        }
-      }
-      writeSync(
-        2,
-        `${error instanceof Refused ? `the stream is refused: ${error.message} (--trust-stream receives it as it is)` : (error as Error).message}\n`,
-      );
+      // Whoever takes a guarded stream has ended before, and tells why itself.
+      if (given.guarded !== undefined && code === "EPIPE") process.exit(0);
+      if (given.guarded !== undefined && isRefused) say({ refused: message });
+      else
+        writeSync(
+          2,
+          `${isRefused ? `the stream is refused: ${message} (--trust-stream receives it as it is)` : message}\n`,
+        );
     } catch {
       // nobody listens
     }
@@ -6823,71 +6829,74 @@ function checkFor({ check, guarded }: Relay): Checking | null {
 }
 
 function passOn(given: Relay): Passed {
-  const { sum, rate, tell, guarded, drop, to } = given;
-  const limit = guarded?.most ?? Infinity;
+  const { rate, guarded } = given;
   const BLOCK = 2 ** 20;
+  const most = rate === undefined ? BLOCK : Math.min(BLOCK, Math.max(4096, Math.ceil(rate / 10)));
   const room = Buffer.allocUnsafe(2 * BLOCK);
-  const hash = sum ? createHash("sha256") : null;
-  const checked = checkFor(given);
+  const checking = checkFor(given);
   const state = guarded === undefined ? null : openSync(guarded.state, "w");
   const mark = (letter: "r" | "w") => state !== null && writeSync(state, letter, 0);
-  const tellBytes = (waiting: readonly number[] = []) => {
-    told = performance.now();
-    if (tell !== undefined) writeFileSync(`${tell}.now`, [bytes, ...waiting].join(" "));
-  };
-  const outputs =
-    to === undefined
-      ? null
-      : openOutputs(to, (waiting) => performance.now() - told > 500 && tellBytes(waiting));
-  widen([0, ...(outputs?.descriptors ?? [1])]);
-  const most = rate === undefined ? BLOCK : Math.min(BLOCK, Math.max(4096, Math.ceil(rate / 10)));
-  const began = performance.now();
-  let [have, bytes, told] = [0, 0, began];
-  const send = (end: number) => {
-    let hadToWait = false;
-    if (end === 0) return;
-    hash?.update(room.subarray(0, end));
-    if (outputs !== null) hadToWait = outputs.write(room, end);
-    else if (!drop) writeAll(1, room, end);
-    bytes += end;
-    if (hadToWait) tellBytes(); // nobody does any more
-    if (rate !== undefined) pause((1000 * bytes) / rate - (performance.now() - began));
-    if (performance.now() - told > 500) tellBytes();
-  };
+  const outlet = openOutlet(given);
+  let have = 0;
   for (let n; mark("r"), (n = readSome(0, room, have, most)) > 0;) {
     mark("w");
     have += n;
-    if (bytes + have > limit) refuse(guarded?.refusal as string);
-    const end = checked === null ? have : checked.pass(room, 0, have);
-    send(end);
+    if (outlet.bytes() + have > (guarded?.most ?? Infinity)) refuse(guarded?.refusal as string);
+    const end = checking === null ? have : checking.pass(room, 0, have);
+    outlet.send(room, end);
     room.copyWithin(0, end, have);
     have -= end;
   }
   mark("w");
-  checked?.finish();
-  if (guarded !== undefined) askGuard({ whole: bytes + have });
-  send(have);
-  tellBytes();
-  return { bytes, sum: hash?.digest("hex") ?? null };
+  checking?.finish();
+  if (guarded !== undefined) askGuard({ whole: outlet.bytes() + have });
+  outlet.send(room, have);
+  return outlet.end();
+}
+
+/** The way out of a relay, which sums and counts the bytes, slows them down, and tells of them. */
+function openOutlet({ sum, rate, tell, drop, to }: Relay) {
+  const hash = sum ? createHash("sha256") : null;
+  const tellBytes = (waiting: readonly number[] = []) => {
+    toldAt = performance.now();
+    if (tell !== undefined) writeFileSync(`${tell}.now`, [bytes, ...waiting].join(" "));
+  };
+  const isDue = () => performance.now() - toldAt > 500;
+  const outputs = to && openOutputs(to, (waiting) => isDue() && tellBytes(waiting));
+  widen([0, ...(outputs?.descriptors ?? [1])]);
+  const began = performance.now();
+  let [bytes, toldAt] = [0, began];
+  return {
+    bytes: () => bytes,
+    send(room: Buffer, end: number): void {
+      if (end === 0) return;
+      hash?.update(room.subarray(0, end));
+      const hadToWait = outputs?.write(room, end) ?? false;
+      if (outputs === undefined && !drop) writeAll(1, room, end);
+      bytes += end;
+      if (hadToWait) tellBytes(); // nobody does any more
+      if (rate !== undefined) pause((1000 * bytes) / rate - (performance.now() - began));
+      if (isDue()) tellBytes();
+    },
+    end(): Passed {
+      tellBytes();
+      return { bytes, sum: hash?.digest("hex") ?? null };
+    },
+  };
 }
 
 /**
  * Gives pipes room for 1 MiB, of which each has 64 KiB by itself: storing a stream takes a quarter less time so. 1031 is F_SETPIPE_SZ of
- * fcntl(2). Only under Bun, which the executable is made of; elsewhere, and what is no pipe, stays as it is.
+ * fcntl(2). Only under Bun, which the executable is made of; elsewhere, a pipe stays as it is, and so does anything else.
  */
 function widen(descriptors: readonly number[]): void {
-  type Library = {
-    readonly symbols: {
-      readonly fcntl: (descriptor: number, command: number, value: number) => number;
-    };
-  };
-  const { Bun: bun } = globalThis as {
-    Bun?: { readonly FFI?: { readonly dlopen: (name: string, symbols: object) => Library } };
-  };
+  type Fcntl = (descriptor: number, command: number, value: number) => number;
+  type Library = { readonly symbols: { readonly fcntl: Fcntl } };
+  type Loader = { readonly dlopen: (name: string, symbols: object) => Library };
+  const { Bun: bun } = globalThis as { Bun?: { readonly FFI?: Loader } };
   try {
-    const library = bun?.FFI?.dlopen("libc.so.6", {
-      fcntl: { args: ["int", "int", "int"], returns: "int" },
-    });
+    const fcntl = { args: ["int", "int", "int"], returns: "int" };
+    const library = bun?.FFI?.dlopen("libc.so.6", { fcntl });
     for (const descriptor of descriptors) library?.symbols.fcntl(descriptor, 1031, 2 ** 20);
   } catch {
     // another C library
@@ -6904,10 +6913,10 @@ function isBusy(error: unknown): boolean {
 }
 
 /** Reads what there is, at most so much; 0 at the end. */
-function readSome(descriptor: number, room: Buffer, at: number, most: number): number {
+function readSome(descriptor: number, room: Buffer, from: number, most: number): number {
   for (;;)
     try {
-      return readSync(descriptor, room, at, Math.min(most, room.length - at), null);
+      return readSync(descriptor, room, from, Math.min(most, room.length - from), null);
     } catch (error) {
       if (!isBusy(error)) throw error;
       pause(1); // somebody else set it so that it does not block
@@ -6915,47 +6924,52 @@ function readSome(descriptor: number, room: Buffer, at: number, most: number): n
 }
 
 function writeAll(descriptor: number, bytes: Buffer, end: number): void {
-  for (let at = 0; at < end;)
+  for (let done = 0; done < end;)
     try {
-      at += writeSync(descriptor, bytes, at, end - at);
+      done += writeSync(descriptor, bytes, done, end - done);
     } catch (error) {
       if (!isBusy(error)) throw error;
       pause(1);
     }
 }
 
-/** Several outputs, each fed as it takes: `tell` gets those that all wait for, again and again, and `write` returns whether it did. Who reads no more drops out, and tells why itself; so does whose pipe was removed. */
+/**
+ * Several outputs, each fed as it takes. `write` returns whether all had to wait for some, which `tell` gets again and again. An output that
+ * nobody reads any more drops out, and its reader tells why itself; so does one whose pipe was removed.
+ */
 function openOutputs(
   to: NonNullable<Relay["to"]>,
   tell: (waiting: readonly number[]) => void,
 ): { write: (bytes: Buffer, end: number) => boolean; readonly descriptors: readonly number[] } {
-  type Output = { readonly number: number; readonly path: string; descriptor: number; at: number };
+  type Output = {
+    readonly number: number;
+    readonly path: string;
+    descriptor: number;
+    done: number;
+  };
+  // Deno tells nothing of a part that was taken: there, as much as is taken whole or not at all, PIPE_BUF of pipe(7).
   const most = process.versions["deno"] === undefined ? Infinity : 4096;
   const opened = performance.now();
-  let open = to.map(({ path, group }, number): Output => ({
-    number,
-    path,
-    descriptor: openRead(path, group),
-    at: 0,
-  }));
-  function openRead(path: string, group: number): number {
-    for (; ; pause(1))
-      try {
-        return openSync(path, constants.O_WRONLY | constants.O_NONBLOCK);
-      } catch (error) {
-        // Its reader has not begun, or will not.
-        if ((error as NodeJS.ErrnoException).code !== "ENXIO") throw error;
-        if (!isRunning(group) || performance.now() - opened > 60e3) return -1;
-      }
-  }
+  const openRead = (path: string, group: number): number => {
+    for (; ; pause(1)) {
+      const descriptor = openIfRead(path);
+      if (descriptor !== null) return descriptor;
+      // Its reader has not begun, or will not.
+      if (!isRunning(group) || performance.now() - opened > 60e3) return -1;
+    }
+  };
+  let open = to.map(({ path, group }, number): Output => {
+    return { number, path, descriptor: openRead(path, group), done: 0 };
+  });
   const close = (output: Output) => {
     if (output.descriptor !== -1) closeSync(output.descriptor);
     output.descriptor = -1;
   };
-  /** Whether an output took something. Deno tells nothing of a part that was taken: there, as much as is taken whole or not at all, PIPE_BUF of pipe(7). */
+  /** Whether an output took something. */
   const feed = (output: Output, bytes: Buffer, end: number): boolean => {
+    const { descriptor, done } = output;
     try {
-      output.at += writeSync(output.descriptor, bytes, output.at, Math.min(end - output.at, most));
+      output.done += writeSync(descriptor, bytes, done, Math.min(end - done, most));
       return true;
     } catch (error) {
       if (!isBusy(error)) close(output);
@@ -6966,9 +6980,9 @@ function openOutputs(
     descriptors: open.map(({ descriptor }) => descriptor),
     write(bytes, end) {
       let hadToWait = false;
-      for (const output of open) output.at = 0;
+      for (const output of open) output.done = 0;
       for (let wait = 0.05; ;) {
-        const waiting = open.filter(({ descriptor, at }) => descriptor !== -1 && at < end);
+        const waiting = open.filter(({ descriptor, done }) => descriptor !== -1 && done < end);
         if (waiting.length === 0) break;
         const taken = waiting.map((output) => feed(output, bytes, end)).includes(true);
         wait = taken ? 0.05 : Math.min(100, 1.5 * wait);
@@ -8025,7 +8039,7 @@ async function sendNext(
     ...destination,
     receive: (source, transfer) => destination.receive(source, transfer, todo.length > 1),
   }));
-  const results = o.dryRun ? [] : await transferToAll(receivers, source, transfer, display);
+  const results = o.dryRun ? [] : await transferToAll(receivers, { source, transfer, display });
   const sent = new Map(fitting.map((served, i) => [served, results[i]]));
   for (const served of all) {
     const { destination, wanted } = served;
@@ -8100,7 +8114,7 @@ async function withRoom(
   const [transfer] = todo as [Transfer];
   await removeFrom(served, going, "to make room", o, report, true);
   await destination.discard(transfer.snapshot.name); // there may not have been the space to clear away
-  return transferTo(destination, source, transfer, display);
+  return transferTo(destination, { source, transfer, display });
 }
 
 /** Sends destinations what they lack: what is the same stream once, others side by side. */
@@ -9795,12 +9809,8 @@ async function restoreOnce(o: RestoreOptions, report: Report): Promise<void> {
             tidy: async () => {},
           };
           const receiveAs = async (parent: Snapshot | null) => {
-            const sent = await transferTo(
-              receiver,
-              location,
-              { snapshot: chosen, parent },
-              display,
-            );
+            const transfer = { snapshot: chosen, parent };
+            const sent = await transferTo(receiver, { source: location, transfer, display });
             report.event("transfer", {
               destination: o.target.id,
               name: chosen.name,
