@@ -4281,50 +4281,52 @@ export function parseOldRecord(text: string): OldRecord {
 // ── 4. Locations ─────────────────────────────────────────────────────────────────────────
 
 /** A place opened for one prefix: a snapshot folder, a folder of backups, or a store of streams. */
-export type Folder = Omit<Inspection, "host" | "files"> & {
-  readonly id: string;
-  readonly host: Host;
-  readonly hostName: string;
-  readonly path: string;
-  readonly prefix: string;
-  /** Null where subvolumes stand. */
-  readonly store: Store | null;
-  /** All subvolumes directly in it, or all its stored streams. */
-  readonly standing: readonly Entry[];
-  /** Those with a name of the prefix, oldest first. */
-  readonly snapshots: readonly Snapshot[];
-  readonly chain: ChainRecord;
-  readonly close: () => Promise<void>;
-};
+export type Folder = Omit<Inspection, "host" | "files"> &
+  Readonly<{
+    id: string;
+    host: Host;
+    hostName: string;
+    path: string;
+    prefix: string;
+    /** Null where subvolumes stand. */
+    store: Store | null;
+    /** All subvolumes directly in it, or all its stored streams. */
+    standing: readonly Entry[];
+    /** Those with a name of the prefix, oldest first. */
+    snapshots: readonly Snapshot[];
+    chain: ChainRecord;
+    close: () => Promise<void>;
+  }>;
 
 /** Stored streams. `type`: rclone's word for such a remote, whose objects `path` names. */
-export type Store = ReturnType<typeof parseStreams> & {
-  readonly verbs: StoreVerbs;
-  readonly type: string | null;
-};
+export type Store = ReturnType<typeof parseStreams> &
+  Readonly<{
+    verbs: StoreVerbs;
+    type: string | null;
+  }>;
 
-type Hosts = {
-  readonly sshOptions: readonly string[];
-  readonly sudo: boolean;
-  readonly sshSudo: boolean;
-};
+type Hosts = Readonly<{
+  sshOptions: readonly string[];
+  sudo: boolean;
+  sshSudo: boolean;
+}>;
 
 /** How to open a place. */
-type Opening = {
-  readonly prefix: string;
+type Opening = Readonly<{
+  prefix: string;
   /** `look` locks nothing; else the seconds to wait for the lock. */
-  readonly wait: "look" | number;
-  readonly hosts: Hosts;
-  readonly source?: string;
+  wait: "look" | number;
+  hosts: Hosts;
+  source?: string;
   /** Streams need no checksum object. */
-  readonly unverified?: boolean;
+  unverified?: boolean;
   /** A host whose protocol is asked for anyway. */
-  readonly peer?: Host;
+  peer?: Host;
   /** The opening begins now, and locks and looks in its `turn`, unless it is `unwanted`. */
-  readonly ahead?: { readonly turn: Promise<void>; readonly unwanted: AbortSignal };
+  ahead?: { readonly turn: Promise<void>; readonly unwanted: AbortSignal };
   /** Called at once when the place is locked, or later. */
-  readonly locked?: () => void;
-};
+  locked?: () => void;
+}>;
 
 /** An opening that may have begun already. */
 type BegunOpening = Opening & { readonly begun?: Promise<Folder> | undefined };
@@ -4769,20 +4771,20 @@ async function deleteFrom(
 }
 
 /** What stands at a destination, for planning. */
-export type Standing = {
+export type Standing = Readonly<{
   /** All that is complete, by any name: a transfer can build on it, and need not send it again. */
-  readonly held: readonly Entry[];
+  held: readonly Entry[];
   /** The complete ones that are this source's and ours by name, which retention is about. */
-  readonly backups: readonly Backup[];
+  backups: readonly Backup[];
   /** By UUID, where backups were copied on to: the next copy builds on them. */
-  readonly copied: ReadonlyMap<string, string>;
+  copied: ReadonlyMap<string, string>;
   /** Names that a snapshot cannot get. */
-  readonly taken: ReadonlyMap<string, Obstacle>;
+  taken: ReadonlyMap<string, Obstacle>;
   /** The streams of other sources there, which need their parents as well. Null where every backup is whole by itself. */
-  readonly chained: readonly Entry[] | null;
+  chained: readonly Entry[] | null;
   /** The UUID of the backup with the newest data, where `backups` are in the order of arrival, and some came belated. */
-  readonly newest?: string | undefined;
-};
+  newest?: string | undefined;
+}>;
 
 /** What has a snapshot's name at a destination without holding its data. A `leftover` is cleared away by the next run. */
 export type Obstacle =
@@ -4808,14 +4810,15 @@ export function conflictMessage({ snapshot, obstacle }: Conflict): string {
 }
 
 /** How a stream goes to one destination: `rate` in bytes a second; `protocol` null for the one that btrfs takes by itself. */
-export type Sending = Filters & {
-  readonly rate: number | null;
-  readonly protocol: string | null;
-  readonly fullEvery: FullEvery | null;
-  readonly resume: boolean;
-  readonly spaceCheck: boolean;
-  readonly trust: boolean;
-};
+export type Sending = Filters &
+  Readonly<{
+    rate: number | null;
+    protocol: string | null;
+    fullEvery: FullEvery | null;
+    resume: boolean;
+    spaceCheck: boolean;
+    trust: boolean;
+  }>;
 
 /** Whether an option of a destination changes the stream itself, up to where it parts for those who take it. */
 const SHAPING = {
@@ -4854,45 +4857,45 @@ export function streamKey(
 type Begun = Form & { readonly bytes: number; readonly sum: string };
 
 /** Where a stream comes in. */
-type Incoming = {
+type Incoming = Readonly<{
   /** The last stages of its pipeline. */
-  readonly stages: readonly Stage[];
-  readonly environment?: Record<string, string>;
+  stages: readonly Stage[];
+  environment?: Record<string, string>;
   /** Gets what was stored, and returns the bytes that are there. */
-  readonly finish?: (summed: Summed) => Promise<number>;
+  finish?: (summed: Summed) => Promise<number>;
   /** What is there already. */
-  readonly kept?: Begun;
-};
+  kept?: Begun;
+}>;
 
 /** A place that backups go to, of any kind. */
-export interface Destination {
-  readonly id: string;
-  readonly standing: Standing;
+export type Destination = Readonly<{
+  id: string;
+  standing: Standing;
   /** The last stream that a command took, which cannot be asked what it has. Null for the others. */
-  readonly stream: { readonly last: Memory | null } | null;
-  readonly filesystem: string | null;
+  stream: { readonly last: Memory | null } | null;
+  filesystem: string | null;
   /** Bytes that were free there when it was opened. */
-  readonly free: number;
+  free: number;
   /** Why nothing may be deleted there in this run. */
-  readonly frozen: string | null;
+  frozen: string | null;
   /** Null where each transfer has to look for a part to go on from. */
-  readonly form: (source: Folder) => Form | null;
+  form: (source: Folder) => Form | null;
   /** `isFollowed`: another transfer comes next, or else `settle`. Errors: Failure where the transfer is impossible. */
-  readonly receive: (source: Folder, transfer: Transfer, isFollowed?: boolean) => Promise<Incoming>;
+  receive: (source: Folder, transfer: Transfer, isFollowed?: boolean) => Promise<Incoming>;
   /** Does what the last transfer left to the next one, where there was none. */
-  readonly settle?: () => Promise<void>;
+  settle?: () => Promise<void>;
   /** Whether a snapshot's backup is the same as the snapshot; null where nobody can tell. Errors: Failure. */
-  readonly compare: ((source: Folder, snapshot: Snapshot) => Promise<boolean>) | null;
+  compare: ((source: Folder, snapshot: Snapshot) => Promise<boolean>) | null;
   /** What a snapshot's transfer has become there. */
-  readonly arrived: (transfer: Transfer) => Backup;
+  arrived: (transfer: Transfer) => Backup;
   /** Clears away what a failed transfer of that name left, but for the part that the next one can go on from. */
-  readonly discard: (name: string) => Promise<void>;
+  discard: (name: string) => Promise<void>;
   /** Clears away all parts that a transfer could go on from. */
-  readonly tidy: () => Promise<void>;
+  tidy: () => Promise<void>;
   /** Deletes backups, in that order; `free`: waits until their space is free. */
-  readonly remove: (backups: readonly Backup[], free: boolean) => Promise<void>;
-  readonly close: () => Promise<void>;
-}
+  remove: (backups: readonly Backup[], free: boolean) => Promise<void>;
+  close: () => Promise<void>;
+}>;
 
 /** What stands in a destination folder. `announced` names may be leftovers of broken transfers. */
 export function standingIn(
@@ -4924,13 +4927,14 @@ function obstacleOf(backup: Backup, announced: readonly string[]): Obstacle {
 }
 
 /** `again` looks at the folder anew; `owned` is its record from now on; `announced`: names that 0.3.1 began to receive. */
-type FolderOptions = Deletion & {
-  readonly again: () => Promise<Folder>;
-  readonly owned: ChainRecord;
-  readonly announced: readonly string[];
-  readonly btrfsDebug: boolean;
-  readonly sending: Sending;
-};
+type FolderOptions = Deletion &
+  Readonly<{
+    again: () => Promise<Folder>;
+    owned: ChainRecord;
+    announced: readonly string[];
+    btrfsDebug: boolean;
+    sending: Sending;
+  }>;
 
 /** Errors: Failure where zstd is missing. */
 function needZstd({ zstd, host, hostName }: Pick<Folder, "zstd" | "host" | "hostName">): void {
@@ -4966,16 +4970,16 @@ const announcement = (name: string, { since }: Pick<Folder, "since">) =>
   `{"receiving":${JSON.stringify(name)},"since":${JSON.stringify(since)},`;
 
 /** How a folder receives a stream. */
-type Receiving = {
-  readonly level: string;
+type Receiving = Readonly<{
+  level: string;
   /** The folder's record, into which the announcement is written meanwhile; null for none. */
-  readonly chain: ChainRecord | null;
-  readonly btrfsDebug: boolean;
+  chain: ChainRecord | null;
+  btrfsDebug: boolean;
   /** The file that it was kept in. */
-  readonly part?: Part | undefined;
-  readonly isChecked?: boolean;
-  readonly isFollowed?: boolean;
-};
+  part?: Part | undefined;
+  isChecked?: boolean;
+  isFollowed?: boolean;
+}>;
 
 /** The receiving end of a transfer into a folder. */
 function receiving(folder: Folder, name: string, how: Receiving): Stage {
@@ -5040,23 +5044,23 @@ function mustBeChecked(source: Folder, target: Folder, { trust }: Pick<Sending, 
 }
 
 /** The file that a stream was kept in: its name without dot and end, and what it must be (see COMPLETE). */
-type Part = {
-  readonly part: string;
-  readonly sum: string;
-  readonly bytes: string;
-  readonly kept: string;
-};
+type Part = Readonly<{
+  part: string;
+  sum: string;
+  bytes: string;
+  kept: string;
+}>;
 
 const PART = /\.p([0-2])-(\d*)\.part$/;
 
 /** A stream that is kept as a file until it is whole, under the name of `object`. `copies`: how often its data are there then. */
-type Resumable = {
-  readonly source: Folder;
-  readonly transfer: Transfer;
-  readonly object: string;
-  readonly copies: number;
-  readonly sending: Sending;
-};
+type Resumable = Readonly<{
+  source: Folder;
+  transfer: Transfer;
+  object: string;
+  copies: number;
+  sending: Sending;
+}>;
 
 /**
  * Keeps a stream as a file over there until it is whole, so that a later transfer can go on from the part that arrived. `received` gets the
@@ -5367,14 +5371,14 @@ function standingInStore(
 }
 
 /** `again` lists the store anew; `owner`: the source, as names of streams say it; `lock`: the file that all who write to a remote lock, since the remote cannot be locked. */
-type StoreOptions = {
-  readonly store: Store;
-  readonly again: () => Promise<Folder>;
-  readonly standing: Standing;
-  readonly owner: Owner;
-  readonly lock: string;
-  readonly sending: Sending;
-};
+type StoreOptions = Readonly<{
+  store: Store;
+  again: () => Promise<Folder>;
+  standing: Standing;
+  owner: Owner;
+  lock: string;
+  sending: Sending;
+}>;
 
 /** Stored streams as a destination. */
 function storeDestination(folder: Folder, options: StoreOptions): Destination {
@@ -5551,14 +5555,14 @@ async function commandShell(report: Report): Promise<string> {
 }
 
 /** `interpreter`: see commandShell; `lock`: the file that a command locks, so that a killed run's and the next one never store side by side. */
-type ShellOptions = {
-  readonly last: Memory | null;
-  readonly interpreter: string;
-  readonly lock: string;
-  readonly prefix: string;
-  readonly source: string;
-  readonly sending: Sending;
-};
+type ShellOptions = Readonly<{
+  last: Memory | null;
+  interpreter: string;
+  lock: string;
+  prefix: string;
+  source: string;
+  sending: Sending;
+}>;
 
 /** A command as a destination: a store that can only take. */
 function shellDestination(
@@ -5612,11 +5616,11 @@ const keptBy = <T extends Dated>(decisions: readonly Decision<T>[]) =>
 /**
  * What retention goes by. `now` is wall-clock ms; `adopted`: the names that the clock leapt to, and that somebody vouches for.
  */
-type Retention = {
-  readonly policy: Policy | null;
-  readonly now: number;
-  readonly adopted?: readonly string[] | undefined;
-};
+type Retention = Readonly<{
+  policy: Policy | null;
+  now: number;
+  adopted?: readonly string[] | undefined;
+}>;
 
 /**
  * Why a policy keeps each of `entries` (oldest first). Calendar words keep the first of a period, so that an entry that is kept
@@ -5730,16 +5734,16 @@ export function newestShared(
 }
 
 /** What is known of snapshots as parents of differences, by UUID. A map lacks what was not asked for. */
-export type Facts = {
+export type Facts = Readonly<{
   /** All subvolumes of their filesystem. */
-  readonly all: ReadonlyMap<string, Subvolume>;
+  all: ReadonlyMap<string, Subvolume>;
   /** In which generation a snapshot was changed last. */
-  readonly ctransids: ReadonlyMap<string, number>;
+  ctransids: ReadonlyMap<string, number>;
   /** The generation of the top directory, null where nobody can tell: a snapshot has its origin's, a received one its parent's, and so on. */
-  readonly births: ReadonlyMap<string, number | null>;
+  births: ReadonlyMap<string, number | null>;
   /** Why a difference would lose something, null if it would not; by `pairOf`. */
-  readonly losses: ReadonlyMap<string, string | null>;
-};
+  losses: ReadonlyMap<string, string | null>;
+}>;
 
 /** The key of a difference among the facts. */
 const pairOf = (parent: Entry, snapshot: Entry) => `${parent.uuid} ${snapshot.uuid}`;
@@ -5810,12 +5814,12 @@ const isStillEarlier = (one: Subvolume, of: Subvolume, facts: Facts) =>
   changedSince(one, facts, {}) !== true && isEarlierState(one, of, facts.all);
 
 /** A file that a difference changes: the ranges that it writes, and the sizes in the snapshot and `before`, in the parent; null where it is not there. */
-export type Rewritten = {
-  readonly path: string;
-  readonly ranges: readonly { readonly from: number; readonly to: number }[];
-  readonly size: number;
-  readonly before: number | null;
-};
+export type Rewritten = Readonly<{
+  path: string;
+  ranges: readonly { readonly from: number; readonly to: number }[];
+  size: number;
+  before: number | null;
+}>;
 
 /** The largest block, in bytes, that btrfs stores a file's data in: mostly 4 KiB, and a page where that is larger. */
 const SECTOR = 65536;
@@ -5838,10 +5842,10 @@ export const lossIn = (files: readonly Rewritten[]) =>
 export type Unfit = (parent: Snapshot, snapshot: Snapshot) => string | null | undefined;
 
 /** What makes a parent: it must not be unfit; and one that is known to be an earlier state is preferred to any nearer one. */
-export type Fitness = {
-  readonly unfit: Unfit;
-  readonly isEarlier: (parent: Snapshot, snapshot: Snapshot) => boolean;
-};
+export type Fitness = Readonly<{
+  unfit: Unfit;
+  isEarlier: (parent: Snapshot, snapshot: Snapshot) => boolean;
+}>;
 const ANY: Fitness = { unfit: () => null, isEarlier: () => true };
 
 /** What a destination adds to the facts: the snapshots that were compared with their backups there and are the same, and those that are no parents there, with the reason. */
@@ -5902,15 +5906,15 @@ function nearestFit(
 }
 
 /** `failed`: the UUIDs of snapshots that earlier runs could not send; `backfill`: sends also those older than the newest that both have. */
-export type TransferOptions = {
-  readonly policy: Policy | null;
-  readonly incremental: boolean;
-  readonly newestOnly: boolean;
-  readonly now: number;
-  readonly fullEvery: FullEvery | null;
-  readonly backfill?: boolean;
-  readonly failed?: ReadonlySet<string>;
-};
+export type TransferOptions = Readonly<{
+  policy: Policy | null;
+  incremental: boolean;
+  newestOnly: boolean;
+  now: number;
+  fullEvery: FullEvery | null;
+  backfill?: boolean;
+  failed?: ReadonlySet<string>;
+}>;
 
 /** A stored chain: so many streams, the first one from `since`. */
 type Chain = { readonly length: number; readonly since: number };
@@ -6102,16 +6106,16 @@ export function deletionOrder(
 }
 
 /** A destination as retention at the source sees it. */
-export type Claimant = {
-  readonly id: string;
-  readonly pin: { readonly uuid: string } | null;
+export type Claimant = Readonly<{
+  id: string;
+  pin: { readonly uuid: string } | null;
   /** It was given in this run, and could not be read. */
-  readonly unread: boolean;
+  unread: boolean;
   /** The policy for which all that it could not get is kept; null if nothing is. */
-  readonly unsentPolicy: { readonly policy: Policy | null } | null;
+  unsentPolicy: { readonly policy: Policy | null } | null;
   /** UUIDs of snapshots older than the pin that could not be sent there. */
-  readonly failed?: readonly string[] | undefined;
-};
+  failed?: readonly string[] | undefined;
+}>;
 
 /**
  * What retention does at the source. Every known destination's pin stays. Everything stays while a destination could not be read that has no
@@ -6348,15 +6352,15 @@ export function refusalMessage(refusal: Refusal): string {
 }
 
 /** A source that claims a folder's chain. */
-type Claiming = {
-  readonly identity: Identity;
-  readonly chain: ChainRecord;
+type Claiming = Readonly<{
+  identity: Identity;
+  chain: ChainRecord;
   /** The backups of the chain. */
-  readonly standing: readonly Snapshot[];
+  standing: readonly Snapshot[];
   /** Those that hold the source's data. */
-  readonly shared: readonly Snapshot[];
-  readonly adopt: boolean;
-};
+  shared: readonly Snapshot[];
+  adopt: boolean;
+}>;
 
 /**
  * One chain, one owner. Of the backups that hold none of the source's data, the ancestors of those that do are its own as
@@ -6470,11 +6474,11 @@ function newReport(json: boolean, dryRun: boolean): Report {
 }
 
 /** What is shown of transfers; `sizes`: bytes of a full stream, by snapshot UUID, where quotas tell them. */
-type Display = {
-  readonly progress: boolean;
-  readonly btrfsDebug: boolean;
-  readonly sizes: Map<string, number>;
-};
+type Display = Readonly<{
+  progress: boolean;
+  btrfsDebug: boolean;
+  sizes: Map<string, number>;
+}>;
 
 /** What options ask to show; a bar only where there is a terminal to draw it on. */
 function displayOf({ progress, btrfsDebug }: Omit<Display, "sizes">): Display {
@@ -6484,13 +6488,13 @@ function displayOf({ progress, btrfsDebug }: Omit<Display, "sizes">): Display {
 }
 
 /** Of a stream, so many bytes have passed in so many seconds; `size` where it is known. */
-type Progress = {
-  readonly name: string;
-  readonly bytes: number;
-  readonly size: number | undefined;
-  readonly seconds: number;
-  readonly columns: number;
-};
+type Progress = Readonly<{
+  name: string;
+  bytes: number;
+  size: number | undefined;
+  seconds: number;
+  columns: number;
+}>;
 
 /** One line about a stream. */
 export function progressLine({ name, bytes, size, seconds, columns }: Progress): string {
@@ -6734,38 +6738,38 @@ function isRunning(group: number): boolean {
 // ── the relay ──
 
 /** What the relay does with the bytes that pass it. It sees no constant of this file: see RELAY. */
-type Relay = {
+type Relay = Readonly<{
   /** It tells their SHA-256. */
-  readonly sum?: boolean;
+  sum?: boolean;
   /** It passes at most so many bytes a second. */
-  readonly rate?: number;
+  rate?: number;
   /** The file for what it tells at its end. Twice a second, the file with ".now" behind its name gets the bytes that have passed, and the numbers of outputs that take nothing. */
-  readonly tell?: string;
+  tell?: string;
   /** They must be this stream: see streamCheck. */
-  readonly check?: Expected;
+  check?: Expected;
   /**
    * They come with a guarded key: a send stream, or any bytes; at most so many, or `refusal` is told. Guard is asked: see Said. `state`: the file
    * that says whether the relay waits for its input (r), or has something to pass on (w).
    */
-  readonly guarded?: {
+  guarded?: {
     readonly stream: boolean;
     readonly most: number | null;
     readonly refusal: string;
     readonly state: string;
   };
   /** They go nowhere. */
-  readonly drop?: boolean;
+  drop?: boolean;
   /** Where they go instead of standard output: FIFOs, each with the process group that reads it. A removed FIFO is given up. */
-  readonly to?: readonly { readonly path: string; readonly group: number }[];
-};
+  to?: readonly { readonly path: string; readonly group: number }[];
+}>;
 
 /** The stream that is expected: its subvolume, and that one's parent; `alone`: no fence keeps it in. Empty UUIDs are not known. */
-type Expected = {
-  readonly name: string;
-  readonly uuid: string;
-  readonly parent: string | null;
-  readonly alone: boolean;
-};
+type Expected = Readonly<{
+  name: string;
+  uuid: string;
+  parent: string | null;
+  alone: boolean;
+}>;
 
 /**
  * What the processes of a guarded stream say on descriptor 3, a line each. Two are questions, which guard answers with a line on descriptor 4,
