@@ -4324,7 +4324,7 @@ type Opening = Readonly<{
   peer?: Host;
   /** The opening begins now, and locks and looks in its `turn`, unless it is `unwanted`. */
   ahead?: { readonly turn: Promise<void>; readonly unwanted: AbortSignal };
-  /** Called at once when the place is locked, or later. */
+  /** Called as soon as the place is locked, or later. */
   locked?: () => void;
 }>;
 
@@ -4343,8 +4343,9 @@ async function uuidOfSource(host: Host, { source, place, alone }: Inspection): P
 }
 
 /**
- * The names that were announced before the filesystem was mounted as it is now. btrfs receive makes a subvolume read-only, with a
- * received UUID, while the data are still in memory: after a power cut, files of such a backup can be empty, however complete it looks.
+ * The names that were announced before the filesystem was mounted as it is now. btrfs receive makes
+ * a subvolume read-only, with a received UUID, while the data are still in memory: after a power
+ * cut, files of such a backup can be empty, however complete it looks.
  */
 export const doubtedIn = ({ record, since }: Pick<Folder, "record" | "since">) =>
   new Set(
@@ -4447,7 +4448,9 @@ function subvolumesIn({ top, subvolumes, entries }: Inspection): Entry[] {
     });
 }
 
-/** A host as a folder's verbs run there: in its holder's mount namespace, in new ones, or in none. */
+/**
+ * A host as a folder's verbs run there: in its holder's mount namespace, in new ones, or in none.
+ */
 function behindFence(host: Host, { fenced, holder }: Pick<Inspection, "fenced" | "holder">): Host {
   if (!fenced) return host;
   return { ...host, fence: holder === "" ? "own" : { pid: holder } };
@@ -4525,8 +4528,8 @@ async function accepted(folder: Folder, check: Check): Promise<Folder> {
 }
 
 /**
- * Opens a place that `check` accepts. A place that was never locked is made then, with its lock file, and opened and checked once more.
- * Errors: those of `openFolder` and `check`.
+ * Opens a place that `check` accepts. A place that was never locked is made then, with its lock
+ * file, and opened and checked once more. Errors: those of `openFolder` and `check`.
  */
 async function openChecked(
   location: Readable,
@@ -4544,7 +4547,8 @@ async function openChecked(
 }
 
 /**
- * Opens a destination as openChecked does. The directories above one that no run knows yet are made where that is safe: see PARENTS.
+ * Opens a destination as openChecked does. The directories above one that no run knows yet are made
+ * where that is safe: see PARENTS.
  */
 async function openNew(
   location: Readable,
@@ -4586,8 +4590,9 @@ export const prefixesIn = (entries: readonly Pick<Entry, "name">[]) =>
   [...new Set(entries.map(({ name }) => prefixOf(name)))].filter((one) => one !== null).sort();
 
 /**
- * Opens what can be given back: a folder of backups, a folder of snapshots, or the snapshot folder of a SOURCE. Without
- * a prefix, it is the one that the names there have. Errors: those of `openFolder`, Absent, UsageError for several prefixes.
+ * Opens what can be given back: a folder of backups, a folder of snapshots, or the snapshot folder
+ * of a SOURCE. Without a prefix, it is the one that the names there have. Errors: those of
+ * `openFolder`, Absent, UsageError for several prefixes.
  */
 async function openLocation(
   location: Readable,
@@ -4615,14 +4620,20 @@ async function openLocation(
   }
 }
 
-/** Whether a folder looks like a SOURCE that has this snapshot folder, and not like a place of backups. */
+/**
+ * Whether a folder looks like a SOURCE that has this snapshot folder, and not like a place of
+ * backups.
+ */
 const looksLikeSource = ({ store, standing, place, entries }: Folder, snapshotFolder: string) =>
   store === null &&
   prefixesIn(standing).length === 0 &&
   place.inode === 256 &&
   (snapshotFolder.startsWith("/") || entries.has(snapshotFolder.replace(/^\.\/|\/.*/g, "")));
 
-/** Errors: Absent, or UsageError, where nothing can be given back from an opened place as it was named. */
+/**
+ * Errors: Absent, or UsageError, where nothing can be given back from an opened place as it was
+ * named.
+ */
 function needReadable(
   { exists, path, standing, store, source, place }: Folder,
   location: Readable,
@@ -4670,7 +4681,10 @@ export function wholeIn(folder: Folder): Snapshot[] {
   );
 }
 
-/** Warns of read-only subvolumes with one received UUID: `btrfs receive` could take the wrong one for a parent. */
+/**
+ * Warns of read-only subvolumes with one received UUID: `btrfs receive` could take the wrong one
+ * for a parent.
+ */
 function warnOfDuplicates({ standing, subvolumes, id }: Folder, report: Report): void {
   const ours = new Set(standing.map(({ receivedUuid }) => receivedUuid));
   const received = subvolumes.filter(
@@ -4685,7 +4699,10 @@ function warnOfDuplicates({ standing, subvolumes, id }: Folder, report: Report):
     );
 }
 
-/** The process on another host with whose end all work in a folder ends. Here, our own process groups see to that. */
+/**
+ * The process on another host with whose end all work in a folder ends. Here, our own process
+ * groups see to that.
+ */
 const holderOf = ({ host, holder }: Pick<Folder, "host" | "holder">) =>
   host.ssh === null ? "" : holder;
 
@@ -4695,11 +4712,31 @@ const at = ({ path, place, holder }: Pick<Folder, "path" | "place" | "holder">) 
   fsid: `${place.fsid}/${holder}`,
 });
 
+/**
+ * Runs a verb in a folder for its output. Errors: those of `ask`, which name the folder and the
+ * `problem`.
+ */
+const askAt = <V extends Declared>(
+  folder: Pick<Folder, "id" | "host" | "path" | "place" | "holder">,
+  verb: V,
+  given: Omit<ArgumentsOf<V>, "folder" | "fsid">,
+  problem: string,
+) =>
+  ask(
+    folder.host,
+    verb,
+    { ...at(folder), ...given } as unknown as ArgumentsOf<V>,
+    `${folder.id}: ${problem}`,
+  );
+
 const RECORD_BYTES = 90 * 1024; // a pipeline with it must fit into one argument of 128 KiB: execve(2)
 
 const NO_RECORD = { header: "", key: "", value: "" } as const;
 
-/** The arguments by which a record verb makes a chain's line say `chain`; NO_RECORD if the file is not ours to write. */
+/**
+ * The arguments by which a record verb makes a chain's line say `chain`; NO_RECORD if the file is
+ * not ours to write.
+ */
 function recordArguments(
   folder: Folder,
   chain: ChainRecord,
@@ -4722,9 +4759,9 @@ export function sameRecord(a: ChainRecord, b: ChainRecord): boolean {
 /** Writes a chain's record; `sync`: after all else there is on the disk. */
 async function writeRecord(folder: Folder, chain: ChainRecord, sync = false): Promise<void> {
   const line = recordArguments(folder, chain);
-  if (line.header === "") return;
-  const given = { ...at(folder), ...line, ...(sync ? { sync: "sync" } : {}) };
-  await ask(folder.host, WRITE_RECORD, given, `${folder.id}: cannot write .btrfs-backup.json`);
+  const given = { ...line, ...(sync ? { sync: "sync" } : {}) };
+  if (line.header !== "")
+    await askAt(folder, WRITE_RECORD, given, "cannot write .btrfs-backup.json");
 }
 
 /** Arguments in as few commands as hold them; there, each takes `extra` bytes more. */
@@ -4746,8 +4783,8 @@ function chunks(words: readonly string[], extra = 0): string[][] {
 type Deletion = { readonly convertRw: boolean; readonly sync: boolean };
 
 /**
- * Deletes subvolumes of a folder that still have their IDs (null where the ID is not known, and nobody else comes). One command deletes as
- * many as its arguments can hold.
+ * Deletes subvolumes of a folder that still have their IDs (null where the ID is not known, and
+ * nobody else comes). One command deletes as many as its arguments can hold.
  */
 async function deleteFrom(
   folder: Folder,
@@ -4756,17 +4793,15 @@ async function deleteFrom(
 ): Promise<void> {
   const idOf = new Map(going.map(({ name, id }) => [`./${name}`, id]));
   const batches = chunks([...idOf.keys()], 12); // and the ID
-  for (const batch of batches) {
+  for (const names of batches) {
     const given = {
       convert: convertRw ? "rw" : "",
-      sync: sync && batch === batches.at(-1) ? "sync" : "",
-      ...at(folder),
+      sync: sync && names === batches.at(-1) ? "sync" : "",
       top: folder.top,
-      ids: batch.flatMap((name) => idOf.get(name) ?? []).join(" "),
-      names: batch,
+      ids: names.flatMap((name) => idOf.get(name) ?? []).join(" "),
+      names,
     };
-    const what = `${folder.id}: cannot delete ${count(batch.length, "subvolume")}`;
-    await ask(folder.host, DELETE, given, what);
+    await askAt(folder, DELETE, given, `cannot delete ${count(names.length, "subvolume")}`);
   }
 }
 
@@ -4780,13 +4815,22 @@ export type Standing = Readonly<{
   copied: ReadonlyMap<string, string>;
   /** Names that a snapshot cannot get. */
   taken: ReadonlyMap<string, Obstacle>;
-  /** The streams of other sources there, which need their parents as well. Null where every backup is whole by itself. */
+  /**
+   * The streams of other sources there, each of which needs all that it builds on. Null where every
+   * backup is whole by itself.
+   */
   chained: readonly Entry[] | null;
-  /** The UUID of the backup with the newest data, where `backups` are in the order of arrival, and some came belated. */
+  /**
+   * The UUID of the backup with the newest data, where `backups` are in the order of arrival, and
+   * some came belated.
+   */
   newest?: string | undefined;
 }>;
 
-/** What has a snapshot's name at a destination without holding its data. A `leftover` is cleared away by the next run. */
+/**
+ * What has a snapshot's name at a destination without holding its data. A `leftover` is cleared
+ * away by the next run.
+ */
 export type Obstacle =
   | { readonly kind: "leftover" }
   | { readonly kind: "file" }
@@ -4809,7 +4853,10 @@ export function conflictMessage({ snapshot, obstacle }: Conflict): string {
   return `${snapshot.name} is not sent: ${OBSTACLES[obstacle.kind]}${sides}; rename or remove it`;
 }
 
-/** How a stream goes to one destination: `rate` in bytes a second; `protocol` null for the one that btrfs takes by itself. */
+/**
+ * How a stream goes to one destination: `rate` in bytes a second; `protocol` null for the one that
+ * btrfs takes by itself.
+ */
 export type Sending = Filters &
   Readonly<{
     rate: number | null;
@@ -4820,7 +4867,10 @@ export type Sending = Filters &
     trust: boolean;
   }>;
 
-/** Whether an option of a destination changes the stream itself, up to where it parts for those who take it. */
+/**
+ * Whether an option of a destination changes the stream itself, up to where it parts for those who
+ * take it.
+ */
 const SHAPING = {
   level: true,
   protocol: true,
@@ -4838,7 +4888,10 @@ type Shaping = {
 /** How a stream is made. `chosen`: the protocol was not asked for. */
 type Form = Pick<Sending, Shaping> & { readonly chosen?: boolean };
 
-/** The key of the stream that a transfer to a destination is. Transfers with the same key can share it; with `form` null, there is no other. */
+/**
+ * The key of the stream that a transfer to a destination is. Transfers with the same key can share
+ * it; with `form` null, there is no other.
+ */
 export function streamKey(
   { snapshot, parent }: Transfer,
   { id, form }: Pick<Destination, "id" | "form">,
@@ -4871,7 +4924,9 @@ type Incoming = Readonly<{
 export type Destination = Readonly<{
   id: string;
   standing: Standing;
-  /** The last stream that a command took, which cannot be asked what it has. Null for the others. */
+  /**
+   * The last stream that a command took, which cannot be asked what it has. Null for the others.
+   */
   stream: { readonly last: Memory | null } | null;
   filesystem: string | null;
   /** Bytes that were free there when it was opened. */
@@ -4880,15 +4935,24 @@ export type Destination = Readonly<{
   frozen: string | null;
   /** Null where each transfer has to look for a part to go on from. */
   form: (source: Folder) => Form | null;
-  /** `isFollowed`: another transfer comes next, or else `settle`. Errors: Failure where the transfer is impossible. */
+  /**
+   * `isFollowed`: another transfer comes next, or else `settle`. Errors: Failure where the transfer
+   * is impossible.
+   */
   receive: (source: Folder, transfer: Transfer, isFollowed?: boolean) => Promise<Incoming>;
   /** Does what the last transfer left to the next one, where there was none. */
   settle?: () => Promise<void>;
-  /** Whether a snapshot's backup is the same as the snapshot; null where nobody can tell. Errors: Failure. */
+  /**
+   * Whether a snapshot's backup is the same as the snapshot; null where nobody can tell. Errors:
+   * Failure.
+   */
   compare: ((source: Folder, snapshot: Snapshot) => Promise<boolean>) | null;
   /** What a snapshot's transfer has become there. */
   arrived: (transfer: Transfer) => Backup;
-  /** Clears away what a failed transfer of that name left, but for the part that the next one can go on from. */
+  /**
+   * Clears away what a failed transfer of that name left, but for the part that the next one can go
+   * on from.
+   */
   discard: (name: string) => Promise<void>;
   /** Clears away all parts that a transfer could go on from. */
   tidy: () => Promise<void>;
@@ -4921,12 +4985,16 @@ export function standingIn(
 function obstacleOf(backup: Backup, announced: readonly string[]): Obstacle {
   const isReceived = backup.receivedUuid !== null;
   if (backup.readonly) return { kind: isReceived ? "other" : "local", backup };
-  // btrfs receive gives a received UUID, and makes read-only then: killed between, it leaves both unlike.
+  // btrfs receive gives a received UUID, and makes read-only then: killed between, it leaves both
+  // unlike.
   if (announced.includes(backup.name)) return { kind: "leftover" };
   return { kind: isReceived ? "edited" : "writable", backup };
 }
 
-/** `again` looks at the folder anew; `owned` is its record from now on; `announced`: names that 0.3.1 began to receive. */
+/**
+ * `again` looks at the folder anew; `owned` is its record from now on; `announced`: names that
+ * 0.3.1 began to receive.
+ */
 type FolderOptions = Deletion &
   Readonly<{
     again: () => Promise<Folder>;
@@ -4941,7 +5009,10 @@ function needZstd({ zstd, host, hostName }: Pick<Folder, "zstd" | "host" | "host
   if (!zstd) throw new Failure(`${host.label || hostName}: zstd not found: install zstd`);
 }
 
-/** The level of a stream between two folders: only between hosts it is compressed. Errors: Failure where zstd is missing. */
+/**
+ * The level of a stream between two folders: only between hosts it is compressed. Errors: Failure
+ * where zstd is missing.
+ */
 function compressionBetween(source: Folder, target: Folder, level: string): string {
   if (level === "" || sameHost(source.host, target.host)) return "";
   needZstd(source);
@@ -4949,7 +5020,10 @@ function compressionBetween(source: Folder, target: Folder, level: string): stri
   return level;
 }
 
-/** How a stream between two folders is made: with the newest protocol that both understand, if none is asked for. */
+/**
+ * How a stream between two folders is made: with the newest protocol that both understand, if none
+ * is asked for.
+ */
 function formBetween(
   source: Folder,
   target: Folder,
@@ -5006,8 +5080,9 @@ function receiving(folder: Folder, name: string, how: Receiving): Stage {
 }
 
 /**
- * The receiving end of a stream that another host or a store made, uncompressed and read here, before any `btrfs receive` of ours gets it.
- * `end`: that receive, of a stream that is compressed by a level. Errors: Failure where zstd is missing.
+ * The receiving end of a stream that another host or a store made, uncompressed and read here,
+ * before any `btrfs receive` of ours gets it. `end`: that receive, of a stream that is compressed
+ * by a level. Errors: Failure where zstd is missing.
  */
 function checked(
   target: Folder,
@@ -5043,7 +5118,10 @@ function mustBeChecked(source: Folder, target: Folder, { trust }: Pick<Sending, 
   return isForeign && !trust;
 }
 
-/** The file that a stream was kept in: its name without dot and end, and what it must be (see COMPLETE). */
+/**
+ * The file that a stream was kept in: its name without dot and end, and what it must be (see
+ * COMPLETE).
+ */
 type Part = Readonly<{
   part: string;
   sum: string;
@@ -5053,7 +5131,10 @@ type Part = Readonly<{
 
 const PART = /\.p([0-2])-(\d*)\.part$/;
 
-/** A stream that is kept as a file until it is whole, under the name of `object`. `copies`: how often its data are there then. */
+/**
+ * A stream that is kept as a file until it is whole, under the name of `object`. `copies`: how
+ * often its data are there then.
+ */
 type Resumable = Readonly<{
   source: Folder;
   transfer: Transfer;
@@ -5063,8 +5144,9 @@ type Resumable = Readonly<{
 }>;
 
 /**
- * Keeps a stream as a file over there until it is whole, so that a later transfer can go on from the part that arrived. `received` gets the
- * file, and the level of its compression. Errors: NoSpace if that clearly takes more than there is.
+ * Keeps a stream as a file over there until it is whole, so that a later transfer can go on from
+ * the part that arrived. `received` gets the file, and the level of its compression. Errors:
+ * NoSpace if that clearly takes more than there is.
  */
 async function resumable(
   folder: Folder,
@@ -5099,41 +5181,37 @@ async function resumable(
   };
 }
 
-/** The part of a stream that is kept in a folder; of 0 bytes, and as `sending` says, if there is none. */
+/**
+ * The part of a stream that is kept in a folder; of 0 bytes, and as `sending` says, if there is
+ * none.
+ */
 async function keptOf(folder: Folder, object: string, sending: Sending): Promise<Begun> {
-  const { host, prefix, id } = folder;
-  const asked = { ...at(folder), prefix, object };
+  const { prefix } = folder;
+  const told = await askAt(folder, KEPT, { prefix, object }, "cannot look for what is kept");
   const [, bytes = 0, sum = "", name = ""] =
-    /^(\d+) ([0-9a-f]{64})  - \.\/\.(.*)$/m.exec(
-      await ask(host, KEPT, asked, `${id}: cannot look for what is kept`),
-    ) ?? [];
+    /^(\d+) ([0-9a-f]{64})  - \.\/\.(.*)$/m.exec(told) ?? [];
   const [, protocol = sending.protocol, level = sending.level] = PART.exec(name) ?? [];
-  return {
-    bytes: Number(bytes),
-    sum,
-    protocol: protocol === "0" ? null : protocol,
-    level,
-    rate: sending.rate,
-  };
+  const form = { level, rate: sending.rate, protocol: protocol === "0" ? null : protocol };
+  return { ...form, bytes: Number(bytes), sum };
 }
 
 /** Whether a transfer can break and be gone on with: it goes over ssh. */
 const canResume = (source: Folder, { host }: Folder, { resume }: Sending) =>
   resume && (source.host.ssh !== null || host.ssh !== null);
 
-/** Removes the parts of broken transfers that are kept, if a listing or this run knows of any. */
+/** Removes the kept parts of broken transfers, if a listing or this run knows of any. */
 async function tidyUp(folder: Folder, hasParts: boolean): Promise<void> {
-  if (!hasParts && ![...folder.entries].some((name) => PART.test(name))) return;
-  const asked = { ...at(folder), prefix: folder.prefix };
-  const what = `${folder.id}: cannot remove what is kept of a broken transfer`;
-  await ask(folder.host, TIDY, asked, what);
+  const { prefix, entries } = folder;
+  if (hasParts || [...entries].some((name) => PART.test(name)))
+    await askAt(folder, TIDY, { prefix }, "cannot remove what is kept of a broken transfer");
 }
 
 /** The SHA-256 of all that a stream would carry of a snapshot. Errors: Failure. */
 async function digestIn(folder: Folder, { name }: Entry): Promise<string> {
-  const what = `${folder.id}: cannot read ${name}`;
-  const sum = await ask(folder.host, DIGEST, { ...at(folder), snapshot: name }, what);
-  return /^[0-9a-f]{64}(?= )/.exec(sum)?.[0] ?? fail(`${what}: no SHA-256 was printed`);
+  const problem = `cannot read ${name}`;
+  const sum = await askAt(folder, DIGEST, { snapshot: name }, problem);
+  const [digest] = /^[0-9a-f]{64}(?= )/.exec(sum) ?? [];
+  return digest ?? fail(`${folder.id}: ${problem}: no SHA-256 was printed`);
 }
 
 /** Errors: Failure. */
@@ -5199,13 +5277,9 @@ function folderDestination(folder: Folder, options: FolderOptions): Destination 
     tidy: () => tidyUp(folder, state.hasParts),
     async discard(name) {
       const how = doubted.has(name) ? "whole" : "";
-      const asked = { ...at(folder), prefix, name, ...recordArguments(folder, state.chain), how };
-      await ask(
-        host,
-        DISCARD,
-        asked,
-        `${id}: cannot remove what the broken transfer of ${name} left`,
-      );
+      const asked = { prefix, name, ...recordArguments(folder, state.chain), how };
+      const problem = `cannot remove what the broken transfer of ${name} left`;
+      await askAt(folder, DISCARD, asked, problem);
     },
     async remove(backups, free) {
       const going = await withIds(backups, options.again);
@@ -5275,11 +5349,17 @@ const backupOf = ({ snapshot, belated }: Pick<Transfer, "snapshot" | "belated">)
   ...(belated ? { belated } : {}),
 });
 
-/** gpg(1) as we use it: neither a configuration file nor a signature makes it ask the network for a key, or add a reader. */
+/**
+ * gpg(1) as we use it: neither a configuration file nor a signature makes it ask the network for a
+ * key, or add a reader.
+ */
 const GPG =
   "gpg --batch --no-tty --quiet --no-auto-key-locate --no-auto-key-retrieve --disable-dirmngr";
 
-/** Encrypts for gpg's recipients, if there are any. gpg compresses nothing: that was done before, or is not worth it. */
+/**
+ * Encrypts for gpg's recipients, if there are any. gpg compresses nothing: that was done before, or
+ * is not worth it.
+ */
 const encrypting = ({ recipients }: Filters): Stage[] =>
   recipients.length === 0
     ? []
@@ -5291,7 +5371,10 @@ const encrypting = ({ recipients }: Filters): Stage[] =>
       ];
 
 const knownKeys = new Map<string, string>();
-/** The fingerprint of the one key in the keyring that a recipient means. Errors: Failure for none, or several. */
+/**
+ * The fingerprint of the one key in the keyring that a recipient means. Errors: Failure for none,
+ * or several.
+ */
 function keyOf(recipient: string): string {
   const known = knownKeys.get(recipient);
   if (known !== undefined) return known;
@@ -5315,8 +5398,9 @@ function keyOf(recipient: string): string {
 }
 
 /**
- * The fingerprints of keys that can encrypt and are neither expired nor revoked nor disabled, in the output of `gpg --with-colons
- * --list-keys` (doc/DETAILS of GnuPG: the validity is the second field, the capabilities of the whole key are capitals in the twelfth).
+ * The fingerprints of keys that can encrypt and are neither expired nor revoked nor disabled, in
+ * the output of `gpg --with-colons --list-keys` (doc/DETAILS of GnuPG: the validity is the second
+ * field, the capabilities of the whole key are capitals in the twelfth).
  */
 export function usableKeys(listed: string): string[] {
   const found: string[] = [];
@@ -5349,7 +5433,10 @@ function checkFilters(
   for (const recipient of recipients) keyOf(recipient);
 }
 
-/** How a stored stream is made. It is to be understood for long: unless asked otherwise, by the protocol that btrfs send takes by itself. */
+/**
+ * How a stored stream is made. It is to be understood for long: unless asked otherwise, by the
+ * protocol that btrfs send takes by itself.
+ */
 const storedForm = ({ level, rate, protocol }: Sending): Form => ({ level, rate, protocol });
 
 /** What stands in a store, for a source that owns the streams of some lineages. */
@@ -5370,7 +5457,10 @@ function standingInStore(
   };
 }
 
-/** `again` lists the store anew; `owner`: the source, as names of streams say it; `lock`: the file that all who write to a remote lock, since the remote cannot be locked. */
+/**
+ * `again` lists the store anew; `owner`: the source, as names of streams say it; `lock`: the file
+ * that all who write to a remote lock, since the remote cannot be locked.
+ */
 type StoreOptions = Readonly<{
   store: Store;
   again: () => Promise<Folder>;
@@ -5429,11 +5519,9 @@ function storeDestination(folder: Folder, options: StoreOptions): Destination {
   };
 }
 
-/** A store's folder, and what its verbs lock. */
-const storeAt = (folder: Folder, { store, lock }: StoreOptions) => ({
-  ...at(folder),
-  lock: store.verbs === RCLONE ? lock : folder.prefix,
-});
+/** What the verbs of a store lock. */
+const lockOf = ({ prefix }: Folder, { store, lock }: StoreOptions) =>
+  store.verbs === RCLONE ? lock : prefix;
 
 /** How a store gets a stream that is not kept in part. */
 async function upload(
@@ -5444,8 +5532,9 @@ async function upload(
   const { store, sending } = options;
   const isRemote = store.verbs === RCLONE;
   const size = isRemote ? await partFor(source, transfer, store, sending) : "";
-  const given = { ...storeAt(folder, options), object, holder: holderOf(folder), size };
-  const put = staged(isRemote ? "rclone" : "storing", folder.host, store.verbs.put, given);
+  const given = { lock: lockOf(folder, options), object, holder: holderOf(folder), size };
+  const what = isRemote ? "rclone" : "storing";
+  const put = staged(what, folder.host, store.verbs.put, { ...at(folder), ...given });
   return {
     stages: [...encrypting(sending), relaying({ sum: true }), put],
     async finish({ sum, bytes }) {
@@ -5462,41 +5551,44 @@ async function commitStream(
   object: string,
   stored: Pick<Part, "sum" | "bytes"> & Partial<Part>,
 ): Promise<void> {
-  const given = { ...storeAt(folder, options), object, ...stored };
-  await ask(
-    folder.host,
-    options.store.verbs.commit,
-    given,
-    `${folder.id}: cannot complete ${object}`,
-  );
+  const given = { lock: lockOf(folder, options), object, ...stored };
+  await askAt(folder, options.store.verbs.commit, given, `cannot complete ${object}`);
 }
 
-/** Why nothing may be deleted from a store whose checksum objects seem to be lost; null otherwise. */
+/**
+ * Why nothing may be deleted from a store whose checksum objects seem to be lost; null otherwise.
+ */
 function lostSums(store: Store, prefix: string): string | null {
   const [first, ...more] = store.unsummed.filter(({ name }) => parseName(name, prefix) !== null);
   if (first === undefined) return null;
   return `${count(more.length + 1, "stream")} there ${more.length === 0 ? "has" : "have"} no checksum object, first ${first.uuid}: if these were lost, make them again (see the README), else delete the streams`;
 }
 
-/** Deletes objects of a store, streams first: one without its checksum object would count as lost, and a checksum object alone is only debris. */
+/**
+ * Deletes objects of a store, streams first: one without its checksum object would count as lost,
+ * and a checksum object alone is only debris.
+ */
 async function dropObjects(
   folder: Folder,
   options: StoreOptions,
-  objects: readonly string[],
+  going: readonly string[],
 ): Promise<void> {
+  const lock = lockOf(folder, options);
   const isSum = (object: string) => object.endsWith(SUM);
-  const ordered = [objects.filter((one) => !isSum(one)), objects.filter(isSum)];
-  for (const some of ordered.flatMap((all) => chunks(all))) {
-    const given = { ...storeAt(folder, options), objects: some };
-    const what = `${folder.id}: cannot delete ${count(some.length, "object")}`;
-    await ask(folder.host, options.store.verbs.delete, given, what);
+  const ordered = [going.filter((one) => !isSum(one)), going.filter(isSum)];
+  for (const objects of ordered.flatMap((all) => chunks(all))) {
+    const problem = `cannot delete ${count(objects.length, "object")}`;
+    await askAt(folder, options.store.verbs.delete, { lock, objects }, problem);
   }
 }
 
 const MIB = 2 ** 20;
 const S3_OBJECT = 5 * 2 ** 40; // bytes; in at most 10,000 parts: the limits of S3
 
-/** How large the parts are in which S3 gets a stream of about that many bytes. Errors: Failure if no object of S3 can be that large. */
+/**
+ * How large the parts are in which S3 gets a stream of about that many bytes. Errors: Failure if no
+ * object of S3 can be that large.
+ */
 export function partSize(bytes: number): number {
   if (bytes > S3_OBJECT)
     throw new Failure(
@@ -5512,7 +5604,10 @@ export const inBytes = (bytes: number) => {
   return `${unit === 0 ? bytes : (bytes / 2 ** (10 * unit)).toFixed(1)}${"BKMGTP"[unit]}`;
 };
 
-/** How many bytes a stream has of which `estimate` printed this; a command without data counts 200. Errors: Failure for any other shape. */
+/**
+ * How many bytes a stream has of which `estimate` printed this; a command without data counts 200.
+ * Errors: Failure for any other shape.
+ */
 export function estimatedBytes(text: string): number {
   const lines = text
     .split("\n")
@@ -5526,9 +5621,9 @@ export function estimatedBytes(text: string): number {
 
 /** How many bytes a stream will have, but for some hundred a command. */
 async function streamBytes(source: Folder, { snapshot, parent }: Transfer): Promise<number> {
-  const asked = { ...at(source), snapshot: snapshot.name, parent: parent?.name ?? "" };
-  const what = `${source.id}: cannot estimate the stream of ${snapshot.name}`;
-  return estimatedBytes(await ask(source.host, ESTIMATE, asked, what));
+  const asked = { snapshot: snapshot.name, parent: parent?.name ?? "" };
+  const problem = `cannot estimate the stream of ${snapshot.name}`;
+  return estimatedBytes(await askAt(source, ESTIMATE, asked, problem));
 }
 
 /** The part size for a transfer to a remote, as rclone reads it. */
@@ -5544,7 +5639,10 @@ async function partFor(
   return `${partSize(type === "s3" && level === "" ? bytes : Math.min(bytes, S3_OBJECT)) / MIB}M`;
 }
 
-/** The shell that runs the user's commands, with pipefail if it can: without it, half a pipeline can fail unseen. */
+/**
+ * The shell that runs the user's commands, with pipefail if it can: without it, half a pipeline can
+ * fail unseen.
+ */
 async function commandShell(report: Report): Promise<string> {
   if (which.sync("bash", { nothrow: true }) !== null) return "bash -o pipefail";
   if ((await shell`${"sh -o pipefail -c :"}`).exitCode === 0) return "sh -o pipefail";
@@ -5554,7 +5652,10 @@ async function commandShell(report: Report): Promise<string> {
   return "sh";
 }
 
-/** `interpreter`: see commandShell; `lock`: the file that a command locks, so that a killed run's and the next one never store side by side. */
+/**
+ * `interpreter`: see commandShell; `lock`: the file that a command locks, so that a killed run's
+ * and the next one never store side by side.
+ */
 type ShellOptions = Readonly<{
   last: Memory | null;
   interpreter: string;
@@ -5614,7 +5715,8 @@ const keptBy = <T extends Dated>(decisions: readonly Decision<T>[]) =>
   decisions.filter(({ reasons }) => reasons.length > 0).map(({ entry }) => entry);
 
 /**
- * What retention goes by. `now` is wall-clock ms; `adopted`: the names that the clock leapt to, and that somebody vouches for.
+ * What retention goes by. `now` is wall-clock ms; `adopted`: the names that the clock leapt to, and
+ * that somebody vouches for.
  */
 type Retention = Readonly<{
   policy: Policy | null;
@@ -5623,8 +5725,9 @@ type Retention = Readonly<{
 }>;
 
 /**
- * Why a policy keeps each of `entries` (oldest first). Calendar words keep the first of a period, so that an entry that is kept
- * stays so for its whole life. `now` is wall-clock ms: windows like `14d+` end at the newest entry, or now if that is dated in the future.
+ * Why a policy keeps each of `entries` (oldest first). Calendar words keep the first of a period,
+ * so that an entry that is kept stays so for its whole life. `now` is wall-clock ms: windows like
+ * `14d+` end at the newest entry, or now if that is dated in the future.
  */
 export function retain<T extends Dated>(
   entries: readonly T[],
@@ -5657,12 +5760,16 @@ export function retain<T extends Dated>(
   return entries.map((entry, i) => ({ entry, reasons: reasons[i] ?? [] }));
 }
 
-/** How far a clock may go by itself: forward with nothing taken meanwhile, back by the widest change of zone. */
+/**
+ * How far a clock may go by itself: forward with nothing taken meanwhile, back by the widest change
+ * of zone.
+ */
 const LEAP = { forward: 30 * DURATION.d, times: 10, back: 26 * DURATION.h };
 
 /**
- * Where the clock leapt, by the times of entries in the order in which they were taken. It leapt forward to a time more than 30 days, and
- * more than ten times the longest time between others until then, after the newest before; back, to one more than 26 hours before the last.
+ * Where the clock leapt, by the times of entries in the order in which they were taken. It leapt
+ * forward to a time more than 30 days, and more than ten times the longest time between others
+ * until then, after the newest before; back, to one more than 26 hours before the last.
  */
 export function leapsAmong(entries: readonly Dated[]): number[] {
   const leaps: number[] = [];
@@ -5678,13 +5785,17 @@ export function leapsAmong(entries: readonly Dated[]): number[] {
   return leaps;
 }
 
-/** How many different days it takes to believe a clock again, and how many entries from before it leapt stay then at first. */
+/**
+ * How many different days it takes to believe a clock again, and how many entries from before it
+ * leapt stay then at first.
+ */
 const BELIEVED = { days: 3, stay: 3 };
 const LEAPT = "the clock leapt: ";
 
 /**
- * Retention that keeps whatever only a wrong clock would let go by hours to years. Nothing goes until there are entries of three days since
- * the clock leapt, and in the deletion then, the three newest from before stay.
+ * Retention that keeps whatever only a wrong clock would let go by hours to years. Nothing goes
+ * until there are entries of three days since the clock leapt, and in the deletion then, the three
+ * newest from before stay.
  */
 function retained<T extends Dated>(
   entries: readonly T[],
@@ -5709,7 +5820,10 @@ function retained<T extends Dated>(
   return entries.map((entry, i) => ({ entry, reasons: reasons[i] ?? [] }));
 }
 
-/** The names that the clock leapt to in some rows of entries, and those of `known` that still stand there. */
+/**
+ * The names that the clock leapt to in some rows of entries, and those of `known` that still stand
+ * there.
+ */
 export function leapNames(
   rows: readonly (readonly Dated[])[],
   known: readonly string[] = [],
@@ -5733,13 +5847,19 @@ export function newestShared(
   return snapshots.findLast((snapshot) => find(snapshot) !== undefined) ?? null;
 }
 
-/** What is known of snapshots as parents of differences, by UUID. A map lacks what was not asked for. */
+/**
+ * What is known of snapshots as parents of differences, by UUID. A map lacks what was not asked
+ * for.
+ */
 export type Facts = Readonly<{
   /** All subvolumes of their filesystem. */
   all: ReadonlyMap<string, Subvolume>;
   /** In which generation a snapshot was changed last. */
   ctransids: ReadonlyMap<string, number>;
-  /** The generation of the top directory, null where nobody can tell: a snapshot has its origin's, a received one its parent's, and so on. */
+  /**
+   * The generation of the top directory, null where nobody can tell: a snapshot has its origin's, a
+   * received one its parent's, and so on.
+   */
   births: ReadonlyMap<string, number | null>;
   /** Why a difference would lose something, null if it would not; by `pairOf`. */
   losses: ReadonlyMap<string, string | null>;
@@ -5748,7 +5868,10 @@ export type Facts = Readonly<{
 /** The key of a difference among the facts. */
 const pairOf = (parent: Entry, snapshot: Entry) => `${parent.uuid} ${snapshot.uuid}`;
 
-/** Where a subvolume comes from, itself first: its parent, that one's, and so on. The last may be gone. */
+/**
+ * Where a subvolume comes from, itself first: its parent, that one's, and so on. The last may be
+ * gone.
+ */
 function lineOf(one: Subvolume, all: ReadonlyMap<string, Subvolume>): string[] {
   const line = [one.uuid];
   for (
@@ -5761,9 +5884,11 @@ function lineOf(one: Subvolume, all: ReadonlyMap<string, Subvolume>): string[] {
 }
 
 /**
- * Whether `btrfs send` can tell what changed between two subvolumes. It goes by inode numbers, which mean nothing where neither was made
- * from the other. A snapshot taken here has them from SOURCE. A received one has them from its parent: of two such, one must have been
- * received on top of the other. Where one between them is gone, their top directories tell. Undefined until these are known.
+ * Whether `btrfs send` can tell what changed between two subvolumes. It goes by inode numbers,
+ * which mean nothing where neither was made from the other. A snapshot taken here has them from
+ * SOURCE. A received one has them from its parent: of two such, one must have been received on top
+ * of the other. Where one between them is gone, their top directories tell. Undefined until these
+ * are known.
  */
 export function related(a: Subvolume, b: Subvolume, { all, births }: Facts): boolean | undefined {
   if (a.receivedUuid === null && b.receivedUuid === null) return true;
@@ -5778,8 +5903,9 @@ export function related(a: Subvolume, b: Subvolume, { all, births }: Facts): boo
 }
 
 /**
- * Whether a snapshot was changed after it was taken. A new one is as old as its source then, or older (DESIGN: ctransid and cgen).
- * Deduplication changes one as well, but not its contents. A received one was written after it was made; whoever edits it takes its received UUID.
+ * Whether a snapshot was changed after it was taken. A new one is as old as its source then, or
+ * older (DESIGN: ctransid and cgen). Deduplication changes one as well, but not its contents. A
+ * received one was written after it was made; whoever edits it takes its received UUID.
  */
 export function changedSince(
   { uuid, receivedUuid, cgen }: Subvolume,
@@ -5792,8 +5918,9 @@ export function changedSince(
 }
 
 /**
- * Whether a subvolume is an earlier state of another one: the other was made from it, or, later, from its origin. A difference
- * to a later state, or to one from which the way led back, may lose something: see `lossIn`.
+ * Whether a subvolume is an earlier state of another one: the other was made from it, or, later,
+ * from its origin. A difference to a later state, or to one from which the way led back, may lose
+ * something: see `lossIn`.
  */
 export function isEarlierState(
   one: Subvolume,
@@ -5809,11 +5936,17 @@ export function isEarlierState(
   return origin > 0 && one.cgen !== undefined && next?.cgen !== undefined && one.cgen <= next.cgen;
 }
 
-/** Whether it still is one: an edited snapshot is no earlier state of anything, whatever it was compared with. */
+/**
+ * Whether it still is one: an edited snapshot is no earlier state of anything, whatever it was
+ * compared with.
+ */
 const isStillEarlier = (one: Subvolume, of: Subvolume, facts: Facts) =>
   changedSince(one, facts, {}) !== true && isEarlierState(one, of, facts.all);
 
-/** A file that a difference changes: the ranges that it writes, and the sizes in the snapshot and `before`, in the parent; null where it is not there. */
+/**
+ * A file that a difference changes: the ranges that it writes, and the sizes in the snapshot and
+ * `before`, in the parent; null where it is not there.
+ */
 export type Rewritten = Readonly<{
   path: string;
   ranges: readonly { readonly from: number; readonly to: number }[];
@@ -5821,13 +5954,17 @@ export type Rewritten = Readonly<{
   before: number | null;
 }>;
 
-/** The largest block, in bytes, that btrfs stores a file's data in: mostly 4 KiB, and a page where that is larger. */
+/**
+ * The largest block, in bytes, that btrfs stores a file's data in: mostly 4 KiB, and a page where
+ * that is larger.
+ */
 const SECTOR = 65536;
 
 /**
- * The file that a difference would get wrong, if there is one. A file that is made shorter keeps its last block as it is, with the data behind
- * its end. If the file is longer in another subvolume, and has the same block, `btrfs send` takes these data for unchanged,
- * and the receiver has zeros there. (Seen with Linux 6.18.)
+ * The file that a difference would get wrong, if there is one. A file that is made shorter keeps
+ * its last block as it is, with the data behind its end. If the file is longer in another
+ * subvolume, and has the same block, `btrfs send` takes these data for unchanged, and the receiver
+ * has zeros there. (Seen with Linux 6.18.)
  */
 export const lossIn = (files: readonly Rewritten[]) =>
   files.find(
@@ -5838,20 +5975,32 @@ export const lossIn = (files: readonly Rewritten[]) =>
       !ranges.some(({ from, to }) => from <= end && end < to),
   )?.path ?? null;
 
-/** Why no difference to a snapshot can be made against a parent; null if it can, undefined until that is known. */
+/**
+ * Why no difference to a snapshot can be made against a parent; null if it can, undefined until
+ * that is known.
+ */
 export type Unfit = (parent: Snapshot, snapshot: Snapshot) => string | null | undefined;
 
-/** What makes a parent: it must not be unfit; and one that is known to be an earlier state is preferred to any nearer one. */
+/**
+ * What makes a parent: it must not be unfit; and one that is known to be an earlier state is
+ * preferred to any nearer one.
+ */
 export type Fitness = Readonly<{
   unfit: Unfit;
   isEarlier: (parent: Snapshot, snapshot: Snapshot) => boolean;
 }>;
 const ANY: Fitness = { unfit: () => null, isEarlier: () => true };
 
-/** What a destination adds to the facts: the snapshots that were compared with their backups there and are the same, and those that are no parents there, with the reason. */
+/**
+ * What a destination adds to the facts: the snapshots that were compared with their backups there
+ * and are the same, and those that are no parents there, with the reason.
+ */
 export type Verdicts = { cleared: Cleared; readonly refused: Map<string, string> };
 
-/** Judges parents for a destination. A parent that `isThere` not yet is sent before in the same run, as it is. */
+/**
+ * Judges parents for a destination. A parent that `isThere` not yet is sent before in the same run,
+ * as it is.
+ */
 export function judge(
   facts: Facts,
   { cleared, refused }: Verdicts,
@@ -5874,14 +6023,17 @@ export function judge(
   return { unfit, isEarlier };
 }
 
-/** How many parents are tried that are not known to be earlier states: each costs a walk through all that is different. */
+/**
+ * How many parents are tried that are not known to be earlier states: each costs a walk through all
+ * that is different.
+ */
 const TRIES = 2;
 
 type Against = Pick<Transfer, "parent" | "why">;
 
 /**
- * The nearest parent that both sides hold, and why no nearer one is fit: an earlier state; or else the nearest of the `earlier` ones (the
- * last); or else of the `later` ones (the first).
+ * The nearest parent that both sides hold, and why no nearer one is fit: an earlier state; or else
+ * the nearest of the `earlier` ones (the last); or else of the `later` ones (the first).
  */
 function nearestFit(
   snapshot: Snapshot,
@@ -5905,7 +6057,10 @@ function nearestFit(
   return { parent: state ?? others() ?? null, why };
 }
 
-/** `failed`: the UUIDs of snapshots that earlier runs could not send; `backfill`: sends also those older than the newest that both have. */
+/**
+ * `failed`: the UUIDs of snapshots that earlier runs could not send; `backfill`: sends also those
+ * older than the newest that both have.
+ */
 export type TransferOptions = Readonly<{
   policy: Policy | null;
   incremental: boolean;
@@ -5923,7 +6078,10 @@ type Chain = { readonly length: number; readonly since: number };
 const chainEnds = ({ length, since }: Chain, time: number, { count: most, unit }: FullEvery) =>
   unit === null ? most > 0 && length >= most : before(time, most, unit) >= since;
 
-/** Begins new chains in a plan: a stream is a full one where its parent's chain ends, as it stands there, or with the streams planned before. */
+/**
+ * Begins new chains in a plan: a stream is a full one where its parent's chain ends, as it stands
+ * there, or with the streams planned before.
+ */
 function renewing({ held, chained }: Standing, fullEvery: FullEvery | null) {
   const find = dataFinder(held);
   const standing = byUuid(held);
@@ -5947,7 +6105,10 @@ function renewing({ held, chained }: Standing, fullEvery: FullEvery | null) {
   };
 }
 
-/** Tells which snapshots a destination wants, if it lacks them: those that its policy would keep there. */
+/**
+ * Tells which snapshots a destination wants, if it lacks them: those that its policy would keep
+ * there.
+ */
 function wantedAt(
   snapshots: readonly Snapshot[],
   { backups }: Standing,
@@ -5971,9 +6132,10 @@ type TransferPlan = {
 };
 
 /**
- * What a destination lacks of all that its policy would keep, oldest first: each snapshot against the nearest one that both sides hold by
- * then (see `nearestFit`), or in full if they share nothing. `snapshots` are in the source's order. Without a policy, one that is older than
- * the newest that both have was deleted there, or left out on purpose: it is `skipped`.
+ * What a destination lacks of all that its policy would keep, oldest first: each snapshot against
+ * the nearest one that both sides hold by then (see `nearestFit`), or in full if they share
+ * nothing. `snapshots` are in the source's order. Without a policy, one that is older than the
+ * newest that both have was deleted there, or left out on purpose: it is `skipped`.
  */
 export function planTransfers(
   snapshots: readonly Snapshot[],
@@ -6045,8 +6207,9 @@ export function planStreams(
 type Kept = Pick<Standing, "backups" | "copied" | "chained" | "newest">;
 
 /**
- * What retention does at a destination after its transfers. Strangers are not among `backups`. Three stay whatever the policy: the
- * newest backup, the newest that the source still has (the pin), and the last that was copied on; and of streams, all that these build on.
+ * What retention does at a destination after its transfers. Strangers are not among `backups`.
+ * Three stay whatever the policy: the newest backup, the newest that the source still has (the
+ * pin), and the last that was copied on; and of streams, all that these build on.
  */
 export function planDestination(
   snapshots: readonly Snapshot[],
@@ -6075,7 +6238,10 @@ export function planDestination(
   });
 }
 
-/** By UUID, all that some backups, and the streams of others, build on, and the name of one that builds on it. */
+/**
+ * By UUID, all that some backups, and the streams of others, build on, and the name of one that
+ * builds on it.
+ */
 function neededBy(
   kept: readonly Backup[],
   { backups, chained }: Pick<Standing, "backups" | "chained">,
@@ -6093,7 +6259,10 @@ function neededBy(
   return needed;
 }
 
-/** The order in which backups are deleted: of streams, each before its parent, so that none ever lacks one. */
+/**
+ * The order in which backups are deleted: of streams, each before its parent, so that none ever
+ * lacks one.
+ */
 export function deletionOrder(
   going: readonly Backup[],
   { chained }: Pick<Standing, "chained">,
@@ -6118,8 +6287,9 @@ export type Claimant = Readonly<{
 }>;
 
 /**
- * What retention does at the source. Every known destination's pin stays. Everything stays while a destination could not be read that has no
- * pin, or one that is gone (a restored record is old). `full`: hardly any space is left, so the older half of what is only kept to be sent goes.
+ * What retention does at the source. Every known destination's pin stays. Everything stays while a
+ * destination could not be read that has no pin, or one that is gone (a restored record is old).
+ * `full`: hardly any space is left, so the older half of what is only kept to be sent goes.
  */
 export function planSource(
   snapshots: readonly Snapshot[],
@@ -6153,7 +6323,10 @@ const UNSENT = "not yet sent to ";
 const isOnlyUnsent = ({ reasons }: Decision<Snapshot>) =>
   reasons.length > 0 && reasons.every((reason) => reason.startsWith(UNSENT));
 
-/** How many snapshots are kept only because a destination has not got them yet, by its ID, and the oldest of these. */
+/**
+ * How many snapshots are kept only because a destination has not got them yet, by its ID, and the
+ * oldest of these.
+ */
 export function unsentIn(
   decisions: readonly Decision<Snapshot>[],
 ): Map<string, { count: number; oldest: string }> {
@@ -6167,15 +6340,24 @@ export function unsentIn(
   return unsent;
 }
 
-/** A snapshot in a row of one table: `whole` can be given back, `other` is other data by the row's name. */
+/**
+ * A snapshot in a row of one table: `whole` can be given back, `other` is other data by the row's
+ * name.
+ */
 export type Cell = { readonly state: "whole" | "incomplete" | "other"; readonly entry: Snapshot };
 export type Row = Dated & { readonly moment: number; readonly cells: (Cell | undefined)[] };
 
-/** Lays the same data side by side, whatever holds it: a row for each snapshot, oldest first, with a cell for each folder. */
+/**
+ * Lays the same data side by side, whatever holds it: a row for each snapshot, oldest first, with a
+ * cell for each folder.
+ */
 export function align(columns: readonly (Folder | null)[]): Row[] {
   const rows: Row[] = [];
   const [byData, byName] = [new Map<string, Row>(), new Map<string, Row>()];
-  /** Puts an entry into the row of its `data` (none if it is incomplete), or else of its name, or a new one. */
+  /**
+   * Puts an entry into the row of its data (none if it is incomplete), or else of its name, or a
+   * new one.
+   */
   const put = (entry: Snapshot, data: readonly string[], column: number) => {
     const isFree = (one: Row | undefined) => one !== undefined && one.cells[column] === undefined;
     const { name, time, moment } = entry;
@@ -6201,10 +6383,16 @@ export function align(columns: readonly (Folder | null)[]): Row[] {
   return arrange(rows, ({ cells }) => rank.get(cells[0]?.entry.uuid ?? ""));
 }
 
-/** How a backup gets to where it is restored: from a subvolume that is `present` there, or as a stream on top of one that both sides have. */
+/**
+ * How a backup gets to where it is restored: from a subvolume that is `present` there, or as a
+ * stream on top of one that both sides have.
+ */
 export type RestorePlan = { readonly present: Subvolume | null } & Against;
 
-/** The streams of a chain that have to be received beside some subvolumes: those after the last that is there. The chosen one always is. */
+/**
+ * The streams of a chain that have to be received beside some subvolumes: those after the last that
+ * is there. The chosen one always is.
+ */
 export function planPieces(chain: readonly Stream[], there: readonly Subvolume[]): Stream[] {
   const find = dataFinder([
     ...there,
@@ -6215,7 +6403,10 @@ export function planPieces(chain: readonly Stream[], there: readonly Subvolume[]
   return chain.slice(chain.slice(0, -1).findLastIndex((piece) => find(piece) !== undefined) + 1);
 }
 
-/** `whole`: the backups at the location, oldest first; `there`: the read-only subvolumes that a receive could build on. */
+/**
+ * `whole`: the backups at the location, oldest first; `there`: the read-only subvolumes that a
+ * receive could build on.
+ */
 export function planRestore(
   chosen: Snapshot,
   whole: readonly Snapshot[],
@@ -6231,7 +6422,10 @@ export function planRestore(
   return { present, ...nearestFit(chosen, earlier, later, fitness) };
 }
 
-/** What interrupted restores to a name in a folder left: directories, each with the subvolumes in it, innermost first. */
+/**
+ * What interrupted restores to a name in a folder left: directories, each with the subvolumes in
+ * it, innermost first.
+ */
 export function leftoversOf(
   name: string,
   { top, entries, subvolumes }: Pick<Folder, "top" | "entries" | "subvolumes">,
@@ -6256,8 +6450,9 @@ export function leftoversOf(
 }
 
 /**
- * The destinations in a restored snapshot folder's record, by those in the record when the restored snapshot was taken. Only a snapshot
- * that `stands` is a pin; the place that the restored one came from shares it.
+ * The destinations in a restored snapshot folder's record, by those in the record when the restored
+ * snapshot was taken. Only a snapshot that `stands` is a pin; the place that the restored one came
+ * from shares it.
  */
 export function restoredDestinations(
   recorded: readonly KnownDestination[],
@@ -6330,10 +6525,16 @@ export function planRoom(
   return backups.filter((one) => !stays.has(one) && !needed.has(one.uuid));
 }
 
-/** Whether a source may use a folder for a chain; `strangers` are the backups there that are not its own. */
+/**
+ * Whether a source may use a folder for a chain; `strangers` are the backups there that are not its
+ * own.
+ */
 export type Claim = { readonly accepted: true; readonly strangers: readonly string[] } | Refusal;
 
-/** Why it may not: the chain is another's `owner`'s, or nobody knows whose; or its `newest` backup, which the source does not know, says that one of both is a clone. */
+/**
+ * Why it may not: the chain is another's `owner`'s, or nobody knows whose; or its `newest` backup,
+ * which the source does not know, says that one of both is a clone.
+ */
 type Refusal = { readonly accepted: false; readonly identity: Identity } & (
   { readonly owner: Identity | undefined } | { readonly owner: Identity; readonly newest: Snapshot }
 );
@@ -6363,8 +6564,8 @@ type Claiming = Readonly<{
 }>;
 
 /**
- * One chain, one owner. Of the backups that hold none of the source's data, the ancestors of those that do are its own as
- * well: each was received on top of its parent.
+ * One chain, one owner. Of the backups that hold none of the source's data, the ancestors of those
+ * that do are its own as well: each was received on top of its parent.
  */
 export function claim(claiming: Claiming): Claim {
   const { identity, chain, standing, shared, adopt } = claiming;
@@ -6385,14 +6586,20 @@ export function claim(claiming: Claiming): Claim {
   return { accepted: true, strangers: [...all].filter((uuid) => !own.has(uuid)) };
 }
 
-/** The chain's newest backup, if the source does not know it: a cloned machine has the original's UUIDs, but not what the original has sent since. */
+/**
+ * The chain's newest backup, if the source does not know it: a cloned machine has the original's
+ * UUIDs, but not what the original has sent since.
+ */
 function unknownNewest({ chain, standing, shared }: Claiming): Snapshot | undefined {
   const foreign = new Set(chain.strangers);
   const newest = standing.findLast(({ uuid }) => !foreign.has(uuid));
   return shared.some(({ uuid }) => uuid === newest?.uuid) ? undefined : newest;
 }
 
-/** The lineages whose streams in a store are a source's own: its first, and those of streams that it sent, or shares data with (it was restored, or rolled back). */
+/**
+ * The lineages whose streams in a store are a source's own: its first, and those of streams that it
+ * sent, or shares data with (it was restored, or rolled back).
+ */
 export function lineagesOf(
   streams: readonly Stream[],
   owner: Owner,
@@ -6431,7 +6638,10 @@ function lackOf(error: unknown): string | null {
   return null;
 }
 
-/** What an error says. One that is not our own is a mistake in this program, and its stack tells where. */
+/**
+ * What an error says. One that is not our own is a mistake in this program, and its stack tells
+ * where.
+ */
 const messageOf = (error: unknown) =>
   error instanceof Failure || error instanceof Busy
     ? error.message
@@ -6473,7 +6683,10 @@ function newReport(json: boolean, dryRun: boolean): Report {
   return report;
 }
 
-/** What is shown of transfers; `sizes`: bytes of a full stream, by snapshot UUID, where quotas tell them. */
+/**
+ * What is shown of transfers; `sizes`: bytes of a full stream, by snapshot UUID, where quotas tell
+ * them.
+ */
 type Display = Readonly<{
   progress: boolean;
   btrfsDebug: boolean;
@@ -6512,7 +6725,10 @@ export function progressLine({ name, bytes, size, seconds, columns }: Progress):
   return `${what.length > room ? `${what.slice(0, Math.max(0, room - 1))}…` : what.padEnd(Math.min(room, 40))}${figures}`;
 }
 
-/** The stage that slows a stream down, and counts its bytes for a line about it, up to `size` of them; none if neither is asked for. */
+/**
+ * The stage that slows a stream down, and counts its bytes for a line about it, up to `size` of
+ * them; none if neither is asked for.
+ */
 function meter(
   name: string,
   { progress }: Pick<Display, "progress">,
@@ -6538,7 +6754,10 @@ type Receiver = Pick<Destination, "id" | "form" | "receive" | "discard" | "tidy"
 /** What is sent, and shown of it. */
 type Send = { readonly source: Folder; readonly transfer: Transfer; readonly display: Display };
 
-/** Sends one snapshot to one destination, which is as before if it fails. Errors: those of `pipeline`. */
+/**
+ * Sends one snapshot to one destination, which is as before if it fails. Errors: those of
+ * `pipeline`.
+ */
 const transferTo = async (receiver: Receiver, send: Send): Promise<Sent> =>
   resultOf((await transferToAll([receiver], send))[0]);
 
@@ -6548,7 +6767,10 @@ function resultOf<T>(settled: PromiseSettledResult<T> | undefined): T {
   throw settled?.reason;
 }
 
-/** Sends one snapshot to destinations that take the same stream, which is made once. Tells each one's outcome: where it fails, all is as before. */
+/**
+ * Sends one snapshot to destinations that take the same stream, which is made once. Tells each
+ * one's outcome: where it fails, all is as before.
+ */
 async function transferToAll(
   receivers: readonly Receiver[],
   send: Send,
@@ -6575,7 +6797,10 @@ async function transferToAll(
   );
 }
 
-/** Clears away a broken transfer, and makes it once more if it can end otherwise. Errors: the one that broke it. */
+/**
+ * Clears away a broken transfer, and makes it once more if it can end otherwise. Errors: the one
+ * that broke it.
+ */
 async function afterFailure(receiver: Receiver, error: Error, send: Send): Promise<Sent> {
   const { name } = send.transfer.snapshot;
   if (error instanceof OtherStream) {
@@ -6647,8 +6872,9 @@ function sender(
 }
 
 /**
- * Runs the stages of one stream, and the stages of each who takes it as a pipeline of its own, so that one that fails, or is stuck, drops
- * out. Where the stream itself fails, all are killed before their input closes.
+ * Runs the stages of one stream, and the stages of each who takes it as a pipeline of its own, so
+ * that one that fails, or is stuck, drops out. Where the stream itself fails, all are killed before
+ * their input closes.
  */
 async function fanOut(
   stages: readonly Stage[],
@@ -6680,7 +6906,8 @@ async function fanOut(
     rmSync(directory, { recursive: true, force: true });
     throw error;
   }
-  // As long as we hold them open, nobody takes the end of a relay that was killed for the end of the stream.
+  // As long as we hold them open, nobody takes the end of a relay that was killed for the end of
+  // the stream.
   const held = Promise.all(branches.map(({ ended }, i) => heldOpen(pipes[i] as string, ended)));
   // Without its pipe, an output is given up, also while a dead disk keeps its reader.
   for (const [i, { ended }] of branches.entries())
@@ -6694,7 +6921,10 @@ async function fanOut(
   return ends.map((end) => branchEnd(stem, end));
 }
 
-/** The end of one who takes a stream, by that of the stream itself, which counts the bytes, and whose failure has all killed. */
+/**
+ * The end of one who takes a stream, by that of the stream itself, which counts the bytes, and
+ * whose failure has all killed.
+ */
 function branchEnd(
   stem: PromiseSettledResult<Flown>,
   end: PromiseSettledResult<Flown>,
@@ -6737,19 +6967,26 @@ function isRunning(group: number): boolean {
 
 // ── the relay ──
 
-/** What the relay does with the bytes that pass it. It sees no constant of this file: see RELAY. */
+/**
+ * What the relay does with the bytes that pass it. It runs before the constants below RELAY have
+ * values.
+ */
 type Relay = Readonly<{
   /** It tells their SHA-256. */
   sum?: boolean;
   /** It passes at most so many bytes a second. */
   rate?: number;
-  /** The file for what it tells at its end. Twice a second, the file with ".now" behind its name gets the bytes that have passed, and the numbers of outputs that take nothing. */
+  /**
+   * The file for what it tells at its end. Twice a second, the file with ".now" behind its name
+   * gets the bytes that have passed, and the numbers of outputs that take nothing.
+   */
   tell?: string;
   /** They must be this stream: see streamCheck. */
   check?: Expected;
   /**
-   * They come with a guarded key: a send stream, or any bytes; at most so many, or `refusal` is told. Guard is asked: see Said. `state`: the file
-   * that says whether the relay waits for its input (r), or has something to pass on (w).
+   * They come with a guarded key: a send stream, or any bytes; at most so many, or `refusal` is
+   * told. Guard is asked: see Said. `state`: the file that says whether the relay waits for its
+   * input (r), or has something to pass on (w).
    */
   guarded?: {
     readonly stream: boolean;
@@ -6759,11 +6996,17 @@ type Relay = Readonly<{
   };
   /** They go nowhere. */
   drop?: boolean;
-  /** Where they go instead of standard output: FIFOs, each with the process group that reads it. A removed FIFO is given up. */
+  /**
+   * Where they go instead of standard output: FIFOs, each with the process group that reads it. A
+   * removed FIFO is given up.
+   */
   to?: readonly { readonly path: string; readonly group: number }[];
 }>;
 
-/** The stream that is expected: its subvolume, and that one's parent; `alone`: no fence keeps it in. Empty UUIDs are not known. */
+/**
+ * The stream that is expected: its subvolume, and that one's parent; `alone`: no fence keeps it in.
+ * Empty UUIDs are not known.
+ */
 type Expected = Readonly<{
   name: string;
   uuid: string;
@@ -6772,9 +7015,10 @@ type Expected = Readonly<{
 }>;
 
 /**
- * What the processes of a guarded stream say on descriptor 3, a line each. Two are questions, which guard answers with a line on descriptor 4,
- * or not at all: what the stream begins with (name, UUID, and its parent's, null in full); and that it is whole, with so many bytes.
- * `unpacked`: zstd's exit status.
+ * What the processes of a guarded stream say on descriptor 3, a line each. Two are questions, which
+ * guard answers with a line on descriptor 4, or not at all: what the stream begins with (name,
+ * UUID, and its parent's, null in full); and that it is whole, with so many bytes. `unpacked`:
+ * zstd's exit status.
  */
 type Said =
   | { readonly unpacked: number }
@@ -6786,9 +7030,10 @@ type Said =
 type Passed = { readonly bytes: number; readonly sum: string | null };
 
 /**
- * Passes standard input on, and tells what has passed. A process of its own, which reads and writes with blocking calls, so that no byte
- * waits for anything else, and which any signal ends at once: with a handler, a signal would not end such a call. Where it fails, its
- * starter kills those who read from it while its standard output is still open; those behind FIFOs it kills itself.
+ * Passes standard input on, and tells what has passed. A process of its own, which reads and writes
+ * with blocking calls, so that no byte waits for anything else, and which any signal ends at once:
+ * with a handler, a signal would not end such a call. Where it fails, its starter kills those who
+ * read from it while its standard output is still open; those behind FIFOs it kills itself.
  */
 function relay(given: Relay): never {
   try {
@@ -6890,8 +7135,9 @@ function openOutlet({ sum, rate, tell, drop, to }: Relay) {
 }
 
 /**
- * Gives pipes room for 1 MiB, of which each has 64 KiB by itself: storing a stream takes a quarter less time so. 1031 is F_SETPIPE_SZ of
- * fcntl(2). Only under Bun, which the executable is made of; elsewhere, a pipe stays as it is, and so does anything else.
+ * Gives pipes room for 1 MiB, of which each has 64 KiB by itself: storing a stream takes a quarter
+ * less time so. 1031 is F_SETPIPE_SZ of fcntl(2). Only under Bun, which the executable is made of;
+ * elsewhere, a pipe stays as it is, and so does anything else.
  */
 function widen(descriptors: readonly number[]): void {
   type Fcntl = (descriptor: number, command: number, value: number) => number;
@@ -6938,8 +7184,9 @@ function writeAll(descriptor: number, bytes: Buffer, end: number): void {
 }
 
 /**
- * Several outputs, each fed as it takes. `write` returns whether all had to wait for some, which `tell` gets again and again. An output that
- * nobody reads any more drops out, and its reader tells why itself; so does one whose pipe was removed.
+ * Several outputs, each fed as it takes. `write` returns whether all had to wait for some, which
+ * `tell` gets again and again. An output that nobody reads any more drops out, and its reader tells
+ * why itself; so does one whose pipe was removed.
  */
 function openOutputs(
   to: NonNullable<Relay["to"]>,
@@ -6951,7 +7198,8 @@ function openOutputs(
     descriptor: number;
     done: number;
   };
-  // Deno tells nothing of a part that was taken: there, as much as is taken whole or not at all, PIPE_BUF of pipe(7).
+  // Deno tells nothing of a part that was taken: there, as much as is taken whole or not at all,
+  // PIPE_BUF of pipe(7).
   const most = process.versions["deno"] === undefined ? Infinity : 4096;
   const opened = performance.now();
   const openRead = (path: string, group: number): number => {
