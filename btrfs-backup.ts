@@ -4718,13 +4718,13 @@ const at = ({ path, place, holder }: Pick<Folder, "path" | "place" | "holder">) 
  */
 const askAt = <V extends Declared>(
   folder: Pick<Folder, "id" | "host" | "path" | "place" | "holder">,
-  verb: V,
+  script: V,
   given: Omit<ArgumentsOf<V>, "folder" | "fsid">,
   problem: string,
 ) =>
   ask(
     folder.host,
-    verb,
+    script,
     { ...at(folder), ...given } as unknown as ArgumentsOf<V>,
     `${folder.id}: ${problem}`,
   );
@@ -5187,9 +5187,9 @@ async function resumable(
  */
 async function keptOf(folder: Folder, object: string, sending: Sending): Promise<Begun> {
   const { prefix } = folder;
-  const told = await askAt(folder, KEPT, { prefix, object }, "cannot look for what is kept");
+  const found = await askAt(folder, KEPT, { prefix, object }, "cannot look for what is kept");
   const [, bytes = 0, sum = "", name = ""] =
-    /^(\d+) ([0-9a-f]{64})  - \.\/\.(.*)$/m.exec(told) ?? [];
+    /^(\d+) ([0-9a-f]{64})  - \.\/\.(.*)$/m.exec(found) ?? [];
   const [, protocol = sending.protocol, level = sending.level] = PART.exec(name) ?? [];
   const form = { level, rate: sending.rate, protocol: protocol === "0" ? null : protocol };
   return { ...form, bytes: Number(bytes), sum };
