@@ -4448,9 +4448,7 @@ function subvolumesIn({ top, subvolumes, entries }: Inspection): Entry[] {
     });
 }
 
-/**
- * A host as a folder's verbs run there: in its holder's mount namespace, in new ones, or in none.
- */
+/** A host as a folder's verbs run there: in its holder's mount namespace, a new one, or none. */
 function behindFence(host: Host, { fenced, holder }: Pick<Inspection, "fenced" | "holder">): Host {
   if (!fenced) return host;
   return { ...host, fence: holder === "" ? "own" : { pid: holder } };
@@ -4547,8 +4545,7 @@ async function openChecked(
 }
 
 /**
- * Opens a destination as openChecked does. The directories above one that no run knows yet are made
- * where that is safe: see PARENTS.
+ * Opens a destination, and makes the directories above a new one where that is safe: see PARENTS.
  */
 async function openNew(
   location: Readable,
@@ -4620,20 +4617,14 @@ async function openLocation(
   }
 }
 
-/**
- * Whether a folder looks like a SOURCE that has this snapshot folder, and not like a place of
- * backups.
- */
+/** Whether a folder looks like a SOURCE with this snapshot folder, and holds no backups itself. */
 const looksLikeSource = ({ store, standing, place, entries }: Folder, snapshotFolder: string) =>
   store === null &&
   prefixesIn(standing).length === 0 &&
   place.inode === 256 &&
   (snapshotFolder.startsWith("/") || entries.has(snapshotFolder.replace(/^\.\/|\/.*/g, "")));
 
-/**
- * Errors: Absent, or UsageError, where nothing can be given back from an opened place as it was
- * named.
- */
+/** Errors: Absent or UsageError where nothing can be given back from a place as it was named. */
 function needReadable(
   { exists, path, standing, store, source, place }: Folder,
   location: Readable,
@@ -4681,10 +4672,7 @@ export function wholeIn(folder: Folder): Snapshot[] {
   );
 }
 
-/**
- * Warns of read-only subvolumes with one received UUID: `btrfs receive` could take the wrong one
- * for a parent.
- */
+/** Warns of equal received UUIDs: `btrfs receive` could take the wrong subvolume for a parent. */
 function warnOfDuplicates({ standing, subvolumes, id }: Folder, report: Report): void {
   const ours = new Set(standing.map(({ receivedUuid }) => receivedUuid));
   const received = subvolumes.filter(
@@ -4700,8 +4688,7 @@ function warnOfDuplicates({ standing, subvolumes, id }: Folder, report: Report):
 }
 
 /**
- * The process on another host with whose end all work in a folder ends. Here, our own process
- * groups see to that.
+ * The process whose end ends all work in a folder on another host. Here, process groups do that.
  */
 const holderOf = ({ host, holder }: Pick<Folder, "host" | "holder">) =>
   host.ssh === null ? "" : holder;
@@ -4712,10 +4699,7 @@ const at = ({ path, place, holder }: Pick<Folder, "path" | "place" | "holder">) 
   fsid: `${place.fsid}/${holder}`,
 });
 
-/**
- * Runs a verb in a folder for its output. Errors: those of `ask`, which name the folder and the
- * `problem`.
- */
+/** Runs a verb in a folder for its output. Errors: those of `ask`, with the folder's name. */
 const askAt = <V extends Declared>(
   folder: Pick<Folder, "id" | "host" | "path" | "place" | "holder">,
   script: V,
@@ -4733,10 +4717,7 @@ const RECORD_BYTES = 90 * 1024; // a pipeline with it must fit into one argument
 
 const NO_RECORD = { header: "", key: "", value: "" } as const;
 
-/**
- * The arguments by which a record verb makes a chain's line say `chain`; NO_RECORD if the file is
- * not ours to write.
- */
+/** The arguments by which a record verb writes a chain's line, if the file is ours to write. */
 function recordArguments(
   folder: Folder,
   chain: ChainRecord,
@@ -4815,22 +4796,13 @@ export type Standing = Readonly<{
   copied: ReadonlyMap<string, string>;
   /** Names that a snapshot cannot get. */
   taken: ReadonlyMap<string, Obstacle>;
-  /**
-   * The streams of other sources there, each of which needs all that it builds on. Null where every
-   * backup is whole by itself.
-   */
+  /** Streams of other sources, which need all they build on. Null where backups need no other. */
   chained: readonly Entry[] | null;
-  /**
-   * The UUID of the backup with the newest data, where `backups` are in the order of arrival, and
-   * some came belated.
-   */
+  /** The UUID of the newest data, where `backups` are in the order of arrival, some belated. */
   newest?: string | undefined;
 }>;
 
-/**
- * What has a snapshot's name at a destination without holding its data. A `leftover` is cleared
- * away by the next run.
- */
+/** What has a snapshot's name at a destination, and not its data. A run clears a leftover away. */
 export type Obstacle =
   | { readonly kind: "leftover" }
   | { readonly kind: "file" }
@@ -4854,8 +4826,7 @@ export function conflictMessage({ snapshot, obstacle }: Conflict): string {
 }
 
 /**
- * How a stream goes to one destination: `rate` in bytes a second; `protocol` null for the one that
- * btrfs takes by itself.
+ * How a stream goes to a destination: `rate` in bytes a second; `protocol` null for btrfs's own.
  */
 export type Sending = Filters &
   Readonly<{
@@ -4867,10 +4838,7 @@ export type Sending = Filters &
     trust: boolean;
   }>;
 
-/**
- * Whether an option of a destination changes the stream itself, up to where it parts for those who
- * take it.
- */
+/** Whether an option of a destination changes the stream itself, as all get it who share it. */
 const SHAPING = {
   level: true,
   protocol: true,
@@ -4888,10 +4856,7 @@ type Shaping = {
 /** How a stream is made. `chosen`: the protocol was not asked for. */
 type Form = Pick<Sending, Shaping> & { readonly chosen?: boolean };
 
-/**
- * The key of the stream that a transfer to a destination is. Transfers with the same key can share
- * it; with `form` null, there is no other.
- */
+/** The key of a transfer's stream, by which transfers can share it; with `form` null, none does. */
 export function streamKey(
   { snapshot, parent }: Transfer,
   { id, form }: Pick<Destination, "id" | "form">,
@@ -4924,9 +4889,7 @@ type Incoming = Readonly<{
 export type Destination = Readonly<{
   id: string;
   standing: Standing;
-  /**
-   * The last stream that a command took, which cannot be asked what it has. Null for the others.
-   */
+  /** The last stream of a command, which cannot be asked what it has. Null for the others. */
   stream: { readonly last: Memory | null } | null;
   filesystem: string | null;
   /** Bytes that were free there when it was opened. */
@@ -4935,24 +4898,15 @@ export type Destination = Readonly<{
   frozen: string | null;
   /** Null where each transfer has to look for a part to go on from. */
   form: (source: Folder) => Form | null;
-  /**
-   * `isFollowed`: another transfer comes next, or else `settle`. Errors: Failure where the transfer
-   * is impossible.
-   */
+  /** `isFollowed`: another transfer comes next, or else `settle`. Errors: Failure. */
   receive: (source: Folder, transfer: Transfer, isFollowed?: boolean) => Promise<Incoming>;
   /** Does what the last transfer left to the next one, where there was none. */
   settle?: () => Promise<void>;
-  /**
-   * Whether a snapshot's backup is the same as the snapshot; null where nobody can tell. Errors:
-   * Failure.
-   */
+  /** Whether a snapshot's backup is the same as it; null where nobody can tell. Errors: Failure. */
   compare: ((source: Folder, snapshot: Snapshot) => Promise<boolean>) | null;
   /** What a snapshot's transfer has become there. */
   arrived: (transfer: Transfer) => Backup;
-  /**
-   * Clears away what a failed transfer of that name left, but for the part that the next one can go
-   * on from.
-   */
+  /** Clears away what a failed transfer of that name left, but for a part to go on from. */
   discard: (name: string) => Promise<void>;
   /** Clears away all parts that a transfer could go on from. */
   tidy: () => Promise<void>;
@@ -4992,8 +4946,7 @@ function obstacleOf(backup: Backup, announced: readonly string[]): Obstacle {
 }
 
 /**
- * `again` looks at the folder anew; `owned` is its record from now on; `announced`: names that
- * 0.3.1 began to receive.
+ * `again` looks anew; `owned`: the record from now on; `announced`: names that 0.3.1 began with.
  */
 type FolderOptions = Deletion &
   Readonly<{
@@ -5009,10 +4962,7 @@ function needZstd({ zstd, host, hostName }: Pick<Folder, "zstd" | "host" | "host
   if (!zstd) throw new Failure(`${host.label || hostName}: zstd not found: install zstd`);
 }
 
-/**
- * The level of a stream between two folders: only between hosts it is compressed. Errors: Failure
- * where zstd is missing.
- */
+/** The level of a stream, which is compressed only between hosts. Errors: Failure without zstd. */
 function compressionBetween(source: Folder, target: Folder, level: string): string {
   if (level === "" || sameHost(source.host, target.host)) return "";
   needZstd(source);
@@ -5020,10 +4970,7 @@ function compressionBetween(source: Folder, target: Folder, level: string): stri
   return level;
 }
 
-/**
- * How a stream between two folders is made: with the newest protocol that both understand, if none
- * is asked for.
- */
+/** How a stream between folders is made: if none is asked for, with both sides' newest protocol. */
 function formBetween(
   source: Folder,
   target: Folder,
@@ -5119,8 +5066,7 @@ function mustBeChecked(source: Folder, target: Folder, { trust }: Pick<Sending, 
 }
 
 /**
- * The file that a stream was kept in: its name without dot and end, and what it must be (see
- * COMPLETE).
+ * The file that a stream was kept in: name without dot and end, and what it must be: see COMPLETE.
  */
 type Part = Readonly<{
   part: string;
@@ -5132,8 +5078,7 @@ type Part = Readonly<{
 const PART = /\.p([0-2])-(\d*)\.part$/;
 
 /**
- * A stream that is kept as a file until it is whole, under the name of `object`. `copies`: how
- * often its data are there then.
+ * A stream that is kept as a file until it is whole. `copies`: how often its data are there then.
  */
 type Resumable = Readonly<{
   source: Folder;
@@ -5181,10 +5126,7 @@ async function resumable(
   };
 }
 
-/**
- * The part of a stream that is kept in a folder; of 0 bytes, and as `sending` says, if there is
- * none.
- */
+/** The part of a stream that is kept in a folder; if none is, of 0 bytes and as `sending` says. */
 async function keptOf(folder: Folder, object: string, sending: Sending): Promise<Begun> {
   const { prefix } = folder;
   const found = await askAt(folder, KEPT, { prefix, object }, "cannot look for what is kept");
@@ -5371,10 +5313,7 @@ const encrypting = ({ recipients }: Filters): Stage[] =>
       ];
 
 const knownKeys = new Map<string, string>();
-/**
- * The fingerprint of the one key in the keyring that a recipient means. Errors: Failure for none,
- * or several.
- */
+/** The fingerprint of the one key that a recipient means. Errors: Failure for none, or several. */
 function keyOf(recipient: string): string {
   const known = knownKeys.get(recipient);
   if (known !== undefined) return known;
@@ -5434,8 +5373,7 @@ function checkFilters(
 }
 
 /**
- * How a stored stream is made. It is to be understood for long: unless asked otherwise, by the
- * protocol that btrfs send takes by itself.
+ * How a stored stream is made: to be understood for long, by default in btrfs send's own protocol.
  */
 const storedForm = ({ level, rate, protocol }: Sending): Form => ({ level, rate, protocol });
 
@@ -5555,9 +5493,7 @@ async function commitStream(
   await askAt(folder, options.store.verbs.commit, given, `cannot complete ${object}`);
 }
 
-/**
- * Why nothing may be deleted from a store whose checksum objects seem to be lost; null otherwise.
- */
+/** Why nothing may be deleted from a store: checksum objects seem to be lost; null otherwise. */
 function lostSums(store: Store, prefix: string): string | null {
   const [first, ...more] = store.unsummed.filter(({ name }) => parseName(name, prefix) !== null);
   if (first === undefined) return null;
@@ -5565,8 +5501,8 @@ function lostSums(store: Store, prefix: string): string | null {
 }
 
 /**
- * Deletes objects of a store, streams first: one without its checksum object would count as lost,
- * and a checksum object alone is only debris.
+ * Deletes objects of a store, streams first: a checksum object alone is only debris, a stream alone
+ * counts as lost.
  */
 async function dropObjects(
   folder: Folder,
@@ -5640,8 +5576,7 @@ async function partFor(
 }
 
 /**
- * The shell that runs the user's commands, with pipefail if it can: without it, half a pipeline can
- * fail unseen.
+ * The shell for the user's commands, with pipefail if it can: half a pipeline could fail unseen.
  */
 async function commandShell(report: Report): Promise<string> {
   if (which.sync("bash", { nothrow: true }) !== null) return "bash -o pipefail";
@@ -5715,8 +5650,7 @@ const keptBy = <T extends Dated>(decisions: readonly Decision<T>[]) =>
   decisions.filter(({ reasons }) => reasons.length > 0).map(({ entry }) => entry);
 
 /**
- * What retention goes by. `now` is wall-clock ms; `adopted`: the names that the clock leapt to, and
- * that somebody vouches for.
+ * What retention goes by. `now`: wall-clock ms; `adopted`: leaps of the clock to trust, by name.
  */
 type Retention = Readonly<{
   policy: Policy | null;
@@ -5760,10 +5694,7 @@ export function retain<T extends Dated>(
   return entries.map((entry, i) => ({ entry, reasons: reasons[i] ?? [] }));
 }
 
-/**
- * How far a clock may go by itself: forward with nothing taken meanwhile, back by the widest change
- * of zone.
- */
+/** How far a clock may go: forward with nothing taken meanwhile, back by the widest zone change. */
 const LEAP = { forward: 30 * DURATION.d, times: 10, back: 26 * DURATION.h };
 
 /**
@@ -5821,8 +5752,7 @@ function retained<T extends Dated>(
 }
 
 /**
- * The names that the clock leapt to in some rows of entries, and those of `known` that still stand
- * there.
+ * The names that the clock leapt to in rows of entries, and those `known` that still stand there.
  */
 export function leapNames(
   rows: readonly (readonly Dated[])[],
@@ -5847,10 +5777,7 @@ export function newestShared(
   return snapshots.findLast((snapshot) => find(snapshot) !== undefined) ?? null;
 }
 
-/**
- * What is known of snapshots as parents of differences, by UUID. A map lacks what was not asked
- * for.
- */
+/** What is known of snapshots as parents, by UUID. A map lacks what was not asked for. */
 export type Facts = Readonly<{
   /** All subvolumes of their filesystem. */
   all: ReadonlyMap<string, Subvolume>;
@@ -5868,10 +5795,7 @@ export type Facts = Readonly<{
 /** The key of a difference among the facts. */
 const pairOf = (parent: Entry, snapshot: Entry) => `${parent.uuid} ${snapshot.uuid}`;
 
-/**
- * Where a subvolume comes from, itself first: its parent, that one's, and so on. The last may be
- * gone.
- */
+/** A subvolume's UUID, its parent's, that one's parent's, and so on. The last may be gone. */
 function lineOf(one: Subvolume, all: ReadonlyMap<string, Subvolume>): string[] {
   const line = [one.uuid];
   for (
@@ -5936,16 +5860,12 @@ export function isEarlierState(
   return origin > 0 && one.cgen !== undefined && next?.cgen !== undefined && one.cgen <= next.cgen;
 }
 
-/**
- * Whether it still is one: an edited snapshot is no earlier state of anything, whatever it was
- * compared with.
- */
+/** Whether it still is one: an edited snapshot is none, whatever it was compared with. */
 const isStillEarlier = (one: Subvolume, of: Subvolume, facts: Facts) =>
   changedSince(one, facts, {}) !== true && isEarlierState(one, of, facts.all);
 
 /**
- * A file that a difference changes: the ranges that it writes, and the sizes in the snapshot and
- * `before`, in the parent; null where it is not there.
+ * A file that a difference changes: the ranges written, its size, and that in the parent, if there.
  */
 export type Rewritten = Readonly<{
   path: string;
@@ -5954,10 +5874,7 @@ export type Rewritten = Readonly<{
   before: number | null;
 }>;
 
-/**
- * The largest block, in bytes, that btrfs stores a file's data in: mostly 4 KiB, and a page where
- * that is larger.
- */
+/** The largest block of btrfs, in bytes: mostly 4 KiB, and a page where that is larger. */
 const SECTOR = 65536;
 
 /**
@@ -5975,10 +5892,7 @@ export const lossIn = (files: readonly Rewritten[]) =>
       !ranges.some(({ from, to }) => from <= end && end < to),
   )?.path ?? null;
 
-/**
- * Why no difference to a snapshot can be made against a parent; null if it can, undefined until
- * that is known.
- */
+/** Why a parent is unfit for a snapshot; null if it is fit, undefined until that is known. */
 export type Unfit = (parent: Snapshot, snapshot: Snapshot) => string | null | undefined;
 
 /**
@@ -5992,15 +5906,12 @@ export type Fitness = Readonly<{
 const ANY: Fitness = { unfit: () => null, isEarlier: () => true };
 
 /**
- * What a destination adds to the facts: the snapshots that were compared with their backups there
- * and are the same, and those that are no parents there, with the reason.
+ * What a destination adds to the facts: changed snapshots that are the same as their backups there,
+ * and those that are no parents there, with the reason.
  */
 export type Verdicts = { cleared: Cleared; readonly refused: Map<string, string> };
 
-/**
- * Judges parents for a destination. A parent that `isThere` not yet is sent before in the same run,
- * as it is.
- */
+/** Judges parents for a destination. One that `isThere` not yet is sent before in the same run. */
 export function judge(
   facts: Facts,
   { cleared, refused }: Verdicts,
@@ -6105,10 +6016,7 @@ function renewing({ held, chained }: Standing, fullEvery: FullEvery | null) {
   };
 }
 
-/**
- * Tells which snapshots a destination wants, if it lacks them: those that its policy would keep
- * there.
- */
+/** Tells which snapshots a destination wants, if it lacks them: those its policy would keep. */
 function wantedAt(
   snapshots: readonly Snapshot[],
   { backups }: Standing,
@@ -6179,8 +6087,7 @@ export function planTransfers(
 }
 
 /**
- * What a command gets, which cannot be asked what it has: all that is newer than the last stream it
- * took, or only the newest snapshot if there was none.
+ * What a command gets: all that is newer than the last stream it took, or, after none, the newest.
  */
 export function planStreams(
   snapshots: readonly Snapshot[],
@@ -6238,10 +6145,7 @@ export function planDestination(
   });
 }
 
-/**
- * By UUID, all that some backups, and the streams of others, build on, and the name of one that
- * builds on it.
- */
+/** By UUID, all that some backups, and streams of others, build on, with the name of such a one. */
 function neededBy(
   kept: readonly Backup[],
   { backups, chained }: Pick<Standing, "backups" | "chained">,
@@ -6259,10 +6163,7 @@ function neededBy(
   return needed;
 }
 
-/**
- * The order in which backups are deleted: of streams, each before its parent, so that none ever
- * lacks one.
- */
+/** The order to delete backups in: streams before their parents, so that none ever lacks one. */
 export function deletionOrder(
   going: readonly Backup[],
   { chained }: Pick<Standing, "chained">,
@@ -6323,10 +6224,7 @@ const UNSENT = "not yet sent to ";
 const isOnlyUnsent = ({ reasons }: Decision<Snapshot>) =>
   reasons.length > 0 && reasons.every((reason) => reason.startsWith(UNSENT));
 
-/**
- * How many snapshots are kept only because a destination has not got them yet, by its ID, and the
- * oldest of these.
- */
+/** By a destination's ID, how many snapshots are kept only to be sent there, and the oldest. */
 export function unsentIn(
   decisions: readonly Decision<Snapshot>[],
 ): Map<string, { count: number; oldest: string }> {
@@ -6341,23 +6239,18 @@ export function unsentIn(
 }
 
 /**
- * A snapshot in a row of one table: `whole` can be given back, `other` is other data by the row's
- * name.
+ * A snapshot in a row of a table: `whole` can be given back, `other` is other data by that name.
  */
 export type Cell = { readonly state: "whole" | "incomplete" | "other"; readonly entry: Snapshot };
 export type Row = Dated & { readonly moment: number; readonly cells: (Cell | undefined)[] };
 
 /**
- * Lays the same data side by side, whatever holds it: a row for each snapshot, oldest first, with a
- * cell for each folder.
+ * Lays the same data side by side: a row for each snapshot, oldest first, a cell for each folder.
  */
 export function align(columns: readonly (Folder | null)[]): Row[] {
   const rows: Row[] = [];
   const [byData, byName] = [new Map<string, Row>(), new Map<string, Row>()];
-  /**
-   * Puts an entry into the row of its data (none if it is incomplete), or else of its name, or a
-   * new one.
-   */
+  /** Puts an entry into the row of its data, none if incomplete, or of its name, or a new one. */
   const put = (entry: Snapshot, data: readonly string[], column: number) => {
     const isFree = (one: Row | undefined) => one !== undefined && one.cells[column] === undefined;
     const { name, time, moment } = entry;
@@ -6423,8 +6316,7 @@ export function planRestore(
 }
 
 /**
- * What interrupted restores to a name in a folder left: directories, each with the subvolumes in
- * it, innermost first.
+ * What interrupted restores to a name left in a folder: directories, with subvolumes, inner first.
  */
 export function leftoversOf(
   name: string,
@@ -6525,10 +6417,7 @@ export function planRoom(
   return backups.filter((one) => !stays.has(one) && !needed.has(one.uuid));
 }
 
-/**
- * Whether a source may use a folder for a chain; `strangers` are the backups there that are not its
- * own.
- */
+/** Whether a source may use a folder for a chain; `strangers`: the backups there of others. */
 export type Claim = { readonly accepted: true; readonly strangers: readonly string[] } | Refusal;
 
 /**
@@ -6587,8 +6476,8 @@ export function claim(claiming: Claiming): Claim {
 }
 
 /**
- * The chain's newest backup, if the source does not know it: a cloned machine has the original's
- * UUIDs, but not what the original has sent since.
+ * The chain's newest backup, unless the source knows it: a clone of a machine has the original's
+ * subvolume UUIDs, but not what that has sent since.
  */
 function unknownNewest({ chain, standing, shared }: Claiming): Snapshot | undefined {
   const foreign = new Set(chain.strangers);
@@ -6639,8 +6528,7 @@ function lackOf(error: unknown): string | null {
 }
 
 /**
- * What an error says. One that is not our own is a mistake in this program, and its stack tells
- * where.
+ * What an error says. One that is not our own is a mistake in this program: its stack tells where.
  */
 const messageOf = (error: unknown) =>
   error instanceof Failure || error instanceof Busy
@@ -6683,10 +6571,7 @@ function newReport(json: boolean, dryRun: boolean): Report {
   return report;
 }
 
-/**
- * What is shown of transfers; `sizes`: bytes of a full stream, by snapshot UUID, where quotas tell
- * them.
- */
+/** What is shown of transfers; `sizes`: a full stream's bytes by UUID, where quotas tell them. */
 type Display = Readonly<{
   progress: boolean;
   btrfsDebug: boolean;
@@ -6726,8 +6611,7 @@ export function progressLine({ name, bytes, size, seconds, columns }: Progress):
 }
 
 /**
- * The stage that slows a stream down, and counts its bytes for a line about it, up to `size` of
- * them; none if neither is asked for.
+ * The stage that slows a stream down, and counts up to `size` bytes for a line; none if not asked.
  */
 function meter(
   name: string,
@@ -6754,10 +6638,7 @@ type Receiver = Pick<Destination, "id" | "form" | "receive" | "discard" | "tidy"
 /** What is sent, and shown of it. */
 type Send = { readonly source: Folder; readonly transfer: Transfer; readonly display: Display };
 
-/**
- * Sends one snapshot to one destination, which is as before if it fails. Errors: those of
- * `pipeline`.
- */
+/** Sends a snapshot to a destination, which is as before if it fails. Errors: as `pipeline`. */
 const transferTo = async (receiver: Receiver, send: Send): Promise<Sent> =>
   resultOf((await transferToAll([receiver], send))[0]);
 
@@ -6797,10 +6678,7 @@ async function transferToAll(
   );
 }
 
-/**
- * Clears away a broken transfer, and makes it once more if it can end otherwise. Errors: the one
- * that broke it.
- */
+/** Clears a broken transfer away, and repeats it if it can end otherwise. Errors: what broke it. */
 async function afterFailure(receiver: Receiver, error: Error, send: Send): Promise<Sent> {
   const { name } = send.transfer.snapshot;
   if (error instanceof OtherStream) {
@@ -6967,10 +6845,7 @@ function isRunning(group: number): boolean {
 
 // ── the relay ──
 
-/**
- * What the relay does with the bytes that pass it. It runs before the constants below RELAY have
- * values.
- */
+/** What the relay does with the bytes that pass it. */
 type Relay = Readonly<{
   /** It tells their SHA-256. */
   sum?: boolean;
@@ -6997,8 +6872,8 @@ type Relay = Readonly<{
   /** They go nowhere. */
   drop?: boolean;
   /**
-   * Where they go instead of standard output: FIFOs, each with the process group that reads it. A
-   * removed FIFO is given up.
+   * Where they go instead of stdout: FIFOs, each with its reader's process group. A removed one is
+   * given up.
    */
   to?: readonly { readonly path: string; readonly group: number }[];
 }>;
