@@ -4544,9 +4544,7 @@ async function openChecked(
   }
 }
 
-/**
- * Opens a destination, and makes the directories above a new one where that is safe: see PARENTS.
- */
+/** Opens a destination, and makes directories above a new one where that is safe: see PARENTS. */
 async function openNew(
   location: Readable,
   { source, isKnown }: { readonly source: Folder; readonly isKnown: boolean },
@@ -4605,8 +4603,7 @@ async function openLocation(
   let opening: Opening = { prefix: prefix ?? "", wait, hosts, unverified };
   for (;;) {
     const folder = await openFolder(location, path, opening);
-    const prefixes = prefixesIn(folder.standing);
-    const [only = opening.prefix, ...others] = prefixes;
+    const [only = opening.prefix, ...others] = prefixesIn(folder.standing);
     const isNamed = prefix !== null || others.length > 0 || only === opening.prefix;
     if (folder.exists && opening.source === undefined && looksLikeSource(folder, snapshotFolder)) {
       path = resolve(folder.path, snapshotFolder);
@@ -4687,9 +4684,7 @@ function warnOfDuplicates({ standing, subvolumes, id }: Folder, report: Report):
     );
 }
 
-/**
- * The process whose end ends all work in a folder on another host. Here, process groups do that.
- */
+/** The process whose end ends a folder's work on another host. Here, process groups do that. */
 const holderOf = ({ host, holder }: Pick<Folder, "host" | "holder">) =>
   host.ssh === null ? "" : holder;
 
@@ -4825,9 +4820,7 @@ export function conflictMessage({ snapshot, obstacle }: Conflict): string {
   return `${snapshot.name} is not sent: ${OBSTACLES[obstacle.kind]}${sides}; rename or remove it`;
 }
 
-/**
- * How a stream goes to a destination: `rate` in bytes a second; `protocol` null for btrfs's own.
- */
+/** How a stream goes to a destination: `rate` in bytes a second; `protocol` null: btrfs's own. */
 export type Sending = Filters &
   Readonly<{
     rate: number | null;
@@ -4945,9 +4938,7 @@ function obstacleOf(backup: Backup, announced: readonly string[]): Obstacle {
   return { kind: isReceived ? "edited" : "writable", backup };
 }
 
-/**
- * `again` looks anew; `owned`: the record from now on; `announced`: names that 0.3.1 began with.
- */
+/** `again` looks anew; `owned`: the record from now on; `announced`: names that 0.3.1 began. */
 type FolderOptions = Deletion &
   Readonly<{
     again: () => Promise<Folder>;
@@ -5065,9 +5056,7 @@ function mustBeChecked(source: Folder, target: Folder, { trust }: Pick<Sending, 
   return isForeign && !trust;
 }
 
-/**
- * The file that a stream was kept in: name without dot and end, and what it must be: see COMPLETE.
- */
+/** The file that a stream was kept in: name without dot and end, and its contents: see COMPLETE. */
 type Part = Readonly<{
   part: string;
   sum: string;
@@ -5077,9 +5066,7 @@ type Part = Readonly<{
 
 const PART = /\.p([0-2])-(\d*)\.part$/;
 
-/**
- * A stream that is kept as a file until it is whole. `copies`: how often its data are there then.
- */
+/** A stream that is kept as a file until it is whole. `copies`: how often its data are there. */
 type Resumable = Readonly<{
   source: Folder;
   transfer: Transfer;
@@ -5372,9 +5359,7 @@ function checkFilters(
   for (const recipient of recipients) keyOf(recipient);
 }
 
-/**
- * How a stored stream is made: to be understood for long, by default in btrfs send's own protocol.
- */
+/** How a stored stream is made: to be read for long, so by default in btrfs send's own protocol. */
 const storedForm = ({ level, rate, protocol }: Sending): Form => ({ level, rate, protocol });
 
 /** What stands in a store, for a source that owns the streams of some lineages. */
@@ -5395,26 +5380,33 @@ function standingInStore(
   };
 }
 
-/**
- * `again` lists the store anew; `owner`: the source, as names of streams say it; `lock`: the file
- * that all who write to a remote lock, since the remote cannot be locked.
- */
-type StoreOptions = Readonly<{
-  store: Store;
-  again: () => Promise<Folder>;
-  standing: Standing;
-  owner: Owner;
-  lock: string;
-  sending: Sending;
-}>;
+/** A place where streams are stored. */
+type StoreTarget = Folder &
+  Readonly<{
+    store: Store;
+    /** Its source, as names of streams say it. */
+    owner: Owner;
+    /** What its verbs lock: a chain's prefix; for a remote, which nothing can lock, a file. */
+    lock: string;
+    sending: Sending;
+  }>;
+
+/** `again` lists the store anew; `lock`: the file for a remote. */
+type StoreOptions = Pick<StoreTarget, "store" | "owner" | "lock" | "sending"> &
+  Readonly<{ again: () => Promise<Folder>; standing: Standing }>;
 
 /** Stored streams as a destination. */
-function storeDestination(folder: Folder, options: StoreOptions): Destination {
-  const { store, again, standing, owner, sending } = options;
+function storeDestination(
+  folder: Folder,
+  { again, standing, ...options }: StoreOptions,
+): Destination {
+  const { store, owner, sending } = options;
+  const isRemote = store.verbs === RCLONE;
+  const target = { ...folder, ...options, lock: isRemote ? options.lock : folder.prefix };
   const inSource = dataFinder(standing.held);
   const objects = new Map<string, string>();
   const nameOf = (transfer: Transfer) => streamName(transfer, owner, sending);
-  const resumes = (source: Folder) => store.verbs !== RCLONE && canResume(source, folder, sending);
+  const resumes = (source: Folder) => !isRemote && canResume(source, folder, sending);
   let hasParts = false;
   return {
     id: folder.id,
@@ -5426,12 +5418,11 @@ function storeDestination(folder: Folder, options: StoreOptions): Destination {
     form: (source) => (resumes(source) ? null : storedForm(sending)),
     async receive(source, transfer) {
       checkFilters(source, sending);
-      const storing = { source, transfer, object: nameOf(transfer), copies: 1, sending };
-      if (!resumes(source)) return upload(folder, options, storing);
+      const object = nameOf(transfer);
+      if (!resumes(source)) return upload(target, source, transfer, object);
       hasParts = true;
-      return resumable(folder, storing, (part) =>
-        commitStream(folder, options, storing.object, part),
-      );
+      const kept = { source, transfer, object, copies: 1, sending };
+      return resumable(folder, kept, (part) => commitStream(target, object, part));
     },
     compare: null,
     arrived(transfer) {
@@ -5443,40 +5434,37 @@ function storeDestination(folder: Folder, options: StoreOptions): Destination {
     },
     async discard(name) {
       const debris = (await again()).store?.debris.get(name) ?? [];
-      const going = debris.filter((object) => !sending.resume || !PART.test(object));
-      await dropObjects(folder, options, going);
+      await dropObjects(
+        target,
+        debris.filter((object) => !sending.resume || !PART.test(object)),
+      );
     },
     tidy: () => tidyUp(folder, hasParts),
     remove: (backups) =>
       dropObjects(
-        folder,
-        options,
+        target,
         backups.flatMap(({ uuid }) => [uuid, uuid + SUM]),
       ),
     close: folder.close,
   };
 }
 
-/** What the verbs of a store lock. */
-const lockOf = ({ prefix }: Folder, { store, lock }: StoreOptions) =>
-  store.verbs === RCLONE ? lock : prefix;
-
 /** How a store gets a stream that is not kept in part. */
 async function upload(
-  folder: Folder,
-  options: StoreOptions,
-  { source, transfer, object }: Omit<Resumable, "copies">,
+  target: StoreTarget,
+  source: Folder,
+  transfer: Transfer,
+  object: string,
 ): Promise<Incoming> {
-  const { store, sending } = options;
+  const { store, lock, sending, host } = target;
   const isRemote = store.verbs === RCLONE;
   const size = isRemote ? await partFor(source, transfer, store, sending) : "";
-  const given = { lock: lockOf(folder, options), object, holder: holderOf(folder), size };
-  const what = isRemote ? "rclone" : "storing";
-  const put = staged(what, folder.host, store.verbs.put, { ...at(folder), ...given });
+  const given = { ...at(target), lock, object, holder: holderOf(target), size };
+  const put = staged(isRemote ? "rclone" : "storing", host, store.verbs.put, given);
   return {
     stages: [...encrypting(sending), relaying({ sum: true }), put],
     async finish({ sum, bytes }) {
-      await commitStream(folder, options, object, { sum, bytes: String(bytes) });
+      await commitStream(target, object, { sum, bytes: String(bytes) });
       return bytes;
     },
   };
@@ -5484,13 +5472,13 @@ async function upload(
 
 /** Makes a stream that has arrived complete. */
 async function commitStream(
-  folder: Folder,
-  options: StoreOptions,
+  target: StoreTarget,
   object: string,
   stored: Pick<Part, "sum" | "bytes"> & Partial<Part>,
 ): Promise<void> {
-  const given = { lock: lockOf(folder, options), object, ...stored };
-  await askAt(folder, options.store.verbs.commit, given, `cannot complete ${object}`);
+  const { store, lock } = target;
+  const given = { lock, object, ...stored };
+  await askAt(target, store.verbs.commit, given, `cannot complete ${object}`);
 }
 
 /** Why nothing may be deleted from a store: checksum objects seem to be lost; null otherwise. */
@@ -5504,17 +5492,13 @@ function lostSums(store: Store, prefix: string): string | null {
  * Deletes objects of a store, streams first: a checksum object alone is only debris, a stream alone
  * counts as lost.
  */
-async function dropObjects(
-  folder: Folder,
-  options: StoreOptions,
-  going: readonly string[],
-): Promise<void> {
-  const lock = lockOf(folder, options);
+async function dropObjects(target: StoreTarget, going: readonly string[]): Promise<void> {
+  const { store, lock } = target;
   const isSum = (object: string) => object.endsWith(SUM);
   const ordered = [going.filter((one) => !isSum(one)), going.filter(isSum)];
   for (const objects of ordered.flatMap((all) => chunks(all))) {
     const problem = `cannot delete ${count(objects.length, "object")}`;
-    await askAt(folder, options.store.verbs.delete, { lock, objects }, problem);
+    await askAt(target, store.verbs.delete, { lock, objects }, problem);
   }
 }
 
@@ -5575,9 +5559,7 @@ async function partFor(
   return `${partSize(type === "s3" && level === "" ? bytes : Math.min(bytes, S3_OBJECT)) / MIB}M`;
 }
 
-/**
- * The shell for the user's commands, with pipefail if it can: half a pipeline could fail unseen.
- */
+/** The shell for the user's commands, with pipefail if it can: else, a part can fail unseen. */
 async function commandShell(report: Report): Promise<string> {
   if (which.sync("bash", { nothrow: true }) !== null) return "bash -o pipefail";
   if ((await shell`${"sh -o pipefail -c :"}`).exitCode === 0) return "sh -o pipefail";
@@ -5649,9 +5631,7 @@ export type Decision<T extends Dated> = { readonly entry: T; readonly reasons: r
 const keptBy = <T extends Dated>(decisions: readonly Decision<T>[]) =>
   decisions.filter(({ reasons }) => reasons.length > 0).map(({ entry }) => entry);
 
-/**
- * What retention goes by. `now`: wall-clock ms; `adopted`: leaps of the clock to trust, by name.
- */
+/** What retention goes by. `now`: wall-clock ms; `adopted`: names the clock rightly leapt to. */
 type Retention = Readonly<{
   policy: Policy | null;
   now: number;
@@ -5751,9 +5731,7 @@ function retained<T extends Dated>(
   return entries.map((entry, i) => ({ entry, reasons: reasons[i] ?? [] }));
 }
 
-/**
- * The names that the clock leapt to in rows of entries, and those `known` that still stand there.
- */
+/** The names that the clock leapt to in rows of entries, and those `known` that still stand. */
 export function leapNames(
   rows: readonly (readonly Dated[])[],
   known: readonly string[] = [],
@@ -5864,13 +5842,12 @@ export function isEarlierState(
 const isStillEarlier = (one: Subvolume, of: Subvolume, facts: Facts) =>
   changedSince(one, facts, {}) !== true && isEarlierState(one, of, facts.all);
 
-/**
- * A file that a difference changes: the ranges written, its size, and that in the parent, if there.
- */
+/** A file that a difference changes, with the ranges that it writes. */
 export type Rewritten = Readonly<{
   path: string;
   ranges: readonly { readonly from: number; readonly to: number }[];
   size: number;
+  /** Its size in the parent; null where it is not there. */
   before: number | null;
 }>;
 
@@ -6087,7 +6064,8 @@ export function planTransfers(
 }
 
 /**
- * What a command gets: all that is newer than the last stream it took, or, after none, the newest.
+ * What a command gets, which cannot be asked what it has: all that is newer than the last stream it
+ * took, or only the newest snapshot if there was none.
  */
 export function planStreams(
   snapshots: readonly Snapshot[],
@@ -6145,7 +6123,7 @@ export function planDestination(
   });
 }
 
-/** By UUID, all that some backups, and streams of others, build on, with the name of such a one. */
+/** By UUID, all that backups, and streams of others, build on, and the name of one that does. */
 function neededBy(
   kept: readonly Backup[],
   { backups, chained }: Pick<Standing, "backups" | "chained">,
@@ -6238,15 +6216,11 @@ export function unsentIn(
   return unsent;
 }
 
-/**
- * A snapshot in a row of a table: `whole` can be given back, `other` is other data by that name.
- */
+/** A snapshot in a row of a table: `whole` can be given back, `other` is other data by the name. */
 export type Cell = { readonly state: "whole" | "incomplete" | "other"; readonly entry: Snapshot };
 export type Row = Dated & { readonly moment: number; readonly cells: (Cell | undefined)[] };
 
-/**
- * Lays the same data side by side: a row for each snapshot, oldest first, a cell for each folder.
- */
+/** Lays the same data side by side: a row a snapshot, oldest first, with a cell for each folder. */
 export function align(columns: readonly (Folder | null)[]): Row[] {
   const rows: Row[] = [];
   const [byData, byName] = [new Map<string, Row>(), new Map<string, Row>()];
@@ -6315,9 +6289,7 @@ export function planRestore(
   return { present, ...nearestFit(chosen, earlier, later, fitness) };
 }
 
-/**
- * What interrupted restores to a name left in a folder: directories, with subvolumes, inner first.
- */
+/** What interrupted restores to a name left: directories, with their subvolumes, inner first. */
 export function leftoversOf(
   name: string,
   { top, entries, subvolumes }: Pick<Folder, "top" | "entries" | "subvolumes">,
@@ -6527,9 +6499,7 @@ function lackOf(error: unknown): string | null {
   return null;
 }
 
-/**
- * What an error says. One that is not our own is a mistake in this program: its stack tells where.
- */
+/** What an error says. One that is not our own is a mistake of ours: its stack tells where. */
 const messageOf = (error: unknown) =>
   error instanceof Failure || error instanceof Busy
     ? error.message
@@ -6611,7 +6581,7 @@ export function progressLine({ name, bytes, size, seconds, columns }: Progress):
 }
 
 /**
- * The stage that slows a stream down, and counts up to `size` bytes for a line; none if not asked.
+ * The stage that slows a stream down, and counts bytes up to `size` for a line; none if unasked.
  */
 function meter(
   name: string,
