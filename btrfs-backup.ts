@@ -6393,8 +6393,8 @@ export function planRoom(
 export type Claim = { readonly accepted: true; readonly strangers: readonly string[] } | Refusal;
 
 /**
- * Why it may not: the chain is another's `owner`'s, or nobody knows whose; or its `newest` backup,
- * which the source does not know, says that one of both is a clone.
+ * Why it may not: the chain is its `owner`'s, or nobody knows whose. Or the owner has the source's
+ * UUID, and a `newest` backup that the source does not know: one of both is a clone.
  */
 type Refusal = { readonly accepted: false; readonly identity: Identity } & (
   { readonly owner: Identity | undefined } | { readonly owner: Identity; readonly newest: Snapshot }
@@ -6580,9 +6580,7 @@ export function progressLine({ name, bytes, size, seconds, columns }: Progress):
   return `${what.length > room ? `${what.slice(0, Math.max(0, room - 1))}…` : what.padEnd(Math.min(room, 40))}${figures}`;
 }
 
-/**
- * The stage that slows a stream down, and counts bytes up to `size` for a line; none if unasked.
- */
+/** The stage that slows a stream down, and counts bytes up to `size` for a line, as asked. */
 function meter(
   name: string,
   { progress }: Pick<Display, "progress">,
