@@ -5851,7 +5851,7 @@ export type Rewritten = Readonly<{
   before: number | null;
 }>;
 
-/** The largest block of btrfs, in bytes: mostly 4 KiB, and a page where that is larger. */
+/** The largest block of a file's data, in bytes: mostly 4 KiB, and a page where that is larger. */
 const SECTOR = 65536;
 
 /**
@@ -5888,7 +5888,7 @@ const ANY: Fitness = { unfit: () => null, isEarlier: () => true };
  */
 export type Verdicts = { cleared: Cleared; readonly refused: Map<string, string> };
 
-/** Judges parents for a destination. One that `isThere` not yet is sent before in the same run. */
+/** Judges parents for a destination. One not yet there is sent earlier in this run, as it is. */
 export function judge(
   facts: Facts,
   { cleared, refused }: Verdicts,
