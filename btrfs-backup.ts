@@ -135,8 +135,11 @@ export type Transfer = {
 /** The snapshot of the last stream that a command took; it may be gone. */
 export type Memory = { readonly name: string; readonly uuid: string };
 
-/** A name at a destination that is taken by something that is not this snapshot's data. */
-export type Conflict = { readonly name: string; readonly uuid: string; readonly why: string };
+/** A snapshot whose name at a destination is taken by something else. */
+export type Conflict = {
+  readonly snapshot: Snapshot;
+  readonly obstacle: Exclude<Obstacle, { kind: "leftover" }>;
+};
 
 /** What to keep: nothing is dropped without one. Counts are Infinity for `*`. */
 export type Policy = {
@@ -4195,24 +4198,24 @@ export function parseRecord(text: string): RecordFile {
 }
 
 /** Whether a value in a record is what it should be. */
-type Check = (value: unknown) => boolean;
-const isText: Check = (value) => typeof value === "string";
-const areNumbers: Check = (value) =>
+type ValueCheck = (value: unknown) => boolean;
+const isText: ValueCheck = (value) => typeof value === "string";
+const areNumbers: ValueCheck = (value) =>
   Object.values(value as object).every((one) => Number.isSafeInteger(one));
-const areTexts: Check = (value) => Array.isArray(value) && value.every(isText);
+const areTexts: ValueCheck = (value) => Array.isArray(value) && value.every(isText);
 const ifAny =
-  (check: Check): Check =>
+  (check: ValueCheck): ValueCheck =>
   (value) =>
     value === undefined || check(value);
 const orNull =
-  (check: Check): Check =>
+  (check: ValueCheck): ValueCheck =>
   (value) =>
     value === null || check(value);
 /** Checks every field of a record's part. Fields of later versions may be there, too. */
 const fieldsAre =
-  <T>(checks: { readonly [Field in keyof T]-?: Check }): Check =>
+  <T>(checks: { readonly [Field in keyof T]-?: ValueCheck }): ValueCheck =>
   (value) =>
-    Object.entries<Check>(checks).every(([field, check]) =>
+    Object.entries<ValueCheck>(checks).every(([field, check]) =>
       check((value as Record<string, unknown>)[field]),
     );
 
@@ -4336,67 +4339,72 @@ export function parseOldRecord(text: string): OldRecord {
 
 // ── 4. Locations ─────────────────────────────────────────────────────────────────────────
 
-/** A place that was opened for one prefix: a snapshot folder, or where backups stand, or streams are stored. */
-export type Folder = Omit<Inspection, "host" | "files"> & {
-  readonly id: string;
-  readonly host: Host;
-  readonly hostName: string;
-  readonly path: string;
-  readonly prefix: string;
-  /** Null where subvolumes stand. */
-  readonly store: Store | null;
-  /** Subvolumes directly in it, ours or not; or its stored streams. */
-  readonly standing: readonly Entry[];
-  /** Those that are ours by name, oldest first. */
-  readonly snapshots: readonly Snapshot[];
-  readonly chain: ChainRecord;
-  readonly close: () => Promise<void>;
-};
+/** A place opened for one prefix: a snapshot folder, a folder of backups, or a store of streams. */
+export type Folder = Omit<Inspection, "host" | "files"> &
+  Readonly<{
+    id: string;
+    host: Host;
+    hostName: string;
+    path: string;
+    prefix: string;
+    /** Null where subvolumes stand. */
+    store: Store | null;
+    /** All subvolumes directly in it, or all its stored streams. */
+    standing: readonly Entry[];
+    /** Those with a name of the prefix, oldest first. */
+    snapshots: readonly Snapshot[];
+    chain: ChainRecord;
+    close: () => Promise<void>;
+  }>;
 
-/** Stored streams. `type`: what rclone calls such a remote; `path` names its objects. */
-export type Store = ReturnType<typeof parseStreams> & {
-  readonly verbs: StoreVerbs;
-  readonly type: string | null;
-};
+/** Stored streams. `type`: rclone's word for such a remote, whose objects `path` names. */
+export type Store = ReturnType<typeof parseStreams> &
+  Readonly<{
+    verbs: StoreVerbs;
+    type: string | null;
+  }>;
 
-type Hosts = {
-  readonly sshOptions: readonly string[];
-  readonly sudo: boolean;
-  readonly sshSudo: boolean;
-};
+type Hosts = Readonly<{
+  sshOptions: readonly string[];
+  sudo: boolean;
+  sshSudo: boolean;
+}>;
 
-/**
- * How to open a place: `look` locks nothing; else the seconds to wait for its lock. `unverified`: streams need no checksum object; `peer`: a host
- * whose protocol is asked for anyway; `ahead`: it begins to be opened, and locks and looks in its `turn`, unless it is `unwanted`; `locked` is
- * called as soon as it is, if not later.
- */
-type Opening = {
-  readonly prefix: string;
-  readonly wait: "look" | number;
-  readonly hosts: Hosts;
-  readonly source?: string;
-  readonly unverified?: boolean;
-  readonly peer?: Host;
-  readonly ahead?: { readonly turn: Promise<void>; readonly unwanted: AbortSignal };
-  readonly locked?: () => void;
-};
+/** How to open a place. */
+type Opening = Readonly<{
+  prefix: string;
+  /** `look` locks nothing; else the seconds to wait for the lock. */
+  wait: "look" | number;
+  hosts: Hosts;
+  source?: string;
+  /** Streams need no checksum object. */
+  unverified?: boolean;
+  /** A host whose protocol is asked for anyway. */
+  peer?: Host;
+  /** The opening begins now, and locks and looks in its `turn`, unless it is `unwanted`. */
+  ahead?: { readonly turn: Promise<void>; readonly unwanted: AbortSignal };
+  /** Called as soon as the place is locked, or later. */
+  locked?: () => void;
+}>;
 
-/** A source's UUID. The top level is not in the list of subvolumes. */
+/** An opening that may have begun already. */
+type BegunOpening = Opening & { readonly begun?: Promise<Folder> | undefined };
+
+type Check = (folder: Folder) => void;
+
+/** A source's UUID. The list of subvolumes lacks the top level. */
 async function uuidOfSource(host: Host, { source, place, alone }: Inspection): Promise<string> {
   if (source?.root !== 5 || source.inode !== 256 || source.filesystem !== place.filesystem || alone)
     return source?.uuid ?? "";
-  const shown = await ask(
-    host,
-    SHOW,
-    { folder: source.path, fsid: `${source.fsid}/` },
-    source.path,
-  );
+  const asked = { folder: source.path, fsid: `${source.fsid}/` };
+  const shown = await ask(host, SHOW, asked, source.path);
   return uuidOrNull(shownField(shown, "UUID")) ?? place.filesystem ?? ""; // old versions of mkfs gave it none
 }
 
 /**
- * The names that were announced before the filesystem was mounted as it is now. btrfs receive makes a subvolume read-only, with a
- * received UUID, while the data are still in memory: whatever such a backup looks like, after a power cut its files can be empty.
+ * The names that were announced before the filesystem was mounted as it is now. btrfs receive makes
+ * a subvolume read-only, with a received UUID, while the data are still in memory: after a power
+ * cut, files of such a backup can be empty, however complete it looks.
  */
 export const doubtedIn = ({ record, since }: Pick<Folder, "record" | "since">) =>
   new Set(
@@ -4410,111 +4418,104 @@ function withPrefix(
   folder: Omit<Folder, "prefix" | "snapshots" | "chain">,
   prefix: string,
 ): Folder {
+  const chain = folder.record.chains.get(prefix) ?? {};
   const doubted = doubtedIn(folder);
-  // What is in doubt is not complete, for whoever asks.
-  const belated = new Set(folder.record.chains.get(prefix)?.belated);
-  const standing =
-    doubted.size + belated.size === 0
-      ? folder.standing
-      : folder.standing.map((entry) => {
-          const isBelated = belated.has(entry.receivedUuid ?? "");
-          return doubted.has(entry.name) || isBelated
-            ? {
-                ...entry,
-                readonly: entry.readonly && !doubted.has(entry.name),
-                ...(isBelated ? { belated: true as const } : {}),
-              }
-            : entry;
-        });
+  const belated = new Set(chain.belated);
+  const standing = folder.standing.map((entry) => {
+    const isBelated = belated.has(entry.receivedUuid ?? "");
+    if (!isBelated && !doubted.has(entry.name)) return entry;
+    return {
+      ...entry,
+      readonly: entry.readonly && !doubted.has(entry.name), // nobody takes it for complete
+      ...(isBelated ? { belated: true as const } : {}),
+    };
+  });
   const snapshots = snapshotsAmong(standing, prefix, folder.source?.uuid ?? null);
-  return { ...folder, prefix, standing, snapshots, chain: folder.record.chains.get(prefix) ?? {} };
+  return { ...folder, prefix, standing, snapshots, chain };
 }
 
-/** Opens a place: one command that locks it, and tells all there is to know. Errors: those of `ask`. */
+/** Opens a place: one command locks it, and tells all there is to know. Errors: those of `ask`. */
 async function openFolder(location: Readable, path: string, opening: Opening): Promise<Folder> {
   if (location.kind === "rclone") return openRemote(location, path, opening);
-  const { prefix, wait, hosts, source = "", peer, ahead, locked } = opening;
-  const host = hostOf(location.host, hosts);
-  const kind =
-    location.kind === "raw" ? "streams" : peer !== undefined && sameHost(peer, host) ? "known" : "";
+  const { id, kind } = location;
+  const { prefix, wait } = opening;
+  const host = hostOf(location.host, opening.hosts);
   const nonce = crypto.randomUUID();
-  const asked = {
-    nonce,
-    wait: ahead === undefined ? String(wait) : "later",
-    folder: path,
-    prefix,
-    source,
-    kind,
-    silence: silence(host),
-  };
-  const seen = locked && { line: `${nonce} locked`, tell: locked };
-  const { output, release } = await hold({ ...host, fence: "try" }, OPEN, asked, {
-    end: `${nonce} end`,
-    what: location.id,
-    first: ahead?.turn.then(() => String(wait)),
-    unwanted: ahead?.unwanted,
-    seen,
-    wait: wait === "look" ? 0 : wait,
-  });
+  const { output, release } = await holdOpen(location, host, { nonce, folder: path }, opening);
   try {
     if (wait === "look") await release(); // nothing of it is left in the directory
     checkAnswer(output, nonce, opening);
-    const inspection = parseInspection(output, nonce, path);
-    if (wait !== "look") needOurs(inspection, location.id);
+    const seen = parseInspection(output, nonce, path);
+    if (wait !== "look") needOurs(seen, id);
     const store =
-      location.kind === "raw"
-        ? { ...parseStreams(inspection.files, true), verbs: RAW, type: null }
-        : null;
-    const above = inspection.top === "/" ? "/" : `${inspection.top}/`;
-    const subvolumes = inspection.subvolumes
-      .filter(({ path }) => `/${path}`.startsWith(above))
-      .flatMap((one): Entry[] => {
-        const name = entryName(one.path.slice(above.length - 1));
-        return name !== null && inspection.entries.has(name)
-          ? [{ ...one, name, moment: null }]
-          : [];
-      });
-    const real = inspection.exists
-      ? inspection.place.path
-      : join(inspection.place.path, basename(path));
-    const folder = {
-      ...inspection,
-      source: inspection.source && {
-        ...inspection.source,
-        uuid: await uuidOfSource(host, inspection),
-      },
-    };
-    const standing = store?.streams ?? subvolumes;
+      kind === "raw" ? { ...parseStreams(seen.files, true), verbs: RAW, type: null } : null;
+    const standing = store?.streams ?? subvolumesIn(seen);
     const chains = new Map(
-      [...folder.record.chains].map(([prefix, chain]) => [prefix, asRead(chain, standing, prefix)]),
+      [...seen.record.chains].map(([of, chain]) => [of, asRead(chain, standing, of)]),
     );
-    return withPrefix(
-      {
-        ...folder,
-        record: { ...folder.record, chains },
-        id: location.id,
-        host: behindFence(host, inspection),
-        hostName: inspection.host,
-        path: real,
-        store,
-        standing,
-        close: release,
-      },
-      prefix,
-    );
+    const folder = {
+      ...seen,
+      source: seen.source && { ...seen.source, uuid: await uuidOfSource(host, seen) },
+      record: { ...seen.record, chains },
+      id,
+      host: behindFence(host, seen),
+      hostName: seen.host,
+      path: seen.exists ? seen.place.path : join(seen.place.path, basename(path)),
+      store,
+      standing,
+      close: release,
+    };
+    return withPrefix(folder, prefix);
   } catch (error) {
     await release();
     throw error;
   }
 }
 
-/** A host as the verbs of a folder run there: in the mount namespace of the process that holds it, or in new ones, or in none. */
+/** Starts the command that locks a place and tells of it: see OPEN. */
+function holdOpen(
+  { id, kind }: Readable,
+  host: Host,
+  place: { readonly nonce: string; readonly folder: string },
+  { prefix, wait, source = "", peer, ahead, locked }: Opening,
+): Promise<Held> {
+  const known = peer !== undefined && sameHost(peer, host) ? "known" : "";
+  const asked = {
+    ...place,
+    wait: ahead === undefined ? String(wait) : "later",
+    prefix,
+    source,
+    kind: kind === "raw" ? "streams" : known,
+    silence: silence(host),
+  };
+  return hold({ ...host, fence: "try" }, OPEN, asked, {
+    end: `${place.nonce} end`,
+    what: id,
+    first: ahead?.turn.then(() => String(wait)),
+    unwanted: ahead?.unwanted,
+    seen: locked && { line: `${place.nonce} locked`, tell: locked },
+    wait: wait === "look" ? 0 : wait,
+  });
+}
+
+/** The subvolumes directly in a folder. */
+function subvolumesIn({ top, subvolumes, entries }: Inspection): Entry[] {
+  const above = top === "/" ? "/" : `${top}/`;
+  return subvolumes
+    .filter(({ path }) => `/${path}`.startsWith(above))
+    .flatMap((one): Entry[] => {
+      const name = entryName(one.path.slice(above.length - 1));
+      return name !== null && entries.has(name) ? [{ ...one, name, moment: null }] : [];
+    });
+}
+
+/** A host as a folder's verbs run there: in its holder's mount namespace, a new one, or none. */
 function behindFence(host: Host, { fenced, holder }: Pick<Inspection, "fenced" | "holder">): Host {
   if (!fenced) return host;
   return { ...host, fence: holder === "" ? "own" : { pid: holder } };
 }
 
-/** Errors: Failure where verbs would work without the fence in a place that is not ours alone. */
+/** Errors: Failure where verbs would work without the fence in a place that others can change. */
 function needOurs({ fenced, strange }: Pick<Inspection, "fenced" | "strange">, id: string): void {
   if (fenced || strange === "") return;
   throw new Failure(
@@ -4522,7 +4523,7 @@ function needOurs({ fenced, strange }: Pick<Inspection, "fenced" | "strange">, i
   );
 }
 
-/** Lists a remote of rclone, which nothing locks. Errors: those of `ask`. */
+/** Lists a remote of rclone, without a lock. Errors: those of `ask`. */
 async function openRemote(
   { id }: Readable,
   path: string,
@@ -4536,90 +4537,83 @@ async function openRemote(
     verbs: RCLONE,
     type: path.startsWith(":") ? (/^:([^,:]+)/.exec(path)?.[1] ?? "") : type,
   };
-  const place = {
+  const place = { path, inode: 0, fsid: "", filesystem: null, root: 0 };
+  const folder = {
+    ...NO_INSPECTION,
+    id,
+    host,
+    hostName: "",
     path,
-    inode: 0,
-    fsid: "",
-    filesystem: null,
-    root: 0,
-    free: Infinity,
-    size: Infinity,
+    place: { ...place, free: Infinity, size: Infinity },
+    store,
+    standing: store.streams,
+    close: async () => {},
   };
-  const nothing = {
-    source: null,
-    mounts: [],
-    subvolumes: [],
-    alone: false,
-    entries: new Set<string>(),
-    record: parseRecord(""),
-    old: parseOldRecord(""),
-    written: new Map<string, number>(),
-    zstd: false,
-    protocol: 1,
-  };
-  return withPrefix(
-    {
-      ...nothing,
-      id,
-      host,
-      hostName: "",
-      path,
-      place,
-      top: "",
-      exists: true,
-      locked: true,
-      holder: "",
-      since: "",
-      user: "",
-      trusted: true,
-      fenced: false,
-      strange: "",
-      store,
-      standing: store.streams,
-      close: async () => {},
-    },
-    prefix,
-  );
+  return withPrefix(folder, prefix);
 }
 
-/** Opens a place, or goes on with what has begun to; if it was never locked before, makes it and its lock file once `check` has accepted what is there. */
-async function openChecked(
-  location: Readable,
-  path: string,
-  opening: Opening,
-  check: (folder: Folder) => void,
-  begun?: Promise<Folder>,
-): Promise<Folder> {
-  for (let first = begun; ; first = undefined) {
-    const folder = await (first ?? openFolder(location, path, opening));
-    try {
-      check(folder);
-    } catch (error) {
-      await folder.close();
-      throw error;
-    }
-    if (folder.locked || opening.wait === "look") return folder;
+/** What is known of a place that is no directory. */
+const NO_INSPECTION = {
+  zstd: false,
+  protocol: 1,
+  exists: true,
+  locked: true,
+  holder: "",
+  top: "",
+  source: null,
+  mounts: [],
+  subvolumes: [],
+  alone: false,
+  entries: new Set<string>(),
+  written: new Map<string, number>(),
+  record: parseRecord(""),
+  old: parseOldRecord(""),
+  since: "",
+  user: "",
+  fenced: false,
+  strange: "",
+  trusted: true,
+} satisfies Omit<Inspection, "host" | "files" | "place">;
+
+/** A folder that `check` accepts; any other is closed. Errors: those of `check`. */
+async function accepted(folder: Folder, check: Check): Promise<Folder> {
+  try {
+    check(folder);
+    return folder;
+  } catch (error) {
     await folder.close();
-    await ask(
-      folder.host,
-      CREATE,
-      { ...at(folder), prefix: opening.prefix },
-      `cannot create ${path}`,
-    );
+    throw error;
   }
 }
 
-/** Opens a new destination as openChecked does, and makes the directories above it where it is safe to say that these are to be made. */
+/**
+ * Opens a place that `check` accepts. A place that was never locked is made then, with its lock
+ * file, and opened and checked once more. Errors: those of `openFolder` and `check`.
+ */
+async function openChecked(
+  location: Readable,
+  path: string,
+  { begun, ...opening }: BegunOpening,
+  check: Check,
+): Promise<Folder> {
+  for (let first = begun; ; first = undefined) {
+    const folder = await accepted(await (first ?? openFolder(location, path, opening)), check);
+    if (folder.locked || opening.wait === "look") return folder;
+    await folder.close();
+    const asked = { ...at(folder), prefix: opening.prefix };
+    await ask(folder.host, CREATE, asked, `cannot create ${path}`);
+  }
+}
+
+/** Opens a destination, and makes directories above a new one where that is safe: see PARENTS. */
 async function openNew(
   location: Readable,
-  opening: Opening,
-  source: Folder,
-  isKnown: boolean,
-  check: (folder: Folder) => void,
-  begun?: Promise<Folder>,
+  { source, isKnown }: { readonly source: Folder; readonly isKnown: boolean },
+  opening: BegunOpening,
+  check: Check,
 ): Promise<Folder> {
   try {
-    return await openChecked(location, location.path, opening, check, begun);
+    return await openChecked(location, location.path, opening, check);
   } catch (error) {
     if (!(error instanceof Missing) || isKnown) throw error;
     const isLooking = opening.wait === "look";
@@ -4632,11 +4626,11 @@ async function openNew(
     const made = await ask({ ...host, fence: "try" }, PARENTS, asked, location.id);
     log.info(`${location.id}: ${isLooking ? "would make" : "made"} the directory ${made.trim()}`);
     if (isLooking) throw error;
-    return openChecked(location, location.path, opening, check);
+    return openChecked(location, location.path, { ...opening, begun: undefined }, check);
   }
 }
 
-/** Errors: Failure where btrfs would not let us do more than take and delete snapshots. */
+/** Errors: Failure where btrfs lets us only take and delete snapshots. */
 function needRoot(
   { alone, host, hostName }: Pick<Folder, "alone" | "host" | "hostName">,
   what: string,
@@ -4649,13 +4643,12 @@ function needRoot(
 
 /** The prefixes of the names in a folder, sorted. */
 export const prefixesIn = (entries: readonly Pick<Entry, "name">[]) =>
-  [
-    ...new Set(entries.map(({ name }) => prefixOf(name)).filter((prefix) => prefix !== null)),
-  ].sort();
+  [...new Set(entries.map(({ name }) => prefixOf(name)))].filter((one) => one !== null).sort();
 
 /**
- * Opens what can be given back: a folder of backups, or of snapshots, or a SOURCE, whose snapshot folder it
- * is then. Without a prefix, the one that its names have. Errors: those of `openFolder`, UsageError for several prefixes.
+ * Opens what can be given back: a folder of backups, a folder of snapshots, or the snapshot folder
+ * of a SOURCE. Without a prefix, it is the one that the names there have. Errors: those of
+ * `openFolder`, Absent, UsageError for several prefixes.
  */
 async function openLocation(
   location: Readable,
@@ -4667,55 +4660,46 @@ async function openLocation(
     unverified = false,
   }: Omit<Opening, "prefix" | "source"> & { prefix: string | null; snapshotFolder: string },
 ): Promise<Folder> {
-  let opening: Opening & { path: string } = {
-    prefix: prefix ?? "",
-    wait,
-    hosts,
-    unverified,
-    path: location.path,
-  };
+  let path = location.path;
+  let opening: Opening = { prefix: prefix ?? "", wait, hosts, unverified };
   for (;;) {
-    const folder = await openFolder(location, opening.path, opening);
-    const prefixes = prefixesIn(folder.standing);
-    const [only = opening.prefix] = prefixes;
-    const asSource =
-      folder.store === null &&
-      opening.source === undefined &&
-      prefixes.length === 0 &&
-      folder.place.inode === 256 &&
-      (snapshotFolder.startsWith("/") ||
-        folder.entries.has(snapshotFolder.replace(/^\.\/|\/.*/g, "")));
-    if (
-      folder.exists &&
-      (asSource || (prefix === null && prefixes.length <= 1 && only !== opening.prefix))
-    ) {
-      opening = asSource
-        ? { ...opening, source: folder.path, path: resolve(folder.path, snapshotFolder) }
-        : { ...opening, prefix: only };
-      await folder.close();
-      continue;
-    }
-    const isSnapshot =
-      folder.store === null &&
-      (folder.source ?? folder.place).inode === 256 &&
-      prefixes.length === 0 &&
-      prefixOf(basename(location.path)) !== null;
-    const wrong = !folder.exists
-      ? new Absent(`no such directory: ${folder.path} (is the disk mounted?)`)
-      : prefix === null && prefixes.length > 1
-        ? new UsageError(
-            `${location.id} holds several prefixes, choose one with -p: ${prefixes.map((p) => JSON.stringify(p)).join(", ")}`,
-          )
-        : isSnapshot
-          ? new UsageError(`${location.id} is a snapshot itself: name the folder that it is in`)
-          : null;
-    if (wrong === null) return folder;
+    const folder = await openFolder(location, path, opening);
+    const [only = opening.prefix, ...others] = prefixesIn(folder.standing);
+    const isNamed = prefix !== null || others.length > 0 || only === opening.prefix;
+    if (folder.exists && opening.source === undefined && looksLikeSource(folder, snapshotFolder)) {
+      path = resolve(folder.path, snapshotFolder);
+      opening = { ...opening, source: folder.path };
+    } else if (folder.exists && !isNamed) opening = { ...opening, prefix: only };
+    else return accepted(folder, () => needReadable(folder, location, prefix));
     await folder.close();
-    throw wrong;
   }
 }
 
-/** Whether a folder is where a source takes its snapshots, which need no received UUID, or one of backups. */
+/** Whether a folder looks like a SOURCE with this snapshot folder, and holds no backups itself. */
+const looksLikeSource = ({ store, standing, place, entries }: Folder, snapshotFolder: string) =>
+  store === null &&
+  prefixesIn(standing).length === 0 &&
+  place.inode === 256 &&
+  (snapshotFolder.startsWith("/") || entries.has(snapshotFolder.replace(/^\.\/|\/.*/g, "")));
+
+/** Errors: Absent or UsageError where nothing can be given back from a place as it was named. */
+function needReadable(
+  { exists, path, standing, store, source, place }: Folder,
+  location: Readable,
+  prefix: string | null,
+): void {
+  if (!exists) throw new Absent(`no such directory: ${path} (is the disk mounted?)`);
+  const prefixes = prefixesIn(standing);
+  if (prefix === null && prefixes.length > 1)
+    throw new UsageError(
+      `${location.id} holds several prefixes, choose one with -p: ${prefixes.map((one) => JSON.stringify(one)).join(", ")}`,
+    );
+  const isSubvolume = store === null && (source ?? place).inode === 256;
+  if (isSubvolume && prefixes.length === 0 && prefixOf(basename(location.path)) !== null)
+    throw new UsageError(`${location.id} is a snapshot itself: name the folder that it is in`);
+}
+
+/** Whether a folder is where a source takes its snapshots, which need no received UUID. */
 export function isSnapshotFolder({
   source,
   chain: { owner, destinations },
@@ -4746,16 +4730,14 @@ export function wholeIn(folder: Folder): Snapshot[] {
   );
 }
 
-/** Warns of read-only subvolumes with one received UUID, among which `btrfs receive` could take the wrong one for a parent. */
+/** Warns of equal received UUIDs: `btrfs receive` could take the wrong subvolume for a parent. */
 function warnOfDuplicates({ standing, subvolumes, id }: Folder, report: Report): void {
   const ours = new Set(standing.map(({ receivedUuid }) => receivedUuid));
-  const byUuid = groupBy(
-    subvolumes.filter(
-      ({ readonly, receivedUuid }) => readonly && receivedUuid !== null && ours.has(receivedUuid),
-    ),
-    ({ receivedUuid }) => receivedUuid,
+  const received = subvolumes.filter(
+    ({ readonly, receivedUuid }) => readonly && receivedUuid !== null && ours.has(receivedUuid),
   );
-  const [same, ...more] = [...byUuid.values()].filter(({ length }) => length > 1);
+  const alike = groupBy(received, ({ receivedUuid }) => receivedUuid);
+  const [same, ...more] = [...alike.values()].filter(({ length }) => length > 1);
   const others = more.length === 0 ? "" : ` (and ${count(more.length, "time")} more such)`;
   if (same)
     report.warning(
@@ -4763,25 +4745,39 @@ function warnOfDuplicates({ standing, subvolumes, id }: Folder, report: Report):
     );
 }
 
-/** The process whose end is the end of what we do in a folder on another host; here, our own process groups see to that. */
+/** The process whose end ends a folder's work on another host. Here, process groups do that. */
 const holderOf = ({ host, holder }: Pick<Folder, "host" | "holder">) =>
   host.ssh === null ? "" : holder;
 
-/** A folder's path, and what must still be there when a verb uses it. */
+/** A folder's path, and the signs by which a verb knows that it is still the same folder. */
 const at = ({ path, place, holder }: Pick<Folder, "path" | "place" | "holder">) => ({
   folder: path,
   fsid: `${place.fsid}/${holder}`,
 });
 
+/** Runs a verb in a folder for its output. Errors: those of `ask`, with the folder's name. */
+const askAt = <V extends Declared>(
+  folder: Pick<Folder, "id" | "host" | "path" | "place" | "holder">,
+  script: V,
+  given: Omit<ArgumentsOf<V>, "folder" | "fsid">,
+  problem: string,
+) =>
+  ask(
+    folder.host,
+    script,
+    { ...at(folder), ...given } as unknown as ArgumentsOf<V>,
+    `${folder.id}: ${problem}`,
+  );
+
 const RECORD_BYTES = 90 * 1024; // a pipeline with it must fit into one argument of 128 KiB: execve(2)
 
 const NO_RECORD = { header: "", key: "", value: "" } as const;
 
-/** What the record verbs need to make a chain's line say `chain`: nothing if the file is not ours to write. */
+/** The arguments by which a record verb writes a chain's line, if the file is ours to write. */
 function recordArguments(
   folder: Folder,
   chain: ChainRecord,
-): { header: string; key: string; value: string } {
+): Readonly<Record<keyof typeof NO_RECORD, string>> {
   const value = JSON.stringify(asWritten(chain, folder.standing, folder.prefix));
   if (Buffer.byteLength(value) > RECORD_BYTES)
     throw new Failure(`${folder.id}: its record would be larger than ${RECORD_BYTES} bytes`);
@@ -4790,34 +4786,31 @@ function recordArguments(
     : NO_RECORD;
 }
 
-/** Whether two records say the same, in whatever order. */
+/** Whether two records say the same, in any order. */
 export function sameRecord(a: ChainRecord, b: ChainRecord): boolean {
   const sorted = (chain: ChainRecord) =>
     JSON.stringify(Object.entries(chain).sort(([one], [other]) => (one < other ? -1 : 1)));
   return sorted(a) === sorted(b);
 }
 
-/** Writes a chain's record; `sync`: after everything else is on the disk. */
+/** Writes a chain's record; `sync`: after all else there is on the disk. */
 async function writeRecord(folder: Folder, chain: ChainRecord, sync = false): Promise<void> {
   const line = recordArguments(folder, chain);
+  const given = { ...line, ...(sync ? { sync: "sync" } : {}) };
   if (line.header !== "")
-    await ask(
-      folder.host,
-      WRITE_RECORD,
-      { ...at(folder), ...line, ...(sync ? { sync: "sync" } : {}) },
-      `${folder.id}: cannot write .btrfs-backup.json`,
-    );
+    await askAt(folder, WRITE_RECORD, given, "cannot write .btrfs-backup.json");
 }
 
-/** Arguments in as few commands as they fit into; each will have `extra` bytes more there. */
+/** Arguments in as few commands as hold them; there, each takes `extra` bytes more. */
 function chunks(words: readonly string[], extra = 0): string[][] {
   let bytes = Infinity;
   const batches: string[][] = [];
   for (const word of words) {
-    bytes += Buffer.byteLength(word) + extra + 8;
+    const size = Buffer.byteLength(word) + extra + 8;
+    bytes += size;
     if (bytes > RECORD_BYTES) {
       batches.push([]);
-      bytes = Buffer.byteLength(word) + extra + 8;
+      bytes = size;
     }
     batches.at(-1)?.push(word);
   }
@@ -4826,7 +4819,10 @@ function chunks(words: readonly string[], extra = 0): string[][] {
 
 type Deletion = { readonly convertRw: boolean; readonly sync: boolean };
 
-/** Deletes subvolumes of a folder, if they still have their IDs (null: not known, where nobody else comes), as many with one command as its arguments can hold. */
+/**
+ * Deletes subvolumes of a folder that still have their IDs (null where the ID is not known, and
+ * nobody else comes). One command deletes as many as its arguments can hold.
+ */
 async function deleteFrom(
   folder: Folder,
   going: readonly { readonly name: string; readonly id: number | null }[],
@@ -4834,94 +4830,144 @@ async function deleteFrom(
 ): Promise<void> {
   const idOf = new Map(going.map(({ name, id }) => [`./${name}`, id]));
   const batches = chunks([...idOf.keys()], 12); // and the ID
-  for (const [i, batch] of batches.entries()) {
-    const last = sync && i === batches.length - 1;
-    const ids = batch.flatMap((name) => idOf.get(name) ?? []).join(" ");
-    await ask(
-      folder.host,
-      DELETE,
-      {
-        convert: convertRw ? "rw" : "",
-        sync: last ? "sync" : "",
-        ...at(folder),
-        top: folder.top,
-        ids,
-        names: batch,
-      },
-      `${folder.id}: cannot delete ${count(batch.length, "subvolume")}`,
-    );
+  for (const names of batches) {
+    const given = {
+      convert: convertRw ? "rw" : "",
+      sync: sync && names === batches.at(-1) ? "sync" : "",
+      top: folder.top,
+      ids: names.flatMap((name) => idOf.get(name) ?? []).join(" "),
+      names,
+    };
+    await askAt(folder, DELETE, given, `cannot delete ${count(names.length, "subvolume")}`);
   }
 }
 
-/** What stands at a destination, as planning sees it. */
-export type Standing = {
-  /** All that is complete, by any name: what a transfer can build on, and need not send again. */
-  readonly held: readonly Entry[];
-  /** The complete ones that are this source's and ours by name: what retention is about. */
-  readonly backups: readonly Backup[];
-  /** By UUID, where backups were copied on to: what the next copy builds on stays. */
-  readonly copied: ReadonlyMap<string, string>;
-  /** Names that a snapshot cannot get: "leftover", or why. */
-  readonly taken: ReadonlyMap<string, string>;
-  /** Of streams, each needs its parent, and all that this needs: those of other sources there. Null where every backup is whole by itself. */
-  readonly chained: readonly Entry[] | null;
-  /** The UUID of the backup with the newest data, where `backups` are in the order of arrival, and some came belated. */
-  readonly newest?: string | undefined;
-};
+/** What stands at a destination, for planning. */
+export type Standing = Readonly<{
+  /** All that is complete, by any name: a transfer can build on it, and need not send it again. */
+  held: readonly Entry[];
+  /** The complete ones that are this source's and ours by name, which retention is about. */
+  backups: readonly Backup[];
+  /** By UUID, where backups were copied on to: the next copy builds on them. */
+  copied: ReadonlyMap<string, string>;
+  /** Names that a snapshot cannot get. */
+  taken: ReadonlyMap<string, Obstacle>;
+  /** Streams of other sources, which need all they build on. Null where backups need no other. */
+  chained: readonly Entry[] | null;
+  /** The UUID of the newest data, where `backups` are in the order of arrival, some belated. */
+  newest?: string | undefined;
+}>;
 
-/** How a stream goes to one destination: `rate` in bytes a second; `protocol` null for what btrfs takes by itself. */
-export type Sending = Filters & {
-  readonly rate: number | null;
-  readonly protocol: string | null;
-  readonly fullEvery: FullEvery | null;
-  readonly resume: boolean;
-  readonly spaceCheck: boolean;
-  readonly trust: boolean;
-};
+/** What has a snapshot's name at a destination, and not its data. A run clears a leftover away. */
+export type Obstacle =
+  | { readonly kind: "leftover" }
+  | { readonly kind: "file" }
+  | { readonly kind: "writable" | "edited" | "local" | "other"; readonly backup: Backup };
 
-/** How a stream is made: those that are made alike are the same. `chosen`: the protocol was not asked for. */
-type Form = Pick<Sending, "rate" | "level" | "protocol"> & { readonly chosen?: boolean };
+const OBSTACLES = {
+  file: "something that is not a subvolume has that name",
+  writable: "a writable subvolume has that name, which no transfer of this program began",
+  edited: "the backup by that name was made writable",
+  local: "a snapshot that was not received has that name",
+  other: "a backup of other data has that name",
+} as const satisfies Record<Conflict["obstacle"]["kind"], string>;
 
-/** What a broken transfer left over there to go on from: `bytes` of them with a SHA-256. */
+/** Why a snapshot is not sent, with the UUIDs that the data on both sides go by. */
+export function conflictMessage({ snapshot, obstacle }: Conflict): string {
+  const sides =
+    "backup" in obstacle
+      ? ` (UUID there: ${dataOf(obstacle.backup)}, here: ${dataOf(snapshot)})`
+      : "";
+  return `${snapshot.name} is not sent: ${OBSTACLES[obstacle.kind]}${sides}; rename or remove it`;
+}
+
+/** How a stream goes to a destination: `rate` in bytes a second; `protocol` null: btrfs's own. */
+export type Sending = Filters &
+  Readonly<{
+    rate: number | null;
+    protocol: string | null;
+    fullEvery: FullEvery | null;
+    resume: boolean;
+    spaceCheck: boolean;
+    trust: boolean;
+  }>;
+
+/** Whether an option of a destination changes the stream itself, as all get it who share it. */
+const SHAPING = {
+  level: true,
+  protocol: true,
+  rate: true,
+  recipients: false,
+  fullEvery: false, // changes the parent
+  resume: false, // makes the stream a destination's own: `form` is null
+  spaceCheck: false,
+  trust: false,
+} as const satisfies Record<keyof Sending, boolean>;
+type Shaping = {
+  [K in keyof Sending]: (typeof SHAPING)[K] extends true ? K : never;
+}[keyof Sending];
+
+/** How a stream is made. `chosen`: the protocol was not asked for. */
+type Form = Pick<Sending, Shaping> & { readonly chosen?: boolean };
+
+/** The key of a transfer's stream, by which transfers can share it; with `form` null, none does. */
+export function streamKey(
+  { snapshot, parent }: Transfer,
+  { id, form }: Pick<Destination, "id" | "form">,
+  source: Folder,
+): string {
+  const made = form(source);
+  const shape = (Object.keys(SHAPING) as (keyof Sending)[]).filter((one) => SHAPING[one]);
+  return JSON.stringify([
+    snapshot.uuid,
+    parent?.uuid,
+    made === null ? id : shape.map((one) => made[one as Shaping]),
+  ]);
+}
+
+/** The part of a broken transfer's stream that is over there: `bytes` of it, with a SHA-256. */
 type Begun = Form & { readonly bytes: number; readonly sum: string };
 
-/** Where a stream comes in. `stages`: the last ones of its pipeline; `finish` gets what was stored, and returns the bytes that are there; `kept`: what is there already. */
-type Incoming = {
-  readonly stages: readonly Stage[];
-  readonly environment?: Record<string, string>;
-  readonly finish?: (summed: Summed) => Promise<number>;
-  readonly kept?: Begun;
-};
+/** Where a stream comes in. */
+type Incoming = Readonly<{
+  /** The last stages of its pipeline. */
+  stages: readonly Stage[];
+  environment?: Record<string, string>;
+  /** Gets what was stored, and returns the bytes that are there. */
+  finish?: (summed: Summed) => Promise<number>;
+  /** What is there already. */
+  kept?: Begun;
+}>;
 
-/** A place that backups go to, whatever its kind. */
-export interface Destination {
-  readonly id: string;
-  readonly standing: Standing;
-  /** A command cannot be asked what it has: the last stream it took is remembered. Null for the others. */
-  readonly stream: { readonly last: Memory | null } | null;
-  readonly filesystem: string | null;
+/** A place that backups go to, of any kind. */
+export type Destination = Readonly<{
+  id: string;
+  standing: Standing;
+  /** The last stream of a command, which cannot be asked what it has. Null for the others. */
+  stream: { readonly last: Memory | null } | null;
+  filesystem: string | null;
   /** Bytes that were free there when it was opened. */
-  readonly free: number;
+  free: number;
   /** Why nothing may be deleted there in this run. */
-  readonly frozen: string | null;
-  /** Null where each transfer has to look what it can go on from. */
-  readonly form: (source: Folder) => Form | null;
-  /** `isFollowed`: another transfer comes next, or else `settle`. Errors: Failure for what makes the transfer impossible. */
-  readonly receive: (source: Folder, transfer: Transfer, isFollowed?: boolean) => Promise<Incoming>;
-  /** What the last transfer left to the next is done, where there was no next. */
-  readonly settle?: () => Promise<void>;
-  /** Whether the backup of a snapshot is the same as that; null where nobody can tell. Errors: Failure. */
-  readonly compare: ((source: Folder, snapshot: Snapshot) => Promise<boolean>) | null;
+  frozen: string | null;
+  /** Null where each transfer has to look for a part to go on from. */
+  form: (source: Folder) => Form | null;
+  /** `isFollowed`: another transfer comes next, or else `settle`. Errors: Failure. */
+  receive: (source: Folder, transfer: Transfer, isFollowed?: boolean) => Promise<Incoming>;
+  /** Does what the last transfer left to the next one, where there was none. */
+  settle?: () => Promise<void>;
+  /** Whether a snapshot's backup is the same as it; null where nobody can tell. Errors: Failure. */
+  compare: ((source: Folder, snapshot: Snapshot) => Promise<boolean>) | null;
   /** What a snapshot's transfer has become there. */
-  readonly arrived: (transfer: Transfer) => Backup;
-  /** Clears away what a failed transfer of that name left, but for what the next one can go on from. */
-  readonly discard: (name: string) => Promise<void>;
-  /** Clears away what could be gone on from, if there is any. */
-  readonly tidy: () => Promise<void>;
+  arrived: (transfer: Transfer) => Backup;
+  /** Clears away what a failed transfer of that name left, but for a part to go on from. */
+  discard: (name: string) => Promise<void>;
+  /** Clears away all parts that a transfer could go on from. */
+  tidy: () => Promise<void>;
   /** Deletes backups, in that order; `free`: waits until their space is free. */
-  readonly remove: (backups: readonly Backup[], free: boolean) => Promise<void>;
-  readonly close: () => Promise<void>;
-}
+  remove: (backups: readonly Backup[], free: boolean) => Promise<void>;
+  close: () => Promise<void>;
+}>;
 
 /** What stands in a destination folder. `announced` names may be leftovers of broken transfers. */
 export function standingIn(
@@ -4929,47 +4975,58 @@ export function standingIn(
   { strangers, destinations = [] }: ChainRecord,
   announced: readonly string[],
 ): Standing {
-  const held = folder.standing.filter(isComplete);
   const foreign = new Set(strangers);
-  const copied = new Map(destinations.map(({ pin, location }) => [pin?.uuid ?? "", location]));
-  const taken = new Map<string, string>();
-  for (const name of folder.entries)
-    if (parseName(name, folder.prefix) !== null)
-      taken.set(name, "something that is not a subvolume has that name");
-  for (const backup of folder.snapshots) {
-    // btrfs receive gives a received UUID first and makes read-only then: killed between, it leaves both unlike.
-    if (!backup.readonly && announced.includes(backup.name)) taken.set(backup.name, "leftover");
-    else if (!backup.readonly && backup.receivedUuid === null)
-      taken.set(
-        backup.name,
-        "a writable subvolume has that name, which no transfer of this program began",
-      );
-    else if (!backup.readonly) taken.set(backup.name, "the backup by that name was made writable");
-    else if (backup.receivedUuid === null)
-      taken.set(backup.name, "a snapshot that was not received has that name");
-    else taken.set(backup.name, "a backup of other data has that name");
-  }
-  const backups = folder.snapshots.filter(
-    (backup) => isComplete(backup) && !foreign.has(backup.uuid),
-  );
-  return { held, backups, copied, taken, chained: null };
+  const names = [...folder.entries].filter((name) => parseName(name, folder.prefix) !== null);
+  return {
+    held: folder.standing.filter(isComplete),
+    backups: folder.snapshots.filter((one) => isComplete(one) && !foreign.has(one.uuid)),
+    copied: new Map(destinations.map(({ pin, location }) => [pin?.uuid ?? "", location])),
+    taken: new Map<string, Obstacle>([
+      ...names.map((name) => [name, { kind: "file" }] as const),
+      ...folder.snapshots.map((one) => [one.name, obstacleOf(one, announced)] as const),
+    ]),
+    chained: null,
+  };
 }
 
-type FolderOptions = Deletion & { readonly btrfsDebug: boolean; readonly sending: Sending };
+/** What a subvolume with a snapshot's name is, where it is not that snapshot's backup. */
+function obstacleOf(backup: Backup, announced: readonly string[]): Obstacle {
+  const isReceived = backup.receivedUuid !== null;
+  if (backup.readonly) return { kind: isReceived ? "other" : "local", backup };
+  // btrfs receive gives a received UUID, and makes read-only then: killed between, it leaves both
+  // unlike.
+  if (announced.includes(backup.name)) return { kind: "leftover" };
+  return { kind: isReceived ? "edited" : "writable", backup };
+}
 
-/** Streams between hosts are compressed, others never. Errors: Failure where zstd is missing. */
+/** `again` looks anew; `owned`: the record from now on; `announced`: names that 0.3.1 began. */
+type FolderOptions = Deletion &
+  Readonly<{
+    again: () => Promise<Folder>;
+    owned: ChainRecord;
+    announced: readonly string[];
+    btrfsDebug: boolean;
+    sending: Sending;
+  }>;
+
+/** Errors: Failure where zstd is missing. */
+function needZstd({ zstd, host, hostName }: Pick<Folder, "zstd" | "host" | "hostName">): void {
+  if (!zstd) throw new Failure(`${host.label || hostName}: zstd not found: install zstd`);
+}
+
+/** The level of a stream, which is compressed only between hosts. Errors: Failure without zstd. */
 function compressionBetween(source: Folder, target: Folder, level: string): string {
   if (level === "" || sameHost(source.host, target.host)) return "";
-  for (const { zstd, host, hostName } of [source, target])
-    if (!zstd) throw new Failure(`${host.label || hostName}: zstd not found: install zstd`);
+  needZstd(source);
+  needZstd(target);
   return level;
 }
 
-/** How a stream between two folders is made: with the newest protocol that both understand, if none is asked for. */
+/** How a stream between folders is made: if none is asked for, with both sides' newest protocol. */
 function formBetween(
   source: Folder,
   target: Folder,
-  { level, rate, protocol }: Pick<Sending, "level" | "rate" | "protocol">,
+  { level, rate, protocol }: Pick<Sending, Shaping>,
 ): Form {
   const newest =
     source.protocol > 1 && (target.protocol > 1 || sameHost(source.host, target.host)) ? "2" : null;
@@ -4985,45 +5042,46 @@ function formBetween(
 const announcement = (name: string, { since }: Pick<Folder, "since">) =>
   `{"receiving":${JSON.stringify(name)},"since":${JSON.stringify(since)},`;
 
-/** The receiving end of a transfer into a folder. `chain`: what its record says, with the announcement meanwhile. */
-function receiving(
-  folder: Folder,
-  name: string,
-  level: string,
-  chain: ChainRecord | null,
-  btrfsDebug: boolean,
-  kept: Partial<Part> = {},
-  isChecked = false,
-  isFollowed = false,
-): Stage {
+/** How a folder receives a stream. */
+type Receiving = Readonly<{
+  level: string;
+  /** The folder's record, into which the announcement is written meanwhile; null for none. */
+  chain: ChainRecord | null;
+  btrfsDebug: boolean;
+  /** The file that it was kept in. */
+  part?: Part | undefined;
+  isChecked?: boolean;
+  isFollowed?: boolean;
+}>;
+
+/** The receiving end of a transfer into a folder. */
+function receiving(folder: Folder, name: string, how: Receiving): Stage {
+  const { level, chain, btrfsDebug, part, isChecked, isFollowed } = how;
   const { header, key, value } = chain === null ? NO_RECORD : recordArguments(folder, chain);
-  const announced = {
-    header,
-    key,
-    beginning: announcement(name, folder),
-    rest: value.slice(1),
-    ...(chain === null ? { sync: "later" } : isFollowed ? { sync: "next" } : {}),
-  };
-  // What was checked comes from us, and not from the file that it was kept in.
-  const flag = `${btrfsDebug ? "-vv" : "-q"}${isChecked && kept.part !== undefined ? "C" : ""}`;
+  // A checked stream comes from us, and not from the file that it was kept in.
+  const flag = `${btrfsDebug ? "-vv" : "-q"}${isChecked && part !== undefined ? "C" : ""}`;
+  const followed = isFollowed ? { sync: "next" } : {};
   const given = {
     flag,
     ...at(folder),
     level,
     holder: holderOf(folder),
     prefix: folder.prefix,
-    ...announced,
-    ...kept,
+    header,
+    key,
+    beginning: announcement(name, folder),
+    rest: value.slice(1),
+    ...(chain === null ? { sync: "later" } : followed),
+    ...part,
   };
-  return staged("btrfs receive", folder.host, RECEIVE, given, {
-    receives: true,
-    shown: btrfsDebug,
-  });
+  const more = { receives: true, shown: btrfsDebug };
+  return staged("btrfs receive", folder.host, RECEIVE, given, more);
 }
 
 /**
- * The receiving end of a stream that another host, or a store, made: it is read along here, behind what it was compressed with, before any
- * `btrfs receive` of ours gets it. `end`: that, for what is compressed by a level. Errors: Failure where zstd is missing.
+ * The receiving end of a stream that another host or a store made, uncompressed and read here,
+ * before any `btrfs receive` of ours gets it. `end`: that receive, of a stream that is compressed
+ * by a level. Errors: Failure where zstd is missing.
  */
 function checked(
   target: Folder,
@@ -5034,13 +5092,12 @@ function checked(
   const isElsewhere = target.host.ssh !== null;
   if (level !== "" && which.sync("zstd", { nothrow: true }) === null)
     throw new Failure("zstd not found: install zstd");
-  const unpack: Stage[] = level === "" ? [] : [{ label: "zstd", command: "zstd -q -d -c" }];
-  const pack: Stage[] =
-    level === "" || !isElsewhere ? [] : [{ label: "zstd", command: `zstd -q -c -T2 -${level}` }];
+  const zstd = (options: string): Stage[] =>
+    level === "" ? [] : [{ label: "zstd", command: `zstd -q ${options}` }];
   return [
-    ...unpack,
+    ...zstd("-d -c"),
     relaying({ check: { name, uuid, parent, alone: !target.fenced } }),
-    ...pack,
+    ...(isElsewhere ? zstd(`-c -T2 -${level}`) : []),
     end(isElsewhere ? level : ""),
   ];
 }
@@ -5052,7 +5109,7 @@ const expected = (source: Folder, { snapshot, parent }: Transfer): Omit<Expected
   parent: parent && dataOf(parent),
 });
 
-/** Whether what a source sends is another host's word, which must be checked where it arrives. */
+/** Whether a source's stream must be checked where it arrives, since another host made it. */
 function mustBeChecked(source: Folder, target: Folder, { trust }: Pick<Sending, "trust">): boolean {
   const isForeign = source.host.ssh !== null && !sameHost(source.host, target.host);
   if (isForeign && trust)
@@ -5060,98 +5117,91 @@ function mustBeChecked(source: Folder, target: Folder, { trust }: Pick<Sending, 
   return isForeign && !trust;
 }
 
-/** A file that a stream was kept in: its name without dot and end, and what it must be (see COMPLETE). */
-type Part = {
-  readonly part: string;
-  readonly sum: string;
-  readonly bytes: string;
-  readonly kept: string;
-};
+/** The file that a stream was kept in: name without dot and end, and its contents: see COMPLETE. */
+type Part = Readonly<{
+  part: string;
+  sum: string;
+  bytes: string;
+  kept: string;
+}>;
 
 const PART = /\.p([0-2])-(\d*)\.part$/;
 
+/** A stream that is kept as a file until it is whole. `copies`: how often its data are there. */
+type Resumable = Readonly<{
+  source: Folder;
+  transfer: Transfer;
+  object: string;
+  copies: number;
+  sending: Sending;
+}>;
+
 /**
- * A stream that is kept as a file over there until it is whole, so that a later transfer can go on from what arrived. `taken`: uses
- * the file. Errors: NoSpace if that clearly takes more than there is.
+ * Keeps a stream as a file over there until it is whole, so that a later transfer can go on from
+ * the part that arrived. `received` gets the file, and the level of its compression. Errors:
+ * NoSpace if that clearly takes more than there is.
  */
 async function resumable(
   folder: Folder,
-  source: Folder,
-  transfer: Transfer,
-  object: string,
-  copies: number,
-  sending: Sending,
-  taken: (part: Part) => Promise<void>,
+  { source, transfer, object, copies, sending }: Resumable,
+  received: (part: Part, level: string) => Promise<unknown>,
 ): Promise<Incoming> {
-  const { host, prefix, id } = folder;
-  const found = /^(\d+) ([0-9a-f]{64})  - \.\/\.(.*)$/m.exec(
-    await ask(host, KEPT, { ...at(folder), prefix, object }, `${id}: cannot look for what is kept`),
-  );
-  const [, protocol = sending.protocol ?? "0", level = sending.level] =
-    PART.exec(found?.[3] ?? "") ?? [];
-  const kept: Begun = {
-    bytes: Number(found?.[1] ?? 0),
-    sum: found?.[2] ?? "",
-    protocol: protocol === "0" ? null : protocol,
-    level,
-    rate: sending.rate,
-  };
+  const { host, prefix, id, place } = folder;
+  const { name } = transfer.snapshot;
+  const kept = await keptOf(folder, object, sending);
   const size = await streamBytes(source, transfer);
   const needed = Math.max(0, copies * size - kept.bytes);
   log.info(
-    `${id}: ${kept.bytes > 0 ? `${inBytes(kept.bytes)} of ${transfer.snapshot.name} are there already; ` : ""}the stream of some ${inBytes(size)} is kept there until it is whole, which takes ${inBytes(needed)} of ${inBytes(folder.place.free)}`,
+    `${id}: ${kept.bytes > 0 ? `${inBytes(kept.bytes)} of ${name} are there already; ` : ""}the stream of some ${inBytes(size)} is kept there until it is whole, which takes ${inBytes(needed)} of ${inBytes(place.free)}`,
   );
-  if (sending.spaceCheck && needed > folder.place.free)
+  if (sending.spaceCheck && needed > place.free)
     throw new NoSpace(
-      `${transfer.snapshot.name} takes ${inBytes(needed)} there with --resume, and only ${inBytes(folder.place.free)} are free; --skip-space-check tries all the same`,
+      `${name} takes ${inBytes(needed)} there with --resume, and only ${inBytes(place.free)} are free; --skip-space-check tries all the same`,
     );
-  const part = `${object}.p${protocol}-${level}`;
+  const part = `${object}.p${kept.protocol ?? "0"}-${kept.level}`;
+  const given = { lock: prefix, object: part, holder: holderOf(folder), size: String(kept.bytes) };
   return {
     kept,
     stages: [
       relaying({ sum: true }),
-      staged("storing", host, RAW.put, {
-        ...at(folder),
-        lock: prefix,
-        object: part,
-        holder: holderOf(folder),
-        size: String(kept.bytes),
-      }),
+      staged("storing", host, RAW.put, { ...at(folder), ...given }),
     ],
     async finish({ sum, bytes }) {
-      await taken({ part, sum, bytes: String(kept.bytes + bytes), kept: String(kept.bytes) });
-      return kept.bytes + bytes;
+      const all = kept.bytes + bytes;
+      await received({ part, sum, bytes: String(all), kept: String(kept.bytes) }, kept.level);
+      return all;
     },
   };
+}
+
+/** The part of a stream that is kept in a folder; if none is, of 0 bytes and as `sending` says. */
+async function keptOf(folder: Folder, object: string, sending: Sending): Promise<Begun> {
+  const { prefix } = folder;
+  const found = await askAt(folder, KEPT, { prefix, object }, "cannot look for what is kept");
+  const [, bytes = 0, sum = "", name = ""] =
+    /^(\d+) ([0-9a-f]{64})  - \.\/\.(.*)$/m.exec(found) ?? [];
+  const [, protocol = sending.protocol, level = sending.level] = PART.exec(name) ?? [];
+  const form = { level, rate: sending.rate, protocol: protocol === "0" ? null : protocol };
+  return { ...form, bytes: Number(bytes), sum };
 }
 
 /** Whether a transfer can break and be gone on with: it goes over ssh. */
 const canResume = (source: Folder, { host }: Folder, { resume }: Sending) =>
   resume && (source.host.ssh !== null || host.ssh !== null);
 
-/** Removes what was kept to go on from, if a listing or this run knows of any. */
-const tidying = (folder: Folder, used: () => boolean) => async () => {
-  if (used() || [...folder.entries].some((name) => PART.test(name)))
-    await ask(
-      folder.host,
-      TIDY,
-      { ...at(folder), prefix: folder.prefix },
-      `${folder.id}: cannot remove what is kept of a broken transfer`,
-    );
-};
+/** Removes the kept parts of broken transfers, if a listing or this run knows of any. */
+async function tidyUp(folder: Folder, hasParts: boolean): Promise<void> {
+  const { prefix, entries } = folder;
+  if (hasParts || [...entries].some((name) => PART.test(name)))
+    await askAt(folder, TIDY, { prefix }, "cannot remove what is kept of a broken transfer");
+}
 
 /** The SHA-256 of all that a stream would carry of a snapshot. Errors: Failure. */
 async function digestIn(folder: Folder, { name }: Entry): Promise<string> {
-  const told = await ask(
-    folder.host,
-    DIGEST,
-    { ...at(folder), snapshot: name },
-    `${folder.id}: cannot read ${name}`,
-  );
-  return (
-    /^[0-9a-f]{64}(?= )/.exec(told)?.[0] ??
-    fail(`${folder.id}: cannot read ${name}: no SHA-256 was printed`)
-  );
+  const problem = `cannot read ${name}`;
+  const sum = await askAt(folder, DIGEST, { snapshot: name }, problem);
+  const [digest] = /^[0-9a-f]{64}(?= )/.exec(sum) ?? [];
+  return digest ?? fail(`${folder.id}: ${problem}: no SHA-256 was printed`);
 }
 
 /** Errors: Failure. */
@@ -5160,153 +5210,146 @@ function fail(message: string): never {
 }
 
 /** Waits for all, also where one fails. Errors: the first one's. */
-async function allOf<T>(all: readonly Promise<T>[]): Promise<T[]> {
-  const ended = await Promise.allSettled(all);
-  return ended.map((one) => {
-    if (one.status === "rejected") throw one.reason;
-    return one.value;
-  });
-}
+const allOf = async <T>(all: readonly Promise<T>[]): Promise<T[]> =>
+  (await Promise.allSettled(all)).map((one) => resultOf(one));
 
-/** A btrfs folder as a destination: `again` looks at it anew; `owned` is its record from now on, `announced` what 0.3.1 began. */
-function folderDestination(
-  folder: Folder,
-  again: () => Promise<Folder>,
-  owned: ChainRecord,
-  announced: readonly string[],
-  options: FolderOptions,
-): Destination {
-  const { host, prefix, id } = folder;
-  const { sending } = options;
+/** What transfers of this run have changed in a destination folder. */
+type FolderState = {
+  /** Its record, without the announcement of what is being received. */
+  chain: ChainRecord;
+  /** The UUIDs that data there go by. */
+  readonly here: Set<string | null>;
+  /** A stream was kept there. */
+  hasParts: boolean;
+  /** The record on the disk has an announcement that the next transfer, or `settle`, takes out. */
+  isAnnounced: boolean;
+};
+
+/** A btrfs folder as a destination. */
+function folderDestination(folder: Folder, options: FolderOptions): Destination {
+  const { host, prefix, id, place, standing } = folder;
+  const { owned, announced, sending } = options;
   const { receiving: left, since: _, ...chain } = owned;
-  let settled: ChainRecord = chain;
   const doubted = doubtedIn(folder);
-  const here = new Set(folder.standing.map(({ receivedUuid }) => receivedUuid));
-  let parts = false;
-  let isAnnounced = false;
+  const here = new Set(standing.map(({ receivedUuid }) => receivedUuid));
+  const state: FolderState = { chain, here, hasParts: false, isAnnounced: false };
   return {
     id,
     stream: null,
-    filesystem: folder.place.filesystem,
-    free: folder.place.free,
-    standing: standingIn(folder, settled, left === undefined ? announced : [...announced, left]),
+    filesystem: place.filesystem,
+    free: place.free,
+    standing: standingIn(folder, chain, left === undefined ? announced : [...announced, left]),
     frozen:
       folder.record.unreadable === null
         ? null
         : `its .btrfs-backup.json cannot be read (${folder.record.unreadable}); move it aside and run once with --adopt`,
     form: (source) =>
       canResume(source, folder, sending) ? null : formBetween(source, folder, sending),
-    async receive(source, transfer, isFollowed = false) {
+    receive(source, transfer, isFollowed = false) {
       // A guarded key has to take its announcement back.
-      isAnnounced = isFollowed && host.ssh === null;
-      const form = formBetween(source, folder, sending);
-      const isChecked = mustBeChecked(source, folder, sending);
-      const data = dataOf(transfer.snapshot);
-      const others = (settled.belated ?? []).filter((uuid) => uuid !== data && here.has(uuid));
-      if (transfer.belated || settled.belated !== undefined)
-        settled = { ...settled, belated: [...others, ...(transfer.belated ? [data] : [])] };
-      const stages = (given: string, part?: Part) => {
-        const end = (level: string) =>
-          receiving(
-            folder,
-            transfer.snapshot.name,
-            level,
-            settled,
-            options.btrfsDebug,
-            part,
-            isChecked,
-            isAnnounced,
-          );
-        return isChecked ? checked(folder, given, expected(source, transfer), end) : [end(given)];
-      };
-      if (!canResume(source, folder, sending)) return { stages: stages(form.level) };
-      parts = true;
-      const object = streamName(transfer, ownerOf(settled.owner as Identity), {
-        level: "",
-        recipients: [],
-      });
-      return resumable(
-        folder,
-        source,
-        transfer,
-        object,
-        2,
-        { ...sending, ...form },
-        async (part) => {
-          const kept = staged(
-            "reading",
-            host,
-            RAW.get,
-            { ...at(folder), how: "", holder: holderOf(folder), objects: [`.${part.part}.part`] },
-            { sends: true },
-          );
-          await pipeline([
-            ...(isChecked ? [kept] : []),
-            ...stages(PART.exec(`${part.part}.part`)?.[2] ?? form.level, part),
-          ]);
-        },
-      );
+      state.isAnnounced = isFollowed && host.ssh === null;
+      return receiveInto(folder, state, options, { source, transfer });
     },
     async compare(source, snapshot) {
-      const backup = dataFinder(folder.standing.filter(isComplete))(snapshot);
+      const backup = dataFinder(standing.filter(isComplete))(snapshot);
       if (backup === undefined) throw new Failure(`${id} has no backup of ${snapshot.name}`);
       const [ours, theirs] = await allOf([digestIn(source, snapshot), digestIn(folder, backup)]);
       return ours === theirs;
     },
     arrived(transfer) {
       here.add(dataOf(transfer.snapshot));
-      return { ...arrived(transfer), id: ARRIVED };
+      return { ...backupOf(transfer), id: ARRIVED };
     },
     async settle() {
-      if (isAnnounced) await writeRecord(folder, settled, true);
-      isAnnounced = false;
+      if (state.isAnnounced) await writeRecord(folder, state.chain, true);
+      state.isAnnounced = false;
     },
-    tidy: tidying(folder, () => parts),
+    tidy: () => tidyUp(folder, state.hasParts),
     async discard(name) {
-      await ask(
-        host,
-        DISCARD,
-        {
-          ...at(folder),
-          prefix,
-          name,
-          ...recordArguments(folder, settled),
-          how: doubted.has(name) ? "whole" : "",
-        },
-        `${id}: cannot remove what the broken transfer of ${name} left`,
-      );
+      const how = doubted.has(name) ? "whole" : "";
+      const asked = { prefix, name, ...recordArguments(folder, state.chain), how };
+      const problem = `cannot remove what the broken transfer of ${name} left`;
+      await askAt(folder, DISCARD, asked, problem);
     },
     async remove(backups, free) {
-      const news = backups.some(({ id }) => id === ARRIVED)
-        ? byUuidOfData((await again()).standing)
-        : new Map<string, Entry>();
-      const going = backups.map((backup) =>
-        backup.id === ARRIVED ? (news.get(dataOf(backup)) ?? backup) : backup,
-      );
+      const going = await withIds(backups, options.again);
       await deleteFrom(folder, going, { ...options, sync: options.sync || free });
     },
     close: folder.close,
   };
 }
 
-/** The ID of a backup that has arrived in this run: it is looked up where it is needed. */
+/** How a folder gets a transfer: by `btrfs receive` at once, or by way of a file that is kept. */
+async function receiveInto(
+  folder: Folder,
+  state: FolderState,
+  { sending, btrfsDebug }: FolderOptions,
+  { source, transfer }: Pick<Resumable, "source" | "transfer">,
+): Promise<Incoming> {
+  const form = formBetween(source, folder, sending);
+  const isChecked = mustBeChecked(source, folder, sending);
+  state.chain = withBelated(state, transfer);
+  const stages = (given: string, part?: Part) => {
+    const end = (level: string) => {
+      const { chain, isAnnounced: isFollowed } = state;
+      const how = { level, chain, btrfsDebug, part, isChecked, isFollowed };
+      return receiving(folder, transfer.snapshot.name, how);
+    };
+    return isChecked ? checked(folder, given, expected(source, transfer), end) : [end(given)];
+  };
+  if (!canResume(source, folder, sending)) return { stages: stages(form.level) };
+  state.hasParts = true;
+  const owner = ownerOf(state.chain.owner as Identity);
+  const object = streamName(transfer, owner, { level: "", recipients: [] });
+  const kept = { source, transfer, object, copies: 2, sending: { ...sending, ...form } };
+  return resumable(folder, kept, (part, level) => {
+    const objects = [`.${part.part}.part`];
+    const given = { ...at(folder), how: "", holder: holderOf(folder), objects };
+    const reading = () => staged("reading", folder.host, RAW.get, given, { sends: true });
+    return pipeline([...(isChecked ? [reading()] : []), ...stages(level, part)]);
+  });
+}
+
+/** A folder's record, which names the belated backups there, once a transfer has arrived. */
+function withBelated({ chain, here }: FolderState, { snapshot, belated }: Transfer): ChainRecord {
+  if (!belated && chain.belated === undefined) return chain;
+  const data = dataOf(snapshot);
+  const others = (chain.belated ?? []).filter((uuid) => uuid !== data && here.has(uuid));
+  return { ...chain, belated: [...others, ...(belated ? [data] : [])] };
+}
+
+/** The ID of a backup that has arrived in this run: see withIds. */
 const ARRIVED = -1;
 
-const byUuidOfData = (entries: readonly Entry[]) =>
-  new Map(entries.filter(isComplete).map((entry) => [dataOf(entry), entry]));
+/** Backups with their IDs; `again` looks for those of what has arrived in this run. */
+async function withIds(
+  backups: readonly Backup[],
+  again: () => Promise<Folder>,
+): Promise<readonly Entry[]> {
+  if (!backups.some(({ id }) => id === ARRIVED)) return backups;
+  const standing = (await again()).standing.filter(isComplete);
+  const found = new Map(standing.map((entry) => [dataOf(entry), entry]));
+  return backups.map((one) => (one.id === ARRIVED ? (found.get(dataOf(one)) ?? one) : one));
+}
 
 /** A snapshot as the backup that its transfer makes. */
-const arrived = ({ snapshot, belated }: Pick<Transfer, "snapshot" | "belated">): Backup => ({
+const backupOf = ({ snapshot, belated }: Pick<Transfer, "snapshot" | "belated">): Backup => ({
   ...snapshot,
   receivedUuid: dataOf(snapshot),
   ...(belated ? { belated } : {}),
 });
 
-/** gpg(1) as we use it: neither a configuration file nor a signature makes it ask the network for a key, or add a reader. */
+/**
+ * gpg(1) as we use it: neither a configuration file nor a signature makes it ask the network for a
+ * key, or add a reader.
+ */
 const GPG =
   "gpg --batch --no-tty --quiet --no-auto-key-locate --no-auto-key-retrieve --disable-dirmngr";
 
-/** Encrypts for gpg's recipients, if there are any; compressed before, or not worth it. */
+/**
+ * Encrypts for gpg's recipients, if there are any. gpg compresses nothing: that was done before, or
+ * is not worth it.
+ */
 const encrypting = ({ recipients }: Filters): Stage[] =>
   recipients.length === 0
     ? []
@@ -5317,10 +5360,10 @@ const encrypting = ({ recipients }: Filters): Stage[] =>
         },
       ];
 
-const keys = new Map<string, string>();
-/** The fingerprint of the one key in the keyring that a recipient means. Errors: Failure for none, or several. */
+const knownKeys = new Map<string, string>();
+/** The fingerprint of the one key that a recipient means. Errors: Failure for none, or several. */
 function keyOf(recipient: string): string {
-  const known = keys.get(recipient);
+  const known = knownKeys.get(recipient);
   if (known !== undefined) return known;
   const { stdout } = spawnSync(
     "sh",
@@ -5337,18 +5380,19 @@ function keyOf(recipient: string): string {
     throw new Failure(
       `--encrypt-to ${recipient}: several keys have that name, say which by its fingerprint: ${[first, ...others].join(", ")}`,
     );
-  keys.set(recipient, first);
+  knownKeys.set(recipient, first);
   return first;
 }
 
 /**
- * The fingerprints of keys that can encrypt and are neither expired nor revoked nor disabled, in what `gpg --with-colons --list-keys`
- * printed (doc/DETAILS of GnuPG: the validity is the second field, the capabilities of the whole key are capitals in the twelfth).
+ * The fingerprints of keys that can encrypt and are neither expired nor revoked nor disabled, in
+ * the output of `gpg --with-colons --list-keys` (doc/DETAILS of GnuPG: the validity is the second
+ * field, the capabilities of the whole key are capitals in the twelfth).
  */
-export function usableKeys(printed: string): string[] {
+export function usableKeys(listed: string): string[] {
   const found: string[] = [];
   let usable = false;
-  for (const line of printed.split("\n")) {
+  for (const line of listed.split("\n")) {
     const fields = line.split(":");
     const [type, validity = ""] = fields;
     const capabilities = fields[11] ?? "";
@@ -5365,19 +5409,18 @@ export function usableKeys(printed: string): string[] {
   return found;
 }
 
-/** Errors: Failure if a stream of that source is to be compressed, and cannot be. */
+/** Errors: Failure if a stream of that source is to be compressed or encrypted, and cannot be. */
 function checkFilters(
-  { zstd, host, hostName }: Pick<Folder, "zstd" | "host" | "hostName">,
+  source: Pick<Folder, "zstd" | "host" | "hostName">,
   { level, recipients }: Filters,
 ): void {
-  if (level !== "" && !zstd)
-    throw new Failure(`${host.label || hostName}: zstd not found: install zstd`);
+  if (level !== "") needZstd(source);
   if (recipients.length > 0 && which.sync("gpg", { nothrow: true }) === null)
     throw new Failure("gpg not found: install gnupg");
   for (const recipient of recipients) keyOf(recipient);
 }
 
-/** What is stored is meant to be understood for long: without being asked, by the protocol that btrfs send takes by itself. */
+/** How a stored stream is made: to be read for long, so by default in btrfs send's own protocol. */
 const storedForm = ({ level, rate, protocol }: Sending): Form => ({ level, rate, protocol });
 
 /** What stands in a store, for a source that owns the streams of some lineages. */
@@ -5387,131 +5430,146 @@ function standingInStore(
   lineages: ReadonlySet<string>,
 ): Standing {
   const held = streams.filter(isComplete);
-  const backups = snapshotsAmong(
-    held.filter(({ owner }) => lineages.has(owner.lineage)),
-    prefix,
-    null,
-  );
-  const taken = new Map(
-    [...debris.keys()]
-      .filter((name) => parseName(name, prefix) !== null)
-      .map((name) => [name, "leftover"]),
-  );
+  const isOurs = ({ owner }: Stream) => lineages.has(owner.lineage);
+  const names = [...debris.keys()].filter((name) => parseName(name, prefix) !== null);
   return {
     held,
-    backups,
+    backups: snapshotsAmong(held.filter(isOurs), prefix, null),
     copied: new Map(),
-    taken,
-    chained: held.filter(({ owner }) => !lineages.has(owner.lineage)),
+    taken: new Map(names.map((name) => [name, { kind: "leftover" }])),
+    chained: held.filter((one) => !isOurs(one)),
   };
 }
 
-/**
- * Stored streams as a destination. `again` lists them anew; `owner`: what names say of the source; `lock`: a
- * file that whatever writes to a remote holds locked, since the remote cannot be.
- */
+/** A place where streams are stored. */
+type StoreTarget = Folder &
+  Readonly<{
+    store: Store;
+    /** Its source, as names of streams say it. */
+    owner: Owner;
+    /** What its verbs lock: a chain's prefix; for a remote, which nothing can lock, a file. */
+    lock: string;
+    sending: Sending;
+  }>;
+
+/** `again` lists the store anew; `lock`: the file for a remote. */
+type StoreOptions = Pick<StoreTarget, "store" | "owner" | "lock" | "sending"> &
+  Readonly<{ again: () => Promise<Folder>; standing: Standing }>;
+
+/** Stored streams as a destination. */
 function storeDestination(
   folder: Folder,
-  store: Store,
-  again: () => Promise<Folder>,
-  standing: Standing,
-  owner: Owner,
-  lock: string,
-  sending: Sending,
+  { again, standing, ...options }: StoreOptions,
 ): Destination {
-  const { id, host } = folder;
-  const { verbs } = store;
-  const place = { ...at(folder), lock: verbs === RCLONE ? lock : folder.prefix };
-  const unsummed = store.unsummed.filter(({ name }) => parseName(name, folder.prefix) !== null);
-  const drop = async (objects: readonly string[]) => {
-    // A stream without its checksum object would count as lost, and a checksum object without its stream is only debris.
-    const isSum = (object: string) => object.endsWith(SUM);
-    for (const some of [objects.filter((one) => !isSum(one)), objects.filter(isSum)].flatMap(
-      (all) => chunks(all),
-    ))
-      await ask(
-        host,
-        verbs.delete,
-        { ...place, objects: some },
-        `${id}: cannot delete ${count(some.length, "object")}`,
-      );
-  };
-  let parts = false;
-  const objects = new Map<string, string>();
+  const { store, owner, sending } = options;
+  const isRemote = store.verbs === RCLONE;
+  const target = { ...folder, ...options, lock: isRemote ? options.lock : folder.prefix };
   const inSource = dataFinder(standing.held);
+  const objects = new Map<string, string>();
   const nameOf = (transfer: Transfer) => streamName(transfer, owner, sending);
-  const parentObject = (parent: Snapshot) =>
-    objects.get(parent.uuid) ?? inSource(parent)?.uuid ?? null;
+  const resumes = (source: Folder) => !isRemote && canResume(source, folder, sending);
+  let hasParts = false;
   return {
-    id,
+    id: folder.id,
     stream: null,
     filesystem: null,
     free: folder.place.free,
     standing,
-    frozen:
-      unsummed.length === 0
-        ? null
-        : `${count(unsummed.length, "stream")} there ${unsummed.length === 1 ? "has" : "have"} no checksum object, first ${unsummed[0]?.uuid}: if these were lost, make them again (see the README), else delete the streams`,
-    form: (source) =>
-      verbs === RAW && canResume(source, folder, sending) ? null : storedForm(sending),
+    frozen: lostSums(store, folder.prefix),
+    form: (source) => (resumes(source) ? null : storedForm(sending)),
     async receive(source, transfer) {
       checkFilters(source, sending);
       const object = nameOf(transfer);
-      if (verbs === RAW && canResume(source, folder, sending)) {
-        parts = true;
-        return resumable(folder, source, transfer, object, 1, sending, async (part) => {
-          await ask(
-            host,
-            RAW.commit,
-            { ...place, object, ...part },
-            `${id}: cannot complete ${object}`,
-          );
-        });
-      }
-      const part = verbs === RCLONE ? await partFor(source, transfer, store, sending) : "";
-      const put = staged(verbs === RCLONE ? "rclone" : "storing", host, verbs.put, {
-        ...place,
-        object,
-        holder: holderOf(folder),
-        size: part,
-      });
-      return {
-        stages: [...encrypting(sending), relaying({ sum: true }), put],
-        async finish({ sum, bytes }) {
-          await ask(
-            host,
-            verbs.commit,
-            { ...place, object, sum, bytes: String(bytes) },
-            `${id}: cannot complete ${object}`,
-          );
-          return bytes;
-        },
-      };
+      if (!resumes(source)) return upload(target, source, transfer, object);
+      hasParts = true;
+      const kept = { source, transfer, object, copies: 1, sending };
+      return resumable(folder, kept, (part) => commitStream(target, object, part));
     },
     compare: null,
     arrived(transfer) {
+      const { snapshot, parent } = transfer;
       const object = nameOf(transfer);
-      objects.set(transfer.snapshot.uuid, object);
-      return {
-        ...arrived(transfer),
-        uuid: object,
-        parentUuid: transfer.parent && parentObject(transfer.parent),
-      };
+      objects.set(snapshot.uuid, object);
+      const parentUuid = parent && (objects.get(parent.uuid) ?? inSource(parent)?.uuid ?? null);
+      return { ...backupOf(transfer), uuid: object, parentUuid };
     },
     async discard(name) {
       const debris = (await again()).store?.debris.get(name) ?? [];
-      await drop(debris.filter((object) => !sending.resume || !PART.test(object)));
+      await dropObjects(
+        target,
+        debris.filter((object) => !sending.resume || !PART.test(object)),
+      );
     },
-    tidy: tidying(folder, () => parts),
-    remove: (backups) => drop(backups.flatMap(({ uuid }) => [uuid, uuid + SUM])),
+    tidy: () => tidyUp(folder, hasParts),
+    remove: (backups) =>
+      dropObjects(
+        target,
+        backups.flatMap(({ uuid }) => [uuid, uuid + SUM]),
+      ),
     close: folder.close,
   };
+}
+
+/** How a store gets a stream that is not kept in part. */
+async function upload(
+  target: StoreTarget,
+  source: Folder,
+  transfer: Transfer,
+  object: string,
+): Promise<Incoming> {
+  const { store, lock, sending, host } = target;
+  const isRemote = store.verbs === RCLONE;
+  const size = isRemote ? await partFor(source, transfer, store, sending) : "";
+  const given = { ...at(target), lock, object, holder: holderOf(target), size };
+  const put = staged(isRemote ? "rclone" : "storing", host, store.verbs.put, given);
+  return {
+    stages: [...encrypting(sending), relaying({ sum: true }), put],
+    async finish({ sum, bytes }) {
+      await commitStream(target, object, { sum, bytes: String(bytes) });
+      return bytes;
+    },
+  };
+}
+
+/** Makes a stream that has arrived complete. */
+async function commitStream(
+  target: StoreTarget,
+  object: string,
+  stored: Pick<Part, "sum" | "bytes"> & Partial<Part>,
+): Promise<void> {
+  const { store, lock } = target;
+  const given = { lock, object, ...stored };
+  await askAt(target, store.verbs.commit, given, `cannot complete ${object}`);
+}
+
+/** Why nothing may be deleted from a store: checksum objects seem to be lost; null otherwise. */
+function lostSums(store: Store, prefix: string): string | null {
+  const [first, ...more] = store.unsummed.filter(({ name }) => parseName(name, prefix) !== null);
+  if (first === undefined) return null;
+  return `${count(more.length + 1, "stream")} there ${more.length === 0 ? "has" : "have"} no checksum object, first ${first.uuid}: if these were lost, make them again (see the README), else delete the streams`;
+}
+
+/**
+ * Deletes objects of a store, streams first: a checksum object alone is only debris, a stream alone
+ * counts as lost.
+ */
+async function dropObjects(target: StoreTarget, going: readonly string[]): Promise<void> {
+  const { store, lock } = target;
+  const isSum = (object: string) => object.endsWith(SUM);
+  const ordered = [going.filter((one) => !isSum(one)), going.filter(isSum)];
+  for (const objects of ordered.flatMap((all) => chunks(all))) {
+    const problem = `cannot delete ${count(objects.length, "object")}`;
+    await askAt(target, store.verbs.delete, { lock, objects }, problem);
+  }
 }
 
 const MIB = 2 ** 20;
 const S3_OBJECT = 5 * 2 ** 40; // bytes; in at most 10,000 parts: the limits of S3
 
-/** In how large parts S3 gets a stream of about that many bytes. Errors: Failure if no object of S3 can be that large. */
+/**
+ * How large the parts are in which S3 gets a stream of about that many bytes. Errors: Failure if no
+ * object of S3 can be that large.
+ */
 export function partSize(bytes: number): number {
   if (bytes > S3_OBJECT)
     throw new Failure(
@@ -5527,30 +5585,27 @@ export const inBytes = (bytes: number) => {
   return `${unit === 0 ? bytes : (bytes / 2 ** (10 * unit)).toFixed(1)}${"BKMGTP"[unit]}`;
 };
 
-/** How many bytes a stream has that consists of what `estimate` printed; a command without data has some hundred. Errors: Failure for any other shape. */
-export function estimatedBytes(printed: string): number {
-  const lines = printed
+/**
+ * How many bytes a stream has of which `estimate` printed this; a command without data counts 200.
+ * Errors: Failure for any other shape.
+ */
+export function estimatedBytes(text: string): number {
+  const lines = text
     .split("\n")
     .filter(Boolean)
     .map((line) => /^ *(\d+) (?: len=(\d+)|([a-z_]+))$/.exec(line));
-  if (
-    lines.includes(null) ||
-    !lines.some((line) => ["subvol", "snapshot"].includes(line?.[3] ?? ""))
-  )
-    throw new Failure(`"btrfs receive --dump" printed something unknown: ${printed.slice(0, 200)}`);
+  const isFirst = (line: RegExpExecArray | null) => /^(subvol|snapshot)$/.test(line?.[3] ?? "");
+  if (lines.includes(null) || !lines.some(isFirst))
+    throw new Failure(`"btrfs receive --dump" printed something unknown: ${text.slice(0, 200)}`);
   return lines.reduce((sum, line) => sum + Number(line?.[1]) * Number(line?.[2] ?? 200), 0);
 }
 
 /** How many bytes a stream will have, but for some hundred a command. */
-const streamBytes = async (source: Folder, { snapshot, parent }: Transfer) =>
-  estimatedBytes(
-    await ask(
-      source.host,
-      ESTIMATE,
-      { ...at(source), snapshot: snapshot.name, parent: parent?.name ?? "" },
-      `${source.id}: cannot estimate the stream of ${snapshot.name}`,
-    ),
-  );
+async function streamBytes(source: Folder, { snapshot, parent }: Transfer): Promise<number> {
+  const asked = { snapshot: snapshot.name, parent: parent?.name ?? "" };
+  const problem = `cannot estimate the stream of ${snapshot.name}`;
+  return estimatedBytes(await askAt(source, ESTIMATE, asked, problem));
+}
 
 /** The part size for a transfer to a remote, as rclone reads it. */
 async function partFor(
@@ -5561,11 +5616,11 @@ async function partFor(
 ): Promise<string> {
   const bytes = await streamBytes(source, transfer);
   log.debug(`the stream of ${transfer.snapshot.name} will have some ${inBytes(bytes)}`);
-  // What is compressed can be much smaller, and other remotes are not bound by the limits of S3.
+  // A compressed stream can be much smaller, and other remotes are not bound by the limits of S3.
   return `${partSize(type === "s3" && level === "" ? bytes : Math.min(bytes, S3_OBJECT)) / MIB}M`;
 }
 
-/** The shell that runs the user's commands, if it can with pipefail: without, half a pipeline can fail unseen. */
+/** The shell for the user's commands, with pipefail if it can: else, a part can fail unseen. */
 async function commandShell(report: Report): Promise<string> {
   if (which.sync("bash", { nothrow: true }) !== null) return "bash -o pipefail";
   if ((await shell`${"sh -o pipefail -c :"}`).exitCode === 0) return "sh -o pipefail";
@@ -5576,19 +5631,26 @@ async function commandShell(report: Report): Promise<string> {
 }
 
 /**
- * A command as a destination: a store that can only take. `run` is the shell for it, and `lock` the
- * file that it holds locked, so that a killed run's command and the next one never store side by side.
+ * `interpreter`: see commandShell; `lock`: the file that a command locks, so that a killed run's
+ * and the next one never store side by side.
  */
+type ShellOptions = Readonly<{
+  last: Memory | null;
+  interpreter: string;
+  lock: string;
+  prefix: string;
+  source: string;
+  sending: Sending;
+}>;
+
+/** A command as a destination: a store that can only take. */
 function shellDestination(
-  location: Location & { kind: "shell" },
-  last: Memory | null,
-  run: string,
-  lock: string,
-  chain: { prefix: string; source: string },
-  sending: Sending,
+  { id, command }: Location & { kind: "shell" },
+  { last, interpreter, lock, prefix, source: sourceId, sending }: ShellOptions,
 ): Destination {
+  const file = quote(lock);
   return {
-    id: location.id,
+    id,
     stream: { last },
     filesystem: null,
     free: Infinity,
@@ -5597,28 +5659,23 @@ function shellDestination(
     form: () => storedForm(sending),
     async receive(source, { snapshot, parent }) {
       checkFilters(source, sending);
+      const locked = `{ [ -f ${file} ] || ( umask 077; exec dd if=/dev/null of=${file} conv=excl oflag=nofollow status=none 2>/dev/null ) || :; [ -f ${file} ] || exit 75; flock -n -o -E 75 ${file} ${interpreter} -c ${quote(command)}; }`;
       return {
-        stages: [
-          ...encrypting(sending),
-          {
-            label: location.id,
-            command: `{ [ -f ${quote(lock)} ] || ( umask 077; exec dd if=/dev/null of=${quote(lock)} conv=excl oflag=nofollow status=none 2>/dev/null ) || :; [ -f ${quote(lock)} ] || exit 75; flock -n -o -E 75 ${quote(lock)} ${run} -c ${quote(location.command)}; }`,
-          },
-        ],
+        stages: [...encrypting(sending), { label: id, command: locked }],
         environment: {
           BTRFS_BACKUP_NAME: snapshot.name,
           BTRFS_BACKUP_KIND: parent === null ? "full" : "incremental",
           BTRFS_BACKUP_PARENT: parent?.name ?? "",
           BTRFS_BACKUP_UUID: snapshot.uuid,
           BTRFS_BACKUP_PARENT_UUID: parent?.uuid ?? "",
-          BTRFS_BACKUP_PREFIX: chain.prefix,
-          BTRFS_BACKUP_SOURCE: chain.source,
+          BTRFS_BACKUP_PREFIX: prefix,
+          BTRFS_BACKUP_SOURCE: sourceId,
           BTRFS_BACKUP_SUFFIX: suffixOf(sending),
         },
       };
     },
     compare: null,
-    arrived,
+    arrived: backupOf,
     discard: async () => {},
     tidy: async () => {},
     remove: async () => {},
@@ -5632,9 +5689,19 @@ function shellDestination(
 /** A snapshot with the reasons to keep it; without any, it goes. */
 export type Decision<T extends Dated> = { readonly entry: T; readonly reasons: readonly string[] };
 
+const keptBy = <T extends Dated>(decisions: readonly Decision<T>[]) =>
+  decisions.filter(({ reasons }) => reasons.length > 0).map(({ entry }) => entry);
+
+/** What retention goes by. `now`: wall-clock ms; `adopted`: names the clock rightly leapt to. */
+type Retention = Readonly<{
+  policy: Policy | null;
+  now: number;
+  adopted?: readonly string[] | undefined;
+}>;
+
 /**
  * Why a policy keeps each of `entries` (oldest first). Calendar words keep the first of a period,
- * so that what is kept stays the same for its whole life. `now` is wall-clock ms: windows like
+ * so that an entry that is kept stays so for its whole life. `now` is wall-clock ms: windows like
  * `14d+` end at the newest entry, or now if that is dated in the future.
  */
 export function retain<T extends Dated>(
@@ -5644,39 +5711,37 @@ export function retain<T extends Dated>(
 ): Decision<T>[] {
   const reasons = entries.map(() => [] as string[]);
   const newest = entries.at(-1);
+  const words = (most: number, unit: Unit) => `${most === Infinity ? "*" : most}${unit}`;
   reasons.at(-1)?.push("newest");
-  if (policy === null) reasons.forEach((r) => r.push("everything is kept"));
+  if (policy === null) for (const why of reasons) why.push("everything is kept");
   else if (newest !== undefined) {
-    const newestOnes = `one of the newest ${policy.newest}`;
-    if (policy.newest > 0) for (const r of reasons.slice(-policy.newest)) r.push(newestOnes);
-    for (const { unit, count } of policy.firstOf) {
+    const last = policy.newest > 0 ? reasons.slice(-policy.newest) : [];
+    for (const why of last) why.push(`one of the newest ${policy.newest}`);
+    for (const { unit, count: most } of policy.firstOf) {
       const firsts = new Map<number, number>();
       entries.forEach(
         ({ time }, i) => firsts.has(period(time, unit)) || firsts.set(period(time, unit), i),
       );
-      const kept = [...firsts.values()];
-      for (const i of count === Infinity ? kept : kept.slice(-count))
-        reasons[i]?.push(
-          `first of its ${UNITS[unit].noun} (${count === Infinity ? "*" : count}${unit})`,
-        );
+      for (const i of [...firsts.values()].slice(-most))
+        reasons[i]?.push(`first of its ${UNITS[unit].noun} (${words(most, unit)})`);
     }
-    for (const { unit, count } of policy.within) {
-      const from = before(Math.min(now, newest.time), count, unit);
+    for (const { unit, count: most } of policy.within) {
+      const from = before(Math.min(now, newest.time), most, unit);
       entries.forEach(
-        ({ time }, i) =>
-          time >= from && reasons[i]?.push(`within ${count === Infinity ? "*" : count}${unit}`),
+        ({ time }, i) => time >= from && reasons[i]?.push(`within ${words(most, unit)}`),
       );
     }
   }
   return entries.map((entry, i) => ({ entry, reasons: reasons[i] ?? [] }));
 }
 
-/** How far a clock may go by itself: forward with nothing taken meanwhile, back by the widest change of zone. */
+/** How far a clock may go: forward with nothing taken meanwhile, back by the widest zone change. */
 const LEAP = { forward: 30 * DURATION.d, times: 10, back: 26 * DURATION.h };
 
 /**
- * Where the clock leapt, as the names of what was taken tell, which are in the order in which that was done: forward if it is more than 30
- * days, and more than ten times the longest time between others until then, after the newest of these; back if it is more than 26 hours.
+ * Where the clock leapt, by the times of entries in the order in which they were taken. It leapt
+ * forward to a time more than 30 days, and more than ten times the longest time between others
+ * until then, after the newest before; back, to one more than 26 hours before the last.
  */
 export function leapsAmong(entries: readonly Dated[]): number[] {
   const leaps: number[] = [];
@@ -5684,68 +5749,60 @@ export function leapsAmong(entries: readonly Dated[]): number[] {
   for (let i = 1; i < entries.length; i++) {
     const { time } = entries[i] as Dated;
     const ahead = time - newest;
-    if (
-      (ahead > LEAP.forward && ahead > LEAP.times * longest) ||
-      time < (entries[i - 1] as Dated).time - LEAP.back
-    )
-      leaps.push(i);
+    const isForward = ahead > LEAP.forward && ahead > LEAP.times * longest;
+    if (isForward || time < (entries[i - 1] as Dated).time - LEAP.back) leaps.push(i);
     longest = Math.max(longest, ahead);
     newest = Math.max(newest, time);
   }
   return leaps;
 }
 
-/** How many different days it takes to believe a clock again, and how many entries from before it leapt stay then at first. */
+/**
+ * How many different days it takes to believe a clock again, and how many entries from before it
+ * leapt stay then at first.
+ */
 const BELIEVED = { days: 3, stay: 3 };
 const LEAPT = "the clock leapt: ";
 
 /**
- * Keeps what only a wrong clock would let go: by hours to years, nothing goes until there are entries of three days since it leapt, and
- * in that deletion the three newest from before stay. `adopted`: names that it leapt to, and that somebody vouches for.
+ * Retention that keeps whatever only a wrong clock would let go by hours to years. Nothing goes
+ * until there are entries of three days since the clock leapt, and in the deletion then, the three
+ * newest from before stay.
  */
-function despiteLeaps<T extends Dated>(
-  decisions: readonly Decision<T>[],
-  policy: Policy | null,
-  adopted: readonly string[],
+function retained<T extends Dated>(
+  entries: readonly T[],
+  { policy, now, adopted = [] }: Retention,
 ): Decision<T>[] {
-  const all = decisions.map(({ entry }) => entry);
+  const decisions = retain(entries, policy, now);
+  const byTime = policy === null ? 0 : policy.firstOf.length + policy.within.length;
   const reasons = decisions.map((decision) => [...decision.reasons]);
-  for (const leap of policy === null || policy.firstOf.length + policy.within.length === 0
-    ? []
-    : leapsAmong(all)) {
-    const { name } = all[leap] as T;
-    const days = new Set(all.slice(leap).map(({ time }) => period(time, "d"))).size;
+  for (const leap of byTime === 0 ? [] : leapsAmong(entries)) {
+    const { name } = entries[leap] as T;
+    const days = new Set(entries.slice(leap).map(({ time }) => period(time, "d"))).size;
     const isBelieved = days >= BELIEVED.days || adopted.includes(name);
-    const newest = reasons.slice(Math.max(0, leap - BELIEVED.stay), leap);
-    const older = reasons.slice(0, leap - newest.length);
+    const older = reasons.slice(0, Math.max(0, leap - BELIEVED.stay));
     const isFirst = days <= BELIEVED.days || older.some((why) => why.length === 0);
-    const held = !isBelieved ? reasons : isFirst ? newest : [];
-    for (const why of held)
-      if (why.length === 0)
-        why.push(
-          isBelieved
-            ? `one of the newest ${BELIEVED.stay} from before the clock leapt`
-            : LEAPT + name,
-        );
+    const why = isBelieved
+      ? `one of the newest ${BELIEVED.stay} from before the clock leapt`
+      : LEAPT + name;
+    const newest = isFirst ? reasons.slice(older.length, leap) : [];
+    for (const none of (isBelieved ? newest : reasons).filter(({ length }) => length === 0))
+      none.push(why);
   }
-  return decisions.map(({ entry }, i) => ({ entry, reasons: reasons[i] ?? [] }));
+  return entries.map((entry, i) => ({ entry, reasons: reasons[i] ?? [] }));
 }
 
-/** The names that the clock leapt to in some rows of entries, and those of `before` that still stand there. */
+/** The names that the clock leapt to in rows of entries, and those `known` that still stand. */
 export function leapNames(
   rows: readonly (readonly Dated[])[],
-  before: readonly string[] = [],
+  known: readonly string[] = [],
 ): string[] {
-  const stands = before.filter((name) => rows.some((row) => row.some((one) => one.name === name)));
-  return [
-    ...new Set([
-      ...stands,
-      ...rows.flatMap((row) => leapsAmong(row).map((i) => (row[i] as Dated).name)),
-    ]),
-  ];
+  const stands = known.filter((name) => rows.some((row) => row.some((one) => one.name === name)));
+  const found = rows.flatMap((row) => leapsAmong(row).map((i) => (row[i] as Dated).name));
+  return [...new Set([...stands, ...found])];
 }
 
-/** What the clock leapt to, where that keeps everything. */
+/** The name that the clock leapt to, where everything is kept for that. */
 export const leaptTo = (decisions: readonly Decision<Dated>[]) =>
   decisions.find(({ reasons }) => reasons[0]?.startsWith(LEAPT))?.reasons[0]?.slice(LEAPT.length) ??
   null;
@@ -5759,22 +5816,25 @@ export function newestShared(
   return snapshots.findLast((snapshot) => find(snapshot) !== undefined) ?? null;
 }
 
-/** What is known of snapshots as parents of differences, by UUID. What is in none of the maps was not asked for. */
-export type Facts = {
+/** What is known of snapshots as parents, by UUID. A map lacks what was not asked for. */
+export type Facts = Readonly<{
   /** All subvolumes of their filesystem. */
-  readonly all: ReadonlyMap<string, Subvolume>;
+  all: ReadonlyMap<string, Subvolume>;
   /** In which generation a snapshot was changed last. */
-  readonly ctransids: ReadonlyMap<string, number>;
-  /** The generation of the top directory, null where nobody can tell: a snapshot has it from its origin, and what is received from its parent, through any number of them. */
-  readonly births: ReadonlyMap<string, number | null>;
+  ctransids: ReadonlyMap<string, number>;
+  /**
+   * The generation of the top directory, null where nobody can tell: a snapshot has its origin's, a
+   * received one its parent's, and so on.
+   */
+  births: ReadonlyMap<string, number | null>;
   /** Why a difference would lose something, null if it would not; by `pairOf`. */
-  readonly losses: ReadonlyMap<string, string | null>;
-};
+  losses: ReadonlyMap<string, string | null>;
+}>;
 
 /** The key of a difference among the facts. */
 const pairOf = (parent: Entry, snapshot: Entry) => `${parent.uuid} ${snapshot.uuid}`;
 
-/** Where a subvolume comes from, itself first: its parent, that one's, and so on. The last may be gone. */
+/** A subvolume's UUID, its parent's, that one's parent's, and so on. The last may be gone. */
 function lineOf(one: Subvolume, all: ReadonlyMap<string, Subvolume>): string[] {
   const line = [one.uuid];
   for (
@@ -5787,9 +5847,11 @@ function lineOf(one: Subvolume, all: ReadonlyMap<string, Subvolume>): string[] {
 }
 
 /**
- * Whether `btrfs send` can tell what changed between two subvolumes: it goes by inode numbers, which mean nothing where one was not
- * made from the other. What was taken here has them from SOURCE. What was received has them from its parent: of two such, one must have
- * been received on top of the other. Where what was between is gone, their top directories tell. Undefined as long as these are not known.
+ * Whether `btrfs send` can tell what changed between two subvolumes. It goes by inode numbers,
+ * which mean nothing where neither was made from the other. A snapshot taken here has them from
+ * SOURCE. A received one has them from its parent: of two such, one must have been received on top
+ * of the other. Where one between them is gone, their top directories tell. Undefined until these
+ * are known.
  */
 export function related(a: Subvolume, b: Subvolume, { all, births }: Facts): boolean | undefined {
   if (a.receivedUuid === null && b.receivedUuid === null) return true;
@@ -5804,8 +5866,9 @@ export function related(a: Subvolume, b: Subvolume, { all, births }: Facts): boo
 }
 
 /**
- * Whether a snapshot was changed after it was taken: it is as old as its source then, or older (DESIGN: ctransid and cgen). Deduplication
- * does so as well, without changing what is in it. What was received was written after it was made; who changes it takes its received UUID.
+ * Whether a snapshot was changed after it was taken. A new one is as old as its source then, or
+ * older (DESIGN: ctransid and cgen). Deduplication changes one as well, but not its contents. A
+ * received one was written after it was made; whoever edits it takes its received UUID.
  */
 export function changedSince(
   { uuid, receivedUuid, cgen }: Subvolume,
@@ -5818,8 +5881,9 @@ export function changedSince(
 }
 
 /**
- * Whether a subvolume is an earlier state of another one: that one was made from it, or from what it was taken of, later. A difference
- * to a later state, or to one from which the way led back, may lose something: see `lossIn`.
+ * Whether a subvolume is an earlier state of another one: the other was made from it, or, later,
+ * from its origin. A difference to a later state, or to one from which the way led back, may lose
+ * something: see `lossIn`.
  */
 export function isEarlierState(
   one: Subvolume,
@@ -5828,56 +5892,64 @@ export function isEarlierState(
 ): boolean {
   const line = lineOf(of, all);
   if (line.includes(one.uuid)) return true;
-  // What is received on top of something is not as that is.
+  // Whatever is received on top of something differs from it.
   const origin =
     one.receivedUuid === null && one.parentUuid !== null ? line.indexOf(one.parentUuid) : -1;
   const next = origin < 2 ? of : all.get(line[origin - 1] as string);
   return origin > 0 && one.cgen !== undefined && next?.cgen !== undefined && one.cgen <= next.cgen;
 }
 
-/** Whether it is one still: what was edited is no more what it was, whatever it was compared with. */
+/** Whether it still is one: an edited snapshot is none, whatever it was compared with. */
 const isStillEarlier = (one: Subvolume, of: Subvolume, facts: Facts) =>
   changedSince(one, facts, {}) !== true && isEarlierState(one, of, facts.all);
 
-/** A file that a difference changes: the commands that write to it, its size in the snapshot, and in the parent; null where it is not there. */
-export type Rewritten = {
-  readonly path: string;
-  readonly ranges: readonly { readonly from: number; readonly to: number }[];
-  readonly size: number;
-  readonly before: number | null;
-};
+/** A file that a difference changes, with the ranges that it writes. */
+export type Rewritten = Readonly<{
+  path: string;
+  ranges: readonly { readonly from: number; readonly to: number }[];
+  size: number;
+  /** Its size in the parent; null where it is not there. */
+  before: number | null;
+}>;
 
-/** The largest block that btrfs stores a file's data in, in bytes: 4 KiB mostly, and a page where that is larger. */
+/** The largest block of a file's data, in bytes: mostly 4 KiB, and a page where that is larger. */
 const SECTOR = 65536;
 
 /**
- * The file that would come out wrong of a difference, if there is one. A file that is made shorter keeps its last block as it is, and what is
- * behind its end stays on the disk. If it is longer in another subvolume, and has the same block, `btrfs send` takes that for
- * unchanged, and whoever receives it has zeros there. (Seen with Linux 6.18.)
+ * The file that a difference would get wrong, if there is one. A file that is made shorter keeps
+ * its last block as it is, with the data behind its end. If the file is longer in another
+ * subvolume, and has the same block, `btrfs send` takes these data for unchanged, and the receiver
+ * has zeros there. (Seen with Linux 6.18.)
  */
 export const lossIn = (files: readonly Rewritten[]) =>
   files.find(
-    ({ ranges, size, before }) =>
-      before !== null &&
-      size > before &&
-      before % SECTOR !== 0 &&
-      !ranges.some(({ from, to }) => from <= before && before < to),
+    ({ ranges, size, before: end }) =>
+      end !== null &&
+      size > end &&
+      end % SECTOR !== 0 &&
+      !ranges.some(({ from, to }) => from <= end && end < to),
   )?.path ?? null;
 
-/** Why no difference to a snapshot can be made against a parent; null if it can, undefined as long as that is not known. */
+/** Why a parent is unfit for a snapshot; null if it is fit, undefined until that is known. */
 export type Unfit = (parent: Snapshot, snapshot: Snapshot) => string | null | undefined;
 
-/** What makes a parent: whether it is fit at all; and whether it is known to be an earlier state, which is preferred to all that is nearer. */
-export type Fitness = {
-  readonly unfit: Unfit;
-  readonly isEarlier: (parent: Snapshot, snapshot: Snapshot) => boolean;
-};
+/**
+ * What makes a parent: it must not be unfit; and one that is known to be an earlier state is
+ * preferred to any nearer one.
+ */
+export type Fitness = Readonly<{
+  unfit: Unfit;
+  isEarlier: (parent: Snapshot, snapshot: Snapshot) => boolean;
+}>;
 const ANY: Fitness = { unfit: () => null, isEarlier: () => true };
 
-/** What a destination adds to the facts: what was compared with its backup there and is the same, and what is no parent there, with the reason. */
+/**
+ * What a destination adds to the facts: changed snapshots that are the same as their backups there,
+ * and those that are no parents there, with the reason.
+ */
 export type Verdicts = { cleared: Cleared; readonly refused: Map<string, string> };
 
-/** Judges parents for a destination; those that `isThere` not yet are sent before in the same run, as they are. */
+/** Judges parents for a destination. One not yet there is sent earlier in this run, as it is. */
 export function judge(
   facts: Facts,
   { cleared, refused }: Verdicts,
@@ -5900,139 +5972,161 @@ export function judge(
   return { unfit, isEarlier };
 }
 
-/** How many that are not known to be earlier states are tried as a parent: to try one costs a walk through all that is different. */
+/**
+ * How many parents are tried that are not known to be earlier states: each costs a walk through all
+ * that is different.
+ */
 const TRIES = 2;
 
+type Against = Pick<Transfer, "parent" | "why">;
+
 /**
- * The nearest of what both sides hold which can be a parent, and why no nearer one can: an earlier state, or else the nearest
- * of what came earlier (the last one), or else of what came later (the first one).
+ * The nearest parent that both sides hold, and why no nearer one is fit: an earlier state; or else
+ * the nearest of the `earlier` ones (the last); or else of the `later` ones (the first).
  */
 function nearestFit(
   snapshot: Snapshot,
   earlier: readonly Snapshot[],
   later: readonly Snapshot[],
   { unfit, isEarlier }: Fitness,
-): Pick<Transfer, "parent" | "why"> {
+): Against {
   let why: string | undefined;
   const unsure: Snapshot[] = [];
   const isFit = (parent: Snapshot) => {
-    const reason = unfit(parent, snapshot) ?? null;
-    why ??= reason ?? undefined;
-    return reason === null;
+    const reason = unfit(parent, snapshot) ?? undefined;
+    why ??= reason;
+    return reason === undefined;
   };
-  for (let i = earlier.length - 1; i >= 0; i--) {
-    const parent = earlier[i] as Snapshot;
-    if (!isEarlier(parent, snapshot)) unsure.push(parent);
-    else if (isFit(parent)) return { parent, ...(why === undefined ? {} : { why }) };
-  }
-  const parent = [...unsure.slice(0, TRIES), ...later.slice(0, 1)].find(isFit) ?? null;
-  return { parent, ...(why === undefined ? {} : { why }) };
+  const state = earlier.findLast((one) => {
+    if (isEarlier(one, snapshot)) return isFit(one);
+    unsure.push(one);
+    return false;
+  });
+  const others = () => [...unsure.slice(0, TRIES), ...later.slice(0, 1)].find(isFit);
+  return { parent: state ?? others() ?? null, why };
 }
 
-/** `failed`: the UUIDs of what earlier runs tried to send, and could not; `backfill`: sends also what is older than the newest that both have. */
-export type TransferOptions = {
-  readonly policy: Policy | null;
-  readonly incremental: boolean;
-  readonly newestOnly: boolean;
-  readonly now: number;
-  readonly fullEvery: FullEvery | null;
-  readonly backfill?: boolean;
-  readonly failed?: ReadonlySet<string>;
-};
+/**
+ * `failed`: the UUIDs of snapshots that earlier runs could not send; `backfill`: sends also those
+ * older than the newest that both have.
+ */
+export type TransferOptions = Readonly<{
+  policy: Policy | null;
+  incremental: boolean;
+  newestOnly: boolean;
+  now: number;
+  fullEvery: FullEvery | null;
+  backfill?: boolean;
+  failed?: ReadonlySet<string>;
+}>;
 
-/** Whether a stored chain of that many streams, the first one from `since`, ends before a snapshot of `time`. */
-const chainEnds = (
-  { length, since }: { length: number; since: number },
-  time: number,
-  { count, unit }: FullEvery,
-) => (unit === null ? count > 0 && length >= count : before(time, count, unit) >= since);
+/** A stored chain: so many streams, the first one from `since`. */
+type Chain = { readonly length: number; readonly since: number };
+
+/** Whether a chain ends before a snapshot of `time`. */
+const chainEnds = ({ length, since }: Chain, time: number, { count: most, unit }: FullEvery) =>
+  unit === null ? most > 0 && length >= most : before(time, most, unit) >= since;
 
 /**
- * What a destination lacks of what its policy would keep, oldest first, each against what both sides hold by then and is nearest to it (see
- * `nearestFit`); in full if they share nothing. `snapshots` are in the source's order. Without a policy, what is older than the newest that
- * both have was deleted there, or left out on purpose: it is `skipped`.
+ * Begins new chains in a plan: a stream is a full one where its parent's chain ends, as it stands
+ * there, or with the streams planned before.
  */
-export function planTransfers(
-  snapshots: readonly Snapshot[],
-  { held, backups, taken, chained }: Standing,
-  options: TransferOptions,
-  fitness = ANY,
-): { transfers: Transfer[]; conflicts: Conflict[]; skipped: number } {
+function renewing({ held, chained }: Standing, fullEvery: FullEvery | null) {
   const find = dataFinder(held);
-  const rank = new Map(snapshots.map((snapshot, i) => [snapshot.uuid, i]));
-  const here = dataFinder(snapshots); // the relation is the same from both sides
-  const gone = backups.filter((backup) => here(backup) === undefined);
-  const kept = retain(
-    arrange<Snapshot>([...gone, ...snapshots], ({ uuid }) => rank.get(uuid)),
-    options.policy,
-    options.now,
-  );
-  const wanted = new Set(
-    kept.filter(({ reasons }) => reasons.length > 0).map(({ entry }) => entry.uuid),
-  );
-  const newest = snapshots.at(-1);
-  const transfers: Transfer[] = [];
-  const conflicts: Conflict[] = [];
-  const standing = byUuid(chained === null ? [] : held);
-  const shared: Snapshot[] = [];
-  const chains = new Map<Snapshot | null, { length: number; since: number }>();
-  const chainAt = (snapshot: Snapshot | null) => {
-    const there = snapshot === null || chained === null ? undefined : find(snapshot);
+  const standing = byUuid(held);
+  const planned = new Map<Snapshot | null, Chain>();
+  const chainAt = (parent: Snapshot | null): Chain => {
+    const there = parent === null ? undefined : find(parent);
     const streams = there === undefined ? [] : chainOf(there, standing);
     return { length: streams.length, since: timeIn(streams[0]?.name ?? "") ?? 0 };
   };
+  return (snapshot: Snapshot, nearest: Against): Against => {
+    if (chained === null || fullEvery === null) return nearest;
+    const { time } = snapshot;
+    const chain = planned.get(nearest.parent) ?? chainAt(nearest.parent);
+    const against = chainEnds(chain, time, fullEvery) ? { parent: null } : nearest;
+    const isNew = against.parent === null;
+    planned.set(
+      snapshot,
+      isNew ? { length: 1, since: time } : { ...chain, length: chain.length + 1 },
+    );
+    return against;
+  };
+}
+
+/** Tells which snapshots a destination wants, if it lacks them: those its policy would keep. */
+function wantedAt(
+  snapshots: readonly Snapshot[],
+  { backups }: Standing,
+  { policy, now, newestOnly }: TransferOptions,
+): (snapshot: Snapshot) => boolean {
+  const here = dataFinder(snapshots); // the relation is the same from both sides
+  const gone = backups.filter((backup) => here(backup) === undefined);
+  const rank = new Map(snapshots.map(({ uuid }, i) => [uuid, i]));
+  const all = arrange<Snapshot>([...gone, ...snapshots], ({ uuid }) => rank.get(uuid));
+  const kept = new Set(keptBy(retain(all, policy, now)).map(({ uuid }) => uuid));
+  const newest = snapshots.at(-1);
+  // The newest always: a backup that is dated in the future must not stand in its place.
+  return (snapshot) => snapshot === newest || (!newestOnly && kept.has(snapshot.uuid));
+}
+
+/** What a destination gets, what it cannot get, and how many snapshots it is not to get. */
+type TransferPlan = {
+  readonly transfers: Transfer[];
+  readonly conflicts: Conflict[];
+  skipped: number;
+};
+
+/**
+ * What a destination lacks of all that its policy would keep, oldest first: each snapshot against
+ * the nearest one that both sides hold by then (see `nearestFit`), or in full if they share
+ * nothing. `snapshots` are in the source's order. Without a policy, one that is older than the
+ * newest that both have was deleted there, or left out on purpose: it is `skipped`.
+ */
+export function planTransfers(
+  snapshots: readonly Snapshot[],
+  standing: Standing,
+  options: TransferOptions,
+  fitness = ANY,
+): TransferPlan {
+  const { policy, incremental, backfill, failed } = options;
+  const find = dataFinder(standing.held);
+  const isWanted = wantedAt(snapshots, standing, options);
+  const renewed = renewing(standing, options.fullEvery);
+  const plan: TransferPlan = { transfers: [], conflicts: [], skipped: 0 };
+  const shared: Snapshot[] = [];
   /** What both have that is later than the snapshot at hand, the nearest last. */
   const later = snapshots.filter((snapshot) => find(snapshot) !== undefined).reverse();
-  let skipped = 0;
   for (const snapshot of snapshots) {
-    const there = find(snapshot);
-    if (there === undefined) {
-      // The newest always: a backup that is dated in the future must not stand in its place.
-      if (snapshot !== newest && (options.newestOnly || !wanted.has(snapshot.uuid))) continue;
-      const isBelated = later.length > 0;
-      if (
-        isBelated &&
-        options.policy === null &&
-        !options.backfill &&
-        !options.failed?.has(snapshot.uuid)
-      ) {
-        skipped++;
-        continue;
-      }
-      const obstacle = taken.get(snapshot.name);
-      if (obstacle !== undefined && obstacle !== "leftover") {
-        conflicts.push({ name: snapshot.name, uuid: snapshot.uuid, why: obstacle });
-        continue;
-      }
-      const nearest = options.incremental
-        ? nearestFit(snapshot, shared, later.slice(-1), fitness)
-        : { parent: null };
-      const chain = chains.get(nearest.parent) ?? chainAt(nearest.parent);
-      const due =
-        chained !== null &&
-        options.fullEvery !== null &&
-        chainEnds(chain, snapshot.time, options.fullEvery);
-      const { parent } = due ? { parent: null } : nearest;
-      transfers.push({
-        snapshot,
-        ...(due ? { parent } : nearest),
-        ...(isBelated ? { belated: true } : {}),
-      });
-      chains.set(
-        snapshot,
-        parent === null
-          ? { length: 1, since: snapshot.time }
-          : { ...chain, length: chain.length + 1 },
-      );
-    } else later.pop();
+    if (find(snapshot) !== undefined) {
+      later.pop();
+      shared.push(snapshot);
+      continue;
+    }
+    if (!isWanted(snapshot)) continue;
+    const isBelated = later.length > 0;
+    if (isBelated && policy === null && !backfill && !failed?.has(snapshot.uuid)) {
+      plan.skipped++;
+      continue;
+    }
+    const obstacle = standing.taken.get(snapshot.name);
+    if (obstacle !== undefined && obstacle.kind !== "leftover") {
+      plan.conflicts.push({ snapshot, obstacle });
+      continue;
+    }
+    const nearest = incremental
+      ? nearestFit(snapshot, shared, later.slice(-1), fitness)
+      : { parent: null };
+    const belated = isBelated ? { belated: true as const } : {};
+    plan.transfers.push({ snapshot, ...renewed(snapshot, nearest), ...belated });
     shared.push(snapshot);
   }
-  return { transfers, conflicts, skipped };
+  return plan;
 }
 
 /**
- * What a command gets, that cannot be asked what it has: what is newer than the last stream it
- * took, or only the newest if there was none.
+ * What a command gets, which cannot be asked what it has: all that is newer than the last stream it
+ * took, or only the newest snapshot if there was none.
  */
 export function planStreams(
   snapshots: readonly Snapshot[],
@@ -6042,7 +6136,7 @@ export function planStreams(
 ): Transfer[] {
   const last = memory === null ? -1 : snapshots.findIndex(({ uuid }) => uuid === memory.uuid);
   // The remembered snapshot is gone: its name still tells what came after it.
-  const time = memory === null ? null : parseName(memory.name, options.prefix);
+  const time = memory && parseName(memory.name, options.prefix);
   const newer =
     last !== -1
       ? snapshots.slice(last + 1)
@@ -6050,15 +6144,8 @@ export function planStreams(
   const sent = memory === null || options.newestOnly ? newer.slice(-1) : newer;
   return sent.map((snapshot, i) => {
     const parent = sent[i - 1] ?? snapshots[last];
-    return {
-      snapshot,
-      ...nearestFit(
-        snapshot,
-        options.incremental && parent !== undefined ? [parent] : [],
-        [],
-        fitness,
-      ),
-    };
+    const earlier = options.incremental && parent !== undefined ? [parent] : [];
+    return { snapshot, ...nearestFit(snapshot, earlier, [], fitness) };
   });
 }
 
@@ -6067,52 +6154,37 @@ type Kept = Pick<Standing, "backups" | "copied" | "chained" | "newest">;
 
 /**
  * What retention does at a destination after its transfers. Strangers are not among `backups`.
- * The newest backup, the newest that the source still has (the pin) and what was copied on last stay, whatever
- * the policy; and of streams all that these build on.
+ * Three stay whatever the policy: the newest backup, the newest that the source still has (the
+ * pin), and the last that was copied on; and of streams, all that these build on.
  */
 export function planDestination(
   snapshots: readonly Snapshot[],
   { backups, copied, chained, newest }: Kept,
-  policy: Policy | null,
-  now: number,
-  adopted: readonly string[] = [],
+  retention: Retention,
 ): Decision<Backup>[] {
   const find = dataFinder(backups);
-  const rank = new Map<string, number>();
-  snapshots.forEach((snapshot, i) => {
-    const backup = find(snapshot);
-    if (backup !== undefined) rank.set(backup.uuid, i);
-  });
-  const pin = snapshots.findLast((snapshot) => find(snapshot) !== undefined);
-  const pinned = pin && find(pin);
+  const shared = snapshots.map(find);
+  const rank = new Map(shared.map((backup, i) => [backup?.uuid, i]));
+  const pinned = shared.findLast((backup) => backup !== undefined);
   const ordered = arrange(backups, ({ uuid }) => rank.get(uuid));
-  const decisions = despiteLeaps(retain(ordered, policy, now), policy, adopted).map(
-    ({ entry, reasons }) => {
-      const last = entry.uuid === newest ? ["the newest of the data"] : [];
-      const shared = [
-        ...(entry === pinned ? ["the source"] : []),
-        ...(copied.has(entry.uuid) ? [copied.get(entry.uuid)] : []),
-      ];
-      return {
-        entry,
-        reasons: [...reasons, ...last, ...shared.map((side) => `shared with ${side}`)],
-      };
-    },
-  );
-  const needed = neededBy(
-    decisions.filter(({ reasons }) => reasons.length > 0).map(({ entry }) => entry),
-    { backups, chained },
-  );
-  return decisions.map(({ entry, reasons }) => ({
+  const decisions = retained(ordered, retention).map(({ entry, reasons }) => ({
     entry,
-    reasons:
-      reasons.length === 0 && needed.has(entry.uuid)
-        ? [`needed by ${needed.get(entry.uuid)}`]
-        : reasons,
+    reasons: [
+      ...reasons,
+      ...(entry.uuid === newest ? ["the newest of the data"] : []),
+      ...(entry === pinned ? ["shared with the source"] : []),
+      ...(copied.has(entry.uuid) ? [`shared with ${copied.get(entry.uuid)}`] : []),
+    ],
   }));
+  const needed = neededBy(keptBy(decisions), { backups, chained });
+  return decisions.map((decision) => {
+    const by = needed.get(decision.entry.uuid);
+    if (decision.reasons.length > 0 || by === undefined) return decision;
+    return { ...decision, reasons: [`needed by ${by}`] };
+  });
 }
 
-/** By UUID, all that some backups, and the streams of others, build on, and the name of one that does. */
+/** By UUID, all that backups, and streams of others, build on, and the name of one that does. */
 function neededBy(
   kept: readonly Backup[],
   { backups, chained }: Pick<Standing, "backups" | "chained">,
@@ -6130,7 +6202,7 @@ function neededBy(
   return needed;
 }
 
-/** The order in which backups are deleted: of streams each before what it builds on, so that none ever lacks that. */
+/** The order to delete backups in: streams before their parents, so that none ever lacks one. */
 export function deletionOrder(
   going: readonly Backup[],
   { chained }: Pick<Standing, "chained">,
@@ -6143,27 +6215,26 @@ export function deletionOrder(
 }
 
 /** A destination as retention at the source sees it. */
-export type Claimant = {
-  readonly id: string;
-  readonly pin: { readonly uuid: string } | null;
+export type Claimant = Readonly<{
+  id: string;
+  pin: { readonly uuid: string } | null;
   /** It was given in this run, and could not be read. */
-  readonly unread: boolean;
-  /** Null unless what it could not get is to be kept for it. */
-  readonly unsentPolicy: { readonly policy: Policy | null } | null;
+  unread: boolean;
+  /** The policy for which all that it could not get is kept; null if nothing is. */
+  unsentPolicy: { readonly policy: Policy | null } | null;
   /** UUIDs of snapshots older than the pin that could not be sent there. */
-  readonly failed?: readonly string[] | undefined;
-};
+  failed?: readonly string[] | undefined;
+}>;
 
 /**
- * What retention does at the source. Every known destination's pin stays; while one that has no pin,
- * or one that is gone (a restored record is old), could not be read, everything does.
+ * What retention does at the source. Every known destination's pin stays. Everything stays while a
+ * destination could not be read that has no pin, or one that is gone (a restored record is old).
+ * `full`: hardly any space is left, so the older half of what is only kept to be sent goes.
  */
 export function planSource(
   snapshots: readonly Snapshot[],
-  policy: Policy | null,
   claimants: readonly Claimant[],
-  now: number,
-  { adopted = [], full = false }: SourceState = {},
+  retention: Retention & { readonly full?: boolean },
 ): Decision<Snapshot>[] {
   const extra = new Map<string, string[]>(snapshots.map(({ uuid }) => [uuid, []]));
   for (const { id, pin, unread, unsentPolicy, failed = [] } of claimants) {
@@ -6172,89 +6243,84 @@ export function planSource(
     if (unread && pinned === -1)
       for (const reasons of extra.values()) reasons.push(`nothing is known of ${id} yet`);
     if (unsentPolicy === null) continue;
-    retain(snapshots, unsentPolicy.policy, now).forEach(
+    retain(snapshots, unsentPolicy.policy, retention.now).forEach(
       ({ entry, reasons }, i) =>
         (i > pinned || failed.includes(entry.uuid)) &&
         reasons.length > 0 &&
         extra.get(entry.uuid)?.push(UNSENT + id),
     );
   }
-  const decisions = despiteLeaps(retain(snapshots, policy, now), policy, adopted).map(
-    ({ entry, reasons }) => ({ entry, reasons: [...reasons, ...(extra.get(entry.uuid) ?? [])] }),
-  );
-  const unsent = decisions.filter(
-    ({ reasons }) => reasons.length > 0 && reasons.every((reason) => reason.startsWith(UNSENT)),
-  );
-  const lost = new Set(full ? unsent.slice(0, Math.ceil(unsent.length / 2)) : []);
-  return decisions.map((decision) =>
-    lost.has(decision) ? { ...decision, reasons: [] } : decision,
-  );
+  const decisions = retained(snapshots, retention).map(({ entry, reasons }) => ({
+    entry,
+    reasons: [...reasons, ...(extra.get(entry.uuid) ?? [])],
+  }));
+  const unsent = decisions.filter(isOnlyUnsent);
+  const lost = new Set(retention.full ? unsent.slice(0, Math.ceil(unsent.length / 2)) : []);
+  return decisions.map((one) => (lost.has(one) ? { ...one, reasons: [] } : one));
 }
 
-/** What else retention at a source goes by. `adopted`: see despiteLeaps; `full`: there is hardly any space left, so the older half of what is only kept to be sent goes. */
-export type SourceState = { readonly adopted?: readonly string[]; readonly full?: boolean };
-
 const UNSENT = "not yet sent to ";
-/** How many snapshots are kept only because a destination has not got them yet, by its ID, and the oldest of these. */
+const isOnlyUnsent = ({ reasons }: Decision<Snapshot>) =>
+  reasons.length > 0 && reasons.every((reason) => reason.startsWith(UNSENT));
+
+/** By a destination's ID, how many snapshots are kept only to be sent there, and the oldest. */
 export function unsentIn(
   decisions: readonly Decision<Snapshot>[],
 ): Map<string, { count: number; oldest: string }> {
   const unsent = new Map<string, { count: number; oldest: string }>();
-  for (const { entry, reasons } of decisions)
-    for (const reason of reasons.length > 0 && reasons.every((one) => one.startsWith(UNSENT))
-      ? reasons
-      : []) {
+  for (const { entry, reasons } of decisions.filter(isOnlyUnsent))
+    for (const reason of reasons) {
       const id = reason.slice(UNSENT.length);
-      unsent.set(id, {
-        count: (unsent.get(id)?.count ?? 0) + 1,
-        oldest: unsent.get(id)?.oldest ?? entry.name,
-      });
+      const { count: many, oldest } = unsent.get(id) ?? { count: 0, oldest: entry.name };
+      unsent.set(id, { count: many + 1, oldest });
     }
   return unsent;
 }
 
-/** A snapshot in a row of one table: `whole` can be given back, `other` is other data by the row's name. */
+/** A snapshot in a row of a table: `whole` can be given back, `other` is other data by the name. */
 export type Cell = { readonly state: "whole" | "incomplete" | "other"; readonly entry: Snapshot };
 export type Row = Dated & { readonly moment: number; readonly cells: (Cell | undefined)[] };
 
-/** Lays the same data side by side, whatever holds it: a row for each snapshot, oldest first, a cell for each folder. */
+/** Lays the same data side by side: a row a snapshot, oldest first, with a cell for each folder. */
 export function align(columns: readonly (Folder | null)[]): Row[] {
   const rows: Row[] = [];
   const [byData, byName] = [new Map<string, Row>(), new Map<string, Row>()];
+  /** Puts an entry into the row of its data, none if incomplete, or of its name, or a new one. */
+  const put = (entry: Snapshot, data: readonly string[], column: number) => {
+    const isFree = (one: Row | undefined) => one !== undefined && one.cells[column] === undefined;
+    const { name, time, moment } = entry;
+    const same = data.map((uuid) => byData.get(uuid)).find(isFree);
+    const alike = same ?? byName.get(name);
+    const row: Row =
+      alike !== undefined && isFree(alike)
+        ? alike
+        : { name, time, moment, cells: columns.map(() => undefined) };
+    if (row !== alike) rows.push(row);
+    if (!byName.has(row.name)) byName.set(row.name, row);
+    const isOther = same === undefined && row.cells.some((cell) => cell?.state === "whole");
+    const held = isOther ? "other" : "whole";
+    row.cells[column] = { state: data.length === 0 ? "incomplete" : held, entry };
+    if (!isOther) for (const uuid of data) byData.set(uuid, row);
+  };
   for (const [i, column] of columns.entries()) {
     const whole = new Set(column === null ? [] : wholeIn(column));
-    for (const entry of column?.snapshots ?? []) {
-      const keys = whole.has(entry)
-        ? [entry.uuid, ...(entry.receivedUuid === null ? [] : [entry.receivedUuid])]
-        : [];
-      let row = keys
-        .map((key) => byData.get(key))
-        .find((same) => same !== undefined && same.cells[i] === undefined);
-      const known = row !== undefined;
-      row ??= byName.get(entry.name);
-      if (row === undefined || row.cells[i] !== undefined)
-        rows.push(
-          (row = {
-            name: entry.name,
-            time: entry.time,
-            moment: entry.moment,
-            cells: columns.map(() => undefined),
-          }),
-        );
-      if (!byName.has(row.name)) byName.set(row.name, row);
-      const other = !known && row.cells.some((cell) => cell?.state === "whole");
-      row.cells[i] = { state: keys.length === 0 ? "incomplete" : other ? "other" : "whole", entry };
-      if (!other) for (const key of keys) byData.set(key, row);
-    }
+    for (const entry of column?.snapshots ?? [])
+      put(entry, whole.has(entry) ? [entry.uuid, dataOf(entry)] : [], i);
   }
   const rank = new Map(columns[0]?.snapshots.map(({ uuid }, i) => [uuid, i]));
   return arrange(rows, ({ cells }) => rank.get(cells[0]?.entry.uuid ?? ""));
 }
 
-/** How a backup gets to where it is restored: from what is there already, or as a stream on top of what both sides have. */
-export type RestorePlan = { readonly present: Subvolume | null } & Pick<Transfer, "parent" | "why">;
+/**
+ * How a backup gets to where it is restored: from a subvolume that is `present` there, or as a
+ * stream on top of one that both sides have.
+ */
+export type RestorePlan = { readonly present: Subvolume | null } & Against;
 
-/** The streams of a chain that have to be received where some subvolumes are: those after the last that is there. The chosen one always is. */
+/**
+ * The streams of a chain that have to be received beside some subvolumes: those after the last that
+ * is there. The chosen one always is.
+ */
 export function planPieces(chain: readonly Stream[], there: readonly Subvolume[]): Stream[] {
   const find = dataFinder([
     ...there,
@@ -6262,66 +6328,56 @@ export function planPieces(chain: readonly Stream[], there: readonly Subvolume[]
       .filter(({ receivedUuid }) => receivedUuid === null)
       .map((one) => ({ ...one, receivedUuid: one.uuid })),
   ]);
-  return chain.slice(chain.slice(0, -1).findLastIndex((stream) => find(stream) !== undefined) + 1);
+  return chain.slice(chain.slice(0, -1).findLastIndex((piece) => find(piece) !== undefined) + 1);
 }
 
-/** `whole`: what its location has, oldest first; `there`: the read-only subvolumes that a receive could build on. */
+/**
+ * `whole`: the backups at the location, oldest first; `there`: the read-only subvolumes that a
+ * receive could build on.
+ */
 export function planRestore(
   chosen: Snapshot,
   whole: readonly Snapshot[],
   there: readonly Subvolume[],
   fitness = ANY,
 ): RestorePlan {
-  const received = chosen.receivedUuid ?? chosen.uuid;
-  const present = there.find(({ receivedUuid }) => receivedUuid === received) ?? null;
+  const present = there.find(({ receivedUuid }) => receivedUuid === dataOf(chosen)) ?? null;
   const find = dataFinder(there);
-  const shared = (snapshot: Snapshot) => find(snapshot) !== undefined;
+  const shared = (some: readonly Snapshot[]) => some.filter((one) => find(one) !== undefined);
   // Up to itself: where its data is there under another UUID, the stream is a few bytes.
   const behind = whole.findIndex(({ uuid }) => uuid === chosen.uuid) + 1 || whole.length;
-  return {
-    present,
-    ...nearestFit(
-      chosen,
-      whole.slice(0, behind).filter(shared),
-      whole.slice(behind).filter(shared),
-      fitness,
-    ),
-  };
+  const [earlier, later] = [shared(whole.slice(0, behind)), shared(whole.slice(behind))];
+  return { present, ...nearestFit(chosen, earlier, later, fitness) };
 }
 
-/** What interrupted restores to a name in a folder left: directories, each with the subvolumes in it, innermost first. */
+/** What interrupted restores to a name left: directories, with their subvolumes, inner first. */
 export function leftoversOf(
   name: string,
   { top, entries, subvolumes }: Pick<Folder, "top" | "entries" | "subvolumes">,
 ): Map<string, string[]> {
+  const begins = `${name}.restoring-`;
   const ours = [...entries].filter(
-    (entry) =>
-      entry.startsWith(`${name}.restoring-`) && parseName(entry, `${name}.restoring-`) !== null,
+    (entry) => entry.startsWith(begins) && parseName(entry, begins) !== null,
   );
-  return new Map(
-    ours.map((entry) => {
-      const above = `${join(top, entry)}/`;
-      const paths = subvolumes
-        .map(({ path }) => `/${path}`)
-        .filter((path) => path.startsWith(above))
-        .map((path) => path.slice(above.length));
-      const made = (path: string) =>
-        path === "tree" ||
-        ((path.startsWith("tree/") || !path.includes("/")) && prefixOf(basename(path)) !== null);
-      return [
-        entry,
-        paths
-          .filter(made)
-          .map((path) => `./${path}`)
-          .sort((a, b) => b.split("/").length - a.split("/").length),
-      ];
-    }),
-  );
+  const isMade = (path: string) =>
+    path === "tree" ||
+    ((path.startsWith("tree/") || !path.includes("/")) && prefixOf(basename(path)) !== null);
+  const depth = (path: string) => path.split("/").length;
+  const below = (above: string) =>
+    subvolumes
+      .map(({ path }) => `/${path}`)
+      .filter((path) => path.startsWith(above))
+      .map((path) => path.slice(above.length))
+      .filter(isMade)
+      .map((path) => `./${path}`)
+      .sort((a, b) => depth(b) - depth(a));
+  return new Map(ours.map((entry) => [entry, below(`${join(top, entry)}/`)]));
 }
 
 /**
- * What a restored snapshot folder's record says of destinations, after what the restored one said when it was
- * taken: only what `stands` is a pin; the place that `name` came from shares it.
+ * The destinations in a restored snapshot folder's record, by those in the record when the restored
+ * snapshot was taken. Only a snapshot that `stands` is a pin; the place that the restored one came
+ * from shares it.
  */
 export function restoredDestinations(
   recorded: readonly KnownDestination[],
@@ -6329,25 +6385,20 @@ export function restoredDestinations(
   came: { readonly id: string; readonly filesystem: string | null; readonly pin: Memory } | null,
 ): KnownDestination[] {
   // Known by another path: the one folder on that disk, by the same name.
-  const alike = recorded.filter(
+  const [alike, ...more] = recorded.filter(
     ({ filesystem }) => filesystem !== null && filesystem === came?.filesystem,
   );
-  const old = recorded.map((known) => {
-    const from =
-      came !== null &&
-      (known.location === came.id ||
-        (alike.length === 1 &&
-          alike[0] === known &&
-          basename(known.location) === basename(came.id)));
-    return {
-      ...known,
-      pin: from ? came.pin : known.pin !== null && stands(known.pin.uuid) ? known.pin : null,
-    };
-  });
-  const listed = came === null || old.some(({ pin }) => pin === came.pin);
-  return listed
-    ? old
-    : [...old, { location: came.id, filesystem: came.filesystem, pin: came.pin, last: null }];
+  const isWhereFrom = (known: KnownDestination, { id }: { readonly id: string }) =>
+    known.location === id ||
+    (known === alike && more.length === 0 && basename(known.location) === basename(id));
+  const pinOf = (known: KnownDestination) => {
+    if (came !== null && isWhereFrom(known, came)) return came.pin;
+    return known.pin !== null && stands(known.pin.uuid) ? known.pin : null;
+  };
+  const all = recorded.map((known) => ({ ...known, pin: pinOf(known) }));
+  if (came === null || recorded.some((known) => isWhereFrom(known, came))) return all;
+  const { id: location, filesystem, pin } = came;
+  return [...all, { location, filesystem, pin, last: null }];
 }
 
 /** What to do where TARGET is a mount point, whose name cannot be given to something else. */
@@ -6356,19 +6407,19 @@ export function mountAdvice(
   path: string,
   { root, device }: Mount,
 ): string {
-  const restore = words.map(quote).join(" ");
-  const again = path === "/" ? "reboot" : `umount ${quote(path)} && mount ${quote(path)}`;
+  const target = words.map(quote).join(" ");
+  const remount = path === "/" ? "reboot" : `umount ${quote(path)} && mount ${quote(path)}`;
   const top = `mount -o subvolid=5 ${quote(device)} /mnt`;
   if (root === "/")
     return `${path} is a mount point, of the top level of ${device}, which cannot be replaced. Restore beside it, and mount that instead:
   ${top}
-  btrfs-backup restore ${restore} /mnt/restored
+  btrfs-backup restore ${target} /mnt/restored
   btrfs subvolume set-default /mnt/restored   # or subvol=restored in /etc/fstab
-  ${again}`;
+  ${remount}`;
   return `${path} is a mount point, of the subvolume ${root.slice(1)} of ${device}. Replace that where the top level is mounted:
   ${top}
-  btrfs-backup restore --replace ${restore} ${quote(`/mnt${root}`)}
-  ${again}
+  btrfs-backup restore --replace ${target} ${quote(`/mnt${root}`)}
+  ${remount}
 If /etc/fstab has subvolid= for it, write subvol=${root.slice(1)} instead; if it has neither, btrfs subvolume set-default ${quote(`/mnt${root}`)}`;
 }
 
@@ -6380,101 +6431,105 @@ export function planRoom(
   snapshots: readonly Snapshot[],
   { backups, copied, chained }: Kept,
   coming: readonly Transfer[],
-  policy: Policy | null,
-  now: number,
-  adopted: readonly string[] = [],
+  retention: Retention,
 ): Backup[] {
   const find = dataFinder(backups);
-  const then = [...backups, ...coming.slice(0, 1).map(arrived)];
-  const later = new Set(
-    planDestination(snapshots, { backups: then, copied, chained }, policy, now, adopted)
-      .filter(({ reasons }) => reasons.length === 0)
-      .map(({ entry }) => entry),
+  const planned = (some: readonly Backup[]) =>
+    planDestination(snapshots, { backups: some, copied, chained }, retention);
+  const then = planned([...backups, ...coming.slice(0, 1).map(backupOf)]);
+  const pin = newestShared(snapshots, backups);
+  const stays = new Set(
+    [
+      ...keptBy(then),
+      ...coming.map(({ parent }) => parent && find(parent)),
+      planned(backups).at(-1)?.entry,
+      pin && find(pin),
+    ].filter((one) => one !== null && one !== undefined),
   );
-  const parents = coming.map(({ parent }) => parent && find(parent));
-  const [newest, pin] = [
-    planDestination(snapshots, { backups, copied, chained }, policy, now).at(-1)?.entry,
-    newestShared(snapshots, backups),
-  ];
-  const stays = [...parents, newest, pin && find(pin)].filter(
-    (backup) => backup !== null && backup !== undefined,
-  );
-  const needed = neededBy(stays, { backups, chained });
-  return backups.filter(
-    (backup) => later.has(backup) && !stays.includes(backup) && !needed.has(backup.uuid),
-  );
+  const needed = neededBy([...stays], { backups, chained });
+  return backups.filter((one) => !stays.has(one) && !needed.has(one.uuid));
 }
 
-/** Whether a source may use a folder for a chain; `strangers` are the backups there that are not its own. */
-export type Claim =
-  | { readonly accepted: true; readonly strangers: readonly string[] }
-  | { readonly accepted: false; readonly why: string };
+/** Whether a source may use a folder for a chain; `strangers`: the backups there of others. */
+export type Claim = { readonly accepted: true; readonly strangers: readonly string[] } | Refusal;
 
 /**
- * One chain, one owner. `shared` tells the folder's snapshots that hold the claiming source's data;
- * of the others, the ancestors of those are its own as well (each was received on top of its parent).
+ * Why it may not: the chain is its `owner`'s, or nobody knows whose. Or the owner has the source's
+ * UUID, and a `newest` backup that the source does not know: one of both is a clone.
  */
-export function claim(
-  identity: Identity,
-  chain: ChainRecord,
-  standing: readonly Snapshot[],
-  shared: readonly Snapshot[],
-  adopt: boolean,
-): Claim {
-  const { owner, strangers = [] } = chain;
-  const foreign = new Set(strangers);
-  const samePlace = owner?.host === identity.host && owner.path === identity.path;
-  if (owner?.uuid === identity.uuid) {
-    // A machine that was cloned has the original's subvolume UUIDs, but not what the original has sent since.
-    const newest = standing.findLast(({ uuid }) => !foreign.has(uuid));
-    if (samePlace || newest === undefined || shared.some(({ uuid }) => uuid === newest.uuid))
-      return { accepted: true, strangers };
-    if (!adopt)
-      return {
-        accepted: false,
-        why: `the backups there were made on ${owner.host}:${owner.path}, and the newest, ${newest.name}, is unknown to ${identity.host}:${identity.path}, which has the same subvolume UUID (${identity.uuid}): is one a clone of the other? Use a prefix (-p) or another folder; --adopt goes on with them`,
-      };
-  }
-  if (standing.length === 0 || (samePlace && shared.length > 0))
-    return { accepted: true, strangers };
-  if (!adopt && (owner !== undefined || shared.length === 0)) {
-    const theirs =
-      owner === undefined
-        ? "an unknown source: nothing there has been received from this one"
-        : `${owner.host}:${owner.path} (subvolume ${owner.uuid})`;
-    return {
-      accepted: false,
-      why: `the backups there belong to ${theirs}; this source is ${identity.host}:${identity.path} (subvolume ${identity.uuid}). Use a prefix (-p) or another folder; --adopt takes it over`,
-    };
-  }
-  const byUuid = new Map(standing.map((backup) => [backup.uuid, backup]));
-  const own = new Set<string>();
-  for (const start of shared)
-    for (
-      let b: Snapshot | undefined = start;
-      b !== undefined && !own.has(b.uuid);
-      b = byUuid.get(b.parentUuid ?? "")
-    )
-      own.add(b.uuid);
-  return {
-    accepted: true,
-    strangers: [...new Set([...strangers, ...standing.map(({ uuid }) => uuid)])].filter(
-      (uuid) => !own.has(uuid),
-    ),
-  };
+type Refusal = { readonly accepted: false; readonly identity: Identity } & (
+  { readonly owner: Identity | undefined } | { readonly owner: Identity; readonly newest: Snapshot }
+);
+
+/** Both sides of a claim that is refused. */
+export function refusalMessage(refusal: Refusal): string {
+  const { identity, owner } = refusal;
+  const ours = `${identity.host}:${identity.path}`;
+  if ("newest" in refusal)
+    return `the backups there were made on ${refusal.owner.host}:${refusal.owner.path}, and the newest, ${refusal.newest.name}, is unknown to ${ours}, which has the same subvolume UUID (${identity.uuid}): is one a clone of the other? Use a prefix (-p) or another folder; --adopt goes on with them`;
+  const theirs =
+    owner === undefined
+      ? "an unknown source: nothing there has been received from this one"
+      : `${owner.host}:${owner.path} (subvolume ${owner.uuid})`;
+  return `the backups there belong to ${theirs}; this source is ${ours} (subvolume ${identity.uuid}). Use a prefix (-p) or another folder; --adopt takes it over`;
 }
 
-/** The lineages whose streams in a store are a source's own: its first, and those of streams that it sent, or shares data with (it was restored, or rolled back). */
+/** A source that claims a folder's chain. */
+type Claiming = Readonly<{
+  identity: Identity;
+  chain: ChainRecord;
+  /** The backups of the chain. */
+  standing: readonly Snapshot[];
+  /** Those that hold the source's data. */
+  shared: readonly Snapshot[];
+  adopt: boolean;
+}>;
+
+/**
+ * One chain, one owner. Of the backups that hold none of the source's data, the ancestors of those
+ * that do are its own as well: each was received on top of its parent.
+ */
+export function claim(claiming: Claiming): Claim {
+  const { identity, chain, standing, shared, adopt } = claiming;
+  const { owner, strangers = [] } = chain;
+  const isSamePlace = owner?.host === identity.host && owner.path === identity.path;
+  if (owner?.uuid === identity.uuid) {
+    const newest = isSamePlace ? undefined : unknownNewest(claiming);
+    if (newest === undefined) return { accepted: true, strangers };
+    if (!adopt) return { accepted: false, identity, owner, newest };
+  }
+  if (standing.length === 0 || (isSamePlace && shared.length > 0))
+    return { accepted: true, strangers };
+  if (!adopt && (owner !== undefined || shared.length === 0))
+    return { accepted: false, identity, owner };
+  const needed = neededBy(shared, { backups: standing, chained: [] });
+  const own = new Set([...shared.map(({ uuid }) => uuid), ...needed.keys()]);
+  const all = new Set([...strangers, ...standing.map(({ uuid }) => uuid)]);
+  return { accepted: true, strangers: [...all].filter((uuid) => !own.has(uuid)) };
+}
+
+/**
+ * The chain's newest backup, unless the source knows it: a clone of a machine has the original's
+ * subvolume UUIDs, but not what that has sent since.
+ */
+function unknownNewest({ chain, standing, shared }: Claiming): Snapshot | undefined {
+  const foreign = new Set(chain.strangers);
+  const newest = standing.findLast(({ uuid }) => !foreign.has(uuid));
+  return shared.some(({ uuid }) => uuid === newest?.uuid) ? undefined : newest;
+}
+
+/**
+ * The lineages whose streams in a store are a source's own: its first, and those of streams that it
+ * sent, or shares data with (it was restored, or rolled back).
+ */
 export function lineagesOf(
   streams: readonly Stream[],
   owner: Owner,
   snapshots: readonly Snapshot[],
 ): Set<string> {
   const shared = dataFinder(snapshots);
-  const own = streams.filter(
-    (stream) => stream.owner.uuid === owner.uuid || shared(stream) !== undefined,
-  );
-  return new Set([owner.lineage, ...own.map((stream) => stream.owner.lineage)]);
+  const own = streams.filter((one) => one.owner.uuid === owner.uuid || shared(one) !== undefined);
+  return new Set([owner.lineage, ...own.map((one) => one.owner.lineage)]);
 }
 
 /** A chain's record once `owner` has it. */
@@ -6489,20 +6544,13 @@ function ownedBy(
 // ── 6. Transfer ──────────────────────────────────────────────────────────────────────────
 
 function placeIn(places: Report["places"], id: string | null): PlaceMetrics {
-  const place = places.get(id) ?? {
-    sent: 0,
-    bytes: 0,
-    seconds: 0,
-    deleted: 0,
-    errors: 0,
-    kept: null,
-    last: null,
-  };
+  const none = { sent: 0, bytes: 0, seconds: 0, deleted: 0, errors: 0, kept: null, last: null };
+  const place = places.get(id) ?? none;
   places.set(id, place);
   return place;
 }
 
-/** What the system is short of, where an error says that; null for any other. */
+/** What the system is short of, where an error says so; null for any other. */
 function lackOf(error: unknown): string | null {
   const { code, path = "" } = error as NodeJS.ErrnoException;
   if (code === "EMFILE" || code === "ENFILE") return "too many files are open: see ulimit -n";
@@ -6511,6 +6559,12 @@ function lackOf(error: unknown): string | null {
     return `there is no space left for ${path}`;
   return null;
 }
+
+/** What an error says. One that is not our own is a mistake of ours: its stack tells where. */
+const messageOf = (error: unknown) =>
+  error instanceof Failure || error instanceof Busy
+    ? error.message
+    : (lackOf(error) ?? String((error as Error)?.stack ?? error));
 
 function newReport(json: boolean, dryRun: boolean): Report {
   const tally: Report["tally"] = {};
@@ -6522,10 +6576,8 @@ function newReport(json: boolean, dryRun: boolean): Report {
       place.sent++;
       place.bytes += (fields["bytes"] as number | null) ?? 0;
     }
-    if (json)
-      process.stdout.write(
-        `${JSON.stringify({ event: name, ...fields, ...(dryRun ? { dry_run: true } : {}) })}\n`,
-      );
+    const line = { event: name, ...fields, ...(dryRun ? { dry_run: true } : {}) };
+    if (json) process.stdout.write(`${JSON.stringify(line)}\n`);
   };
   const report: Report = {
     failed: false,
@@ -6539,79 +6591,71 @@ function newReport(json: boolean, dryRun: boolean): Report {
     error(destination, error) {
       if (error instanceof Interrupted) throw error;
       if (error instanceof AlreadyTold) return;
-      // Anything but our own errors is a mistake in this program, and its stack tells where.
-      const message =
-        error instanceof Failure || error instanceof Busy
-          ? error.message
-          : (lackOf(error) ?? String((error as Error)?.stack ?? error));
+      const message = messageOf(error);
       report.failed = true;
       placeIn(places, destination).errors++;
-      log.error(
-        destination === null || message.startsWith(destination)
-          ? message
-          : `${destination}: ${message}`,
-      );
+      const isNamed = destination === null || message.startsWith(destination);
+      log.error(isNamed ? message : `${destination}: ${message}`);
       event("error", { destination, message });
     },
   };
   return report;
 }
 
-/** What is shown of transfers; `sizes`: bytes of a full stream, by snapshot UUID, where quotas tell them. */
-type Display = {
-  readonly progress: boolean;
-  readonly btrfsDebug: boolean;
-  readonly sizes: Map<string, number>;
-};
+/** What is shown of transfers; `sizes`: a full stream's bytes by UUID, where quotas tell them. */
+type Display = Readonly<{
+  progress: boolean;
+  btrfsDebug: boolean;
+  sizes: Map<string, number>;
+}>;
 
-/** Whether there is a terminal to draw a bar on. */
-function canShowProgress(): boolean {
-  if (!process.stderr.isTTY) log.debug("no progress is shown: stderr is no terminal");
-  return process.stderr.isTTY;
+/** What options ask to show; a bar only where there is a terminal to draw it on. */
+function displayOf({ progress, btrfsDebug }: Omit<Display, "sizes">): Display {
+  const { isTTY } = process.stderr;
+  if (progress && !isTTY) log.debug("no progress is shown: stderr is no terminal");
+  return { progress: progress && isTTY, btrfsDebug, sizes: new Map() };
 }
 
-/** What options ask to show. */
-const displayOf = ({ progress, btrfsDebug }: Omit<Display, "sizes">): Display => ({
-  progress: progress && canShowProgress(),
-  btrfsDebug,
-  sizes: new Map(),
-});
+/** Of a stream, so many bytes have passed in so many seconds; `size` where it is known. */
+type Progress = Readonly<{
+  name: string;
+  bytes: number;
+  size: number | undefined;
+  seconds: number;
+  columns: number;
+}>;
 
-/** One line about a stream: `bytes` of `size`, where that is known, after so many seconds. */
-export function progressLine(
-  name: string,
-  bytes: number,
-  size: number | undefined,
-  seconds: number,
-  columns: number,
-): string {
-  const what = visible(name);
+/** One line about a stream. */
+export function progressLine({ name, bytes, size, seconds, columns }: Progress): string {
   const rate = bytes / Math.max(seconds, 1);
   const clock = (s: number) =>
     `${Math.floor(s / 3600)}:${two(Math.floor(s / 60) % 60)}:${two(Math.floor(s) % 60)}`;
-  const done = Math.min(1, bytes / (size ?? Infinity));
-  const bar =
-    size === undefined
-      ? ""
-      : ` ${`${"=".repeat(Math.floor(done * 19))}>`.padEnd(20)} ${String(Math.floor(done * 100)).padStart(3)}% ${clock(rate === 0 ? 0 : Math.max(0, size - bytes) / rate)} left`;
-  const figures = ` ${inBytes(bytes).padStart(7)} ${inBytes(Math.floor(rate)).padStart(7)}/s ${clock(seconds)}${bar}`;
+  const bar = (all: number) => {
+    const done = Math.min(1, bytes / all);
+    const left = rate === 0 ? 0 : Math.max(0, all - bytes) / rate;
+    return ` ${`${"=".repeat(Math.floor(done * 19))}>`.padEnd(20)} ${String(Math.floor(done * 100)).padStart(3)}% ${clock(left)} left`;
+  };
+  const figures = ` ${inBytes(bytes).padStart(7)} ${inBytes(Math.floor(rate)).padStart(7)}/s ${clock(seconds)}${size === undefined ? "" : bar(size)}`;
   const room = columns - 1 - figures.length;
+  const what = visible(name);
   return `${what.length > room ? `${what.slice(0, Math.max(0, room - 1))}…` : what.padEnd(Math.min(room, 40))}${figures}`;
 }
 
-/** The stage that counts bytes for a line about a stream, up to `size` of them, and slows down; none if nothing of this is asked for. */
+/** The stage that slows a stream down, and counts bytes up to `size` for a line, as asked. */
 function meter(
-  what: string,
+  name: string,
   { progress }: Pick<Display, "progress">,
   rate: number | null,
   size?: number,
 ): Stage[] {
   const slowed = rate === null ? {} : { rate };
   if (!progress) return rate === null ? [] : [relaying(slowed)];
-  const [stream, began] = [{}, Date.now()];
-  const line = (bytes: number) =>
-    progressLine(what, bytes, size, (Date.now() - began) / 1000, process.stderr.columns || 80);
-  return [relaying(slowed, (bytes) => terminal.show(stream, bytes === null ? null : line(bytes)))];
+  const [key, began] = [{}, Date.now()];
+  const line = (bytes: number) => {
+    const seconds = (Date.now() - began) / 1000;
+    return progressLine({ name, bytes, size, seconds, columns: process.stderr.columns || 80 });
+  };
+  return [relaying(slowed, (bytes) => terminal.show(key, bytes === null ? null : line(bytes)))];
 }
 
 /** What a destination got of one snapshot. */
@@ -6620,68 +6664,56 @@ type Sent = { readonly bytes: number | null; readonly seconds: number };
 /** Where a stream goes: a destination, or what stands for one. */
 type Receiver = Pick<Destination, "id" | "form" | "receive" | "discard" | "tidy">;
 
-/** Sends one snapshot to one destination, which is as before if it fails. Errors: those of `pipeline`. */
-async function transferTo(
-  receiver: Receiver,
-  source: Folder,
-  transfer: Transfer,
-  display: Display,
-): Promise<Sent> {
-  const [result] = await transferToAll([receiver], source, transfer, display);
-  if (result?.status === "fulfilled") return result.value;
-  throw result?.reason;
+/** What is sent, and shown of it. */
+type Send = { readonly source: Folder; readonly transfer: Transfer; readonly display: Display };
+
+/** Sends a snapshot to a destination, which is as before if it fails. Errors: as `pipeline`. */
+const transferTo = async (receiver: Receiver, send: Send): Promise<Sent> =>
+  resultOf((await transferToAll([receiver], send))[0]);
+
+/** What a promise came to. Errors: its own. */
+function resultOf<T>(settled: PromiseSettledResult<T> | undefined): T {
+  if (settled?.status === "fulfilled") return settled.value;
+  throw settled?.reason;
 }
 
-/** Sends one snapshot to destinations that take the same stream: it is made once. Where it fails, all is as before; tells each one's outcome. */
+/**
+ * Sends one snapshot to destinations that take the same stream, which is made once. Tells each
+ * one's outcome: where it fails, all is as before.
+ */
 async function transferToAll(
   receivers: readonly Receiver[],
-  source: Folder,
-  transfer: Transfer,
-  display: Display,
+  send: Send,
 ): Promise<PromiseSettledResult<Sent>[]> {
+  const { source, transfer } = send;
   const began = Date.now();
-  const ready = await Promise.allSettled(
-    receivers.map((receiver) => receiver.receive(source, transfer)),
+  const ready = await Promise.allSettled(receivers.map((one) => one.receive(source, transfer)));
+  const incoming = receivers.flatMap((receiver, i): [Receiver, Incoming][] =>
+    ready[i]?.status === "fulfilled" ? [[receiver, ready[i].value]] : [],
   );
-  const incoming = new Map(
-    receivers.flatMap((receiver, i): [Receiver, Incoming][] =>
-      ready[i]?.status === "fulfilled" ? [[receiver, ready[i].value]] : [],
-    ),
-  );
-  const flowing = incoming.size === 0 ? [] : await stream([...incoming], source, transfer, display);
-  const outcomes = new Map([...incoming.keys()].map((receiver, i) => [receiver, flowing[i]]));
+  const flowing = incoming.length === 0 ? [] : await flowTo(incoming, send);
+  const flown = new Map(incoming.map(([receiver], i) => [receiver, flowing[i]]));
   return Promise.allSettled(
     receivers.map(async (receiver, i): Promise<Sent> => {
-      if (ready[i]?.status === "rejected") throw ready[i].reason;
-      const { finish } = incoming.get(receiver) as Incoming;
+      const { finish } = resultOf(ready[i]);
       try {
-        const outcome = outcomes.get(receiver) as PromiseSettledResult<Flown>;
-        if (outcome.status === "rejected") throw outcome.reason;
-        const { bytes, summed } = outcome.value;
-        return {
-          bytes: finish === undefined ? bytes : await finish(summed as Summed),
-          seconds: (Date.now() - began) / 1000,
-        };
+        const { bytes, summed } = resultOf(flown.get(receiver));
+        const stored = finish === undefined ? bytes : await finish(summed as Summed);
+        return { bytes: stored, seconds: (Date.now() - began) / 1000 };
       } catch (error) {
-        return again(receiver, error as Error, source, transfer, display);
+        return afterFailure(receiver, error as Error, send);
       }
     }),
   );
 }
 
-/** What follows a broken transfer: it is cleared away, and made once more if it can end otherwise. Errors: the one that broke it. */
-async function again(
-  receiver: Receiver,
-  error: Error,
-  source: Folder,
-  transfer: Transfer,
-  display: Display,
-): Promise<Sent> {
-  const { name } = transfer.snapshot;
+/** Clears a broken transfer away, and repeats it if it can end otherwise. Errors: what broke it. */
+async function afterFailure(receiver: Receiver, error: Error, send: Send): Promise<Sent> {
+  const { name } = send.transfer.snapshot;
   if (error instanceof OtherStream) {
     log.info(`${name}: its stream has changed since the transfer broke, which begins anew`);
     await receiver.tidy();
-    return transferTo(receiver, source, transfer, display);
+    return transferTo(receiver, send);
   }
   if (error instanceof Stuck) throw error;
   // What stood in the way of the name is not what this transfer left.
@@ -6690,72 +6722,66 @@ async function again(
       log.warn(`${problem.message} (the next run will)`),
     );
   checkInterruption();
-  const form = receiver.form(source);
-  if (form?.chosen && /encoded.write|--protocol 1/i.test(error.message)) {
-    log.info(`${name}: ${error.message}; once more with protocol 1`);
-    return transferTo(
-      { ...receiver, form: () => ({ ...form, protocol: "1", chosen: false }) },
-      source,
-      transfer,
-      display,
-    );
-  }
-  throw error;
+  const form = receiver.form(send.source);
+  if (!form?.chosen || !/encoded.write|--protocol 1/i.test(error.message)) throw error;
+  log.info(`${name}: ${error.message}; once more with protocol 1`);
+  const older = { ...form, protocol: "1", chosen: false };
+  return transferTo({ ...receiver, form: () => older }, send);
 }
 
 /** Makes the stream, and lets it flow to all who take it. */
-async function stream(
+async function flowTo(
   incoming: readonly (readonly [Receiver, Incoming])[],
-  source: Folder,
-  { snapshot, parent }: Transfer,
-  display: Display,
+  send: Send,
 ): Promise<PromiseSettledResult<Flown>[]> {
   const [[first, { kept, stages, environment }]] = incoming as [readonly [Receiver, Incoming]];
-  const { level, protocol, rate } = kept ?? (first.form(source) as Form);
-  const before =
-    kept === undefined || kept.bytes === 0
-      ? { skip: "", sum: "" }
-      : { skip: String(kept.bytes), sum: kept.sum };
+  const { source, transfer, display } = send;
+  const { snapshot, parent } = transfer;
+  const form = kept ?? (first.form(source) as Form);
+  const { level, rate } = form;
+  const others = incoming.length === 1 ? "" : ` and ${incoming.length - 1} more`;
+  const size = parent === null && level === "" ? display.sizes.get(snapshot.uuid) : undefined;
+  // How many bytes a compressed stream has is known only behind the host that compresses it.
+  const isCounted = level === "" || incoming.every(([, { finish }]) => finish);
+  const trunk = [
+    sender(send, form),
+    ...(isCounted ? [] : [relaying({})]),
+    ...meter(`${snapshot.name} to ${first.id}${others}`, display, rate, size),
+  ];
+  if (incoming.length === 1)
+    return Promise.allSettled([pipeline([...trunk, ...stages], environment)]);
+  const takers = incoming.map(([, one]) => one);
+  return fanOut(trunk, takers);
+}
+
+/** The sending end of a transfer, from behind the part that is kept over there. */
+function sender(
+  { source, transfer: { snapshot, parent }, display }: Send,
+  { level, protocol, bytes = 0, sum = "" }: Form & Partial<Begun>,
+): Stage {
   const hexadecimal = (one: Snapshot | null) =>
     one === null || source.alone ? "" : dataOf(one).replaceAll("-", "");
-  const asked = { uuid: hexadecimal(snapshot), clone: hexadecimal(parent) };
-  const sent = {
+  const given = {
+    flag: display.btrfsDebug ? "-vv" : "-q",
+    ...at(source),
     level,
     protocol: protocol ?? "",
     holder: holderOf(source),
     snapshot: snapshot.name,
     parent: parent?.name ?? "",
-    ...before,
-    ...asked,
+    skip: bytes === 0 ? "" : String(bytes),
+    sum: bytes === 0 ? "" : sum,
+    uuid: hexadecimal(snapshot),
+    clone: hexadecimal(parent),
   };
-  const given = { flag: display.btrfsDebug ? "-vv" : "-q", ...at(source), ...sent };
-  const send = staged(`btrfs send${level === "" ? "" : " or zstd"}`, source.host, SEND, given, {
-    sends: true,
-    shown: display.btrfsDebug,
-  });
-  const others = incoming.length === 1 ? "" : ` and ${incoming.length - 1} more`;
-  const metered = meter(
-    `${snapshot.name} to ${first.id}${others}`,
-    display,
-    rate,
-    parent === null && level === "" ? display.sizes.get(snapshot.uuid) : undefined,
-  );
-  // How many bytes a compressed stream has is known only behind the host that compresses it.
-  const between =
-    level === "" || incoming.every(([, { finish }]) => finish)
-      ? metered
-      : [relaying({}), ...metered];
-  if (incoming.length === 1)
-    return Promise.allSettled([pipeline([send, ...between, ...stages], environment)]);
-  return fanOut(
-    [send, ...between],
-    incoming.map(([, one]) => one),
-  );
+  const what = `btrfs send${level === "" ? "" : " or zstd"}`;
+  return staged(what, source.host, SEND, given, { sends: true, shown: display.btrfsDebug });
 }
 
 /**
- * Runs the stages of one stream, and what follows of each who takes it as a pipeline of its own, so that one that fails, or is stuck, drops
- * out. Where the stream itself fails, all are killed before their input closes.
+ * Runs the stages of one stream, and the stages of each who takes it as a pipeline of its own, so
+ * that one that fails, or is stuck, drops out. Where the stream itself fails, all are killed before
+ * their input closes.
  */
 async function fanOut(
   stages: readonly Stage[],
@@ -6763,24 +6789,22 @@ async function fanOut(
 ): Promise<PromiseSettledResult<Flown>[]> {
   const directory = mkdtempSync(join(runtimeDirectory(), "f"));
   const pipes = takers.map((_, i) => `${directory}/${i}`);
-  const { error } = spawnSync("mkfifo", pipes);
-  if (error !== undefined) throw error;
-  let isFlowing = true;
-  const blocked = (): readonly number[] => (isFlowing ? (trunk?.blocked() ?? []) : []);
+  const made = spawnSync("mkfifo", pipes);
+  if (made.error !== undefined) throw made.error;
   const branches: Flowing[] = [];
   let trunk: Flowing | null = null;
+  let isFlowing = true;
+  const blocked = (): readonly number[] => (isFlowing ? (trunk?.blocked() ?? []) : []);
   try {
-    for (const [i, { stages, environment }] of takers.entries()) {
-      // Who waits for what another one keeps from all does nothing, and is not stuck.
+    for (const [i, taker] of takers.entries()) {
+      // Who waits because another one keeps the stream from all does nothing, and is not stuck.
       const waits = () => isFlowing && !blocked().includes(i);
-      branches.push(flow(stages, environment ?? {}, { input: pipes[i] as string, waits }));
+      const joint = { input: pipes[i] as string, waits };
+      branches.push(flow(taker.stages, taker.environment ?? {}, joint));
     }
-    const to = branches.map(({ group }, i) => ({ path: pipes[i] as string, group }));
-    trunk = flow(
-      [...stages, relaying({ to })],
-      {},
-      { feeds: branches.map(({ group }) => group), waits: () => blocked().length > 0 },
-    );
+    const feeds = branches.map(({ group }) => group);
+    const to = feeds.map((group, i) => ({ path: pipes[i] as string, group }));
+    trunk = flow([...stages, relaying({ to })], {}, { feeds, waits: () => blocked().length > 0 });
   } catch (error) {
     for (const { kill, ended } of branches) {
       kill();
@@ -6789,7 +6813,8 @@ async function fanOut(
     rmSync(directory, { recursive: true, force: true });
     throw error;
   }
-  // As long as we hold them open, nobody takes the end of a relay that was killed for the end of the stream.
+  // As long as we hold them open, nobody takes the end of a relay that was killed for the end of
+  // the stream.
   const held = Promise.all(branches.map(({ ended }, i) => heldOpen(pipes[i] as string, ended)));
   // Without its pipe, an output is given up, also while a dead disk keeps its reader.
   for (const [i, { ended }] of branches.entries())
@@ -6800,26 +6825,42 @@ async function fanOut(
   for (const descriptor of await held) if (descriptor !== null) closeSync(descriptor);
   const ends = await Promise.allSettled(branches.map(({ ended }) => ended));
   rmSync(directory, { recursive: true, force: true });
-  return ends.map((end) => {
-    if (stem.status === "rejected" && (end.status === "fulfilled" || end.reason instanceof Killed))
-      return { status: "rejected" as const, reason: stem.reason as unknown };
-    if (end.status === "rejected") return end;
-    const { bytes } = (stem as PromiseFulfilledResult<Flown>).value;
-    return { status: "fulfilled", value: { ...end.value, bytes } };
-  });
+  return ends.map((end) => branchEnd(stem, end));
+}
+
+/**
+ * The end of one who takes a stream, by that of the stream itself, which counts the bytes, and
+ * whose failure has all killed.
+ */
+function branchEnd(
+  stem: PromiseSettledResult<Flown>,
+  end: PromiseSettledResult<Flown>,
+): PromiseSettledResult<Flown> {
+  const isOwn = end.status === "rejected" && !(end.reason instanceof Killed);
+  if (stem.status === "rejected") return isOwn ? end : stem;
+  if (end.status === "rejected") return end;
+  return { ...end, value: { ...end.value, bytes: stem.value.bytes } };
 }
 
 /** Opens a FIFO for writing as soon as somebody reads it; null if its reader ends before. */
 async function heldOpen(pipe: string, reader: Promise<unknown>): Promise<number | null> {
   let over = false;
   reader.catch(() => {}).finally(() => (over = true));
-  for (; !over; await new Promise((later) => setTimeout(later, 5)))
-    try {
-      return openSync(pipe, constants.O_WRONLY | constants.O_NONBLOCK);
-    } catch (error) {
-      if ((error as NodeJS.ErrnoException).code !== "ENXIO") throw error;
-    }
+  for (; !over; await new Promise((later) => setTimeout(later, 5))) {
+    const descriptor = openIfRead(pipe);
+    if (descriptor !== null) return descriptor;
+  }
   return null;
+}
+
+/** Opens a FIFO for writing; null as long as nobody reads it. */
+function openIfRead(pipe: string): number | null {
+  try {
+    return openSync(pipe, constants.O_WRONLY | constants.O_NONBLOCK);
+  } catch (error) {
+    if ((error as NodeJS.ErrnoException).code !== "ENXIO") throw error;
+    return null;
+  }
 }
 
 /** Whether a process group has a process yet. */
@@ -6834,42 +6875,54 @@ function isRunning(group: number): boolean {
 // ── the relay ──
 
 /** What the relay does with the bytes that pass it. */
-type Relay = {
-  /** Tells their SHA-256. */
-  readonly sum?: boolean;
-  /** At most so many bytes a second. */
-  readonly rate?: number;
-  /** The file that gets what it tells at its end; with ".now" behind its name, twice a second, how many bytes have passed, and the numbers of outputs that take nothing. */
-  readonly tell?: string;
-  /** They must be this stream: see streamCheck. */
-  readonly check?: Expected;
+type Relay = Readonly<{
+  /** It tells their SHA-256. */
+  sum?: boolean;
+  /** It passes at most so many bytes a second. */
+  rate?: number;
   /**
-   * They come with a guarded key: a send stream, or any bytes; at most so many, which `refusal` says. Guard is asked: see Said. `state`: the file
-   * that says whether the relay waits for its input (r), or has something to pass on (w).
+   * The file for what it tells at its end. Twice a second, the file with ".now" behind its name
+   * gets the bytes that have passed, and the numbers of outputs that take nothing.
    */
-  readonly guarded?: {
+  tell?: string;
+  /** They must be this stream: see streamCheck. */
+  check?: Expected;
+  /**
+   * They come with a guarded key: a send stream, or any bytes; at most so many, or `refusal` is
+   * told. Guard is asked: see Said. `state`: the file that says whether the relay waits for its
+   * input (r), or has something to pass on (w).
+   */
+  guarded?: {
     readonly stream: boolean;
     readonly most: number | null;
     readonly refusal: string;
     readonly state: string;
   };
   /** They go nowhere. */
-  readonly drop?: boolean;
-  /** Where they go instead of standard output: FIFOs, each with the process group that reads it. One that is removed is given up. */
-  readonly to?: readonly { readonly path: string; readonly group: number }[];
-};
-
-/** The stream that is expected: what it makes, and on top of what; `alone`: no fence keeps it in. Empty UUIDs are not known. */
-type Expected = {
-  readonly name: string;
-  readonly uuid: string;
-  readonly parent: string | null;
-  readonly alone: boolean;
-};
+  drop?: boolean;
+  /**
+   * Where they go instead of stdout: FIFOs, each with its reader's process group. A removed one is
+   * given up.
+   */
+  to?: readonly { readonly path: string; readonly group: number }[];
+}>;
 
 /**
- * What the processes of a guarded stream say on descriptor 3, a line each. What the stream begins with (name, UUID, and its parent's, null in
- * full), and that it is whole with so many bytes, are questions, which guard answers with a line on descriptor 4, or not at all. `unpacked`: zstd's exit status.
+ * The stream that is expected: its subvolume, and that one's parent; `alone`: no fence keeps it in.
+ * Empty UUIDs are not known.
+ */
+type Expected = Readonly<{
+  name: string;
+  uuid: string;
+  parent: string | null;
+  alone: boolean;
+}>;
+
+/**
+ * What the processes of a guarded stream say on descriptor 3, a line each. Two are questions, which
+ * guard answers with a line on descriptor 4, or not at all: what the stream begins with (name,
+ * UUID, and its parent's, null in full); and that it is whole, with so many bytes. `unpacked`:
+ * zstd's exit status.
  */
 type Said =
   | { readonly unpacked: number }
@@ -6881,9 +6934,10 @@ type Said =
 type Passed = { readonly bytes: number; readonly sum: string | null };
 
 /**
- * Passes standard input on, and tells what has passed. A process of its own, which reads and writes with blocking calls,
- * so that no byte waits for anything else, and which any signal ends at once: with a handler, it would not in such a call. Where it
- * fails, whoever started it kills those who read from it while its standard output is still open; those behind FIFOs it kills itself.
+ * Passes standard input on, and tells what has passed. A process of its own, which reads and writes
+ * with blocking calls, so that no byte waits for anything else, and which any signal ends at once:
+ * with a handler, a signal would not end such a call. Where it fails, its starter kills those who
+ * read from it while its standard output is still open; those behind FIFOs it kills itself.
  */
 function relay(given: Relay): never {
   try {
@@ -6892,19 +6946,17 @@ function relay(given: Relay): never {
     process.exit(0);
   } catch (error) {
     for (const { group } of given.to ?? []) sendSignal(-group, "SIGKILL");
+    const { code, message } = error as NodeJS.ErrnoException;
+    const isRefused = error instanceof Refused;
     try {
-      if (given.guarded !== undefined) {
-        // Who takes it has ended before, and tells why itself.
-        if ((error as NodeJS.ErrnoException).code === "EPIPE") process.exit(0);
-        if (error instanceof Refused) {
-          say({ refused: error.message });
-          process.exit(1);
-        }
-      }
-      writeSync(
-        2,
-        `${error instanceof Refused ? `the stream is refused: ${error.message} (--trust-stream receives it as it is)` : (error as Error).message}\n`,
-      );
+      // Whoever takes a guarded stream has ended before, and tells why itself.
+      if (given.guarded !== undefined && code === "EPIPE") process.exit(0);
+      if (given.guarded !== undefined && isRefused) say({ refused: message });
+      else
+        writeSync(
+          2,
+          `${isRefused ? `the stream is refused: ${message} (--trust-stream receives it as it is)` : message}\n`,
+        );
     } catch {
       // nobody listens
     }
@@ -6930,71 +6982,75 @@ function checkFor({ check, guarded }: Relay): Checking | null {
 }
 
 function passOn(given: Relay): Passed {
-  const { sum, rate, tell, guarded, drop, to } = given;
-  const limit = guarded?.most ?? Infinity;
+  const { rate, guarded } = given;
   const BLOCK = 2 ** 20;
+  const most = rate === undefined ? BLOCK : Math.min(BLOCK, Math.max(4096, Math.ceil(rate / 10)));
   const room = Buffer.allocUnsafe(2 * BLOCK);
-  const hash = sum ? createHash("sha256") : null;
-  const checked = checkFor(given);
+  const checking = checkFor(given);
   const state = guarded === undefined ? null : openSync(guarded.state, "w");
   const mark = (letter: "r" | "w") => state !== null && writeSync(state, letter, 0);
-  const tellBytes = (waiting: readonly number[] = []) => {
-    told = performance.now();
-    if (tell !== undefined) writeFileSync(`${tell}.now`, [bytes, ...waiting].join(" "));
-  };
-  const outputs =
-    to === undefined
-      ? null
-      : openOutputs(to, (waiting) => performance.now() - told > 500 && tellBytes(waiting));
-  widen([0, ...(outputs?.descriptors ?? [1])]);
-  const most = rate === undefined ? BLOCK : Math.min(BLOCK, Math.max(4096, Math.ceil(rate / 10)));
-  const began = performance.now();
-  let [have, bytes, told] = [0, 0, began];
-  const send = (end: number) => {
-    let hadToWait = false;
-    if (end === 0) return;
-    hash?.update(room.subarray(0, end));
-    if (outputs !== null) hadToWait = outputs.write(room, end);
-    else if (!drop) writeAll(1, room, end);
-    bytes += end;
-    if (hadToWait) tellBytes(); // nobody does any more
-    if (rate !== undefined) pause((1000 * bytes) / rate - (performance.now() - began));
-    if (performance.now() - told > 500) tellBytes();
-  };
+  const outlet = openOutlet(given);
+  let have = 0;
   for (let n; mark("r"), (n = readSome(0, room, have, most)) > 0;) {
     mark("w");
     have += n;
-    if (bytes + have > limit) refuse(guarded?.refusal as string);
-    const end = checked === null ? have : checked.pass(room, 0, have);
-    send(end);
+    if (outlet.bytes() + have > (guarded?.most ?? Infinity)) refuse(guarded?.refusal as string);
+    const end = checking === null ? have : checking.pass(room, 0, have);
+    outlet.send(room, end);
     room.copyWithin(0, end, have);
     have -= end;
   }
   mark("w");
-  checked?.finish();
-  if (guarded !== undefined) askGuard({ whole: bytes + have });
-  send(have);
-  tellBytes();
-  return { bytes, sum: hash?.digest("hex") ?? null };
+  checking?.finish();
+  if (guarded !== undefined) askGuard({ whole: outlet.bytes() + have });
+  outlet.send(room, have);
+  return outlet.end();
+}
+
+/** The way out of a relay, which sums and counts the bytes, slows them down, and tells of them. */
+function openOutlet({ sum, rate, tell, drop, to }: Relay) {
+  const hash = sum ? createHash("sha256") : null;
+  const tellBytes = (waiting: readonly number[] = []) => {
+    toldAt = performance.now();
+    if (tell !== undefined) writeFileSync(`${tell}.now`, [bytes, ...waiting].join(" "));
+  };
+  const isDue = () => performance.now() - toldAt > 500;
+  const outputs = to && openOutputs(to, (waiting) => isDue() && tellBytes(waiting));
+  widen([0, ...(outputs?.descriptors ?? [1])]);
+  const began = performance.now();
+  let [bytes, toldAt] = [0, began];
+  return {
+    bytes: () => bytes,
+    send(room: Buffer, end: number): void {
+      if (end === 0) return;
+      hash?.update(room.subarray(0, end));
+      const hadToWait = outputs?.write(room, end) ?? false;
+      if (outputs === undefined && !drop) writeAll(1, room, end);
+      bytes += end;
+      if (hadToWait) tellBytes(); // nobody does any more
+      if (rate !== undefined) pause((1000 * bytes) / rate - (performance.now() - began));
+      if (isDue()) tellBytes();
+    },
+    end(): Passed {
+      tellBytes();
+      return { bytes, sum: hash?.digest("hex") ?? null };
+    },
+  };
 }
 
 /**
- * Gives pipes room for 1 MiB, of which each has 64 KiB by itself: storing a stream takes a quarter less time so. 1031 is F_SETPIPE_SZ of
- * fcntl(2). Only under Bun, which the executable is made of; elsewhere, and what is no pipe, stays as it is.
+ * Gives pipes room for 1 MiB, of which each has 64 KiB by itself: storing a stream takes a quarter
+ * less time so. 1031 is F_SETPIPE_SZ of fcntl(2). Only under Bun, which the executable is made of;
+ * elsewhere, a pipe stays as it is, and so does anything else.
  */
 function widen(descriptors: readonly number[]): void {
-  type Library = {
-    readonly symbols: {
-      readonly fcntl: (descriptor: number, command: number, value: number) => number;
-    };
-  };
-  const { Bun: bun } = globalThis as {
-    Bun?: { readonly FFI?: { readonly dlopen: (name: string, symbols: object) => Library } };
-  };
+  type Fcntl = (descriptor: number, command: number, value: number) => number;
+  type Library = { readonly symbols: { readonly fcntl: Fcntl } };
+  type Loader = { readonly dlopen: (name: string, symbols: object) => Library };
+  const { Bun: bun } = globalThis as { Bun?: { readonly FFI?: Loader } };
   try {
-    const library = bun?.FFI?.dlopen("libc.so.6", {
-      fcntl: { args: ["int", "int", "int"], returns: "int" },
-    });
+    const fcntl = { args: ["int", "int", "int"], returns: "int" };
+    const library = bun?.FFI?.dlopen("libc.so.6", { fcntl });
     for (const descriptor of descriptors) library?.symbols.fcntl(descriptor, 1031, 2 ** 20);
   } catch {
     // another C library
@@ -7011,10 +7067,10 @@ function isBusy(error: unknown): boolean {
 }
 
 /** Reads what there is, at most so much; 0 at the end. */
-function readSome(descriptor: number, room: Buffer, at: number, most: number): number {
+function readSome(descriptor: number, room: Buffer, from: number, most: number): number {
   for (;;)
     try {
-      return readSync(descriptor, room, at, Math.min(most, room.length - at), null);
+      return readSync(descriptor, room, from, Math.min(most, room.length - from), null);
     } catch (error) {
       if (!isBusy(error)) throw error;
       pause(1); // somebody else set it so that it does not block
@@ -7022,47 +7078,54 @@ function readSome(descriptor: number, room: Buffer, at: number, most: number): n
 }
 
 function writeAll(descriptor: number, bytes: Buffer, end: number): void {
-  for (let at = 0; at < end;)
+  for (let done = 0; done < end;)
     try {
-      at += writeSync(descriptor, bytes, at, end - at);
+      done += writeSync(descriptor, bytes, done, end - done);
     } catch (error) {
       if (!isBusy(error)) throw error;
       pause(1);
     }
 }
 
-/** Several outputs, each fed as it takes: `tell` gets those that all wait for, again and again, and `write` returns whether it did. Who reads no more drops out, and tells why itself; so does whose pipe was removed. */
+/**
+ * Several outputs, each fed as it takes. `write` returns whether all had to wait for some, which
+ * `tell` gets again and again. An output that nobody reads any more drops out, and its reader tells
+ * why itself; so does one whose pipe was removed.
+ */
 function openOutputs(
   to: NonNullable<Relay["to"]>,
   tell: (waiting: readonly number[]) => void,
 ): { write: (bytes: Buffer, end: number) => boolean; readonly descriptors: readonly number[] } {
-  type Output = { readonly number: number; readonly path: string; descriptor: number; at: number };
+  type Output = {
+    readonly number: number;
+    readonly path: string;
+    descriptor: number;
+    done: number;
+  };
+  // Deno tells nothing of a part that was taken: there, as much as is taken whole or not at all,
+  // PIPE_BUF of pipe(7).
   const most = process.versions["deno"] === undefined ? Infinity : 4096;
   const opened = performance.now();
-  let open = to.map(({ path, group }, number): Output => ({
-    number,
-    path,
-    descriptor: openRead(path, group),
-    at: 0,
-  }));
-  function openRead(path: string, group: number): number {
-    for (; ; pause(1))
-      try {
-        return openSync(path, constants.O_WRONLY | constants.O_NONBLOCK);
-      } catch (error) {
-        // Its reader has not begun, or will not.
-        if ((error as NodeJS.ErrnoException).code !== "ENXIO") throw error;
-        if (!isRunning(group) || performance.now() - opened > 60e3) return -1;
-      }
-  }
+  const openRead = (path: string, group: number): number => {
+    for (; ; pause(1)) {
+      const descriptor = openIfRead(path);
+      if (descriptor !== null) return descriptor;
+      // Its reader has not begun, or will not.
+      if (!isRunning(group) || performance.now() - opened > 60e3) return -1;
+    }
+  };
+  let open = to.map(({ path, group }, number): Output => {
+    return { number, path, descriptor: openRead(path, group), done: 0 };
+  });
   const close = (output: Output) => {
     if (output.descriptor !== -1) closeSync(output.descriptor);
     output.descriptor = -1;
   };
-  /** Whether an output took something. Deno tells nothing of a part that was taken: there, as much as is taken whole or not at all, PIPE_BUF of pipe(7). */
+  /** Whether an output took something. */
   const feed = (output: Output, bytes: Buffer, end: number): boolean => {
+    const { descriptor, done } = output;
     try {
-      output.at += writeSync(output.descriptor, bytes, output.at, Math.min(end - output.at, most));
+      output.done += writeSync(descriptor, bytes, done, Math.min(end - done, most));
       return true;
     } catch (error) {
       if (!isBusy(error)) close(output);
@@ -7073,9 +7136,9 @@ function openOutputs(
     descriptors: open.map(({ descriptor }) => descriptor),
     write(bytes, end) {
       let hadToWait = false;
-      for (const output of open) output.at = 0;
+      for (const output of open) output.done = 0;
       for (let wait = 0.05; ;) {
-        const waiting = open.filter(({ descriptor, at }) => descriptor !== -1 && at < end);
+        const waiting = open.filter(({ descriptor, done }) => descriptor !== -1 && done < end);
         if (waiting.length === 0) break;
         const taken = waiting.map((output) => feed(output, bytes, end)).includes(true);
         wait = taken ? 0.05 : Math.min(100, 1.5 * wait);
@@ -7421,8 +7484,14 @@ async function openSource(
     );
     const claimed = isWithin(folder.top, source.top)
       ? null
-      : claim(identityOf(folder), chain, snapshots, children, o.adopt);
-    if (claimed?.accepted === false) throw new Failure(`${path}: ${claimed.why}`);
+      : claim({
+          identity: identityOf(folder),
+          chain,
+          standing: snapshots,
+          shared: children,
+          adopt: o.adopt,
+        });
+    if (claimed?.accepted === false) throw new Failure(`${path}: ${refusalMessage(claimed)}`);
     strangers = claimed?.strangers ?? null;
     if (folder.alone && strangers !== null && strangers.length > 0)
       needRoot(folder, "telling other sources' snapshots in that folder");
@@ -7549,23 +7618,22 @@ async function openDestination(
         ? join(folder, `.btrfs-backup.${o.prefix}.${digestOf(location.id).slice(0, 8)}.receiving`)
         : lockFile(`${o.source.id}\n${o.prefix}\n${location.id}`);
     if (location.kind === "shell")
-      return shellDestination(
-        location,
-        known?.pin ?? null,
-        await commandShell(report),
+      return shellDestination(location, {
+        last: known?.pin ?? null,
+        interpreter: await commandShell(report),
         lock,
-        { prefix: o.prefix, source: o.source.id },
+        prefix: o.prefix,
+        source: o.source.id,
         sending,
-      );
+      });
     return openStore(location, sending, lock, source, known, o, report, begun);
   }
   const mounted = "(is the disk mounted?)";
   let claimed: Claim = { accepted: true, strangers: [] };
   const folder = await openNew(
     location,
-    destinationOpening(o),
-    source,
-    known !== undefined,
+    { source, isKnown: known !== undefined },
+    { ...destinationOpening(o), begun: begun?.folder },
     (folder) => {
       const { place, exists, chain, record, snapshots, top } = folder;
       needRoot(folder, "receiving");
@@ -7592,17 +7660,16 @@ async function openDestination(
           `the backups that 0.3.1 made are not there ${mounted}; --adopt begins anew`,
         );
       const here = dataFinder(source.snapshots);
-      claimed = claim(
-        source.identity,
+      claimed = claim({
+        identity: source.identity,
         chain,
-        complete,
-        complete.filter((backup) => here(backup) !== undefined),
-        o.adopt,
-      );
-      if (!claimed.accepted) throw new Failure(claimed.why);
+        standing: complete,
+        shared: complete.filter((backup) => here(backup) !== undefined),
+        adopt: o.adopt,
+      });
+      if (!claimed.accepted) throw new Failure(refusalMessage(claimed));
       compressionBetween(source, folder, sending.level);
     },
-    begun?.folder,
   );
   const { receiving, since, ...chain } = folder.chain;
   // An announcement outlives its transfer only as long as there is a leftover to be recognised by it.
@@ -7626,13 +7693,14 @@ async function openDestination(
     await writeRecord(folder, owned, receiving !== undefined && !broken);
   warnOfDuplicates(folder, report);
   const again = () => openFolder(location, folder.path, { ...destinationOpening(o), wait: "look" });
-  return folderDestination(
-    folder,
+  return folderDestination(folder, {
     again,
     owned,
-    disbelief(source) === null ? (known?.receiving ?? []) : [],
-    { ...o.deletion, btrfsDebug: o.btrfsDebug, sending },
-  );
+    announced: disbelief(source) === null ? (known?.receiving ?? []) : [],
+    ...o.deletion,
+    btrfsDebug: o.btrfsDebug,
+    sending,
+  });
 }
 
 /** Opens a store after making sure that it is the right one. Errors: Absent, Busy, Failure. */
@@ -7651,9 +7719,8 @@ async function openStore(
   const opening = destinationOpening(o);
   const folder = await openNew(
     location,
-    opening,
-    source,
-    known !== undefined,
+    { source, isKnown: known !== undefined },
+    { ...opening, begun: begun?.folder },
     (folder) => {
       checkFilters(source, sending);
       const ours = folder.standing.filter(
@@ -7698,7 +7765,6 @@ async function openStore(
         );
       owner = { ...owner, lineage: own.at(-1)?.owner.lineage ?? owner.lineage };
     },
-    begun?.folder,
   );
   const store = folder.store as Store;
   const standing = standingInStore(store, o.prefix, lineages);
@@ -7707,15 +7773,8 @@ async function openStore(
     report.warning(
       `${location.id}: ${count(broken.length, "stream")} cannot be restored, since what ${broken.length === 1 ? "it builds" : "they build"} on is missing: ${broken[0]?.name}${broken.length > 1 ? " …" : ""}`,
     );
-  return storeDestination(
-    folder,
-    store,
-    () => openFolder(location, folder.path, { ...opening, wait: "look" }),
-    standing,
-    owner,
-    lock,
-    sending,
-  );
+  const again = () => openFolder(location, folder.path, { ...opening, wait: "look" });
+  return storeDestination(folder, { store, again, standing, owner, lock, sending });
 }
 
 const NO_SUBVOLUME: Subvolume = {
@@ -8060,14 +8119,14 @@ async function begin(served: Served, serving: Serving): Promise<void> {
   const { id } = destination;
   if (!o.transfer) return;
   const { transfers, conflicts, skipped } = await planFor(served, serving);
-  for (const { name, uuid, why } of conflicts) {
-    report.error(id, new Failure(`${name} is not sent: ${why}; rename or remove it`));
-    served.earlier.add(uuid);
+  for (const conflict of conflicts) {
+    report.error(id, new Failure(conflictMessage(conflict)));
+    served.earlier.add(conflict.snapshot.uuid);
   }
   if (conflicts.length > 0) served.complete = false;
   // All of them, since the next announcement replaces that of a leftover which is not sent again.
-  for (const [name, what] of standing.taken)
-    if (what === "leftover" && !o.dryRun) await destination.discard(name);
+  for (const [name, { kind }] of standing.taken)
+    if (kind === "leftover" && !o.dryRun) await destination.discard(name);
   if (!wanted.sending.resume && !o.dryRun) await destination.tidy();
   if (skipped > 0)
     log.info(
@@ -8136,7 +8195,7 @@ async function sendNext(
     ...destination,
     receive: (source, transfer) => destination.receive(source, transfer, todo.length > 1),
   }));
-  const results = o.dryRun ? [] : await transferToAll(receivers, source, transfer, display);
+  const results = o.dryRun ? [] : await transferToAll(receivers, { source, transfer, display });
   const sent = new Map(fitting.map((served, i) => [served, results[i]]));
   for (const served of all) {
     const { destination, wanted } = served;
@@ -8201,26 +8260,25 @@ async function withRoom(
   const { destination, wanted, todo } = served;
   const going =
     error instanceof NoSpace && o.makeRoom && destination.frozen === null
-      ? planRoom(snapshots, served.standing, todo, wanted.policy, now, source.owned.leaps)
+      ? planRoom(snapshots, served.standing, todo, {
+          policy: wanted.policy,
+          now,
+          adopted: source.owned.leaps,
+        })
       : [];
   if (going.length === 0 || o.dryRun) throw error;
   const [transfer] = todo as [Transfer];
   await removeFrom(served, going, "to make room", o, report, true);
   await destination.discard(transfer.snapshot.name); // there may not have been the space to clear away
-  return transferTo(destination, source, transfer, display);
+  return transferTo(destination, { source, transfer, display });
 }
 
 /** Sends destinations what they lack: what is the same stream once, others side by side. */
 async function sendAll(all: readonly Served[], serving: Serving): Promise<void> {
   const ready = all.filter(({ todo }) => todo.length > 0);
-  const alike = groupBy(ready, ({ todo: [next], destination }) => {
-    const form = destination.form(serving.source);
-    return JSON.stringify([
-      next?.snapshot.uuid,
-      next?.parent?.uuid,
-      ...(form === null ? [destination.id] : [form.level, form.protocol, form.rate]),
-    ]);
-  });
+  const alike = groupBy(ready, ({ todo: [next], destination }) =>
+    streamKey(next as Transfer, destination, serving.source),
+  );
   await together([...alike.values()], async (some) => {
     const [
       {
@@ -8280,7 +8338,11 @@ async function pruneDestination(
   if (destination.stream !== null) return;
   if (destination.frozen !== null)
     throw new Failure(`nothing is deleted there: ${destination.frozen}`);
-  const decisions = planDestination(snapshots, served.standing, wanted.policy, now, leaps);
+  const decisions = planDestination(snapshots, served.standing, {
+    policy: wanted.policy,
+    now,
+    adopted: leaps,
+  });
   warnOfLeap(decisions, destination.id, report);
   await removeFrom(
     served,
@@ -9011,13 +9073,12 @@ async function pruneSource(
     },
   );
   const decide = (full: boolean) =>
-    planSource(
-      snapshots,
-      o.sourcePolicy,
-      o.removeLocks ? claimants.filter(({ pin }) => pin) : claimants,
-      wallClock(new Date()),
-      { adopted: source.owned.leaps ?? [], full },
-    );
+    planSource(snapshots, o.removeLocks ? claimants.filter(({ pin }) => pin) : claimants, {
+      policy: o.sourcePolicy,
+      now: wallClock(new Date()),
+      adopted: source.owned.leaps,
+      full,
+    });
   const isFull = source.place.free < LOW * source.place.size;
   const decisions = decide(isFull);
   const stays = decide(false);
@@ -9193,7 +9254,9 @@ function pruningOf(
   const isNews =
     folder.store === null && folder.record.unreadable === null && !sameRecord(chain, folder.chain);
   const goes = () =>
-    planDestination([], standing, o.policy, now, leaps).some(({ reasons }) => reasons.length === 0);
+    planDestination([], standing, { policy: o.policy, now, adopted: leaps }).some(
+      ({ reasons }) => reasons.length === 0,
+    );
   const isIdle = !isNews && destination.frozen === null && !goes();
   return { destination, standing, leaps: leaps ?? [], chain, isNews, isIdle };
 }
@@ -9218,22 +9281,24 @@ function pruned(folder: Folder, o: PruneOptions): Destination {
   needRoot(folder, "pruning");
   const reopen = () => lookAt(o.location, folder.path, prefix, o.hosts);
   if (store === null)
-    return folderDestination(folder, reopen, chain, [], {
+    return folderDestination(folder, {
+      again: reopen,
+      owned: chain,
+      announced: [],
       ...o.deletion,
       btrfsDebug: false,
       sending: NO_SENDING,
     });
   const ours = store.streams.filter(({ name }) => parseName(name, prefix) !== null);
   const owner = ours.at(-1)?.owner ?? ownerOf({ uuid: "", host: "", path: "" });
-  return storeDestination(
-    folder,
+  return storeDestination(folder, {
     store,
-    reopen,
-    standingInStore(store, prefix, lineagesOf(ours, owner, [])),
+    again: reopen,
+    standing: standingInStore(store, prefix, lineagesOf(ours, owner, [])),
     owner,
-    lockFile(`${id}\n${prefix}`),
-    NO_SENDING,
-  );
+    lock: lockFile(`${id}\n${prefix}`),
+    sending: NO_SENDING,
+  });
 }
 
 /**
@@ -9540,14 +9605,14 @@ async function openOutside(target: Target, location: Folder, o: RestoreOptions):
         `the snapshot folder ${folder.path} is not on the filesystem of ${o.target.id}`,
       );
     const known = dataFinder(wholeIn(location));
-    const claimed = claim(
-      { uuid: "", host: target.hostName, path: target.full },
-      folder.chain,
-      folder.snapshots,
-      folder.snapshots.filter((s) => known(s)),
-      false,
-    );
-    if (!claimed.accepted) throw new Failure(`${folder.path}: ${claimed.why}`);
+    const claimed = claim({
+      identity: { uuid: "", host: target.hostName, path: target.full },
+      chain: folder.chain,
+      standing: folder.snapshots,
+      shared: folder.snapshots.filter((s) => known(s)),
+      adopt: false,
+    });
+    if (!claimed.accepted) throw new Failure(`${folder.path}: ${refusalMessage(claimed)}`);
   };
   // Another host's word does not count.
   const isLocation = (folder: Folder) =>
@@ -9870,7 +9935,7 @@ function wayInWords(data: Way): string {
 }
 
 /** Builds TARGET in a directory beside it, and gives it its name. Errors: SameSecond, Failure. */
-async function carryOut(r: Restoration, sums: Receiving["sums"]): Promise<void> {
+async function carryOut(r: Restoration, sums: Arriving["sums"]): Promise<void> {
   const { o, location, chosen, target, outside, data, how, work, moved } = r;
   needOurs(target, o.target.id);
   const { output, release } = await hold(
@@ -9911,12 +9976,12 @@ async function carryOut(r: Restoration, sums: Receiving["sums"]): Promise<void> 
 }
 
 /** A restore whose streams arrive in `folder`. `sums`: their SHA-256, by object. */
-type Receiving = Restoration & {
+type Arriving = Restoration & {
   readonly folder: Folder;
   readonly sums: ReadonlyMap<string, string>;
 };
 
-async function discardReceived({ target, folder }: Receiving, name: string): Promise<void> {
+async function discardReceived({ target, folder }: Arriving, name: string): Promise<void> {
   await ask(
     target.host,
     DISCARD,
@@ -9934,10 +9999,11 @@ function warnOfParent({ o, report, chosen }: Restore, error: unknown): void {
 }
 
 /** Receives the snapshot from LOCATION; in full where its parent is damaged. */
-async function receiveSnapshot(r: Receiving, data: Way & { way: "receive" }): Promise<void> {
+async function receiveSnapshot(r: Arriving, data: Way & { way: "receive" }): Promise<void> {
   const { o, report, display, location, chosen, target, folder } = r;
   const form = formBetween(location, target, o.sending);
-  const end = (level: string) => receiving(folder, chosen.name, level, null, o.btrfsDebug);
+  const { btrfsDebug } = o;
+  const end = (level: string) => receiving(folder, chosen.name, { level, chain: null, btrfsDebug });
   const receiver = {
     id: o.target.id,
     form: () => form,
@@ -9950,7 +10016,8 @@ async function receiveSnapshot(r: Receiving, data: Way & { way: "receive" }): Pr
     tidy: async () => {},
   };
   const receive = async (parent: Snapshot | null) => {
-    const sent = await transferTo(receiver, location, { snapshot: chosen, parent }, display);
+    const transfer = { snapshot: chosen, parent };
+    const sent = await transferTo(receiver, { source: location, transfer, display });
     report.event("transfer", {
       destination: o.target.id,
       name: chosen.name,
@@ -9966,7 +10033,7 @@ async function receiveSnapshot(r: Receiving, data: Way & { way: "receive" }): Pr
 }
 
 /** Receives stored streams; all of the snapshot's where the first one's parent is damaged. */
-async function receiveStreams(r: Receiving, data: Way & { way: "streams" }): Promise<void> {
+async function receiveStreams(r: Arriving, data: Way & { way: "streams" }): Promise<void> {
   const { store, pieces } = data;
   await receivePieces(r, store, pieces).catch(async (error) => {
     warnOfParent(r, error);
@@ -9983,7 +10050,7 @@ const BELOW = 16;
  * Receives stored streams, one on top of the other. Each is removed when the next stands on it.
  * Errors: Failure naming a piece that is damaged, and what can be restored without it.
  */
-async function receivePieces(r: Receiving, store: Store, pieces: readonly Stream[]): Promise<void> {
+async function receivePieces(r: Arriving, store: Store, pieces: readonly Stream[]): Promise<void> {
   const { o, report, location, folder, sums } = r;
   const all = byUuid(store.streams);
   const below: Stream[] = [];
@@ -10021,12 +10088,14 @@ async function receivePieces(r: Receiving, store: Store, pieces: readonly Stream
   }
 }
 
-function stagesOf(r: Receiving, { verbs }: Store, piece: Stream, label: string): Stage[] {
+function stagesOf(r: Arriving, { verbs }: Store, piece: Stream, label: string): Stage[] {
   const { o, location, folder, display } = r;
   const { uuid: object, name, bytes, compressed, encrypted } = piece;
   const fetch = fetching(location, verbs, object);
   const decrypt = encrypted ? [{ label: "gpg", command: `${GPG} --decrypt` }] : [];
-  const end = (level: string) => receiving(folder, name, level, null, o.btrfsDebug);
+  const { btrfsDebug } = o;
+  const end = (packed: string) =>
+    receiving(folder, name, { level: packed, chain: null, btrfsDebug });
   const level = compressed ? "1" : "";
   const received = o.sending.trust ? [end(level)] : checked(folder, level, expectedOf(piece), end);
   if (o.sending.trust) log.info(`${object} is received as it is, by --trust-stream`);
@@ -10522,8 +10591,11 @@ function sideOf({ folder, id }: Column, all: Inventory) {
       unread: false,
       unsentPolicy: null,
     }));
-    const adopted = { adopted: folder.chain.leaps ?? [] };
-    const decisions = planSource(taken, policies.sourcePolicy, claimants, now, adopted);
+    const decisions = planSource(taken, claimants, {
+      policy: policies.sourcePolicy,
+      now,
+      adopted: folder.chain.leaps,
+    });
     return { folder, goes: going(decisions), pin: null };
   }
   const standing =
@@ -10534,7 +10606,7 @@ function sideOf({ folder, id }: Column, all: Inventory) {
   const leaps = source?.chain.leaps ?? folder.chain.leaps;
   const decisions = isSnapshotFolder(folder)
     ? []
-    : planDestination(taken, standing, policies.backupPolicy, now, leaps);
+    : planDestination(taken, standing, { policy: policies.backupPolicy, now, adopted: leaps });
   return {
     folder,
     goes: going(decisions),

@@ -9,6 +9,7 @@ import {
   chainOf,
   changedSince,
   claim,
+  conflictMessage,
   dataFinder,
   deletionOrder,
   estimatedBytes,
@@ -45,6 +46,7 @@ import {
   planStreams,
   planTransfers,
   prefixesIn,
+  refusalMessage,
   related,
   type Rewritten,
   restoredDestinations,
@@ -52,6 +54,7 @@ import {
   snapshotsAmong,
   stamp,
   standingIn,
+  streamKey,
   streamName,
   unsentIn,
   UsageError,
@@ -66,9 +69,11 @@ import {
   type Folder,
   type Identity,
   type KnownDestination,
+  type Obstacle,
   type Snapshot,
   type Standing,
   type Stream,
+  type Transfer,
   type TransferOptions,
   type StoredFile,
 } from "../btrfs-backup.ts";
@@ -286,7 +291,12 @@ describe("what stands at a destination", () => {
     ],
   ])("%s", (_, { taken, backups, held }, why, count, holding = count) => {
     expect([...taken.keys()]).toEqual([name]);
-    expect(taken.get(name)).toMatch(why);
+    const obstacle = taken.get(name) as Obstacle;
+    expect(
+      obstacle.kind === "leftover"
+        ? obstacle.kind
+        : conflictMessage({ snapshot: snap("0301"), obstacle }),
+    ).toMatch(why);
     expect(backups).toHaveLength(count);
     expect(held).toHaveLength(holding);
   });
@@ -554,10 +564,11 @@ describe("transfers", () => {
       ({ snapshot, parent }) =>
         `${shortOf(snapshot.uuid)}<${parent === null ? "" : shortOf(parent.uuid)}`,
     );
-    return [...sent, ...conflicts.map(({ name }) => `conflict ${name}`)].join(" ");
+    return [...sent, ...conflicts.map(({ snapshot: { name } }) => `conflict ${name}`)].join(" ");
   };
   const s = snaps("0101 0102 0103 0104 0105");
   const backups = (...numbers: number[]) => numbers.map((n) => backupOf(s[n - 1] as Snapshot));
+  const other: Obstacle = { kind: "other", backup: backupOf(snap("0102"), { receivedUuid: "x" }) };
 
   test.each<[string, number[], string, string]>([
     [
@@ -653,19 +664,43 @@ describe("transfers", () => {
   });
 
   test("a leftover is in nobody's way, and no parent", () => {
-    const place = standing(backups(1), { taken: new Map([[full("0102"), "leftover"]]) });
+    const place = standing(backups(1), { taken: new Map([[full("0102"), { kind: "leftover" }]]) });
     expect(planned(s.slice(0, 3), place)).toBe("0102<0101 0103<0102");
   });
 
   test("a name taken by something else is a conflict: left alone, no parent, and the others are sent", () => {
     const place = standing(backups(1), {
-      taken: new Map([[full("0102"), "a backup of other data has that name"]]),
+      taken: new Map([[full("0102"), other]]),
     });
     expect(planned(s.slice(0, 3), place)).toBe(`0103<0101 conflict ${full("0102")}`);
   });
 
+  test("a conflict tells what both sides hold", () => {
+    expect(conflictMessage({ snapshot: s[1] as Snapshot, obstacle: other })).toBe(
+      `${full("0102")} is not sent: a backup of other data has that name (UUID there: x, here: s0102); rename or remove it`,
+    );
+  });
+
+  test("destinations share a stream that is made alike for both, of the same snapshot and parent", () => {
+    const made = { level: "3", protocol: "2", rate: 1000 };
+    const transfer: Transfer = { snapshot: s[1] as Snapshot, parent: s[0] as Snapshot };
+    const key = (form: object | null, id = "/a", more: Partial<Transfer> = {}) =>
+      streamKey({ ...transfer, ...more }, { id, form: () => form as typeof made }, {} as Folder);
+    for (const [one, other, isShared] of [
+      [key(made, "/a"), key({ ...made, chosen: true }, "/b"), true],
+      [key(made), key({ ...made, level: "" }), false],
+      [key(made), key({ ...made, protocol: null }), false],
+      [key(made), key({ ...made, rate: null }), false],
+      [key(made), key(made, "/a", { parent: null }), false],
+      [key(made), key(made, "/a", { snapshot: s[2] as Snapshot }), false],
+      [key(null, "/a"), key(null, "/b"), false],
+      [key(null, "/a"), key(made, "/a"), false],
+    ] as const)
+      expect(one === other).toBe(isShared);
+  });
+
   test("a taken name that is not wanted, or holds the data itself, is no conflict", () => {
-    const taken = new Map(s.map(({ name }) => [name, "a backup of other data has that name"]));
+    const taken = new Map(s.map(({ name }) => [name, other]));
     expect(planned(s, standing(backups(5), { taken }), { policy: parsePolicy("1") })).toBe("");
   });
 
@@ -1171,7 +1206,7 @@ describe("a clock that leaps", () => {
     const all = times.map((time, i) =>
       snap("0101", { name: named(String(i)), time, moment: time, uuid: `s${i}` }),
     );
-    return planSource(all, policy(text), [], FAR, { adopted })
+    return planSource(all, [], { policy: policy(text), now: FAR, adopted })
       .filter(({ reasons }) => reasons.length === 0)
       .map(({ entry }) => Number(entry.name));
   };
@@ -1211,9 +1246,11 @@ describe("a clock that leaps", () => {
     );
     const kept = { backups: all, copied: new Map(), chained: null };
     expect(
-      planDestination([], kept, policy("14d+"), FAR).filter(({ reasons }) => reasons.length === 0),
+      planDestination([], kept, { policy: policy("14d+"), now: FAR }).filter(
+        ({ reasons }) => reasons.length === 0,
+      ),
     ).toEqual([]);
-    expect(leaptTo(planDestination([], kept, policy("14d+"), FAR))).toBe("31");
+    expect(leaptTo(planDestination([], kept, { policy: policy("14d+"), now: FAR }))).toBe("31");
     expect(
       planRoom(
         [],
@@ -1224,8 +1261,7 @@ describe("a clock that leaps", () => {
             parent: null,
           },
         ],
-        policy("14d+"),
-        FAR,
+        { policy: policy("14d+"), now: FAR },
       ),
     ).toEqual([]);
   });
@@ -1245,8 +1281,7 @@ describe("retention at a destination", () => {
         planDestination(
           s,
           { backups: all, copied: new Map(), chained: null },
-          parsePolicy(policy),
-          FAR,
+          { policy: parsePolicy(policy), now: FAR },
         ),
       ),
     ).toBe(expected),
@@ -1256,8 +1291,7 @@ describe("retention at a destination", () => {
     const decisions = planDestination(
       s.slice(0, 2),
       { backups: all, copied: new Map(), chained: null },
-      parsePolicy("1"),
-      FAR,
+      { policy: parsePolicy("1"), now: FAR },
     ); // 0103 and later are gone at the source
     expect(kept(decisions)).toBe("0102 0105");
     expect(reasonsOf(decisions, "0102")).toEqual(["shared with the source"]);
@@ -1270,8 +1304,7 @@ describe("retention at a destination", () => {
         planDestination(
           here,
           { backups: here.toReversed().map((x) => backupOf(x)), copied: new Map(), chained: null },
-          parsePolicy("1"),
-          FAR,
+          { policy: parsePolicy("1"), now: FAR },
         ),
       ),
     ).toBe("1027-0215");
@@ -1283,13 +1316,16 @@ describe("retention at a destination", () => {
         planDestination(
           [],
           { backups: all, copied: new Map(), chained: null },
-          parsePolicy("2"),
-          FAR,
+          { policy: parsePolicy("2"), now: FAR },
         ),
       ),
     ).toBe("0104 0105");
     expect(
-      planDestination(s, { backups: [], copied: new Map(), chained: null }, parsePolicy("2"), FAR),
+      planDestination(
+        s,
+        { backups: [], copied: new Map(), chained: null },
+        { policy: parsePolicy("2"), now: FAR },
+      ),
     ).toEqual([]);
   });
 });
@@ -1345,18 +1381,19 @@ describe("retention at the source", () => {
       "0103 0104 0105",
     ],
   ])("%s", (_, policy, claimants, expected) =>
-    expect(kept(planSource(s, parsePolicy(policy), claimants, FAR))).toBe(expected),
+    expect(kept(planSource(s, claimants, { policy: parsePolicy(policy), now: FAR }))).toBe(
+      expected,
+    ),
   );
 
   test("the reasons name the destination", () => {
     const decisions = planSource(
       s,
-      parsePolicy("1"),
       [
         claimant("/disk", "0102", { unsentPolicy: { policy: null } }),
         claimant("/new", null, { unread: true }),
       ],
-      FAR,
+      { policy: parsePolicy("1"), now: FAR },
     );
     expect(reasonsOf(decisions, "0102")).toEqual([
       "shared with /disk",
@@ -1373,25 +1410,27 @@ describe("retention at the source", () => {
       claimant("/disk", "0101", { unsentPolicy: { policy: null } }),
       claimant("/other", "0102", { unsentPolicy: { policy: null } }),
     ];
-    const decisions = planSource(s, parsePolicy("1"), claimants, FAR);
+    const decisions = planSource(s, claimants, { policy: parsePolicy("1"), now: FAR });
     expect(kept(decisions)).toBe("0101 0102 0103 0104 0105");
     expect([...unsentIn(decisions)]).toEqual([
       ["/disk", { count: 2, oldest: full("0103") }],
       ["/other", { count: 2, oldest: full("0103") }],
     ]);
-    expect(kept(planSource(s, parsePolicy("1"), claimants, FAR, { full: true }))).toBe(
+    expect(kept(planSource(s, claimants, { policy: parsePolicy("1"), now: FAR, full: true }))).toBe(
       "0101 0102 0104 0105",
     );
-    expect(kept(planSource(s, parsePolicy("0"), claimants, FAR, { full: true }))).toBe(
+    expect(kept(planSource(s, claimants, { policy: parsePolicy("0"), now: FAR, full: true }))).toBe(
       "0101 0102 0103 0104 0105",
     );
-    expect([...unsentIn(planSource(s, parsePolicy("5"), claimants, FAR))]).toEqual([]);
+    expect([...unsentIn(planSource(s, claimants, { policy: parsePolicy("5"), now: FAR }))]).toEqual(
+      [],
+    );
   });
 
   test("the newest is the one with the highest ID when clocks went back", () => {
-    expect(kept(planSource(snaps("1027-0230 1027-0215"), parsePolicy("1"), [], FAR))).toBe(
-      "1027-0215",
-    );
+    expect(
+      kept(planSource(snaps("1027-0230 1027-0215"), [], { policy: parsePolicy("1"), now: FAR })),
+    ).toBe("1027-0215");
   });
 });
 
@@ -1407,7 +1446,7 @@ describe("making room", () => {
       now: FAR,
       fullEvery: null,
     });
-    const goes = planRoom(here, place, transfers, parsePolicy(policy), FAR);
+    const goes = planRoom(here, place, transfers, { policy: parsePolicy(policy), now: FAR });
     return { transfers, goes, names: goes.map(({ uuid }) => shortOf(uuid)).join(" ") };
   };
 
@@ -1438,7 +1477,10 @@ describe("making room", () => {
     const [first, missing] = s as [Snapshot, Snapshot];
     const place = standing(backups(1, 3));
     expect(
-      planRoom(s, place, [{ snapshot: missing, parent: first }], parsePolicy("1"), FAR),
+      planRoom(s, place, [{ snapshot: missing, parent: first }], {
+        policy: parsePolicy("1"),
+        now: FAR,
+      }),
     ).toEqual([]);
   });
 
@@ -1449,9 +1491,10 @@ describe("making room", () => {
     // In full, as with -I: there is no parent. 0203 is shared, "0301" is the newest there by name.
     const place = standing([backupOf(first), backupOf(third), gone]);
     expect(
-      planRoom(here, place, [{ snapshot: last, parent: null }], parsePolicy("1"), FAR).map(
-        ({ uuid }) => uuid,
-      ),
+      planRoom(here, place, [{ snapshot: last, parent: null }], {
+        policy: parsePolicy("1"),
+        now: FAR,
+      }).map(({ uuid }) => uuid),
     ).toEqual(["b0201"]);
   });
 
@@ -1594,12 +1637,18 @@ describe("one chain, one owner", () => {
       [],
     ],
   ])("%s", (_, { chain, there, shared, identity = me, adopt = false }, strangers) => {
-    const claimed = claim(identity, chain, there, shared, adopt);
+    const claimed = claim({ identity, chain, standing: there, shared, adopt });
     expect(claimed.accepted ? claimed.strangers : null).toEqual(strangers);
   });
 
   test("a refusal names both sources and what to do", () => {
-    const claimed = claim(me, { owner: other }, [x1], [], false);
+    const claimed = claim({
+      identity: me,
+      chain: { owner: other },
+      standing: [x1],
+      shared: [],
+      adopt: false,
+    });
     for (const text of [
       "there:/srv",
       "subvolume other",
@@ -1609,7 +1658,7 @@ describe("one chain, one owner", () => {
       "another folder",
       "--adopt",
     ])
-      expect(claimed.accepted ? "" : claimed.why).toContain(text);
+      expect(claimed.accepted ? "" : refusalMessage(claimed)).toContain(text);
   });
 });
 
@@ -1971,8 +2020,7 @@ describe("restoring", () => {
     const decisions = planDestination(
       [],
       { backups: [b1, b2, b3], copied: new Map([[b1.uuid, "/second"]]), chained: null },
-      parsePolicy("1"),
-      FAR,
+      { policy: parsePolicy("1"), now: FAR },
     );
     expect(kept(decisions)).toBe("0301 0303");
     expect(reasonsOf(decisions, "0301")).toEqual(["shared with /second"]);
@@ -1982,15 +2030,21 @@ describe("restoring", () => {
       unread,
       unsentPolicy: null,
     });
-    expect(kept(planSource([s1, s2, s3], parsePolicy("1"), [claimant("gone", false)], FAR))).toBe(
-      "0303",
-    );
-    expect(kept(planSource([s1, s2, s3], parsePolicy("1"), [claimant("gone", true)], FAR))).toBe(
-      "0301 0302 0303",
-    );
-    expect(kept(planSource([s1, s2, s3], parsePolicy("1"), [claimant(s1.uuid, true)], FAR))).toBe(
-      "0301 0303",
-    );
+    expect(
+      kept(
+        planSource([s1, s2, s3], [claimant("gone", false)], { policy: parsePolicy("1"), now: FAR }),
+      ),
+    ).toBe("0303");
+    expect(
+      kept(
+        planSource([s1, s2, s3], [claimant("gone", true)], { policy: parsePolicy("1"), now: FAR }),
+      ),
+    ).toBe("0301 0302 0303");
+    expect(
+      kept(
+        planSource([s1, s2, s3], [claimant(s1.uuid, true)], { policy: parsePolicy("1"), now: FAR }),
+      ),
+    ).toBe("0301 0303");
   });
 });
 
@@ -2244,7 +2298,11 @@ describe("retention of chains", () => {
   const kept = (text: string, policy: string) => {
     const backups = backupsIn(files(text));
     return letters(
-      planDestination([], { backups, copied: new Map(), chained: [] }, parsePolicy(policy), FAR)
+      planDestination(
+        [],
+        { backups, copied: new Map(), chained: [] },
+        { policy: parsePolicy(policy), now: FAR },
+      )
         .filter(({ reasons }) => reasons.length > 0)
         .map(({ entry }) => entry),
     );
@@ -2261,8 +2319,11 @@ describe("retention of chains", () => {
   test("the reason tells who needs it", () => {
     const backups = backupsIn(files("0301a 0302b<a"));
     expect(
-      planDestination([], { backups, copied: new Map(), chained: [] }, parsePolicy("1"), FAR)[0]
-        ?.reasons,
+      planDestination(
+        [],
+        { backups, copied: new Map(), chained: [] },
+        { policy: parsePolicy("1"), now: FAR },
+      )[0]?.reasons,
     ).toEqual(["needed by 20240302-000000"]);
   });
   test("what is needed for the pin stays", () => {
@@ -2270,8 +2331,7 @@ describe("retention of chains", () => {
     const decisions = planDestination(
       [snap("0302", { uuid: uuid("b") })],
       { backups, copied: new Map(), chained: [] },
-      parsePolicy("1"),
-      FAR,
+      { policy: parsePolicy("1"), now: FAR },
     );
     expect(
       letters(decisions.filter(({ reasons }) => reasons.length > 0).map(({ entry }) => entry)),
@@ -2290,8 +2350,7 @@ describe("retention of chains", () => {
     const decisions = planDestination(
       [],
       { backups, copied: new Map(), chained: [theirs] },
-      parsePolicy("1"),
-      FAR,
+      { policy: parsePolicy("1"), now: FAR },
     );
     expect(
       letters(decisions.filter(({ reasons }) => reasons.length > 0).map(({ entry }) => entry)),
@@ -2308,7 +2367,10 @@ describe("retention of chains", () => {
     const coming = [{ snapshot: here[1], parent: here[0] }];
     expect(
       letters(
-        planRoom(here, { backups, copied: new Map(), chained: [] }, coming, parsePolicy("1"), FAR),
+        planRoom(here, { backups, copied: new Map(), chained: [] }, coming, {
+          policy: parsePolicy("1"),
+          now: FAR,
+        }),
       ),
     ).toBe("abc");
     expect(
@@ -2317,8 +2379,7 @@ describe("retention of chains", () => {
           here,
           { backups, copied: new Map(), chained: [] },
           [{ snapshot: here[1], parent: null }],
-          parsePolicy("1"),
-          FAR,
+          { policy: parsePolicy("1"), now: FAR },
         ),
       ),
     ).toBe("abc");
@@ -2343,8 +2404,7 @@ describe("retention of chains", () => {
           const decisions = planDestination(
             [],
             { backups, copied: new Map(), chained: [] },
-            parsePolicy(policy),
-            FAR,
+            { policy: parsePolicy(policy), now: FAR },
           );
           const stays = decisions
             .filter(({ reasons }) => reasons.length > 0)

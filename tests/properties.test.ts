@@ -337,18 +337,16 @@ test("nothing takes the newest, a pin, a parent, or what is not ours, whatever i
         { id: "x", pin, unread: false, unsentPolicy: null },
         { id: "y", pin: null, unread: false, unsentPolicy: null },
       ];
-      const going = planSource(all, parsePolicy(here), claimants, now)
+      const going = planSource(all, claimants, { policy: parsePolicy(here), now })
         .filter(({ reasons }) => reasons.length === 0)
         .map(({ entry }) => entry);
       expect(going).not.toContain(all.at(-1) as Snapshot);
       if (pin !== null) expect(going).not.toContain(pin);
       expect(
-        planSource(
-          all,
-          parsePolicy(here),
-          [{ ...(claimants[1] as Claimant), unread: true }],
+        planSource(all, [{ ...(claimants[1] as Claimant), unread: true }], {
+          policy: parsePolicy(here),
           now,
-        ).every(({ reasons }) => reasons.length > 0),
+        }).every(({ reasons }) => reasons.length > 0),
       ).toBe(true);
       // Transfers: each snapshot once, the newest always, each on something that is there by then, oldest first.
       const { transfers } = planTransfers(all, state, {
@@ -374,7 +372,7 @@ test("nothing takes the newest, a pin, a parent, or what is not ours, whatever i
       expect(known.has((all.at(-1) as Snapshot).uuid)).toBe(true);
       // Afterwards.
       const after = [...backups, ...transfers.map(({ snapshot }) => backupOf(snapshot))];
-      const dropped = planDestination(all, standing(after), parsePolicy(there), now)
+      const dropped = planDestination(all, standing(after), { policy: parsePolicy(there), now })
         .filter(({ reasons }) => reasons.length === 0)
         .map(({ entry }) => entry);
       const newest = after.find(
@@ -382,7 +380,7 @@ test("nothing takes the newest, a pin, a parent, or what is not ours, whatever i
       ) as Snapshot;
       expect(dropped).not.toContain(newest);
       expect(dropped.every((one) => after.includes(one) && isComplete(one))).toBe(true);
-      for (const one of planRoom(all, state, transfers, parsePolicy(there), now)) {
+      for (const one of planRoom(all, state, transfers, { policy: parsePolicy(there), now })) {
         expect(backups).toContain(one);
         expect(transfers.some(({ parent }) => parent?.uuid === one.receivedUuid)).toBe(false);
       }

@@ -311,7 +311,7 @@ function simulate(plan: Plan, random: () => number) {
 
       // Its retention, only if it got everything.
       if (failing === -1 && kind !== "command") {
-        const gone = goes(planDestination(snapshots, standing, policy, time));
+        const gone = goes(planDestination(snapshots, standing, { policy, now: time }));
         const stays = place.backups.filter((backup) => !gone.has(backup.name));
         checkDestination(place, stays, must);
         tally.deletions += place.backups.length - stays.length;
@@ -340,7 +340,7 @@ function simulate(plan: Plan, random: () => number) {
             plan.keepUnsent && given && !result?.done ? { policy: policies.get(id) ?? null } : null,
         };
       });
-    const gone = goes(planSource(snapshots, sourcePolicy, claimants, time));
+    const gone = goes(planSource(snapshots, claimants, { policy: sourcePolicy, now: time }));
     const stays = snapshots.filter((snapshot) => !gone.has(snapshot.name));
     checkSource(stays, claimants, must);
     tally.deletions += gone.size;

@@ -1111,14 +1111,20 @@ test("a line about a stream fits the terminal, whatever it is called and however
   for (const columns of [80, 120, 200])
     for (const size of [undefined, 0, 100 * MiB])
       for (const what of ["short", `20260101-120000 to ssh://root@${"server".repeat(30)}/backup`]) {
-        const line = progressLine(what, 50 * MiB, size, 10, columns);
+        const line = progressLine({ name: what, bytes: 50 * MiB, size, seconds: 10, columns });
         expect(line.length).toBeLessThan(columns);
         expect(line).toContain("0:00:10");
         expect(line.startsWith(what.slice(0, 5))).toBe(true);
       }
-  expect(progressLine("a", 50 * MiB, 100 * MiB, 10, 120)).toContain(" 50% 0:00:10 left");
-  expect(progressLine("a", 0, 100 * MiB, 0, 120)).toContain("  0% 0:00:00 left");
-  expect(progressLine("a", 200 * MiB, 100 * MiB, 10, 120)).toContain(" 100% 0:00:00 left");
+  expect(
+    progressLine({ name: "a", bytes: 50 * MiB, size: 100 * MiB, seconds: 10, columns: 120 }),
+  ).toContain(" 50% 0:00:10 left");
+  expect(
+    progressLine({ name: "a", bytes: 0, size: 100 * MiB, seconds: 0, columns: 120 }),
+  ).toContain("  0% 0:00:00 left");
+  expect(
+    progressLine({ name: "a", bytes: 200 * MiB, size: 100 * MiB, seconds: 10, columns: 120 }),
+  ).toContain(" 100% 0:00:00 left");
 });
 
 test("the summary has a line for each place, the source first", () => {
@@ -1182,8 +1188,9 @@ test("the program calls the filesystem itself only for what is its own: what a l
     "clearDead",
     "fanOut",
     "flow",
-    "heldOpen",
+    "openIfRead",
     "main",
+    "openOutlet",
     "openOutputs",
     "outcome",
     "passOn",
