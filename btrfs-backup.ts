@@ -7134,7 +7134,7 @@ async function backUp(
   try {
     return await backUpOpened(newSession(await opening, ahead, o, report));
   } finally {
-    await whileCleaning(() => together([...ahead.values()], ({ drop }) => drop()));
+    await whileCleaning(() => allOf([...ahead.values()].map(({ drop }) => drop())));
   }
 }
 
@@ -7150,10 +7150,21 @@ async function backUpOpened(session: Session): Promise<string | null> {
     warnOfSource(session);
     if (o.transfer || !o.removeLocks) openings = openAll(session);
     const opened = await openedAtOnce(openings);
-    warnOfWritable(session);
-    if (o.snapshot) taken = await takenOrReported(session, opened);
+    for (const { name, readonly } of source.snapshots)
+      if (!readonly)
+        report.warning(
+          `${source.path}/${name} is writable: it is not sent, not counted and not deleted`,
+        );
+    if (o.snapshot) taken = await takeSnapshot(session, opened);
     all = await openedInTime(session, openings, taken);
-    if (taken !== null) taken = await nameFinally(session, taken, all);
+    if (taken !== null) {
+      const first = taken;
+      taken = await withFreeName(session, first, all).catch(
+        (error) => (report.error(null, error), first),
+      );
+      session.snapshots.push(taken);
+      report.event("snapshot", { name: taken.name, path: join(source.path, taken.name) });
+    }
     if (o.adoptClock)
       session.leaps = leapNames(
         [session.snapshots, ...all.map(({ standing }) => standing.backups)],
@@ -7164,40 +7175,18 @@ async function backUpOpened(session: Session): Promise<string | null> {
   } finally {
     await Promise.allSettled(all.map(({ pruning }) => pruning));
     // The source last: whoever has it finds the others free.
-    await whileCleaning(() => closeAll(openings).finally(source.close));
+    const closing = () => allOf(openings.map(({ destination }) => closed(destination)));
+    await whileCleaning(() => closing().finally(source.close));
   }
   for (const id of wanted.keys()) placeIn(report.places, id).last = known.get(id)?.last ?? null;
   placeIn(report.places, null).seconds += (Date.now() - began) / 1000;
   return taken?.name ?? null;
 }
 
-/**
- * One attempt of a run: all that its steps share. `snapshots`: those that can be sent; the new one
- * joins them under its final name. `known`: the destinations of the source's record, which `save`
- * writes down; `leaps`: the names that the clock leapt to, and that somebody vouched for; `jobs`
- * lets so many streams flow at a time.
- */
-type Session = {
-  readonly o: RunOptions;
-  readonly report: Report;
-  readonly display: Display;
-  readonly source: Source;
-  readonly inquiry: Inquiry;
-  readonly wanted: ReadonlyMap<string, Wanted>;
-  readonly known: Map<string, KnownDestination>;
-  readonly ahead: Map<string, Ahead>;
-  readonly save: () => Promise<void>;
-  readonly jobs: <T>(work: () => Promise<T>) => Promise<T>;
-  readonly snapshots: Snapshot[];
-  leaps: readonly string[] | undefined;
-};
+/** One attempt of a run: all that its steps share. */
+type Session = ReturnType<typeof newSession>;
 
-function newSession(
-  source: Source,
-  ahead: Map<string, Ahead>,
-  o: RunOptions,
-  report: Report,
-): Session {
+function newSession(source: Source, ahead: Map<string, Ahead>, o: RunOptions, report: Report) {
   const known = new Map(knownDestinations(source).map((one) => [one.location, one]));
   const wanted = wantedIn(source, known, o, report);
   // Where something is sent again, it is still to the right disk.
@@ -7206,24 +7195,26 @@ function newSession(
     if (o.transfer && one !== undefined) known.set(id, { ...one, pin: null });
     else known.delete(id);
   }
-  const session: Session = {
+  return {
     o,
     report,
-    display: displayOf(o),
     source,
-    inquiry: inquiryInto(source),
-    wanted,
-    known,
     ahead,
-    save: inTurn(
-      report,
-      recordWriter(source, () => session),
-    ),
+    wanted,
+    /** The destinations that the source's record knows, or will. */
+    known,
+    written: JSON.stringify(source.chain),
+    saving: Promise.resolve() as Promise<unknown>,
+    isTold: false, // that they cannot be written down
+    inquiry: inquiryInto(source),
+    display: displayOf(o),
+    /** Lets so many streams flow at a time. */
     jobs: limited(o.jobs),
+    /** All that can be sent; the new one joins them under its final name. */
     snapshots: source.snapshots.filter(({ readonly }) => readonly),
+    /** The names that the clock leapt to, and that somebody vouched for. */
     leaps: source.owned.leaps,
   };
-  return session;
 }
 
 /** The destinations of the command line, and with --locked-dests of the source's record. */
@@ -7251,40 +7242,34 @@ function wantedIn(
   return wanted;
 }
 
-/** Writes the source's record, if it says something else by now. */
-function recordWriter(source: Source, session: () => Session): () => Promise<void> {
-  let written = JSON.stringify(source.chain);
-  return async () => {
-    const { o, known, leaps } = session();
-    const chain = {
-      ...source.owned,
-      ...(leaps === undefined ? {} : { leaps }),
-      ...(known.size > 0 || source.chain.destinations ? { destinations: [...known.values()] } : {}),
-    };
-    // What 0.3.1 made has no owner until a run has said whose it is, and a copy cannot; a disk of
-    // backups can be mounted read-only.
-    const isSilent =
-      source.source === null &&
-      (source.owned.owner === undefined || placeOn(source.mounts, source.path).mount.readonly);
-    if (o.dryRun || isSilent || JSON.stringify(chain) === written) return;
-    await writeRecord(source, chain);
-    written = JSON.stringify(chain);
-  };
-}
-
-/** Does the same once for each call, one after another. Only the first error is told. */
-function inTurn(report: Report, work: () => Promise<void>): () => Promise<void> {
-  let last: Promise<unknown> = Promise.resolve();
-  let isTold = false;
-  return () => {
-    const done = last.then(work).catch((error) => {
-      if (!isTold) report.error(null, error);
-      isTold = true;
+/** Writes down what is known, one call after another. Errors: AlreadyTold, after the first is told. */
+function save(session: Session): Promise<void> {
+  const saved = session.saving
+    .then(() => writeKnown(session))
+    .catch((error) => {
+      if (!session.isTold) session.report.error(null, error);
+      session.isTold = true;
       throw new AlreadyTold((error as Error).message);
     });
-    last = done.catch(() => {});
-    return done;
+  session.saving = saved.catch(() => {});
+  return saved;
+}
+
+async function writeKnown(session: Session): Promise<void> {
+  const { o, source, known, leaps } = session;
+  const chain = {
+    ...source.owned,
+    ...(leaps === undefined ? {} : { leaps }),
+    ...(known.size > 0 || source.chain.destinations ? { destinations: [...known.values()] } : {}),
   };
+  // What 0.3.1 made has no owner until a run has said whose it is, and a copy cannot; a disk of
+  // backups can be mounted read-only.
+  const isSilent =
+    source.source === null &&
+    (source.owned.owner === undefined || placeOn(source.mounts, source.path).mount.readonly);
+  if (o.dryRun || isSilent || JSON.stringify(chain) === session.written) return;
+  await writeRecord(source, chain);
+  session.written = JSON.stringify(chain);
 }
 
 /** Begins to look at what is mostly the next parent, while the destinations are opened. */
@@ -7336,14 +7321,6 @@ function warnOfNested({ source, subvolumes, top, subvolume }: Source, report: Re
     );
 }
 
-function warnOfWritable({ source, report }: Session): void {
-  for (const { name, readonly } of source.snapshots)
-    if (!readonly)
-      report.warning(
-        `${source.path}/${name} is writable: it is not sent, not counted and not deleted`,
-      );
-}
-
 /** The first words of many. */
 const someOf = (words: readonly string[], most: number, between = ", ") =>
   [...words.slice(0, most), ...(words.length > most ? ["…"] : [])].join(between);
@@ -7389,11 +7366,7 @@ async function openSource(
   >,
   locked?: () => void,
 ): Promise<Source> {
-  const path = withoutSlash(
-    normalize(
-      o.snapshotFolder.startsWith("/") ? o.snapshotFolder : join(o.source.path, o.snapshotFolder),
-    ),
-  );
+  const path = resolve(o.source.path, o.snapshotFolder);
   const opening = {
     prefix: o.prefix,
     wait: o.dryRun ? ("look" as const) : o.wait,
@@ -7544,13 +7517,11 @@ function openAll(session: Session): Openings {
   });
 }
 
-/** Closes all that were opened. */
-const closeAll = (openings: Openings) =>
-  together(openings, ({ destination }) =>
-    destination.then(
-      (one) => one.close(),
-      () => {},
-    ),
+/** Closes what is being opened, if it is. */
+const closed = (opening: Promise<Pick<Folder, "close">>) =>
+  opening.then(
+    (opened) => opened.close(),
+    () => {},
   );
 
 /** How long new destinations may take, in ms, before the snapshot is taken all the same. */
@@ -7599,25 +7570,19 @@ async function openedInTime(
   const results = await Promise.allSettled(openings.map(({ destination }) => destination));
   for (const [i, { asked }] of openings.entries()) {
     const result = results[i] as PromiseSettledResult<Destination>;
-    if (result.status === "fulfilled") all.push(toServe(result.value, asked));
-    else tellUnopened(session, asked, result.reason, snapshots);
+    if (result.status === "fulfilled") {
+      all.push(toServe(session, result.value, asked));
+      continue;
+    }
+    const error: unknown = result.reason;
+    const { id, known, optional, recorded } = asked;
+    if (error instanceof UsageError || error instanceof Interrupted) throw error;
+    if (error instanceof Absent && optional) skip(session, asked, error);
+    else if (error instanceof Absent && recorded && !isOutstanding(known, snapshots))
+      log.debug(`${id} has all there is: ${error.message}`);
+    else session.report.error(id, error);
   }
   return all;
-}
-
-/** Tells why a destination cannot be served. Errors: UsageError, Interrupted. */
-function tellUnopened(
-  session: Session,
-  asked: Asked,
-  error: unknown,
-  snapshots: readonly Snapshot[],
-): void {
-  if (error instanceof UsageError || error instanceof Interrupted) throw error;
-  const { id, known, optional, recorded } = asked;
-  if (error instanceof Absent && optional) skip(session, asked, error);
-  else if (error instanceof Absent && recorded && !isOutstanding(known, snapshots))
-    log.debug(`${id} has all there is: ${error.message}`);
-  else session.report.error(id, error);
 }
 
 /** Whether a destination lacks any of a source's snapshots that a run would send it. */
@@ -7696,29 +7661,21 @@ function openAhead(location: Readable, opening: Opening): Ahead {
   folder.catch(() => {}); // told when it is its turn
   const drop = () => {
     controller.abort();
-    const ended = folder.then(
-      (opened) => opened.close(),
-      () => {},
-    );
-    return within(5000, ended); // on a dead disk nothing ends
+    return within(5000, closed(folder)); // on a dead disk nothing ends
   };
   return { folder, go, drop };
 }
 
 /** Opens a destination if it is the right place. Errors: UsageError, Absent, Busy, Failure. */
 async function openDestination(session: Session, asked: Asked): Promise<Destination> {
-  const { o, report, source, ahead } = session;
+  const { o, report, source } = session;
   const { location, known, sending } = asked;
-  const { id } = location;
   needRoot(source, "sending");
-  const begun = ahead.get(id);
-  begun?.go();
-  ahead.delete(id); // whoever opens it closes it
   if (location.kind !== "shell") {
     const open = location.kind === "folder" ? openBackups : openStore;
-    return open(session, { ...asked, location }, begun?.folder);
+    return open(session, { ...asked, location });
   }
-  const lock = lockAtSource(session, id);
+  const lock = lockAtSource(session, location.id);
   const program = await commandShell(report);
   const chain = { prefix: o.prefix, source: o.source.id };
   return shellDestination(location, known?.pin ?? null, program, lock, chain, sending);
@@ -7745,36 +7702,51 @@ const sameFilesystem = (source: Source) =>
 
 // ── run: opening a folder of backups ──
 
+/** Opens a place for backups that passes a check; `lookAgain` looks at it once more. */
+async function openPlace(
+  { o, source, ahead }: Session,
+  { location, known }: AskedPlace,
+  check: (opened: Folder) => void,
+) {
+  const opening = destinationOpening(o);
+  const begun = ahead.get(location.id);
+  begun?.go();
+  ahead.delete(location.id); // whoever opens it closes it
+  const isKnown = known !== undefined;
+  const folder = await openNew(location, opening, source, isKnown, check, begun?.folder);
+  const lookAgain = () => openFolder(location, folder.path, { ...opening, wait: "look" });
+  return { folder, lookAgain };
+}
+
 /** Opens a folder of backups, and writes its record, if it is the right one. */
-async function openBackups(
-  session: Session,
-  asked: AskedPlace,
-  begun: Promise<Folder> | undefined,
-): Promise<Destination> {
+async function openBackups(session: Session, asked: AskedPlace): Promise<Destination> {
   const { o, report, source } = session;
   const { location, known, sending } = asked;
-  const opening = destinationOpening(o);
   let strangers: readonly string[] = [];
-  const check = (opened: Folder) => {
+  const { folder, lookAgain } = await openPlace(session, asked, (opened) => {
     checkBackups(session, asked, opened);
     strangers = strangersAmong(session, opened);
     compressionBetween(source, opened, sending.level);
-  };
-  const folder = await openNew(location, opening, source, known !== undefined, check, begun);
+  });
   const { receiving: announced, since: _, ...settled } = folder.chain;
   // An announcement outlives its transfer only as long as its leftover is to be told by it.
   const isBroken = folder.snapshots.some(({ name, readonly }) => name === announced && !readonly);
   const owned = ownedBy(source.identity, isBroken ? folder.chain : settled, strangers);
-  tellMoved(location.id, folder.chain.owner, source.identity);
+  const { owner } = folder.chain;
+  const { uuid, host, path } = source.identity;
+  if (owner?.uuid === uuid && (owner.host !== host || owner.path !== path))
+    log.info(
+      `${location.id}: its backups were made on ${owner.host}:${owner.path}; their source is ${host}:${path} now`,
+    );
   // Taken over, moved, or completed after all: the record says so even if nothing is sent.
-  const isStanding = folder.chain.owner !== undefined || folder.snapshots.some(isComplete);
+  const isStanding = owner !== undefined || folder.snapshots.some(isComplete);
   // The data of what was completed after all must be on the disk before its announcement goes.
   if (!o.dryRun && isStanding && !sameRecord(folder.chain, owned))
     await writeRecord(folder, owned, announced !== undefined && !isBroken);
   warnOfDuplicates(folder, report);
   return folderDestination(
     folder,
-    () => openFolder(location, folder.path, { ...opening, wait: "look" }),
+    lookAgain,
     owned,
     disbelief(source) === null ? (known?.receiving ?? []) : [],
     { ...o.deletion, btrfsDebug: o.btrfsDebug, sending },
@@ -7817,47 +7789,31 @@ function strangersAmong({ o, source }: Session, { snapshots, chain }: Folder): r
   return claimed.strangers;
 }
 
-/** Tells that backups were made where their source was before. */
-function tellMoved(id: string, owner: Identity | undefined, { uuid, host, path }: Identity): void {
-  if (owner?.uuid === uuid && (owner.host !== host || owner.path !== path))
-    log.info(
-      `${id}: its backups were made on ${owner.host}:${owner.path}; their source is ${host}:${path} now`,
-    );
-}
-
 // ── run: opening a store of streams ──
 
 /** Opens a store if it is the right one. Errors: Absent, Busy, Failure. */
-async function openStore(
-  session: Session,
-  asked: AskedPlace,
-  begun: Promise<Folder> | undefined,
-): Promise<Destination> {
-  const { o, report, source } = session;
-  const { location, known, sending } = asked;
-  const lock = lockAtSource(session, location.id);
-  const opening = destinationOpening(o);
-  const check = (opened: Folder) => checkStore(session, asked, opened);
-  const folder = await openNew(location, opening, source, known !== undefined, check, begun);
+async function openStore(session: Session, asked: AskedPlace): Promise<Destination> {
+  const { o, report } = session;
+  const { id } = asked.location;
+  const lock = lockAtSource(session, id);
+  const { folder, lookAgain } = await openPlace(session, asked, (opened) =>
+    checkStore(session, asked, opened),
+  );
   const { owner, own, lineages } = streamsIn(folder, session);
   const store = folder.store as Store;
   const broken = store.streams.filter((one) => one.stored && !one.readonly);
   if (broken.length > 0)
     report.warning(
-      `${location.id}: ${count(broken.length, "stream")} cannot be restored, since what ${broken.length === 1 ? "it builds" : "they build"} on is missing: ${someOf(
-        broken.map(({ name }) => name),
-        1,
-        " ",
-      )}`,
+      `${id}: ${count(broken.length, "stream")} cannot be restored, since what ${broken.length === 1 ? "it builds" : "they build"} on is missing: ${broken[0]?.name}${broken.length > 1 ? " …" : ""}`,
     );
   return storeDestination(
     folder,
     store,
-    () => openFolder(location, folder.path, { ...opening, wait: "look" }),
+    lookAgain,
     standingInStore(store, o.prefix, lineages),
     { ...owner, lineage: own.at(-1)?.owner.lineage ?? owner.lineage },
     lock,
-    sending,
+    asked.sending,
   );
 }
 
@@ -7913,14 +7869,22 @@ function needApart({ o, source }: Session, id: string, folder: Folder): void {
 
 // ── run: taking the snapshot ──
 
-/** Takes the snapshot of a run; null where it fails, which is reported. */
-async function takenOrReported(
+/** Takes the snapshot, between the user's own commands; null where it fails, which is reported. */
+async function takeSnapshot(
   session: Session,
   opened: readonly Destination[],
 ): Promise<Snapshot | null> {
-  const { o, report } = session;
+  const { o, report, source } = session;
+  const hook = async (command: string | null, option: string) => {
+    if (command !== null && !o.dryRun)
+      log.debug((await ask(plainHost(source.host), HOOK, { command }, `${option} failed`)).trim());
+  };
+  const after = () =>
+    hook(o.afterSnapshot, "--after-snapshot").catch((error) => report.error(null, error));
   try {
-    const taken = await takeSnapshot(session, opened);
+    const taken = await hook(o.beforeSnapshot, "--before-snapshot")
+      .then(() => snapshotOfNow(session, opened))
+      .finally(() => whileCleaning(after));
     log.info(`${o.dryRun ? "Would take" : "Took"} snapshot ${taken.name} of ${o.source.id}`);
     return taken;
   } catch (error) {
@@ -7929,73 +7893,54 @@ async function takenOrReported(
   }
 }
 
-/** Takes the snapshot, between the user's own commands. Errors: Failure. */
-async function takeSnapshot(session: Session, opened: readonly Destination[]): Promise<Snapshot> {
-  const { o, report, source } = session;
-  const hook = async (command: string | null, option: string) => {
-    if (command !== null && !o.dryRun)
-      log.debug((await ask(plainHost(source.host), HOOK, { command }, `${option} failed`)).trim());
-  };
-  try {
-    await hook(o.beforeSnapshot, "--before-snapshot");
-    for (;;) {
-      checkInterruption();
-      const now = new Date();
-      const name = `${o.prefix}${stamp(now)}` as EntryName; // a prefix holds nothing that a name cannot
-      try {
-        // When clocks go back, a destination can still have the name.
-        if (source.entries.has(name) || isTakenAt(opened, name)) throw new Taken(name);
-        return await snapshotNamed(session, name, now);
-      } catch (error) {
-        if (!(error instanceof Taken)) throw error;
-        await nextSecond();
-      }
-    }
-  } finally {
-    await whileCleaning(() => hook(o.afterSnapshot, "--after-snapshot")).catch((error) =>
-      report.error(null, error),
-    );
+/** Takes a snapshot in the first second whose name is free on both sides. Errors: Failure. */
+async function snapshotOfNow(
+  { o, source, display }: Session,
+  opened: readonly Destination[],
+): Promise<Snapshot> {
+  const { identity, place, alone, subvolume } = source;
+  for (; ; await nextSecond()) {
+    checkInterruption();
+    const now = new Date();
+    const name = snapshotName(o, now);
+    // When clocks go back, a destination can still have the name.
+    if (source.entries.has(name) || isTakenAt(opened, name)) continue;
+    const made = {
+      ...NO_SUBVOLUME,
+      name,
+      time: wallClock(now),
+      moment: Math.floor(now.getTime() / 1000) * 1000,
+      path: name,
+      parentUuid: identity.uuid,
+      cgen: Number.MAX_SAFE_INTEGER,
+    };
+    if (o.dryRun) return { ...made, id: Number.MAX_SAFE_INTEGER, uuid: crypto.randomUUID() };
+    const shown = await ask(
+      source.host,
+      SNAPSHOT,
+      { source: subvolume, ...at(source), name },
+      `cannot take a snapshot of ${subvolume}`,
+    ).catch((error) => {
+      if (error instanceof Taken) return null;
+      throw error;
+    });
+    if (shown === null) continue;
+    const uuid = shownField(shown, "UUID");
+    // In the place of a snapshot, somebody else's directory can stand by now.
+    const isChecked = !alone && identity.uuid !== place.filesystem;
+    if (isChecked && shownField(shown, "Parent UUID") !== identity.uuid)
+      throw new Failure(`${join(source.path, name)} is not the snapshot that was taken: ${uuid}`);
+    const size = /^\s+Usage referenced:\s+(\d+)/m.exec(shown)?.[1];
+    if (size !== undefined) display.sizes.set(uuid, Number(size));
+    return { ...made, id: Number(shownField(shown, "Subvolume ID")), uuid };
   }
 }
 
+const snapshotName = ({ prefix }: Pick<RunOptions, "prefix">, date: Date) =>
+  `${prefix}${stamp(date)}` as EntryName; // a prefix holds nothing that a name cannot
+
 const isTakenAt = (all: readonly Pick<Destination, "standing">[], name: string) =>
   all.some(({ standing }) => standing.taken.has(name));
-
-/** Errors: Taken, Failure. */
-async function snapshotNamed(
-  { o, source, display }: Session,
-  name: EntryName,
-  now: Date,
-): Promise<Snapshot> {
-  const { identity, place, alone, subvolume } = source;
-  const made = {
-    ...NO_SUBVOLUME,
-    name,
-    time: wallClock(now),
-    moment: Math.floor(now.getTime() / 1000) * 1000,
-    path: name,
-    parentUuid: identity.uuid,
-    cgen: Number.MAX_SAFE_INTEGER,
-  };
-  if (o.dryRun) return { ...made, id: Number.MAX_SAFE_INTEGER, uuid: crypto.randomUUID() };
-  const shown = await ask(
-    source.host,
-    SNAPSHOT,
-    { source: subvolume, ...at(source), name },
-    `cannot take a snapshot of ${subvolume}`,
-  );
-  const uuid = shownField(shown, "UUID");
-  // In the place of a snapshot, somebody else's directory can stand by now.
-  if (
-    !alone &&
-    identity.uuid !== place.filesystem &&
-    shownField(shown, "Parent UUID") !== identity.uuid
-  )
-    throw new Failure(`${join(source.path, name)} is not the snapshot that was taken: ${uuid}`);
-  const size = /^\s+Usage referenced:\s+(\d+)/m.exec(shown)?.[1];
-  if (size !== undefined) display.sizes.set(uuid, Number(size));
-  return { ...made, id: Number(shownField(shown, "Subvolume ID")), uuid };
-}
 
 const NO_SUBVOLUME: Subvolume = {
   id: 0,
@@ -8006,36 +7951,17 @@ const NO_SUBVOLUME: Subvolume = {
   readonly: true,
 };
 
-/** Gives the new snapshot its final name, under which it can be sent. */
-async function nameFinally(
-  session: Session,
-  taken: Snapshot,
-  all: readonly Served[],
-): Promise<Snapshot> {
-  const { report, source } = session;
-  const named = await withFreeName(session, taken, all).catch((error) => {
-    report.error(null, error);
-    return taken;
-  });
-  session.snapshots.push(named);
-  report.event("snapshot", { name: named.name, path: join(source.path, named.name) });
-  return named;
-}
-
 /**
- * Gives the new snapshot another name where a destination has something by its name that has
- * answered since: clocks go back.
+ * Gives the new snapshot another name where a destination that has answered since has something by
+ * its name: clocks go back.
  */
 async function withFreeName(
   { o, source }: Session,
   taken: Snapshot,
   all: readonly Served[],
 ): Promise<Snapshot> {
-  for (let free = taken.name; ; free = `${o.prefix}${stamp(new Date())}` as EntryName) {
-    if (isTakenAt(all, free) || (free !== taken.name && source.entries.has(free))) {
-      await nextSecond();
-      continue;
-    }
+  for (let free = taken.name; ; await nextSecond(), free = snapshotName(o, new Date())) {
+    if (isTakenAt(all, free) || (free !== taken.name && source.entries.has(free))) continue;
     if (free === taken.name || o.dryRun) return taken;
     await ask(
       source.host,
@@ -8168,12 +8094,11 @@ async function learnBirths(inquiry: Inquiry, differences: readonly Pair[]): Prom
 /** Looks into the differences to parents that are not known to be earlier states. */
 async function learnLosses(inquiry: Inquiry, differences: readonly Pair[]): Promise<void> {
   const { folder, losses } = inquiry;
-  for (const { parent, snapshot } of differences) {
-    const pair = pairOf(parent, snapshot);
-    const isDoubtful =
-      related(parent, snapshot, inquiry) && !isStillEarlier(parent, snapshot, inquiry);
-    if (isDoubtful && !losses.has(pair))
-      losses.set(pair, await lossOf(folder, { parent, snapshot }));
+  for (const pair of differences) {
+    const { parent, snapshot } = pair;
+    const key = pairOf(parent, snapshot);
+    if (losses.has(key) || !related(parent, snapshot, inquiry)) continue;
+    if (!isStillEarlier(parent, snapshot, inquiry)) losses.set(key, await lossOf(folder, pair));
   }
 }
 
@@ -8181,10 +8106,9 @@ async function learnLosses(inquiry: Inquiry, differences: readonly Pair[]): Prom
  * Why a difference must not be made to a state that is not known to be an earlier one; null if it
  * may. Errors: none: what cannot be looked at is not made.
  */
-async function lossOf(folder: Folder, { parent, snapshot }: Pair): Promise<string | null> {
-  const names = { ...at(folder), snapshot: snapshot.name, parent: parent.name };
-  const why = `${parent.name} is not known to be an earlier state of ${snapshot.name}`;
-  return lostIn(folder, names).then(
+function lossOf(folder: Folder, pair: Pair): Promise<string | null> {
+  const why = `${pair.parent.name} is not known to be an earlier state of ${pair.snapshot.name}`;
+  return lostIn(folder, pair).then(
     (lost) => (lost === null ? null : `${why}, and btrfs send would lose the end of ${lost}`),
     afterFailure(
       ({ message }) =>
@@ -8194,23 +8118,19 @@ async function lossOf(folder: Folder, { parent, snapshot }: Pair): Promise<strin
 }
 
 /** The first file whose end a difference would lose; null if there is none. Errors: Failure. */
-async function lostIn(
-  { host }: Folder,
-  names: ReturnType<typeof at> & { readonly snapshot: EntryName; readonly parent: EntryName },
-): Promise<string | null> {
+async function lostIn(folder: Folder, { parent, snapshot }: Pair): Promise<string | null> {
+  const { host } = folder;
+  const names = { ...at(folder), snapshot: snapshot.name, parent: parent.name };
   const ranges = parseRewritten(await askBytes(host, REWRITTEN, names, "cannot tell what differs"));
   for (const paths of chunks([...ranges.keys()].map((path) => `/${path}`))) {
     const what = "cannot tell the sizes of what differs";
     const sizes = (await ask(host, FILE_SIZES, { ...names, paths }, what)).split("\n");
-    const files = paths.map((path, i) => {
+    const files = paths.map((absolute, i) => {
+      const path = absolute.slice(1);
       const [, size, former] = /^(\d+) (\d+|-)$/.exec(sizes[i] ?? "") ?? [];
-      if (size === undefined) throw new Failure(`cannot tell the size of ${path}`);
-      return {
-        path: path.slice(1),
-        ranges: ranges.get(path.slice(1)) ?? [],
-        size: Number(size),
-        before: former === "-" ? null : Number(former),
-      };
+      if (size === undefined) throw new Failure(`cannot tell the size of ${absolute}`);
+      const earlier = former === "-" ? null : Number(former);
+      return { path, ranges: ranges.get(path) ?? [], size: Number(size), before: earlier };
     });
     const lost = lossIn(files);
     if (lost !== null) return lost;
@@ -8307,43 +8227,30 @@ function* commandsIn(sent: Buffer): Generator<{
 
 // ── run: serving destinations ──
 
-/**
- * A destination that could be opened, as one run sees it. `todo`: what is still to be sent;
- * `complete`: nothing failed that should have been sent; `done`: it is complete, and the source's
- * record says so; `began`: when it began to be served; `pruning` of its backups goes on beside
- * other work; `compared`: a parent was compared with its backup; `failed`: what could not be sent,
- * by UUID; `earlier`: what earlier runs could not send, or what cannot get its name.
- */
-type Served = {
-  readonly wanted: Wanted;
-  readonly destination: Destination;
-  standing: Standing;
-  todo: readonly Transfer[];
-  complete: boolean;
-  done: boolean;
-  began: number;
-  pruning: Promise<void>;
-  free: number;
-  compared: boolean;
-  readonly verdicts: Verdicts;
-  readonly failed: Set<string>;
-  readonly earlier: Set<string>;
-};
+/** A destination that could be opened, as one run sees it. */
+type Served = ReturnType<typeof toServe>;
 
-const toServe = (destination: Destination, wanted: Asked): Served => ({
+const toServe = (session: Session, destination: Destination, wanted: Asked) => ({
+  session,
   wanted,
   destination,
   standing: destination.standing,
-  todo: [],
+  free: destination.free,
+  /** What is still to be sent. */
+  todo: [] as readonly Transfer[],
+  /** Nothing failed that should have been sent. */
   complete: true,
+  /** It is complete, and the source's record says so. */
   done: false,
   began: 0,
+  /** Goes on beside other work. */
   pruning: Promise.resolve(),
-  free: destination.free,
-  compared: false,
-  failed: new Set(),
+  /** UUIDs of what could not be sent, and of what earlier runs could not send, or has no free name. */
+  failed: new Set<string>(),
   earlier: new Set(wanted.known?.failed),
-  verdicts: { cleared: wanted.known?.cleared ?? {}, refused: new Map() },
+  verdicts: { cleared: wanted.known?.cleared ?? {}, refused: new Map() } as Verdicts,
+  /** A parent was compared with its backup. */
+  compared: false,
 });
 
 /**
@@ -8351,16 +8258,17 @@ const toServe = (destination: Destination, wanted: Asked): Served => ({
  * the destinations. What fails is reported.
  */
 async function serve(all: readonly Served[], session: Session): Promise<void> {
-  const began = Date.now();
-  await together(all, async (served) => {
-    served.began = began;
-    try {
-      await begin(served, session);
-    } catch (error) {
-      served.complete = false;
-      session.report.error(served.destination.id, error);
-    }
-  });
+  await allOf(
+    all.map(async (served) => {
+      served.began = Date.now();
+      try {
+        await begin(served);
+      } catch (error) {
+        served.complete = false;
+        session.report.error(served.destination.id, error);
+      }
+    }),
+  );
   await sendAll(all, session);
 }
 
@@ -8368,12 +8276,12 @@ async function serve(all: readonly Served[], session: Session): Promise<void> {
  * Decides what a destination gets, and clears away what broken transfers left. Errors: those of
  * `discard`.
  */
-async function begin(served: Served, session: Session): Promise<void> {
+async function begin(served: Served): Promise<void> {
   const { destination, wanted, standing } = served;
-  const { o, report } = session;
+  const { o, report } = served.session;
   const { id } = destination;
   if (!o.transfer) return;
-  const { transfers, conflicts, skipped } = await planFor(served, session);
+  const { transfers, conflicts, skipped } = await planFor(served);
   for (const { name, uuid, why } of conflicts) {
     report.error(id, new Failure(`${name} is not sent: ${why}; rename or remove it`));
     served.earlier.add(uuid);
@@ -8398,27 +8306,33 @@ async function begin(served: Served, session: Session): Promise<void> {
  * Plans what a destination gets, and asks for what has to be known of the parents until nothing is
  * missing. Errors: Failure.
  */
-async function planFor(
-  served: Served,
-  session: Session,
-): Promise<ReturnType<typeof planTransfers>> {
-  const { destination, standing, verdicts } = served;
+async function planFor(served: Served): Promise<ReturnType<typeof planTransfers>> {
+  const { session, destination, standing, verdicts } = served;
   const { stream: memory } = destination;
-  const { inquiry } = session;
+  const { inquiry, o } = session;
   const snapshots = session.snapshots.filter(({ uuid }) => !served.failed.has(uuid));
   const find = dataFinder(standing.held);
   const isThere = (parent: Snapshot) =>
     memory === null ? find(parent) !== undefined : parent.uuid === memory.last?.uuid;
   const mayBeEdited = (one: Snapshot) =>
     isThere(one) && changedSince(one, inquiry, verdicts.cleared) !== false;
-  const options = transferOptions(served, session);
+  const { policy, sending } = served.wanted;
+  const options = {
+    policy,
+    incremental: o.incremental,
+    newestOnly: o.newestOnly,
+    now: wallClock(new Date()),
+    fullEvery: sending.fullEvery,
+    backfill: o.backfill,
+    failed: served.earlier,
+  };
   for (;;) {
     const fitness = judge(inquiry, verdicts, isThere);
     const plan =
       memory === null
         ? planTransfers(snapshots, standing, options, fitness)
         : {
-            transfers: planStreams(snapshots, memory.last, session.o, fitness),
+            transfers: planStreams(snapshots, memory.last, o, fitness),
             conflicts: [],
             skipped: 0,
           };
@@ -8441,22 +8355,9 @@ async function planFor(
     const edited = worthComparing(plan.transfers, snapshots, isCandidate, inquiry);
     if (edited === undefined) return plan;
     served.compared = true;
-    await clear(served, edited, session);
+    await clear(served, edited);
   }
 }
-
-const transferOptions = (
-  { wanted: { policy, sending }, earlier }: Served,
-  { o: { incremental, newestOnly, backfill } }: Session,
-): TransferOptions => ({
-  policy,
-  incremental,
-  newestOnly,
-  now: wallClock(new Date()),
-  fullEvery: sending.fullEvery,
-  backfill,
-  failed: earlier,
-});
 
 /** The nearest candidate that could be the parent of the first snapshot that has none. */
 function worthComparing(
@@ -8478,10 +8379,10 @@ function worthComparing(
  * sides have can be a parent.
  */
 async function clear(
-  { destination, verdicts }: Served,
+  { session, destination, verdicts }: Served,
   snapshot: Snapshot,
-  { inquiry, o, report }: Session,
 ): Promise<void> {
+  const { inquiry, o, report } = session;
   const { name, uuid } = snapshot;
   const ctransid = inquiry.ctransids.get(uuid) as number;
   log.info(
@@ -8516,25 +8417,19 @@ async function sendAll(all: readonly Served[], session: Session): Promise<void> 
       ...(form === null ? [destination.id] : [form.level, form.protocol, form.rate]),
     ]);
   });
-  await together([...alike.values()], async (some) => {
-    const [{ todo }] = some as [Served];
-    const [next] = todo as [Transfer];
-    await session.jobs(() => sendNext(some, next, session));
-    await sendAll(some, session);
-  });
-  await together(
-    all.filter((served) => !ready.includes(served)),
-    (served) => conclude(served, session),
+  await allOf(
+    [...alike.values()].map(async (some) => {
+      const [{ todo }] = some as [Served];
+      const [next] = todo as [Transfer];
+      await session.jobs(() => sendNext(some, next, session));
+      await sendAll(some, session);
+    }),
   );
-}
-
-/** Works on all at a time, and is over when all are. Errors: the first one. */
-async function together<T>(all: readonly T[], work: (one: T) => Promise<unknown>): Promise<void> {
-  await allOf(all.map((one) => work(one)));
+  await allOf(all.filter((served) => !ready.includes(served)).map(conclude));
 }
 
 /** Lets only so many of what it is given work at a time. */
-function limited(most: number): Session["jobs"] {
+function limited(most: number): <T>(work: () => Promise<T>) => Promise<T> {
   let free = most;
   const waiting: (() => void)[] = [];
   return async (work) => {
@@ -8563,7 +8458,7 @@ async function sendNext(
   const now = wallClock(new Date());
   const outcomes = new Map<Served, PromiseSettledResult<Sent>>();
   for (const served of all) {
-    const reason = announce(served, transfer, session);
+    const reason = announce(served, transfer);
     if (reason !== null) outcomes.set(served, { status: "rejected", reason });
   }
   const fitting = all.filter((served) => !outcomes.has(served));
@@ -8578,25 +8473,21 @@ async function sendNext(
     const result = outcomes.get(served) as PromiseSettledResult<Sent>;
     try {
       const sent =
-        result.status === "fulfilled"
-          ? result.value
-          : await withRoom(served, result.reason, session, now);
-      await noteArrival(served, transfer, sent, session);
+        result.status === "fulfilled" ? result.value : await withRoom(served, result.reason, now);
+      await noteArrival(served, transfer, sent);
     } catch (error) {
-      if (await planAgain(served, error, transfer, session).catch(() => false)) continue;
-      await giveUp(served, error, transfer, session);
+      if (await planAgain(served, error, transfer).catch(() => false)) continue;
+      await giveUp(served, error, transfer);
     }
-    await rememberFailed(served, session);
+    // Were the run to end early, the next one would take what failed for what was deleted there.
+    if (served.destination.stream === null && served.failed.size > 0 && !o.dryRun)
+      await remember(served, false).catch(() => {});
   }
 }
 
 /** Tells what is sent, and how. Returns why it must not be sent; null if it may. */
-function announce(
-  served: Served,
-  { snapshot, parent }: Transfer,
-  session: Session,
-): Failure | null {
-  const { o, snapshots, display } = session;
+function announce(served: Served, { snapshot, parent }: Transfer): Failure | null {
+  const { o, snapshots, display } = served.session;
   const { wanted, standing, todo, free, destination } = served;
   const { name, uuid } = snapshot;
   const why = todo[0]?.why === undefined ? "" : `: ${todo[0].why}`;
@@ -8627,14 +8518,9 @@ function announce(
  * Where there was no space for a transfer, deletes what the policy would delete afterwards, and
  * sends once more. Errors: the one that was given, those of a transfer.
  */
-async function withRoom(
-  served: Served,
-  error: unknown,
-  session: Session,
-  now: number,
-): Promise<Sent> {
+async function withRoom(served: Served, error: unknown, now: number): Promise<Sent> {
+  const { session, destination, wanted, todo, standing } = served;
   const { snapshots, o, leaps, source, display } = session;
-  const { destination, wanted, todo, standing } = served;
   const going =
     error instanceof NoSpace && o.makeRoom && destination.frozen === null
       ? planRoom(snapshots, standing, todo, wanted.policy, now, leaps)
@@ -8647,13 +8533,8 @@ async function withRoom(
 }
 
 /** Notes and tells that a snapshot has arrived. */
-async function noteArrival(
-  served: Served,
-  transfer: Transfer,
-  sent: Sent,
-  session: Session,
-): Promise<void> {
-  const { destination, wanted, standing } = served;
+async function noteArrival(served: Served, transfer: Transfer, sent: Sent): Promise<void> {
+  const { session, destination, wanted, standing } = served;
   const { id } = destination;
   const { snapshot, parent } = transfer;
   served.free -= sent.bytes ?? 0;
@@ -8671,8 +8552,7 @@ async function noteArrival(
     ...sent,
   });
   // All the memory there is of a command, so it is written after each of its streams.
-  if (destination.stream !== null)
-    await remember(served, snapshot, new Date().toISOString(), session);
+  if (destination.stream !== null) await remember(served, true, snapshot);
   if (standing.chained === null || wanted.sending.fullEvery?.count !== 0) return;
   const { length } = chainOf<Entry>(backup, byUuid(served.standing.held));
   if (length > 100)
@@ -8689,9 +8569,8 @@ async function planAgain(
   served: Served,
   error: unknown,
   { snapshot, parent }: Transfer,
-  session: Session,
 ): Promise<boolean> {
-  const { destination, standing, verdicts } = served;
+  const { session, destination, standing, verdicts } = served;
   const { refused } = verdicts;
   if (!(error instanceof BadParent) || parent === null) return false;
   const find = dataFinder(standing.held);
@@ -8704,7 +8583,7 @@ async function planAgain(
   session.report.warning(
     `${destination.id}: ${error.message}; the backup of ${parent.name} there ${DAMAGED}: see "btrfs-backup verify --snapshot ${words}". ${snapshot.name} is sent without it`,
   );
-  served.todo = (await planFor(served, session)).transfers;
+  served.todo = (await planFor(served)).transfers;
   return served.todo[0]?.snapshot === snapshot;
 }
 const DAMAGED = "seems to be damaged";
@@ -8720,9 +8599,8 @@ async function giveUp(
   served: Served,
   error: unknown,
   { snapshot: { name, uuid } }: Transfer,
-  session: Session,
 ): Promise<void> {
-  const { destination, failed, todo } = served;
+  const { session, destination, failed, todo } = served;
   const { id } = destination;
   served.complete = false;
   session.report.error(id, error);
@@ -8734,57 +8612,38 @@ async function giveUp(
   log.info(
     `${id}: the next ones are sent without ${name}, which the next run tries again; if it can never be sent, delete it: btrfs subvolume delete ${shellWord(join(session.source.path, name))}`,
   );
-  served.todo = await planFor(served, session).then(
+  served.todo = await planFor(served).then(
     ({ transfers }) => transfers,
     () => [],
   );
 }
 
-/**
- * Writes down at once what could not be sent. Were the run to end before its time, the next one
- * would take it for what was deleted there.
- */
-async function rememberFailed(served: Served, session: Session): Promise<void> {
-  const { destination, standing, failed } = served;
-  if (destination.stream !== null || failed.size === 0 || session.o.dryRun) return;
-  const pin = newestShared(session.snapshots, standing.held);
-  const last = session.known.get(destination.id)?.last ?? null;
-  await remember(served, pin, last, session).catch(() => {});
-}
-
 /** Ends the service of a destination, and begins to prune it. */
-async function conclude(served: Served, session: Session): Promise<void> {
-  const { destination, standing, wanted, complete } = served;
-  const { id } = destination;
-  const { o, report, snapshots, known } = session;
+async function conclude(served: Served): Promise<void> {
+  const { destination, wanted, complete } = served;
+  const { o, report } = served.session;
   const isServed = o.transfer && complete;
   try {
     await destination.settle?.();
     if (isServed && wanted.sending.resume && !o.dryRun) await destination.tidy();
     // Before anything is deleted there: were the run to end here, the source would go by an old pin.
-    if (destination.stream === null)
-      await remember(
-        served,
-        newestShared(snapshots, standing.held),
-        isServed ? new Date().toISOString() : (known.get(id)?.last ?? null),
-        session,
-      );
+    if (destination.stream === null) await remember(served, isServed);
     served.done = complete;
   } catch (error) {
-    report.error(id, error);
+    report.error(destination.id, error);
   }
-  served.pruning = pruneServed(served, session);
+  served.pruning = pruneServed(served);
   served.pruning.catch(() => {}); // told when all are done
 }
 
-/** Writes down what a destination shares with the source now. */
+/** Writes down what a destination shares with the source now; `isServed`: it has all it should. */
 async function remember(
-  { destination: { id, filesystem }, standing, verdicts, failed, earlier }: Served,
-  pin: Memory | null,
-  last: string | null,
-  { snapshots, known, save }: Session,
+  { session, destination, standing, verdicts, failed, earlier }: Served,
+  isServed: boolean,
+  pin: Memory | null = newestShared(session.snapshots, standing.held),
 ): Promise<void> {
-  const cleared = clearedOf(snapshots, verdicts.cleared);
+  const { snapshots, known } = session;
+  const { id, filesystem } = destination;
   const find = dataFinder(standing.held);
   const lacking = snapshots
     .filter((one) => (failed.has(one.uuid) || earlier.has(one.uuid)) && find(one) === undefined)
@@ -8794,11 +8653,11 @@ async function remember(
       location: id,
       filesystem,
       pin: pin && { name: pin.name, uuid: pin.uuid },
-      last,
+      last: isServed ? new Date().toISOString() : (known.get(id)?.last ?? null),
       ...(lacking.length === 0 ? {} : { failed: lacking }),
-      ...cleared,
+      ...clearedOf(snapshots, verdicts.cleared),
     });
-  await save();
+  await save(session);
 }
 
 /** What a record says of snapshots that were changed and compared, as long as they are there. */
@@ -8821,9 +8680,9 @@ type Pruning = Pick<Session, "report" | "snapshots" | "leaps"> & {
 
 /** Prunes the source while the destinations are pruned, and waits for all. */
 async function pruneAll(all: readonly Served[], session: Session): Promise<void> {
-  const { report, source, known, save } = session;
+  const { report, source, known } = session;
   // A full disk can keep the record from being written: then what it says still holds as well.
-  const isSaved = await save().then(
+  const isSaved = await save(session).then(
     () => true,
     (error) => (report.error(null, error), false),
   );
@@ -8832,7 +8691,7 @@ async function pruneAll(all: readonly Served[], session: Session): Promise<void>
     ...(source.record.unreadable === null ? [pruneSource(session, remembered, all)] : []),
     ...all.map(({ pruning }) => pruning),
   ]);
-  if (!isSaved) await save();
+  if (!isSaved) await save(session);
 }
 
 /** With less than that part of its space free, a source keeps not everything that is still to be sent. */
@@ -8844,49 +8703,9 @@ async function pruneSource(
   remembered: readonly KnownDestination[],
   all: readonly Served[],
 ): Promise<void> {
-  const { o, report, source, snapshots } = session;
+  const { o, report, source, snapshots, leaps } = session;
   const { id } = o.source;
-  const decisions = decideAtSource(session, claimantsOf(session, remembered, all));
-  warnOfLeap(decisions, id, report);
-  warnOfUnsent(decisions, id, remembered, report);
-  const going = explained(decisions, id, o.dryRun);
-  const names = going.map(({ name }) => name);
-  const reason = `not kept by "${o.sourcePolicy?.text}"`;
-  await removing(session, id, { names, reason }, async () => {
-    await deleteFrom(source, going, o.deletion);
-    await Promise.all(all.map(({ pruning }) => pruning)); // told before
-  });
-  const place = placeIn(report.places, null);
-  place.kept = snapshots.length - names.length;
-  place.deleted += names.length;
-}
-
-/** Each destination that the record remembers, or that is new, as retention at the source sees it. */
-function claimantsOf(
-  { o, wanted }: Session,
-  remembered: readonly KnownDestination[],
-  all: readonly Served[],
-): Claimant[] {
-  const ids = new Set(remembered.map(({ location }) => location));
-  const unknown = [...wanted.keys()]
-    .filter((id) => !ids.has(id))
-    .map((location) => ({ location, pin: null, failed: undefined }));
-  const claimants = [...remembered, ...unknown].map(({ location: id, pin, failed }) => {
-    const served = all.find(({ destination }) => destination.id === id);
-    const given = wanted.get(id);
-    if (given === undefined) return { id, pin, unread: false, unsentPolicy: null, failed };
-    const unread = served === undefined || (served.destination.stream !== null && !served.done);
-    const isKept = !served?.complete && (o.keepUnsent || !(o.dropUnsent || given.optional));
-    return { id, pin, unread, unsentPolicy: isKept ? { policy: given.policy } : null, failed };
-  });
-  return o.removeLocks ? claimants.filter(({ pin }) => pin) : claimants;
-}
-
-/** What goes at the source, and why the rest stays. Warns of what goes for want of space. */
-function decideAtSource(
-  { o, report, source, snapshots, leaps }: Session,
-  claimants: readonly Claimant[],
-): Decision<Snapshot>[] {
+  const claimants = claimantsOf(session, remembered, all);
   const decide = (full: boolean) =>
     planSource(snapshots, o.sourcePolicy, claimants, wallClock(new Date()), {
       adopted: leaps ?? [],
@@ -8899,29 +8718,56 @@ function decideAtSource(
     .map(({ entry }) => entry.name);
   if (lost.length > 0)
     report.warning(
-      `less than ${100 * LOW} % of the filesystem of ${o.source.id} is free: of the snapshots that are kept to be sent, the oldest go: ${lost.join(" ")}`,
+      `less than ${100 * LOW} % of the filesystem of ${id} is free: of the snapshots that are kept to be sent, the oldest go: ${lost.join(" ")}`,
     );
-  return decisions;
-}
-
-/** Warns of what stays at the source only for a destination that has not got it. */
-function warnOfUnsent(
-  decisions: readonly Decision<Snapshot>[],
-  source: string,
-  remembered: readonly KnownDestination[],
-  report: Report,
-): void {
-  for (const [id, { count: many, oldest }] of unsentIn(decisions)) {
-    const last = remembered.find(({ location }) => location === id)?.last;
+  warnOfLeap(decisions, id, report);
+  for (const [unsent, { count: many, oldest }] of unsentIn(decisions)) {
+    const last = remembered.find(({ location }) => location === unsent)?.last;
     report.warning(
-      `${id}: ${count(many, "snapshot")} stay${many === 1 ? "s" : ""} at the source for it, since ${oldest} (${last ? `last served ${last}` : "never served"}); ways out: send them; --drop-unsent; --optional ${shellWord(id)}; btrfs-backup unpin ${shellWord(source)} ${shellWord(id)}`,
+      `${unsent}: ${count(many, "snapshot")} stay${many === 1 ? "s" : ""} at the source for it, since ${oldest} (${last ? `last served ${last}` : "never served"}); ways out: send them; --drop-unsent; --optional ${shellWord(unsent)}; btrfs-backup unpin ${shellWord(id)} ${shellWord(unsent)}`,
     );
   }
+  const going = explained(decisions, id, o.dryRun);
+  const names = going.map(({ name }) => name);
+  const reason = `not kept by "${o.sourcePolicy?.text}"`;
+  await removing(session, id, { names, reason }, async () => {
+    await deleteFrom(source, going, o.deletion);
+    await Promise.all(all.map(({ pruning }) => pruning)); // told before
+  });
+  const place = placeIn(report.places, null);
+  place.kept = snapshots.length - names.length;
+  place.deleted += names.length;
+}
+
+/**
+ * The remembered destinations and the new ones as retention at the source sees them. One that is
+ * remembered twice has two pins.
+ */
+function claimantsOf(
+  { o, wanted }: Session,
+  remembered: readonly KnownDestination[],
+  all: readonly Served[],
+): Claimant[] {
+  const isNew = (id: string) => !remembered.some(({ location }) => location === id);
+  const claims: readonly Pick<KnownDestination, "location" | "pin" | "failed">[] = [
+    ...remembered,
+    ...[...wanted.keys()].filter(isNew).map((location) => ({ location, pin: null })),
+  ];
+  const claimants = claims.map(({ location: id, pin, failed }) => {
+    const given = wanted.get(id);
+    if (given === undefined) return { id, pin, failed, unread: false, unsentPolicy: null };
+    const { policy, optional } = given;
+    const served = all.find(({ destination }) => destination.id === id);
+    const unread = served === undefined || (served.destination.stream !== null && !served.done);
+    const isKept = !served?.complete && (o.keepUnsent || !(o.dropUnsent || optional));
+    return { id, pin, failed, unread, unsentPolicy: isKept ? { policy } : null };
+  });
+  return o.removeLocks ? claimants.filter(({ pin }) => pin) : claimants;
 }
 
 /** Prunes a destination that has all it should have, and notes what was done there. */
-async function pruneServed(served: Served, session: Session): Promise<void> {
-  const { destination, began } = served;
+async function pruneServed(served: Served): Promise<void> {
+  const { session, destination, began } = served;
   const { report } = session;
   try {
     if (served.done) await pruneDestination(session, served);
@@ -8957,19 +8803,19 @@ async function removeFrom(
   backups: readonly Backup[],
   { reason, free }: { readonly reason: string; readonly free: boolean },
 ): Promise<void> {
-  const { destination, standing } = served;
-  const ordered = deletionOrder(backups, standing);
+  const { destination } = served;
+  const { id } = destination;
+  const ordered = deletionOrder(backups, served.standing);
   const names = ordered.map(({ name }) => name);
-  await removing(pruning, destination.id, { names, reason }, () =>
-    destination.remove(ordered, free),
-  );
-  placeIn(pruning.report.places, destination.id).deleted += ordered.length;
+  await removing(pruning, id, { names, reason }, () => destination.remove(ordered, free));
+  placeIn(pruning.report.places, id).deleted += names.length;
   const gone = new Set(ordered.map(({ uuid }) => uuid));
   const stays = ({ uuid }: Subvolume) => !gone.has(uuid);
+  const { held, backups: ours } = served.standing;
   served.standing = {
-    ...standing,
-    held: standing.held.filter(stays),
-    backups: standing.backups.filter(stays),
+    ...served.standing,
+    held: held.filter(stays),
+    backups: ours.filter(stays),
   };
 }
 
