@@ -7044,7 +7044,7 @@ function openOutputs(
 
 export type RunOptions = ReturnType<typeof runOptions>;
 
-/** A destination of a run. `recorded`: only --locked-dests asks for it. */
+/** A destination of a run; `recorded`: only --locked-dests asks for it. */
 export type Wanted = {
   readonly location: Location;
   readonly optional: boolean;
@@ -7242,7 +7242,7 @@ function wantedIn(
   return wanted;
 }
 
-/** Writes down what is known, one call after another. Errors: AlreadyTold, after the first is told. */
+/** Writes down what is known of destinations, one call after another. Errors: AlreadyTold. */
 function save(session: Session): Promise<void> {
   const saved = session.saving
     .then(() => writeKnown(session))
@@ -7282,7 +7282,6 @@ function lookAtPins({ o, source, inquiry, wanted, known }: Session): void {
   void learn(inquiry, parents, []).catch(() => {});
 }
 
-/** Warns of all at the source that may surprise its owner. */
 function warnOfSource({ o, report, source, wanted }: Session): void {
   warnOfNested(source, report);
   warnOfDuplicates(source, report);
@@ -7321,7 +7320,6 @@ function warnOfNested({ source, subvolumes, top, subvolume }: Source, report: Re
     );
 }
 
-/** The first words of many. */
 const someOf = (words: readonly string[], most: number, between = ", ") =>
   [...words.slice(0, most), ...(words.length > most ? ["…"] : [])].join(between);
 
@@ -7334,10 +7332,7 @@ type Source = Folder & {
   readonly owned: ChainRecord;
 };
 
-/**
- * Opens SOURCE, and first finishes a restore of it that was interrupted at its end. Errors: those
- * of openSource.
- */
+/** Finishes what a restore of SOURCE began, and opens it. Errors: those of openSource. */
 async function openFinished(
   o: Parameters<typeof openSource>[0],
   locked?: () => void,
@@ -7355,10 +7350,7 @@ async function openFinished(
   }
 }
 
-/**
- * Opens SOURCE and locks its snapshot folder. Errors: UsageError for a SOURCE that cannot be one,
- * Busy.
- */
+/** Opens SOURCE and locks its snapshot folder. Errors: those of checkSource, Busy, Failure. */
 async function openSource(
   o: Pick<
     RunOptions,
@@ -7388,12 +7380,12 @@ async function openSource(
     snapshots: folder.snapshots.filter(({ uuid }) => !others.has(uuid)),
     identity,
     subvolume: folder.source?.path ?? "",
-    // Inside SOURCE it is not asked whose the folder is; it may be the end of somebody else's chain.
+    // Inside SOURCE nobody asks whose the folder is; it may be the end of somebody else's chain.
     owned: strangers === null ? folder.chain : ownedBy(identity, folder.chain, strangers),
   };
 }
 
-/** Errors: UsageError. */
+/** Errors: UsageError for a SOURCE that cannot be one. */
 function checkSource(
   { source, place }: Folder,
   path: string,
@@ -7419,7 +7411,7 @@ function strangersBeside(folder: Folder, path: string, adopt: boolean): readonly
   return claimed.strangers;
 }
 
-/** What a record says of SOURCE. Without root, its UUID is the one that is recorded for its path. */
+/** SOURCE as a record names it. Without root, its UUID is the recorded one of its path. */
 function identityOf({ source, hostName, alone, chain: { owner } }: Folder): Identity {
   const place = { host: hostName, path: source?.path ?? "" };
   const isRecorded = alone && owner?.host === place.host && owner.path === place.path;
@@ -7528,8 +7520,8 @@ const closed = (opening: Promise<Pick<Folder, "close">>) =>
 const LOOK = 5e3;
 
 /**
- * The destinations that are open before the snapshot is taken. It waits only for those that are
- * here and new: no snapshot is to be taken for a command line that makes no sense. Errors: UsageError.
+ * The destinations that are open before the snapshot is taken. The snapshot waits only for new ones
+ * on this host, since nothing that makes no sense should take one. Errors: UsageError.
  */
 async function openedAtOnce(openings: Openings): Promise<readonly Destination[]> {
   const opened: Destination[] = [];
@@ -7557,8 +7549,8 @@ const hasPath = (location: Location): location is Readable =>
   location.kind !== "shell" && location.kind !== "rclone";
 
 /**
- * The destinations that can be served, as soon as all have been opened. Why others cannot be is
- * reported. Errors: UsageError, Interrupted.
+ * The destinations that can be served, when all have been opened; what fails is reported. Errors:
+ * UsageError, Interrupted.
  */
 async function openedInTime(
   session: Session,
@@ -7645,25 +7637,21 @@ function beginOpening(o: RunOptions): Map<string, Ahead> {
     const host = JSON.stringify(location.host);
     if (location.host !== null && (o.source.host !== null || hosts.has(host))) continue;
     hosts.add(host);
-    ahead.set(location.id, openAhead(location, destinationOpening(o)));
+    const controller = new AbortController();
+    let go = () => {};
+    const turn = new Promise<void>((over) => (go = over));
+    const folder = openFolder(location, location.path, {
+      ...destinationOpening(o),
+      ahead: { turn, unwanted: controller.signal },
+    });
+    folder.catch(() => {}); // told when it is its turn
+    const drop = () => {
+      controller.abort();
+      return within(5000, closed(folder)); // on a dead disk nothing ends
+    };
+    ahead.set(location.id, { folder, go, drop });
   }
   return ahead;
-}
-
-function openAhead(location: Readable, opening: Opening): Ahead {
-  const controller = new AbortController();
-  let go = () => {};
-  const turn = new Promise<void>((over) => (go = over));
-  const folder = openFolder(location, location.path, {
-    ...opening,
-    ahead: { turn, unwanted: controller.signal },
-  });
-  folder.catch(() => {}); // told when it is its turn
-  const drop = () => {
-    controller.abort();
-    return within(5000, closed(folder)); // on a dead disk nothing ends
-  };
-  return { folder, go, drop };
 }
 
 /** Opens a destination if it is the right place. Errors: UsageError, Absent, Busy, Failure. */
@@ -8046,8 +8034,8 @@ async function learnChanges({ folder, ctransids }: Inquiry, some: readonly Entry
 }
 
 /**
- * Asks when the parents were changed last. One that is still to be sent, and cannot be, is found
- * out when it is its turn: it may as well have been edited.
+ * Asks when the parents were changed last. One that is still to be sent, and cannot be looked at,
+ * is found out when it is its turn: it may as well have been edited.
  */
 async function learnComing(inquiry: Inquiry, differences: readonly Pair[]): Promise<void> {
   const parents = [...new Set(differences.map(({ parent }) => parent))].filter(
@@ -8071,7 +8059,7 @@ const afterFailure =
     return work(error);
   };
 
-/** Asks for the top directories' generations where only these tell whether two sides are related. */
+/** Asks for the top directories' generations where nothing else tells what is related. */
 async function learnBirths(inquiry: Inquiry, differences: readonly Pair[]): Promise<void> {
   const { folder, births } = inquiry;
   const asked = differences.flatMap(({ parent, snapshot }) =>
@@ -8227,7 +8215,7 @@ function* commandsIn(sent: Buffer): Generator<{
 
 // ── run: serving destinations ──
 
-/** A destination that could be opened, as one run sees it. */
+/** One run's view of a destination that could be opened. */
 type Served = ReturnType<typeof toServe>;
 
 const toServe = (session: Session, destination: Destination, wanted: Asked) => ({
@@ -8245,7 +8233,7 @@ const toServe = (session: Session, destination: Destination, wanted: Asked) => (
   began: 0,
   /** Goes on beside other work. */
   pruning: Promise.resolve(),
-  /** UUIDs of what could not be sent, and of what earlier runs could not send, or has no free name. */
+  /** UUIDs of what could not be sent; and of what earlier runs could not, or has no free name. */
   failed: new Set<string>(),
   earlier: new Set(wanted.known?.failed),
   verdicts: { cleared: wanted.known?.cleared ?? {}, refused: new Map() } as Verdicts,
@@ -8255,7 +8243,7 @@ const toServe = (session: Session, destination: Destination, wanted: Asked) => (
 
 /**
  * Sends all destinations what they lack, remembers what both sides share now, and begins to prune
- * the destinations. What fails is reported.
+ * them. What fails is reported.
  */
 async function serve(all: readonly Served[], session: Session): Promise<void> {
   await allOf(
@@ -8485,7 +8473,7 @@ async function sendNext(
   }
 }
 
-/** Tells what is sent, and how. Returns why it must not be sent; null if it may. */
+/** Tells what is sent, and how. Returns why it cannot be sent; null if it can. */
 function announce(served: Served, { snapshot, parent }: Transfer): Failure | null {
   const { o, snapshots, display } = served.session;
   const { wanted, standing, todo, free, destination } = served;
@@ -8532,7 +8520,6 @@ async function withRoom(served: Served, error: unknown, now: number): Promise<Se
   return transferTo(destination, source, transfer, display);
 }
 
-/** Notes and tells that a snapshot has arrived. */
 async function noteArrival(served: Served, transfer: Transfer, sent: Sent): Promise<void> {
   const { session, destination, wanted, standing } = served;
   const { id } = destination;
@@ -8562,8 +8549,8 @@ async function noteArrival(served: Served, transfer: Transfer, sent: Sent): Prom
 }
 
 /**
- * After a difference that did not fit to what is there, plans again without that parent. Tells
- * whether the snapshot is to be sent once more.
+ * Plans without the parent of a difference that did not fit to what is there. Returns whether the
+ * snapshot is to be sent once more.
  */
 async function planAgain(
   served: Served,
@@ -8592,8 +8579,8 @@ const DAMAGED = "seems to be damaged";
 const FAILURES = 3;
 
 /**
- * Reports a snapshot that could not be sent. The destination gets the later ones yet, unless it is
- * the place itself that fails.
+ * Reports a snapshot that could not be sent. The destination still gets the later ones, unless the
+ * place itself fails.
  */
 async function giveUp(
   served: Served,
@@ -8618,7 +8605,7 @@ async function giveUp(
   );
 }
 
-/** Ends the service of a destination, and begins to prune it. */
+/** Ends the service of a destination. */
 async function conclude(served: Served): Promise<void> {
   const { destination, wanted, complete } = served;
   const { o, report } = served.session;
@@ -8626,7 +8613,7 @@ async function conclude(served: Served): Promise<void> {
   try {
     await destination.settle?.();
     if (isServed && wanted.sending.resume && !o.dryRun) await destination.tidy();
-    // Before anything is deleted there: were the run to end here, the source would go by an old pin.
+    // Before anything is deleted there: were the run to end, the source would go by an old pin.
     if (destination.stream === null) await remember(served, isServed);
     served.done = complete;
   } catch (error) {
@@ -8660,7 +8647,7 @@ async function remember(
   await save(session);
 }
 
-/** What a record says of snapshots that were changed and compared, as long as they are there. */
+/** What a record says of changed and compared snapshots, as long as they are there. */
 function clearedOf(
   snapshots: readonly Pick<Entry, "uuid">[],
   cleared: Cleared,
@@ -8694,7 +8681,7 @@ async function pruneAll(all: readonly Served[], session: Session): Promise<void>
   if (!isSaved) await save(session);
 }
 
-/** With less than that part of its space free, a source keeps not everything that is still to be sent. */
+/** With less of its space free, a source does not keep all that is still to be sent. */
 const LOW = 0.05;
 
 /** Keeps at the source what its policy, and every destination's next transfer, needs. */
@@ -8819,7 +8806,6 @@ async function removeFrom(
   };
 }
 
-/** Tells of a deletion, and carries it out unless it is a dry run. */
 async function removing(
   { o: { dryRun }, report }: Pick<Pruning, "o" | "report">,
   location: string,
