@@ -7174,7 +7174,7 @@ async function backUpOpened(session: Session): Promise<string | null> {
     await pruneAll(all, session);
   } finally {
     await Promise.allSettled(all.map(({ pruning }) => pruning));
-    // The source last: whoever has it finds the others free.
+    // The source is closed last: whoever locks it finds the others free.
     const closing = () => allOf(openings.map(({ destination }) => closed(destination)));
     await whileCleaning(() => closing().finally(source.close));
   }
@@ -7189,7 +7189,7 @@ type Session = ReturnType<typeof newSession>;
 function newSession(source: Source, ahead: Map<string, Ahead>, o: RunOptions, report: Report) {
   const known = new Map(knownDestinations(source).map((one) => [one.location, one]));
   const wanted = wantedIn(source, known, o, report);
-  // Where something is sent again, it is still to the right disk.
+  // Without its pin all is sent again, and still to the right disk.
   for (const id of o.removeLocks ? wanted.keys() : []) {
     const one = known.get(id);
     if (o.transfer && one !== undefined) known.set(id, { ...one, pin: null });
@@ -7426,7 +7426,7 @@ function knownDestinations({ chain, old, snapshots, prefix }: Folder): KnownDest
   const theirs = [...new Set([...old.receiving.keys(), ...old.parents.keys()])]
     .map((location) => {
       const known = recorded.find((one) => one.location === location);
-      // The later one: what 0.3.1 did since, and not what it remembers from before.
+      // The later one of two pins: 0.3.1 may have sent since, or remember an older one.
       const pin = snapshots.findLast(
         ({ name, uuid }) =>
           ours(old.parents.get(location)).includes(name) || uuid === known?.pin?.uuid,
@@ -7478,10 +7478,7 @@ type Asked = Wanted & { readonly id: string; readonly known: KnownDestination | 
 type AskedPlace = Asked & { readonly location: Readable };
 
 /** The destinations that are being opened, in the order of their names. */
-type Openings = readonly {
-  readonly asked: Asked;
-  readonly destination: Promise<Destination>;
-}[];
+type Openings = readonly { readonly asked: Asked; readonly destination: Promise<Destination> }[];
 
 /**
  * Opens the destinations side by side. Those of one host are opened one after another, since the
@@ -7622,8 +7619,8 @@ type Ahead = {
 };
 
 /**
- * Begins with the destinations that need no connection of another one's, unless locks are waited
- * for. Two hosts at once could ask for passwords at once.
+ * Begins to open the destinations that need no other one's connection, unless locks are waited for.
+ * Two hosts at once could ask for passwords at once.
  */
 function beginOpening(o: RunOptions): Map<string, Ahead> {
   const hosts = new Set<string>();
@@ -7644,7 +7641,7 @@ function beginOpening(o: RunOptions): Map<string, Ahead> {
       ...destinationOpening(o),
       ahead: { turn, unwanted: controller.signal },
     });
-    folder.catch(() => {}); // told when it is its turn
+    folder.catch(() => {}); // its error is told in its turn
     const drop = () => {
       controller.abort();
       return within(5000, closed(folder)); // on a dead disk nothing ends
@@ -7963,7 +7960,7 @@ async function withFreeName(
   }
 }
 
-/** Waits until names say another second. */
+/** Waits until names say the next second. */
 async function nextSecond(): Promise<void> {
   await new Promise((over) => setTimeout(over, 1000 - new Date().getMilliseconds()));
 }
@@ -7988,7 +7985,7 @@ const inquiryInto = (folder: Folder): Inquiry => ({
   asking: Promise.resolve(),
 });
 
-/** A difference that is thought of. */
+/** A difference that could be sent. */
 type Pair = { readonly parent: Snapshot; readonly snapshot: Snapshot };
 
 /**
@@ -8126,7 +8123,7 @@ async function lostIn(folder: Folder, { parent, snapshot }: Pair): Promise<strin
   return null;
 }
 
-/** How many paths are looked at for renames at most. */
+/** So many paths at most are looked at for renames. */
 const FOLLOWED = 10_000_000;
 
 /**
@@ -8275,7 +8272,7 @@ async function begin(served: Served): Promise<void> {
     served.earlier.add(uuid);
     served.complete = false;
   }
-  // All of them, since the next announcement replaces that of a leftover which is not sent again.
+  // All leftovers: the next announcement replaces the one of a leftover that is not sent again.
   for (const [name, what] of standing.taken)
     if (what === "leftover" && !o.dryRun) await destination.discard(name);
   if (!wanted.sending.resume && !o.dryRun) await destination.tidy();
@@ -8291,8 +8288,8 @@ async function begin(served: Served): Promise<void> {
 }
 
 /**
- * Plans what a destination gets, and asks for what has to be known of the parents until nothing is
- * missing. Errors: Failure.
+ * Plans what a destination gets. Asks for facts about the parents until nothing is missing. Errors:
+ * Failure.
  */
 async function planFor(served: Served): Promise<ReturnType<typeof planTransfers>> {
   const { session, destination, standing, verdicts } = served;
@@ -8330,7 +8327,7 @@ async function planFor(served: Served): Promise<ReturnType<typeof planTransfers>
         : [],
     );
     if (open.length > 0) {
-      // One that was edited or deduplicated is mostly not alone.
+      // An edited or deduplicated snapshot is mostly not alone.
       const isSuspicious = snapshots.some(
         (one) => isThere(one) && changedSince(one, inquiry, verdicts.cleared),
       );
@@ -8394,7 +8391,7 @@ async function clear(
   }
 }
 
-/** Sends destinations what they lack: what is the same stream once, others side by side. */
+/** Sends destinations what they lack: equal streams once, others side by side. */
 async function sendAll(all: readonly Served[], session: Session): Promise<void> {
   const ready = all.filter(({ todo }) => todo.length > 0);
   const alike = groupBy(ready, ({ todo: [next], destination }) => {
@@ -8416,7 +8413,7 @@ async function sendAll(all: readonly Served[], session: Session): Promise<void> 
   await allOf(all.filter((served) => !ready.includes(served)).map(conclude));
 }
 
-/** Lets only so many of what it is given work at a time. */
+/** Lets so many works go on at a time. */
 function limited(most: number): <T>(work: () => Promise<T>) => Promise<T> {
   let free = most;
   const waiting: (() => void)[] = [];
@@ -8434,8 +8431,8 @@ function limited(most: number): <T>(work: () => Promise<T>) => Promise<T> {
 }
 
 /**
- * Sends the next snapshot to destinations that need the same stream. What fails is reported, and
- * is the end for that destination.
+ * Sends the next snapshot to destinations that need the same stream. A failure is reported, and is
+ * the end for its destination.
  */
 async function sendNext(
   all: readonly Served[],
@@ -8538,7 +8535,7 @@ async function noteArrival(served: Served, transfer: Transfer, sent: Sent): Prom
     parent: parent?.name ?? null,
     ...sent,
   });
-  // All the memory there is of a command, so it is written after each of its streams.
+  // The record is all the memory of a command: it is written after each stream.
   if (destination.stream !== null) await remember(served, true, snapshot);
   if (standing.chained === null || wanted.sending.fullEvery?.count !== 0) return;
   const { length } = chainOf<Entry>(backup, byUuid(served.standing.held));
@@ -8563,7 +8560,7 @@ async function planAgain(
   const find = dataFinder(standing.held);
   const isSecond =
     !refused.has(parent.uuid) && [...refused.values()].some((why) => why.endsWith(DAMAGED));
-  // If another one is no better, in full.
+  // Where a second parent is no better, the snapshot is sent in full.
   const unfit = isSecond ? session.snapshots.filter((one) => find(one) !== undefined) : [parent];
   for (const { uuid, name } of unfit) refused.set(uuid, `the backup of ${name} there ${DAMAGED}`);
   const words = [parent.name, session.o.source.id, destination.id].map(shellWord).join(" ");
@@ -8575,7 +8572,7 @@ async function planAgain(
 }
 const DAMAGED = "seems to be damaged";
 
-/** How many snapshots may fail one after the other until it is not them. */
+/** So many snapshots fail one after the other before it is the place that fails. */
 const FAILURES = 3;
 
 /**
@@ -8620,7 +8617,7 @@ async function conclude(served: Served): Promise<void> {
     report.error(destination.id, error);
   }
   served.pruning = pruneServed(served);
-  served.pruning.catch(() => {}); // told when all are done
+  served.pruning.catch(() => {}); // its error is told when all are done
 }
 
 /** Writes down what a destination shares with the source now; `isServed`: it has all it should. */
@@ -8668,7 +8665,7 @@ type Pruning = Pick<Session, "report" | "snapshots" | "leaps"> & {
 /** Prunes the source while the destinations are pruned, and waits for all. */
 async function pruneAll(all: readonly Served[], session: Session): Promise<void> {
   const { report, source, known } = session;
-  // A full disk can keep the record from being written: then what it says still holds as well.
+  // A full disk can keep the record from being written: then the old one holds as well.
   const isSaved = await save(session).then(
     () => true,
     (error) => (report.error(null, error), false),
@@ -8719,7 +8716,7 @@ async function pruneSource(
   const reason = `not kept by "${o.sourcePolicy?.text}"`;
   await removing(session, id, { names, reason }, async () => {
     await deleteFrom(source, going, o.deletion);
-    await Promise.all(all.map(({ pruning }) => pruning)); // told before
+    await Promise.all(all.map(({ pruning }) => pruning)); // their errors are told first
   });
   const place = placeIn(report.places, null);
   place.kept = snapshots.length - names.length;
@@ -8832,7 +8829,7 @@ function explained<T extends Dated>(
   return decisions.filter(({ reasons }) => reasons.length === 0).map(({ entry }) => entry);
 }
 
-/** Says why nothing is deleted where the clock leapt. */
+/** Warns that nothing is deleted where the clock leapt. */
 function warnOfLeap(decisions: readonly Decision<Dated>[], id: string, report: Report): void {
   const to = leaptTo(decisions);
   if (to !== null)
@@ -8843,7 +8840,7 @@ function warnOfLeap(decisions: readonly Decision<Dated>[], id: string, report: R
 
 // ── run: telling what was done ──
 
-/** Says what was done. */
+/** Tells what a run did. */
 function concludeRun(
   { dryRun, source }: Pick<RunOptions, "dryRun" | "source">,
   report: Report,
