@@ -7968,20 +7968,14 @@ async function nextSecond(): Promise<void> {
 // ── run: what is known of parents ──
 
 /** Facts about a place's snapshots, as far as they were asked for. */
-type Inquiry = Facts & {
-  readonly folder: Folder;
-  readonly ctransids: Map<string, number>;
-  readonly births: Map<string, number | null>;
-  readonly losses: Map<string, string | null>;
-  asking: Promise<void>;
-};
+type Inquiry = ReturnType<typeof inquiryInto>;
 
-const inquiryInto = (folder: Folder): Inquiry => ({
+const inquiryInto = (folder: Folder) => ({
   folder,
   all: byUuid(folder.subvolumes),
-  ctransids: new Map(),
-  births: new Map(),
-  losses: new Map(),
+  ctransids: new Map<string, number>(),
+  births: new Map<string, number | null>(),
+  losses: new Map<string, string | null>(),
   asking: Promise.resolve(),
 });
 
