@@ -1297,7 +1297,7 @@ function failureOf(host: Host, what: string, result: Result): Error {
 }
 
 /** A verb to run on a host, with arguments by name; errors begin with `what`. */
-type Asked<V extends Declared> = [
+type Question<V extends Declared> = [
   host: Host,
   verb: V,
   given: ArgumentsOf<V>,
@@ -1308,14 +1308,14 @@ type Asked<V extends Declared> = [
 /**
  * Runs a verb for its output. Errors: Failure, Busy (exit 75), Absent (exit 66, host not reached).
  */
-const ask = async <V extends Declared>(...asked: Asked<V>): Promise<string> =>
-  (await askAll(asked)).stdout;
+const ask = async <V extends Declared>(...question: Question<V>): Promise<string> =>
+  (await askAll(question)).stdout;
 
 /** Runs a verb for its output in bytes. Errors: those of `ask`. */
-const askBytes = async <V extends Declared>(...asked: Asked<V>): Promise<Buffer> =>
-  Buffer.concat((await askAll(asked)).output);
+const askBytes = async <V extends Declared>(...question: Question<V>): Promise<Buffer> =>
+  Buffer.concat((await askAll(question)).output);
 
-async function askAll<V extends Declared>([host, verb, given, what, input = ""]: Asked<V>) {
+async function askAll<V extends Declared>([host, verb, given, what, input = ""]: Question<V>) {
   const { process: child, stop } = start(host, verb, given);
   child.stdin.end(input);
   if (!cleaning.getStore()) running.add(stop);
@@ -6701,14 +6701,14 @@ async function transferToAll(
         const stored = finish === undefined ? bytes : await finish(summed as Summed);
         return { bytes: stored, seconds: (Date.now() - began) / 1000 };
       } catch (error) {
-        return afterFailure(receiver, error as Error, send);
+        return sendAgain(receiver, error as Error, send);
       }
     }),
   );
 }
 
 /** Clears a broken transfer away, and repeats it if it can end otherwise. Errors: what broke it. */
-async function afterFailure(receiver: Receiver, error: Error, send: Send): Promise<Sent> {
+async function sendAgain(receiver: Receiver, error: Error, send: Send): Promise<Sent> {
   const { name } = send.transfer.snapshot;
   if (error instanceof OtherStream) {
     log.info(`${name}: its stream has changed since the transfer broke, which begins anew`);
@@ -7157,251 +7157,11 @@ function openOutputs(
 
 // ── 7. Commands ──────────────────────────────────────────────────────────────────────────
 
-/** Facts about a place's snapshots, as far as they were asked for. */
-type Inquiry = Facts & {
-  readonly folder: Folder;
-  readonly ctransids: Map<string, number>;
-  readonly births: Map<string, number | null>;
-  readonly losses: Map<string, string | null>;
-  asking: Promise<void>;
-};
+// ── run: a snapshot, sent to every destination, and both sides pruned ──
 
-const inquiryInto = (folder: Folder): Inquiry => ({
-  folder,
-  all: byUuid(folder.subvolumes),
-  ctransids: new Map(),
-  births: new Map(),
-  losses: new Map(),
-  asking: Promise.resolve(),
-});
+export type RunOptions = ReturnType<typeof runOptions>;
 
-/** A difference that is thought of. */
-type Pair = { readonly parent: Snapshot; readonly snapshot: Snapshot };
-
-/** How many paths are looked at for renames at most. */
-const FOLLOWED = 10_000_000;
-
-/** The commands of a send stream of protocol 1, with what is looked for of their attributes. Errors: Failure for one that is cut off. */
-function* commandsIn(stream: Buffer): Generator<{
-  readonly name: string | undefined;
-  readonly text: (attribute: number) => string;
-  readonly number: (attribute: number) => number;
-}> {
-  const { commands } = streamCommands();
-  const UPDATE_EXTENT = 22; // in place of what writes, without data
-  if (stream.toString("latin1", 0, 17) !== "btrfs-stream\0\x01\0\0\0")
-    throw new Failure("btrfs send began with something unknown");
-  for (let at = 17; at + 10 <= stream.length;) {
-    const end = at + 10 + stream.readUInt32LE(at);
-    const command = stream.readUInt16LE(at + 4);
-    if (end > stream.length) break;
-    const found = new Map<number, Buffer>();
-    for (let next = at + 10; next + 4 <= end; next += 4 + stream.readUInt16LE(next + 2))
-      found.set(
-        stream.readUInt16LE(next),
-        stream.subarray(next + 4, next + 4 + stream.readUInt16LE(next + 2)),
-      );
-    const bytes = (one: number, least: number) => {
-      const value = found.get(one);
-      if (value === undefined || value.length < least)
-        throw new Failure("btrfs send left something out");
-      return value;
-    };
-    yield {
-      name: command === UPDATE_EXTENT ? "update_extent" : commands[command]?.name,
-      text: (one) => bytes(one, 0).toString("latin1"),
-      number: (one) => Number(bytes(one, 8).readBigUInt64LE()),
-    };
-    if (commands[command]?.name === "end") return;
-    at = end;
-  }
-  throw new Failure(
-    stream.length >= Number(REWRITTEN_MOST) ? "too much differs" : "btrfs send ended early",
-  );
-}
-
-/** A path as text. Errors: Failure for what is not UTF-8, and cannot be asked for. */
-function pathOf(latin1: string): string {
-  const path = Buffer.from(latin1, "latin1").toString();
-  if (Buffer.from(path).toString("latin1") !== latin1)
-    throw new Failure(`a name is not UTF-8: ${path}`);
-  return path;
-}
-
-/**
- * The ranges that a difference without data writes to, by the path in the snapshot: what is written to has the path of that
- * moment, and is followed when it, or a directory above it, is renamed later. Errors: Failure, for what cannot be followed.
- */
-export function parseRewritten(stream: Buffer): Map<string, { from: number; to: number }[]> {
-  const { attribute } = streamCommands();
-  const files = new Map<string, { from: number; to: number }[]>();
-  let steps = 0;
-  const rename = (from: string, to: string) => {
-    if ((steps += files.size) > FOLLOWED) throw new Failure("too much was renamed");
-    const moved = [...files].filter(([path]) => path === from || path.startsWith(`${from}/`));
-    for (const [path] of moved) files.delete(path);
-    for (const [path, ranges] of moved) files.set(to + path.slice(from.length), ranges);
-  };
-  for (const { name, text, number } of commandsIn(stream)) {
-    if (name === "end") break;
-    const path = text(attribute.path);
-    const ranges = files.get(path) ?? [];
-    if (name === undefined) throw new Failure("btrfs send said something unknown");
-    if (name === "rename") rename(path, text(attribute.pathTo));
-    else if (name === "unlink" && files.has(path))
-      throw new Failure("a file is changed by a name that it loses");
-    else if (name === "truncate") files.set(path, ranges);
-    else if (["update_extent", "clone", "write", "encoded_write"].includes(name)) {
-      const from = number(attribute.offset);
-      ranges.push({
-        from,
-        to: from + number(name === "clone" ? attribute.cloneLength : attribute.size),
-      });
-      files.set(path, ranges);
-    }
-  }
-  return new Map([...files].map(([path, ranges]) => [pathOf(path), ranges]));
-}
-
-/** Why a difference to a state that is not known to be an earlier one must not be made; null if it may. Errors: none: what cannot be looked at is not made. */
-async function lossOf(folder: Folder, { parent, snapshot }: Pair): Promise<string | null> {
-  const names = { snapshot: snapshot.name, parent: parent.name };
-  const why = `${parent.name} is not known to be an earlier state of ${snapshot.name}`;
-  try {
-    const ranges = parseRewritten(
-      await askBytes(
-        folder.host,
-        REWRITTEN,
-        { ...at(folder), ...names },
-        `cannot tell what differs`,
-      ),
-    );
-    for (const paths of chunks([...ranges.keys()].map((path) => `/${path}`))) {
-      const sizes = (
-        await ask(
-          folder.host,
-          FILE_SIZES,
-          { ...at(folder), ...names, paths },
-          `cannot tell the sizes of what differs`,
-        )
-      ).split("\n");
-      const lost = lossIn(
-        paths.map((path, i) => {
-          const [, size, before] = /^(\d+) (\d+|-)$/.exec(sizes[i] ?? "") ?? [];
-          if (size === undefined) throw new Failure(`cannot tell the size of ${path}`);
-          return {
-            path: path.slice(1),
-            ranges: ranges.get(path.slice(1)) ?? [],
-            size: Number(size),
-            before: before === "-" ? null : Number(before),
-          };
-        }),
-      );
-      if (lost !== null) return `${why}, and btrfs send would lose the end of ${lost}`;
-    }
-    return null;
-  } catch (error) {
-    if (!(error instanceof Failure)) throw error;
-    return `${why}, and it cannot be told whether btrfs send would lose something: ${error.message}`;
-  }
-}
-
-/**
- * Learns when some snapshots were changed last, and of differences whether their two sides are related (the generations of the top directories), and
- * what would be lost. Nothing is asked twice. Errors: Failure.
- */
-function learn(
-  inquiry: Inquiry,
-  changed: readonly Entry[],
-  differences: readonly Pair[],
-): Promise<void> {
-  const {
-    folder: { host, id },
-    ctransids,
-    births,
-    losses,
-  } = inquiry;
-  const place = at(inquiry.folder);
-  const inChunks = async (
-    some: readonly Entry[],
-    work: (names: readonly string[], some: readonly Entry[]) => Promise<void>,
-  ) => {
-    let done = 0;
-    for (const names of chunks(some.map(({ name }) => `./${name}`)))
-      await work(names, some.slice(done, (done += names.length)));
-  };
-  const asking = inquiry.asking.then(async () => {
-    const askHeads = async (snapshots: readonly string[], some: readonly Entry[]) => {
-      const heads = (
-        await ask(
-          host,
-          HEADS,
-          { ...place, snapshots },
-          `${id}: cannot tell when snapshots were changed`,
-        )
-      ).split("\n");
-      for (const [i, one] of some.entries())
-        ctransids.set(one.uuid, changedIn(heads[i] ?? "", one));
-    };
-    await inChunks(
-      changed.filter(({ uuid }) => !ctransids.has(uuid)),
-      askHeads,
-    );
-    // One that is still to be sent, and cannot be, is found out when it is its turn: it may as well have been edited.
-    const coming = [...new Set(differences.map(({ parent }) => parent))].filter(
-      (parent) => changedSince(parent, inquiry, {}) === undefined,
-    );
-    const orElse = (work: () => unknown) => (error: unknown) => {
-      if (!(error instanceof Failure)) throw error;
-      return work();
-    };
-    const askEach = async (some: readonly Entry[]) => {
-      for (const one of some)
-        await askHeads([`./${one.name}`], [one]).catch(
-          orElse(() => ctransids.set(one.uuid, Infinity)),
-        );
-    };
-    await inChunks(
-      coming,
-      async (names, some) => void (await askHeads(names, some).catch(orElse(() => askEach(some)))),
-    );
-    const born = differences.flatMap(({ parent, snapshot }) =>
-      related(parent, snapshot, inquiry) === undefined ? [parent, snapshot] : [],
-    );
-    await inChunks(
-      [...new Set(born)].filter(({ uuid }) => !births.has(uuid)),
-      async (snapshots, some) => {
-        const shown = await ask(
-          host,
-          BIRTHS,
-          { ...place, snapshots },
-          `${id}: cannot tell where snapshots come from`,
-        );
-        const told = new Map(
-          [...shown.matchAll(/^ *(\d+) +\S+ \.\/(.*)$/gm)].map(([, generation, name = ""]) => [
-            name,
-            Number(generation),
-          ]),
-        );
-        for (const { uuid, name } of some) births.set(uuid, told.get(name) ?? null);
-      },
-    );
-    for (const pair of differences) {
-      const { parent, snapshot } = pair;
-      if (
-        !related(parent, snapshot, inquiry) ||
-        isStillEarlier(parent, snapshot, inquiry) ||
-        losses.has(pairOf(parent, snapshot))
-      )
-        continue;
-      losses.set(pairOf(parent, snapshot), await lossOf(inquiry.folder, pair));
-    }
-  });
-  inquiry.asking = asking.catch(() => {});
-  return asking;
-}
-
-/** A destination as it was asked for; `recorded`: by --locked-dests alone. */
+/** A destination of a run; `recorded`: only --locked-dests asks for it. */
 export type Wanted = {
   readonly location: Location;
   readonly optional: boolean;
@@ -7410,16 +7170,286 @@ export type Wanted = {
   readonly sending: Sending;
 };
 
-export type RunOptions = ReturnType<typeof runOptions>;
+/** Takes a snapshot, sends every destination what it lacks, and keeps what should be kept. */
+export async function run(o: RunOptions, report: Report): Promise<void> {
+  checkPlaces(o);
+  let name: string | null = null;
+  await persistently(o, report, async (attempt, attemptReport) => {
+    const open = (locked: () => void) => openFinished(attempt, locked);
+    const snapshot = attempt.snapshot && name === null;
+    name = (await backUp(open, { ...attempt, snapshot }, attemptReport)) ?? name;
+  });
+  concludeRun(o, report, name);
+  if (o.metrics !== null && !o.dryRun)
+    await writeMetrics(o.metrics, metricsOf(o.source.id, report.places, Date.now()));
+}
 
-/** A subvolume with its snapshot folder. */
+/** Refuses a destination in or above the snapshot folder by name alone, before any is opened. */
+function checkPlaces(o: Pick<RunOptions, "source" | "snapshotFolder" | "destinations">): void {
+  const folder = resolve(o.source.path, o.snapshotFolder);
+  const host = JSON.stringify(o.source.host);
+  for (const { location } of o.destinations)
+    if (
+      (location.kind === "folder" || location.kind === "raw") &&
+      JSON.stringify(location.host) === host &&
+      nested(location.path, folder)
+    )
+      throw nestedError(location.id);
+}
+
+const nested = (a: string, b: string) => isWithin(a, b) || isWithin(b, a);
+const nestedError = (id: string) =>
+  new UsageError(`${id} is the snapshot folder, or inside or above it`);
+
+/** Attempts something, and again after a lost connection, as often as --retries says. */
+async function persistently(
+  o: RunOptions,
+  report: Report,
+  attempt: (o: RunOptions, report: Report) => Promise<void>,
+): Promise<void> {
+  const known = new Set<string>();
+  for (let left = o.retries; ; left--) {
+    let isLost = false;
+    const tell: Report["error"] = (destination, error) => {
+      const { message } = error as Error;
+      const line = `${destination ?? ""} ${message}`;
+      if (error instanceof Unreachable && left > 0) {
+        isLost = true;
+        report.warning(`${message}; ${left === 1 ? "one more try" : `${left} more tries`}`);
+      } else if (!known.has(line)) report.error(destination, error);
+      known.add(line);
+    };
+    // The other host frees what the lost connection had locked after four beats of silence.
+    const { beat } = hostOf(null, o.hosts);
+    const wait = left === o.retries ? o.wait : Math.max(o.wait, 5 * beat);
+    await attempt({ ...o, wait }, { ...report, error: tell }).catch((problem: Error) => {
+      if (!(problem instanceof Unreachable) || left === 0) throw problem;
+      tell(null, problem);
+    });
+    if (!isLost) return;
+    await new Promise<void>((over) => {
+      running.add(over);
+      setTimeout(() => (running.delete(over), over()), (beat / 3) * 1000);
+    });
+    checkInterruption();
+  }
+}
+
+/**
+ * Sends every destination what it lacks of a source, and keeps on both sides what should be kept.
+ * Returns the name of the snapshot that it took.
+ */
+async function backUp(
+  open: (locked: () => void) => Promise<Source>,
+  o: RunOptions,
+  report: Report,
+): Promise<string | null> {
+  let ahead = new Map<string, Ahead>();
+  const opening = open(() => ahead.forEach(({ go }) => go()));
+  if (o.transfer || !o.removeLocks) ahead = beginOpening(o);
+  stamp(new Date()); // the first local time takes long, since zones are loaded for it: meanwhile
+  try {
+    return await backUpOpened(newSession(await opening, ahead, o, report));
+  } finally {
+    await whileCleaning(() => allOf([...ahead.values()].map(({ drop }) => drop())));
+  }
+}
+
+/** Backs up an opened source, and closes it and its destinations. */
+async function backUpOpened(session: Session): Promise<string | null> {
+  const { o, report, source, known, wanted } = session;
+  lookAtPins(session);
+  let openings: Openings = [];
+  let all: readonly Served[] = [];
+  let taken: Snapshot | null = null;
+  const began = Date.now();
+  try {
+    warnOfSource(session);
+    if (o.transfer || !o.removeLocks) openings = openAll(session);
+    const opened = await openedAtOnce(openings);
+    for (const { name, readonly } of source.snapshots)
+      if (!readonly)
+        report.warning(
+          `${source.path}/${name} is writable: it is not sent, not counted and not deleted`,
+        );
+    if (o.snapshot) taken = await takeSnapshot(session, opened);
+    all = await openedInTime(session, openings, taken);
+    if (taken !== null) {
+      const first = taken;
+      taken = await withFreeName(session, first, all).catch(
+        (error) => (report.error(null, error), first),
+      );
+      session.snapshots.push(taken);
+      report.event("snapshot", { name: taken.name, path: join(source.path, taken.name) });
+    }
+    if (o.adoptClock)
+      session.leaps = leapNames(
+        [session.snapshots, ...all.map(({ standing }) => standing.backups)],
+        session.leaps,
+      );
+    await serve(all, session);
+    await pruneAll(all, session);
+  } finally {
+    await Promise.allSettled(all.map(({ pruning }) => pruning));
+    // The source is closed last: whoever locks it finds the others free.
+    const closing = () => allOf(openings.map(({ destination }) => closed(destination)));
+    await whileCleaning(() => closing().finally(source.close));
+  }
+  for (const id of wanted.keys()) placeIn(report.places, id).last = known.get(id)?.last ?? null;
+  placeIn(report.places, null).seconds += (Date.now() - began) / 1000;
+  return taken?.name ?? null;
+}
+
+/** One attempt of a run: all that its steps share. */
+type Session = ReturnType<typeof newSession>;
+
+function newSession(source: Source, ahead: Map<string, Ahead>, o: RunOptions, report: Report) {
+  const known = new Map(knownDestinations(source).map((one) => [one.location, one]));
+  const wanted = wantedIn(source, known, o, report);
+  // Without its pin all is sent again, and still to the right disk.
+  for (const id of o.removeLocks ? wanted.keys() : []) {
+    const one = known.get(id);
+    if (o.transfer && one !== undefined) known.set(id, { ...one, pin: null });
+    else known.delete(id);
+  }
+  return {
+    o,
+    report,
+    source,
+    ahead,
+    wanted,
+    /** The destinations that the source's record knows, or will. */
+    known,
+    written: JSON.stringify(source.chain),
+    saving: Promise.resolve() as Promise<unknown>,
+    isTold: false, // that they cannot be written down
+    inquiry: inquiryInto(source),
+    display: displayOf(o),
+    /** Lets so many streams flow at a time. */
+    jobs: limited(o.jobs),
+    /** All that can be sent; the new one joins them under its final name. */
+    snapshots: source.snapshots.filter(({ readonly }) => readonly),
+    /** The names that the clock leapt to, and that somebody vouched for. */
+    leaps: source.owned.leaps,
+  };
+}
+
+/** The destinations of the command line, and with --locked-dests of the source's record. */
+function wantedIn(
+  source: Source,
+  known: ReadonlyMap<string, KnownDestination>,
+  o: RunOptions,
+  report: Report,
+): Map<string, Wanted> {
+  const wanted = new Map(o.destinations.map((one) => [one.location.id, one]));
+  const doubt = disbelief(source);
+  for (const id of o.lockedDestinations ? known.keys() : []) {
+    if (wanted.has(id)) continue;
+    if (doubt !== null)
+      report.error(id, new Failure(`--locked-dests: ${doubt}: name the destination to use it`));
+    else
+      wanted.set(id, {
+        location: recordedLocation(id),
+        recorded: true,
+        optional: false,
+        policy: o.backupPolicy,
+        sending: o.sendingTo(id),
+      });
+  }
+  return wanted;
+}
+
+/** Writes down what is known of destinations, one call after another. Errors: AlreadyTold. */
+function save(session: Session): Promise<void> {
+  const saved = session.saving
+    .then(() => writeKnown(session))
+    .catch((error) => {
+      if (!session.isTold) session.report.error(null, error);
+      session.isTold = true;
+      throw new AlreadyTold((error as Error).message);
+    });
+  session.saving = saved.catch(() => {});
+  return saved;
+}
+
+async function writeKnown(session: Session): Promise<void> {
+  const { o, source, known, leaps } = session;
+  const chain = {
+    ...source.owned,
+    ...(leaps === undefined ? {} : { leaps }),
+    ...(known.size > 0 || source.chain.destinations ? { destinations: [...known.values()] } : {}),
+  };
+  // What 0.3.1 made has no owner until a run has said whose it is, and a copy cannot; a disk of
+  // backups can be mounted read-only.
+  const isSilent =
+    source.source === null &&
+    (source.owned.owner === undefined || placeOn(source.mounts, source.path).mount.readonly);
+  if (o.dryRun || isSilent || JSON.stringify(chain) === session.written) return;
+  await writeRecord(source, chain);
+  session.written = JSON.stringify(chain);
+}
+
+/** Begins to look at what is mostly the next parent, while the destinations are opened. */
+function lookAtPins({ o, source, inquiry, wanted, known }: Session): void {
+  if (!o.transfer || source.alone) return;
+  const pins = new Set([...wanted.keys()].map((id) => known.get(id)?.pin?.uuid));
+  const parents = source.snapshots.filter(
+    (one) => pins.has(one.uuid) && changedSince(one, inquiry, {}) === undefined,
+  );
+  void learn(inquiry, parents, []).catch(() => {});
+}
+
+function warnOfSource({ o, report, source, wanted }: Session): void {
+  warnOfNested(source, report);
+  warnOfDuplicates(source, report);
+  const asked = [...wanted.values()].filter(({ policy }) => policy !== null);
+  if (asked.length > 0 && asked.every(({ location }) => location.kind === "shell"))
+    report.warning(
+      "--num-backups: a shell:// command cannot be asked what it has, nor told to delete",
+    );
+  const tomorrow = wallClock(new Date()) + DURATION.d;
+  const future = source.snapshots.filter(({ time }) => time > tomorrow).map(({ name }) => name);
+  if (future.length > 0)
+    report.warning(
+      `${count(future.length, "snapshot")} of ${o.source.id} ${future.length === 1 ? "is" : "are"} dated in the future: ${someOf(future, 3)}; is the clock right?`,
+    );
+  const { unreadable } = source.record;
+  if (unreadable !== null)
+    report.error(
+      null,
+      new Failure(
+        `${source.path}/.btrfs-backup.json cannot be read (${unreadable}): nothing is deleted at the source; "btrfs-backup unpin --all ${o.source.id}" moves it aside`,
+      ),
+    );
+}
+
+/** Warns of subvolumes below SOURCE: a snapshot has empty directories in their place. */
+function warnOfNested({ source, subvolumes, top, subvolume }: Source, report: Report): void {
+  if (source === null) return;
+  const above = source.top === "/" ? "/" : `${source.top}/`;
+  const paths = subvolumes
+    .map(({ path }) => `/${path}`)
+    .filter((path) => path.startsWith(above) && !isWithin(path, top))
+    .map((path) => path.slice(above.length));
+  if (paths.length > 0)
+    report.warning(
+      `${count(paths.length, "subvolume")} below ${subvolume} ${paths.length === 1 ? "is" : "are"} not part of its snapshots: ${someOf(paths, 3)}`,
+    );
+}
+
+const someOf = (words: readonly string[], most: number, between = ", ") =>
+  [...words.slice(0, most), ...(words.length > most ? ["…"] : [])].join(between);
+
+// ── run: opening the source ──
+
+/** A subvolume with its snapshot folder; `owned`: the folder's record, with it as the owner. */
 type Source = Folder & {
   readonly identity: Identity;
   readonly subvolume: string;
   readonly owned: ChainRecord;
 };
 
-/** Opens SOURCE, when what an interrupted restore of it began is finished. Errors: those of openSource. */
+/** Finishes what a restore of SOURCE began, and opens it. Errors: those of openSource. */
 async function openFinished(
   o: Parameters<typeof openSource>[0],
   locked?: () => void,
@@ -7437,7 +7467,7 @@ async function openFinished(
   }
 }
 
-/** Opens SOURCE and locks its snapshot folder. Errors: UsageError for a SOURCE that cannot be one, Busy. */
+/** Opens SOURCE and locks its snapshot folder. Errors: those of checkSource, Busy, Failure. */
 async function openSource(
   o: Pick<
     RunOptions,
@@ -7445,11 +7475,7 @@ async function openSource(
   >,
   locked?: () => void,
 ): Promise<Source> {
-  const path = withoutSlash(
-    o.snapshotFolder.startsWith("/")
-      ? normalize(o.snapshotFolder)
-      : normalize(join(o.source.path, o.snapshotFolder)),
-  );
+  const path = resolve(o.source.path, o.snapshotFolder);
   const opening = {
     prefix: o.prefix,
     wait: o.dryRun ? ("look" as const) : o.wait,
@@ -7457,44 +7483,12 @@ async function openSource(
     source: o.source.path,
     ...(locked && { locked }),
   };
-  const identityOf = ({ source, hostName, alone, chain: { owner } }: Folder): Identity => {
-    const place = { host: hostName, path: source?.path ?? "" };
-    return {
-      uuid:
-        alone && owner?.host === place.host && owner.path === place.path
-          ? owner.uuid
-          : (source?.uuid ?? ""),
-      ...place,
-    };
-  };
   let strangers: readonly string[] | null = null;
-  const folder = await openChecked(o.source, path, opening, (folder) => {
-    const { source, place, chain, snapshots } = folder;
-    if (source?.filesystem === null && o.fsChecks)
-      throw new UsageError(`not on btrfs: ${o.source.id}`);
-    if (source?.inode !== 256) throw new UsageError(`not a subvolume: ${o.source.id}`);
-    if (place.filesystem !== source.filesystem)
-      throw new UsageError(
-        `the snapshot folder ${path} is not on the filesystem of ${o.source.id}`,
-      );
+  const folder = await openChecked(o.source, path, opening, (opened) => {
+    checkSource(opened, path, o);
     // A folder inside SOURCE is SOURCE's own; one outside could be another's as well.
-    const origin = folder.subvolumes.find(({ uuid }) => uuid === source.uuid)?.parentUuid;
-    const children = snapshots.filter(
-      ({ uuid, parentUuid }) => parentUuid === source.uuid || uuid === origin,
-    );
-    const claimed = isWithin(folder.top, source.top)
-      ? null
-      : claim({
-          identity: identityOf(folder),
-          chain,
-          standing: snapshots,
-          shared: children,
-          adopt: o.adopt,
-        });
-    if (claimed?.accepted === false) throw new Failure(`${path}: ${refusalMessage(claimed)}`);
-    strangers = claimed?.strangers ?? null;
-    if (folder.alone && strangers !== null && strangers.length > 0)
-      needRoot(folder, "telling other sources' snapshots in that folder");
+    const isInside = opened.source !== null && isWithin(opened.top, opened.source.top);
+    strangers = isInside ? null : strangersBeside(opened, path, o.adopt);
   });
   const identity = identityOf(folder);
   const others = new Set<string>(strangers ?? []);
@@ -7503,902 +7497,78 @@ async function openSource(
     snapshots: folder.snapshots.filter(({ uuid }) => !others.has(uuid)),
     identity,
     subvolume: folder.source?.path ?? "",
-    // Inside SOURCE it is not asked whose the folder is; it may be the end of somebody else's chain.
+    // Inside SOURCE nobody asks whose the folder is; it may be the end of somebody else's chain.
     owned: strangers === null ? folder.chain : ownedBy(identity, folder.chain, strangers),
   };
+}
+
+/** Errors: UsageError for a SOURCE that cannot be one. */
+function checkSource(
+  { source, place }: Folder,
+  path: string,
+  { source: { id }, fsChecks }: Pick<RunOptions, "source" | "fsChecks">,
+): void {
+  if (source?.filesystem === null && fsChecks) throw new UsageError(`not on btrfs: ${id}`);
+  if (source?.inode !== 256) throw new UsageError(`not a subvolume: ${id}`);
+  if (place.filesystem !== source.filesystem)
+    throw new UsageError(`the snapshot folder ${path} is not on the filesystem of ${id}`);
+}
+
+/** Other sources' snapshots in a snapshot folder outside SOURCE. Errors: Failure. */
+function strangersBeside(folder: Folder, path: string, adopt: boolean): readonly string[] {
+  const { source, chain, snapshots, subvolumes, alone } = folder;
+  const origin = subvolumes.find(({ uuid }) => uuid === source?.uuid)?.parentUuid;
+  const children = snapshots.filter(
+    ({ uuid, parentUuid }) => parentUuid === source?.uuid || uuid === origin,
+  );
+  const identity = identityOf(folder);
+  const claimed = claim({ identity, chain, standing: snapshots, shared: children, adopt });
+  if (!claimed.accepted) throw new Failure(`${path}: ${refusalMessage(claimed)}`);
+  if (alone && claimed.strangers.length > 0)
+    needRoot(folder, "telling other sources' snapshots in that folder");
+  return claimed.strangers;
+}
+
+/** SOURCE as a record names it. Without root, its UUID is the recorded one of its path. */
+function identityOf({ source, hostName, alone, chain: { owner } }: Folder): Identity {
+  const place = { host: hostName, path: source?.path ?? "" };
+  const isRecorded = alone && owner?.host === place.host && owner.path === place.path;
+  return { uuid: isRecorded ? owner.uuid : (source?.uuid ?? ""), ...place };
 }
 
 /** The destinations that a source's record knows, with what 0.3.1 has done since. */
 function knownDestinations({ chain, old, snapshots, prefix }: Folder): KnownDestination[] {
   const ours = (names: readonly string[] = []) =>
     names.filter((name) => parseName(name, prefix) !== null);
+  const recorded = chain.destinations ?? [];
   const theirs = [...new Set([...old.receiving.keys(), ...old.parents.keys()])]
-    .map((location): KnownDestination => {
-      const known = chain.destinations?.find((one) => one.location === location);
-      // The later one: what 0.3.1 did since, and not what it remembers from before.
+    .map((location) => {
+      const known = recorded.find((one) => one.location === location);
+      // The later one of two pins: 0.3.1 may have sent since, or remember an older one.
       const pin = snapshots.findLast(
         ({ name, uuid }) =>
           ours(old.parents.get(location)).includes(name) || uuid === known?.pin?.uuid,
       );
-      const receiving = ours(old.receiving.get(location));
       return {
         location,
         filesystem: null,
         last: null,
         ...known,
         pin: pin ? { name: pin.name, uuid: pin.uuid } : (known?.pin ?? null),
-        receiving,
+        receiving: ours(old.receiving.get(location)),
       };
     })
-    .filter(({ pin, receiving = [] }) => pin !== null || receiving.length > 0);
+    .filter(({ pin, receiving: begun }) => pin !== null || begun.length > 0);
   return [
-    ...(chain.destinations ?? []).filter(
-      ({ location }) => !theirs.some((one) => one.location === location),
-    ),
+    ...recorded.filter(({ location }) => !theirs.some((one) => one.location === location)),
     ...theirs,
   ];
 }
 
-/** A lock among the runtime files, for a chain that has no folder here. */
-const lockFile = (chain: string) =>
-  join(dirname(runtimeDirectory()), `btrfs-backup.${digestOf(chain).slice(0, 32)}.receiving`);
-
-/** How destinations are opened. */
-const destinationOpening = (o: RunOptions): Opening => ({
-  prefix: o.prefix,
-  wait: o.dryRun ? "look" : o.wait,
-  hosts: o.hosts,
-  peer: hostOf(o.source.host, o.hosts),
-});
-
-/** A destination that begins to be opened while the source is: it locks and looks after `go`; `drop` ends it, or closes what was opened. */
-type Ahead = {
-  readonly folder: Promise<Folder>;
-  readonly go: () => void;
-  readonly drop: () => Promise<unknown>;
-};
-
-/** Begins with those destinations that need no connection of another's, unless locks are waited for. Two hosts at once could ask for passwords at once. */
-function beginOpening(o: RunOptions): Map<string, Ahead> {
-  const hosts = new Set<string>();
-  const ahead = new Map<string, Ahead>();
-  if (o.wait > 0) return ahead;
-  for (const { location } of [...o.destinations].sort((a, b) =>
-    a.location.id < b.location.id ? -1 : 1,
-  )) {
-    if (
-      location.kind === "shell" ||
-      location.kind === "rclone" ||
-      (location.host !== null &&
-        (o.source.host !== null || hosts.has(JSON.stringify(location.host))))
-    )
-      continue;
-    hosts.add(JSON.stringify(location.host));
-    const controller = new AbortController();
-    let go = () => {};
-    const turn = new Promise<void>((resolve) => (go = resolve));
-    const folder = openFolder(location, location.path, {
-      ...destinationOpening(o),
-      ahead: { turn, unwanted: controller.signal },
-    });
-    const drop = () => {
-      controller.abort();
-      const ended = folder.then(
-        (folder) => folder.close(),
-        () => {},
-      );
-      return within(5000, ended); // on a dead disk nothing ends
-    };
-    folder.catch(() => {}); // told when it is its turn
-    ahead.set(location.id, { folder, go, drop });
-  }
-  return ahead;
-}
-
-/** Opens a destination after making sure that it is the right place. Errors: UsageError, Absent, Busy, Failure. */
-async function openDestination(
-  { location, sending }: Wanted,
-  source: Source,
-  known: KnownDestination | undefined,
-  o: RunOptions,
-  report: Report,
-  ahead: Map<string, Ahead>,
-): Promise<Destination> {
-  needRoot(source, "sending");
-  const begun = ahead.get(location.id);
-  begun?.go();
-  ahead.delete(location.id); // whoever opens it closes it
-  if (location.kind !== "folder") {
-    // What cannot be locked where it is: its lock is at the source. A remote source's chain has no folder here.
-    // Through the process that holds the folder, it is found behind the fence.
-    const folder =
-      source.fenced && source.holder !== "" ? `/proc/${source.holder}/cwd` : source.path;
-    const lock =
-      o.source.host === null
-        ? join(folder, `.btrfs-backup.${o.prefix}.${digestOf(location.id).slice(0, 8)}.receiving`)
-        : lockFile(`${o.source.id}\n${o.prefix}\n${location.id}`);
-    if (location.kind === "shell")
-      return shellDestination(location, {
-        last: known?.pin ?? null,
-        interpreter: await commandShell(report),
-        lock,
-        prefix: o.prefix,
-        source: o.source.id,
-        sending,
-      });
-    return openStore(location, sending, lock, source, known, o, report, begun);
-  }
-  const mounted = "(is the disk mounted?)";
-  let claimed: Claim = { accepted: true, strangers: [] };
-  const folder = await openNew(
-    location,
-    { source, isKnown: known !== undefined },
-    { ...destinationOpening(o), begun: begun?.folder },
-    (folder) => {
-      const { place, exists, chain, record, snapshots, top } = folder;
-      needRoot(folder, "receiving");
-      const sameFilesystem =
-        place.filesystem !== null && place.filesystem === source.place.filesystem;
-      if (sameFilesystem && nested(top, source.top)) throw nestedError(location.id);
-      if (place.filesystem === null && o.fsChecks) throw new Absent(`not on btrfs ${mounted}`);
-      if (known?.filesystem && !o.adopt) {
-        if (place.filesystem !== known.filesystem)
-          throw new Absent(
-            `it lies on another filesystem (${place.filesystem}) than before (${known.filesystem}) ${mounted}; --adopt accepts a replaced disk`,
-          );
-        if (!exists || (chain.owner === undefined && record.unreadable === null))
-          throw new Absent(`what was backed up there is gone ${mounted}; --adopt begins anew`);
-      }
-      if (sameFilesystem && o.fsChecks)
-        throw new Absent(
-          `it lies on the filesystem of ${source.id} itself ${mounted}; --skip-fs-checks allows it`,
-        );
-      // 0.3.1 remembered no filesystem: an empty place is not where its backups were.
-      const complete = snapshots.filter(isComplete);
-      if (known?.pin && known.filesystem === null && complete.length === 0 && !o.adopt)
-        throw new Absent(
-          `the backups that 0.3.1 made are not there ${mounted}; --adopt begins anew`,
-        );
-      const here = dataFinder(source.snapshots);
-      claimed = claim({
-        identity: source.identity,
-        chain,
-        standing: complete,
-        shared: complete.filter((backup) => here(backup) !== undefined),
-        adopt: o.adopt,
-      });
-      if (!claimed.accepted) throw new Failure(refusalMessage(claimed));
-      compressionBetween(source, folder, sending.level);
-    },
-  );
-  const { receiving, since, ...chain } = folder.chain;
-  // An announcement outlives its transfer only as long as there is a leftover to be recognised by it.
-  const broken = folder.snapshots.some(({ name, readonly }) => name === receiving && !readonly);
-  const owned = {
-    ...ownedBy(source.identity, chain, claimed.accepted ? claimed.strangers : []),
-    ...(broken ? { receiving, ...(since === undefined ? {} : { since }) } : {}),
-  };
-  const { owner } = folder.chain;
-  if (
-    owner?.uuid === source.identity.uuid &&
-    (owner.host !== source.identity.host || owner.path !== source.identity.path)
-  )
-    log.info(
-      `${location.id}: its backups were made on ${owner.host}:${owner.path}; their source is ${source.identity.host}:${source.identity.path} now`,
-    );
-  // Taken over, moved, or completed after all: the record says so even if nothing is sent.
-  const standing = folder.chain.owner !== undefined || folder.snapshots.some(isComplete);
-  // Before the announcement of what was completed after all is taken out, its data must be on the disk.
-  if (!o.dryRun && standing && !sameRecord(folder.chain, owned))
-    await writeRecord(folder, owned, receiving !== undefined && !broken);
-  warnOfDuplicates(folder, report);
-  const again = () => openFolder(location, folder.path, { ...destinationOpening(o), wait: "look" });
-  return folderDestination(folder, {
-    again,
-    owned,
-    announced: disbelief(source) === null ? (known?.receiving ?? []) : [],
-    ...o.deletion,
-    btrfsDebug: o.btrfsDebug,
-    sending,
-  });
-}
-
-/** Opens a store after making sure that it is the right one. Errors: Absent, Busy, Failure. */
-async function openStore(
-  location: Readable,
-  sending: Sending,
-  lock: string,
-  source: Source,
-  known: KnownDestination | undefined,
-  o: RunOptions,
-  report: Report,
-  begun: Ahead | undefined,
-): Promise<Destination> {
-  let owner = ownerOf(source.identity);
-  let lineages: ReadonlySet<string> = new Set();
-  const opening = destinationOpening(o);
-  const folder = await openNew(
-    location,
-    { source, isKnown: known !== undefined },
-    { ...opening, begun: begun?.folder },
-    (folder) => {
-      checkFilters(source, sending);
-      const ours = folder.standing.filter(
-        ({ name }) => parseName(name, o.prefix) !== null,
-      ) as Stream[];
-      if (
-        location.kind === "raw" &&
-        sameHost(folder.host, source.host) &&
-        folder.hostName === source.hostName &&
-        nested(folder.path, source.path)
-      )
-        throw nestedError(location.id);
-      const onSource =
-        folder.host.ssh === null &&
-        source.host.ssh === null &&
-        location.kind === "raw" &&
-        placeOn(folder.mounts, folder.place.path).mount.device ===
-          placeOn(source.mounts, source.path).mount.device;
-      if (onSource && o.fsChecks)
-        throw new Absent(
-          `it lies on the filesystem of ${source.id} itself (is the disk mounted?); --skip-fs-checks allows it`,
-        );
-      if (known?.pin && ours.length === 0 && !o.adopt)
-        throw new Absent(
-          "what was stored there is gone (is the disk mounted?); --adopt begins anew",
-        );
-      lineages = lineagesOf(ours, owner, source.snapshots);
-      const own = ours.filter((stream) => lineages.has(stream.owner.lineage));
-      if (
-        !o.adopt &&
-        ours.length > 0 &&
-        !own.some(
-          (stream) => stream.owner.uuid === owner.uuid || stream.owner.place === owner.place,
-        )
-      )
-        throw new Failure(
-          `the streams there belong to ${own.length === 0 ? "another source" : "this source as it was elsewhere"} (subvolume ${(own.at(-1) ?? ours.at(-1))?.owner.uuid}); this one is ${source.identity.host}:${source.identity.path} (subvolume ${owner.uuid}). Use a prefix (-p) or another place; --adopt ${own.length === 0 ? "stores beside them" : "goes on with them"}`,
-        );
-      if (!o.adopt && sending.recipients.length === 0 && own.at(-1)?.encrypted)
-        throw new Failure(
-          "what is stored there is encrypted, and this would not be: --encrypt-to is missing (--adopt stores in the clear)",
-        );
-      owner = { ...owner, lineage: own.at(-1)?.owner.lineage ?? owner.lineage };
-    },
-  );
-  const store = folder.store as Store;
-  const standing = standingInStore(store, o.prefix, lineages);
-  const broken = store.streams.filter((stream) => stream.stored && !stream.readonly);
-  if (broken.length > 0)
-    report.warning(
-      `${location.id}: ${count(broken.length, "stream")} cannot be restored, since what ${broken.length === 1 ? "it builds" : "they build"} on is missing: ${broken[0]?.name}${broken.length > 1 ? " …" : ""}`,
-    );
-  const again = () => openFolder(location, folder.path, { ...opening, wait: "look" });
-  return storeDestination(folder, { store, again, standing, owner, lock, sending });
-}
-
-const NO_SUBVOLUME: Subvolume = {
-  id: 0,
-  path: "",
-  uuid: "",
-  parentUuid: null,
-  receivedUuid: null,
-  readonly: true,
-};
-
-const nested = (a: string, b: string) => isWithin(a, b) || isWithin(b, a);
-const nestedError = (id: string) =>
-  new UsageError(`${id} is the snapshot folder, or inside or above it`);
-
-/** Refuses a destination in or above the snapshot folder by name alone, before anything is opened. */
-function checkPlaces(o: Pick<RunOptions, "source" | "snapshotFolder" | "destinations">): void {
-  const folder = resolve(o.source.path, o.snapshotFolder);
-  const host = JSON.stringify(o.source.host);
-  for (const { location } of o.destinations)
-    if (
-      (location.kind === "folder" || location.kind === "raw") &&
-      JSON.stringify(location.host) === host &&
-      nested(location.path, folder)
-    )
-      throw nestedError(location.id);
-}
-
-/** Warns of subvolumes below SOURCE: a snapshot has empty directories in their place. */
-function warnOfNested({ source, subvolumes, top, subvolume }: Source, report: Report): void {
-  if (source === null) return;
-  const above = source.top === "/" ? "/" : `${source.top}/`;
-  const paths = subvolumes
-    .map(({ path }) => `/${path}`)
-    .filter((path) => path.startsWith(above) && !isWithin(path, top));
-  if (paths.length === 0) return;
-  const some = paths.slice(0, 3).map((path) => path.slice(above.length));
-  report.warning(
-    `${count(paths.length, "subvolume")} below ${subvolume} ${paths.length === 1 ? "is" : "are"} not part of its snapshots: ${some.join(", ")}${paths.length > 3 ? ", …" : ""}`,
-  );
-}
-
-/** Takes the snapshot, between the user's own commands. Errors: Failure. */
-async function takeSnapshot(
-  source: Source,
-  all: readonly Pick<Destination, "standing">[],
-  o: RunOptions,
-  report: Report,
-  { sizes }: Display,
-): Promise<Snapshot> {
-  const hook = async (command: string | null, option: string) => {
-    if (command !== null && !o.dryRun)
-      log.debug((await ask(plainHost(source.host), HOOK, { command }, `${option} failed`)).trim());
-  };
-  try {
-    await hook(o.beforeSnapshot, "--before-snapshot");
-    for (let now = new Date(); ; now = new Date()) {
-      checkInterruption();
-      const name = `${o.prefix}${stamp(now)}` as EntryName; // a prefix holds nothing that a name cannot
-      const made = {
-        ...NO_SUBVOLUME,
-        name,
-        time: wallClock(now),
-        moment: Math.floor(now.getTime() / 1000) * 1000,
-        path: name,
-        parentUuid: source.identity.uuid,
-        cgen: Number.MAX_SAFE_INTEGER,
-      };
-      try {
-        // When clocks go back, a destination can still have the name.
-        if (source.entries.has(name) || all.some(({ standing }) => standing.taken.has(name)))
-          throw new Taken(name);
-        if (o.dryRun) return { ...made, id: Number.MAX_SAFE_INTEGER, uuid: crypto.randomUUID() };
-        const shown = await ask(
-          source.host,
-          SNAPSHOT,
-          { source: source.subvolume, ...at(source), name },
-          `cannot take a snapshot of ${source.subvolume}`,
-        );
-        const uuid = shownField(shown, "UUID");
-        const { identity, place, alone } = source;
-        // In the place of a snapshot, somebody else's directory can stand by now.
-        if (
-          !alone &&
-          identity.uuid !== place.filesystem &&
-          shownField(shown, "Parent UUID") !== identity.uuid
-        )
-          throw new Failure(
-            `${join(source.path, name)} is not the snapshot that was taken: ${uuid}`,
-          );
-        const size = /^\s+Usage referenced:\s+(\d+)/m.exec(shown)?.[1];
-        if (size !== undefined) sizes.set(uuid, Number(size));
-        return { ...made, id: Number(shownField(shown, "Subvolume ID")), uuid };
-      } catch (error) {
-        if (!(error instanceof Taken)) throw error;
-        await nextSecond();
-      }
-    }
-  } finally {
-    await whileCleaning(() => hook(o.afterSnapshot, "--after-snapshot")).catch((error) =>
-      report.error(null, error),
-    );
-  }
-}
-
-/** Gives the snapshot that was taken another name where a destination that has answered since has something by that: clocks go back. */
-async function withFreeName(
-  source: Source,
-  taken: Snapshot,
-  all: readonly Pick<Served, "standing">[],
-  o: Pick<RunOptions, "prefix" | "dryRun">,
-): Promise<Snapshot> {
-  const isTaken = (name: string) => all.some(({ standing }) => standing.taken.has(name));
-  for (let free = taken.name; ; free = `${o.prefix}${stamp(new Date())}` as EntryName) {
-    if (isTaken(free) || (free !== taken.name && source.entries.has(free))) {
-      await nextSecond();
-      continue;
-    }
-    if (free === taken.name || o.dryRun) return taken;
-    await ask(
-      source.host,
-      RENAME,
-      { ...at(source), name: taken.name, to: free },
-      `cannot rename ${join(source.path, taken.name)}`,
-    );
-    log.info(`${taken.name} is ${free} now: a destination has something else by that name`);
-    const time = parseName(free, o.prefix) as number;
-    return { ...taken, name: free, path: free, time, moment: momentOf(time) };
-  }
-}
-
-/** Waits until names say another second. */
-async function nextSecond(): Promise<void> {
-  await new Promise((over) => setTimeout(over, 1000 - new Date().getMilliseconds()));
-}
-
-/** Tells what retention decided, and returns what goes. */
-function explained<T extends Dated>(
-  decisions: readonly Decision<T>[],
-  id: string,
-  dryRun: boolean,
-): T[] {
-  const tell = dryRun ? log.info : log.debug;
-  for (const { entry, reasons } of dryRun || log.level >= LEVELS.debug ? decisions : [])
-    tell(`${id}: ${entry.name} ${reasons.length > 0 ? `stays: ${reasons.join(", ")}` : "goes"}`);
-  return decisions.filter(({ reasons }) => reasons.length === 0).map(({ entry }) => entry);
-}
-
-/** One run's view of a destination that could be opened. `compared`: a parent was compared with its backup; `failed`: what could not be sent, by UUID; `earlier`: what earlier runs could not send, or what cannot get its name; `todo`: what is still to be sent; `complete`: nothing that should have been sent was not; `pruning`: of its backups, which goes on beside other work. */
-type Served = {
-  readonly wanted: Wanted;
-  readonly destination: Destination;
-  standing: Standing;
-  todo: readonly Transfer[];
-  complete: boolean;
-  done: boolean;
-  pruning: Promise<void>;
-  free: number;
-  compared: boolean;
-  readonly verdicts: Verdicts;
-  readonly failed: Set<string>;
-  readonly earlier: Set<string>;
-};
-
-/** What serving destinations takes. `jobs`: how many streams flow at a time. */
-type Serving = {
-  readonly source: Source;
-  readonly inquiry: Inquiry;
-  readonly snapshots: readonly Snapshot[];
-  readonly memory: Known;
-  readonly o: RunOptions;
-  readonly report: Report;
-  readonly display: Display;
-  readonly began: number;
-  readonly jobs: <T>(work: () => Promise<T>) => Promise<T>;
-};
-
-/** Plans what a destination gets, and asks for what has to be known of the parents until nothing is missing. Errors: Failure. */
-async function planFor(
-  served: Served,
-  serving: Serving,
-): Promise<ReturnType<typeof planTransfers>> {
-  const {
-    destination: { stream, compare },
-    wanted,
-    standing,
-    verdicts,
-    failed,
-  } = served;
-  const { inquiry, o } = serving;
-  const snapshots = serving.snapshots.filter(({ uuid }) => !failed.has(uuid));
-  const find = dataFinder(standing.held);
-  const isThere = (parent: Snapshot) =>
-    stream === null ? find(parent) !== undefined : parent.uuid === stream.last?.uuid;
-  const options = {
-    policy: wanted.policy,
-    incremental: o.incremental,
-    newestOnly: o.newestOnly,
-    now: wallClock(new Date()),
-    fullEvery: wanted.sending.fullEvery,
-    backfill: o.backfill,
-    failed: served.earlier,
-  };
-  const mayBeEdited = (one: Snapshot) =>
-    isThere(one) && changedSince(one, inquiry, verdicts.cleared) !== false;
-  for (;;) {
-    const fitness = judge(inquiry, verdicts, isThere);
-    const plan =
-      stream === null
-        ? planTransfers(snapshots, standing, options, fitness)
-        : { transfers: planStreams(snapshots, stream.last, o, fitness), conflicts: [], skipped: 0 };
-    const open = plan.transfers.flatMap(({ parent, snapshot }) =>
-      parent !== null && fitness.unfit(parent, snapshot) === undefined
-        ? [{ parent, snapshot }]
-        : [],
-    );
-    if (open.length > 0) {
-      // One that was edited or deduplicated is mostly not alone.
-      const suspicious = snapshots.some(
-        (one) => isThere(one) && changedSince(one, inquiry, verdicts.cleared),
-      );
-      await learn(
-        inquiry,
-        (suspicious ? snapshots.filter(isThere) : open.map(({ parent }) => parent)).filter(
-          mayBeEdited,
-        ),
-        open,
-      );
-      continue;
-    }
-    const lacking =
-      compare === null
-        ? undefined
-        : plan.transfers.find(({ parent, why }) => parent === null && why !== undefined);
-    const nearest =
-      lacking &&
-      snapshots
-        .slice(0, snapshots.indexOf(lacking.snapshot))
-        .findLast(
-          (one) =>
-            mayBeEdited(one) &&
-            !verdicts.refused.has(one.uuid) &&
-            related(one, lacking.snapshot, inquiry),
-        );
-    if (nearest === undefined || served.compared) return plan;
-    served.compared = true;
-    await clear(served, nearest, serving);
-  }
-}
-
-/** Compares a snapshot that may have been edited with its backup, since nothing else that both sides have can be a parent. */
-async function clear(
-  { destination: { id, compare }, verdicts }: Served,
-  snapshot: Snapshot,
-  { inquiry, o, report }: Serving,
-): Promise<void> {
-  const { name, uuid } = snapshot;
-  const ctransid = inquiry.ctransids.get(uuid) as number;
-  log.info(
-    `${name} was changed after it was taken (edited, or only deduplicated): ${o.dryRun ? "would compare" : "comparing"} it with its backup at ${id}, before a difference is made against it`,
-  );
-  try {
-    if (o.dryRun || (await compare?.(inquiry.folder, snapshot)))
-      verdicts.cleared = { ...verdicts.cleared, [uuid]: ctransid };
-    else {
-      verdicts.refused.set(uuid, `${name} was edited since it was taken`);
-      report.warning(
-        `${name} differs from its backup at ${id}: one of them was edited, and no difference is made against it; "btrfs-backup verify --snapshot ${shellWord(name)}" tells what differs`,
-      );
-    }
-  } catch (error) {
-    if (!(error instanceof Failure)) throw error;
-    verdicts.refused.set(
-      uuid,
-      `${name} may have been edited since it was taken, and cannot be compared with its backup: ${error.message}`,
-    );
-  }
-}
-
-/** After a difference that did not fit to what is there: whether the snapshot is to be sent once more, without that parent. */
-async function planAgain(
-  served: Served,
-  error: unknown,
-  { snapshot, parent }: Transfer,
-  serving: Serving,
-): Promise<boolean> {
-  const {
-    destination: { id },
-    standing,
-    verdicts,
-  } = served;
-  if (!(error instanceof BadParent) || parent === null) return false;
-  const find = dataFinder(standing.held);
-  const isSecond =
-    verdicts.refused.get(parent.uuid) === undefined &&
-    [...verdicts.refused.values()].some((why) => why.endsWith(DAMAGED));
-  // If another one is no better, in full.
-  for (const one of isSecond
-    ? serving.snapshots.filter((one) => find(one) !== undefined)
-    : [parent])
-    verdicts.refused.set(one.uuid, `the backup of ${one.name} there ${DAMAGED}`);
-  serving.report.warning(
-    `${id}: ${error.message}; the backup of ${parent.name} there ${DAMAGED}: see "btrfs-backup verify --snapshot ${shellWord(parent.name)} ${shellWord(serving.o.source.id)} ${shellWord(id)}". ${snapshot.name} is sent without it`,
-  );
-  served.todo = (await planFor(served, serving)).transfers;
-  return served.todo[0]?.snapshot === snapshot;
-}
-const DAMAGED = "seems to be damaged";
-
-/** How many snapshots may fail one after the other until it is not them. */
-const FAILURES = 3;
-
-/** What a destination gets yet when one snapshot could not be sent: the later ones, unless it is the place itself that fails. */
-async function planWithout(
-  served: Served,
-  error: unknown,
-  { name, uuid }: Snapshot,
-  serving: Serving,
-): Promise<readonly Transfer[]> {
-  const {
-    destination: { id, stream },
-    failed,
-    todo,
-  } = served;
-  const isPlace = error instanceof Absent || error instanceof Stuck || error instanceof Busy;
-  failed.add(uuid);
-  // A command is given what is newer than the last that it took: there must be no gap.
-  if (isPlace || stream !== null || failed.size >= FAILURES || todo.length < 2) return [];
-  log.info(
-    `${id}: the next ones are sent without ${name}, which the next run tries again; if it can never be sent, delete it: btrfs subvolume delete ${shellWord(join(serving.source.path, name))}`,
-  );
-  return planFor(served, serving).then(
-    ({ transfers }) => transfers,
-    () => [],
-  );
-}
-
-/** Decides what a destination gets, and clears away what broken transfers left. Errors: those of `discard`. */
-async function begin(served: Served, serving: Serving): Promise<void> {
-  const { destination, wanted, standing } = served;
-  const { o, report } = serving;
-  const { id } = destination;
-  if (!o.transfer) return;
-  const { transfers, conflicts, skipped } = await planFor(served, serving);
-  for (const conflict of conflicts) {
-    report.error(id, new Failure(conflictMessage(conflict)));
-    served.earlier.add(conflict.snapshot.uuid);
-  }
-  if (conflicts.length > 0) served.complete = false;
-  // All of them, since the next announcement replaces that of a leftover which is not sent again.
-  for (const [name, { kind }] of standing.taken)
-    if (kind === "leftover" && !o.dryRun) await destination.discard(name);
-  if (!wanted.sending.resume && !o.dryRun) await destination.tidy();
-  if (skipped > 0)
-    log.info(
-      `${id}: ${count(skipped, "snapshot")} older than the newest one there ${skipped === 1 ? "is" : "are"} not sent; --backfill sends them`,
-    );
-  if (transfers.length > 1 && standing.held.length === 0)
-    log.info(
-      `${id} is new: ${transfers.length} snapshots will be sent; --newest-only sends only the newest`,
-    );
-  served.todo = transfers;
-}
-
-/** Sends the next snapshot to destinations that need the same stream. What fails is reported, and is the end for that destination. */
-async function sendNext(
-  all: readonly Served[],
-  transfer: Transfer,
-  serving: Serving,
-): Promise<void> {
-  const { source, snapshots, o, report, display } = serving;
-  const { snapshot, parent } = transfer;
-  const now = wallClock(new Date());
-  const lacking = new Map<Served, Failure>();
-  for (const served of all) {
-    const {
-      destination: { id },
-      wanted,
-      standing,
-      free,
-      todo: [next],
-    } = served;
-    const why = next?.why === undefined ? "" : `: ${next.why}`;
-    const isRenewal = why === "" && newestShared(snapshots, standing.held) !== null;
-    const how =
-      parent !== null
-        ? `difference to ${parent.name}${why}`
-        : !o.incremental
-          ? "in full, as asked"
-          : why !== ""
-            ? `in full${why}`
-            : isRenewal
-              ? "in full: a new chain"
-              : "in full: no snapshot is on both sides";
-    log.info(`${o.dryRun ? "Would send" : "Sending"} ${snapshot.name} to ${id} (${how})`);
-    // Quotas tell how large a full stream is; what is compressed on the way can need less.
-    const size =
-      parent === null && wanted.sending.level === "" ? (display.sizes.get(snapshot.uuid) ?? 0) : 0;
-    const room = Math.max(0, free); // what was sent counts in full, and can have become less on the disk
-    // A new chain of streams is full by design.
-    if (!o.full && parent === null && !isRenewal)
-      lacking.set(
-        served,
-        new Failure(
-          `${snapshot.name} would be sent in full${why === "" ? ": nothing of it is there" : why}; --no-full forbids it`,
-        ),
-      );
-    else if (o.spaceCheck && size > room)
-      lacking.set(
-        served,
-        new NoSpace(
-          `${snapshot.name} takes ${inBytes(size)}, and only ${inBytes(room)} are free there; --skip-space-check tries all the same`,
-        ),
-      );
-  }
-  const fitting = all.filter((served) => !lacking.has(served));
-  const receivers = fitting.map(({ destination, todo }): Receiver => ({
-    ...destination,
-    receive: (source, transfer) => destination.receive(source, transfer, todo.length > 1),
-  }));
-  const results = o.dryRun ? [] : await transferToAll(receivers, { source, transfer, display });
-  const sent = new Map(fitting.map((served, i) => [served, results[i]]));
-  for (const served of all) {
-    const { destination, wanted } = served;
-    const { id } = destination;
-    const outcome = lacking.has(served)
-      ? { status: "rejected" as const, reason: lacking.get(served) }
-      : (sent.get(served) ?? { status: "fulfilled" as const, value: { bytes: null, seconds: 0 } });
-    try {
-      const result =
-        outcome.status === "fulfilled"
-          ? outcome.value
-          : await withRoom(served, outcome.reason, serving, now);
-      served.free -= result.bytes ?? 0;
-      const backup = destination.arrived(transfer);
-      served.standing = {
-        ...served.standing,
-        held: [...served.standing.held, backup],
-        backups: [...served.standing.backups, backup],
-      };
-      served.todo = served.todo.slice(1);
-      report.event("transfer", {
-        destination: id,
-        name: snapshot.name,
-        parent: parent?.name ?? null,
-        ...result,
-      });
-      // All the memory there is of a command, so it is written after each of its streams.
-      if (destination.stream !== null)
-        await remember(served, snapshot, new Date().toISOString(), serving);
-      const length =
-        served.standing.chained === null
-          ? 0
-          : chainOf<Entry>(backup, byUuid(served.standing.held)).length;
-      if (length > 100 && wanted.sending.fullEvery?.count === 0)
-        report.warning(
-          `${id}: to restore ${snapshot.name} takes ${length} streams, each of them whole; --full-every begins a new chain`,
-        );
-    } catch (error) {
-      if (await planAgain(served, error, transfer, serving).catch(() => false)) continue;
-      served.complete = false;
-      report.error(id, error);
-      served.todo = await planWithout(served, error, snapshot, serving);
-    }
-    // Were the run to end before its time, the next one would take what failed for what was deleted there.
-    if (destination.stream === null && served.failed.size > 0 && !o.dryRun)
-      await remember(
-        served,
-        newestShared(snapshots, served.standing.held),
-        serving.memory.known.get(id)?.last ?? null,
-        serving,
-      ).catch(() => {});
-  }
-}
-
-/** Where there was no space for a transfer, deletes what the policy would delete afterwards, and sends once more. Errors: the one that was given, those of a transfer. */
-async function withRoom(
-  served: Served,
-  error: unknown,
-  { source, snapshots, o, report, display }: Serving,
-  now: number,
-): Promise<Sent> {
-  const { destination, wanted, todo } = served;
-  const going =
-    error instanceof NoSpace && o.makeRoom && destination.frozen === null
-      ? planRoom(snapshots, served.standing, todo, {
-          policy: wanted.policy,
-          now,
-          adopted: source.owned.leaps,
-        })
-      : [];
-  if (going.length === 0 || o.dryRun) throw error;
-  const [transfer] = todo as [Transfer];
-  await removeFrom(served, going, "to make room", o, report, true);
-  await destination.discard(transfer.snapshot.name); // there may not have been the space to clear away
-  return transferTo(destination, { source, transfer, display });
-}
-
-/** Sends destinations what they lack: what is the same stream once, others side by side. */
-async function sendAll(all: readonly Served[], serving: Serving): Promise<void> {
-  const ready = all.filter(({ todo }) => todo.length > 0);
-  const alike = groupBy(ready, ({ todo: [next], destination }) =>
-    streamKey(next as Transfer, destination, serving.source),
-  );
-  await together([...alike.values()], async (some) => {
-    const [
-      {
-        todo: [next],
-      },
-    ] = some as [Served];
-    await serving.jobs(() => sendNext(some, next as Transfer, serving));
-    await sendAll(some, serving);
-  });
-  await together(
-    all.filter((served) => !ready.includes(served)),
-    (served) => conclude(served, serving),
-  );
-}
-
-/** Works on all at a time, and is over when all are. Errors: the first one. */
-async function together<T>(all: readonly T[], work: (one: T) => Promise<unknown>): Promise<void> {
-  await allOf(all.map((one) => work(one)));
-}
-
-/** Lets only so many of what it is given work at a time. */
-function limited(most: number): Serving["jobs"] {
-  let free = most;
-  const waiting: (() => void)[] = [];
-  return async (work) => {
-    if (free > 0) free--;
-    else await new Promise<void>((turn) => waiting.push(turn));
-    try {
-      return await work();
-    } finally {
-      const next = waiting.shift();
-      if (next === undefined) free++;
-      else next();
-    }
-  };
-}
-
-/** Says why nothing is deleted where the clock leapt. */
-function warnOfLeap(decisions: readonly Decision<Dated>[], id: string, report: Report): void {
-  const to = leaptTo(decisions);
-  if (to !== null)
-    report.warning(
-      `${id}: nothing is deleted by hours to years, since the clock leapt to ${to}: is it right? It is believed as soon as there is something of ${BELIEVED.days} days from then on, or by --adopt-clock`,
-    );
-}
-
-/** Deletes what a destination's policy does not keep. */
-async function pruneDestination(
-  served: Pick<Served, "destination" | "standing"> & { readonly wanted: Pick<Wanted, "policy"> },
-  snapshots: readonly Snapshot[],
-  leaps: readonly string[],
-  o: Pick<RunOptions, "dryRun">,
-  report: Report,
-  now = wallClock(new Date()),
-): Promise<void> {
-  const { destination, wanted } = served;
-  if (destination.stream !== null) return;
-  if (destination.frozen !== null)
-    throw new Failure(`nothing is deleted there: ${destination.frozen}`);
-  const decisions = planDestination(snapshots, served.standing, {
-    policy: wanted.policy,
-    now,
-    adopted: leaps,
-  });
-  warnOfLeap(decisions, destination.id, report);
-  await removeFrom(
-    served,
-    explained(decisions, destination.id, o.dryRun),
-    `not kept by "${wanted.policy?.text}"`,
-    o,
-    report,
-    false,
-  );
-}
-
-/** Deletes backups of a destination; `free`: waits until their space is free. */
-async function removeFrom(
-  served: Pick<Served, "destination" | "standing"> & { standing: Standing },
-  backups: readonly Backup[],
-  reason: string,
-  o: Pick<RunOptions, "dryRun">,
-  report: Report,
-  free: boolean,
-): Promise<void> {
-  const ordered = deletionOrder(backups, served.standing);
-  await removing(
-    served.destination.id,
-    ordered.map(({ name }) => name),
-    reason,
-    o.dryRun,
-    report,
-    () => served.destination.remove(ordered, free),
-  );
-  placeIn(report.places, served.destination.id).deleted += ordered.length;
-  const gone = new Set(ordered.map(({ uuid }) => uuid));
-  const stays = ({ uuid }: Subvolume) => !gone.has(uuid);
-  served.standing = {
-    ...served.standing,
-    held: served.standing.held.filter(stays),
-    backups: served.standing.backups.filter(stays),
-  };
-}
-
-async function removing(
-  id: string,
-  names: readonly string[],
-  reason: string,
-  dryRun: boolean,
-  report: Report,
-  remove: () => Promise<void>,
-): Promise<void> {
-  if (names.length === 0) return;
-  log.info(
-    `${dryRun ? "Would delete" : "Deleting"} ${names.length} at ${id}: ${names.slice(0, 5).join(" ")}${names.length > 5 ? " …" : ""} (${reason})`,
-  );
-  if (!dryRun) await remove();
-  for (const name of names) report.event("delete", { location: id, name, reason });
-}
-
-/** Why the destinations that a source's record names are not opened unless the command line names them; null where only we can have written it. */
+/**
+ * Why the destinations of a source's record are opened only where the command line names them;
+ * null where only we can have written the record.
+ */
 function disbelief(
   source: Pick<Folder, "host" | "trusted" | "chain" | "id" | "path">,
 ): string | null {
@@ -8419,142 +7589,1179 @@ function recordedLocation(id: string): Location {
   }
 }
 
-/** The destinations that are being opened, by name in sorted order. */
-type Openings = ReadonlyMap<
-  string,
-  { readonly wanted: Wanted; readonly destination: Promise<Destination> }
->;
+// ── run: opening destinations ──
+
+/** A destination as it is asked for, and as the source knows it. `id`: what its record calls it. */
+type Asked = Wanted & { readonly id: string; readonly known: KnownDestination | undefined };
+type AskedPlace = Asked & { readonly location: Readable };
+
+/** The destinations that are being opened, in the order of their names. */
+type Openings = readonly { readonly asked: Asked; readonly destination: Promise<Destination> }[];
 
 /**
- * Opens the destinations side by side, but those of one host after each other, since the first one's connection serves the others; and
- * all of them in sorted order if locks are waited for, so that two runs cannot wait for each other.
+ * Opens the destinations side by side. Those of one host are opened one after another, since the
+ * first one's connection serves the others; and all of them are if locks are waited for, so that
+ * two runs cannot wait for each other.
  */
-function openAll(
-  wanted: ReadonlyMap<string, Wanted>,
-  source: Source,
-  known: Known["known"],
-  ahead: Map<string, Ahead>,
-  o: RunOptions,
-  report: Report,
-): Openings {
+function openAll(session: Session): Openings {
+  const { o, wanted, known } = session;
   const queues = new Map<string, Promise<unknown>>();
-  return new Map(
-    [...wanted]
-      .sort(([a], [b]) => (a < b ? -1 : 1))
-      .map(([id, one]) => {
-        const { location } = one;
-        const queue =
-          o.wait > 0
-            ? ""
-            : location.kind === "shell" || location.host === null
-              ? id
-              : JSON.stringify(location.host);
-        const destination = (queues.get(queue) ?? Promise.resolve()).then(() =>
-          openDestination(one, source, known.get(id), o, report, ahead),
-        );
-        queues.set(
-          queue,
-          destination.catch(() => {}),
-        );
-        return [id, { wanted: one, destination }];
-      }),
-  );
+  const queueOf = ({ id, location }: Asked) => {
+    if (o.wait > 0) return "";
+    return location.kind === "shell" || location.host === null ? id : JSON.stringify(location.host);
+  };
+  const sorted = [...wanted].sort(([a], [b]) => (a < b ? -1 : 1));
+  return sorted.map(([id, one]) => {
+    const asked = { ...one, id, known: known.get(id) };
+    const queue = queueOf(asked);
+    const ready = queues.get(queue) ?? Promise.resolve();
+    const destination = ready.then(() => openDestination(session, asked));
+    queues.set(
+      queue,
+      destination.catch(() => {}),
+    );
+    return { asked, destination };
+  });
 }
 
-/** How long a new destination may take to say whether it can be one, in ms, before the snapshot is taken all the same. */
+/** Closes what is being opened, if it is. */
+const closed = (opening: Promise<Pick<Folder, "close">>) =>
+  opening.then(
+    (opened) => opened.close(),
+    () => {},
+  );
+
+/** How long new destinations may take, in ms, before the snapshot is taken all the same. */
 const LOOK = 5e3;
 
 /**
- * The destinations that have been opened before the snapshot is taken: it waits only for those here that are new, since nothing that makes no sense
- * should take one. Errors: UsageError.
+ * The destinations that are open before the snapshot is taken. The snapshot waits only for new ones
+ * on this host, since nothing that makes no sense should take one. Errors: UsageError.
  */
-async function openedAtOnce(openings: Openings, known: Known["known"]): Promise<Destination[]> {
+async function openedAtOnce(openings: Openings): Promise<readonly Destination[]> {
   const opened: Destination[] = [];
-  for (const { destination } of openings.values())
+  for (const { destination } of openings)
     destination.then(
       (one) => opened.push(one),
       () => {},
     );
-  const isNew = ([
-    id,
-    {
-      wanted: { location },
-    },
-  ]: [string, { wanted: Wanted }]) =>
-    !known.has(id) &&
-    location.kind !== "shell" &&
-    location.kind !== "rclone" &&
-    location.host === null;
-  const fresh = [...openings].filter(isNew).map(([, { destination }]) =>
-    destination.catch((error: unknown) => {
-      if (error instanceof UsageError || error instanceof Interrupted) throw error;
-    }),
+  const fresh = openings.filter(
+    ({ asked: { known, location } }) =>
+      known === undefined && hasPath(location) && location.host === null,
   );
-  const looked = Promise.all(fresh);
+  const looked = Promise.all(
+    fresh.map(({ destination }) =>
+      destination.catch((error: unknown) => {
+        if (error instanceof UsageError || error instanceof Interrupted) throw error;
+      }),
+    ),
+  );
   if (await within(LOOK, looked)) await looked;
   return opened;
 }
 
-/** Those destinations that can be served, when all have been opened; what fails is reported. Errors: UsageError, Interrupted. */
+const hasPath = (location: Location): location is Readable =>
+  location.kind !== "shell" && location.kind !== "rclone";
+
+/**
+ * The destinations that can be served, when all have been opened; what fails is reported. Errors:
+ * UsageError, Interrupted.
+ */
 async function openedInTime(
-  all: Served[],
+  session: Session,
   openings: Openings,
-  known: Known["known"],
-  snapshots: readonly Snapshot[],
-  o: RunOptions,
-  report: Report,
-): Promise<void> {
-  const results = await Promise.allSettled(
-    [...openings.values()].map(({ destination }) => destination),
-  );
-  const sorted = [...openings].map(([id, { wanted }], i) => ({
-    id,
-    wanted,
-    result: results[i] as PromiseSettledResult<Destination>,
-  }));
-  for (const { id, wanted, result } of sorted)
-    if (result.status === "fulfilled")
-      all.push({
-        wanted,
-        destination: result.value,
-        standing: result.value.standing,
-        todo: [],
-        complete: true,
-        done: false,
-        pruning: Promise.resolve(),
-        free: result.value.free,
-        compared: false,
-        failed: new Set(),
-        earlier: new Set(known.get(id)?.failed),
-        verdicts: { cleared: known.get(id)?.cleared ?? {}, refused: new Map() },
-      });
-  for (const { id, wanted, result } of sorted) {
-    if (result.status === "fulfilled") continue;
+  taken: Snapshot | null,
+): Promise<Served[]> {
+  const snapshots = [...session.snapshots, ...(taken === null ? [] : [taken])];
+  const all: Served[] = [];
+  const results = await Promise.allSettled(openings.map(({ destination }) => destination));
+  for (const [i, { asked }] of openings.entries()) {
+    const result = results[i] as PromiseSettledResult<Destination>;
+    if (result.status === "fulfilled") {
+      all.push(toServe(session, result.value, asked));
+      continue;
+    }
     const error: unknown = result.reason;
+    const { id, known, optional, recorded } = asked;
     if (error instanceof UsageError || error instanceof Interrupted) throw error;
-    if (error instanceof Absent && wanted.optional) skip(id, error, known.get(id), o, report);
-    else if (error instanceof Absent && wanted.recorded && !isOutstanding(known.get(id), snapshots))
+    if (error instanceof Absent && optional) skip(session, asked, error);
+    else if (error instanceof Absent && recorded && !isOutstanding(known, snapshots))
       log.debug(`${id} has all there is: ${error.message}`);
-    else report.error(id, error);
+    else session.report.error(id, error);
   }
+  return all;
 }
 
 /** Whether a destination lacks any of a source's snapshots that a run would send it. */
-function isOutstanding(
+const isOutstanding = (
   known: KnownDestination | undefined,
   snapshots: readonly Snapshot[],
-): boolean {
-  return (
-    known?.pin?.uuid !== snapshots.at(-1)?.uuid ||
-    (known?.failed ?? []).some((uuid) => snapshots.some((one) => one.uuid === uuid)) ||
-    (known?.receiving ?? []).length > 0
+): boolean =>
+  known?.pin?.uuid !== snapshots.at(-1)?.uuid ||
+  (known?.failed ?? []).some((uuid) => snapshots.some((one) => one.uuid === uuid)) ||
+  (known?.receiving ?? []).length > 0;
+
+/** An optional destination that is not there is a failure only after it was away for too long. */
+function skip({ o: { maxAge }, report }: Session, { id, known }: Asked, { message }: Absent): void {
+  const last = known?.last ?? null;
+  if (
+    maxAge !== null &&
+    (last === null || Date.parse(last) < before(Date.now(), maxAge.count, maxAge.unit))
+  )
+    return report.error(
+      id,
+      new Failure(
+        `not there, and last served ${last === null ? "never" : `at ${last}`}, longer ago than ${maxAge.text}: ${message}`,
+      ),
+    );
+  log.info(`Skipping ${id}: ${message}`);
+  report.event("skipped", { destination: id, message });
+}
+
+/** How destinations are opened. */
+const destinationOpening = (o: RunOptions): Opening => ({
+  prefix: o.prefix,
+  wait: o.dryRun ? "look" : o.wait,
+  hosts: o.hosts,
+  peer: hostOf(o.source.host, o.hosts),
+});
+
+/**
+ * A destination that begins to be opened while the source is. It locks and looks after `go`;
+ * `drop` ends it, or closes what was opened.
+ */
+type Ahead = {
+  readonly folder: Promise<Folder>;
+  readonly go: () => void;
+  readonly drop: () => Promise<unknown>;
+};
+
+/**
+ * Begins to open the destinations that need no other one's connection, unless locks are waited for.
+ * Two hosts at once could ask for passwords at once.
+ */
+function beginOpening(o: RunOptions): Map<string, Ahead> {
+  const hosts = new Set<string>();
+  const ahead = new Map<string, Ahead>();
+  if (o.wait > 0) return ahead;
+  const sorted = o.destinations
+    .map(({ location }) => location)
+    .sort((a, b) => (a.id < b.id ? -1 : 1));
+  for (const location of sorted) {
+    if (!hasPath(location)) continue;
+    const host = JSON.stringify(location.host);
+    if (location.host !== null && (o.source.host !== null || hosts.has(host))) continue;
+    hosts.add(host);
+    const controller = new AbortController();
+    let go = () => {};
+    const turn = new Promise<void>((over) => (go = over));
+    const folder = openFolder(location, location.path, {
+      ...destinationOpening(o),
+      ahead: { turn, unwanted: controller.signal },
+    });
+    folder.catch(() => {}); // its error is told in its turn
+    const drop = () => {
+      controller.abort();
+      return within(5000, closed(folder)); // on a dead disk nothing ends
+    };
+    ahead.set(location.id, { folder, go, drop });
+  }
+  return ahead;
+}
+
+/** Opens a destination if it is the right place. Errors: UsageError, Absent, Busy, Failure. */
+async function openDestination(session: Session, asked: Asked): Promise<Destination> {
+  const { o, report, source } = session;
+  const { location, known, sending } = asked;
+  needRoot(source, "sending");
+  if (location.kind !== "shell") {
+    const open = location.kind === "folder" ? openBackups : openStore;
+    return open(session, { ...asked, location });
+  }
+  const lock = lockAtSource(session, location.id);
+  return shellDestination(location, {
+    last: known?.pin ?? null,
+    interpreter: await commandShell(report),
+    lock,
+    prefix: o.prefix,
+    source: o.source.id,
+    sending,
+  });
+}
+
+/** The lock for a destination where nothing can be locked. A remote source's one is here. */
+function lockAtSource({ o, source }: Session, id: string): string {
+  if (o.source.host !== null) return lockFile(`${o.source.id}\n${o.prefix}\n${id}`);
+  // Through the process that holds the folder, it is found behind the fence.
+  const folder = source.fenced && source.holder !== "" ? `/proc/${source.holder}/cwd` : source.path;
+  return join(folder, `.btrfs-backup.${o.prefix}.${digestOf(id).slice(0, 8)}.receiving`);
+}
+
+/** A lock among the runtime files, for a chain that has no folder here. */
+const lockFile = (chain: string) =>
+  join(dirname(runtimeDirectory()), `btrfs-backup.${digestOf(chain).slice(0, 32)}.receiving`);
+
+const MOUNTED = "(is the disk mounted?)";
+
+const sameFilesystem = (source: Source) =>
+  new Absent(
+    `it lies on the filesystem of ${source.id} itself ${MOUNTED}; --skip-fs-checks allows it`,
+  );
+
+// ── run: opening a folder of backups ──
+
+/** Opens a place for backups that passes a check; `lookAgain` looks at it once more. */
+async function openPlace(
+  { o, source, ahead }: Session,
+  { location, known }: AskedPlace,
+  check: (opened: Folder) => void,
+) {
+  const opening = destinationOpening(o);
+  const begun = ahead.get(location.id);
+  begun?.go();
+  ahead.delete(location.id); // whoever opens it closes it
+  const folder = await openNew(
+    location,
+    { source, isKnown: known !== undefined },
+    { ...opening, begun: begun?.folder },
+    check,
+  );
+  const lookAgain = () => openFolder(location, folder.path, { ...opening, wait: "look" });
+  return { folder, lookAgain };
+}
+
+/** Opens a folder of backups, and writes its record, if it is the right one. */
+async function openBackups(session: Session, asked: AskedPlace): Promise<Destination> {
+  const { o, report, source } = session;
+  const { location, known, sending } = asked;
+  let strangers: readonly string[] = [];
+  const { folder, lookAgain } = await openPlace(session, asked, (opened) => {
+    checkBackups(session, asked, opened);
+    strangers = strangersAmong(session, opened);
+    compressionBetween(source, opened, sending.level);
+  });
+  const { receiving: announced, since: _, ...settled } = folder.chain;
+  // An announcement outlives its transfer only as long as its leftover is to be told by it.
+  const isBroken = folder.snapshots.some(({ name, readonly }) => name === announced && !readonly);
+  const owned = ownedBy(source.identity, isBroken ? folder.chain : settled, strangers);
+  const { owner } = folder.chain;
+  const { uuid, host, path } = source.identity;
+  if (owner?.uuid === uuid && (owner.host !== host || owner.path !== path))
+    log.info(
+      `${location.id}: its backups were made on ${owner.host}:${owner.path}; their source is ${host}:${path} now`,
+    );
+  // Taken over, moved, or completed after all: the record says so even if nothing is sent.
+  const isStanding = owner !== undefined || folder.snapshots.some(isComplete);
+  // The data of what was completed after all must be on the disk before its announcement goes.
+  if (!o.dryRun && isStanding && !sameRecord(folder.chain, owned))
+    await writeRecord(folder, owned, announced !== undefined && !isBroken);
+  warnOfDuplicates(folder, report);
+  return folderDestination(folder, {
+    again: lookAgain,
+    owned,
+    announced: disbelief(source) === null ? (known?.receiving ?? []) : [],
+    ...o.deletion,
+    btrfsDebug: o.btrfsDebug,
+    sending,
+  });
+}
+
+/** Errors: UsageError, Absent, Failure for a folder that is not the destination. */
+function checkBackups({ o, source }: Session, asked: Asked, folder: Folder): void {
+  const known = o.adopt ? undefined : asked.known;
+  needRoot(folder, "receiving");
+  const { filesystem } = folder.place;
+  const isSame = filesystem !== null && filesystem === source.place.filesystem;
+  if (isSame && nested(folder.top, source.top)) throw nestedError(asked.location.id);
+  if (filesystem === null && o.fsChecks) throw new Absent(`not on btrfs ${MOUNTED}`);
+  if (known?.filesystem) checkFilesystem(folder, known.filesystem);
+  if (isSame && o.fsChecks) throw sameFilesystem(source);
+  // 0.3.1 remembered no filesystem: an empty place is not where its backups were.
+  const isOld = known?.pin && known.filesystem === null;
+  if (isOld && !folder.snapshots.some(isComplete))
+    throw new Absent(`the backups that 0.3.1 made are not there ${MOUNTED}; --adopt begins anew`);
+}
+
+/** Errors: Absent where the backups do not stand on the filesystem that they were on. */
+function checkFilesystem({ place, exists, chain, record }: Folder, known: string): void {
+  if (place.filesystem !== known)
+    throw new Absent(
+      `it lies on another filesystem (${place.filesystem}) than before (${known}) ${MOUNTED}; --adopt accepts a replaced disk`,
+    );
+  if (!exists || (chain.owner === undefined && record.unreadable === null))
+    throw new Absent(`what was backed up there is gone ${MOUNTED}; --adopt begins anew`);
+}
+
+/** The backups of other sources in a folder. Errors: Failure where the folder is not ours. */
+function strangersAmong({ o, source }: Session, { snapshots, chain }: Folder): readonly string[] {
+  const complete = snapshots.filter(isComplete);
+  const here = dataFinder(source.snapshots);
+  const shared = complete.filter((backup) => here(backup) !== undefined);
+  const { identity } = source;
+  const claimed = claim({ identity, chain, standing: complete, shared, adopt: o.adopt });
+  if (!claimed.accepted) throw new Failure(refusalMessage(claimed));
+  return claimed.strangers;
+}
+
+// ── run: opening a store of streams ──
+
+/** Opens a store if it is the right one. Errors: Absent, Busy, Failure. */
+async function openStore(session: Session, asked: AskedPlace): Promise<Destination> {
+  const { o, report } = session;
+  const { id } = asked.location;
+  const lock = lockAtSource(session, id);
+  const { folder, lookAgain } = await openPlace(session, asked, (opened) =>
+    checkStore(session, asked, opened),
+  );
+  const { owner, own, lineages } = streamsIn(folder, session);
+  const store = folder.store as Store;
+  const broken = store.streams.filter((one) => one.stored && !one.readonly);
+  if (broken.length > 0)
+    report.warning(
+      `${id}: ${count(broken.length, "stream")} cannot be restored, since what ${broken.length === 1 ? "it builds" : "they build"} on is missing: ${broken[0]?.name}${broken.length > 1 ? " …" : ""}`,
+    );
+  return storeDestination(folder, {
+    store,
+    again: lookAgain,
+    standing: standingInStore(store, o.prefix, lineages),
+    owner: { ...owner, lineage: own.at(-1)?.owner.lineage ?? owner.lineage },
+    lock,
+    sending: asked.sending,
+  });
+}
+
+/** The streams of a prefix in a store: all, and the source's own; and what these say of it. */
+function streamsIn(folder: Folder, { o, source }: Session) {
+  const ours = folder.standing.filter(({ name }) => parseName(name, o.prefix) !== null) as Stream[];
+  const owner = ownerOf(source.identity);
+  const lineages = lineagesOf(ours, owner, source.snapshots);
+  return { ours, own: ours.filter((one) => lineages.has(one.owner.lineage)), owner, lineages };
+}
+
+/** Errors: UsageError, Absent, Failure for a store that is not the destination. */
+function checkStore(session: Session, { location, known, sending }: Asked, folder: Folder): void {
+  const { o, source } = session;
+  checkFilters(source, sending);
+  if (location.kind === "raw") needApart(session, location.id, folder);
+  if (o.adopt) return;
+  const { ours, own, owner } = streamsIn(folder, session);
+  if (known?.pin && ours.length === 0)
+    throw new Absent(`what was stored there is gone ${MOUNTED}; --adopt begins anew`);
+  const isOwn = ({ owner: { uuid, place } }: Stream) =>
+    uuid === owner.uuid || place === owner.place;
+  if (ours.length > 0 && !own.some(isOwn)) {
+    const [whose, goingOn] =
+      own.length === 0
+        ? ["another source", "stores beside them"]
+        : ["this source as it was elsewhere", "goes on with them"];
+    throw new Failure(
+      `the streams there belong to ${whose} (subvolume ${(own.at(-1) ?? ours.at(-1))?.owner.uuid}); this one is ${source.identity.host}:${source.identity.path} (subvolume ${owner.uuid}). Use a prefix (-p) or another place; --adopt ${goingOn}`,
+    );
+  }
+  if (sending.recipients.length === 0 && own.at(-1)?.encrypted)
+    throw new Failure(
+      "what is stored there is encrypted, and this would not be: --encrypt-to is missing (--adopt stores in the clear)",
+    );
+}
+
+/** Errors: UsageError, Absent where streams would lie with their source. */
+function needApart({ o, source }: Session, id: string, folder: Folder): void {
+  if (
+    sameHost(folder.host, source.host) &&
+    folder.hostName === source.hostName &&
+    nested(folder.path, source.path)
+  )
+    throw nestedError(id);
+  const isSame =
+    folder.host.ssh === null &&
+    source.host.ssh === null &&
+    placeOn(folder.mounts, folder.place.path).mount.device ===
+      placeOn(source.mounts, source.path).mount.device;
+  if (isSame && o.fsChecks) throw sameFilesystem(source);
+}
+
+// ── run: taking the snapshot ──
+
+/** Takes the snapshot, between the user's own commands; null where it fails, which is reported. */
+async function takeSnapshot(
+  session: Session,
+  opened: readonly Destination[],
+): Promise<Snapshot | null> {
+  const { o, report, source } = session;
+  const hook = async (command: string | null, option: string) => {
+    if (command !== null && !o.dryRun)
+      log.debug((await ask(plainHost(source.host), HOOK, { command }, `${option} failed`)).trim());
+  };
+  const after = () =>
+    hook(o.afterSnapshot, "--after-snapshot").catch((error) => report.error(null, error));
+  try {
+    const taken = await hook(o.beforeSnapshot, "--before-snapshot")
+      .then(() => snapshotOfNow(session, opened))
+      .finally(() => whileCleaning(after));
+    log.info(`${o.dryRun ? "Would take" : "Took"} snapshot ${taken.name} of ${o.source.id}`);
+    return taken;
+  } catch (error) {
+    report.error(null, error);
+    return null;
+  }
+}
+
+/** Takes a snapshot in the first second whose name is free on both sides. Errors: Failure. */
+async function snapshotOfNow(
+  { o, source, display }: Session,
+  opened: readonly Destination[],
+): Promise<Snapshot> {
+  const { identity, place, alone, subvolume } = source;
+  for (; ; await nextSecond()) {
+    checkInterruption();
+    const now = new Date();
+    const name = snapshotName(o, now);
+    // When clocks go back, a destination can still have the name.
+    if (source.entries.has(name) || isTakenAt(opened, name)) continue;
+    const made = {
+      ...NO_SUBVOLUME,
+      name,
+      time: wallClock(now),
+      moment: Math.floor(now.getTime() / 1000) * 1000,
+      path: name,
+      parentUuid: identity.uuid,
+      cgen: Number.MAX_SAFE_INTEGER,
+    };
+    if (o.dryRun) return { ...made, id: Number.MAX_SAFE_INTEGER, uuid: crypto.randomUUID() };
+    const shown = await ask(
+      source.host,
+      SNAPSHOT,
+      { source: subvolume, ...at(source), name },
+      `cannot take a snapshot of ${subvolume}`,
+    ).catch((error) => {
+      if (error instanceof Taken) return null;
+      throw error;
+    });
+    if (shown === null) continue;
+    const uuid = shownField(shown, "UUID");
+    // In the place of a snapshot, somebody else's directory can stand by now.
+    const isChecked = !alone && identity.uuid !== place.filesystem;
+    if (isChecked && shownField(shown, "Parent UUID") !== identity.uuid)
+      throw new Failure(`${join(source.path, name)} is not the snapshot that was taken: ${uuid}`);
+    const size = /^\s+Usage referenced:\s+(\d+)/m.exec(shown)?.[1];
+    if (size !== undefined) display.sizes.set(uuid, Number(size));
+    return { ...made, id: Number(shownField(shown, "Subvolume ID")), uuid };
+  }
+}
+
+const snapshotName = ({ prefix }: Pick<RunOptions, "prefix">, date: Date) =>
+  `${prefix}${stamp(date)}` as EntryName; // a prefix holds nothing that a name cannot
+
+const isTakenAt = (all: readonly Pick<Destination, "standing">[], name: string) =>
+  all.some(({ standing }) => standing.taken.has(name));
+
+const NO_SUBVOLUME: Subvolume = {
+  id: 0,
+  path: "",
+  uuid: "",
+  parentUuid: null,
+  receivedUuid: null,
+  readonly: true,
+};
+
+/**
+ * Gives the new snapshot another name where a destination that has answered since has something by
+ * its name: clocks go back.
+ */
+async function withFreeName(
+  { o, source }: Session,
+  taken: Snapshot,
+  all: readonly Served[],
+): Promise<Snapshot> {
+  for (let free = taken.name; ; await nextSecond(), free = snapshotName(o, new Date())) {
+    if (isTakenAt(all, free) || (free !== taken.name && source.entries.has(free))) continue;
+    if (free === taken.name || o.dryRun) return taken;
+    await ask(
+      source.host,
+      RENAME,
+      { ...at(source), name: taken.name, to: free },
+      `cannot rename ${join(source.path, taken.name)}`,
+    );
+    log.info(`${taken.name} is ${free} now: a destination has something else by that name`);
+    const time = parseName(free, o.prefix) as number;
+    return { ...taken, name: free, path: free, time, moment: momentOf(time) };
+  }
+}
+
+/** Waits until names say the next second. */
+async function nextSecond(): Promise<void> {
+  await new Promise((over) => setTimeout(over, 1000 - new Date().getMilliseconds()));
+}
+
+// ── run: what is known of parents ──
+
+/** Facts about a place's snapshots, as far as they were asked for. */
+type Inquiry = ReturnType<typeof inquiryInto>;
+
+const inquiryInto = (folder: Folder) => ({
+  folder,
+  all: byUuid(folder.subvolumes),
+  ctransids: new Map<string, number>(),
+  births: new Map<string, number | null>(),
+  losses: new Map<string, string | null>(),
+  asking: Promise.resolve(),
+});
+
+/** A difference that could be sent. */
+type Pair = { readonly parent: Snapshot; readonly snapshot: Snapshot };
+
+/**
+ * Learns when some snapshots were changed last. Of differences it learns whether their two sides
+ * are related (the generations of the top directories), and what would be lost. Nothing is asked
+ * twice. Errors: Failure.
+ */
+function learn(
+  inquiry: Inquiry,
+  changed: readonly Entry[],
+  differences: readonly Pair[],
+): Promise<void> {
+  const asking = inquiry.asking.then(async () => {
+    const { ctransids } = inquiry;
+    for (const some of batches(changed.filter(({ uuid }) => !ctransids.has(uuid))))
+      await learnChanges(inquiry, some);
+    await learnComing(inquiry, differences);
+    await learnBirths(inquiry, differences);
+    await learnLosses(inquiry, differences);
+  });
+  inquiry.asking = asking.catch(() => {});
+  return asking;
+}
+
+const pathsOf = (some: readonly Entry[]) => some.map(({ name }) => `./${name}`);
+
+/** Snapshots in as few commands as their names fit into. */
+function batches(all: readonly Entry[]): (readonly Entry[])[] {
+  let done = 0;
+  return chunks(pathsOf(all)).map(({ length }) => all.slice(done, (done += length)));
+}
+
+/** Asks when snapshots were changed last. Errors: Failure where one cannot be looked at. */
+async function learnChanges({ folder, ctransids }: Inquiry, some: readonly Entry[]): Promise<void> {
+  const shown = await ask(
+    folder.host,
+    HEADS,
+    { ...at(folder), snapshots: pathsOf(some) },
+    `${folder.id}: cannot tell when snapshots were changed`,
+  );
+  const heads = shown.split("\n");
+  for (const [i, one] of some.entries()) ctransids.set(one.uuid, changedIn(heads[i] ?? "", one));
+}
+
+/**
+ * Asks when the parents were changed last. One that is still to be sent, and cannot be looked at,
+ * is found out when it is its turn: it may as well have been edited.
+ */
+async function learnComing(inquiry: Inquiry, differences: readonly Pair[]): Promise<void> {
+  const parents = [...new Set(differences.map(({ parent }) => parent))].filter(
+    (parent) => changedSince(parent, inquiry, {}) === undefined,
+  );
+  const learnEach = async (some: readonly Entry[]) => {
+    for (const one of some)
+      await learnChanges(inquiry, [one]).catch(
+        afterFailure(() => void inquiry.ctransids.set(one.uuid, Infinity)),
+      );
+  };
+  for (const some of batches(parents))
+    await learnChanges(inquiry, some).catch(afterFailure(() => learnEach(some)));
+}
+
+/** What to do after a Failure. Errors: all others. */
+const afterFailure =
+  <T>(work: (failure: Failure) => T) =>
+  (error: unknown): T => {
+    if (!(error instanceof Failure)) throw error;
+    return work(error);
+  };
+
+/** Asks for the top directories' generations where nothing else tells what is related. */
+async function learnBirths(inquiry: Inquiry, differences: readonly Pair[]): Promise<void> {
+  const { folder, births } = inquiry;
+  const asked = differences.flatMap(({ parent, snapshot }) =>
+    related(parent, snapshot, inquiry) === undefined ? [parent, snapshot] : [],
+  );
+  for (const some of batches([...new Set(asked)].filter(({ uuid }) => !births.has(uuid)))) {
+    const shown = await ask(
+      folder.host,
+      BIRTHS,
+      { ...at(folder), snapshots: pathsOf(some) },
+      `${folder.id}: cannot tell where snapshots come from`,
+    );
+    const generations = new Map<string, number>();
+    for (const [, generation, name = ""] of shown.matchAll(/^ *(\d+) +\S+ \.\/(.*)$/gm))
+      generations.set(name, Number(generation));
+    for (const { uuid, name } of some) births.set(uuid, generations.get(name) ?? null);
+  }
+}
+
+/** Looks into the differences to parents that are not known to be earlier states. */
+async function learnLosses(inquiry: Inquiry, differences: readonly Pair[]): Promise<void> {
+  const { folder, losses } = inquiry;
+  for (const pair of differences) {
+    const { parent, snapshot } = pair;
+    const key = pairOf(parent, snapshot);
+    if (losses.has(key) || !related(parent, snapshot, inquiry)) continue;
+    if (!isStillEarlier(parent, snapshot, inquiry)) losses.set(key, await lossOf(folder, pair));
+  }
+}
+
+/**
+ * Why a difference must not be made to a state that is not known to be an earlier one; null if it
+ * may. Errors: none: what cannot be looked at is not made.
+ */
+function lossOf(folder: Folder, pair: Pair): Promise<string | null> {
+  const why = `${pair.parent.name} is not known to be an earlier state of ${pair.snapshot.name}`;
+  return lostIn(folder, pair).then(
+    (lost) => (lost === null ? null : `${why}, and btrfs send would lose the end of ${lost}`),
+    afterFailure(
+      ({ message }) =>
+        `${why}, and it cannot be told whether btrfs send would lose something: ${message}`,
+    ),
   );
 }
 
-/** What a source knows of its destinations, and how to write it down. */
-type Known = { readonly known: Map<string, KnownDestination>; readonly save: () => Promise<void> };
+/** The first file whose end a difference would lose; null if there is none. Errors: Failure. */
+async function lostIn(folder: Folder, { parent, snapshot }: Pair): Promise<string | null> {
+  const { host } = folder;
+  const names = { ...at(folder), snapshot: snapshot.name, parent: parent.name };
+  const ranges = parseRewritten(await askBytes(host, REWRITTEN, names, "cannot tell what differs"));
+  for (const paths of chunks([...ranges.keys()].map((path) => `/${path}`))) {
+    const what = "cannot tell the sizes of what differs";
+    const sizes = (await ask(host, FILE_SIZES, { ...names, paths }, what)).split("\n");
+    const files = paths.map((absolute, i) => {
+      const path = absolute.slice(1);
+      const [, size, former] = /^(\d+) (\d+|-)$/.exec(sizes[i] ?? "") ?? [];
+      if (size === undefined) throw new Failure(`cannot tell the size of ${absolute}`);
+      const earlier = former === "-" ? null : Number(former);
+      return { path, ranges: ranges.get(path) ?? [], size: Number(size), before: earlier };
+    });
+    const lost = lossIn(files);
+    if (lost !== null) return lost;
+  }
+  return null;
+}
 
-/** What a record says of snapshots that were changed and compared, as long as they are there. */
+/** So many paths at most are looked at for renames. */
+const FOLLOWED = 10_000_000;
+
+/**
+ * The ranges that a difference without data writes to, by the path in the snapshot. A file is
+ * written to by the path of that moment; renames of it, or of a directory above it, are followed.
+ * Errors: Failure for what cannot be followed.
+ */
+export function parseRewritten(difference: Buffer): Map<string, { from: number; to: number }[]> {
+  const { attribute } = streamCommands();
+  const files = new Map<string, { from: number; to: number }[]>();
+  let steps = 0;
+  const rename = (from: string, to: string) => {
+    if ((steps += files.size) > FOLLOWED) throw new Failure("too much was renamed");
+    const moved = [...files].filter(([path]) => path === from || path.startsWith(`${from}/`));
+    for (const [path] of moved) files.delete(path);
+    for (const [path, ranges] of moved) files.set(to + path.slice(from.length), ranges);
+  };
+  for (const { name, text, number } of commandsIn(difference)) {
+    if (name === "end") break;
+    const path = text(attribute.path);
+    const ranges = files.get(path) ?? [];
+    if (name === undefined) throw new Failure("btrfs send said something unknown");
+    if (name === "rename") rename(path, text(attribute.pathTo));
+    else if (name === "unlink" && files.has(path))
+      throw new Failure("a file is changed by a name that it loses");
+    else if (name === "truncate") files.set(path, ranges);
+    else if (["update_extent", "clone", "write", "encoded_write"].includes(name)) {
+      const from = number(attribute.offset);
+      const length = number(name === "clone" ? attribute.cloneLength : attribute.size);
+      ranges.push({ from, to: from + length });
+      files.set(path, ranges);
+    }
+  }
+  return new Map([...files].map(([path, ranges]) => [pathOf(path), ranges]));
+}
+
+/** A path as text. Errors: Failure for what is not UTF-8, and cannot be asked for. */
+function pathOf(latin1: string): string {
+  const path = Buffer.from(latin1, "latin1").toString();
+  if (Buffer.from(path).toString("latin1") !== latin1)
+    throw new Failure(`a name is not UTF-8: ${path}`);
+  return path;
+}
+
+/**
+ * The commands of a send stream of protocol 1, with the attributes that are looked for. Errors:
+ * Failure for a stream that is cut off.
+ */
+function* commandsIn(sent: Buffer): Generator<{
+  readonly name: string | undefined;
+  readonly text: (attribute: number) => string;
+  readonly number: (attribute: number) => number;
+}> {
+  const { commands } = streamCommands();
+  const UPDATE_EXTENT = 22; // in place of what writes, without data
+  if (sent.toString("latin1", 0, 17) !== "btrfs-stream\0\x01\0\0\0")
+    throw new Failure("btrfs send began with something unknown");
+  for (let here = 17; here + 10 <= sent.length;) {
+    const end = here + 10 + sent.readUInt32LE(here);
+    const command = sent.readUInt16LE(here + 4);
+    if (end > sent.length) break;
+    const found = new Map<number, Buffer>();
+    for (let next = here + 10; next + 4 <= end;) {
+      const length = sent.readUInt16LE(next + 2);
+      found.set(sent.readUInt16LE(next), sent.subarray(next + 4, next + 4 + length));
+      next += 4 + length;
+    }
+    const bytes = (attribute: number, least: number) => {
+      const value = found.get(attribute);
+      if (value === undefined || value.length < least)
+        throw new Failure("btrfs send left something out");
+      return value;
+    };
+    yield {
+      name: command === UPDATE_EXTENT ? "update_extent" : commands[command]?.name,
+      text: (attribute) => bytes(attribute, 0).toString("latin1"),
+      number: (attribute) => Number(bytes(attribute, 8).readBigUInt64LE()),
+    };
+    if (commands[command]?.name === "end") return;
+    here = end;
+  }
+  throw new Failure(
+    sent.length >= Number(REWRITTEN_MOST) ? "too much differs" : "btrfs send ended early",
+  );
+}
+
+// ── run: serving destinations ──
+
+/** One run's view of a destination that could be opened. */
+type Served = ReturnType<typeof toServe>;
+
+const toServe = (session: Session, destination: Destination, wanted: Asked) => ({
+  session,
+  wanted,
+  destination,
+  standing: destination.standing,
+  free: destination.free,
+  /** What is still to be sent. */
+  todo: [] as readonly Transfer[],
+  /** Nothing failed that should have been sent. */
+  complete: true,
+  /** It is complete, and the source's record says so. */
+  done: false,
+  began: 0,
+  /** Goes on beside other work. */
+  pruning: Promise.resolve(),
+  /** UUIDs of what could not be sent; and of what earlier runs could not, or has no free name. */
+  failed: new Set<string>(),
+  earlier: new Set(wanted.known?.failed),
+  verdicts: { cleared: wanted.known?.cleared ?? {}, refused: new Map() } as Verdicts,
+  /** A parent was compared with its backup. */
+  compared: false,
+});
+
+/**
+ * Sends all destinations what they lack, remembers what both sides share now, and begins to prune
+ * them. What fails is reported.
+ */
+async function serve(all: readonly Served[], session: Session): Promise<void> {
+  await allOf(
+    all.map(async (served) => {
+      served.began = Date.now();
+      try {
+        await begin(served);
+      } catch (error) {
+        served.complete = false;
+        session.report.error(served.destination.id, error);
+      }
+    }),
+  );
+  await sendAll(all, session);
+}
+
+/**
+ * Decides what a destination gets, and clears away what broken transfers left. Errors: those of
+ * `discard`.
+ */
+async function begin(served: Served): Promise<void> {
+  const { destination, wanted, standing } = served;
+  const { o, report } = served.session;
+  const { id } = destination;
+  if (!o.transfer) return;
+  const { transfers, conflicts, skipped } = await planFor(served);
+  for (const conflict of conflicts) {
+    report.error(id, new Failure(conflictMessage(conflict)));
+    served.earlier.add(conflict.snapshot.uuid);
+    served.complete = false;
+  }
+  // All leftovers: the next announcement replaces the one of a leftover that is not sent again.
+  for (const [name, { kind }] of standing.taken)
+    if (kind === "leftover" && !o.dryRun) await destination.discard(name);
+  if (!wanted.sending.resume && !o.dryRun) await destination.tidy();
+  if (skipped > 0)
+    log.info(
+      `${id}: ${count(skipped, "snapshot")} older than the newest one there ${skipped === 1 ? "is" : "are"} not sent; --backfill sends them`,
+    );
+  if (transfers.length > 1 && standing.held.length === 0)
+    log.info(
+      `${id} is new: ${transfers.length} snapshots will be sent; --newest-only sends only the newest`,
+    );
+  served.todo = transfers;
+}
+
+/**
+ * Plans what a destination gets. Asks for facts about the parents until nothing is missing. Errors:
+ * Failure.
+ */
+async function planFor(served: Served): Promise<ReturnType<typeof planTransfers>> {
+  const { session, destination, standing, verdicts } = served;
+  const { stream: memory } = destination;
+  const { inquiry, o } = session;
+  const snapshots = session.snapshots.filter(({ uuid }) => !served.failed.has(uuid));
+  const find = dataFinder(standing.held);
+  const isThere = (parent: Snapshot) =>
+    memory === null ? find(parent) !== undefined : parent.uuid === memory.last?.uuid;
+  const mayBeEdited = (one: Snapshot) =>
+    isThere(one) && changedSince(one, inquiry, verdicts.cleared) !== false;
+  const { policy, sending } = served.wanted;
+  const options = {
+    policy,
+    incremental: o.incremental,
+    newestOnly: o.newestOnly,
+    now: wallClock(new Date()),
+    fullEvery: sending.fullEvery,
+    backfill: o.backfill,
+    failed: served.earlier,
+  };
+  for (;;) {
+    const fitness = judge(inquiry, verdicts, isThere);
+    const plan =
+      memory === null
+        ? planTransfers(snapshots, standing, options, fitness)
+        : {
+            transfers: planStreams(snapshots, memory.last, o, fitness),
+            conflicts: [],
+            skipped: 0,
+          };
+    const open = plan.transfers.flatMap(({ parent, snapshot }) =>
+      parent !== null && fitness.unfit(parent, snapshot) === undefined
+        ? [{ parent, snapshot }]
+        : [],
+    );
+    if (open.length > 0) {
+      // An edited or deduplicated snapshot is mostly not alone.
+      const isSuspicious = snapshots.some(
+        (one) => isThere(one) && changedSince(one, inquiry, verdicts.cleared),
+      );
+      const asked = isSuspicious ? snapshots : open.map(({ parent }) => parent);
+      await learn(inquiry, asked.filter(mayBeEdited), open);
+      continue;
+    }
+    if (destination.compare === null || served.compared) return plan;
+    const isCandidate = (one: Snapshot) => mayBeEdited(one) && !verdicts.refused.has(one.uuid);
+    const edited = worthComparing(plan.transfers, snapshots, isCandidate, inquiry);
+    if (edited === undefined) return plan;
+    served.compared = true;
+    await clear(served, edited);
+  }
+}
+
+/** The nearest candidate that could be the parent of the first snapshot that has none. */
+function worthComparing(
+  transfers: readonly Transfer[],
+  snapshots: readonly Snapshot[],
+  isCandidate: (one: Snapshot) => boolean,
+  inquiry: Inquiry,
+): Snapshot | undefined {
+  const lacking = transfers.find(({ parent, why }) => parent === null && why !== undefined);
+  if (lacking === undefined) return undefined;
+  const { snapshot } = lacking;
+  return snapshots
+    .slice(0, snapshots.indexOf(snapshot))
+    .findLast((one) => isCandidate(one) && related(one, snapshot, inquiry));
+}
+
+/**
+ * Compares a snapshot that may have been edited with its backup, since nothing else that both
+ * sides have can be a parent.
+ */
+async function clear(
+  { session, destination, verdicts }: Served,
+  snapshot: Snapshot,
+): Promise<void> {
+  const { inquiry, o, report } = session;
+  const { name, uuid } = snapshot;
+  const ctransid = inquiry.ctransids.get(uuid) as number;
+  log.info(
+    `${name} was changed after it was taken (edited, or only deduplicated): ${o.dryRun ? "would compare" : "comparing"} it with its backup at ${destination.id}, before a difference is made against it`,
+  );
+  try {
+    if (o.dryRun || (await destination.compare?.(inquiry.folder, snapshot)))
+      verdicts.cleared = { ...verdicts.cleared, [uuid]: ctransid };
+    else {
+      verdicts.refused.set(uuid, `${name} was edited since it was taken`);
+      report.warning(
+        `${name} differs from its backup at ${destination.id}: one of them was edited, and no difference is made against it; "btrfs-backup verify --snapshot ${shellWord(name)}" tells what differs`,
+      );
+    }
+  } catch (error) {
+    if (!(error instanceof Failure)) throw error;
+    verdicts.refused.set(
+      uuid,
+      `${name} may have been edited since it was taken, and cannot be compared with its backup: ${error.message}`,
+    );
+  }
+}
+
+/** Sends destinations what they lack: equal streams once, others side by side. */
+async function sendAll(all: readonly Served[], session: Session): Promise<void> {
+  const ready = all.filter(({ todo }) => todo.length > 0);
+  const alike = groupBy(ready, ({ todo: [next], destination }) =>
+    streamKey(next as Transfer, destination, session.source),
+  );
+  await allOf(
+    [...alike.values()].map(async (some) => {
+      const [{ todo }] = some as [Served];
+      const [next] = todo as [Transfer];
+      await session.jobs(() => sendNext(some, next, session));
+      await sendAll(some, session);
+    }),
+  );
+  await allOf(all.filter((served) => !ready.includes(served)).map(conclude));
+}
+
+/** Lets so many works go on at a time. */
+function limited(most: number): <T>(work: () => Promise<T>) => Promise<T> {
+  let free = most;
+  const waiting: (() => void)[] = [];
+  return async (work) => {
+    if (free > 0) free--;
+    else await new Promise<void>((turn) => waiting.push(turn));
+    try {
+      return await work();
+    } finally {
+      const next = waiting.shift();
+      if (next === undefined) free++;
+      else next();
+    }
+  };
+}
+
+/**
+ * Sends the next snapshot to destinations that need the same stream. A failure is reported, and is
+ * the end for its destination.
+ */
+async function sendNext(
+  all: readonly Served[],
+  transfer: Transfer,
+  session: Session,
+): Promise<void> {
+  const { o, source, display } = session;
+  const now = wallClock(new Date());
+  const outcomes = new Map<Served, PromiseSettledResult<Sent>>();
+  for (const served of all) {
+    const reason = announce(served, transfer);
+    if (reason !== null) outcomes.set(served, { status: "rejected", reason });
+  }
+  const fitting = all.filter((served) => !outcomes.has(served));
+  const receivers = fitting.map(({ destination, todo }): Receiver => ({
+    ...destination,
+    receive: (from, one) => destination.receive(from, one, todo.length > 1),
+  }));
+  const results = o.dryRun ? [] : await transferToAll(receivers, { source, transfer, display });
+  for (const [i, served] of fitting.entries())
+    outcomes.set(served, results[i] ?? { status: "fulfilled", value: { bytes: null, seconds: 0 } });
+  for (const served of all) {
+    const result = outcomes.get(served) as PromiseSettledResult<Sent>;
+    try {
+      const sent =
+        result.status === "fulfilled" ? result.value : await withRoom(served, result.reason, now);
+      await noteArrival(served, transfer, sent);
+    } catch (error) {
+      if (await planAgain(served, error, transfer).catch(() => false)) continue;
+      await giveUp(served, error, transfer);
+    }
+    // Were the run to end early, the next one would take what failed for what was deleted there.
+    if (served.destination.stream === null && served.failed.size > 0 && !o.dryRun)
+      await remember(served, false).catch(() => {});
+  }
+}
+
+/** Tells what is sent, and how. Returns why it cannot be sent; null if it can. */
+function announce(served: Served, { snapshot, parent }: Transfer): Failure | null {
+  const { o, snapshots, display } = served.session;
+  const { wanted, standing, todo, free, destination } = served;
+  const { name, uuid } = snapshot;
+  const why = todo[0]?.why === undefined ? "" : `: ${todo[0].why}`;
+  const isRenewal = why === "" && newestShared(snapshots, standing.held) !== null;
+  const how = () => {
+    if (parent !== null) return `difference to ${parent.name}${why}`;
+    if (!o.incremental) return "in full, as asked";
+    if (why !== "") return `in full${why}`;
+    return isRenewal ? "in full: a new chain" : "in full: no snapshot is on both sides";
+  };
+  log.info(`${o.dryRun ? "Would send" : "Sending"} ${name} to ${destination.id} (${how()})`);
+  if (parent !== null) return null;
+  // A new chain of streams is full by design.
+  if (!o.full && !isRenewal)
+    return new Failure(
+      `${name} would be sent in full${why === "" ? ": nothing of it is there" : why}; --no-full forbids it`,
+    );
+  // Quotas tell how large a full stream is; what is compressed on the way can need less.
+  const size = wanted.sending.level === "" ? (display.sizes.get(uuid) ?? 0) : 0;
+  const room = Math.max(0, free); // what was sent counts in full, and can have become less on the disk
+  if (!o.spaceCheck || size <= room) return null;
+  return new NoSpace(
+    `${name} takes ${inBytes(size)}, and only ${inBytes(room)} are free there; --skip-space-check tries all the same`,
+  );
+}
+
+/**
+ * Where there was no space for a transfer, deletes what the policy would delete afterwards, and
+ * sends once more. Errors: the one that was given, those of a transfer.
+ */
+async function withRoom(served: Served, error: unknown, now: number): Promise<Sent> {
+  const { session, destination, wanted, todo, standing } = served;
+  const { snapshots, o, leaps, source, display } = session;
+  const going =
+    error instanceof NoSpace && o.makeRoom && destination.frozen === null
+      ? planRoom(snapshots, standing, todo, { policy: wanted.policy, now, adopted: leaps })
+      : [];
+  if (going.length === 0 || o.dryRun) throw error;
+  const [transfer] = todo as [Transfer];
+  await removeFrom(session, served, going, { reason: "to make room", free: true });
+  await destination.discard(transfer.snapshot.name); // there may not have been the space to clear away
+  return transferTo(destination, { source, transfer, display });
+}
+
+async function noteArrival(served: Served, transfer: Transfer, sent: Sent): Promise<void> {
+  const { session, destination, wanted, standing } = served;
+  const { id } = destination;
+  const { snapshot, parent } = transfer;
+  served.free -= sent.bytes ?? 0;
+  const backup = destination.arrived(transfer);
+  served.standing = {
+    ...standing,
+    held: [...standing.held, backup],
+    backups: [...standing.backups, backup],
+  };
+  served.todo = served.todo.slice(1);
+  session.report.event("transfer", {
+    destination: id,
+    name: snapshot.name,
+    parent: parent?.name ?? null,
+    ...sent,
+  });
+  // The record is all the memory of a command: it is written after each stream.
+  if (destination.stream !== null) await remember(served, true, snapshot);
+  if (standing.chained === null || wanted.sending.fullEvery?.count !== 0) return;
+  const { length } = chainOf<Entry>(backup, byUuid(served.standing.held));
+  if (length > 100)
+    session.report.warning(
+      `${id}: to restore ${snapshot.name} takes ${length} streams, each of them whole; --full-every begins a new chain`,
+    );
+}
+
+/**
+ * Plans without the parent of a difference that did not fit to what is there. Returns whether the
+ * snapshot is to be sent once more.
+ */
+async function planAgain(
+  served: Served,
+  error: unknown,
+  { snapshot, parent }: Transfer,
+): Promise<boolean> {
+  const { session, destination, standing, verdicts } = served;
+  const { refused } = verdicts;
+  if (!(error instanceof BadParent) || parent === null) return false;
+  const find = dataFinder(standing.held);
+  const isSecond =
+    !refused.has(parent.uuid) && [...refused.values()].some((why) => why.endsWith(DAMAGED));
+  // Where a second parent is no better, the snapshot is sent in full.
+  const unfit = isSecond ? session.snapshots.filter((one) => find(one) !== undefined) : [parent];
+  for (const { uuid, name } of unfit) refused.set(uuid, `the backup of ${name} there ${DAMAGED}`);
+  const words = [parent.name, session.o.source.id, destination.id].map(shellWord).join(" ");
+  session.report.warning(
+    `${destination.id}: ${error.message}; the backup of ${parent.name} there ${DAMAGED}: see "btrfs-backup verify --snapshot ${words}". ${snapshot.name} is sent without it`,
+  );
+  served.todo = (await planFor(served)).transfers;
+  return served.todo[0]?.snapshot === snapshot;
+}
+const DAMAGED = "seems to be damaged";
+
+/** So many snapshots fail one after the other before it is the place that fails. */
+const FAILURES = 3;
+
+/**
+ * Reports a snapshot that could not be sent. The destination still gets the later ones, unless the
+ * place itself fails.
+ */
+async function giveUp(
+  served: Served,
+  error: unknown,
+  { snapshot: { name, uuid } }: Transfer,
+): Promise<void> {
+  const { session, destination, failed, todo } = served;
+  const { id } = destination;
+  served.complete = false;
+  session.report.error(id, error);
+  failed.add(uuid);
+  served.todo = [];
+  const isPlace = error instanceof Absent || error instanceof Stuck || error instanceof Busy;
+  // A command is given what is newer than the last that it took: there must be no gap.
+  if (isPlace || destination.stream !== null || failed.size >= FAILURES || todo.length < 2) return;
+  log.info(
+    `${id}: the next ones are sent without ${name}, which the next run tries again; if it can never be sent, delete it: btrfs subvolume delete ${shellWord(join(session.source.path, name))}`,
+  );
+  served.todo = await planFor(served).then(
+    ({ transfers }) => transfers,
+    () => [],
+  );
+}
+
+/** Ends the service of a destination. */
+async function conclude(served: Served): Promise<void> {
+  const { destination, wanted, complete } = served;
+  const { o, report } = served.session;
+  const isServed = o.transfer && complete;
+  try {
+    await destination.settle?.();
+    if (isServed && wanted.sending.resume && !o.dryRun) await destination.tidy();
+    // Before anything is deleted there: were the run to end, the source would go by an old pin.
+    if (destination.stream === null) await remember(served, isServed);
+    served.done = complete;
+  } catch (error) {
+    report.error(destination.id, error);
+  }
+  served.pruning = pruneServed(served);
+  served.pruning.catch(() => {}); // its error is told when all are done
+}
+
+/** Writes down what a destination shares with the source now; `isServed`: it has all it should. */
+async function remember(
+  { session, destination, standing, verdicts, failed, earlier }: Served,
+  isServed: boolean,
+  pin: Memory | null = newestShared(session.snapshots, standing.held),
+): Promise<void> {
+  const { snapshots, known } = session;
+  const { id, filesystem } = destination;
+  const find = dataFinder(standing.held);
+  const lacking = snapshots
+    .filter((one) => (failed.has(one.uuid) || earlier.has(one.uuid)) && find(one) === undefined)
+    .map(({ uuid }) => uuid);
+  if (pin !== null || known.has(id))
+    known.set(id, {
+      location: id,
+      filesystem,
+      pin: pin && { name: pin.name, uuid: pin.uuid },
+      last: isServed ? new Date().toISOString() : (known.get(id)?.last ?? null),
+      ...(lacking.length === 0 ? {} : { failed: lacking }),
+      ...clearedOf(snapshots, verdicts.cleared),
+    });
+  await save(session);
+}
+
+/** What a record says of changed and compared snapshots, as long as they are there. */
 function clearedOf(
   snapshots: readonly Pick<Entry, "uuid">[],
   cleared: Cleared,
@@ -8565,106 +8772,211 @@ function clearedOf(
   return left.length === 0 ? {} : { cleared: Object.fromEntries(left) };
 }
 
-/** Writes down what a destination shares with the source now. */
-async function remember(
-  { destination: { id, filesystem }, standing, verdicts, failed, earlier }: Served,
-  pin: Memory | null,
-  last: string | null,
-  { snapshots, memory: { known, save } }: Serving,
+// ── run: pruning ──
+
+/** What pruning goes by; a session, or less where there is no source. */
+type Pruning = Pick<Session, "report" | "snapshots" | "leaps"> & {
+  readonly o: Pick<RunOptions, "dryRun">;
+};
+
+/** Prunes the source while the destinations are pruned, and waits for all. */
+async function pruneAll(all: readonly Served[], session: Session): Promise<void> {
+  const { report, source, known } = session;
+  // A full disk can keep the record from being written: then the old one holds as well.
+  const isSaved = await save(session).then(
+    () => true,
+    (error) => (report.error(null, error), false),
+  );
+  const remembered = [...known.values(), ...(isSaved ? [] : (source.chain.destinations ?? []))];
+  await allOf([
+    ...(source.record.unreadable === null ? [pruneSource(session, remembered, all)] : []),
+    ...all.map(({ pruning }) => pruning),
+  ]);
+  if (!isSaved) await save(session);
+}
+
+/** With less of its space free, a source does not keep all that is still to be sent. */
+const LOW = 0.05;
+
+/** Keeps at the source what its policy, and every destination's next transfer, needs. */
+async function pruneSource(
+  session: Session,
+  remembered: readonly KnownDestination[],
+  all: readonly Served[],
 ): Promise<void> {
-  const cleared = clearedOf(snapshots, verdicts.cleared);
-  const find = dataFinder(standing.held);
-  const lacking = snapshots
-    .filter((one) => (failed.has(one.uuid) || earlier.has(one.uuid)) && find(one) === undefined)
-    .map(({ uuid }) => uuid);
-  if (pin !== null || known.has(id))
-    known.set(id, {
-      location: id,
-      filesystem,
-      pin: pin && { name: pin.name, uuid: pin.uuid },
-      last,
-      ...(lacking.length === 0 ? {} : { failed: lacking }),
-      ...cleared,
+  const { o, report, source, snapshots, leaps } = session;
+  const { id } = o.source;
+  const claimants = claimantsOf(session, remembered, all);
+  const decide = (full: boolean) =>
+    planSource(snapshots, claimants, {
+      policy: o.sourcePolicy,
+      now: wallClock(new Date()),
+      adopted: leaps,
+      full,
     });
-  await save();
-}
-
-/** Sends all destinations what they lack, remembers what both share now, and prunes them. What fails is reported. */
-async function serve(all: readonly Served[], serving: Serving): Promise<void> {
-  await together(all, async (served) => {
-    try {
-      await begin(served, serving);
-    } catch (error) {
-      served.complete = false;
-      serving.report.error(served.destination.id, error);
-    }
-  });
-  await sendAll(all, serving);
-}
-
-/** Ends the service of a destination. */
-async function conclude(served: Served, serving: Serving): Promise<void> {
-  const {
-    destination: { id, stream, tidy, settle },
-    standing,
-    wanted,
-    complete,
-  } = served;
-  const {
-    snapshots,
-    o,
-    report,
-    began,
-    memory: { known },
-  } = serving;
-  try {
-    await settle?.();
-    if (o.transfer && complete && wanted.sending.resume && !o.dryRun) await tidy();
-    // Before anything is deleted there: were the run to end here, the source would go by an old pin.
-    if (stream === null)
-      await remember(
-        served,
-        newestShared(snapshots, standing.held),
-        o.transfer && complete ? new Date().toISOString() : (known.get(id)?.last ?? null),
-        serving,
-      );
-    served.done = complete;
-  } catch (error) {
-    report.error(id, error);
+  const decisions = decide(source.place.free < LOW * source.place.size);
+  const stays = decide(false);
+  const lost = decisions
+    .filter(({ reasons }, i) => reasons.length === 0 && stays[i]?.reasons.length !== 0)
+    .map(({ entry }) => entry.name);
+  if (lost.length > 0)
+    report.warning(
+      `less than ${100 * LOW} % of the filesystem of ${id} is free: of the snapshots that are kept to be sent, the oldest go: ${lost.join(" ")}`,
+    );
+  warnOfLeap(decisions, id, report);
+  for (const [unsent, { count: many, oldest }] of unsentIn(decisions)) {
+    const last = remembered.find(({ location }) => location === unsent)?.last;
+    report.warning(
+      `${unsent}: ${count(many, "snapshot")} stay${many === 1 ? "s" : ""} at the source for it, since ${oldest} (${last ? `last served ${last}` : "never served"}); ways out: send them; --drop-unsent; --optional ${shellWord(unsent)}; btrfs-backup unpin ${shellWord(id)} ${shellWord(unsent)}`,
+    );
   }
-  const prune = async () => {
-    try {
-      if (served.done)
-        await pruneDestination(served, snapshots, serving.source.owned.leaps ?? [], o, report);
-    } catch (error) {
-      report.error(id, error);
-    }
-    const place = placeIn(report.places, id);
-    place.seconds += (Date.now() - began) / 1000;
-    if (stream === null) place.kept = served.standing.backups.length;
-  };
-  served.pruning = prune();
-  served.pruning.catch(() => {}); // told when all are done
-}
-
-/** Takes a snapshot, sends every destination what it lacks, and keeps what should be kept. */
-export async function run(o: RunOptions, report: Report): Promise<void> {
-  checkPlaces(o);
-  let name: string | null = null;
-  await persistently(o, report, async (o, report) => {
-    name =
-      (await backUp(
-        (locked) => openFinished(o, locked),
-        { ...o, snapshot: o.snapshot && name === null },
-        report,
-      )) ?? name;
+  const going = explained(decisions, id, o.dryRun);
+  const names = going.map(({ name }) => name);
+  const reason = `not kept by "${o.sourcePolicy?.text}"`;
+  await removing(session, id, { names, reason }, async () => {
+    await deleteFrom(source, going, o.deletion);
+    await Promise.all(all.map(({ pruning }) => pruning)); // their errors are told first
   });
-  concludeRun(o, report, name);
-  if (o.metrics !== null && !o.dryRun)
-    await writeMetrics(o.metrics, metricsOf(o.source.id, report.places, Date.now()));
+  const place = placeIn(report.places, null);
+  place.kept = snapshots.length - names.length;
+  place.deleted += names.length;
 }
 
-/** What a run has done at a place: at its source, where `last` is nothing, and at each destination. */
+/**
+ * The remembered destinations and the new ones as retention at the source sees them. One that is
+ * remembered twice has two pins.
+ */
+function claimantsOf(
+  { o, wanted }: Session,
+  remembered: readonly KnownDestination[],
+  all: readonly Served[],
+): Claimant[] {
+  const isNew = (id: string) => !remembered.some(({ location }) => location === id);
+  const claims: readonly Pick<KnownDestination, "location" | "pin" | "failed">[] = [
+    ...remembered,
+    ...[...wanted.keys()].filter(isNew).map((location) => ({ location, pin: null })),
+  ];
+  const claimants = claims.map(({ location: id, pin, failed }) => {
+    const given = wanted.get(id);
+    if (given === undefined) return { id, pin, failed, unread: false, unsentPolicy: null };
+    const { policy, optional } = given;
+    const served = all.find(({ destination }) => destination.id === id);
+    const unread = served === undefined || (served.destination.stream !== null && !served.done);
+    const isKept = !served?.complete && (o.keepUnsent || !(o.dropUnsent || optional));
+    return { id, pin, failed, unread, unsentPolicy: isKept ? { policy } : null };
+  });
+  return o.removeLocks ? claimants.filter(({ pin }) => pin) : claimants;
+}
+
+/** Prunes a destination that has all it should have, and notes what was done there. */
+async function pruneServed(served: Served): Promise<void> {
+  const { session, destination, began } = served;
+  const { report } = session;
+  try {
+    if (served.done) await pruneDestination(session, served);
+  } catch (error) {
+    report.error(destination.id, error);
+  }
+  const place = placeIn(report.places, destination.id);
+  place.seconds += (Date.now() - began) / 1000;
+  if (destination.stream === null) place.kept = served.standing.backups.length;
+}
+
+/** Deletes what a destination's policy does not keep. */
+async function pruneDestination(
+  pruning: Pruning,
+  served: Pick<Served, "destination" | "standing"> & { readonly wanted: Pick<Wanted, "policy"> },
+  now = wallClock(new Date()),
+): Promise<void> {
+  const { destination, wanted, standing } = served;
+  const { o, report, snapshots, leaps } = pruning;
+  const { id, frozen } = destination;
+  if (destination.stream !== null) return;
+  if (frozen !== null) throw new Failure(`nothing is deleted there: ${frozen}`);
+  const decisions = planDestination(snapshots, standing, {
+    policy: wanted.policy,
+    now,
+    adopted: leaps,
+  });
+  warnOfLeap(decisions, id, report);
+  const reason = `not kept by "${wanted.policy?.text}"`;
+  await removeFrom(pruning, served, explained(decisions, id, o.dryRun), { reason, free: false });
+}
+
+/** Deletes backups of a destination; `free`: waits until their space is free. */
+async function removeFrom(
+  pruning: Pruning,
+  served: Pick<Served, "destination" | "standing">,
+  backups: readonly Backup[],
+  { reason, free }: { readonly reason: string; readonly free: boolean },
+): Promise<void> {
+  const { destination } = served;
+  const { id } = destination;
+  const ordered = deletionOrder(backups, served.standing);
+  const names = ordered.map(({ name }) => name);
+  await removing(pruning, id, { names, reason }, () => destination.remove(ordered, free));
+  placeIn(pruning.report.places, id).deleted += names.length;
+  const gone = new Set(ordered.map(({ uuid }) => uuid));
+  const stays = ({ uuid }: Subvolume) => !gone.has(uuid);
+  const { held, backups: ours } = served.standing;
+  served.standing = {
+    ...served.standing,
+    held: held.filter(stays),
+    backups: ours.filter(stays),
+  };
+}
+
+async function removing(
+  { o: { dryRun }, report }: Pick<Pruning, "o" | "report">,
+  location: string,
+  { names, reason }: { readonly names: readonly string[]; readonly reason: string },
+  remove: () => Promise<void>,
+): Promise<void> {
+  if (names.length === 0) return;
+  log.info(
+    `${dryRun ? "Would delete" : "Deleting"} ${names.length} at ${location}: ${someOf(names, 5, " ")} (${reason})`,
+  );
+  if (!dryRun) await remove();
+  for (const name of names) report.event("delete", { location, name, reason });
+}
+
+/** Tells what retention decided, and returns what goes. */
+function explained<T extends Dated>(
+  decisions: readonly Decision<T>[],
+  id: string,
+  dryRun: boolean,
+): T[] {
+  const tell = dryRun ? log.info : log.debug;
+  for (const { entry, reasons } of dryRun || log.level >= LEVELS.debug ? decisions : [])
+    tell(`${id}: ${entry.name} ${reasons.length > 0 ? `stays: ${reasons.join(", ")}` : "goes"}`);
+  return decisions.filter(({ reasons }) => reasons.length === 0).map(({ entry }) => entry);
+}
+
+/** Warns that nothing is deleted where the clock leapt. */
+function warnOfLeap(decisions: readonly Decision<Dated>[], id: string, report: Report): void {
+  const to = leaptTo(decisions);
+  if (to !== null)
+    report.warning(
+      `${id}: nothing is deleted by hours to years, since the clock leapt to ${to}: is it right? It is believed as soon as there is something of ${BELIEVED.days} days from then on, or by --adopt-clock`,
+    );
+}
+
+// ── run: telling what was done ──
+
+/** Tells what a run did. */
+function concludeRun(
+  { dryRun, source }: Pick<RunOptions, "dryRun" | "source">,
+  report: Report,
+  name: string | null,
+): void {
+  const { snapshot = 0, transfer = 0, delete: deletions = 0 } = report.tally;
+  log.info(
+    `${dryRun ? "Nothing was changed" : "Done"}: ${count(snapshot, "snapshot")}, ${count(transfer, "transfer")}, ${count(deletions, "deletion")}${report.failed ? ", with errors" : ""}\n${summaryOf(source.id, report.places)}`,
+  );
+  report.event("summary", { ok: !report.failed, snapshot: name, transfers: transfer, deletions });
+}
+
+/** What a run did at the source (`last` is null there), or at a destination. */
 export type PlaceMetrics = {
   sent: number;
   bytes: number;
@@ -8674,50 +8986,6 @@ export type PlaceMetrics = {
   kept: number | null;
   last: string | null;
 };
-
-/** Prometheus' text format: what its node exporter's textfile collector reads. */
-export function metricsOf(
-  source: string,
-  places: ReadonlyMap<string | null, PlaceMetrics>,
-  now: number,
-): string {
-  const label = (text: string) =>
-    visible(text).replace(/["\\\n]/g, (c) => (c === "\n" ? "\\n" : `\\${c}`));
-  const all = [...places].map(([id, place]) => ({
-    labels: `{source="${label(source)}"${id === null ? "" : `,destination="${label(id)}"`}}`,
-    isSource: id === null,
-    ...place,
-  }));
-  const metric = (
-    name: string,
-    help: string,
-    value: (place: PlaceMetrics & { readonly isSource: boolean }) => number | null,
-  ) => {
-    const lines = all
-      .map((place) => [place.labels, value(place)] as const)
-      .filter(([, number]) => number !== null && !Number.isNaN(number));
-    return lines.length === 0
-      ? ""
-      : `# HELP btrfs_backup_${name} ${help}\n# TYPE btrfs_backup_${name} gauge\n${lines.map(([labels, number]) => `btrfs_backup_${name}${labels} ${number}\n`).join("")}`;
-  };
-  return [
-    metric(
-      "last_success_timestamp_seconds",
-      "When the destination last had all that it should have.",
-      ({ last, isSource }) => (last !== null ? Date.parse(last) / 1000 : isSource ? null : 0),
-    ),
-    metric("errors", "How many things went wrong in the last run.", ({ errors }) => errors),
-    metric("sent_bytes", "Bytes sent in the last run.", ({ bytes }) => bytes),
-    metric("duration_seconds", "How long the last run took there.", ({ seconds }) => seconds),
-    metric("snapshots", "Snapshots or backups kept.", ({ kept }) => kept),
-    metric("last_run_timestamp_seconds", "When the last run ended.", () => now / 1000),
-  ].join("");
-}
-
-/** Replaces a file, so that nobody reads half of it, and it has one of both contents after a power cut. Errors: Failure. */
-async function writeMetrics(file: string, text: string): Promise<void> {
-  await ask(LOCAL, METRICS, { file }, `--metrics: cannot write ${file}`, text);
-}
 
 /** What was done at each place, the source first. */
 export function summaryOf(
@@ -8740,378 +9008,64 @@ export function summaryOf(
 /** Columns as wide as their widest cell. */
 export function table(rows: readonly (readonly string[])[]): string {
   const shown = rows.map((row) => row.map(visible));
-  const widths = shown.reduce<number[]>(
-    (wide, row) => row.map((cell, i) => Math.max(wide[i] ?? 0, cell.length)),
-    [],
-  );
-  return shown
-    .map(
-      (row) =>
-        `${row
-          .map((cell, i) => cell.padEnd(widths[i] ?? 0))
-          .join("  ")
-          .trimEnd()}\n`,
-    )
-    .join("");
+  const widths: number[] = [];
+  for (const row of shown)
+    for (const [i, cell] of row.entries()) widths[i] = Math.max(widths[i] ?? 0, cell.length);
+  const line = (row: readonly string[]) =>
+    row
+      .map((cell, i) => cell.padEnd(widths[i] ?? 0))
+      .join("  ")
+      .trimEnd();
+  return shown.map((row) => `${line(row)}\n`).join("");
 }
 
-/** Says what was done. */
-function concludeRun(
-  { dryRun, source }: Pick<RunOptions, "dryRun" | "source">,
-  report: Report,
-  name: string | null,
-): void {
-  const { snapshot = 0, transfer = 0, delete: deletions = 0 } = report.tally;
-  log.info(
-    `${dryRun ? "Nothing was changed" : "Done"}: ${count(snapshot, "snapshot")}, ${count(transfer, "transfer")}, ${count(deletions, "deletion")}${report.failed ? ", with errors" : ""}\n${summaryOf(source.id, report.places)}`,
-  );
-  report.event("summary", { ok: !report.failed, snapshot: name, transfers: transfer, deletions });
-}
-
-/** Does something that can lose a connection, and again as often as asked for, until none is lost. */
-async function persistently(
-  o: RunOptions,
-  report: Report,
-  attempt: (o: RunOptions, report: Report) => Promise<void>,
-): Promise<void> {
-  const told = new Set<string>();
-  for (let left = o.retries; ; left--) {
-    let lost = false;
-    const error: Report["error"] = (destination, error) => {
-      const message = `${destination ?? ""} ${(error as Error).message}`;
-      if (error instanceof Unreachable && left > 0) {
-        lost = true;
-        report.warning(
-          `${(error as Error).message}; ${left === 1 ? "one more try" : `${left} more tries`}`,
-        );
-      } else if (!told.has(message)) report.error(destination, error);
-      told.add(message);
-    };
-    // Over there, what the lost connection had locked is free when it has heard nothing for four beats.
-    const { beat } = hostOf(null, o.hosts);
-    const wait = left === o.retries ? o.wait : Math.max(o.wait, 5 * beat);
-    await attempt({ ...o, wait }, { ...report, error }).catch((problem: Error) => {
-      if (!(problem instanceof Unreachable) || left === 0) throw problem;
-      error(null, problem);
-    });
-    if (!lost) return;
-    await new Promise<void>((over) => {
-      running.add(over);
-      setTimeout(() => (running.delete(over), over()), (beat / 3) * 1000);
-    });
-    checkInterruption();
-  }
-}
-
-/** Sends every destination what it lacks of a source, and keeps on both sides what should be kept. Returns the name of the snapshot that it took. */
-async function backUp(
-  open: (locked: () => void) => Promise<Source>,
-  o: RunOptions,
-  report: Report,
-): Promise<string | null> {
-  let ahead = new Map<string, Ahead>();
-  const opening = open(() => ahead.forEach(({ go }) => go()));
-  if (o.transfer || !o.removeLocks) ahead = beginOpening(o);
-  stamp(new Date()); // the first local time takes long, since zones are loaded for it: meanwhile
-  try {
-    return await backUpOpened(await opening, ahead, o, report);
-  } finally {
-    await whileCleaning(() => together([...ahead.values()], ({ drop }) => drop()));
-  }
-}
-
-async function backUpOpened(
-  opened: Source,
-  ahead: Map<string, Ahead>,
-  o: RunOptions,
-  report: Report,
-): Promise<string | null> {
-  let source = opened;
-  const known = new Map(
-    knownDestinations(source).map((destination) => [destination.location, destination]),
-  );
-  const wanted = new Map(
-    o.destinations.map((destination) => [destination.location.id, destination]),
-  );
-  const doubt = disbelief(source);
-  for (const id of o.lockedDestinations ? known.keys() : []) {
-    if (wanted.has(id)) continue;
-    if (doubt !== null)
-      report.error(id, new Failure(`--locked-dests: ${doubt}: name the destination to use it`));
-    else
-      wanted.set(id, {
-        location: recordedLocation(id),
-        recorded: true,
-        optional: false,
-        policy: o.backupPolicy,
-        sending: o.sendingTo(id),
-      });
-  }
-  // Where something is sent again, it is still to the right disk.
-  for (const id of o.removeLocks ? wanted.keys() : []) {
-    const one = known.get(id);
-    if (o.transfer && one !== undefined) known.set(id, { ...one, pin: null });
-    else known.delete(id);
-  }
-  const inquiry = inquiryInto(source);
-  // What is mostly the next parent is looked at while the destinations are opened.
-  const pins = new Set([...wanted.keys()].map((id) => known.get(id)?.pin?.uuid));
-  if (o.transfer && !source.alone)
-    void learn(
-      inquiry,
-      source.snapshots.filter(
-        (one) => pins.has(one.uuid) && changedSince(one, inquiry, {}) === undefined,
-      ),
-      [],
-    ).catch(() => {});
-  const all: Served[] = [];
-  let written = JSON.stringify(source.chain);
-  let saving: Promise<unknown> = Promise.resolve();
-  let isTold = false;
-  const saveKnown = () => {
-    const saved = saving.then(saveNow).catch((error) => {
-      if (!isTold) report.error(null, error);
-      isTold = true;
-      throw new AlreadyTold((error as Error).message);
-    });
-    saving = saved.catch(() => {});
-    return saved;
+/** Prometheus' text format: what its node exporter's textfile collector reads. */
+export function metricsOf(
+  source: string,
+  places: ReadonlyMap<string | null, PlaceMetrics>,
+  now: number,
+): string {
+  const label = (text: string) =>
+    visible(text).replace(/["\\\n]/g, (c) => (c === "\n" ? "\\n" : `\\${c}`));
+  const all = [...places].map(([id, place]) => ({
+    labels: `{source="${label(source)}"${id === null ? "" : `,destination="${label(id)}"`}}`,
+    isSource: id === null,
+    ...place,
+  }));
+  type One = (typeof all)[number];
+  const metric = (name: string, help: string, value: (place: One) => number | null) => {
+    const lines = all
+      .map((place) => [place.labels, value(place)] as const)
+      .filter(([, number]) => number !== null && !Number.isNaN(number))
+      .map(([labels, number]) => `btrfs_backup_${name}${labels} ${number}\n`);
+    return lines.length === 0
+      ? ""
+      : `# HELP btrfs_backup_${name} ${help}\n# TYPE btrfs_backup_${name} gauge\n${lines.join("")}`;
   };
-  const saveNow = async () => {
-    const chain = {
-      ...source.owned,
-      ...(known.size > 0 || source.chain.destinations ? { destinations: [...known.values()] } : {}),
-    };
-    // What 0.3.1 made has no owner until a run has said whose it is, and a copy cannot; a disk of backups can be mounted read-only.
-    const silent =
-      source.source === null &&
-      (source.owned.owner === undefined || placeOn(source.mounts, source.path).mount.readonly);
-    if (o.dryRun || silent || JSON.stringify(chain) === written) return;
-    await writeRecord(source, chain);
-    written = JSON.stringify(chain);
+  const succeeded = ({ last, isSource }: One) => {
+    if (last !== null) return Date.parse(last) / 1000;
+    return isSource ? null : 0;
   };
-  let taken: Snapshot | null = null;
-  let openings: Openings = new Map();
-  const began = Date.now();
-  try {
-    const display = displayOf(o);
-    warnOfNested(source, report);
-    warnOfDuplicates(source, report);
-    const asked = [...wanted.values()].filter(({ policy }) => policy !== null);
-    if (asked.length > 0 && asked.every(({ location }) => location.kind === "shell"))
-      report.warning(
-        "--num-backups: a shell:// command cannot be asked what it has, nor told to delete",
-      );
-    const tomorrow = wallClock(new Date()) + DURATION.d;
-    const future = source.snapshots.filter(({ time }) => time > tomorrow);
-    if (future.length > 0)
-      report.warning(
-        `${count(future.length, "snapshot")} of ${o.source.id} ${future.length === 1 ? "is" : "are"} dated in the future: ${future
-          .slice(0, 3)
-          .map(({ name }) => name)
-          .join(", ")}${future.length > 3 ? ", …" : ""}; is the clock right?`,
-      );
-    const { unreadable } = source.record;
-    if (unreadable !== null)
-      report.error(
-        null,
-        new Failure(
-          `${source.path}/.btrfs-backup.json cannot be read (${unreadable}): nothing is deleted at the source; "btrfs-backup unpin --all ${o.source.id}" moves it aside`,
-        ),
-      );
-    if (o.transfer || !o.removeLocks) openings = openAll(wanted, source, known, ahead, o, report);
-    const opened = await openedAtOnce(openings, known);
-    const snapshots = source.snapshots.filter(({ readonly }) => readonly);
-    for (const { name, readonly } of source.snapshots)
-      if (!readonly)
-        report.warning(
-          `${source.path}/${name} is writable: it is not sent, not counted and not deleted`,
-        );
-    if (o.snapshot)
-      try {
-        taken = await takeSnapshot(source, opened, o, report, display);
-        log.info(`${o.dryRun ? "Would take" : "Took"} snapshot ${taken.name} of ${o.source.id}`);
-      } catch (error) {
-        report.error(null, error);
-      }
-    await openedInTime(
-      all,
-      openings,
-      known,
-      [...snapshots, ...(taken === null ? [] : [taken])],
-      o,
-      report,
-    );
-    if (taken !== null) {
-      taken = await withFreeName(source, taken, all, o).catch(
-        (error) => (report.error(null, error), taken as Snapshot),
-      );
-      snapshots.push(taken);
-      report.event("snapshot", { name: taken.name, path: join(source.path, taken.name) });
-    }
-    if (o.adoptClock)
-      source = {
-        ...source,
-        owned: {
-          ...source.owned,
-          leaps: leapNames(
-            [snapshots, ...all.map(({ standing }) => standing.backups)],
-            source.owned.leaps,
-          ),
-        },
-      };
-    await serve(all, {
-      source,
-      inquiry,
-      snapshots,
-      memory: { known, save: saveKnown },
-      o,
-      report,
-      display,
-      began: Date.now(),
-      jobs: limited(o.jobs),
-    });
-    // A full disk can keep the record from being written: then what it says still holds as well.
-    const saved = await saveKnown().then(
-      () => true,
-      (error) => report.error(null, error),
-    );
-    const atSource = () =>
-      pruneSource(
-        source,
-        snapshots,
-        wanted,
-        [...known.values(), ...(saved ? [] : (source.chain.destinations ?? []))],
-        all,
-        o,
-        report,
-      );
-    await together(
-      [
-        ...(unreadable === null ? [atSource] : []),
-        ...all.map(
-          ({ pruning }) =>
-            () =>
-              pruning,
-        ),
-      ],
-      (prune) => prune(),
-    );
-    if (!saved) await saveKnown();
-  } finally {
-    await Promise.allSettled(all.map(({ pruning }) => pruning));
-    // The source last: whoever has it finds the others free.
-    const closed = () =>
-      together([...openings.values()], ({ destination }) =>
-        destination.then(
-          (one) => one.close(),
-          () => {},
-        ),
-      );
-    await whileCleaning(() => closed().finally(source.close));
-  }
-  for (const id of wanted.keys()) placeIn(report.places, id).last = known.get(id)?.last ?? null;
-  placeIn(report.places, null).seconds += (Date.now() - began) / 1000;
-  return taken?.name ?? null;
+  return [
+    metric(
+      "last_success_timestamp_seconds",
+      "When the destination last had all that it should have.",
+      succeeded,
+    ),
+    metric("errors", "How many things went wrong in the last run.", ({ errors }) => errors),
+    metric("sent_bytes", "Bytes sent in the last run.", ({ bytes }) => bytes),
+    metric("duration_seconds", "How long the last run took there.", ({ seconds }) => seconds),
+    metric("snapshots", "Snapshots or backups kept.", ({ kept }) => kept),
+    metric("last_run_timestamp_seconds", "When the last run ended.", () => now / 1000),
+  ].join("");
 }
 
-/** An optional destination that is not there is no failure, until it has been away for too long. */
-function skip(
-  id: string,
-  reason: Absent,
-  known: KnownDestination | undefined,
-  { maxAge }: RunOptions,
-  report: Report,
-): void {
-  const last = known?.last ?? null;
-  if (
-    maxAge !== null &&
-    (last === null || Date.parse(last) < before(Date.now(), maxAge.count, maxAge.unit))
-  )
-    return report.error(
-      id,
-      new Failure(
-        `not there, and last served ${last === null ? "never" : `at ${last}`}, longer ago than ${maxAge.text}: ${reason.message}`,
-      ),
-    );
-  log.info(`Skipping ${id}: ${reason.message}`);
-  report.event("skipped", { destination: id, message: reason.message });
-}
-
-/** With less than that part of its space free, a source keeps not everything that is still to be sent. */
-const LOW = 0.05;
-
-/** Keeps at the source what its policy, and every destination's next transfer, needs. */
-async function pruneSource(
-  source: Source,
-  snapshots: readonly Snapshot[],
-  wanted: ReadonlyMap<string, Wanted>,
-  known: readonly KnownDestination[],
-  all: readonly Served[],
-  o: RunOptions,
-  report: Report,
-): Promise<void> {
-  const unknown = [...wanted.keys()]
-    .filter((id) => !known.some(({ location }) => location === id))
-    .map((location) => ({ location, pin: null }));
-  const claimants = [...known, ...unknown].map(
-    ({
-      location: id,
-      pin,
-      failed,
-    }: Pick<KnownDestination, "location" | "pin" | "failed">): Claimant => {
-      const served = all.find(({ destination }) => destination.id === id);
-      const given = wanted.get(id);
-      const unread =
-        given !== undefined &&
-        (served === undefined || (served.destination.stream !== null && !served.done));
-      const kept =
-        given !== undefined &&
-        !served?.complete &&
-        (o.keepUnsent || !(o.dropUnsent || given.optional));
-      return { id, pin, unread, unsentPolicy: kept ? { policy: given.policy } : null, failed };
-    },
-  );
-  const decide = (full: boolean) =>
-    planSource(snapshots, o.removeLocks ? claimants.filter(({ pin }) => pin) : claimants, {
-      policy: o.sourcePolicy,
-      now: wallClock(new Date()),
-      adopted: source.owned.leaps,
-      full,
-    });
-  const isFull = source.place.free < LOW * source.place.size;
-  const decisions = decide(isFull);
-  const stays = decide(false);
-  const lost = decisions
-    .filter(({ reasons }, i) => reasons.length === 0 && stays[i]?.reasons.length !== 0)
-    .map(({ entry }) => entry.name);
-  if (lost.length > 0)
-    report.warning(
-      `less than ${100 * LOW} % of the filesystem of ${o.source.id} is free: of the snapshots that are kept to be sent, the oldest go: ${lost.join(" ")}`,
-    );
-  warnOfLeap(decisions, o.source.id, report);
-  for (const [id, { count: many, oldest }] of unsentIn(decisions)) {
-    const last = known.find(({ location }) => location === id)?.last;
-    report.warning(
-      `${id}: ${count(many, "snapshot")} stay${many === 1 ? "s" : ""} at the source for it, since ${oldest} (${last ? `last served ${last}` : "never served"}); ways out: send them; --drop-unsent; --optional ${shellWord(id)}; btrfs-backup unpin ${shellWord(o.source.id)} ${shellWord(id)}`,
-    );
-  }
-  const going = explained(decisions, o.source.id, o.dryRun);
-  const names = going.map(({ name }) => name);
-  await removing(
-    o.source.id,
-    names,
-    `not kept by "${o.sourcePolicy?.text}"`,
-    o.dryRun,
-    report,
-    async () => {
-      await deleteFrom(source, going, o.deletion);
-      await Promise.all(all.map(({ pruning }) => pruning)); // told before
-    },
-  );
-  const place = placeIn(report.places, null);
-  place.kept = snapshots.length - names.length;
-  place.deleted += names.length;
+/**
+ * Replaces a file. Nobody reads half of it, and after a power cut it has one of both contents.
+ * Errors: Failure.
+ */
+async function writeMetrics(file: string, text: string): Promise<void> {
+  await ask(LOCAL, METRICS, { file }, `--metrics: cannot write ${file}`, text);
 }
 
 // ── what several of these commands do ──
@@ -9215,14 +9169,9 @@ export async function prune(o: PruneOptions, report: Report): Promise<void> {
         pruning = pruningOf(folder, o, await arrivals(folder, folder.snapshots), now);
         if (pruning.isNews && !o.dryRun) await writeRecord(folder, pruning.chain);
       }
-      await pruneDestination(
-        { ...pruning, wanted: { policy: o.policy } },
-        [],
-        pruning.leaps,
-        o,
-        report,
-        now,
-      );
+      const { leaps } = pruning;
+      const wanted = { policy: o.policy };
+      await pruneDestination({ o, report, snapshots: [], leaps }, { ...pruning, wanted }, now);
     } catch (error) {
       report.error(o.location.id, error); // the other prefixes can still be pruned
     } finally {
