@@ -4576,7 +4576,7 @@ const NO_INSPECTION = {
 } satisfies Omit<Inspection, "host" | "files" | "place">;
 
 /** A folder that `check` accepts; any other is closed. Errors: those of `check`. */
-async function accepted(folder: Folder, check: Check): Promise<Folder> {
+async function closedUnless(folder: Folder, check: Check): Promise<Folder> {
   try {
     check(folder);
     return folder;
@@ -4597,7 +4597,7 @@ async function openChecked(
   check: Check,
 ): Promise<Folder> {
   for (let first = begun; ; first = undefined) {
-    const folder = await accepted(await (first ?? openFolder(location, path, opening)), check);
+    const folder = await closedUnless(await (first ?? openFolder(location, path, opening)), check);
     if (folder.locked || opening.wait === "look") return folder;
     await folder.close();
     const asked = { ...at(folder), prefix: opening.prefix };
@@ -4670,7 +4670,7 @@ async function openLocation(
       path = resolve(folder.path, snapshotFolder);
       opening = { ...opening, source: folder.path };
     } else if (folder.exists && !isNamed) opening = { ...opening, prefix: only };
-    else return accepted(folder, () => needReadable(folder, location, prefix));
+    else return closedUnless(folder, () => needReadable(folder, location, prefix));
     await folder.close();
   }
 }
@@ -4801,21 +4801,27 @@ async function writeRecord(folder: Folder, chain: ChainRecord, sync = false): Pr
     await askAt(folder, WRITE_RECORD, given, "cannot write .btrfs-backup.json");
 }
 
-/** Arguments in as few commands as hold them; there, each takes `extra` bytes more. */
-function chunks(words: readonly string[], extra = 0): string[][] {
-  let bytes = Infinity;
-  const batches: string[][] = [];
-  for (const word of words) {
-    const size = Buffer.byteLength(word) + extra + 8;
-    bytes += size;
-    if (bytes > RECORD_BYTES) {
+/** Things in as few batches as hold them, of so much at most; a larger one is alone. */
+function batchesOf<T>(all: readonly T[], sizeOf: (one: T) => number, most: number): T[][] {
+  const batches: T[][] = [];
+  let filled = Infinity;
+  for (const one of all) {
+    filled += sizeOf(one);
+    if (filled > most) {
       batches.push([]);
-      bytes = size;
+      filled = sizeOf(one);
     }
-    batches.at(-1)?.push(word);
+    batches.at(-1)?.push(one);
   }
   return batches;
 }
+
+/** How many bytes of a command an argument takes. */
+const argumentBytes = (word: string) => Buffer.byteLength(word) + 8;
+
+/** Arguments in as few commands as hold them; there, each takes `extra` bytes more. */
+const chunks = (words: readonly string[], extra = 0) =>
+  batchesOf(words, (word) => argumentBytes(word) + extra, RECORD_BYTES);
 
 type Deletion = { readonly convertRw: boolean; readonly sync: boolean };
 
@@ -8122,7 +8128,7 @@ function learn(
 ): Promise<void> {
   const asking = inquiry.asking.then(async () => {
     const { ctransids } = inquiry;
-    for (const some of batches(changed.filter(({ uuid }) => !ctransids.has(uuid))))
+    for (const some of inCommands(changed.filter(({ uuid }) => !ctransids.has(uuid))))
       await learnChanges(inquiry, some);
     await learnComing(inquiry, differences);
     await learnBirths(inquiry, differences);
@@ -8135,10 +8141,8 @@ function learn(
 const pathsOf = (some: readonly Entry[]) => some.map(({ name }) => `./${name}`);
 
 /** Snapshots in as few commands as their names fit into. */
-function batches(all: readonly Entry[]): (readonly Entry[])[] {
-  let done = 0;
-  return chunks(pathsOf(all)).map(({ length }) => all.slice(done, (done += length)));
-}
+const inCommands = (all: readonly Entry[]) =>
+  batchesOf(all, ({ name }) => argumentBytes(`./${name}`), RECORD_BYTES);
 
 /** Asks when snapshots were changed last. Errors: Failure where one cannot be looked at. */
 async function learnChanges({ folder, ctransids }: Inquiry, some: readonly Entry[]): Promise<void> {
@@ -8166,7 +8170,7 @@ async function learnComing(inquiry: Inquiry, differences: readonly Pair[]): Prom
         afterFailure(() => void inquiry.ctransids.set(one.uuid, Infinity)),
       );
   };
-  for (const some of batches(parents))
+  for (const some of inCommands(parents))
     await learnChanges(inquiry, some).catch(afterFailure(() => learnEach(some)));
 }
 
@@ -8184,7 +8188,7 @@ async function learnBirths(inquiry: Inquiry, differences: readonly Pair[]): Prom
   const asked = differences.flatMap(({ parent, snapshot }) =>
     related(parent, snapshot, inquiry) === undefined ? [parent, snapshot] : [],
   );
-  for (const some of batches([...new Set(asked)].filter(({ uuid }) => !births.has(uuid)))) {
+  for (const some of inCommands([...new Set(asked)].filter(({ uuid }) => !births.has(uuid)))) {
     const shown = await ask(
       folder.host,
       BIRTHS,
@@ -10930,22 +10934,10 @@ async function sumsThere(folder: Folder, batch: readonly Stream[]): Promise<Read
 
 /** Small streams of a folder, as many at a time as are read at once. */
 function smallOnes(streams: readonly Stream[]): Stream[][] {
-  const batches: Stream[][] = [];
-  let bytes = Infinity;
-  for (const one of streams.filter(({ bytes: size }) => size <= SMALL.one)) {
-    bytes += one.bytes;
-    if (bytes > SMALL.all) {
-      batches.push([]);
-      bytes = one.bytes;
-    }
-    batches.at(-1)?.push(one);
-  }
-  return batches.flatMap((batch) => {
-    let done = 0;
-    return chunks(batch.map(({ uuid }) => uuid)).map((objects) =>
-      batch.slice(done, (done += objects.length)),
-    );
-  });
+  const small = streams.filter(({ bytes }) => bytes <= SMALL.one);
+  return batchesOf(small, ({ bytes }) => bytes, SMALL.all).flatMap((some) =>
+    batchesOf(some, ({ uuid }) => argumentBytes(uuid), RECORD_BYTES),
+  );
 }
 
 /** Why a stream could not be received; null if it could. */
@@ -12343,13 +12335,13 @@ async function letIn<V extends Declared>(
   const group = child.pid as number;
   const kill = () => sendSignal(-group, "SIGKILL");
   running.add(kill);
-  const closed = new Promise<number | null>((done) => child.on("close", done));
+  const exited = new Promise<number | null>((done) => child.on("close", done));
   // A client may be silent as long as it lives: it may have a large tree to walk. The verb itself
   // looks whether the client lives.
   let silent = 0;
   const worked = async () =>
     `${readIfThere(state) === "r" ? ++silent : silent} ${await workOf(LOCAL, { group })}`;
-  const ended = attended(closed, declaration.name, worked, kill);
+  const ended = attended(exited, declaration.name, worked, kill);
   ended.catch(() => {}); // told at the end
   child.stderr?.on("data", (chunk: Buffer) =>
     process.stderr.write(visible(chunk.toString().replace(/^Chroot to .*\n/m, ""))),
