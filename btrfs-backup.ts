@@ -458,6 +458,35 @@ export type Readable = {
   readonly host: HostName | null;
   readonly path: string;
 };
+
+type Kind = Location["kind"];
+
+/**
+ * What is asked of a kind of location. A new kind does not compile until each question has an
+ * answer, here and in the tables that are typed by `Kind`.
+ */
+type Traits = {
+  /** As a message calls it. */
+  readonly called: string;
+  /** In which form backups are there; null where nobody can ask. */
+  readonly holds: "subvolumes" | "streams" | null;
+  /** Whether verbs work in it, lock it, and can resume there. Else its lock is at the source. */
+  readonly isDirectory: boolean;
+};
+
+const KINDS = {
+  folder: { called: "a folder of subvolumes", holds: "subvolumes", isDirectory: true },
+  raw: { called: "stored streams", holds: "streams", isDirectory: true },
+  rclone: { called: "stored streams", holds: "streams", isDirectory: false },
+  shell: { called: "a command", holds: null, isDirectory: false },
+} satisfies Record<Kind, Traits>;
+
+const holdsStreams = ({ kind }: Pick<Location, "kind">) => KINDS[kind].holds === "streams";
+const holdsSubvolumes = ({ kind }: Pick<Location, "kind">) => KINDS[kind].holds === "subvolumes";
+const isReadable = (location: Location): location is Readable =>
+  KINDS[location.kind].holds !== null;
+const isDirectory = (location: Location): location is Readable => KINDS[location.kind].isDirectory;
+
 export type HostName = {
   readonly user: string | null;
   readonly name: string;
@@ -3424,25 +3453,32 @@ const PUT = defineVerb("put", "directory name force base folder? fsid? snapshot?
  */
 const STORE_TAKES = {
   /** Takes a stream. `size`: of a part for S3; for a file, how much of it is kept. */
-  put: "folder fsid lock object holder size",
+  store: "folder fsid lock object holder size",
   /**
    * Makes a stream complete, with its checksum object beside it; never if another stream has the
    * UUID.
    */
   commit: "folder fsid lock object sum bytes part? kept? uuid?",
   /** Prints objects, or the checksum of one if `how` is `sum`. */
-  get: "folder fsid how holder objects...",
+  fetch: "folder fsid how holder objects...",
   /**
    * Deletes objects in the order given, a checksum object only after its stream; with one process,
    * if no stream of these checksum objects is there.
    */
-  delete: "folder fsid lock objects...",
+  drop: "folder fsid lock objects...",
 } as const;
 /** Where streams are stored: these, and `list` (which is `open` for a folder). */
-type StoreVerbs = { readonly [V in keyof typeof STORE_TAKES]: Declared<(typeof STORE_TAKES)[V]> };
-type PutVerb = StoreVerbs["put"];
+type StoreVerbs = {
+  readonly [V in keyof typeof STORE_TAKES]: Declared<(typeof STORE_TAKES)[V]>;
+} & {
+  /** As a pipeline calls what stores. */
+  readonly called: string;
+  /** Whether it is a directory with a lock, where a part can be kept, and `fetch` prints several. */
+  readonly isDirectory: boolean;
+};
+type StoreVerb = StoreVerbs["store"];
 type CommitVerb = StoreVerbs["commit"];
-type DropVerb = StoreVerbs["delete"];
+type DropVerb = StoreVerbs["drop"];
 
 /** sumfile OBJECT SUM BYTES: the text of a checksum object. */
 const SUM_FILE = sh`
@@ -3466,7 +3502,9 @@ const GET = sh`
  * there: no link that they plant is followed.
  */
 const RAW: StoreVerbs = {
-  put: defineVerb("store", STORE_TAKES.put)`
+  called: "storing",
+  isDirectory: true,
+  store: defineVerb("store", STORE_TAKES.store)`
     ${COMPLETE}
     ${RECEIVING}
     ${WATCH}
@@ -3510,7 +3548,7 @@ const RAW: StoreVerbs = {
     [ "./$object" -ef /proc/self/fd/6 ] || { line "$here/$object is another file now" >&2; exit 65; }
     sync .
   `,
-  get: defineVerb("fetch", STORE_TAKES.get)`
+  fetch: defineVerb("fetch", STORE_TAKES.fetch)`
     ${WATCH}
     watch "$holder"
     at "$folder" "$fsid"
@@ -3527,7 +3565,7 @@ const RAW: StoreVerbs = {
     }
     ${GET}
   `,
-  delete: defineVerb("drop", STORE_TAKES.delete)`
+  drop: defineVerb("drop", STORE_TAKES.drop)`
     ${RECEIVING}
     at "$folder" "$fsid"
     receiving "$lock" 10
@@ -3580,6 +3618,8 @@ const ALL_OBJECTS = sh`
  * Objects of a remote cannot be renamed everywhere: without a checksum object, one is not complete.
  */
 const RCLONE: StoreVerbs & { readonly list: Declared<"folder"> } = {
+  called: "rclone",
+  isDirectory: false,
   list: defineVerb("rclone-list", "folder")`
     ${ALL_OBJECTS}
     command -v rclone >/dev/null || { echo "rclone not found: install rclone" >&2; exit 69; }
@@ -3607,7 +3647,7 @@ const RCLONE: StoreVerbs & { readonly list: Declared<"folder"> } = {
         ;;
     esac
   `,
-  put: defineVerb("rclone-put", STORE_TAKES.put)`
+  store: defineVerb("rclone-store", STORE_TAKES.store)`
     ${ALL_OBJECTS}
     ${LOCKED}
     locked "$lock" 0
@@ -3625,13 +3665,13 @@ const RCLONE: StoreVerbs & { readonly list: Declared<"folder"> } = {
     [ "$size" = "$bytes" ] || { echo "only \${size:-none} of $bytes bytes arrived" >&2; exit 1; }
     sumfile "$object" "$sum" "$bytes" | rclone rcat -- "$folder$object${SUM}"
   `,
-  get: defineVerb("rclone-get", STORE_TAKES.get)`
+  fetch: defineVerb("rclone-fetch", STORE_TAKES.fetch)`
     ${ALL_OBJECTS}
     get() { rclone cat -- "$folder$1"; }
     every() { for object; do get "$object"; done; }
     ${GET}
   `,
-  delete: defineVerb("rclone-delete", STORE_TAKES.delete)`
+  drop: defineVerb("rclone-drop", STORE_TAKES.drop)`
     ${ALL_OBJECTS}
     ${LOCKED}
     locked "$lock" 10
@@ -4436,8 +4476,8 @@ function withPrefix(
 
 /** Opens a place: one command locks it, and tells all there is to know. Errors: those of `ask`. */
 async function openFolder(location: Readable, path: string, opening: Opening): Promise<Folder> {
-  if (location.kind === "rclone") return openRemote(location, path, opening);
-  const { id, kind } = location;
+  if (!isDirectory(location)) return openRemote(location, path, opening);
+  const { id } = location;
   const { prefix, wait } = opening;
   const host = hostOf(location.host, opening.hosts);
   const nonce = crypto.randomUUID();
@@ -4447,8 +4487,9 @@ async function openFolder(location: Readable, path: string, opening: Opening): P
     checkAnswer(output, nonce, opening);
     const seen = parseInspection(output, nonce, path);
     if (wait !== "look") needOurs(seen, id);
-    const store =
-      kind === "raw" ? { ...parseStreams(seen.files, true), verbs: RAW, type: null } : null;
+    const store = holdsStreams(location)
+      ? { ...parseStreams(seen.files, true), verbs: RAW, type: null }
+      : null;
     const standing = store?.streams ?? subvolumesIn(seen);
     const chains = new Map(
       [...seen.record.chains].map(([of, chain]) => [of, asRead(chain, standing, of)]),
@@ -4474,7 +4515,7 @@ async function openFolder(location: Readable, path: string, opening: Opening): P
 
 /** Starts the command that locks a place and tells of it: see OPEN. */
 function holdOpen(
-  { id, kind }: Readable,
+  location: Readable,
   host: Host,
   place: { readonly nonce: string; readonly folder: string },
   { prefix, wait, source = "", peer, ahead, locked }: Opening,
@@ -4485,12 +4526,12 @@ function holdOpen(
     wait: ahead === undefined ? String(wait) : "later",
     prefix,
     source,
-    kind: kind === "raw" ? "streams" : known,
+    kind: holdsStreams(location) ? "streams" : known,
     silence: silence(host),
   };
   return hold({ ...host, fence: "try" }, OPEN, asked, {
     end: `${place.nonce} end`,
-    what: id,
+    what: location.id,
     first: ahead?.turn.then(() => String(wait)),
     unwanted: ahead?.unwanted,
     seen: locked && { line: `${place.nonce} locked`, tell: locked },
@@ -5170,7 +5211,7 @@ async function resumable(
     kept,
     stages: [
       relaying({ sum: true }),
-      staged("storing", host, RAW.put, { ...at(folder), ...given }),
+      staged("storing", host, RAW.store, { ...at(folder), ...given }),
     ],
     async finish({ sum, bytes }) {
       const all = kept.bytes + bytes;
@@ -5311,7 +5352,7 @@ async function receiveInto(
   return resumable(folder, kept, (part, level) => {
     const objects = [`.${part.part}.part`];
     const given = { ...at(folder), how: "", holder: holderOf(folder), objects };
-    const reading = () => staged("reading", folder.host, RAW.get, given, { sends: true });
+    const reading = () => staged("reading", folder.host, RAW.fetch, given, { sends: true });
     return pipeline([...(isChecked ? [reading()] : []), ...stages(level, part)]);
   });
 }
@@ -5468,12 +5509,12 @@ function storeDestination(
   { again, standing, ...options }: StoreOptions,
 ): Destination {
   const { store, owner, sending } = options;
-  const isRemote = store.verbs === RCLONE;
-  const target = { ...folder, ...options, lock: isRemote ? options.lock : folder.prefix };
+  const { isDirectory: isLockable } = store.verbs;
+  const target = { ...folder, ...options, lock: isLockable ? folder.prefix : options.lock };
   const inSource = dataFinder(standing.held);
   const objects = new Map<string, string>();
   const nameOf = (transfer: Transfer) => streamName(transfer, owner, sending);
-  const resumes = (source: Folder) => !isRemote && canResume(source, folder, sending);
+  const resumes = (source: Folder) => isLockable && canResume(source, folder, sending);
   let hasParts = false;
   return {
     id: folder.id,
@@ -5524,10 +5565,10 @@ async function upload(
   object: string,
 ): Promise<Incoming> {
   const { store, lock, sending, host } = target;
-  const isRemote = store.verbs === RCLONE;
-  const size = isRemote ? await partFor(source, transfer, store, sending) : "";
+  const { verbs } = store;
+  const size = verbs.isDirectory ? "" : await partFor(source, transfer, store, sending);
   const given = { ...at(target), lock, object, holder: holderOf(target), size };
-  const put = staged(isRemote ? "rclone" : "storing", host, store.verbs.put, given);
+  const put = staged(verbs.called, host, verbs.store, given);
   return {
     stages: [...encrypting(sending), relaying({ sum: true }), put],
     async finish({ sum, bytes }) {
@@ -5565,7 +5606,7 @@ async function dropObjects(target: StoreTarget, going: readonly string[]): Promi
   const ordered = [going.filter((one) => !isSum(one)), going.filter(isSum)];
   for (const objects of ordered.flatMap((all) => chunks(all))) {
     const problem = `cannot delete ${count(objects.length, "object")}`;
-    await askAt(target, store.verbs.delete, { lock, objects }, problem);
+    await askAt(target, store.verbs.drop, { lock, objects }, problem);
   }
 }
 
@@ -7196,7 +7237,7 @@ function checkPlaces(o: Pick<RunOptions, "source" | "snapshotFolder" | "destinat
   const host = JSON.stringify(o.source.host);
   for (const { location } of o.destinations)
     if (
-      (location.kind === "folder" || location.kind === "raw") &&
+      isDirectory(location) &&
       JSON.stringify(location.host) === host &&
       nested(location.path, folder)
     )
@@ -7409,7 +7450,7 @@ function warnOfSource({ o, report, source, wanted }: Session): void {
   warnOfNested(source, report);
   warnOfDuplicates(source, report);
   const asked = [...wanted.values()].filter(({ policy }) => policy !== null);
-  if (asked.length > 0 && asked.every(({ location }) => location.kind === "shell"))
+  if (asked.length > 0 && !asked.some(({ location }) => isReadable(location)))
     report.warning(
       "--num-backups: a shell:// command cannot be asked what it has, nor told to delete",
     );
@@ -7614,7 +7655,7 @@ function openAll(session: Session): Openings {
   const queues = new Map<string, Promise<unknown>>();
   const queueOf = ({ id, location }: Asked) => {
     if (o.wait > 0) return "";
-    return location.kind === "shell" || location.host === null ? id : JSON.stringify(location.host);
+    return isReadable(location) && location.host !== null ? JSON.stringify(location.host) : id;
   };
   const sorted = [...wanted].sort(([a], [b]) => (a < b ? -1 : 1));
   return sorted.map(([id, one]) => {
@@ -7653,7 +7694,7 @@ async function openedAtOnce(openings: Openings): Promise<readonly Destination[]>
     );
   const fresh = openings.filter(
     ({ asked: { known, location } }) =>
-      known === undefined && hasPath(location) && location.host === null,
+      known === undefined && isDirectory(location) && location.host === null,
   );
   const looked = Promise.all(
     fresh.map(({ destination }) =>
@@ -7665,9 +7706,6 @@ async function openedAtOnce(openings: Openings): Promise<readonly Destination[]>
   if (await within(LOOK, looked)) await looked;
   return opened;
 }
-
-const hasPath = (location: Location): location is Readable =>
-  location.kind !== "shell" && location.kind !== "rclone";
 
 /**
  * The destinations that can be served, when all have been opened; what fails is reported. Errors:
@@ -7754,7 +7792,7 @@ function beginOpening(o: RunOptions): Map<string, Ahead> {
     .map(({ location }) => location)
     .sort((a, b) => (a.id < b.id ? -1 : 1));
   for (const location of sorted) {
-    if (!hasPath(location)) continue;
+    if (!isDirectory(location)) continue;
     const host = JSON.stringify(location.host);
     if (location.host !== null && (o.source.host !== null || hosts.has(host))) continue;
     hosts.add(host);
@@ -7780,10 +7818,7 @@ async function openDestination(session: Session, asked: Asked): Promise<Destinat
   const { o, report, source } = session;
   const { location, known, sending } = asked;
   needRoot(source, "sending");
-  if (location.kind !== "shell") {
-    const open = location.kind === "folder" ? openBackups : openStore;
-    return open(session, { ...asked, location });
-  }
+  if (isReadable(location)) return OPENERS[location.kind](session, { ...asked, location });
   const lock = lockAtSource(session, location.id);
   return shellDestination(location, {
     last: known?.pin ?? null,
@@ -7794,6 +7829,12 @@ async function openDestination(session: Session, asked: Asked): Promise<Destinat
     sending,
   });
 }
+
+const OPENERS = {
+  folder: openBackups,
+  raw: openStore,
+  rclone: openStore,
+} satisfies Record<Readable["kind"], typeof openStore>;
 
 /** The lock for a destination where nothing can be locked. A remote source's one is here. */
 function lockAtSource({ o, source }: Session, id: string): string {
@@ -7948,7 +7989,7 @@ function streamsIn(folder: Folder, { o, source }: Session) {
 function checkStore(session: Session, { location, known, sending }: Asked, folder: Folder): void {
   const { o, source } = session;
   checkFilters(source, sending);
-  if (location.kind === "raw") needApart(session, location.id, folder);
+  if (isDirectory(location)) needApart(session, location.id, folder);
   if (o.adopt) return;
   const { ours, own, owner } = streamsIn(folder, session);
   if (known?.pin && ours.length === 0)
@@ -9305,7 +9346,7 @@ function asReceived(
   return inOrder.map((backup) => {
     const moment = moments.get(backup.uuid);
     if (moment === undefined) {
-      if (store?.verbs === RCLONE) return backup;
+      if (store?.verbs.isDirectory === false) return backup;
       throw new Failure(`${id}: it is not known when ${backup.name} was received`);
     }
     // The order of arrival is that of IDs, whatever the clock did.
@@ -9836,7 +9877,7 @@ async function readSums(
     texts.push(
       await ask(
         location.host,
-        verbs.get,
+        verbs.fetch,
         { ...at(location), how: "", holder: "", objects },
         `${location.id}: cannot read checksum objects`,
       ),
@@ -10066,7 +10107,7 @@ const fetching = (folder: Folder, verbs: StoreVerbs, object: string) =>
   staged(
     "reading",
     folder.host,
-    verbs.get,
+    verbs.fetch,
     { ...at(folder), how: "", holder: holderOf(folder), objects: [object] },
     { sends: true },
   );
@@ -10405,7 +10446,7 @@ function doubtOf(folder: Folder): string | null {
 async function openColumn(location: Location, o: LookOptions): Promise<OpenedColumn> {
   const { id } = location;
   try {
-    if (location.kind === "shell") return { id, folder: null, problem: null };
+    if (!isReadable(location)) return { id, folder: null, problem: null };
     const folder = await openLocation(location, { ...o, wait: "look" });
     if (folder.place.filesystem === null && folder.store === null)
       throw new Absent("not on btrfs (is the disk mounted?)");
@@ -10880,7 +10921,7 @@ async function askSums(
   what: string,
 ): Promise<string[]> {
   const given = { ...at(folder), how: "sum", holder: "", objects };
-  const text = await ask(folder.host, verbs.get, given, `${folder.id}: cannot read ${what}`);
+  const text = await ask(folder.host, verbs.fetch, given, `${folder.id}: cannot read ${what}`);
   return text.match(/^[0-9a-f]{64}/gm) ?? [];
 }
 
@@ -10897,7 +10938,7 @@ async function readSmall(
   streams: readonly Stream[],
 ): Promise<Map<Stream, Read>> {
   const reads = new Map<Stream, Read>();
-  if (verbs !== RAW) return reads;
+  if (!verbs.isDirectory) return reads;
   const isLocal = folder.host.ssh === null;
   const plain = streams.filter(({ compressed, encrypted }) => !compressed && !encrypted);
   for (const batch of smallOnes(isLocal ? plain : streams))
@@ -10913,7 +10954,7 @@ async function readSmall(
 /** Reads streams here; nothing of them if they are not as long as they were. Errors: Failure. */
 async function readHere(folder: Folder, batch: readonly Stream[]): Promise<Read[]> {
   const given = { ...at(folder), holder: "", objects: batch.map(({ uuid }) => uuid), how: "" };
-  const bytes = await askBytes(folder.host, RAW.get, given, `${folder.id}: cannot read streams`);
+  const bytes = await askBytes(folder.host, RAW.fetch, given, `${folder.id}: cannot read streams`);
   if (bytes.length !== bytesOf(batch)) return [];
   let done = 0;
   return batch.map((one) => {
@@ -11916,10 +11957,10 @@ const GUARDED: ReadonlyMap<string, Use> = new Map([
   use(KEPT, ["add"], { object: OBJECT }),
   use(TIDY, ["add"], {}),
   use(DISCARD, ["add"], { name: DATED, how: oneOf("", "whole") }, { serve: discardServed }),
-  use(RAW.put, ["add"], { object: PART_RULE, size: perhaps(BYTES) }, { serve: storeServed }),
+  use(RAW.store, ["add"], { object: PART_RULE, size: perhaps(BYTES) }, { serve: storeServed }),
   use(RAW.commit, ["add"], { object: OBJECT, sum: SHA256, uuid: notGiven }, { again: commitAgain }),
-  use(RAW.delete, ["add", "delete"], {}, { again: dropAgain }),
-  use(RAW.get, ["read"], { how: oneOf("", "sum") }),
+  use(RAW.drop, ["add", "delete"], {}, { again: dropAgain }),
+  use(RAW.fetch, ["read"], { how: oneOf("", "sum") }),
   use(
     DELETE,
     ["delete", "source"],
@@ -12092,12 +12133,12 @@ async function rememberBytes(said: Guarded, uuid: string, bytes: number): Promis
 }
 
 /** Passes a stream on to a store, as far as there is room. */
-async function storeServed(given: ArgumentsOf<PutVerb>, { o }: Guarded): Promise<number> {
-  if (o.maxBytes === null) return runFenced(RAW.put, given);
+async function storeServed(given: ArgumentsOf<StoreVerb>, { o }: Guarded): Promise<number> {
+  if (o.maxBytes === null) return runFenced(RAW.store, given);
   const allowed = async () => {};
   const store = (left: number) => {
     const coming = { stream: false, level: "", file: null, left, most: o.maxBytes };
-    return letIn(RAW.put, given, coming, { begins: allowed, whole: allowed });
+    return letIn(RAW.store, given, coming, { begins: allowed, whole: allowed });
   };
   return withinBytes(o, () => 0, store);
 }
@@ -13414,18 +13455,16 @@ function wholeNumber(given: Given, name: ValueName, otherwise: number, least = 0
 function folderLocation(text: string | undefined, what: string): Readable {
   if (text === undefined) throw new UsageError(`${what} is missing`);
   const location = parseLocation(text);
-  if (location.kind !== "folder")
-    throw new UsageError(
-      `${what} cannot be ${location.kind === "shell" ? "a command" : "stored streams"}: ${text}`,
-    );
+  if (!isReadable(location) || !holdsSubvolumes(location))
+    throw new UsageError(`${what} cannot be ${KINDS[location.kind].called}: ${text}`);
   return location;
 }
 
 /** A location that can be read from. */
 function readableLocation(text: string): Readable {
   const location = parseLocation(text);
-  if (location.kind === "shell")
-    throw new UsageError(`nothing can be read from a command: ${text}`);
+  if (!isReadable(location))
+    throw new UsageError(`nothing can be read from ${KINDS[location.kind].called}: ${text}`);
   return location;
 }
 
@@ -13541,9 +13580,6 @@ export function runOptions(given: Given) {
   };
 }
 
-const isStore = (location: Location | null) =>
-  location?.kind === "raw" || location?.kind === "rclone";
-
 /** The wanted destinations. Errors: UsageError for options that a destination cannot honour. */
 function destinationsOf(given: Given, positionals: readonly string[], prefix: string): Wanted[] {
   const { scopes } = given;
@@ -13564,7 +13600,7 @@ function destinationsOf(given: Given, positionals: readonly string[], prefix: st
       sending: sendingOptions(options, location),
     };
   });
-  const stores = ({ location }: Wanted) => isStore(location);
+  const stores = ({ location }: Wanted) => holdsStreams(location);
   if (destinations.some(stores) && Buffer.byteLength(prefix) > STREAM_PREFIX_BYTES)
     throw new UsageError(
       `a prefix is at most ${STREAM_PREFIX_BYTES} bytes for stored streams, whose names say much more`,
@@ -13656,7 +13692,9 @@ function sendingOptions(given: Options, location: Location | null): Sending {
     rate: rate ? parseRate(rate) : null,
     level: compression ? parseCompression(compression) : "",
     recipients,
-    fullEvery: parseFullEvery(every ?? (isStore(location) ? FULL_EVERY : "0")),
+    fullEvery: parseFullEvery(
+      every ?? (location !== null && holdsStreams(location) ? FULL_EVERY : "0"),
+    ),
     protocol: protocol ?? null,
     resume,
     spaceCheck: !given.flag("skip-space-check"),
@@ -13670,7 +13708,7 @@ function checkEncryption(resume: boolean, location: Location | null): void {
     throw new UsageError(
       "--resume and --encrypt-to exclude each other: gpg's output is another one each time",
     );
-  if (location?.kind === "folder")
+  if (location !== null && holdsSubvolumes(location))
     throw new UsageError(
       `--encrypt-to: what is received on btrfs cannot be encrypted: ${location.id}. For another destination only: --for DEST --encrypt-to …`,
     );
@@ -13700,7 +13738,7 @@ export function verifyOptions(given: Given) {
     Infinity,
     "SOURCE and LOCATION…, two LOCATIONs, or one of stored streams",
   );
-  if (locations.filter(({ kind }) => kind === "folder").length === 1)
+  if (locations.filter(holdsSubvolumes).length === 1)
     throw new UsageError(
       `with what shall ${locations[0]?.id} be compared? Give SOURCE and LOCATION…, two LOCATIONs, or one of stored streams`,
     );
@@ -13711,9 +13749,11 @@ export function versionsOptions(given: Given) {
   const { flag, value } = given;
   const [, ...locations] = locationsOf(given, 1, Infinity, "FILE [LOCATION…]");
   const file = folderLocation(given.positionals[0], "FILE");
-  for (const { kind, id } of locations)
-    if (kind !== "folder")
-      throw new UsageError(`stored streams cannot be looked into, only restored: ${id}`);
+  for (const location of locations)
+    if (!holdsSubvolumes(location))
+      throw new UsageError(
+        `${KINDS[location.kind].called} cannot be looked into, only restored: ${location.id}`,
+      );
   const [get, to] = [value("get"), value("to")];
   if (get === null && (to !== null || flag("force")))
     throw new UsageError("--to and --force need --get");
