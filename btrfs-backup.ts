@@ -93,7 +93,7 @@ export type Snapshot = Entry & { readonly time: number; readonly moment: number 
 export type Stream = Entry & {
   readonly moment: number;
   readonly bytes: number;
-  readonly owner: Owner;
+  readonly owner: StreamOwner;
   /** The UUID that the parent's data goes by; null for a full stream. */
   readonly from: string | null;
   readonly compressed: boolean;
@@ -108,7 +108,7 @@ export type Stream = Entry & {
 export type Backup = Snapshot;
 
 /** The owner of a stream, as its name tells it. */
-export type Owner = {
+export type StreamOwner = {
   /** Of the source subvolume. */
   readonly uuid: string;
   /** A digest of its host and path. */
@@ -120,7 +120,11 @@ export type Owner = {
 /**
  * What a record says of a chain's owner. `uuid` is the filesystem's where the subvolume has none.
  */
-export type Identity = { readonly uuid: string; readonly host: string; readonly path: string };
+export type SourceIdentity = {
+  readonly uuid: string;
+  readonly host: string;
+  readonly path: string;
+};
 
 /** One stream to send: `snapshot` in full, or as the difference to `parent`. */
 export type Transfer = {
@@ -133,7 +137,7 @@ export type Transfer = {
 };
 
 /** The snapshot of the last stream that a command took; it may be gone. */
-export type Memory = { readonly name: string; readonly uuid: string };
+export type Pin = { readonly name: string; readonly uuid: string };
 
 /** A snapshot whose name at a destination is taken by something else. */
 export type Conflict = {
@@ -160,7 +164,7 @@ export class Busy extends Error {}
 /** A place is not there just now, which is normal for an `--optional` destination. */
 export class Absent extends Failure {}
 /** Not even the directory that a place would be made in is there. */
-class Missing extends Absent {}
+class NoDirectoryAbove extends Absent {}
 /** A host cannot be reached, or no more. */
 export class Unreachable extends Absent {}
 /** The stream to send is not the one whose first part is at the destination. */
@@ -199,7 +203,7 @@ export type Report = {
   /** How many events of each kind there were. */
   readonly tally: Record<string, number>;
   /** What was done at each place; null is the source. */
-  readonly places: Map<string | null, PlaceMetrics>;
+  readonly figures: Map<string | null, Figures>;
   readonly event: (event: string, fields: Record<string, unknown>) => void;
   readonly warning: (message: string) => void;
   readonly error: (destination: string | null, error: unknown) => void;
@@ -230,12 +234,12 @@ export const visible = (text: string) =>
 /** Shows a command's result. */
 const print = (text: string) => void process.stdout.write(visible(text));
 
-const two = (n: number) => String(n).padStart(2, "0");
+const twoDigits = (n: number) => String(n).padStart(2, "0");
 
 /** `YYYYMMDD-HHMMSS` of a date in local time. */
 export function stamp(date: Date): string {
-  const day = `${String(date.getFullYear()).padStart(4, "0")}${two(date.getMonth() + 1)}${two(date.getDate())}`;
-  return `${day}-${two(date.getHours())}${two(date.getMinutes())}${two(date.getSeconds())}`;
+  const day = `${String(date.getFullYear()).padStart(4, "0")}${twoDigits(date.getMonth() + 1)}${twoDigits(date.getDate())}`;
+  return `${day}-${twoDigits(date.getHours())}${twoDigits(date.getMinutes())}${twoDigits(date.getSeconds())}`;
 }
 
 /** The wall clock of a local date, counted like a snapshot's `time`. */
@@ -362,10 +366,10 @@ const UNITS = {
 const LETTERS = Object.keys(UNITS);
 
 /** The number of the period that a wall-clock time lies in. */
-const period = (time: number, unit: Unit) => UNITS[unit].period(time);
+const periodOf = (time: number, unit: Unit) => UNITS[unit].period(time);
 
 /** The moment `count` units before `time`. */
-export const before = (time: number, count: number, unit: Unit) =>
+export const momentBefore = (time: number, count: number, unit: Unit) =>
   count === Infinity ? -Infinity : UNITS[unit].before(time, count);
 
 const POLICY_WORD = new RegExp(`^(\\d+|\\*)([${LETTERS.join("")}]?)(\\+?)$`);
@@ -600,10 +604,10 @@ export function inWords(span: number): string {
     [60e3, "minute"],
   ] as const;
   const [size, noun] = units.find(([length]) => span >= 2 * length) ?? [1e3, "second"];
-  return count(Math.max(0, Math.floor(span / size)), noun);
+  return plural(Math.max(0, Math.floor(span / size)), noun);
 }
 
-type Dated = { readonly name: string; readonly time: number };
+type NamedTime = { readonly name: string; readonly time: number };
 
 /**
  * Orders entries by the time in their names. Those that have a rank (a place in the source's own
@@ -677,7 +681,7 @@ function behindParents<T extends Entry>(entries: readonly T[]): T[] {
   return [...placed];
 }
 
-const count = (n: number, noun: string) => `${n} ${noun}${n === 1 ? "" : "s"}`;
+const plural = (n: number, noun: string) => `${n} ${noun}${n === 1 ? "" : "s"}`;
 
 /** What the same data is called wherever it is: streams say this UUID of a snapshot. */
 const dataOf = ({ uuid, receivedUuid }: Subvolume) => receivedUuid ?? uuid;
@@ -699,7 +703,7 @@ export const STREAM_PREFIX_BYTES = 70;
  * What the names of streams say of a source. The top level of an old filesystem, and a folder that
  * is copied from, may have no UUID of their own.
  */
-export function ownerOf({ uuid, host, path }: Identity): Owner {
+export function ownerOf({ uuid, host, path }: SourceIdentity): StreamOwner {
   const digest = digestOf(uuid);
   const isUuid = /^[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}$/.test(uuid);
   return {
@@ -716,12 +720,12 @@ export function ownerOf({ uuid, host, path }: Identity): Owner {
  */
 export function streamName(
   { snapshot, parent, belated }: Transfer,
-  { place, lineage, uuid }: Owner,
+  { place, lineage, uuid }: StreamOwner,
   filters: Filters,
 ): string {
   const minutes = Math.round((snapshot.time - snapshot.moment) / 60e3);
   const [hours, rest] = [Math.floor(Math.abs(minutes) / 60), Math.abs(minutes) % 60];
-  const name = `${snapshot.name}${minutes < 0 ? "-" : "+"}${two(hours)}${two(rest)}`;
+  const name = `${snapshot.name}${minutes < 0 ? "-" : "+"}${twoDigits(hours)}${twoDigits(rest)}`;
   const from = `${belated ? "+" : ""}${parent === null ? "full" : dataOf(parent)}`;
   return [name, place, lineage, uuid, dataOf(snapshot), from].join("_") + suffixOf(filters);
 }
@@ -1291,7 +1295,7 @@ const STATUS_ERRORS: Partial<Record<number, new (message: string) => Error>> = {
   75: Busy,
   76: Taken,
   78: Unfinished,
-  79: Missing,
+  79: NoDirectoryAbove,
 };
 
 /** Messages of ssh where the host cannot be reached, or no more. */
@@ -1356,7 +1360,7 @@ async function askAll<V extends Declared>([host, verb, given, what, input = ""]:
   });
   const whose =
     host.ssh === null ? { group: child.pid as number } : { verb, folder: folderOf(given) };
-  const worked = async () => `${bytes} ${await workOf(host, whose)}`;
+  const worked = async () => `${bytes} ${await progressOf(host, whose)}`;
   // How long the user's own command waits is the user's affair.
   const result = await (verb === HOOK ? child : attended(child, what, worked, stop)).finally(() =>
     running.delete(stop),
@@ -1392,7 +1396,7 @@ const endOf = <T>(one: Promise<unknown>, value: T): Promise<T> =>
   );
 
 /** Waits for so many ms, or until something else is over, and tells whether it is. */
-async function within(ms: number, over: Promise<unknown>): Promise<boolean> {
+async function isOverWithin(ms: number, over: Promise<unknown>): Promise<boolean> {
   let timer: ReturnType<typeof setTimeout> | undefined;
   const late = new Promise<false>((done) => (timer = setTimeout(() => done(false), ms)));
   const first = await Promise.race([late, endOf(over, true)]);
@@ -1414,7 +1418,7 @@ async function attended<T>(
   const interval = Math.min(60e3, LIMITS.stuck / 4); // ms
   let [seen, idle, isAnnounced] = ["", 0, false];
   const interrupted = interrupting();
-  while (!(await Promise.race([within(interval, ended), interrupted]))) {
+  while (!(await Promise.race([isOverWithin(interval, ended), interrupted]))) {
     const work = await Promise.race([worked(), endOf(ended, ""), endOf(interrupted, "")]);
     const isSyncing = work.includes(SYNCING);
     idle = work === seen ? idle + interval : 0;
@@ -1425,12 +1429,12 @@ async function attended<T>(
     }
     if (idle < LIMITS.stuck * (isSyncing ? 6 : 1)) continue;
     stop();
-    const isOver = await within(LIMITS.parting, ended);
+    const isOver = await isOverWithin(LIMITS.parting, ended);
     throw new Stuck(
       `${what}: stuck: for ${idle / 1000} s no byte moved, and none of its processes did anything (--timeout)${isOver ? "" : "; they do not end: does the disk answer?"}`,
     );
   }
-  if (interruption !== null && !(await within(LIMITS.parting, ended))) checkInterruption();
+  if (interruption !== null && !(await isOverWithin(LIMITS.parting, ended))) checkInterruption();
   return ended;
 }
 
@@ -1444,15 +1448,15 @@ const SYNCING = "btrfs filesystem sync";
 type Workers = { readonly group: number } | { readonly verb: Verb; readonly folder: string };
 
 /** Tells what processes have done so far; nothing where nobody can tell. */
-async function workOf(host: Host, whose: Workers): Promise<string> {
+async function progressOf(host: Host, whose: Workers): Promise<string> {
   const asked =
     "group" in whose
       ? { group: String(whose.group), verb: "", folder: "" }
       : { group: "", verb: whose.verb.name, folder: whose.folder };
   try {
-    const { process: child, stop } = start(plainHost(host), WORK, asked);
+    const { process: child, stop } = start(plainHost(host), PROGRESS, asked);
     child.stdin.end();
-    if (await within(30e3, child)) return (await child).stdout;
+    if (await isOverWithin(30e3, child)) return (await child).stdout;
     stop();
     return "";
   } catch {
@@ -1464,7 +1468,7 @@ async function workOf(host: Host, whose: Workers): Promise<string> {
 type Held = { readonly output: string; readonly release: () => Promise<void> };
 
 /** A line that a verb prints on the way, and what is done then. */
-type Seen = { readonly line: string; readonly tell: () => void };
+type LineSeen = { readonly line: string; readonly tell: () => void };
 
 /**
  * How a verb is held: it prints until a line that is `end`, and may be silent for `wait` s longer
@@ -1476,14 +1480,14 @@ type Holding = {
   readonly wait?: number;
   readonly first?: Promise<string> | undefined;
   readonly unwanted?: AbortSignal | undefined;
-  readonly seen?: Seen | undefined;
+  readonly seen?: LineSeen | undefined;
 };
 
 /**
  * Starts a verb that prints, and then waits for its input to close. Errors: those of `ask`;
  * Unreachable or Stuck where nothing comes.
  */
-async function hold<V extends Declared>(
+async function holdVerb<V extends Declared>(
   host: Host,
   verb: V,
   given: ArgumentsOf<V>,
@@ -1498,16 +1502,16 @@ async function hold<V extends Declared>(
   const limit =
     LIMITS.stuck === Infinity ? Infinity : Math.min(LIMITS.open, LIMITS.stuck) + 4000 * wait;
   const interrupted = interrupting()
-    .then(() => within(LIMITS.parting, child))
+    .then(() => isOverWithin(LIMITS.parting, child))
     .then(() => null);
   const output = await Promise.race([
-    printed(child, `\n${end}\n`, { limit, from: first, seen }),
+    outputUntil(child, `\n${end}\n`, { limit, from: first, seen }),
     interrupted,
   ]);
   running.delete(stop);
   if (output instanceof Silent) {
     stop();
-    const isOver = await within(LIMITS.parting, child);
+    const isOver = await isOverWithin(LIMITS.parting, child);
     const message = `${what}: no answer within ${limit / 1000} s${isOver ? "" : ", and what was asked does not end: does the disk answer?"}`;
     throw host.ssh === null ? new Stuck(message) : new Unreachable(message);
   }
@@ -1517,7 +1521,7 @@ async function hold<V extends Declared>(
   const release = async () => {
     clearInterval(beats);
     child.stdin.end();
-    if (!(await within(LIMITS.parting, lockGone(host, child)))) stop();
+    if (!(await isOverWithin(LIMITS.parting, lockGone(host, child)))) stop();
   };
   if (output === null) {
     checkInterruption();
@@ -1545,14 +1549,14 @@ class Silent {}
 type Patience = {
   readonly limit?: number;
   readonly from?: Promise<unknown> | undefined;
-  readonly seen?: Seen | undefined;
+  readonly seen?: LineSeen | undefined;
 };
 
 /**
  * What a verb prints up to `end`; null if its output ends before, and Silent if nothing comes for
  * too long. The text is decoded at once: lists of subvolumes can be long.
  */
-function printed(
+function outputUntil(
   child: ProcessPromise,
   end: string,
   { limit = Infinity, from = Promise.resolve(), seen }: Patience = {},
@@ -1625,7 +1629,10 @@ type Staging<V extends Declared> = [
 ];
 
 /** A verb as a stage: `what` it does there. */
-function staged<V extends Declared>(what: string, ...[host, verb, given, more]: Staging<V>): Stage {
+function verbStage<V extends Declared>(
+  what: string,
+  ...[host, verb, given, more]: Staging<V>
+): Stage {
   return {
     label: `${what}${host.label === "" ? "" : ` on ${host.label}`}`,
     command: commandWith(host, verb, given),
@@ -1638,7 +1645,7 @@ function staged<V extends Declared>(what: string, ...[host, verb, given, more]: 
 type Summed = { readonly bytes: number; readonly sum: string };
 
 /** What has passed a pipeline. */
-type Flown = {
+type Piped = {
   /** Null where the kernel does not count them. */
   readonly bytes: number | null;
   /** What went to its end, if that was asked for. */
@@ -1646,7 +1653,7 @@ type Flown = {
 };
 
 /** The relay as a stage. */
-const relaying = (how: Relay, counts?: Stage["counts"]): Stage => ({
+const relayStage = (how: Relay, counts?: Stage["counts"]): Stage => ({
   label: "relay",
   command: "",
   relay: how,
@@ -1689,12 +1696,12 @@ type Joint = {
 };
 
 /** A pipeline at work. */
-type Flowing = {
+type RunningPipeline = {
   readonly group: number;
   readonly kill: () => void;
   /** The outputs of its last relay that take nothing just now, by number. */
   readonly blocked: () => readonly number[];
-  readonly ended: Promise<Flown>;
+  readonly ended: Promise<Piped>;
 };
 
 /**
@@ -1708,13 +1715,13 @@ type Flowing = {
 export const pipeline = async (
   stages: readonly Stage[],
   environment: Record<string, string> = {},
-) => flow(stages, environment).ended;
+) => startPipeline(stages, environment).ended;
 
-function flow(
+function startPipeline(
   given: readonly Stage[],
   environment: Record<string, string>,
   joint: Joint = {},
-): Flowing {
+): RunningPipeline {
   checkInterruption();
   const { input = "/dev/null", feeds = [], waits = () => false } = joint;
   const stages = withoutTwins(given);
@@ -1742,11 +1749,11 @@ function flow(
   let waited = 0;
   const worked = async () => {
     const elsewhere = await Promise.all(
-      stages.flatMap(({ far }) => (far === undefined ? [] : [workOf(far.host, far)])),
+      stages.flatMap(({ far }) => (far === undefined ? [] : [progressOf(far.host, far)])),
     );
     const passed = stages.flatMap(({ relay: by }, i) => (by === undefined ? [] : [toldNow(i)[0]]));
     if (waits()) waited++;
-    return [waited, ...passed, await workOf(LOCAL, { group }), ...elsewhere].join("\n");
+    return [waited, ...passed, await progressOf(LOCAL, { group }), ...elsewhere].join("\n");
   };
   const what = stages.map(({ label }) => label).join(" | ");
   const ended = attended(child, what, worked, kill).finally(() => {
@@ -1759,7 +1766,7 @@ function flow(
     group,
     kill,
     blocked: () => toldNow(stages.length - 1).slice(1),
-    ended: ended.then(() => outcome(stages, directory, kill)),
+    ended: ended.then(() => outcomeOf(stages, directory, kill)),
   };
 }
 
@@ -1810,7 +1817,7 @@ function readIfThere(path: string): string {
 type Ended = { readonly stage: number; readonly status: number };
 
 /** What has become of a pipeline, by the files that its stages left in a directory. */
-function outcome(stages: readonly Stage[], directory: string, kill: () => void): Flown {
+function outcomeOf(stages: readonly Stage[], directory: string, kill: () => void): Piped {
   const read = (name: string | number) => readIfThere(`${directory}/${name}`).trim();
   const ended = [...read("ended").matchAll(/^(\d+) (\d+)$/gm)].map(([, stage, status]): Ended => ({
     stage: Number(stage),
@@ -2230,7 +2237,7 @@ const KEEP = sh`
   }`;
 
 /** For `keep`: how many seconds a host waits for our next beat. */
-const silence = (host: Host) => (host.ssh === null ? "" : String(4 * host.beat));
+const secondsOfSilence = (host: Host) => (host.ssh === null ? "" : String(4 * host.beat));
 
 /**
  * watch PID: ends this process group with that process, which holds our lock over the same link.
@@ -2250,7 +2257,7 @@ const WATCH = sh`
  * works in `folder`. Not told are processes that only wait, or pass on what others make: what waits
  * for a holder's end, and ssh, which also talks without data. See proc(5): stat, io.
  */
-const WORK = defineVerb("work", "group verb folder")`
+const PROGRESS = defineVerb("work", "group verb folder")`
   groups=" $group "
   if [ -n "$verb" ]; then
     # shellcheck disable=SC2013 # there are no blanks in them
@@ -2906,7 +2913,7 @@ const DISCARD = defineVerb("discard", "folder fsid prefix name header key value 
  * TOP, still have these IDs: names may have changed owners since the decision. A process for each;
  * for many, the list of all.
  */
-const THOSE = sh`
+const SAME_IDS = sh`
   those() {
     left=$1 above=\${2#/}
     shift 2
@@ -2937,7 +2944,7 @@ const THOSE = sh`
  * source. The cleaner sleeps for up to 30 s unless a sync wakes it.
  */
 const DELETE = defineVerb("delete", "convert sync folder fsid top ids names...")`
-  ${THOSE}
+  ${SAME_IDS}
   not_ours() { if ours; then return 1; fi; }
   stays() {
     for name; do
@@ -4148,7 +4155,7 @@ export type KnownDestination = {
   readonly location: string;
   readonly filesystem: string | null;
   /** The snapshot that both share. */
-  readonly pin: Memory | null;
+  readonly pin: Pin | null;
   /** When a run last served it, as ISO 8601. */
   readonly last: string | null;
   /** UUIDs of snapshots that runs tried to send, and could not. */
@@ -4168,7 +4175,7 @@ export type Cleared = Readonly<Record<string, number>>;
  * chain.
  */
 export type ChainRecord = {
-  readonly owner?: Identity;
+  readonly owner?: SourceIdentity;
   /** The name that is being received, and `since` of the place (see Inspection) when that began. */
   readonly receiving?: string;
   readonly since?: string;
@@ -4262,7 +4269,7 @@ const fieldsAre =
 const isDestination = fieldsAre<KnownDestination>({
   location: isText,
   filesystem: orNull(isText),
-  pin: orNull(fieldsAre<Memory>({ name: isText, uuid: isText })),
+  pin: orNull(fieldsAre<Pin>({ name: isText, uuid: isText })),
   last: orNull(isText),
   failed: ifAny(areTexts),
   receiving: ifAny(Array.isArray),
@@ -4270,7 +4277,7 @@ const isDestination = fieldsAre<KnownDestination>({
 });
 
 const isChain = fieldsAre<ChainRecord>({
-  owner: ifAny(fieldsAre<Identity>({ uuid: isText, host: isText, path: isText })),
+  owner: ifAny(fieldsAre<SourceIdentity>({ uuid: isText, host: isText, path: isText })),
   receiving: ifAny(isText),
   since: ifAny(isText),
   strangers: ifAny(areTexts),
@@ -4527,9 +4534,9 @@ function holdOpen(
     prefix,
     source,
     kind: holdsStreams(location) ? "streams" : known,
-    silence: silence(host),
+    silence: secondsOfSilence(host),
   };
-  return hold({ ...host, fence: "try" }, OPEN, asked, {
+  return holdVerb({ ...host, fence: "try" }, OPEN, asked, {
     end: `${place.nonce} end`,
     what: location.id,
     first: ahead?.turn.then(() => String(wait)),
@@ -4656,7 +4663,7 @@ async function openNew(
   try {
     return await openChecked(location, location.path, opening, check);
   } catch (error) {
-    if (!(error instanceof Missing) || isKnown) throw error;
+    if (!(error instanceof NoDirectoryAbove) || isKnown) throw error;
     const isLooking = opening.wait === "look";
     const host = hostOf(location.host, opening.hosts);
     const asked = {
@@ -4779,7 +4786,7 @@ function warnOfDuplicates({ standing, subvolumes, id }: Folder, report: Report):
   );
   const alike = groupBy(received, ({ receivedUuid }) => receivedUuid);
   const [same, ...more] = [...alike.values()].filter(({ length }) => length > 1);
-  const others = more.length === 0 ? "" : ` (and ${count(more.length, "time")} more such)`;
+  const others = more.length === 0 ? "" : ` (and ${plural(more.length, "time")} more such)`;
   if (same)
     report.warning(
       `${id}: ${same.length} read-only subvolumes of its filesystem have the same received UUID, which can confuse "btrfs receive"; keep one of ${same.map(({ path }) => path).join(", ")}${others}`,
@@ -4861,7 +4868,7 @@ function batchesOf<T>(all: readonly T[], sizeOf: (one: T) => number, most: numbe
 const argumentBytes = (word: string) => Buffer.byteLength(word) + 8;
 
 /** Arguments in as few commands as hold them; there, each takes `extra` bytes more. */
-const chunks = (words: readonly string[], extra = 0) =>
+const inArguments = (words: readonly string[], extra = 0) =>
   batchesOf(words, (word) => argumentBytes(word) + extra, RECORD_BYTES);
 
 type Deletion = { readonly convertRw: boolean; readonly sync: boolean };
@@ -4876,7 +4883,7 @@ async function deleteFrom(
   { convertRw, sync }: Deletion,
 ): Promise<void> {
   const idOf = new Map(going.map(({ name, id }) => [`./${name}`, id]));
-  const batches = chunks([...idOf.keys()], 12); // and the ID
+  const batches = inArguments([...idOf.keys()], 12); // and the ID
   for (const names of batches) {
     const given = {
       convert: convertRw ? "rw" : "",
@@ -4885,7 +4892,7 @@ async function deleteFrom(
       ids: names.flatMap((name) => idOf.get(name) ?? []).join(" "),
       names,
     };
-    await askAt(folder, DELETE, given, `cannot delete ${count(names.length, "subvolume")}`);
+    await askAt(folder, DELETE, given, `cannot delete ${plural(names.length, "subvolume")}`);
   }
 }
 
@@ -4898,7 +4905,7 @@ export type Standing = Readonly<{
   /** By UUID, where backups were copied on to: the next copy builds on them. */
   copied: ReadonlyMap<string, string>;
   /** Names that a snapshot cannot get. */
-  taken: ReadonlyMap<string, Obstacle>;
+  obstacles: ReadonlyMap<string, Obstacle>;
   /** Streams of other sources, which need all they build on. Null where backups need no other. */
   chained: readonly Entry[] | null;
   /** The UUID of the newest data, where `backups` are in the order of arrival, some belated. */
@@ -4991,7 +4998,7 @@ export type Destination = Readonly<{
   id: string;
   standing: Standing;
   /** The last stream of a command, which cannot be asked what it has. Null for the others. */
-  stream: { readonly last: Memory | null } | null;
+  stream: { readonly last: Pin | null } | null;
   filesystem: string | null;
   /** Bytes that were free there when it was opened. */
   free: number;
@@ -5028,7 +5035,7 @@ export function standingIn(
     held: folder.standing.filter(isComplete),
     backups: folder.snapshots.filter((one) => isComplete(one) && !foreign.has(one.uuid)),
     copied: new Map(destinations.map(({ pin, location }) => [pin?.uuid ?? "", location])),
-    taken: new Map<string, Obstacle>([
+    obstacles: new Map<string, Obstacle>([
       ...names.map((name) => [name, { kind: "file" }] as const),
       ...folder.snapshots.map((one) => [one.name, obstacleOf(one, announced)] as const),
     ]),
@@ -5102,7 +5109,7 @@ type Receiving = Readonly<{
 }>;
 
 /** The receiving end of a transfer into a folder. */
-function receiving(folder: Folder, name: string, how: Receiving): Stage {
+function receiveStage(folder: Folder, name: string, how: Receiving): Stage {
   const { level, chain, btrfsDebug, part, isChecked, isFollowed } = how;
   const { header, key, value } = chain === null ? NO_RECORD : recordArguments(folder, chain);
   // A checked stream comes from us, and not from the file that it was kept in.
@@ -5122,7 +5129,7 @@ function receiving(folder: Folder, name: string, how: Receiving): Stage {
     ...part,
   };
   const more = { receives: true, shown: btrfsDebug };
-  return staged("btrfs receive", folder.host, RECEIVE, given, more);
+  return verbStage("btrfs receive", folder.host, RECEIVE, given, more);
 }
 
 /**
@@ -5130,7 +5137,7 @@ function receiving(folder: Folder, name: string, how: Receiving): Stage {
  * before any `btrfs receive` of ours gets it. `end`: that receive, of a stream that is compressed
  * by a level. Errors: Failure where zstd is missing.
  */
-function checked(
+function checkedReceive(
   target: Folder,
   level: string,
   { name, uuid, parent }: Omit<Expected, "alone">,
@@ -5143,7 +5150,7 @@ function checked(
     level === "" ? [] : [{ label: "zstd", command: `zstd -q ${options}` }];
   return [
     ...zstd("-d -c"),
-    relaying({ check: { name, uuid, parent, alone: !target.fenced } }),
+    relayStage({ check: { name, uuid, parent, alone: !target.fenced } }),
     ...(isElsewhere ? zstd(`-c -T2 -${level}`) : []),
     end(isElsewhere ? level : ""),
   ];
@@ -5188,7 +5195,7 @@ type Resumable = Readonly<{
  * the part that arrived. `received` gets the file, and the level of its compression. Errors:
  * NoSpace if that clearly takes more than there is.
  */
-async function resumable(
+async function keptWhole(
   folder: Folder,
   { source, transfer, object, copies, sending }: Resumable,
   received: (part: Part, level: string) => Promise<unknown>,
@@ -5210,8 +5217,8 @@ async function resumable(
   return {
     kept,
     stages: [
-      relaying({ sum: true }),
-      staged("storing", host, RAW.store, { ...at(folder), ...given }),
+      relayStage({ sum: true }),
+      verbStage("storing", host, RAW.store, { ...at(folder), ...given }),
     ],
     async finish({ sum, bytes }) {
       const all = kept.bytes + bytes;
@@ -5248,11 +5255,11 @@ async function digestIn(folder: Folder, { name }: Entry): Promise<string> {
   const problem = `cannot read ${name}`;
   const sum = await askAt(folder, DIGEST, { snapshot: name }, problem);
   const [digest] = /^[0-9a-f]{64}(?= )/.exec(sum) ?? [];
-  return digest ?? fail(`${folder.id}: ${problem}: no SHA-256 was printed`);
+  return digest ?? failWith(`${folder.id}: ${problem}: no SHA-256 was printed`);
 }
 
 /** Errors: Failure. */
-function fail(message: string): never {
+function failWith(message: string): never {
   throw new Failure(message);
 }
 
@@ -5340,19 +5347,21 @@ async function receiveInto(
     const end = (level: string) => {
       const { chain, isAnnounced: isFollowed } = state;
       const how = { level, chain, btrfsDebug, part, isChecked, isFollowed };
-      return receiving(folder, transfer.snapshot.name, how);
+      return receiveStage(folder, transfer.snapshot.name, how);
     };
-    return isChecked ? checked(folder, given, expected(source, transfer), end) : [end(given)];
+    return isChecked
+      ? checkedReceive(folder, given, expected(source, transfer), end)
+      : [end(given)];
   };
   if (!canResume(source, folder, sending)) return { stages: stages(form.level) };
   state.hasParts = true;
-  const owner = ownerOf(state.chain.owner as Identity);
+  const owner = ownerOf(state.chain.owner as SourceIdentity);
   const object = streamName(transfer, owner, { level: "", recipients: [] });
   const kept = { source, transfer, object, copies: 2, sending: { ...sending, ...form } };
-  return resumable(folder, kept, (part, level) => {
+  return keptWhole(folder, kept, (part, level) => {
     const objects = [`.${part.part}.part`];
     const given = { ...at(folder), how: "", holder: holderOf(folder), objects };
-    const reading = () => staged("reading", folder.host, RAW.fetch, given, { sends: true });
+    const reading = () => verbStage("reading", folder.host, RAW.fetch, given, { sends: true });
     return pipeline([...(isChecked ? [reading()] : []), ...stages(level, part)]);
   });
 }
@@ -5483,7 +5492,7 @@ function standingInStore(
     held,
     backups: snapshotsAmong(held.filter(isOurs), prefix, null),
     copied: new Map(),
-    taken: new Map(names.map((name) => [name, { kind: "leftover" }])),
+    obstacles: new Map(names.map((name) => [name, { kind: "leftover" }])),
     chained: held.filter((one) => !isOurs(one)),
   };
 }
@@ -5493,7 +5502,7 @@ type StoreTarget = Folder &
   Readonly<{
     store: Store;
     /** Its source, as names of streams say it. */
-    owner: Owner;
+    owner: StreamOwner;
     /** What its verbs lock: a chain's prefix; for a remote, which nothing can lock, a file. */
     lock: string;
     sending: Sending;
@@ -5530,7 +5539,7 @@ function storeDestination(
       if (!resumes(source)) return upload(target, source, transfer, object);
       hasParts = true;
       const kept = { source, transfer, object, copies: 1, sending };
-      return resumable(folder, kept, (part) => commitStream(target, object, part));
+      return keptWhole(folder, kept, (part) => commitStream(target, object, part));
     },
     compare: null,
     arrived(transfer) {
@@ -5568,9 +5577,9 @@ async function upload(
   const { verbs } = store;
   const size = verbs.isDirectory ? "" : await partFor(source, transfer, store, sending);
   const given = { ...at(target), lock, object, holder: holderOf(target), size };
-  const put = staged(verbs.called, host, verbs.store, given);
+  const put = verbStage(verbs.called, host, verbs.store, given);
   return {
-    stages: [...encrypting(sending), relaying({ sum: true }), put],
+    stages: [...encrypting(sending), relayStage({ sum: true }), put],
     async finish({ sum, bytes }) {
       await commitStream(target, object, { sum, bytes: String(bytes) });
       return bytes;
@@ -5593,7 +5602,7 @@ async function commitStream(
 function lostSums(store: Store, prefix: string): string | null {
   const [first, ...more] = store.unsummed.filter(({ name }) => parseName(name, prefix) !== null);
   if (first === undefined) return null;
-  return `${count(more.length + 1, "stream")} there ${more.length === 0 ? "has" : "have"} no checksum object, first ${first.uuid}: if these were lost, make them again (see the README), else delete the streams`;
+  return `${plural(more.length + 1, "stream")} there ${more.length === 0 ? "has" : "have"} no checksum object, first ${first.uuid}: if these were lost, make them again (see the README), else delete the streams`;
 }
 
 /**
@@ -5604,8 +5613,8 @@ async function dropObjects(target: StoreTarget, going: readonly string[]): Promi
   const { store, lock } = target;
   const isSum = (object: string) => object.endsWith(SUM);
   const ordered = [going.filter((one) => !isSum(one)), going.filter(isSum)];
-  for (const objects of ordered.flatMap((all) => chunks(all))) {
-    const problem = `cannot delete ${count(objects.length, "object")}`;
+  for (const objects of ordered.flatMap((all) => inArguments(all))) {
+    const problem = `cannot delete ${plural(objects.length, "object")}`;
     await askAt(target, store.verbs.drop, { lock, objects }, problem);
   }
 }
@@ -5682,7 +5691,7 @@ async function commandShell(report: Report): Promise<string> {
  * and the next one never store side by side.
  */
 type ShellOptions = Readonly<{
-  last: Memory | null;
+  last: Pin | null;
   interpreter: string;
   lock: string;
   prefix: string;
@@ -5701,7 +5710,7 @@ function shellDestination(
     stream: { last },
     filesystem: null,
     free: Infinity,
-    standing: { held: [], backups: [], copied: new Map(), taken: new Map(), chained: null },
+    standing: { held: [], backups: [], copied: new Map(), obstacles: new Map(), chained: null },
     frozen: null,
     form: () => storedForm(sending),
     async receive(source, { snapshot, parent }) {
@@ -5734,9 +5743,12 @@ function shellDestination(
 // Pure functions: whatever is sent or deleted was decided here.
 
 /** A snapshot with the reasons to keep it; without any, it goes. */
-export type Decision<T extends Dated> = { readonly entry: T; readonly reasons: readonly string[] };
+export type Decision<T extends NamedTime> = {
+  readonly entry: T;
+  readonly reasons: readonly string[];
+};
 
-const keptBy = <T extends Dated>(decisions: readonly Decision<T>[]) =>
+const keptBy = <T extends NamedTime>(decisions: readonly Decision<T>[]) =>
   decisions.filter(({ reasons }) => reasons.length > 0).map(({ entry }) => entry);
 
 /** What retention goes by. `now`: wall-clock ms; `adopted`: names the clock rightly leapt to. */
@@ -5751,7 +5763,7 @@ type Retention = Readonly<{
  * so that an entry that is kept stays so for its whole life. `now` is wall-clock ms: windows like
  * `14d+` end at the newest entry, or now if that is dated in the future.
  */
-export function retain<T extends Dated>(
+export function retain<T extends NamedTime>(
   entries: readonly T[],
   policy: Policy | null,
   now: number,
@@ -5767,13 +5779,13 @@ export function retain<T extends Dated>(
     for (const { unit, count: most } of policy.firstOf) {
       const firsts = new Map<number, number>();
       entries.forEach(
-        ({ time }, i) => firsts.has(period(time, unit)) || firsts.set(period(time, unit), i),
+        ({ time }, i) => firsts.has(periodOf(time, unit)) || firsts.set(periodOf(time, unit), i),
       );
       for (const i of [...firsts.values()].slice(-most))
         reasons[i]?.push(`first of its ${UNITS[unit].noun} (${words(most, unit)})`);
     }
     for (const { unit, count: most } of policy.within) {
-      const from = before(Math.min(now, newest.time), most, unit);
+      const from = momentBefore(Math.min(now, newest.time), most, unit);
       entries.forEach(
         ({ time }, i) => time >= from && reasons[i]?.push(`within ${words(most, unit)}`),
       );
@@ -5790,14 +5802,14 @@ const LEAP = { forward: 30 * DURATION.d, times: 10, back: 26 * DURATION.h };
  * forward to a time more than 30 days, and more than ten times the longest time between others
  * until then, after the newest before; back, to one more than 26 hours before the last.
  */
-export function leapsAmong(entries: readonly Dated[]): number[] {
+export function leapsAmong(entries: readonly NamedTime[]): number[] {
   const leaps: number[] = [];
   let [newest, longest] = [entries[0]?.time ?? 0, 0];
   for (let i = 1; i < entries.length; i++) {
-    const { time } = entries[i] as Dated;
+    const { time } = entries[i] as NamedTime;
     const ahead = time - newest;
     const isForward = ahead > LEAP.forward && ahead > LEAP.times * longest;
-    if (isForward || time < (entries[i - 1] as Dated).time - LEAP.back) leaps.push(i);
+    if (isForward || time < (entries[i - 1] as NamedTime).time - LEAP.back) leaps.push(i);
     longest = Math.max(longest, ahead);
     newest = Math.max(newest, time);
   }
@@ -5816,7 +5828,7 @@ const LEAPT = "the clock leapt: ";
  * until there are entries of three days since the clock leapt, and in the deletion then, the three
  * newest from before stay.
  */
-function retained<T extends Dated>(
+function retained<T extends NamedTime>(
   entries: readonly T[],
   { policy, now, adopted = [] }: Retention,
 ): Decision<T>[] {
@@ -5825,7 +5837,7 @@ function retained<T extends Dated>(
   const reasons = decisions.map((decision) => [...decision.reasons]);
   for (const leap of byTime === 0 ? [] : leapsAmong(entries)) {
     const { name } = entries[leap] as T;
-    const days = new Set(entries.slice(leap).map(({ time }) => period(time, "d"))).size;
+    const days = new Set(entries.slice(leap).map(({ time }) => periodOf(time, "d"))).size;
     const isBelieved = days >= BELIEVED.days || adopted.includes(name);
     const older = reasons.slice(0, Math.max(0, leap - BELIEVED.stay));
     const isFirst = days <= BELIEVED.days || older.some((why) => why.length === 0);
@@ -5841,16 +5853,16 @@ function retained<T extends Dated>(
 
 /** The names that the clock leapt to in rows of entries, and those `known` that still stand. */
 export function leapNames(
-  rows: readonly (readonly Dated[])[],
+  rows: readonly (readonly NamedTime[])[],
   known: readonly string[] = [],
 ): string[] {
   const stands = known.filter((name) => rows.some((row) => row.some((one) => one.name === name)));
-  const found = rows.flatMap((row) => leapsAmong(row).map((i) => (row[i] as Dated).name));
+  const found = rows.flatMap((row) => leapsAmong(row).map((i) => (row[i] as NamedTime).name));
   return [...new Set([...stands, ...found])];
 }
 
 /** The name that the clock leapt to, where everything is kept for that. */
-export const leaptTo = (decisions: readonly Decision<Dated>[]) =>
+export const leaptTo = (decisions: readonly Decision<NamedTime>[]) =>
   decisions.find(({ reasons }) => reasons[0]?.startsWith(LEAPT))?.reasons[0]?.slice(LEAPT.length) ??
   null;
 
@@ -6072,7 +6084,7 @@ type Chain = { readonly length: number; readonly since: number };
 
 /** Whether a chain ends before a snapshot of `time`. */
 const chainEnds = ({ length, since }: Chain, time: number, { count: most, unit }: FullEvery) =>
-  unit === null ? most > 0 && length >= most : before(time, most, unit) >= since;
+  unit === null ? most > 0 && length >= most : momentBefore(time, most, unit) >= since;
 
 /**
  * Begins new chains in a plan: a stream is a full one where its parent's chain ends, as it stands
@@ -6156,7 +6168,7 @@ export function planTransfers(
       plan.skipped++;
       continue;
     }
-    const obstacle = standing.taken.get(snapshot.name);
+    const obstacle = standing.obstacles.get(snapshot.name);
     if (obstacle !== undefined && obstacle.kind !== "leftover") {
       plan.conflicts.push({ snapshot, obstacle });
       continue;
@@ -6177,7 +6189,7 @@ export function planTransfers(
  */
 export function planStreams(
   snapshots: readonly Snapshot[],
-  memory: Memory | null,
+  memory: Pin | null,
   options: { readonly incremental: boolean; readonly newestOnly: boolean; readonly prefix: string },
   fitness = ANY,
 ): Transfer[] {
@@ -6326,7 +6338,7 @@ export function unsentIn(
 
 /** A snapshot in a row of a table: `whole` can be given back, `other` is other data by the name. */
 export type Cell = { readonly state: "whole" | "incomplete" | "other"; readonly entry: Snapshot };
-export type Row = Dated & { readonly moment: number; readonly cells: (Cell | undefined)[] };
+export type Row = NamedTime & { readonly moment: number; readonly cells: (Cell | undefined)[] };
 
 /** Lays the same data side by side: a row a snapshot, oldest first, with a cell for each folder. */
 export function align(columns: readonly (Folder | null)[]): Row[] {
@@ -6429,7 +6441,7 @@ export function leftoversOf(
 export function restoredDestinations(
   recorded: readonly KnownDestination[],
   stands: (uuid: string) => boolean,
-  came: { readonly id: string; readonly filesystem: string | null; readonly pin: Memory } | null,
+  came: { readonly id: string; readonly filesystem: string | null; readonly pin: Pin } | null,
 ): KnownDestination[] {
   // Known by another path: the one folder on that disk, by the same name.
   const [alike, ...more] = recorded.filter(
@@ -6504,8 +6516,9 @@ export type Claim = { readonly accepted: true; readonly strangers: readonly stri
  * Why it may not: the chain is its `owner`'s, or nobody knows whose. Or the owner has the source's
  * UUID, and a `newest` backup that the source does not know: one of both is a clone.
  */
-type Refusal = { readonly accepted: false; readonly identity: Identity } & (
-  { readonly owner: Identity | undefined } | { readonly owner: Identity; readonly newest: Snapshot }
+type Refusal = { readonly accepted: false; readonly identity: SourceIdentity } & (
+  | { readonly owner: SourceIdentity | undefined }
+  | { readonly owner: SourceIdentity; readonly newest: Snapshot }
 );
 
 /** Both sides of a claim that is refused. */
@@ -6523,7 +6536,7 @@ export function refusalMessage(refusal: Refusal): string {
 
 /** A source that claims a folder's chain. */
 type Claiming = Readonly<{
-  identity: Identity;
+  identity: SourceIdentity;
   chain: ChainRecord;
   /** The backups of the chain. */
   standing: readonly Snapshot[];
@@ -6536,7 +6549,7 @@ type Claiming = Readonly<{
  * One chain, one owner. Of the backups that hold none of the source's data, the ancestors of those
  * that do are its own as well: each was received on top of its parent.
  */
-export function claim(claiming: Claiming): Claim {
+export function judgeClaim(claiming: Claiming): Claim {
   const { identity, chain, standing, shared, adopt } = claiming;
   const { owner, strangers = [] } = chain;
   const isSamePlace = owner?.host === identity.host && owner.path === identity.path;
@@ -6571,7 +6584,7 @@ function unknownNewest({ chain, standing, shared }: Claiming): Snapshot | undefi
  */
 export function lineagesOf(
   streams: readonly Stream[],
-  owner: Owner,
+  owner: StreamOwner,
   snapshots: readonly Snapshot[],
 ): Set<string> {
   const shared = dataFinder(snapshots);
@@ -6581,7 +6594,7 @@ export function lineagesOf(
 
 /** A chain's record once `owner` has it. */
 function ownedBy(
-  owner: Identity,
+  owner: SourceIdentity,
   { strangers: _, ...chain }: ChainRecord,
   strangers: readonly string[],
 ): ChainRecord {
@@ -6590,7 +6603,7 @@ function ownedBy(
 
 // ── 6. Transfer ──────────────────────────────────────────────────────────────────────────
 
-function placeIn(places: Report["places"], id: string | null): PlaceMetrics {
+function figuresOf(places: Report["figures"], id: string | null): Figures {
   const none = { sent: 0, bytes: 0, seconds: 0, deleted: 0, errors: 0, kept: null, last: null };
   const place = places.get(id) ?? none;
   places.set(id, place);
@@ -6615,11 +6628,11 @@ const messageOf = (error: unknown) =>
 
 function newReport(json: boolean, dryRun: boolean): Report {
   const tally: Report["tally"] = {};
-  const places: Report["places"] = new Map();
+  const places: Report["figures"] = new Map();
   const event: Report["event"] = (name, fields) => {
     tally[name] = (tally[name] ?? 0) + 1;
     if (name === "transfer") {
-      const place = placeIn(places, fields["destination"] as string);
+      const place = figuresOf(places, fields["destination"] as string);
       place.sent++;
       place.bytes += (fields["bytes"] as number | null) ?? 0;
     }
@@ -6629,7 +6642,7 @@ function newReport(json: boolean, dryRun: boolean): Report {
   const report: Report = {
     failed: false,
     tally,
-    places,
+    figures: places,
     event,
     warning(message) {
       log.warn(message);
@@ -6640,7 +6653,7 @@ function newReport(json: boolean, dryRun: boolean): Report {
       if (error instanceof AlreadyTold) return;
       const message = messageOf(error);
       report.failed = true;
-      placeIn(places, destination).errors++;
+      figuresOf(places, destination).errors++;
       const isNamed = destination === null || message.startsWith(destination);
       log.error(isNamed ? message : `${destination}: ${message}`);
       event("error", { destination, message });
@@ -6676,7 +6689,7 @@ type Progress = Readonly<{
 export function progressLine({ name, bytes, size, seconds, columns }: Progress): string {
   const rate = bytes / Math.max(seconds, 1);
   const clock = (s: number) =>
-    `${Math.floor(s / 3600)}:${two(Math.floor(s / 60) % 60)}:${two(Math.floor(s) % 60)}`;
+    `${Math.floor(s / 3600)}:${twoDigits(Math.floor(s / 60) % 60)}:${twoDigits(Math.floor(s) % 60)}`;
   const bar = (all: number) => {
     const done = Math.min(1, bytes / all);
     const left = rate === 0 ? 0 : Math.max(0, all - bytes) / rate;
@@ -6696,13 +6709,13 @@ function meter(
   size?: number,
 ): Stage[] {
   const slowed = rate === null ? {} : { rate };
-  if (!progress) return rate === null ? [] : [relaying(slowed)];
+  if (!progress) return rate === null ? [] : [relayStage(slowed)];
   const [key, began] = [{}, Date.now()];
   const line = (bytes: number) => {
     const seconds = (Date.now() - began) / 1000;
     return progressLine({ name, bytes, size, seconds, columns: process.stderr.columns || 80 });
   };
-  return [relaying(slowed, (bytes) => terminal.show(key, bytes === null ? null : line(bytes)))];
+  return [relayStage(slowed, (bytes) => terminal.show(key, bytes === null ? null : line(bytes)))];
 }
 
 /** What a destination got of one snapshot. */
@@ -6780,7 +6793,7 @@ async function sendAgain(receiver: Receiver, error: Error, send: Send): Promise<
 async function flowTo(
   incoming: readonly (readonly [Receiver, Incoming])[],
   send: Send,
-): Promise<PromiseSettledResult<Flown>[]> {
+): Promise<PromiseSettledResult<Piped>[]> {
   const [[first, { kept, stages, environment }]] = incoming as [readonly [Receiver, Incoming]];
   const { source, transfer, display } = send;
   const { snapshot, parent } = transfer;
@@ -6792,7 +6805,7 @@ async function flowTo(
   const isCounted = level === "" || incoming.every(([, { finish }]) => finish);
   const trunk = [
     sender(send, form),
-    ...(isCounted ? [] : [relaying({})]),
+    ...(isCounted ? [] : [relayStage({})]),
     ...meter(`${snapshot.name} to ${first.id}${others}`, display, rate, size),
   ];
   if (incoming.length === 1)
@@ -6822,7 +6835,7 @@ function sender(
     clone: hexadecimal(parent),
   };
   const what = `btrfs send${level === "" ? "" : " or zstd"}`;
-  return staged(what, source.host, SEND, given, { sends: true, shown: display.btrfsDebug });
+  return verbStage(what, source.host, SEND, given, { sends: true, shown: display.btrfsDebug });
 }
 
 /**
@@ -6833,13 +6846,13 @@ function sender(
 async function fanOut(
   stages: readonly Stage[],
   takers: readonly Incoming[],
-): Promise<PromiseSettledResult<Flown>[]> {
+): Promise<PromiseSettledResult<Piped>[]> {
   const directory = mkdtempSync(join(runtimeDirectory(), "f"));
   const pipes = takers.map((_, i) => `${directory}/${i}`);
   const made = spawnSync("mkfifo", pipes);
   if (made.error !== undefined) throw made.error;
-  const branches: Flowing[] = [];
-  let trunk: Flowing | null = null;
+  const branches: RunningPipeline[] = [];
+  let trunk: RunningPipeline | null = null;
   let isFlowing = true;
   const blocked = (): readonly number[] => (isFlowing ? (trunk?.blocked() ?? []) : []);
   try {
@@ -6847,11 +6860,15 @@ async function fanOut(
       // Who waits because another one keeps the stream from all does nothing, and is not stuck.
       const waits = () => isFlowing && !blocked().includes(i);
       const joint = { input: pipes[i] as string, waits };
-      branches.push(flow(taker.stages, taker.environment ?? {}, joint));
+      branches.push(startPipeline(taker.stages, taker.environment ?? {}, joint));
     }
     const feeds = branches.map(({ group }) => group);
     const to = feeds.map((group, i) => ({ path: pipes[i] as string, group }));
-    trunk = flow([...stages, relaying({ to })], {}, { feeds, waits: () => blocked().length > 0 });
+    trunk = startPipeline(
+      [...stages, relayStage({ to })],
+      {},
+      { feeds, waits: () => blocked().length > 0 },
+    );
   } catch (error) {
     for (const { kill, ended } of branches) {
       kill();
@@ -6880,9 +6897,9 @@ async function fanOut(
  * whose failure has all killed.
  */
 function branchEnd(
-  stem: PromiseSettledResult<Flown>,
-  end: PromiseSettledResult<Flown>,
-): PromiseSettledResult<Flown> {
+  stem: PromiseSettledResult<Piped>,
+  end: PromiseSettledResult<Piped>,
+): PromiseSettledResult<Piped> {
   const isOwn = end.status === "rejected" && !(end.reason instanceof Killed);
   if (stem.status === "rejected") return isOwn ? end : stem;
   if (end.status === "rejected") return end;
@@ -6998,7 +7015,7 @@ function relay(given: Relay): never {
     try {
       // Whoever takes a guarded stream has ended before, and tells why itself.
       if (given.guarded !== undefined && code === "EPIPE") process.exit(0);
-      if (given.guarded !== undefined && isRefused) say({ refused: message });
+      if (given.guarded !== undefined && isRefused) tellGuard({ refused: message });
       else
         writeSync(
           2,
@@ -7011,14 +7028,14 @@ function relay(given: Relay): never {
   }
 }
 
-function say(what: Said): void {
+function tellGuard(what: Said): void {
   const line = Buffer.from(`${JSON.stringify(what)}\n`);
   writeAll(3, line, line.length);
 }
 
 /** Asks guard, and waits for its answer. Errors: Refused without one. */
 function askGuard(question: Said): void {
-  say(question);
+  tellGuard(question);
   if (readSome(4, Buffer.alloc(1), 0, 1) === 0) refuse("guard does not allow it");
 }
 
@@ -7228,7 +7245,7 @@ export async function run(o: RunOptions, report: Report): Promise<void> {
   });
   concludeRun(o, report, name);
   if (o.metrics !== null && !o.dryRun)
-    await writeMetrics(o.metrics, metricsOf(o.source.id, report.places, Date.now()));
+    await writeMetrics(o.metrics, metricsOf(o.source.id, report.figures, Date.now()));
 }
 
 /** Refuses a destination in or above the snapshot folder by name alone, before any is opened. */
@@ -7239,12 +7256,12 @@ function checkPlaces(o: Pick<RunOptions, "source" | "snapshotFolder" | "destinat
     if (
       isDirectory(location) &&
       JSON.stringify(location.host) === host &&
-      nested(location.path, folder)
+      areNested(location.path, folder)
     )
       throw nestedError(location.id);
 }
 
-const nested = (a: string, b: string) => isWithin(a, b) || isWithin(b, a);
+const areNested = (a: string, b: string) => isWithin(a, b) || isWithin(b, a);
 const nestedError = (id: string) =>
   new UsageError(`${id} is the snapshot folder, or inside or above it`);
 
@@ -7342,8 +7359,8 @@ async function backUpOpened(session: Session): Promise<string | null> {
     const closing = () => allOf(openings.map(({ destination }) => closed(destination)));
     await whileCleaning(() => closing().finally(source.close));
   }
-  for (const id of wanted.keys()) placeIn(report.places, id).last = known.get(id)?.last ?? null;
-  placeIn(report.places, null).seconds += (Date.now() - began) / 1000;
+  for (const id of wanted.keys()) figuresOf(report.figures, id).last = known.get(id)?.last ?? null;
+  figuresOf(report.figures, null).seconds += (Date.now() - began) / 1000;
   return taken?.name ?? null;
 }
 
@@ -7373,7 +7390,7 @@ function newSession(source: Source, ahead: Map<string, Ahead>, o: RunOptions, re
     inquiry: inquiryInto(source),
     display: displayOf(o),
     /** Lets so many streams flow at a time. */
-    jobs: limited(o.jobs),
+    jobs: atMost(o.jobs),
     /** All that can be sent; the new one joins them under its final name. */
     snapshots: source.snapshots.filter(({ readonly }) => readonly),
     /** The names that the clock leapt to, and that somebody vouched for. */
@@ -7389,7 +7406,7 @@ function wantedIn(
   report: Report,
 ): Map<string, Wanted> {
   const wanted = new Map(o.destinations.map((one) => [one.location.id, one]));
-  const doubt = disbelief(source);
+  const doubt = whyNotBelieved(source);
   for (const id of o.lockedDestinations ? known.keys() : []) {
     if (wanted.has(id)) continue;
     if (doubt !== null)
@@ -7443,7 +7460,7 @@ function lookAtPins({ o, source, inquiry, wanted, known }: Session): void {
   const parents = source.snapshots.filter(
     (one) => pins.has(one.uuid) && changedSince(one, inquiry, {}) === undefined,
   );
-  void learn(inquiry, parents, []).catch(() => {});
+  void learnOfParents(inquiry, parents, []).catch(() => {});
 }
 
 function warnOfSource({ o, report, source, wanted }: Session): void {
@@ -7458,7 +7475,7 @@ function warnOfSource({ o, report, source, wanted }: Session): void {
   const future = source.snapshots.filter(({ time }) => time > tomorrow).map(({ name }) => name);
   if (future.length > 0)
     report.warning(
-      `${count(future.length, "snapshot")} of ${o.source.id} ${future.length === 1 ? "is" : "are"} dated in the future: ${someOf(future, 3)}; is the clock right?`,
+      `${plural(future.length, "snapshot")} of ${o.source.id} ${future.length === 1 ? "is" : "are"} dated in the future: ${someOf(future, 3)}; is the clock right?`,
     );
   const { unreadable } = source.record;
   if (unreadable !== null)
@@ -7480,7 +7497,7 @@ function warnOfNested({ source, subvolumes, top, subvolume }: Source, report: Re
     .map((path) => path.slice(above.length));
   if (paths.length > 0)
     report.warning(
-      `${count(paths.length, "subvolume")} below ${subvolume} ${paths.length === 1 ? "is" : "are"} not part of its snapshots: ${someOf(paths, 3)}`,
+      `${plural(paths.length, "subvolume")} below ${subvolume} ${paths.length === 1 ? "is" : "are"} not part of its snapshots: ${someOf(paths, 3)}`,
     );
 }
 
@@ -7491,7 +7508,7 @@ const someOf = (words: readonly string[], most: number, between = ", ") =>
 
 /** A subvolume with its snapshot folder; `owned`: the folder's record, with it as the owner. */
 type Source = Folder & {
-  readonly identity: Identity;
+  readonly identity: SourceIdentity;
   readonly subvolume: string;
   readonly owned: ChainRecord;
 };
@@ -7569,7 +7586,7 @@ function strangersBeside(folder: Folder, path: string, adopt: boolean): readonly
     ({ uuid, parentUuid }) => parentUuid === source?.uuid || uuid === origin,
   );
   const identity = identityOf(folder);
-  const claimed = claim({ identity, chain, standing: snapshots, shared: children, adopt });
+  const claimed = judgeClaim({ identity, chain, standing: snapshots, shared: children, adopt });
   if (!claimed.accepted) throw new Failure(`${path}: ${refusalMessage(claimed)}`);
   if (alone && claimed.strangers.length > 0)
     needRoot(folder, "telling other sources' snapshots in that folder");
@@ -7577,7 +7594,7 @@ function strangersBeside(folder: Folder, path: string, adopt: boolean): readonly
 }
 
 /** SOURCE as a record names it. Without root, its UUID is the recorded one of its path. */
-function identityOf({ source, hostName, alone, chain: { owner } }: Folder): Identity {
+function identityOf({ source, hostName, alone, chain: { owner } }: Folder): SourceIdentity {
   const place = { host: hostName, path: source?.path ?? "" };
   const isRecorded = alone && owner?.host === place.host && owner.path === place.path;
   return { uuid: isRecorded ? owner.uuid : (source?.uuid ?? ""), ...place };
@@ -7616,7 +7633,7 @@ function knownDestinations({ chain, old, snapshots, prefix }: Folder): KnownDest
  * Why the destinations of a source's record are opened only where the command line names them;
  * null where only we can have written the record.
  */
-function disbelief(
+function whyNotBelieved(
   source: Pick<Folder, "host" | "trusted" | "chain" | "id" | "path">,
 ): string | null {
   if (source.host.ssh !== null) return `the record of ${source.id} is another host's`;
@@ -7679,7 +7696,7 @@ const closed = (opening: Promise<Pick<Folder, "close">>) =>
   );
 
 /** How long new destinations may take, in ms, before the snapshot is taken all the same. */
-const LOOK = 5e3;
+const LOOK_MS = 5e3;
 
 /**
  * The destinations that are open before the snapshot is taken. The snapshot waits only for new ones
@@ -7703,7 +7720,7 @@ async function openedAtOnce(openings: Openings): Promise<readonly Destination[]>
       }),
     ),
   );
-  if (await within(LOOK, looked)) await looked;
+  if (await isOverWithin(LOOK_MS, looked)) await looked;
   return opened;
 }
 
@@ -7750,7 +7767,7 @@ function skip({ o: { maxAge }, report }: Session, { id, known }: Asked, { messag
   const last = known?.last ?? null;
   if (
     maxAge !== null &&
-    (last === null || Date.parse(last) < before(Date.now(), maxAge.count, maxAge.unit))
+    (last === null || Date.parse(last) < momentBefore(Date.now(), maxAge.count, maxAge.unit))
   )
     return report.error(
       id,
@@ -7806,7 +7823,7 @@ function beginOpening(o: RunOptions): Map<string, Ahead> {
     folder.catch(() => {}); // its error is told in its turn
     const drop = () => {
       controller.abort();
-      return within(5000, closed(folder)); // on a dead disk nothing ends
+      return isOverWithin(5000, closed(folder)); // on a dead disk nothing ends
     };
     ahead.set(location.id, { folder, go, drop });
   }
@@ -7906,7 +7923,7 @@ async function openBackups(session: Session, asked: AskedPlace): Promise<Destina
   return folderDestination(folder, {
     again: lookAgain,
     owned,
-    announced: disbelief(source) === null ? (known?.receiving ?? []) : [],
+    announced: whyNotBelieved(source) === null ? (known?.receiving ?? []) : [],
     ...o.deletion,
     btrfsDebug: o.btrfsDebug,
     sending,
@@ -7919,7 +7936,7 @@ function checkBackups({ o, source }: Session, asked: Asked, folder: Folder): voi
   needRoot(folder, "receiving");
   const { filesystem } = folder.place;
   const isSame = filesystem !== null && filesystem === source.place.filesystem;
-  if (isSame && nested(folder.top, source.top)) throw nestedError(asked.location.id);
+  if (isSame && areNested(folder.top, source.top)) throw nestedError(asked.location.id);
   if (filesystem === null && o.fsChecks) throw new Absent(`not on btrfs ${MOUNTED}`);
   if (known?.filesystem) checkFilesystem(folder, known.filesystem);
   if (isSame && o.fsChecks) throw sameFilesystem(source);
@@ -7945,7 +7962,7 @@ function strangersAmong({ o, source }: Session, { snapshots, chain }: Folder): r
   const here = dataFinder(source.snapshots);
   const shared = complete.filter((backup) => here(backup) !== undefined);
   const { identity } = source;
-  const claimed = claim({ identity, chain, standing: complete, shared, adopt: o.adopt });
+  const claimed = judgeClaim({ identity, chain, standing: complete, shared, adopt: o.adopt });
   if (!claimed.accepted) throw new Failure(refusalMessage(claimed));
   return claimed.strangers;
 }
@@ -7965,7 +7982,7 @@ async function openStore(session: Session, asked: AskedPlace): Promise<Destinati
   const broken = store.streams.filter((one) => one.stored && !one.readonly);
   if (broken.length > 0)
     report.warning(
-      `${id}: ${count(broken.length, "stream")} cannot be restored, since what ${broken.length === 1 ? "it builds" : "they build"} on is missing: ${broken[0]?.name}${broken.length > 1 ? " …" : ""}`,
+      `${id}: ${plural(broken.length, "stream")} cannot be restored, since what ${broken.length === 1 ? "it builds" : "they build"} on is missing: ${broken[0]?.name}${broken.length > 1 ? " …" : ""}`,
     );
   return storeDestination(folder, {
     store,
@@ -8016,7 +8033,7 @@ function needApart({ o, source }: Session, id: string, folder: Folder): void {
   if (
     sameHost(folder.host, source.host) &&
     folder.hostName === source.hostName &&
-    nested(folder.path, source.path)
+    areNested(folder.path, source.path)
   )
     throw nestedError(id);
   const isSame =
@@ -8100,7 +8117,7 @@ const snapshotName = ({ prefix }: Pick<RunOptions, "prefix">, date: Date) =>
   `${prefix}${stamp(date)}` as EntryName; // a prefix holds nothing that a name cannot
 
 const isTakenAt = (all: readonly Pick<Destination, "standing">[], name: string) =>
-  all.some(({ standing }) => standing.taken.has(name));
+  all.some(({ standing }) => standing.obstacles.has(name));
 
 const NO_SUBVOLUME: Subvolume = {
   id: 0,
@@ -8162,7 +8179,7 @@ type Pair = { readonly parent: Snapshot; readonly snapshot: Snapshot };
  * are related (the generations of the top directories), and what would be lost. Nothing is asked
  * twice. Errors: Failure.
  */
-function learn(
+function learnOfParents(
   inquiry: Inquiry,
   changed: readonly Entry[],
   differences: readonly Pair[],
@@ -8274,7 +8291,7 @@ async function lostIn(folder: Folder, { parent, snapshot }: Pair): Promise<strin
   const { host } = folder;
   const names = { ...at(folder), snapshot: snapshot.name, parent: parent.name };
   const ranges = parseRewritten(await askBytes(host, REWRITTEN, names, "cannot tell what differs"));
-  for (const paths of chunks([...ranges.keys()].map((path) => `/${path}`))) {
+  for (const paths of inArguments([...ranges.keys()].map((path) => `/${path}`))) {
     const what = "cannot tell the sizes of what differs";
     const sizes = (await ask(host, FILE_SIZES, { ...names, paths }, what)).split("\n");
     const files = paths.map((absolute, i) => {
@@ -8324,11 +8341,11 @@ export function parseRewritten(difference: Buffer): Map<string, { from: number; 
       files.set(path, ranges);
     }
   }
-  return new Map([...files].map(([path, ranges]) => [pathOf(path), ranges]));
+  return new Map([...files].map(([path, ranges]) => [utf8Path(path), ranges]));
 }
 
 /** A path as text. Errors: Failure for what is not UTF-8, and cannot be asked for. */
-function pathOf(latin1: string): string {
+function utf8Path(latin1: string): string {
   const path = Buffer.from(latin1, "latin1").toString();
   if (Buffer.from(path).toString("latin1") !== latin1)
     throw new Failure(`a name is not UTF-8: ${path}`);
@@ -8414,7 +8431,7 @@ async function serve(all: readonly Served[], session: Session): Promise<void> {
     all.map(async (served) => {
       served.began = Date.now();
       try {
-        await begin(served);
+        await beginServing(served);
       } catch (error) {
         served.complete = false;
         session.report.error(served.destination.id, error);
@@ -8428,7 +8445,7 @@ async function serve(all: readonly Served[], session: Session): Promise<void> {
  * Decides what a destination gets, and clears away what broken transfers left. Errors: those of
  * `discard`.
  */
-async function begin(served: Served): Promise<void> {
+async function beginServing(served: Served): Promise<void> {
   const { destination, wanted, standing } = served;
   const { o, report } = served.session;
   const { id } = destination;
@@ -8440,12 +8457,12 @@ async function begin(served: Served): Promise<void> {
     served.complete = false;
   }
   // All leftovers: the next announcement replaces the one of a leftover that is not sent again.
-  for (const [name, { kind }] of standing.taken)
+  for (const [name, { kind }] of standing.obstacles)
     if (kind === "leftover" && !o.dryRun) await destination.discard(name);
   if (!wanted.sending.resume && !o.dryRun) await destination.tidy();
   if (skipped > 0)
     log.info(
-      `${id}: ${count(skipped, "snapshot")} older than the newest one there ${skipped === 1 ? "is" : "are"} not sent; --backfill sends them`,
+      `${id}: ${plural(skipped, "snapshot")} older than the newest one there ${skipped === 1 ? "is" : "are"} not sent; --backfill sends them`,
     );
   if (transfers.length > 1 && standing.held.length === 0)
     log.info(
@@ -8499,7 +8516,7 @@ async function planFor(served: Served): Promise<ReturnType<typeof planTransfers>
         (one) => isThere(one) && changedSince(one, inquiry, verdicts.cleared),
       );
       const asked = isSuspicious ? snapshots : open.map(({ parent }) => parent);
-      await learn(inquiry, asked.filter(mayBeEdited), open);
+      await learnOfParents(inquiry, asked.filter(mayBeEdited), open);
       continue;
     }
     if (destination.compare === null || served.compared) return plan;
@@ -8507,7 +8524,7 @@ async function planFor(served: Served): Promise<ReturnType<typeof planTransfers>
     const edited = worthComparing(plan.transfers, snapshots, isCandidate, inquiry);
     if (edited === undefined) return plan;
     served.compared = true;
-    await clear(served, edited);
+    await compareWithBackup(served, edited);
   }
 }
 
@@ -8530,7 +8547,7 @@ function worthComparing(
  * Compares a snapshot that may have been edited with its backup, since nothing else that both
  * sides have can be a parent.
  */
-async function clear(
+async function compareWithBackup(
   { session, destination, verdicts }: Served,
   snapshot: Snapshot,
 ): Promise<void> {
@@ -8576,7 +8593,7 @@ async function sendAll(all: readonly Served[], session: Session): Promise<void> 
 }
 
 /** Lets so many works go on at a time. */
-function limited(most: number): <T>(work: () => Promise<T>) => Promise<T> {
+function atMost(most: number): <T>(work: () => Promise<T>) => Promise<T> {
   let free = most;
   const waiting: (() => void)[] = [];
   return async (work) => {
@@ -8786,7 +8803,7 @@ async function conclude(served: Served): Promise<void> {
 async function remember(
   { session, destination, standing, verdicts, failed, earlier }: Served,
   isServed: boolean,
-  pin: Memory | null = newestShared(session.snapshots, standing.held),
+  pin: Pin | null = newestShared(session.snapshots, standing.held),
 ): Promise<void> {
   const { snapshots, known } = session;
   const { id, filesystem } = destination;
@@ -8841,7 +8858,7 @@ async function pruneAll(all: readonly Served[], session: Session): Promise<void>
 }
 
 /** With less of its space free, a source does not keep all that is still to be sent. */
-const LOW = 0.05;
+const LOW_SPACE = 0.05;
 
 /** Keeps at the source what its policy, and every destination's next transfer, needs. */
 async function pruneSource(
@@ -8859,30 +8876,30 @@ async function pruneSource(
       adopted: leaps,
       full,
     });
-  const decisions = decide(source.place.free < LOW * source.place.size);
+  const decisions = decide(source.place.free < LOW_SPACE * source.place.size);
   const stays = decide(false);
   const lost = decisions
     .filter(({ reasons }, i) => reasons.length === 0 && stays[i]?.reasons.length !== 0)
     .map(({ entry }) => entry.name);
   if (lost.length > 0)
     report.warning(
-      `less than ${100 * LOW} % of the filesystem of ${id} is free: of the snapshots that are kept to be sent, the oldest go: ${lost.join(" ")}`,
+      `less than ${100 * LOW_SPACE} % of the filesystem of ${id} is free: of the snapshots that are kept to be sent, the oldest go: ${lost.join(" ")}`,
     );
   warnOfLeap(decisions, id, report);
   for (const [unsent, { count: many, oldest }] of unsentIn(decisions)) {
     const last = remembered.find(({ location }) => location === unsent)?.last;
     report.warning(
-      `${unsent}: ${count(many, "snapshot")} stay${many === 1 ? "s" : ""} at the source for it, since ${oldest} (${last ? `last served ${last}` : "never served"}); ways out: send them; --drop-unsent; --optional ${shellWord(unsent)}; btrfs-backup unpin ${shellWord(id)} ${shellWord(unsent)}`,
+      `${unsent}: ${plural(many, "snapshot")} stay${many === 1 ? "s" : ""} at the source for it, since ${oldest} (${last ? `last served ${last}` : "never served"}); ways out: send them; --drop-unsent; --optional ${shellWord(unsent)}; btrfs-backup unpin ${shellWord(id)} ${shellWord(unsent)}`,
     );
   }
-  const going = explained(decisions, id, o.dryRun);
+  const going = tellDecisions(decisions, id, o.dryRun);
   const names = going.map(({ name }) => name);
   const reason = `not kept by "${o.sourcePolicy?.text}"`;
-  await removing(session, id, { names, reason }, async () => {
+  await tellAndRemove(session, id, { names, reason }, async () => {
     await deleteFrom(source, going, o.deletion);
     await Promise.all(all.map(({ pruning }) => pruning)); // their errors are told first
   });
-  const place = placeIn(report.places, null);
+  const place = figuresOf(report.figures, null);
   place.kept = snapshots.length - names.length;
   place.deleted += names.length;
 }
@@ -8922,7 +8939,7 @@ async function pruneServed(served: Served): Promise<void> {
   } catch (error) {
     report.error(destination.id, error);
   }
-  const place = placeIn(report.places, destination.id);
+  const place = figuresOf(report.figures, destination.id);
   place.seconds += (Date.now() - began) / 1000;
   if (destination.stream === null) place.kept = served.standing.backups.length;
 }
@@ -8945,7 +8962,10 @@ async function pruneDestination(
   });
   warnOfLeap(decisions, id, report);
   const reason = `not kept by "${wanted.policy?.text}"`;
-  await removeFrom(pruning, served, explained(decisions, id, o.dryRun), { reason, free: false });
+  await removeFrom(pruning, served, tellDecisions(decisions, id, o.dryRun), {
+    reason,
+    free: false,
+  });
 }
 
 /** Deletes backups of a destination; `free`: waits until their space is free. */
@@ -8959,8 +8979,8 @@ async function removeFrom(
   const { id } = destination;
   const ordered = deletionOrder(backups, served.standing);
   const names = ordered.map(({ name }) => name);
-  await removing(pruning, id, { names, reason }, () => destination.remove(ordered, free));
-  placeIn(pruning.report.places, id).deleted += names.length;
+  await tellAndRemove(pruning, id, { names, reason }, () => destination.remove(ordered, free));
+  figuresOf(pruning.report.figures, id).deleted += names.length;
   const gone = new Set(ordered.map(({ uuid }) => uuid));
   const stays = ({ uuid }: Subvolume) => !gone.has(uuid);
   const { held, backups: ours } = served.standing;
@@ -8971,7 +8991,7 @@ async function removeFrom(
   };
 }
 
-async function removing(
+async function tellAndRemove(
   { o: { dryRun }, report }: Pick<Pruning, "o" | "report">,
   location: string,
   { names, reason }: { readonly names: readonly string[]; readonly reason: string },
@@ -8986,7 +9006,7 @@ async function removing(
 }
 
 /** Tells what retention decided, and returns what goes. */
-function explained<T extends Dated>(
+function tellDecisions<T extends NamedTime>(
   decisions: readonly Decision<T>[],
   id: string,
   dryRun: boolean,
@@ -8998,7 +9018,7 @@ function explained<T extends Dated>(
 }
 
 /** Warns that nothing is deleted where the clock leapt. */
-function warnOfLeap(decisions: readonly Decision<Dated>[], id: string, report: Report): void {
+function warnOfLeap(decisions: readonly Decision<NamedTime>[], id: string, report: Report): void {
   const to = leaptTo(decisions);
   if (to !== null)
     report.warning(
@@ -9016,13 +9036,13 @@ function concludeRun(
 ): void {
   const { snapshot = 0, transfer = 0, delete: deletions = 0 } = report.tally;
   log.info(
-    `${dryRun ? "Nothing was changed" : "Done"}: ${count(snapshot, "snapshot")}, ${count(transfer, "transfer")}, ${count(deletions, "deletion")}${report.failed ? ", with errors" : ""}\n${summaryOf(source.id, report.places)}`,
+    `${dryRun ? "Nothing was changed" : "Done"}: ${plural(snapshot, "snapshot")}, ${plural(transfer, "transfer")}, ${plural(deletions, "deletion")}${report.failed ? ", with errors" : ""}\n${summaryOf(source.id, report.figures)}`,
   );
   report.event("summary", { ok: !report.failed, snapshot: name, transfers: transfer, deletions });
 }
 
 /** What a run did at the source (`last` is null there), or at a destination. */
-export type PlaceMetrics = {
+export type Figures = {
   sent: number;
   bytes: number;
   seconds: number;
@@ -9033,10 +9053,7 @@ export type PlaceMetrics = {
 };
 
 /** What was done at each place, the source first. */
-export function summaryOf(
-  source: string,
-  places: ReadonlyMap<string | null, PlaceMetrics>,
-): string {
+export function summaryOf(source: string, places: ReadonlyMap<string | null, Figures>): string {
   const rows = [...places]
     .sort(([a], [b]) => Number(b === null) - Number(a === null))
     .map(([id, { sent, bytes, seconds, deleted, kept, errors }]) => [
@@ -9047,11 +9064,11 @@ export function summaryOf(
       kept === null ? "" : String(kept),
       errors > 0 ? "failed" : "",
     ]);
-  return table([["", "sent", "bytes", "time", "deleted", "kept", ""], ...rows]).trimEnd();
+  return alignedTable([["", "sent", "bytes", "time", "deleted", "kept", ""], ...rows]).trimEnd();
 }
 
 /** Columns as wide as their widest cell. */
-export function table(rows: readonly (readonly string[])[]): string {
+export function alignedTable(rows: readonly (readonly string[])[]): string {
   const shown = rows.map((row) => row.map(visible));
   const widths: number[] = [];
   for (const row of shown)
@@ -9067,7 +9084,7 @@ export function table(rows: readonly (readonly string[])[]): string {
 /** Prometheus' text format: what its node exporter's textfile collector reads. */
 export function metricsOf(
   source: string,
-  places: ReadonlyMap<string | null, PlaceMetrics>,
+  places: ReadonlyMap<string | null, Figures>,
   now: number,
 ): string {
   const label = (text: string) =>
@@ -9153,7 +9170,7 @@ export async function copy(o: ReturnType<typeof copyOptions>, report: Report): P
       if (prefixes.length === 1 || error instanceof UsageError) throw error;
       report.error(o.source.id, error); // the other prefixes can still be copied
     }
-  if (prefixes.length > 1) for (const place of report.places.values()) place.kept = null; // it is that of the last one
+  if (prefixes.length > 1) for (const place of report.figures.values()) place.kept = null; // it is that of the last one
   concludeRun(o, report, null);
 }
 
@@ -9225,7 +9242,7 @@ export async function prune(o: PruneOptions, report: Report): Promise<void> {
   }
   const { delete: deletions = 0 } = report.tally;
   log.info(
-    `${o.dryRun ? "Nothing was changed" : "Done"}: ${count(deletions, "deletion")}${report.failed ? ", with errors" : ""}`,
+    `${o.dryRun ? "Nothing was changed" : "Done"}: ${plural(deletions, "deletion")}${report.failed ? ", with errors" : ""}`,
   );
   report.event("summary", { ok: !report.failed, deletions });
 }
@@ -9237,7 +9254,7 @@ function pruningOf(
   moments: ReadonlyMap<string, number>,
   now: number,
 ) {
-  const destination = pruned(folder, o);
+  const destination = destinationToPrune(folder, o);
   const { backups } = destination.standing;
   const newest = backups.some(({ belated }) => belated) ? { newest: backups.at(-1)?.uuid } : {};
   const ordered = asReceived(folder, backups, moments);
@@ -9270,7 +9287,7 @@ const NO_SENDING: Sending = {
  * A place of backups as a destination without a source. In a store, it is about all that the newest
  * stream's source calls its own.
  */
-function pruned(folder: Folder, o: PruneOptions): Destination {
+function destinationToPrune(folder: Folder, o: PruneOptions): Destination {
   const { store, prefix, id, chain } = folder;
   needRoot(folder, "pruning");
   const reopen = () => lookAt(o.location, folder.path, prefix, o.hosts);
@@ -9320,14 +9337,14 @@ async function arrivals(folder: Folder, entries: readonly Entry[]): Promise<Map<
   const byName = (some: readonly Entry[]) =>
     new Map(some.map(({ name, uuid }) => [`./${name}`, uuid]));
   const full = byName(lacking().filter(({ parentUuid }) => parentUuid === null));
-  for (const names of chunks([...full.keys()])) {
+  for (const names of inArguments([...full.keys()])) {
     const born = await ask(host, BORN, { ...place, names }, cannot);
     for (const [, seconds, name = ""] of born.matchAll(/^([1-9]\d*) (.*)$/gm))
       moments.set(full.get(name) ?? "", Number(seconds) * 1000);
   }
   const others = byName(lacking());
   const created = /^(\.\/.*)\n\s+Creation time:\s+(\S+) (\S+) ([+-]\d{4})$/gm;
-  for (const names of chunks([...others.keys()])) {
+  for (const names of inArguments([...others.keys()])) {
     const shown = await ask(host, RECEIVED, { ...place, names }, cannot);
     for (const [, name = "", date, time, zone] of shown.matchAll(created))
       moments.set(others.get(name) ?? "", Date.parse(`${date}T${time}${zone}`));
@@ -9376,7 +9393,7 @@ async function restoreOnce(o: RestoreOptions, report: Report): Promise<void> {
   const location = await openLocation(o.location, { ...o, wait: o.dryRun ? "look" : o.wait });
   const opened = [location];
   try {
-    const chosen = choose(location, o);
+    const chosen = chooseSnapshot(location, o);
     const target = await openTarget(o, location.prefix);
     const outside = target.inside === null ? await openOutside(target, location, o) : null;
     if (outside !== null && outside !== location) opened.push(outside);
@@ -9459,7 +9476,7 @@ type Restoration = Restore &
   };
 
 /** The snapshot that is asked for. Errors: Failure telling what there is. */
-function choose(
+function chooseSnapshot(
   location: Folder,
   { snapshot, before: until }: Pick<RestoreOptions, "snapshot" | "before">,
 ): Snapshot {
@@ -9483,12 +9500,12 @@ function choose(
     const range =
       whole.length === 0
         ? "nothing complete"
-        : `${count(whole.length, "snapshot")} from ${whole[0]?.name} to ${whole.at(-1)?.name}`;
+        : `${plural(whole.length, "snapshot")} from ${whole[0]?.name} to ${whole.at(-1)?.name}`;
     throw new Failure(`${id}: ${what}; it has ${range}${hintFor(location)}`);
   }
   if (stored !== undefined && !found.readonly)
     throw new Failure(
-      `${id}: ${found.name} cannot be restored: ${missingFor(found, location)}; ${instead(location, whole)}`,
+      `${id}: ${found.name} cannot be restored: ${missingFor(found, location)}; ${adviceInstead(location, whole)}`,
     );
   return found;
 }
@@ -9515,7 +9532,7 @@ function hintFor({ store, entries, host, id, place }: Folder): string {
     const unsummed = store.streams.filter(({ stored }) => !stored).length;
     return unsummed === 0
       ? ""
-      : ` (${count(unsummed, "stream")} without a checksum object: --unverified restores what there is)`;
+      : ` (${plural(unsummed, "stream")} without a checksum object: --unverified restores what there is)`;
   }
   const files = [...entries].map((name) => ({ name, bytes: 0 }));
   if (parseStreams(files, true).streams.length > 0)
@@ -9538,7 +9555,7 @@ function missingFor({ uuid }: Subvolume, { store }: Folder): string {
 }
 
 /** What to restore where something else cannot be. */
-const instead = ({ id }: Folder, whole: readonly Snapshot[]) =>
+const adviceInstead = ({ id }: Folder, whole: readonly Snapshot[]) =>
   whole.length === 0
     ? `nothing else in ${id} can be restored`
     : `the newest that can be restored without it: --snapshot ${shellWord(whole.at(-1)?.name as string)}`;
@@ -9599,7 +9616,7 @@ async function openOutside(target: Target, location: Folder, o: RestoreOptions):
         `the snapshot folder ${folder.path} is not on the filesystem of ${o.target.id}`,
       );
     const known = dataFinder(wholeIn(location));
-    const claimed = claim({
+    const claimed = judgeClaim({
       identity: { uuid: "", host: target.hostName, path: target.full },
       chain: folder.chain,
       standing: folder.snapshots,
@@ -9687,7 +9704,7 @@ async function groundOf(r: Restore): Promise<Ground> {
   const edited = isHere(location, target) ? new Set<string>() : await editedAmong(there, r);
   if (edited.size > 0)
     log.info(
-      `${o.target.id}: ${count(edited.size, "snapshot")} there may have been edited, and nothing is built on ${edited.size === 1 ? "it" : "them"}; "btrfs-backup verify" tells, and clears`,
+      `${o.target.id}: ${plural(edited.size, "snapshot")} there may have been edited, and nothing is built on ${edited.size === 1 ? "it" : "them"}; "btrfs-backup verify" tells, and clears`,
     );
   return { there: there.filter(({ uuid }) => !edited.has(uuid)), edited };
 }
@@ -9707,7 +9724,7 @@ async function editedAmong(
     const path = throughMount(target).through(directory);
     const folder = await lookAt(o.target, path, location.prefix, o.hosts);
     const inquiry = inquiryInto(folder);
-    await learn(
+    await learnOfParents(
       inquiry,
       some.map((one) => ({ ...one, name: basename(one.path) as EntryName, moment: null })),
       [],
@@ -9793,7 +9810,7 @@ async function decideWay(r: Restore, ground: Ground, standing: Entry | null): Pr
     if (data.way !== "receive" || data.parent === null) return data;
     const { parent } = data;
     if (fitness.unfit(parent, chosen) !== undefined) return data;
-    await learn(inquiry, changedSince(parent, inquiry, {}) === undefined ? [parent] : [], [
+    await learnOfParents(inquiry, changedSince(parent, inquiry, {}) === undefined ? [parent] : [], [
       { parent, snapshot: chosen },
     ]);
   }
@@ -9873,7 +9890,7 @@ async function readSums(
   streams: readonly Stream[],
 ): Promise<Map<string, string>> {
   const texts: string[] = [];
-  for (const objects of chunks(streams.map(({ uuid }) => uuid + SUM)))
+  for (const objects of inArguments(streams.map(({ uuid }) => uuid + SUM)))
     texts.push(
       await ask(
         location.host,
@@ -9916,14 +9933,14 @@ function tellPlan({ o, location, chosen, data, moved }: Restoration): void {
   );
   if (moved.length > 0)
     log.info(
-      `${o.dryRun ? "Would move" : "Moving"} ${count(moved.length, "snapshot")} from ${location.path}, so that every destination goes on from ${o.target.id}`,
+      `${o.dryRun ? "Would move" : "Moving"} ${plural(moved.length, "snapshot")} from ${location.path}, so that every destination goes on from ${o.target.id}`,
     );
 }
 
 function wayInWords(data: Way): string {
   if (data.way === "reflink") return "reflinked, nothing is sent";
   if (data.way === "streams")
-    return `${count(data.pieces.length, "stream")}, ${inBytes(bytesOf(data.pieces))}`;
+    return `${plural(data.pieces.length, "stream")}, ${inBytes(bytesOf(data.pieces))}`;
   const { parent, why } = data;
   return `${parent === null ? "in full" : `difference to ${parent.name}`}${why === undefined ? "" : `: ${why}`}`;
 }
@@ -9932,10 +9949,10 @@ function wayInWords(data: Way): string {
 async function carryOut(r: Restoration, sums: Arriving["sums"]): Promise<void> {
   const { o, location, chosen, target, outside, data, how, work, moved } = r;
   needOurs(target, o.target.id);
-  const { output, release } = await hold(
+  const { output, release } = await holdVerb(
     target.host,
     RESTORING,
-    { ...at(target), work, end: `${work} end`, silence: silence(target.host) },
+    { ...at(target), work, end: `${work} end`, silence: secondsOfSilence(target.host) },
     { end: `${work} end`, what: o.target.id },
   ).catch((error: Error) => {
     throw error instanceof Taken ? new SameSecond(error.message) : error;
@@ -9956,10 +9973,11 @@ async function carryOut(r: Restoration, sums: Arriving["sums"]): Promise<void> {
     await ask(target.host, BUILD, { ...at(target), work, ...built }, `cannot build ${o.target.id}`);
     // A source's own snapshots, and backups on this filesystem, are no destination to remember.
     const came = isHere(location, target) || isSnapshotFolder(location) ? null : location;
-    await settle(r, join(target.path, work, "tree"), came);
+    await writeRestoredRecords(r, join(target.path, work, "tree"), came);
     checkInterruption();
     await giveNames(r, release);
-    if (moved.some(({ receivedUuid }) => receivedUuid !== null)) await settle(r, target.full, null);
+    if (moved.some(({ receivedUuid }) => receivedUuid !== null))
+      await writeRestoredRecords(r, target.full, null);
   } catch (error) {
     await release();
     await whileCleaning(() => clearLeftovers(r, work)).catch((problem: Error) =>
@@ -9997,13 +10015,14 @@ async function receiveSnapshot(r: Arriving, data: Way & { way: "receive" }): Pro
   const { o, report, display, location, chosen, target, folder } = r;
   const form = formBetween(location, target, o.sending);
   const { btrfsDebug } = o;
-  const end = (level: string) => receiving(folder, chosen.name, { level, chain: null, btrfsDebug });
+  const end = (level: string) =>
+    receiveStage(folder, chosen.name, { level, chain: null, btrfsDebug });
   const receiver = {
     id: o.target.id,
     form: () => form,
     receive: async (source: Folder, transfer: Transfer) => ({
       stages: mustBeChecked(source, folder, o.sending)
-        ? checked(folder, form.level, expected(source, transfer), end)
+        ? checkedReceive(folder, form.level, expected(source, transfer), end)
         : [end(form.level)],
     }),
     discard: (name: string) => discardReceived(r, name),
@@ -10038,7 +10057,7 @@ async function receiveStreams(r: Arriving, data: Way & { way: "streams" }): Prom
 }
 
 /** How many subvolumes that others were received on top of stand in the way at most. */
-const BELOW = 16;
+const MOST_BELOW = 16;
 
 /**
  * Receives stored streams, one on top of the other. Each is removed when the next stands on it.
@@ -10075,7 +10094,7 @@ async function receivePieces(r: Arriving, store: Store, pieces: readonly Stream[
     });
     // What the next one stands on goes, a few at a time, unless that is much.
     if (i > 0) below.push(pieces[i - 1] as Stream);
-    const isMuch = below.length >= BELOW || bytesOf(below) >= SMALL.all;
+    const isMuch = below.length >= MOST_BELOW || bytesOf(below) >= SMALL_STREAMS.all;
     if (piece !== pieces.at(-1) && !isMuch) continue;
     const going = below.splice(0).map((one) => ({ name: one.name, id: null }));
     await deleteFrom(folder, going, { convertRw: false, sync: false });
@@ -10089,22 +10108,24 @@ function stagesOf(r: Arriving, { verbs }: Store, piece: Stream, label: string): 
   const decrypt = encrypted ? [{ label: "gpg", command: `${GPG} --decrypt` }] : [];
   const { btrfsDebug } = o;
   const end = (packed: string) =>
-    receiving(folder, name, { level: packed, chain: null, btrfsDebug });
+    receiveStage(folder, name, { level: packed, chain: null, btrfsDebug });
   const level = compressed ? "1" : "";
-  const received = o.sending.trust ? [end(level)] : checked(folder, level, expectedOf(piece), end);
+  const received = o.sending.trust
+    ? [end(level)]
+    : checkedReceive(folder, level, expectedOf(piece), end);
   if (o.sending.trust) log.info(`${object} is received as it is, by --trust-stream`);
   log.debug(`Receiving ${object}`);
   return [
     fetch,
     ...meter(label, display, o.sending.rate, bytes),
-    relaying({ sum: true }),
+    relayStage({ sum: true }),
     ...decrypt,
     ...received,
   ];
 }
 
 const fetching = (folder: Folder, verbs: StoreVerbs, object: string) =>
-  staged(
+  verbStage(
     "reading",
     folder.host,
     verbs.fetch,
@@ -10113,7 +10134,7 @@ const fetching = (folder: Folder, verbs: StoreVerbs, object: string) =>
   );
 
 const insteadOf = (location: Folder, store: Store, damaged: Stream) =>
-  instead(
+  adviceInstead(
     location,
     wholeIn(location).filter(
       (one) => !piecesOf(one, store).some(({ uuid }) => uuid === damaged.uuid),
@@ -10124,7 +10145,11 @@ const insteadOf = (location: Folder, store: Store, damaged: Stream) =>
  * Writes the records of a restored subvolume's snapshot folder: what is there says how it was when
  * the snapshot was taken. `backups`: where the snapshot came from.
  */
-async function settle(r: Restoration, tree: string, backups: Folder | null): Promise<void> {
+async function writeRestoredRecords(
+  r: Restoration,
+  tree: string,
+  backups: Folder | null,
+): Promise<void> {
   const { o, target, outside, chains } = r;
   const folder = await openFolder(o.target, outside?.path ?? join(tree, target.inside ?? ""), {
     prefix: target.prefix,
@@ -10181,7 +10206,7 @@ function withPinIn(known: KnownDestination, standing: readonly Entry[]): KnownDe
 }
 
 /** Whose a chain outside of TARGET is: TARGET's, unless its owner stands elsewhere. */
-function ownerOutside(target: Target, { prefix, source }: Folder, outside: Folder): Identity {
+function ownerOutside(target: Target, { prefix, source }: Folder, outside: Folder): SourceIdentity {
   const owner = outside.record.chains.get(prefix)?.owner;
   const isElsewhere =
     owner !== undefined &&
@@ -10333,7 +10358,7 @@ function tellOfOld({ o, report, target, moved }: Restoration, kept: string, old:
       : [...new Set(below.map((path) => `${quote(kept + dirname(path))}/*`))];
   if (below.length > 0)
     report.warning(
-      `${count(below.length, "subvolume")} below the old ${o.target.id} ${below.length === 1 ? "is" : "are"} now below ${kept}`,
+      `${plural(below.length, "subvolume")} below the old ${o.target.id} ${below.length === 1 ? "is" : "are"} now below ${kept}`,
     );
   log.info(
     `The old one is ${kept}. When you do not need it any more: btrfs subvolume delete ${[...words.reverse(), quote(kept)].join(" ")}`,
@@ -10388,7 +10413,7 @@ function whyEmpty({ problem, left }: Column): string {
 }
 
 /** What a column is called below its legend. */
-const letter = (i: number) => (i < 26 ? String.fromCharCode(65 + i) : String(i));
+const columnLetter = (i: number) => (i < 26 ? String.fromCharCode(65 + i) : String(i));
 
 type OpenedColumn = Column & { readonly error?: Error };
 
@@ -10405,7 +10430,7 @@ async function openColumns(
   const early = { ...o, prefix: o.prefix ?? "" };
   const open = (location: Location) => ({ location, opening: openColumn(location, early) });
   const asked = new Map(others.map((location) => [location.id, open(location)]));
-  const source = toldOf(await openColumn(first as Location, o), report);
+  const source = tellProblem(await openColumn(first as Location, o), report);
   const { folder } = source;
   const remembered = new Map(folder === null ? [] : knownTo(folder));
   const doubt = folder && doubtOf(folder);
@@ -10421,7 +10446,7 @@ async function openColumns(
       withKnown(location, await opening, remembered.get(id), { ...o, prefix }),
     ),
   );
-  return [source, ...opened.map((column) => toldOf(column, report)), ...left];
+  return [source, ...opened.map((column) => tellProblem(column, report)), ...left];
 }
 
 /** By location, what the records of a SOURCE say of its destinations, whatever the prefix. */
@@ -10436,7 +10461,7 @@ function knownTo(folder: Folder): [string, KnownDestination][] {
 /** Why the destinations in a folder's records are not opened; null where they are. */
 function doubtOf(folder: Folder): string | null {
   for (const chain of [...folder.record.chains.values(), folder.chain]) {
-    const doubt = disbelief({ ...folder, chain });
+    const doubt = whyNotBelieved({ ...folder, chain });
     if (doubt !== null) return doubt;
   }
   return null;
@@ -10457,7 +10482,7 @@ async function openColumn(location: Location, o: LookOptions): Promise<OpenedCol
 }
 
 /** Tells what is wrong with a place, and goes on without it. Errors: UsageError, Interrupted. */
-function toldOf({ error, ...column }: OpenedColumn, report: Report): Column {
+function tellProblem({ error, ...column }: OpenedColumn, report: Report): Column {
   if (error instanceof UsageError || error instanceof Interrupted) throw error;
   if (error !== undefined) report.error(column.id, error);
   return column;
@@ -10491,7 +10516,7 @@ async function sizesIn(folder: Folder): Promise<[string, number][]> {
   const whole = wholeIn(folder);
   if (folder.store !== null) return folder.store.streams.map(({ uuid, bytes }) => [uuid, bytes]);
   const texts: string[] = [];
-  for (const names of chunks(whole.map(({ name }) => `./${name}`)))
+  for (const names of inArguments(whole.map(({ name }) => `./${name}`)))
     texts.push(
       await ask(folder.host, SIZES, { ...at(folder), names }, `${folder.id}: cannot tell sizes`),
     );
@@ -10623,7 +10648,7 @@ function inventoryTable(
   const legend = locations.map(({ id, last, source }, i) => {
     const ago = last && `${inWords(Date.now() - Date.parse(last))} ago`;
     const reached = source || last === undefined ? "" : `, last served ${ago ?? "never"}`;
-    return `${letter(i)}  ${id}${source ? " (source)" : ""}${reached}${whyEmpty(columns[i] as Column)}\n`;
+    return `${columnLetter(i)}  ${id}${source ? " (source)" : ""}${reached}${whyEmpty(columns[i] as Column)}\n`;
   });
   const cells = snapshots.map(({ name, time, at: marks }) => [
     name,
@@ -10634,8 +10659,8 @@ function inventoryTable(
       return `${state}${pin ? ", pin" : ""}${goes ? ", goes" : ""}${bytes === null ? "" : ` ${inBytes(bytes)}`}`;
     }),
   ]);
-  const head = ["NAME", "AGE", ...locations.map((_, i) => letter(i))];
-  return `${legend.join("")}\n${cells.length === 0 ? "no snapshots\n" : table([head, ...cells])}\n`;
+  const head = ["NAME", "AGE", ...locations.map((_, i) => columnLetter(i))];
+  return `${legend.join("")}\n${cells.length === 0 ? "no snapshots\n" : alignedTable([head, ...cells])}\n`;
 }
 
 /** For a monitoring system, a line for each location: whether its newest backup is young enough. */
@@ -10648,7 +10673,7 @@ function checkAge(
   const { maxAge } = o;
   for (const { id, folder, problem } of columns) {
     const newest = folder && newestIn(folder, o.prefix, now);
-    const ok = newest !== null && newest.moment >= before(now, maxAge.count, maxAge.unit);
+    const ok = newest !== null && newest.moment >= momentBefore(now, maxAge.count, maxAge.unit);
     if (!ok) report.failed = true;
     report.event("age", { location: id, ok, newest: newest?.name ?? null, error: problem });
     const failed = problem === null ? "TOO OLD" : "UNKNOWN";
@@ -10749,7 +10774,7 @@ async function compareOne(
   const digest = digests.get(ours.uuid) ?? digestIn(left, ours);
   digests.set(ours.uuid, digest);
   const [a, b] = await allOf([digest, digestIn(right, theirs)]);
-  const differences = a === b ? [] : await compare([left, ours], [right, theirs]);
+  const differences = a === b ? [] : await differencesBetween([left, ours], [right, theirs]);
   comparison.compared++;
   report.event("verify", { location: id, name, equal: a === b, sha256: b, differences });
   if (a !== b)
@@ -10781,7 +10806,7 @@ async function rememberEqual({ o, left: source, equal }: Comparison): Promise<vo
     .flat()
     .filter((one) => changedSince(one, inquiry, {}) === undefined);
   if (!isKnown(source) || asked.length === 0 || source.record.unreadable !== null) return;
-  await learn(inquiry, asked, []);
+  await learnOfParents(inquiry, asked, []);
   const isChanged = (one: Snapshot) => changedSince(one, inquiry, {});
   if (!asked.some(isChanged)) return;
   const folder = await openFolder(o.locations[0] as Readable, source.path, {
@@ -10873,11 +10898,11 @@ function streamsToVerify(
  * The SHA-256 of a stored stream, or why it cannot be told. `refused`: why the stream could not be
  * received, as far as that can be told here.
  */
-type Read =
+type StreamRead =
   { readonly sha256: string; readonly refused: string | null } | { readonly problem: string };
 
 /** Reads one stored stream: here, if it can be read along; else where it is stored. */
-async function readStream(folder: Folder, verbs: StoreVerbs, stored: Stream): Promise<Read> {
+async function readStream(folder: Folder, verbs: StoreVerbs, stored: Stream): Promise<StreamRead> {
   const { uuid: object, compressed, encrypted } = stored;
   let refused: string | null = null;
   if (
@@ -10888,9 +10913,9 @@ async function readStream(folder: Folder, verbs: StoreVerbs, stored: Stream): Pr
     const unpack: Stage[] = compressed ? [{ label: "zstd", command: "zstd -q -d -c" }] : [];
     const read = await pipeline([
       fetching(folder, verbs, object),
-      relaying({ sum: true }),
+      relayStage({ sum: true }),
       ...unpack,
-      relaying({ check: expectedOf(stored), drop: true }),
+      relayStage({ check: expectedOf(stored), drop: true }),
     ]).catch((error: Error) => error.message);
     checkInterruption();
     if (typeof read !== "string") return { sha256: read.summed?.sum ?? "", refused };
@@ -10926,7 +10951,7 @@ async function askSums(
 }
 
 /** Small streams, in bytes: how large one is at most, and all that are read at a time. */
-const SMALL = { one: 1 << 20, all: 32 << 20 };
+const SMALL_STREAMS = { one: 1 << 20, all: 32 << 20 };
 
 /**
  * Reads many small streams with one process: here those that are no more than a stream, for what
@@ -10936,8 +10961,8 @@ async function readSmall(
   folder: Folder,
   verbs: StoreVerbs,
   streams: readonly Stream[],
-): Promise<Map<Stream, Read>> {
-  const reads = new Map<Stream, Read>();
+): Promise<Map<Stream, StreamRead>> {
+  const reads = new Map<Stream, StreamRead>();
   if (!verbs.isDirectory) return reads;
   const isLocal = folder.host.ssh === null;
   const plain = streams.filter(({ compressed, encrypted }) => !compressed && !encrypted);
@@ -10952,7 +10977,7 @@ async function readSmall(
 }
 
 /** Reads streams here; nothing of them if they are not as long as they were. Errors: Failure. */
-async function readHere(folder: Folder, batch: readonly Stream[]): Promise<Read[]> {
+async function readHere(folder: Folder, batch: readonly Stream[]): Promise<StreamRead[]> {
   const given = { ...at(folder), holder: "", objects: batch.map(({ uuid }) => uuid), how: "" };
   const bytes = await askBytes(folder.host, RAW.fetch, given, `${folder.id}: cannot read streams`);
   if (bytes.length !== bytesOf(batch)) return [];
@@ -10967,7 +10992,7 @@ async function readHere(folder: Folder, batch: readonly Stream[]): Promise<Read[
 }
 
 /** Asks another host for the sums of streams; returns all or none. Errors: Failure. */
-async function sumsThere(folder: Folder, batch: readonly Stream[]): Promise<Read[]> {
+async function sumsThere(folder: Folder, batch: readonly Stream[]): Promise<StreamRead[]> {
   const objects = batch.map(({ uuid }) => uuid);
   const sums = await askSums(folder, RAW, objects, "streams");
   return sums.length === batch.length ? sums.map((sha256) => ({ sha256, refused: null })) : [];
@@ -10975,8 +11000,8 @@ async function sumsThere(folder: Folder, batch: readonly Stream[]): Promise<Read
 
 /** Small streams of a folder, as many at a time as are read at once. */
 function smallOnes(streams: readonly Stream[]): Stream[][] {
-  const small = streams.filter(({ bytes }) => bytes <= SMALL.one);
-  return batchesOf(small, ({ bytes }) => bytes, SMALL.all).flatMap((some) =>
+  const small = streams.filter(({ bytes }) => bytes <= SMALL_STREAMS.one);
+  return batchesOf(small, ({ bytes }) => bytes, SMALL_STREAMS.all).flatMap((some) =>
     batchesOf(some, ({ uuid }) => argumentBytes(uuid), RECORD_BYTES),
   );
 }
@@ -10997,7 +11022,7 @@ function refusedFor(stored: Stream, bytes: Buffer): string | null {
 const STAT_FORMAT = "%n\\0%f\\0%u:%g\\0%s\\0%.9Y\\0%t:%T\\0%i\\0%N\\0";
 
 /** printf's format of a word of what it prints. */
-const WORD = "%s\\0";
+const STAT_WORD = "%s\\0";
 
 /**
  * What a stream carries of a file besides its contents and attributes. What has no meaning for the
@@ -11108,7 +11133,7 @@ export function parseListing(text: string): Map<string, Record<string, string | 
 const asText = (latin1: string) => Buffer.from(latin1, "latin1").toString();
 
 /** What differs between two trees, and how: a line for each path. */
-async function compare(...sides: readonly [Folder, Snapshot][]): Promise<string[]> {
+async function differencesBetween(...sides: readonly [Folder, Snapshot][]): Promise<string[]> {
   const listed = async ([folder, { name }]: [Folder, Snapshot]) => {
     const given = { ...at(folder), snapshot: name, format: STAT_FORMAT };
     const base64 = await ask(folder.host, LISTING, given, `${folder.id}: cannot list ${name}`);
@@ -11168,7 +11193,7 @@ export async function versions(o: VersionsOptions, report: Report): Promise<void
   if (shown === 0) {
     const { length } = sought.seen;
     const none =
-      length === 0 ? ": there are no snapshots" : ` is in none of ${count(length, "snapshot")}`;
+      length === 0 ? ": there are no snapshots" : ` is in none of ${plural(length, "snapshot")}`;
     tellFailure(report, null, `${file.id}${none} of ${source.id}`);
   }
   report.event("summary", { ok: !report.failed, versions: shown });
@@ -11258,8 +11283,8 @@ async function statesIn(
   names: readonly string[],
 ): Promise<Map<string, FileState>> {
   const found = new Map<string, FileState>();
-  for (const some of chunks(names)) {
-    const given = { ...folder, format: STAT_FORMAT, word: WORD, inner: path, names: some };
+  for (const some of inArguments(names)) {
+    const given = { ...folder, format: STAT_FORMAT, word: STAT_WORD, inner: path, names: some };
     const words = (await ask(host, VERSIONS, given, `cannot look for ${path}`)).split("\0");
     const end = words.indexOf("");
     const [mode, place = "", ...paths] = words.slice(0, end);
@@ -11300,7 +11325,7 @@ function versionsTable(
 ): string {
   const cells = rows.map(({ first, last, state, columns: having }, i) => {
     const isNow = i === 0 && JSON.stringify(now) === JSON.stringify(state);
-    const where = having.map(letter).join(" ") + (isNow ? " (as it is now)" : "");
+    const where = having.map(columnLetter).join(" ") + (isNow ? " (as it is now)" : "");
     if (state === null) return [first, last, "deleted", "-", where];
     const { size, type, mtime } = state;
     const modified = stamp(new Date(Number(mtime) * 1000)).replace(
@@ -11309,8 +11334,10 @@ function versionsTable(
     );
     return [first, last, size === undefined ? type : inBytes(Number(size)), modified, where];
   });
-  const legend = columns.map((column, i) => `${letter(i)}  ${column.id}${whyEmpty(column)}\n`);
-  return `${legend.join("")}\n${table([["FIRST IN", "LAST IN", "SIZE", "MODIFIED", "WHERE"], ...cells])}`;
+  const legend = columns.map(
+    (column, i) => `${columnLetter(i)}  ${column.id}${whyEmpty(column)}\n`,
+  );
+  return `${legend.join("")}\n${alignedTable([["FIRST IN", "LAST IN", "SIZE", "MODIFIED", "WHERE"], ...cells])}`;
 }
 
 /** Copies a version of a file back to its host. */
@@ -11340,7 +11367,8 @@ async function getVersion(
   const take = { ...at(folder), snapshot: name, inner: path };
   const there: Host = { ...host, fence: "try" };
   if (near) await ask(there, PUT, { ...put, ...take }, `cannot copy ${o.file.id} back`);
-  else await pipeline([staged("tar", folder.host, TAKE, take), staged("tar", there, PUT, put)]);
+  else
+    await pipeline([verbStage("tar", folder.host, TAKE, take), verbStage("tar", there, PUT, put)]);
   log.info(`Copied ${path.slice(1)} as it was in ${name} of ${folder.id} to ${to}`);
   report.event("get", { location: folder.id, name, path: to });
   report.event("summary", { ok: !report.failed });
@@ -11378,7 +11406,7 @@ export async function unpin(o: UnpinOptions, report: Report): Promise<void> {
         );
     const destinations = known.filter(({ location }) => !o.all && !o.locations.includes(location));
     await writeRecord(source, { ...source.owned, destinations });
-    log.info(`Unpinned ${count(known.length - destinations.length, "destination")}`);
+    log.info(`Unpinned ${plural(known.length - destinations.length, "destination")}`);
   } finally {
     await whileCleaning(source.close);
   }
@@ -11467,31 +11495,31 @@ export async function permitted(
 /** Checks an argument, and returns the one that is used in its place. Errors: Refused. */
 type ArgumentRule = (value: string, said: Guarded) => string;
 
-const shown = (value: string) =>
+const inQuotes = (value: string) =>
   JSON.stringify(value.length > 100 ? `${value.slice(0, 100)}…` : value);
 /** A rule that a test decides. `what`: a word for the argument. */
 const passing =
   (test: (value: string, said: Guarded) => boolean, what = "the argument"): ArgumentRule =>
   (value, said) =>
-    test(value, said) ? value : refuse(`${what} ${shown(value)}`);
-const like = (shape: RegExp) => passing((value) => shape.test(value));
+    test(value, said) ? value : refuse(`${what} ${inQuotes(value)}`);
+const matching = (shape: RegExp) => passing((value) => shape.test(value));
 const oneOf = (...words: readonly string[]) => passing((value) => words.includes(value));
 /** An argument that is empty, or bound to a rule. */
-const perhaps =
+const optionally =
   (rule: ArgumentRule): ArgumentRule =>
   (value, said) =>
     value === "" ? "" : rule(value, said);
 const notGiven = passing(() => false);
 
-const BYTES = like(/^\d{1,18}$/);
-const UUID_BYTES = like(/^[0-9a-f]{32}$/);
-const SHA256 = like(/^[0-9a-f]{64}$/);
-const ONE_LINE = like(/^[^\n\r\0]*$/);
+const BYTES = matching(/^\d{1,18}$/);
+const UUID_BYTES = matching(/^[0-9a-f]{32}$/);
+const SHA256 = matching(/^[0-9a-f]{64}$/);
+const ONE_LINE = matching(/^[^\n\r\0]*$/);
 
 const isOneLine = (value: string) => !/[\n\r\0]/.test(value);
 const isName = (value: string) => isOneLine(value) && !value.includes("/");
 
-const isOurs = (name: string) =>
+const isOwnName = (name: string) =>
   /^\.btrfs-backup|^\.outstanding_transfers$|\.part$|\.btrfs(\.|$)/.test(name);
 
 const statOf = (path: string) => lstatSync(path, { throwIfNoEntry: false });
@@ -11524,14 +11552,15 @@ function resolvedPath(path: string): string {
 /** A place that the key may use: in one of its paths, and not inside of a backup. */
 const PLACE_RULE: ArgumentRule = (value, said) => {
   if (!value.startsWith("/") || !isOneLine(value) || value !== withoutSlash(normalize(value)))
-    refuse(`the path ${shown(value)}`);
+    refuse(`the path ${inQuotes(value)}`);
   const real = resolvedPath(value);
   const top = said.o.paths.map(resolvedPath).find((path) => isWithin(real, path));
-  if (top === undefined) return refuse(`${shown(value)} is not below ${said.o.paths.join(" or ")}`);
+  if (top === undefined)
+    return refuse(`${inQuotes(value)} is not below ${said.o.paths.join(" or ")}`);
   for (let path = real; path !== top; path = dirname(path)) {
-    if (isOurs(basename(path))) refuse(`${shown(value)} has a name that this program uses`);
+    if (isOwnName(basename(path))) refuse(`${inQuotes(value)} has a name that this program uses`);
     if (prefixOf(basename(path)) !== null || isReadonlySubvolume(path))
-      refuse(`${shown(value)} is inside of a backup`);
+      refuse(`${inQuotes(value)} is inside of a backup`);
   }
   said.folder = real;
   return real;
@@ -11547,7 +11576,7 @@ const SOURCE_RULE: ArgumentRule = (value, said) => {
 };
 
 const PREFIX_RULE: ArgumentRule = (value, said) => {
-  if (!isPrefix(value) || value.includes("\ufffd")) refuse(`the prefix ${shown(value)}`);
+  if (!isPrefix(value) || value.includes("\ufffd")) refuse(`the prefix ${inQuotes(value)}`);
   said.prefix = value;
   return value;
 };
@@ -11558,11 +11587,11 @@ const DATED = passing((value) => prefixOf(value) !== null && isName(value), "the
 const STANDING: ArgumentRule = (value, { folder }) =>
   entryName(value) !== null && isReadonlySubvolume(join(folder, value))
     ? value
-    : refuse(`${shown(value)} is no snapshot in ${folder}`);
+    : refuse(`${inQuotes(value)} is no snapshot in ${folder}`);
 const LISTED_NAME: ArgumentRule = (value, said) =>
   value.startsWith("./")
     ? `./${STANDING(value.slice(2), said)}`
-    : refuse(`the argument ${shown(value)}`);
+    : refuse(`the argument ${inQuotes(value)}`);
 
 const isObject = (value: string) => STREAM.test(value) && isName(value);
 const OBJECT = passing(
@@ -11590,22 +11619,22 @@ const INNER = passing(
 
 /** The rules of parameters that mean the same in every verb. */
 const PARAMETERS = {
-  nonce: like(/^[0-9a-f-]{36}$/),
-  wait: like(/^(look|later|\d{1,6})$/),
-  silence: like(/^\d{1,4}$/),
+  nonce: matching(/^[0-9a-f-]{36}$/),
+  wait: matching(/^(look|later|\d{1,6})$/),
+  silence: matching(/^\d{1,4}$/),
   folder: PLACE_RULE,
-  fsid: like(/^[0-9a-f]{1,16}(\/\d{0,9})?$/),
+  fsid: matching(/^[0-9a-f]{1,16}(\/\d{0,9})?$/),
   prefix: PREFIX_RULE,
   lock: PREFIX_RULE,
-  holder: like(/^\d{0,9}$/),
+  holder: matching(/^\d{0,9}$/),
   // A line of the record, whole or in two parts. The line that is written is checked too.
   header: oneOf("", RECORD_HEADER),
-  key: like(/^(,"[^\n\r\0]*": )?$/),
+  key: matching(/^(,"[^\n\r\0]*": )?$/),
   value: ONE_LINE,
   beginning: ONE_LINE,
   rest: ONE_LINE,
   flag: oneOf("-q", "-vv"),
-  level: like(/^(1?\d)?$/),
+  level: matching(/^(1?\d)?$/),
   part: PART_RULE,
   bytes: BYTES,
   kept: BYTES,
@@ -11641,7 +11670,7 @@ type Beyond<V> = {
  * A guarded key may use a verb with one of these rights, and so many arguments, if `check` accepts
  * them.
  */
-type Use = {
+type Allowed = {
   readonly verb: Declared;
   readonly rights: readonly Right[];
   readonly least: number;
@@ -11652,15 +11681,15 @@ type Use = {
   ) => Promise<{ args: string[]; serve: () => Promise<number> }>;
 };
 
-function use<V extends Declared>(
+function allow<V extends Declared>(
   declaration: V,
   rights: readonly Right[],
   own: OwnRules<V>,
   { again: lookAgain, serve: serveOtherwise }: Beyond<V> = {},
-): [string, Use] {
+): [string, Allowed] {
   const parameters = parametersOf(declaration);
   const rules = { ...PARAMETERS, ...own } as Rules<V>;
-  const check: Use["check"] = async (words, said) => {
+  const check: Allowed["check"] = async (words, said) => {
     const accepted: Record<string, string | string[]> = {};
     for (const [i, { name, kind }] of parameters.entries()) {
       const rule = rules[name as keyof Rules<V>];
@@ -11701,7 +11730,7 @@ const runFenced = async <V extends Declared>(declaration: V, given: ArgumentsOf<
   (await startFenced(declaration, given)).exitCode ?? 1;
 
 /** The folder of a guarded verb as it is now. */
-async function lookedAt(
+async function folderNow(
   { folder: path, prefix }: Guarded,
   kind: "folder" | "raw",
 ): Promise<Folder> {
@@ -11789,7 +11818,7 @@ function checkAnnouncement(
 ): void {
   if (name === undefined || name === now.receiving) return;
   if (parseName(name, prefix) === null || entries.has(name))
-    refuse(`an announcement of ${shown(name)}`);
+    refuse(`an announcement of ${inQuotes(name)}`);
 }
 
 /** An owner and strangers are settled once. A restored source has another UUID. */
@@ -11835,7 +11864,7 @@ const recordAgain: Again<typeof WRITE_RECORD> = async (given, said) => {
     : "/";
   PREFIX_RULE(prefix, said);
   if (given.header === "") refuse("a record without a header");
-  return { ...given, ...recordedLine(given, await lookedAt(said, "folder"), said) };
+  return { ...given, ...recordedLine(given, await folderNow(said, "folder"), said) };
 };
 
 /**
@@ -11843,7 +11872,7 @@ const recordAgain: Again<typeof WRITE_RECORD> = async (given, said) => {
  * before it began left none.
  */
 async function discardServed(given: ArgumentsOf<typeof DISCARD>, said: Guarded): Promise<number> {
-  const folder = await lookedAt(said, "folder");
+  const folder = await folderNow(said, "folder");
   if (folder.chain.receiving === undefined && !folder.entries.has(given.name)) return 0;
   if (folder.chain.receiving !== given.name)
     refuse(`${given.name} was not left by a broken transfer`);
@@ -11857,7 +11886,7 @@ async function discardServed(given: ArgumentsOf<typeof DISCARD>, said: Guarded):
  */
 const commitAgain: Again<CommitVerb> = async (given, said) => {
   const { object } = given;
-  const { entries, store } = await lookedAt(said, "raw");
+  const { entries, store } = await folderNow(said, "raw");
   if (entries.has(object) || entries.has(object + SUM)) refuse(`${object} is there`);
   const uuid = STREAM.exec(object)?.[8] ?? "";
   if (store?.streams.some((one) => one.readonly && one.receivedUuid === uuid))
@@ -11867,7 +11896,7 @@ const commitAgain: Again<CommitVerb> = async (given, said) => {
 
 /** Without --allow-delete, only the objects that broken transfers left. */
 const dropAgain: Again<DropVerb> = async (given, said) => {
-  const { store } = await lookedAt(said, "raw");
+  const { store } = await folderNow(said, "raw");
   const debris = new Set(
     [...(store?.debris ?? [])].flatMap(([name, objects]) =>
       parseName(name, said.prefix) === null ? [] : objects,
@@ -11882,7 +11911,7 @@ const dropAgain: Again<DropVerb> = async (given, said) => {
 /** Never the newest snapshot of a source. */
 const deleteAgain: Again<typeof DELETE> = async (given, said) => {
   const names = given.names.map((name) => DATED(name.slice(2), said));
-  const { standing, top } = await lookedAt(said, "folder");
+  const { standing, top } = await folderNow(said, "folder");
   const idOf = new Map<string, string>(standing.map(({ name, id }) => [name, String(id)]));
   if (given.top !== top || given.ids !== names.map((name) => idOf.get(name)).join(" "))
     refuse("subvolumes that are others now");
@@ -11898,14 +11927,14 @@ const deleteAgain: Again<typeof DELETE> = async (given, said) => {
 
 /** Only the newest snapshot, within its prefix. */
 const renameAgain: Again<typeof RENAME> = async (given, said) => {
-  const { standing } = await lookedAt(said, "folder");
+  const { standing } = await folderNow(said, "folder");
   const prefix = prefixOf(given.name);
   const alike = standing.filter(({ name, readonly }) => readonly && prefixOf(name) === prefix);
   if (
     prefixOf(given.to) !== prefix ||
     alike.some(({ id }) => id > (alike.find(({ name }) => name === given.name)?.id ?? 0))
   )
-    refuse(`${shown(given.name)} is not the newest snapshot`);
+    refuse(`${inQuotes(given.name)} is not the newest snapshot`);
   return given;
 };
 
@@ -11927,7 +11956,7 @@ const sizesAgain: Again<typeof FILE_SIZES> = async (given, { folder }) => {
   const led = given.paths.find(
     (path) => ![given.snapshot, given.parent].every((name) => isInside(join(folder, name), path)),
   );
-  if (led !== undefined) refuse(`the path ${shown(led)}`);
+  if (led !== undefined) refuse(`the path ${inQuotes(led)}`);
   return given;
 };
 
@@ -11943,25 +11972,30 @@ const FILE: ArgumentRule = (value, said) => {
 const NAMES = { names: LISTED_NAME };
 
 /** The verbs that a key may run. Guard refuses all others. */
-const GUARDED: ReadonlyMap<string, Use> = new Map([
-  use(
+const GUARDED: ReadonlyMap<string, Allowed> = new Map([
+  allow(
     OPEN,
     ["add", "source"],
-    { source: perhaps(SOURCE_RULE), kind: oneOf("", "streams", "known") },
+    { source: optionally(SOURCE_RULE), kind: oneOf("", "streams", "known") },
     { serve: openServed },
   ),
-  use(CREATE, ["add", "source"], {}),
-  use(PARENTS, ["add"], { source: oneOf(""), how: oneOf("", "look") }),
-  use(WRITE_RECORD, ["add", "source"], { sync: oneOf("sync") }, { again: recordAgain }),
-  use(RECEIVE, ["add"], { sum: SHA256, sync: notGiven }, { serve: receiveServed }),
-  use(KEPT, ["add"], { object: OBJECT }),
-  use(TIDY, ["add"], {}),
-  use(DISCARD, ["add"], { name: DATED, how: oneOf("", "whole") }, { serve: discardServed }),
-  use(RAW.store, ["add"], { object: PART_RULE, size: perhaps(BYTES) }, { serve: storeServed }),
-  use(RAW.commit, ["add"], { object: OBJECT, sum: SHA256, uuid: notGiven }, { again: commitAgain }),
-  use(RAW.drop, ["add", "delete"], {}, { again: dropAgain }),
-  use(RAW.fetch, ["read"], { how: oneOf("", "sum") }),
-  use(
+  allow(CREATE, ["add", "source"], {}),
+  allow(PARENTS, ["add"], { source: oneOf(""), how: oneOf("", "look") }),
+  allow(WRITE_RECORD, ["add", "source"], { sync: oneOf("sync") }, { again: recordAgain }),
+  allow(RECEIVE, ["add"], { sum: SHA256, sync: notGiven }, { serve: receiveServed }),
+  allow(KEPT, ["add"], { object: OBJECT }),
+  allow(TIDY, ["add"], {}),
+  allow(DISCARD, ["add"], { name: DATED, how: oneOf("", "whole") }, { serve: discardServed }),
+  allow(RAW.store, ["add"], { object: PART_RULE, size: optionally(BYTES) }, { serve: storeServed }),
+  allow(
+    RAW.commit,
+    ["add"],
+    { object: OBJECT, sum: SHA256, uuid: notGiven },
+    { again: commitAgain },
+  ),
+  allow(RAW.drop, ["add", "delete"], {}, { again: dropAgain }),
+  allow(RAW.fetch, ["read"], { how: oneOf("", "sum") }),
+  allow(
     DELETE,
     ["delete", "source"],
     {
@@ -11969,39 +12003,44 @@ const GUARDED: ReadonlyMap<string, Use> = new Map([
       convert: oneOf("", "rw"),
       sync: oneOf("", "sync"),
       top: ONE_LINE,
-      ids: like(/^\d+( \d+)*$/),
+      ids: matching(/^\d+( \d+)*$/),
     },
     { again: deleteAgain },
   ),
-  use(RECEIVED, ["delete", "read"], NAMES),
-  use(MADE, ["delete", "read"], {}, { serve: madeServed }),
-  use(BORN, ["delete", "read"], NAMES),
-  use(SHOW, ["source"], {}),
-  use(SNAPSHOT, ["source"], { source: SOURCE_RULE, name: DATED }),
-  use(RENAME, ["source"], { name: STANDING, to: DATED }, { again: renameAgain }),
-  use(SEND, ["source", "read"], {
-    protocol: like(/^[12]?$/),
-    parent: perhaps(STANDING),
-    skip: perhaps(BYTES),
-    sum: perhaps(SHA256),
+  allow(RECEIVED, ["delete", "read"], NAMES),
+  allow(MADE, ["delete", "read"], {}, { serve: madeServed }),
+  allow(BORN, ["delete", "read"], NAMES),
+  allow(SHOW, ["source"], {}),
+  allow(SNAPSHOT, ["source"], { source: SOURCE_RULE, name: DATED }),
+  allow(RENAME, ["source"], { name: STANDING, to: DATED }, { again: renameAgain }),
+  allow(SEND, ["source", "read"], {
+    protocol: matching(/^[12]?$/),
+    parent: optionally(STANDING),
+    skip: optionally(BYTES),
+    sum: optionally(SHA256),
     uuid: UUID_BYTES,
-    clone: perhaps(UUID_BYTES),
+    clone: optionally(UUID_BYTES),
   }),
-  use(WORK, ["add", "source", "read", "delete"], {
+  allow(PROGRESS, ["add", "source", "read", "delete"], {
     group: oneOf(""),
-    verb: like(/^[a-z-]{1,20}$/),
+    verb: matching(/^[a-z-]{1,20}$/),
   }),
-  use(HEADS, ["source", "read"], {}),
-  use(BIRTHS, ["source", "read"], {}),
-  use(ESTIMATE, ["source", "read"], { parent: perhaps(STANDING) }),
-  use(REWRITTEN, ["source", "read"], { parent: STANDING }),
-  use(FILE_SIZES, ["source", "read"], { parent: STANDING, paths: INNER }, { again: sizesAgain }),
-  use(SIZES, ["read"], NAMES),
-  use(DIGEST, ["read"], {}),
-  use(LISTING, ["read"], {}),
-  use(VERSIONS, ["read"], { word: oneOf(WORD), names: VERSION_OF }, { again: versionsAgain }),
-  use(TAKE, ["read"], {}),
-  use(LOCATE, ["read"], { file: FILE }),
+  allow(HEADS, ["source", "read"], {}),
+  allow(BIRTHS, ["source", "read"], {}),
+  allow(ESTIMATE, ["source", "read"], { parent: optionally(STANDING) }),
+  allow(REWRITTEN, ["source", "read"], { parent: STANDING }),
+  allow(FILE_SIZES, ["source", "read"], { parent: STANDING, paths: INNER }, { again: sizesAgain }),
+  allow(SIZES, ["read"], NAMES),
+  allow(DIGEST, ["read"], {}),
+  allow(LISTING, ["read"], {}),
+  allow(
+    VERSIONS,
+    ["read"],
+    { word: oneOf(STAT_WORD), names: VERSION_OF },
+    { again: versionsAgain },
+  ),
+  allow(TAKE, ["read"], {}),
+  allow(LOCATE, ["read"], { file: FILE }),
 ]);
 
 // ── how much a key may store ──
@@ -12019,10 +12058,10 @@ function* filesBelow(folder: string): Generator<string> {
 function openedPlain(path: string): number {
   try {
     const file = openSync(path, constants.O_RDONLY | constants.O_NOFOLLOW | constants.O_NONBLOCK);
-    return fstatSync(file).isFile() ? file : refuse(`${shown(path)} is not a plain file`);
+    return fstatSync(file).isFile() ? file : refuse(`${inQuotes(path)} is not a plain file`);
   } catch (error) {
     if (error instanceof Refused) throw error;
-    return refuse(`${shown(path)} cannot be read: ${(error as Error).message}`);
+    return refuse(`${inQuotes(path)} cannot be read: ${(error as Error).message}`);
   }
 }
 
@@ -12051,7 +12090,7 @@ function recordedBytes(path: string): number {
   const file = openedPlain(path);
   const { chains, stored, unreadable } = parseRecord(readFileSync(file, "utf8"));
   closeSync(file);
-  if (unreadable !== null) refuse(`${shown(path)} cannot be read`);
+  if (unreadable !== null) refuse(`${inQuotes(path)} cannot be read`);
   const standing = new Set(listedNow(dirname(path)).map(({ receivedUuid }) => receivedUuid));
   let sum = 0;
   for (const { receiving: name } of chains.values())
@@ -12085,7 +12124,7 @@ const PART_OF_OBJECT = /^\..*\.btrfs(\.zst)?(\.gpg)?(\.p[0-2]-\d*)?\.part$/s;
  * it may have. `counted`: bytes that are there already, and will not be there twice. Errors:
  * Refused where there is no room.
  */
-async function withinBytes(
+async function withinMaxBytes(
   { paths, maxBytes }: GuardOptions,
   counted: () => number,
   work: (left: number) => Promise<number>,
@@ -12114,7 +12153,7 @@ const noRoom = (maxBytes: number | null) =>
 
 /** Remembers how many bytes a backup's stream had, and forgets backups that are gone. */
 async function rememberBytes(said: Guarded, uuid: string, bytes: number): Promise<void> {
-  const folder = await lookedAt(said, "folder");
+  const folder = await folderNow(said, "folder");
   const standing = new Set(folder.subvolumes.map(({ receivedUuid }) => receivedUuid));
   const stored = Object.entries(folder.record.stored?.get(said.prefix) ?? {}).filter(([one]) =>
     standing.has(one),
@@ -12138,9 +12177,9 @@ async function storeServed(given: ArgumentsOf<StoreVerb>, { o }: Guarded): Promi
   const allowed = async () => {};
   const store = (left: number) => {
     const coming = { stream: false, level: "", file: null, left, most: o.maxBytes };
-    return letIn(RAW.store, given, coming, { begins: allowed, whole: allowed });
+    return receiveThroughRelay(RAW.store, given, coming, { begins: allowed, whole: allowed });
   };
-  return withinBytes(o, () => 0, store);
+  return withinMaxBytes(o, () => 0, store);
 }
 
 // ── commands that do not run as they are ──
@@ -12188,14 +12227,15 @@ function checkFence(): void {
 /** Opens a folder, and tells the facts that concern the key. */
 async function openServed(given: ArgumentsOf<typeof OPEN>, said: Guarded): Promise<number> {
   const child = startFenced(OPEN, given, "pipe");
-  const output = await printed(child, `\n${given.nonce} end\n`);
-  if (typeof output === "string") process.stdout.write(narrowed(output, given.nonce, said.folder));
+  const output = await outputUntil(child, `\n${given.nonce} end\n`);
+  if (typeof output === "string")
+    process.stdout.write(narrowedAnswer(output, given.nonce, said.folder));
   return (await child).exitCode ?? 1;
 }
 
 /** Tells when the subvolumes of a folder were made. */
 async function madeServed(given: ArgumentsOf<typeof MADE>, said: Guarded): Promise<number> {
-  const { top } = await lookedAt(said, "folder");
+  const { top } = await folderNow(said, "folder");
   const { stdout, exitCode } = await startFenced(MADE, given, "pipe");
   for (const [line, , , , path] of listedLines(stdout.replace(/\n$/, ""), LISTED_MADE))
     if (dirname(`/${path}`) === top) process.stdout.write(`${line}\n`);
@@ -12203,7 +12243,7 @@ async function madeServed(given: ArgumentsOf<typeof MADE>, said: Guarded): Promi
 }
 
 /** The answer of `open`, without the lines that concern neither the folder nor the source. */
-export function narrowed(output: string, nonce: string, folder: string): string {
+export function narrowedAnswer(output: string, nonce: string, folder: string): string {
   const { top, source, mounts, place } = parseInspection(output, nonce, folder);
   const mount = placeOn(mounts, place.path).mount;
   const places = source === null ? [place] : [place, source];
@@ -12250,7 +12290,7 @@ function listedNow(folder: string): Subvolume[] {
 type StreamStart = readonly [name: string, uuid: string, parent: string | null];
 
 /** Checks the beginning of a stream against a folder as it is now. Errors: Refused. */
-function mayBegin(
+function checkStreamStart(
   folder: Folder,
   announced: string | undefined,
   [name, uuid, parent]: StreamStart,
@@ -12260,13 +12300,13 @@ function mayBegin(
     (announced !== undefined && name !== announced) ||
     folder.entries.has(name)
   )
-    refuse(`the subvolume ${shown(name)}`);
+    refuse(`the subvolume ${inQuotes(name)}`);
   // All subvolumes of this moment, not of the session's beginning; and of the whole filesystem,
   // since receive looks for UUIDs in all of it, whatever its chroot. A subvolume that is received
   // later by the same UUID comes behind: receive takes the first.
   const all = listedNow(folder.path);
   if (all.some((one) => `/${one.path}` === join(folder.top, name)))
-    refuse(`the subvolume ${shown(name)}, which is there`);
+    refuse(`the subvolume ${inQuotes(name)}, which is there`);
   const having = (wanted: string) =>
     all.filter((one) => one.uuid === wanted || one.receivedUuid === wanted);
   if (having(uuid).length > 0) refuse(`the UUID ${uuid}, which is not new`);
@@ -12282,7 +12322,7 @@ function mayBegin(
 async function receiveServed(given: ArgumentsOf<typeof RECEIVE>, said: Guarded): Promise<number> {
   const { folder: path, prefix, header, beginning, rest, part } = given;
   const { maxBytes } = said.o;
-  const folder = await lookedAt(said, "folder");
+  const folder = await folderNow(said, "folder");
   const announced = header === "" ? null : guardedRecord(beginning + rest, folder, false);
   if (announced !== null && announced.receiving === undefined)
     refuse("a transfer without an announcement");
@@ -12299,25 +12339,25 @@ async function receiveServed(given: ArgumentsOf<typeof RECEIVE>, said: Guarded):
           beginning: announcement(name as string, folder),
           rest: JSON.stringify(settled).slice(1),
         };
-  if (part !== undefined && !PART.test(`${part}.part`)) refuse(`the file ${shown(part)}`);
+  if (part !== undefined && !PART.test(`${part}.part`)) refuse(`the file ${inQuotes(part)}`);
   const file = part === undefined ? null : openedPlain(join(path, `.${part}.part`));
   let made = "";
   const allowing: Allowing = {
     async begins(...begun) {
-      mayBegin(folder, name, begun);
+      checkStreamStart(folder, name, begun);
       made = begun[1];
     },
     async whole(bytes) {
       if (maxBytes !== null) await rememberBytes(said, made, bytes);
     },
   };
-  return withinBytes(
+  return withinMaxBytes(
     said.o,
     () => (file === null ? 0 : fstatSync(file).size),
     (left) => {
       const coming = { stream: true, level: given.level, file, left, most: maxBytes };
       const received = { ...given, flag: `${given.flag}C`, level: "", ...record };
-      return letIn(RECEIVE, received, coming, allowing);
+      return receiveThroughRelay(RECEIVE, received, coming, allowing);
     },
   );
 }
@@ -12348,7 +12388,7 @@ type Allowing = {
  * relay or guard refuses, the verb is killed before its input closes. Returns the exit status.
  * Errors: Refused.
  */
-async function letIn<V extends Declared>(
+async function receiveThroughRelay<V extends Declared>(
   declaration: V,
   given: ArgumentsOf<V>,
   coming: Coming,
@@ -12381,7 +12421,7 @@ async function letIn<V extends Declared>(
   // looks whether the client lives.
   let silent = 0;
   const worked = async () =>
-    `${readIfThere(state) === "r" ? ++silent : silent} ${await workOf(LOCAL, { group })}`;
+    `${readIfThere(state) === "r" ? ++silent : silent} ${await progressOf(LOCAL, { group })}`;
   const ended = attended(exited, declaration.name, worked, kill);
   ended.catch(() => {}); // told at the end
   child.stderr?.on("data", (chunk: Buffer) =>
@@ -13287,7 +13327,7 @@ type Defined = readonly [name: string, definition: Definition];
  * An argument with the beginning of an old option's name gets the whole name. No value begins with
  * two dashes.
  */
-function inFull(arg: string, defined: readonly Defined[]): string {
+function withWholeName(arg: string, defined: readonly Defined[]): string {
   const isDefined = (name: string) => defined.some(([one]) => one === name);
   const [, name = "", rest = ""] = /^--([a-z][a-z-]*)(=.*)?$/s.exec(arg) ?? [];
   const old = [...OPTIONS].filter(([, option]) => option.old).map(([one]) => one);
@@ -13314,7 +13354,7 @@ export function readArguments(args: readonly string[], definitions: ArgsDef): Gi
   const defined = Object.entries(definitions as Readonly<Record<string, Definition>>).filter(
     ([, { type }]) => type !== "positional",
   );
-  const spelled = args.map((arg) => withoutEquals(arg, defined) ?? inFull(arg, defined));
+  const spelled = args.map((arg) => withoutEquals(arg, defined) ?? withWholeName(arg, defined));
   const options = Object.fromEntries(
     defined.map(([name, { type, alias }]) => [
       name,
@@ -13390,7 +13430,7 @@ function argumentError(
 }
 
 /** The number of letters to add, drop or change to make one word of the other (Levenshtein). */
-export function distance(a: string, b: string): number {
+export function editDistance(a: string, b: string): number {
   let row = Array.from({ length: b.length + 1 }, (_, i) => i);
   for (let i = 1; i <= a.length; i++) {
     const next = [i];
@@ -13943,7 +13983,7 @@ function wrapped(first: string, text: string, columns: number): string {
 }
 
 /** An argument as help, man page and completions tell it: an option or a positional. */
-export type Told = {
+export type ToldArgument = {
   readonly name: string;
   readonly short: string | null;
   readonly hint: string | null;
@@ -13953,10 +13993,10 @@ export type Told = {
 };
 
 /** All that help, man page and completions tell of a command. */
-export function told(one: CommandDef<any>) {
+export function manualOf(one: CommandDef<any>) {
   const { name: title = "", description: about = "" } = one.meta as CommandMeta;
   const all = Object.entries(one.args as Readonly<Record<string, Definition>>);
-  const tell = ([name, definition]: Defined): Told => {
+  const tell = ([name, definition]: Defined): ToldArgument => {
     const { alias, valueHint, description = "", required } = definition;
     const option = OPTIONS.get(name);
     return {
@@ -13978,7 +14018,7 @@ export function told(one: CommandDef<any>) {
     description: about,
     positionals,
     groups: Object.entries(GROUPS)
-      .map(([heading, group]): [string, Told[]] => [
+      .map(([heading, group]): [string, ToldArgument[]] => [
         heading,
         options.filter(({ name }) => Object.hasOwn(group, name)),
       ])
@@ -13988,7 +14028,7 @@ export function told(one: CommandDef<any>) {
 
 /** The text of --help for a command. */
 export function helpText(one: CommandDef<any>, columns: number): string {
-  const { usage, description: about, positionals, groups } = told(one);
+  const { usage, description: about, positionals, groups } = manualOf(one);
   const width = Math.min(columns, 100);
   const row = (term: string, text: string) =>
     term.length > 24
@@ -13997,7 +14037,7 @@ export function helpText(one: CommandDef<any>, columns: number): string {
   const section = (title: string, rows: readonly string[]) =>
     rows.length === 0 ? "" : `\n${title}${rows.join("")}`;
   const others = Object.entries(one === COMMANDS.run ? COMMANDS : {}).slice(1);
-  const spelled = ({ name, short, hint }: Told) =>
+  const spelled = ({ name, short, hint }: ToldArgument) =>
     `${short === null ? "    " : `-${short}, `}--${name}${hint === null ? "" : ` ${hint}`}`;
   return [
     wrapped("Usage: ", usage, width),
@@ -14056,7 +14096,7 @@ function inUtf8(bytes: Buffer, what: string): string {
 /** The nearest of some words, and how far it is. */
 const nearest = (word: string, words: readonly string[]) =>
   words
-    .map((other) => ({ word: other, far: distance(word, other) }))
+    .map((other) => ({ word: other, far: editDistance(word, other) }))
     .sort((a, b) => a.far - b.far)[0] ?? { word: "", far: Infinity };
 
 /** Names of commands elsewhere, with ours. */
@@ -14163,8 +14203,8 @@ if (import.meta.main) {
     process.stdout.on("error", () => done()).end(() => done()),
   );
   const isHeard = await Promise.race([
-    within(LIMITS.parting, written),
-    signalled.then(() => within(500, written)),
+    isOverWithin(LIMITS.parting, written),
+    signalled.then(() => isOverWithin(500, written)),
   ]);
   process.exit(status || statusOfSignal() || (isHeard && !unheard ? 0 : 1));
 }

@@ -2,9 +2,12 @@
 
 import { writeFileSync } from "node:fs";
 import { join } from "node:path";
-import { COMMANDS, LEVELS, told, VERSION, type Told } from "../btrfs-backup.ts";
+import { COMMANDS, LEVELS, manualOf, VERSION, type ToldArgument } from "../btrfs-backup.ts";
 
-const commands = Object.entries(COMMANDS).map(([name, command]) => ({ name, ...told(command) }));
+const commands = Object.entries(COMMANDS).map(([name, command]) => ({
+  name,
+  ...manualOf(command),
+}));
 const optionsOf = ({ groups }: (typeof commands)[number]) =>
   groups.flatMap(([, options]) => options);
 
@@ -20,11 +23,11 @@ const roff = (text: string) =>
     .replace(/^[.']/gm, "\\&$&");
 const bold = (text: string) => `\\fB${roff(text)}\\fR`;
 const item = (term: string, text: string) => `.TP\n${term}\n${roff(text)}\n`;
-const spelled = ({ name, short, hint }: Told) =>
+const spelled = ({ name, short, hint }: ToldArgument) =>
   `${short === null ? "" : `${bold(`-${short}`)}, `}${bold(`--${name}`)}${hint === null ? "" : ` \\fI${roff(hint)}\\fR`}`;
-const items = (all: readonly Told[]) =>
+const items = (all: readonly ToldArgument[]) =>
   all.map((option) => item(spelled(option), option.description)).join("");
-const positionals = (all: readonly Told[]) =>
+const positionals = (all: readonly ToldArgument[]) =>
   all.map(({ name, description }) => item(`\\fI${name.toUpperCase()}\\fR`, description)).join("");
 const synopsis = (usage: string) =>
   usage.replace(
@@ -37,7 +40,7 @@ const synopsis = (usage: string) =>
   );
 const [run, ...others] = commands as [(typeof commands)[number], ...typeof commands];
 /** Whether a command has just this option: one of that name can mean something else. */
-const has = (command: (typeof commands)[number], { name, description }: Told) =>
+const has = (command: (typeof commands)[number], { name, description }: ToldArgument) =>
   optionsOf(command).some((one) => one.name === name && one.description === description);
 
 const STATUS = {
@@ -114,14 +117,14 @@ const CHOICES: Readonly<Record<string, readonly string[]>> = {
 
 /** What the value of an option is. */
 type Kind = "snapshot" | "directory" | "file" | "choice" | "other";
-function kindOf({ name, hint }: Told): Kind {
+function kindOf({ name, hint }: ToldArgument): Kind {
   if (name === "snapshot" || name === "get") return "snapshot";
   return (
     ({ DIR: "directory", DEST: "directory", PATH: "file", FILE: "file" }[hint ?? ""] as
       Kind | undefined) ?? (Object.hasOwn(CHOICES, hint ?? "") ? "choice" : "other")
   );
 }
-const choicesOf = ({ hint }: Told) => CHOICES[hint ?? ""] ?? [];
+const choicesOf = ({ hint }: ToldArgument) => CHOICES[hint ?? ""] ?? [];
 
 /** All options that take a value, each once: those of the same name mean the same. */
 const valued = [
@@ -132,7 +135,7 @@ const valued = [
       .map((option) => [option.name, option]),
   ).values(),
 ];
-const spellings = ({ name, short }: Told) => [
+const spellings = ({ name, short }: ToldArgument) => [
   `--${name}`,
   ...(short === null ? [] : [`-${short}`]),
 ];
@@ -192,8 +195,8 @@ ${commands.map((command) => `    ${command.name}) options="${optionsOf(command).
 }
 complete -o nosort -F _btrfs_backup btrfs-backup
 `;
-const groupedBy = (keyOf: (option: Told) => string) =>
-  [...new Set(valued.map(keyOf))].map((key): [string, Told[]] => [
+const groupedBy = (keyOf: (option: ToldArgument) => string) =>
+  [...new Set(valued.map(keyOf))].map((key): [string, ToldArgument[]] => [
     key,
     valued.filter((option) => keyOf(option) === key),
   ]);
@@ -211,7 +214,7 @@ function bashValue(key: string): string {
 }
 
 const zshText = (text: string) => text.replace(/[[\]:\\]/g, "\\$&").replaceAll("'", "'\\''");
-function zshValue(option: Told): string {
+function zshValue(option: ToldArgument): string {
   const { hint } = option;
   if (hint === null) return "";
   const kind = kindOf(option);
@@ -224,7 +227,7 @@ function zshValue(option: Told): string {
   }[kind];
   return `:${zshText(hint)}:${action}`;
 }
-function zshOption(option: Told): string {
+function zshOption(option: ToldArgument): string {
   const { short, hint, description, repeatable } = option;
   const [long, brief] = spellings(option) as [string, string?];
   const rest = `'[${zshText(description)}]${zshValue(option)}'`;
@@ -281,7 +284,7 @@ _btrfs_backup "$@"
 `;
 
 const fishText = (text: string) => `'${text.replace(/[\\']/g, "\\$&")}'`;
-function fishOption(option: Told): string {
+function fishOption(option: ToldArgument): string {
   const { name, short, hint, description } = option;
   const used = commands.filter((command) => has(command, option)).map((command) => command.name);
   const value =

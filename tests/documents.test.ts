@@ -3,7 +3,7 @@
 import { expect, test } from "bun:test";
 import { existsSync, mkdirSync } from "node:fs";
 import { join } from "node:path";
-import { COMMANDS, told } from "../btrfs-backup.ts";
+import { COMMANDS, manualOf } from "../btrfs-backup.ts";
 import {
   pair,
   expectRun,
@@ -15,7 +15,7 @@ import {
 } from "./support/rig.ts";
 
 const DIST = join(ROOT, "dist");
-const every = Object.entries(COMMANDS).map(([name, command]) => ({ name, ...told(command) }));
+const every = Object.entries(COMMANDS).map(([name, command]) => ({ name, ...manualOf(command) }));
 
 test("the man page has no fault, and tells of every command and option", () => {
   expect(sh(`groff -man -Tutf8 -ww -z "$1" 2>&1`, join(DIST, "btrfs-backup.8"))).toBe("");

@@ -16,7 +16,7 @@ import { join } from "node:path";
 import {
   commandFor,
   guardedRecord,
-  narrowed,
+  narrowedAnswer,
   parametersOf,
   parseCommand,
   parseInspection,
@@ -917,7 +917,7 @@ test("what a key is told of the rest of the machine: nothing", async () => {
   expect(mounts.every(({ path }) => it.home.startsWith(path) || path.startsWith(it.home))).toBe(
     true,
   );
-  expect(narrowed(stdout, nonce, it.home)).toBe(stdout);
+  expect(narrowedAnswer(stdout, nonce, it.home)).toBe(stdout);
 });
 
 test("a directory that becomes a link after it was checked is not gone into", async () => {

@@ -5,10 +5,10 @@ import fc from "fast-check";
 import {
   align,
   arrange,
-  before,
+  momentBefore,
   chainOf,
   changedSince,
-  claim,
+  judgeClaim,
   conflictMessage,
   dataFinder,
   deletionOrder,
@@ -67,7 +67,7 @@ import {
   type Facts,
   type FileState,
   type Folder,
-  type Identity,
+  type SourceIdentity,
   type KnownDestination,
   type Obstacle,
   type Snapshot,
@@ -132,7 +132,7 @@ const standing = (backups: readonly Backup[], rest: Partial<Standing> = {}): Sta
   held: backups,
   backups,
   copied: new Map(),
-  taken: new Map(),
+  obstacles: new Map(),
   chained: null,
   ...rest,
 });
@@ -289,7 +289,7 @@ describe("what stands at a destination", () => {
       /not received/,
       0,
     ],
-  ])("%s", (_, { taken, backups, held }, why, count, holding = count) => {
+  ])("%s", (_, { obstacles: taken, backups, held }, why, count, holding = count) => {
     expect([...taken.keys()]).toEqual([name]);
     const obstacle = taken.get(name) as Obstacle;
     expect(
@@ -395,14 +395,14 @@ describe("policies", () => {
 
   test("a window goes back by the calendar", () => {
     const back = (from: string, count: number, unit: "h" | "d" | "w" | "m" | "y") =>
-      new Date(before(at(from), count, unit)).toISOString().slice(0, 16);
+      new Date(momentBefore(at(from), count, unit)).toISOString().slice(0, 16);
     expect(back("0301-12", 1, "h")).toBe("2024-03-01T11:00");
     expect(back("0301-12", 1, "d")).toBe("2024-02-29T12:00");
     expect(back("0301-12", 2, "w")).toBe("2024-02-16T12:00");
     expect(back("0301-12", 2, "m")).toBe("2024-01-01T12:00");
     expect(back("0301-12", 14, "m")).toBe("2023-01-01T12:00");
     expect(back("0301-12", 4, "y")).toBe("2020-03-01T12:00");
-    expect(before(at("0301"), Infinity, "m")).toBe(-Infinity);
+    expect(momentBefore(at("0301"), Infinity, "m")).toBe(-Infinity);
   });
 
   test.each(["m", "y"] as const)(
@@ -411,9 +411,9 @@ describe("policies", () => {
       for (let day = at("20230101"); day < at("20250101"); day += 86400e3)
         for (const count of [1, 2, 6])
           expect(
-            before(day + 86400e3, count, unit),
+            momentBefore(day + 86400e3, count, unit),
             new Date(day).toISOString(),
-          ).toBeGreaterThanOrEqual(before(day, count, unit));
+          ).toBeGreaterThanOrEqual(momentBefore(day, count, unit));
     },
   );
 
@@ -664,13 +664,15 @@ describe("transfers", () => {
   });
 
   test("a leftover is in nobody's way, and no parent", () => {
-    const place = standing(backups(1), { taken: new Map([[full("0102"), { kind: "leftover" }]]) });
+    const place = standing(backups(1), {
+      obstacles: new Map([[full("0102"), { kind: "leftover" }]]),
+    });
     expect(planned(s.slice(0, 3), place)).toBe("0102<0101 0103<0102");
   });
 
   test("a name taken by something else is a conflict: left alone, no parent, and the others are sent", () => {
     const place = standing(backups(1), {
-      taken: new Map([[full("0102"), other]]),
+      obstacles: new Map([[full("0102"), other]]),
     });
     expect(planned(s.slice(0, 3), place)).toBe(`0103<0101 conflict ${full("0102")}`);
   });
@@ -701,7 +703,9 @@ describe("transfers", () => {
 
   test("a taken name that is not wanted, or holds the data itself, is no conflict", () => {
     const taken = new Map(s.map(({ name }) => [name, other]));
-    expect(planned(s, standing(backups(5), { taken }), { policy: parsePolicy("1") })).toBe("");
+    expect(
+      planned(s, standing(backups(5), { obstacles: taken }), { policy: parsePolicy("1") }),
+    ).toBe("");
   });
 
   test("a restored snapshot is not sent back to where it came from", () => {
@@ -1508,8 +1512,8 @@ describe("making room", () => {
 });
 
 describe("one chain, one owner", () => {
-  const me: Identity = { uuid: "source", host: "here", path: "/home" };
-  const other: Identity = { uuid: "other", host: "there", path: "/srv" };
+  const me: SourceIdentity = { uuid: "source", host: "here", path: "/home" };
+  const other: SourceIdentity = { uuid: "other", host: "there", path: "/srv" };
   // Two chains in one folder: a1 <- a2 <- a3 and x1 <- x2, each received on top of its parent.
   const a1 = backupOf(snap("0101"), { uuid: "a1", parentUuid: null });
   const a2 = backupOf(snap("0102"), { uuid: "a2", parentUuid: "a1" });
@@ -1518,7 +1522,13 @@ describe("one chain, one owner", () => {
   const x2 = backupOf(snap("0105"), { uuid: "x2", parentUuid: "x1" });
   type Case = [
     string,
-    { chain: ChainRecord; there: Backup[]; shared: Backup[]; identity?: Identity; adopt?: boolean },
+    {
+      chain: ChainRecord;
+      there: Backup[];
+      shared: Backup[];
+      identity?: SourceIdentity;
+      adopt?: boolean;
+    },
     strangers: string[] | null,
   ];
   test.each<Case>([
@@ -1637,12 +1647,12 @@ describe("one chain, one owner", () => {
       [],
     ],
   ])("%s", (_, { chain, there, shared, identity = me, adopt = false }, strangers) => {
-    const claimed = claim({ identity, chain, standing: there, shared, adopt });
+    const claimed = judgeClaim({ identity, chain, standing: there, shared, adopt });
     expect(claimed.accepted ? claimed.strangers : null).toEqual(strangers);
   });
 
   test("a refusal names both sources and what to do", () => {
-    const claimed = claim({
+    const claimed = judgeClaim({
       identity: me,
       chain: { owner: other },
       standing: [x1],
@@ -2460,7 +2470,7 @@ describe("when a chain ends", () => {
       held,
       backups: held,
       copied: new Map(),
-      taken: new Map(),
+      obstacles: new Map(),
       chained: [],
     };
     return planTransfers(s.slice(0, upTo), place, {
@@ -2500,7 +2510,7 @@ describe("when a chain ends", () => {
     const held = backupsIn(files("0301a"));
     const { transfers } = planTransfers(
       [again, s[1] as Snapshot],
-      { held, backups: held, copied: new Map(), taken: new Map(), chained: [] },
+      { held, backups: held, copied: new Map(), obstacles: new Map(), chained: [] },
       {
         policy: null,
         incremental: true,

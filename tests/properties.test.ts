@@ -299,7 +299,7 @@ const standing = (backups: Snapshot[]): Standing => ({
   held: backups,
   backups,
   copied: new Map(),
-  taken: new Map(),
+  obstacles: new Map(),
   chained: null,
 });
 

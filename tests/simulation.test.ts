@@ -17,7 +17,7 @@ import {
   type Backup,
   type Claimant,
   type Decision,
-  type Memory,
+  type Pin,
   type Snapshot,
   type Transfer,
 } from "../btrfs-backup.ts";
@@ -182,7 +182,7 @@ function simulate(plan: Plan, random: () => number) {
     arrived: new Set(),
   }));
   /** What the record at the source says. */
-  const known = new Map<string, { pin: Memory | null }>();
+  const known = new Map<string, { pin: Pin | null }>();
   const policies = new Map(plan.destinations.map(({ id, policy }) => [id, parsePolicy(policy)]));
   const sourcePolicy = parsePolicy(plan.source);
   let before = "";

@@ -11,7 +11,7 @@ import {
   COMMANDS,
   entryName,
   type EntryName,
-  distance,
+  editDistance,
   expandFiles,
   Failure,
   filesystemOf,
@@ -33,16 +33,16 @@ import {
   parseStats,
   parseSubvolumes,
   parseWhen,
-  type PlaceMetrics,
+  type Figures,
   placeOn,
   progressLine,
   quote,
   readArguments,
   runOptions,
   summaryOf,
-  table,
+  alignedTable,
   UsageError,
-  told,
+  manualOf,
   type Verb,
   oneLine,
   parametersOf,
@@ -474,7 +474,7 @@ describe("arguments", () => {
       ["abc", "abd"],
       ["kitten", "sitting"],
     ] as const;
-    expect(table.map(([a, b]) => distance(a, b))).toEqual([0, 1, 2, 0, 1, 3]);
+    expect(table.map(([a, b]) => editDistance(a, b))).toEqual([0, 1, 2, 0, 1, 3]);
   });
 
   describe("of run", () => {
@@ -540,7 +540,7 @@ describe("options", () => {
 
   test("each command has those that the table gives it, in one group of its help", () => {
     for (const [name, command] of Object.entries(COMMANDS)) {
-      const { groups } = told(command);
+      const { groups } = manualOf(command);
       const options = [...OPTIONS].filter(([, { of }]) => of.some((one) => one === name));
       expect(groups.flatMap(([, some]) => some.map((option) => option.name)).toSorted()).toEqual(
         options.map(([option]) => option).toSorted(),
@@ -1025,7 +1025,7 @@ describe("words", () => {
 
   test("a table has columns as wide as their widest cell, and no blanks at the end", () =>
     expect(
-      table([
+      alignedTable([
         ["a", "bb", ""],
         ["ccc", "d", "e"],
       ]),
@@ -1128,7 +1128,7 @@ test("a line about a stream fits the terminal, whatever it is called and however
 });
 
 test("the summary has a line for each place, the source first", () => {
-  const place = (more: Partial<PlaceMetrics>): PlaceMetrics => ({
+  const place = (more: Partial<Figures>): Figures => ({
     sent: 0,
     bytes: 0,
     seconds: 0,
@@ -1140,7 +1140,7 @@ test("the summary has a line for each place, the source first", () => {
   });
   const text = summaryOf(
     "/home",
-    new Map<string | null, PlaceMetrics>([
+    new Map<string | null, Figures>([
       ["/backup", place({ sent: 2, bytes: 3 << 20, seconds: 1.26, deleted: 1, kept: 7 })],
       [null, place({ kept: 3 })],
       ["shell://cat", place({ errors: 1 })],
@@ -1187,12 +1187,12 @@ test("the program calls the filesystem itself only for what is its own: what a l
     "canEnter",
     "clearDead",
     "fanOut",
-    "flow",
+    "startPipeline",
     "openIfRead",
     "main",
     "openOutlet",
     "openOutputs",
-    "outcome",
+    "outcomeOf",
     "passOn",
     "readIfThere",
     "readSome",
