@@ -145,6 +145,12 @@ export type Conflict = {
   readonly obstacle: Exclude<Obstacle, { kind: "leftover" }>;
 };
 
+/** What has a snapshot's name at a destination, and not its data. A run clears a leftover away. */
+export type Obstacle =
+  | { readonly kind: "leftover" }
+  | { readonly kind: "file" }
+  | { readonly kind: "writable" | "edited" | "local" | "other"; readonly backup: Backup };
+
 /** What to keep: nothing is dropped without one. Counts are Infinity for `*`. */
 export type Policy = {
   readonly text: string;
@@ -196,6 +202,17 @@ export class Interrupted extends Error {
     super(`interrupted by ${signal}`);
   }
 }
+
+/** What a run did at the source (`last` is null there), or at a destination. */
+export type Figures = {
+  sent: number;
+  bytes: number;
+  seconds: number;
+  deleted: number;
+  errors: number;
+  kept: number | null;
+  last: string | null;
+};
 
 /** What a command tells: log lines to people, events to programs; and whether anything failed. */
 export type Report = {
@@ -1348,6 +1365,9 @@ const ask = async <V extends Declared>(...question: Question<V>): Promise<string
 const askBytes = async <V extends Declared>(...question: Question<V>): Promise<Buffer> =>
   Buffer.concat((await askAll(question)).output);
 
+/** The verb of a hook, which may take as long as its user likes. */
+const USERS_OWN = "hook";
+
 async function askAll<V extends Declared>([host, verb, given, what, input = ""]: Question<V>) {
   const { process: child, stop } = start(host, verb, given);
   child.stdin.end(input);
@@ -1361,10 +1381,9 @@ async function askAll<V extends Declared>([host, verb, given, what, input = ""]:
   const whose =
     host.ssh === null ? { group: child.pid as number } : { verb, folder: folderOf(given) };
   const worked = async () => `${bytes} ${await progressOf(host, whose)}`;
-  // How long the user's own command waits is the user's affair.
-  const result = await (verb === HOOK ? child : attended(child, what, worked, stop)).finally(() =>
-    running.delete(stop),
-  );
+  const result = await (
+    verb.name === USERS_OWN ? child : attended(child, what, worked, stop)
+  ).finally(() => running.delete(stop));
   checkInterruption();
   if (result.exitCode !== 0) throw failureOf(host, what, result);
   return { stdout: result.stdout, output };
@@ -1600,6 +1619,59 @@ function outputUntil(
     });
     void child.then(() => ended(null));
   });
+}
+
+/** What the relay does with the bytes that pass it. */
+type Relay = Readonly<{
+  /** It tells their SHA-256. */
+  sum?: boolean;
+  /** It passes at most so many bytes a second. */
+  rate?: number;
+  /**
+   * The file for what it tells at its end. Twice a second, the file with ".now" behind its name
+   * gets the bytes that have passed, and the numbers of outputs that take nothing.
+   */
+  tell?: string;
+  /** They must be this stream: see streamCheck. */
+  check?: Expected;
+  /**
+   * They come with a guarded key: a send stream, or any bytes; at most so many, or `refusal` is
+   * told. Guard is asked: see Said. `state`: the file that says whether the relay waits for its
+   * input (r), or has something to pass on (w).
+   */
+  guarded?: {
+    readonly stream: boolean;
+    readonly most: number | null;
+    readonly refusal: string;
+    readonly state: string;
+  };
+  /** They go nowhere. */
+  drop?: boolean;
+  /**
+   * Where they go instead of stdout: FIFOs, each with its reader's process group. A removed one is
+   * given up.
+   */
+  to?: readonly { readonly path: string; readonly group: number }[];
+}>;
+
+/**
+ * The stream that is expected: its subvolume, and that one's parent; `alone`: no fence keeps it in.
+ * Empty UUIDs are not known.
+ */
+type Expected = Readonly<{
+  name: string;
+  uuid: string;
+  parent: string | null;
+  alone: boolean;
+}>;
+
+/** What the relay tells at its end. */
+type Passed = { readonly bytes: number; readonly sum: string | null };
+
+/** What a promise came to. Errors: its own. */
+function resultOf<T>(settled: PromiseSettledResult<T> | undefined): T {
+  if (settled?.status === "fulfilled") return settled.value;
+  throw settled?.reason;
 }
 
 /** One process of a pipeline. */
@@ -2605,7 +2677,7 @@ const RENAME = defineVerb("rename", "folder fsid name to")`
  * The user's own command, before or after a snapshot, in the user's own environment. Processes that
  * it leaves behind must not keep us waiting for our pipes.
  */
-const HOOK = defineVerb("hook", "command", "shift")`
+const HOOK = defineVerb(USERS_OWN, "command", "shift")`
   output=$(mktemp) || output=
   sh -c "$command" >"\${output:-/dev/null}" 2>&1 </dev/null && result=0 || result=$?
   if [ -n "$output" ]; then cat "$output" >&2; rm -f "$output"; fi
@@ -3990,7 +4062,7 @@ const SHAPES: Readonly<Record<string, RegExp>> = {
 function checkAnswer(
   output: string,
   nonce: string,
-  { source = "" }: Pick<Opening, "source">,
+  { source = "" }: { readonly source?: string },
 ): void {
   const sections = sectionsOf(output, nonce);
   const isWrong = ([name, shape]: [string, RegExp]) => {
@@ -4911,12 +4983,6 @@ export type Standing = Readonly<{
   /** The UUID of the newest data, where `backups` are in the order of arrival, some belated. */
   newest?: string | undefined;
 }>;
-
-/** What has a snapshot's name at a destination, and not its data. A run clears a leftover away. */
-export type Obstacle =
-  | { readonly kind: "leftover" }
-  | { readonly kind: "file" }
-  | { readonly kind: "writable" | "edited" | "local" | "other"; readonly backup: Backup };
 
 const OBSTACLES = {
   file: "something that is not a subvolume has that name",
@@ -6731,12 +6797,6 @@ type Send = { readonly source: Folder; readonly transfer: Transfer; readonly dis
 const transferTo = async (receiver: Receiver, send: Send): Promise<Sent> =>
   resultOf((await transferToAll([receiver], send))[0]);
 
-/** What a promise came to. Errors: its own. */
-function resultOf<T>(settled: PromiseSettledResult<T> | undefined): T {
-  if (settled?.status === "fulfilled") return settled.value;
-  throw settled?.reason;
-}
-
 /**
  * Sends one snapshot to destinations that take the same stream, which is made once. Tells each
  * one's outcome: where it fails, all is as before.
@@ -6938,50 +6998,6 @@ function isRunning(group: number): boolean {
 
 // ── the relay ──
 
-/** What the relay does with the bytes that pass it. */
-type Relay = Readonly<{
-  /** It tells their SHA-256. */
-  sum?: boolean;
-  /** It passes at most so many bytes a second. */
-  rate?: number;
-  /**
-   * The file for what it tells at its end. Twice a second, the file with ".now" behind its name
-   * gets the bytes that have passed, and the numbers of outputs that take nothing.
-   */
-  tell?: string;
-  /** They must be this stream: see streamCheck. */
-  check?: Expected;
-  /**
-   * They come with a guarded key: a send stream, or any bytes; at most so many, or `refusal` is
-   * told. Guard is asked: see Said. `state`: the file that says whether the relay waits for its
-   * input (r), or has something to pass on (w).
-   */
-  guarded?: {
-    readonly stream: boolean;
-    readonly most: number | null;
-    readonly refusal: string;
-    readonly state: string;
-  };
-  /** They go nowhere. */
-  drop?: boolean;
-  /**
-   * Where they go instead of stdout: FIFOs, each with its reader's process group. A removed one is
-   * given up.
-   */
-  to?: readonly { readonly path: string; readonly group: number }[];
-}>;
-
-/**
- * The stream that is expected: its subvolume, and that one's parent; `alone`: no fence keeps it in.
- * Empty UUIDs are not known.
- */
-type Expected = Readonly<{
-  name: string;
-  uuid: string;
-  parent: string | null;
-  alone: boolean;
-}>;
-
 /**
  * What the processes of a guarded stream say on descriptor 3, a line each. Two are questions, which
  * guard answers with a line on descriptor 4, or not at all: what the stream begins with (name,
@@ -6993,9 +7009,6 @@ type Said =
   | { readonly begins: readonly [string, string, string | null] }
   | { readonly whole: number }
   | { readonly refused: string };
-
-/** What the relay tells at its end. */
-type Passed = { readonly bytes: number; readonly sum: string | null };
 
 /**
  * Passes standard input on, and tells what has passed. A process of its own, which reads and writes
@@ -9040,17 +9053,6 @@ function concludeRun(
   );
   report.event("summary", { ok: !report.failed, snapshot: name, transfers: transfer, deletions });
 }
-
-/** What a run did at the source (`last` is null there), or at a destination. */
-export type Figures = {
-  sent: number;
-  bytes: number;
-  seconds: number;
-  deleted: number;
-  errors: number;
-  kept: number | null;
-  last: string | null;
-};
 
 /** What was done at each place, the source first. */
 export function summaryOf(source: string, places: ReadonlyMap<string | null, Figures>): string {

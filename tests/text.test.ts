@@ -2,7 +2,7 @@
 
 import { afterAll, describe, expect, spyOn, test } from "bun:test";
 import { spawnSync } from "node:child_process";
-import { readFileSync } from "node:fs";
+import { mkdtempSync, readFileSync, rmSync, writeFileSync } from "node:fs";
 import { join } from "node:path";
 import fc from "fast-check";
 import type { ArgsDef } from "citty";
@@ -1153,6 +1153,43 @@ test("the summary has a line for each place, the source first", () => {
     ["shell://cat", "0", "0B", "0.0 s", "0", "failed"],
   ]);
 });
+
+test("each section uses only those above it, but for what is named here", () => {
+  const program = readFileSync(join(import.meta.dir, "../btrfs-backup.ts"), "utf8");
+  const sections = [...program.matchAll(/^\/\/ ── (\d)\. /gm)].map(({ index }) => index).slice(1);
+  const directory = mkdtempSync(join(import.meta.dir, "../node_modules/.sections-"));
+  try {
+    const files = sections.map((_, i) => join(directory, `${i + 1}.ts`));
+    for (const [i, file] of files.entries()) writeFileSync(file, program.slice(0, sections[i]));
+    const { stdout } = spawnSync(
+      join(import.meta.dir, "../node_modules/.bin/tsc"),
+      [
+        ..."--noEmit --ignoreConfig --strict --exactOptionalPropertyTypes --skipLibCheck".split(
+          " ",
+        ),
+        ..."--target esnext --module esnext --moduleResolution bundler --types bun-types".split(
+          " ",
+        ),
+        ...files,
+      ],
+      { encoding: "utf8" },
+    );
+    const missing = [...stdout.matchAll(/Cannot find name '(\w+)'/g)].map(([, name]) => name);
+    const allowed = [
+      ...["relay", "Relay"], // it begins before anything else of the program is loaded
+      "PROGRESS", // a verb that is asked by what runs verbs
+      // The check of a stream stands with the rest of the boundary that a key meets.
+      ...["Checking", "expecting", "refuse", "streamCheck", "streamCommands"],
+      // The options of a command are what their readers return.
+      ...["copy", "guard", "list", "prune", "restore", "run", "verify", "versions"].map(
+        (command) => `${command}Options`,
+      ),
+    ];
+    expect([...new Set(missing)].sort()).toEqual(allowed.sort());
+  } finally {
+    rmSync(directory, { recursive: true });
+  }
+}, 60_000);
 
 test("the program calls the filesystem itself only for what is its own: what a location leads to can hang, and a verb answers for it", () => {
   const [program = ""] = readFileSync(join(import.meta.dir, "../btrfs-backup.ts"), "utf8").split(
