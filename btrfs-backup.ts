@@ -889,7 +889,226 @@ const { defineCommand } = await import("citty");
 const { createConsola } = await import("consola/basic");
 const { $, which } = await import("zx/core");
 
-// ── 2. Hosts ─────────────────────────────────────────────────────────────────────────────
+// ── 2. Telling ───────────────────────────────────────────────────────────────────────────
+
+const NO_PROCESS = "no process can be started: see ulimit -n and -u, and the memory that is free";
+
+export const LEVELS = { error: 0, warning: 1, info: 3, debug: 4 } as const;
+
+/**
+ * A line at the bottom of a terminal for each stream that is under way. All other text goes above.
+ */
+class Terminal {
+  readonly #lines = new Map<object, string>();
+  #drawn = 0;
+  /** Shows a line for something, or none any more. */
+  show(whose: object, line: string | null): void {
+    if (line === null) this.#lines.delete(whose);
+    else this.#lines.set(whose, line);
+    this.write("");
+  }
+  write(text: string): void {
+    if (this.#drawn > 0) process.stderr.write(`\x1b[${this.#drawn}A\x1b[J`);
+    if (text !== "") process.stderr.write(text);
+    for (const line of this.#lines.values()) process.stderr.write(`${line}\n`);
+    this.#drawn = this.#lines.size;
+  }
+}
+const terminal = new Terminal();
+
+/** The log: lines for people, on stderr. */
+export const log = createConsola({
+  level: LEVELS.info,
+  reporters: [
+    {
+      log({ type, args }) {
+        const colour =
+          !process.stderr.isTTY || process.env["NO_COLOR"]
+            ? null
+            : ({ error: "31", warn: "33", debug: "2" }[type as string] ?? "36");
+        terminal.write(
+          `${colour === null ? `[${type}]` : `\x1b[${colour}m[${type}]\x1b[0m`} ${visible(args.join(" "))}\n`,
+        );
+      },
+    },
+  ],
+});
+
+/** Bytes as people read them, in powers of 1024. */
+export const inBytes = (bytes: number) => {
+  const unit = Math.min(5, Math.max(0, Math.floor(Math.log2(Math.max(bytes, 1)) / 10)));
+  return `${unit === 0 ? bytes : (bytes / 2 ** (10 * unit)).toFixed(1)}${"BKMGTP"[unit]}`;
+};
+
+function figuresOf(places: Report["figures"], id: string | null): Figures {
+  const none = { sent: 0, bytes: 0, seconds: 0, deleted: 0, errors: 0, kept: null, last: null };
+  const place = places.get(id) ?? none;
+  places.set(id, place);
+  return place;
+}
+
+/** What the system is short of, where an error says so; null for any other. */
+function lackOf(error: unknown): string | null {
+  const { code, path = "" } = error as NodeJS.ErrnoException;
+  if (code === "EMFILE" || code === "ENFILE") return "too many files are open: see ulimit -n";
+  if (code === "EAGAIN" || code === "ENOMEM") return NO_PROCESS;
+  if ((code === "ENOSPC" || code === "EDQUOT") && path.includes("btrfs-backup."))
+    return `there is no space left for ${path}`;
+  return null;
+}
+
+/** What an error says. One that is not our own is a mistake of ours: its stack tells where. */
+const messageOf = (error: unknown) =>
+  error instanceof Failure || error instanceof Busy
+    ? error.message
+    : (lackOf(error) ?? String((error as Error)?.stack ?? error));
+
+function newReport(json: boolean, dryRun: boolean): Report {
+  const tally: Report["tally"] = {};
+  const places: Report["figures"] = new Map();
+  const event: Report["event"] = (name, fields) => {
+    tally[name] = (tally[name] ?? 0) + 1;
+    if (name === "transfer") {
+      const place = figuresOf(places, fields["destination"] as string);
+      place.sent++;
+      place.bytes += (fields["bytes"] as number | null) ?? 0;
+    }
+    const line = { event: name, ...fields, ...(dryRun ? { dry_run: true } : {}) };
+    if (json) process.stdout.write(`${JSON.stringify(line)}\n`);
+  };
+  const report: Report = {
+    failed: false,
+    tally,
+    figures: places,
+    event,
+    warning(message) {
+      log.warn(message);
+      event("warning", { message });
+    },
+    error(destination, error) {
+      if (error instanceof Interrupted) throw error;
+      if (error instanceof AlreadyTold) return;
+      const message = messageOf(error);
+      report.failed = true;
+      figuresOf(places, destination).errors++;
+      const isNamed = destination === null || message.startsWith(destination);
+      log.error(isNamed ? message : `${destination}: ${message}`);
+      event("error", { destination, message });
+    },
+  };
+  return report;
+}
+
+/** What is shown of transfers; `sizes`: a full stream's bytes by UUID, where quotas tell them. */
+type Display = Readonly<{
+  progress: boolean;
+  btrfsDebug: boolean;
+  sizes: Map<string, number>;
+}>;
+
+/** What options ask to show; a bar only where there is a terminal to draw it on. */
+function displayOf({ progress, btrfsDebug }: Omit<Display, "sizes">): Display {
+  const { isTTY } = process.stderr;
+  if (progress && !isTTY) log.debug("no progress is shown: stderr is no terminal");
+  return { progress: progress && isTTY, btrfsDebug, sizes: new Map() };
+}
+
+/** Of a stream, so many bytes have passed in so many seconds; `size` where it is known. */
+type Progress = Readonly<{
+  name: string;
+  bytes: number;
+  size: number | undefined;
+  seconds: number;
+  columns: number;
+}>;
+
+/** One line about a stream. */
+export function progressLine({ name, bytes, size, seconds, columns }: Progress): string {
+  const rate = bytes / Math.max(seconds, 1);
+  const clock = (s: number) =>
+    `${Math.floor(s / 3600)}:${twoDigits(Math.floor(s / 60) % 60)}:${twoDigits(Math.floor(s) % 60)}`;
+  const bar = (all: number) => {
+    const done = Math.min(1, bytes / all);
+    const left = rate === 0 ? 0 : Math.max(0, all - bytes) / rate;
+    return ` ${`${"=".repeat(Math.floor(done * 19))}>`.padEnd(20)} ${String(Math.floor(done * 100)).padStart(3)}% ${clock(left)} left`;
+  };
+  const figures = ` ${inBytes(bytes).padStart(7)} ${inBytes(Math.floor(rate)).padStart(7)}/s ${clock(seconds)}${size === undefined ? "" : bar(size)}`;
+  const room = columns - 1 - figures.length;
+  const what = visible(name);
+  return `${what.length > room ? `${what.slice(0, Math.max(0, room - 1))}…` : what.padEnd(Math.min(room, 40))}${figures}`;
+}
+
+/** What was done at each place, the source first. */
+export function summaryOf(source: string, places: ReadonlyMap<string | null, Figures>): string {
+  const rows = [...places]
+    .sort(([a], [b]) => Number(b === null) - Number(a === null))
+    .map(([id, { sent, bytes, seconds, deleted, kept, errors }]) => [
+      id ?? source,
+      ...(id === null ? ["", ""] : [String(sent), inBytes(bytes)]),
+      `${seconds.toFixed(1)} s`,
+      String(deleted),
+      kept === null ? "" : String(kept),
+      errors > 0 ? "failed" : "",
+    ]);
+  return alignedTable([["", "sent", "bytes", "time", "deleted", "kept", ""], ...rows]).trimEnd();
+}
+
+/** Columns as wide as their widest cell. */
+export function alignedTable(rows: readonly (readonly string[])[]): string {
+  const shown = rows.map((row) => row.map(visible));
+  const widths: number[] = [];
+  for (const row of shown)
+    for (const [i, cell] of row.entries()) widths[i] = Math.max(widths[i] ?? 0, cell.length);
+  const line = (row: readonly string[]) =>
+    row
+      .map((cell, i) => cell.padEnd(widths[i] ?? 0))
+      .join("  ")
+      .trimEnd();
+  return shown.map((row) => `${line(row)}\n`).join("");
+}
+
+/** Prometheus' text format: what its node exporter's textfile collector reads. */
+export function metricsOf(
+  source: string,
+  places: ReadonlyMap<string | null, Figures>,
+  now: number,
+): string {
+  const label = (text: string) =>
+    visible(text).replace(/["\\\n]/g, (c) => (c === "\n" ? "\\n" : `\\${c}`));
+  const all = [...places].map(([id, place]) => ({
+    labels: `{source="${label(source)}"${id === null ? "" : `,destination="${label(id)}"`}}`,
+    isSource: id === null,
+    ...place,
+  }));
+  type One = (typeof all)[number];
+  const metric = (name: string, help: string, value: (place: One) => number | null) => {
+    const lines = all
+      .map((place) => [place.labels, value(place)] as const)
+      .filter(([, number]) => number !== null && !Number.isNaN(number))
+      .map(([labels, number]) => `btrfs_backup_${name}${labels} ${number}\n`);
+    return lines.length === 0
+      ? ""
+      : `# HELP btrfs_backup_${name} ${help}\n# TYPE btrfs_backup_${name} gauge\n${lines.join("")}`;
+  };
+  const succeeded = ({ last, isSource }: One) => {
+    if (last !== null) return Date.parse(last) / 1000;
+    return isSource ? null : 0;
+  };
+  return [
+    metric(
+      "last_success_timestamp_seconds",
+      "When the destination last had all that it should have.",
+      succeeded,
+    ),
+    metric("errors", "How many things went wrong in the last run.", ({ errors }) => errors),
+    metric("sent_bytes", "Bytes sent in the last run.", ({ bytes }) => bytes),
+    metric("duration_seconds", "How long the last run took there.", ({ seconds }) => seconds),
+    metric("snapshots", "Snapshots or backups kept.", ({ kept }) => kept),
+    metric("last_run_timestamp_seconds", "When the last run ended.", () => now / 1000),
+  ].join("");
+}
+
+// ── 3. Hosts ────────────────────────────────────────────────────────────────────────────
 
 /** Where verbs run. */
 export type Host = {
@@ -1001,47 +1220,6 @@ export const quote = (word: string) => `'${word.replace(/['\\!]/g, (c) => `'\\${
 
 /** A word of a command that is shown, quoted only if it must be. */
 const shellWord = (word: string) => (/^[\w./:@+-]+$/.test(word) ? word : quote(word));
-
-export const LEVELS = { error: 0, warning: 1, info: 3, debug: 4 } as const;
-
-/**
- * A line at the bottom of a terminal for each stream that is under way. All other text goes above.
- */
-class Terminal {
-  readonly #lines = new Map<object, string>();
-  #drawn = 0;
-  /** Shows a line for something, or none any more. */
-  show(whose: object, line: string | null): void {
-    if (line === null) this.#lines.delete(whose);
-    else this.#lines.set(whose, line);
-    this.write("");
-  }
-  write(text: string): void {
-    if (this.#drawn > 0) process.stderr.write(`\x1b[${this.#drawn}A\x1b[J`);
-    if (text !== "") process.stderr.write(text);
-    for (const line of this.#lines.values()) process.stderr.write(`${line}\n`);
-    this.#drawn = this.#lines.size;
-  }
-}
-const terminal = new Terminal();
-
-/** The log: lines for people, on stderr. */
-export const log = createConsola({
-  level: LEVELS.info,
-  reporters: [
-    {
-      log({ type, args }) {
-        const colour =
-          !process.stderr.isTTY || process.env["NO_COLOR"]
-            ? null
-            : ({ error: "31", warn: "33", debug: "2" }[type as string] ?? "36");
-        terminal.write(
-          `${colour === null ? `[${type}]` : `\x1b[${colour}m[${type}]\x1b[0m`} ${visible(args.join(" "))}\n`,
-        );
-      },
-    },
-  ],
-});
 
 /** zx as this program uses it: a POSIX shell, words quoted by us, exit statuses looked at by us. */
 const shell = $({
@@ -1294,8 +1472,6 @@ function start<V extends Declared>(host: Host, verb: V, given: ArgumentsOf<V>): 
   child.stdin.on("error", () => {}); // gone before we were: its exit status tells
   return { process: child, stop: () => sendSignal(local ? -pid : pid, "SIGTERM") };
 }
-
-const NO_PROCESS = "no process can be started: see ulimit -n and -u, and the memory that is free";
 
 /** The ID of a process that was started. Errors: Failure where none could be. */
 function pidOf(child: ProcessPromise): number {
@@ -1960,7 +2136,7 @@ function sendSignal(pid: number, signal: NodeJS.Signals): void {
   }
 }
 
-// ── 3. Btrfs ─────────────────────────────────────────────────────────────────────────────
+// ── 4. Btrfs ────────────────────────────────────────────────────────────────────────────
 // The verbs: constant POSIX scripts that get their values as parameters, what they print, and
 // the send stream. A verb is declared once, with the names of its parameters in their order on
 // the wire; its script, its callers, and guard know them by these names.
@@ -4456,7 +4632,7 @@ export function parseOldRecord(text: string): OldRecord {
   return { receiving: announced, parents };
 }
 
-// ── 4. Locations ─────────────────────────────────────────────────────────────────────────
+// ── 5. Locations ────────────────────────────────────────────────────────────────────────
 
 /** A place opened for one prefix: a snapshot folder, a folder of backups, or a store of streams. */
 export type Folder = Omit<Inspection, "host" | "files"> &
@@ -5701,12 +5877,6 @@ export function partSize(bytes: number): number {
   return Math.max(16 * MIB, Math.ceil((bytes * 1.05 + 64 * MIB) / 10_000 / MIB) * MIB);
 }
 
-/** Bytes as people read them, in powers of 1024. */
-export const inBytes = (bytes: number) => {
-  const unit = Math.min(5, Math.max(0, Math.floor(Math.log2(Math.max(bytes, 1)) / 10)));
-  return `${unit === 0 ? bytes : (bytes / 2 ** (10 * unit)).toFixed(1)}${"BKMGTP"[unit]}`;
-};
-
 /**
  * How many bytes a stream has of which `estimate` printed this; a command without data counts 200.
  * Errors: Failure for any other shape.
@@ -5805,7 +5975,7 @@ function shellDestination(
   };
 }
 
-// ── 5. Plan ──────────────────────────────────────────────────────────────────────────────
+// ── 6. Plan ─────────────────────────────────────────────────────────────────────────────
 // Pure functions: whatever is sent or deleted was decided here.
 
 /** A snapshot with the reasons to keep it; without any, it goes. */
@@ -6667,105 +6837,7 @@ function ownedBy(
   return { ...chain, owner, ...(strangers.length > 0 ? { strangers } : {}) };
 }
 
-// ── 6. Transfer ──────────────────────────────────────────────────────────────────────────
-
-function figuresOf(places: Report["figures"], id: string | null): Figures {
-  const none = { sent: 0, bytes: 0, seconds: 0, deleted: 0, errors: 0, kept: null, last: null };
-  const place = places.get(id) ?? none;
-  places.set(id, place);
-  return place;
-}
-
-/** What the system is short of, where an error says so; null for any other. */
-function lackOf(error: unknown): string | null {
-  const { code, path = "" } = error as NodeJS.ErrnoException;
-  if (code === "EMFILE" || code === "ENFILE") return "too many files are open: see ulimit -n";
-  if (code === "EAGAIN" || code === "ENOMEM") return NO_PROCESS;
-  if ((code === "ENOSPC" || code === "EDQUOT") && path.includes("btrfs-backup."))
-    return `there is no space left for ${path}`;
-  return null;
-}
-
-/** What an error says. One that is not our own is a mistake of ours: its stack tells where. */
-const messageOf = (error: unknown) =>
-  error instanceof Failure || error instanceof Busy
-    ? error.message
-    : (lackOf(error) ?? String((error as Error)?.stack ?? error));
-
-function newReport(json: boolean, dryRun: boolean): Report {
-  const tally: Report["tally"] = {};
-  const places: Report["figures"] = new Map();
-  const event: Report["event"] = (name, fields) => {
-    tally[name] = (tally[name] ?? 0) + 1;
-    if (name === "transfer") {
-      const place = figuresOf(places, fields["destination"] as string);
-      place.sent++;
-      place.bytes += (fields["bytes"] as number | null) ?? 0;
-    }
-    const line = { event: name, ...fields, ...(dryRun ? { dry_run: true } : {}) };
-    if (json) process.stdout.write(`${JSON.stringify(line)}\n`);
-  };
-  const report: Report = {
-    failed: false,
-    tally,
-    figures: places,
-    event,
-    warning(message) {
-      log.warn(message);
-      event("warning", { message });
-    },
-    error(destination, error) {
-      if (error instanceof Interrupted) throw error;
-      if (error instanceof AlreadyTold) return;
-      const message = messageOf(error);
-      report.failed = true;
-      figuresOf(places, destination).errors++;
-      const isNamed = destination === null || message.startsWith(destination);
-      log.error(isNamed ? message : `${destination}: ${message}`);
-      event("error", { destination, message });
-    },
-  };
-  return report;
-}
-
-/** What is shown of transfers; `sizes`: a full stream's bytes by UUID, where quotas tell them. */
-type Display = Readonly<{
-  progress: boolean;
-  btrfsDebug: boolean;
-  sizes: Map<string, number>;
-}>;
-
-/** What options ask to show; a bar only where there is a terminal to draw it on. */
-function displayOf({ progress, btrfsDebug }: Omit<Display, "sizes">): Display {
-  const { isTTY } = process.stderr;
-  if (progress && !isTTY) log.debug("no progress is shown: stderr is no terminal");
-  return { progress: progress && isTTY, btrfsDebug, sizes: new Map() };
-}
-
-/** Of a stream, so many bytes have passed in so many seconds; `size` where it is known. */
-type Progress = Readonly<{
-  name: string;
-  bytes: number;
-  size: number | undefined;
-  seconds: number;
-  columns: number;
-}>;
-
-/** One line about a stream. */
-export function progressLine({ name, bytes, size, seconds, columns }: Progress): string {
-  const rate = bytes / Math.max(seconds, 1);
-  const clock = (s: number) =>
-    `${Math.floor(s / 3600)}:${twoDigits(Math.floor(s / 60) % 60)}:${twoDigits(Math.floor(s) % 60)}`;
-  const bar = (all: number) => {
-    const done = Math.min(1, bytes / all);
-    const left = rate === 0 ? 0 : Math.max(0, all - bytes) / rate;
-    return ` ${`${"=".repeat(Math.floor(done * 19))}>`.padEnd(20)} ${String(Math.floor(done * 100)).padStart(3)}% ${clock(left)} left`;
-  };
-  const figures = ` ${inBytes(bytes).padStart(7)} ${inBytes(Math.floor(rate)).padStart(7)}/s ${clock(seconds)}${size === undefined ? "" : bar(size)}`;
-  const room = columns - 1 - figures.length;
-  const what = visible(name);
-  return `${what.length > room ? `${what.slice(0, Math.max(0, room - 1))}…` : what.padEnd(Math.min(room, 40))}${figures}`;
-}
+// ── 7. Transfer ─────────────────────────────────────────────────────────────────────────
 
 /** The stage that slows a stream down, and counts bytes up to `size` for a line, as asked. */
 function meter(
@@ -7232,7 +7304,7 @@ function openOutputs(
   };
 }
 
-// ── 7. Commands ──────────────────────────────────────────────────────────────────────────
+// ── 8. Commands ─────────────────────────────────────────────────────────────────────────
 
 // ── run: a snapshot, sent to every destination, and both sides pruned ──
 
@@ -9052,76 +9124,6 @@ function concludeRun(
     `${dryRun ? "Nothing was changed" : "Done"}: ${plural(snapshot, "snapshot")}, ${plural(transfer, "transfer")}, ${plural(deletions, "deletion")}${report.failed ? ", with errors" : ""}\n${summaryOf(source.id, report.figures)}`,
   );
   report.event("summary", { ok: !report.failed, snapshot: name, transfers: transfer, deletions });
-}
-
-/** What was done at each place, the source first. */
-export function summaryOf(source: string, places: ReadonlyMap<string | null, Figures>): string {
-  const rows = [...places]
-    .sort(([a], [b]) => Number(b === null) - Number(a === null))
-    .map(([id, { sent, bytes, seconds, deleted, kept, errors }]) => [
-      id ?? source,
-      ...(id === null ? ["", ""] : [String(sent), inBytes(bytes)]),
-      `${seconds.toFixed(1)} s`,
-      String(deleted),
-      kept === null ? "" : String(kept),
-      errors > 0 ? "failed" : "",
-    ]);
-  return alignedTable([["", "sent", "bytes", "time", "deleted", "kept", ""], ...rows]).trimEnd();
-}
-
-/** Columns as wide as their widest cell. */
-export function alignedTable(rows: readonly (readonly string[])[]): string {
-  const shown = rows.map((row) => row.map(visible));
-  const widths: number[] = [];
-  for (const row of shown)
-    for (const [i, cell] of row.entries()) widths[i] = Math.max(widths[i] ?? 0, cell.length);
-  const line = (row: readonly string[]) =>
-    row
-      .map((cell, i) => cell.padEnd(widths[i] ?? 0))
-      .join("  ")
-      .trimEnd();
-  return shown.map((row) => `${line(row)}\n`).join("");
-}
-
-/** Prometheus' text format: what its node exporter's textfile collector reads. */
-export function metricsOf(
-  source: string,
-  places: ReadonlyMap<string | null, Figures>,
-  now: number,
-): string {
-  const label = (text: string) =>
-    visible(text).replace(/["\\\n]/g, (c) => (c === "\n" ? "\\n" : `\\${c}`));
-  const all = [...places].map(([id, place]) => ({
-    labels: `{source="${label(source)}"${id === null ? "" : `,destination="${label(id)}"`}}`,
-    isSource: id === null,
-    ...place,
-  }));
-  type One = (typeof all)[number];
-  const metric = (name: string, help: string, value: (place: One) => number | null) => {
-    const lines = all
-      .map((place) => [place.labels, value(place)] as const)
-      .filter(([, number]) => number !== null && !Number.isNaN(number))
-      .map(([labels, number]) => `btrfs_backup_${name}${labels} ${number}\n`);
-    return lines.length === 0
-      ? ""
-      : `# HELP btrfs_backup_${name} ${help}\n# TYPE btrfs_backup_${name} gauge\n${lines.join("")}`;
-  };
-  const succeeded = ({ last, isSource }: One) => {
-    if (last !== null) return Date.parse(last) / 1000;
-    return isSource ? null : 0;
-  };
-  return [
-    metric(
-      "last_success_timestamp_seconds",
-      "When the destination last had all that it should have.",
-      succeeded,
-    ),
-    metric("errors", "How many things went wrong in the last run.", ({ errors }) => errors),
-    metric("sent_bytes", "Bytes sent in the last run.", ({ bytes }) => bytes),
-    metric("duration_seconds", "How long the last run took there.", ({ seconds }) => seconds),
-    metric("snapshots", "Snapshots or backups kept.", ({ kept }) => kept),
-    metric("last_run_timestamp_seconds", "When the last run ended.", () => now / 1000),
-  ].join("");
 }
 
 /**
@@ -11414,7 +11416,7 @@ export async function unpin(o: UnpinOptions, report: Report): Promise<void> {
   }
 }
 
-// ── 8. Guard ─────────────────────────────────────────────────────────────────────────────
+// ── 9. Guard ────────────────────────────────────────────────────────────────────────────
 // The forced command of an ssh key that may do no more than its options say. All of the boundary is
 // here, in the order in which it meets a command: reading the command, the rules of arguments, the
 // rules of verbs with what they look at again, the parts that an answer leaves out, and the stream.
@@ -12894,7 +12896,7 @@ function streamUuid(bytes: Buffer): string {
   return bytes.toString("hex").replace(/^(.{8})(.{4})(.{4})(.{4})(.{12})$/, "$1-$2-$3-$4-$5");
 }
 
-// ── 9. Command line ──────────────────────────────────────────────────────────────────────
+// ── 10. Command line ────────────────────────────────────────────────────────────────────
 
 /** Every command but guard. */
 const COMMON = ["run", "restore", "list", "verify", "versions", "copy", "prune", "unpin"] as const;

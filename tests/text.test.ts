@@ -1156,7 +1156,7 @@ test("the summary has a line for each place, the source first", () => {
 
 test("each section uses only those above it, but for what is named here", () => {
   const program = readFileSync(join(import.meta.dir, "../btrfs-backup.ts"), "utf8");
-  const sections = [...program.matchAll(/^\/\/ ── (\d)\. /gm)].map(({ index }) => index).slice(1);
+  const sections = [...program.matchAll(/^\/\/ ── (\d+)\. /gm)].map(({ index }) => index).slice(1);
   const directory = mkdtempSync(join(import.meta.dir, "../node_modules/.sections-"));
   try {
     const files = sections.map((_, i) => join(directory, `${i + 1}.ts`));
@@ -1176,10 +1176,17 @@ test("each section uses only those above it, but for what is named here", () => 
     );
     const missing = [...stdout.matchAll(/Cannot find name '(\w+)'/g)].map(([, name]) => name);
     const allowed = [
-      ...["relay", "Relay"], // it begins before anything else of the program is loaded
-      "PROGRESS", // a verb that is asked by what runs verbs
+      // It begins before anything else of the program is loaded.
+      "relay",
+      "Relay",
+      // A verb that is asked by what runs verbs.
+      "PROGRESS",
       // The check of a stream stands with the rest of the boundary that a key meets.
-      ...["Checking", "expecting", "refuse", "streamCheck", "streamCommands"],
+      "Checking",
+      "expecting",
+      "refuse",
+      "streamCheck",
+      "streamCommands",
       // The options of a command are what their readers return.
       ...["copy", "guard", "list", "prune", "restore", "run", "verify", "versions"].map(
         (command) => `${command}Options`,
@@ -1193,11 +1200,11 @@ test("each section uses only those above it, but for what is named here", () => 
 
 test("the program calls the filesystem itself only for what is its own: what a location leads to can hang, and a verb answers for it", () => {
   const [program = ""] = readFileSync(join(import.meta.dir, "../btrfs-backup.ts"), "utf8").split(
-    "\n// ── 8. Guard ",
+    "\n// ── 9. Guard ",
   );
   // On a server, a guarded key's paths are looked at before anything is run.
   const whole = readFileSync(join(import.meta.dir, "../btrfs-backup.ts"), "utf8").replace(
-    /\n\/\/ ── 8\. Guard (.|\n)*(?=\n\/\/ ── 9\. )/,
+    /\n\/\/ ── 9\. Guard (.|\n)*(?=\n\/\/ ── 10\. )/,
     "",
   );
   const imported =
