@@ -1,6 +1,6 @@
 #!/usr/bin/env -S bun --config=/dev/null --env-file=/dev/null --tsconfig-override=/dev/null
-// btrfs-backup: incremental backups of btrfs subvolumes. The README says what it does for
-// whom; this file is all of the program, in nine sections, each using only those above it.
+// btrfs-backup: incremental backups of btrfs subvolumes. The README says what it does for whom;
+// this file is all of the program. Below the imports stands a map of it.
 
 import { AsyncLocalStorage } from "node:async_hooks";
 import { spawn, spawnSync } from "node:child_process";
@@ -30,6 +30,42 @@ import { createInterface } from "node:readline";
 import { parseArgs } from "node:util";
 import type { ArgDef, ArgsDef, CommandDef, CommandMeta } from "citty";
 import type { ProcessPromise } from "zx/core";
+
+// ── A map ────────────────────────────────────────────────────────────────────────────────
+//
+// A run, in order, with the functions that do it. `main` reads the command line (`readArguments`,
+// `runOptions`) and calls `run`, whose one attempt is `backUp`:
+//
+//  1. `openFinished` finishes a restore that was broken off there, and `openSource` locks SOURCE's
+//     snapshot folder and lists it. From here on, no other run with this prefix works there.
+//  2. `openAll` begins to open the destinations, each with `openBackups` or `openStore`. These
+//     check that it is the same disk, and ours (`judgeClaim`), lock it, and list what stands there.
+//     A process on its host holds each place, behind the fence, until it is closed.
+//  3. `takeSnapshot` takes the snapshot; it waits for no destination but for new ones that are here.
+//  4. `openedInTime` waits for the others. One that cannot be opened is told, and the rest go on.
+//  5. `planFor` decides for each destination what it gets, and each one's parent (`planTransfers`,
+//     `planStreams`: pure). `learnOfParents` asks for what these have to know.
+//  6. `sendNext` sends, through one pipeline for all that take the same stream (`transferToAll`).
+//     The destination's record announces a name before its stream begins, and the announcement
+//     goes when all of its data are on the disk: what is announced is never taken for a backup.
+//  7. `remember` writes into SOURCE's record what each destination has. From here on it may rely
+//     on the new parent, and no earlier.
+//  8. `pruneDestination` and `pruneSource` delete what `planDestination` and `planSource` (pure)
+//     found no reason for, by the IDs that were decided on.
+//  9. `concludeRun` tells what was done. Places are closed in any case, the source last.
+//
+// The sections, each using only those above it (a test says which exceptions there are):
+//
+//  1. Vocabulary    what snapshots, backups, streams, policies and locations are; errors
+//  2. Telling       log, report, progress, summary, metrics, words for numbers
+//  3. Hosts         how a verb runs, here or over ssh; locks that are held; pipelines
+//  4. Btrfs         the verbs, which are shell scripts, and how their output is read
+//  5. Locations     opening places; records; folders, stores and commands as destinations
+//  6. Plan          pure: what is sent, kept, claimed, restored
+//  7. Transfer      one stream to many takers, and the relay, a stage that looks at what passes
+//  8. Commands      run, copy, prune, restore, list, verify, versions, unpin
+//  9. Guard         all of the boundary that a key meets
+// 10. Command line  options, argument files, help, exit status
 
 /** The same as in package.json; here, so that this file runs alone. */
 export const VERSION = "1.0.0";
@@ -1108,7 +1144,7 @@ export function metricsOf(
   ].join("");
 }
 
-// ── 3. Hosts ────────────────────────────────────────────────────────────────────────────
+// ── 3. Hosts ─────────────────────────────────────────────────────────────────────────────
 
 /** Where verbs run. */
 export type Host = {
@@ -2136,7 +2172,7 @@ function sendSignal(pid: number, signal: NodeJS.Signals): void {
   }
 }
 
-// ── 4. Btrfs ────────────────────────────────────────────────────────────────────────────
+// ── 4. Btrfs ─────────────────────────────────────────────────────────────────────────────
 // The verbs: constant POSIX scripts that get their values as parameters, what they print, and
 // the send stream. A verb is declared once, with the names of its parameters in their order on
 // the wire; its script, its callers, and guard know them by these names.
@@ -4632,7 +4668,7 @@ export function parseOldRecord(text: string): OldRecord {
   return { receiving: announced, parents };
 }
 
-// ── 5. Locations ────────────────────────────────────────────────────────────────────────
+// ── 5. Locations ─────────────────────────────────────────────────────────────────────────
 
 /** A place opened for one prefix: a snapshot folder, a folder of backups, or a store of streams. */
 export type Folder = Omit<Inspection, "host" | "files"> &
@@ -5975,7 +6011,7 @@ function shellDestination(
   };
 }
 
-// ── 6. Plan ─────────────────────────────────────────────────────────────────────────────
+// ── 6. Plan ──────────────────────────────────────────────────────────────────────────────
 // Pure functions: whatever is sent or deleted was decided here.
 
 /** A snapshot with the reasons to keep it; without any, it goes. */
@@ -6837,7 +6873,7 @@ function ownedBy(
   return { ...chain, owner, ...(strangers.length > 0 ? { strangers } : {}) };
 }
 
-// ── 7. Transfer ─────────────────────────────────────────────────────────────────────────
+// ── 7. Transfer ──────────────────────────────────────────────────────────────────────────
 
 /** The stage that slows a stream down, and counts bytes up to `size` for a line, as asked. */
 function meter(
@@ -7304,7 +7340,7 @@ function openOutputs(
   };
 }
 
-// ── 8. Commands ─────────────────────────────────────────────────────────────────────────
+// ── 8. Commands ──────────────────────────────────────────────────────────────────────────
 
 // ── run: a snapshot, sent to every destination, and both sides pruned ──
 
@@ -11416,7 +11452,7 @@ export async function unpin(o: UnpinOptions, report: Report): Promise<void> {
   }
 }
 
-// ── 9. Guard ────────────────────────────────────────────────────────────────────────────
+// ── 9. Guard ─────────────────────────────────────────────────────────────────────────────
 // The forced command of an ssh key that may do no more than its options say. All of the boundary is
 // here, in the order in which it meets a command: reading the command, the rules of arguments, the
 // rules of verbs with what they look at again, the parts that an answer leaves out, and the stream.
@@ -12896,7 +12932,7 @@ function streamUuid(bytes: Buffer): string {
   return bytes.toString("hex").replace(/^(.{8})(.{4})(.{4})(.{4})(.{12})$/, "$1-$2-$3-$4-$5");
 }
 
-// ── 10. Command line ────────────────────────────────────────────────────────────────────
+// ── 10. Command line ─────────────────────────────────────────────────────────────────────
 
 /** Every command but guard. */
 const COMMON = ["run", "restore", "list", "verify", "versions", "copy", "prune", "unpin"] as const;

@@ -1198,6 +1198,25 @@ test("each section uses only those above it, but for what is named here", () => 
   }
 }, 60_000);
 
+test("the map at the top names functions and sections that are there", () => {
+  const program = readFileSync(join(import.meta.dir, "../btrfs-backup.ts"), "utf8");
+  const [map = "", rest = ""] =
+    program.split(/^\/\/ ── A map .*$/m)[1]?.split(/\n\n(?=\/\*\*)/s) ?? [];
+  const [, ...named] = map.match(/`\w+`/g) ?? [];
+  expect(named.length).toBeGreaterThan(15);
+  for (const name of named)
+    expect(program).toMatch(
+      new RegExp(`^(export )?(async )?function ${name.slice(1, -1)}\\b`, "m"),
+    );
+  const listed = [...map.matchAll(/^\/\/ +(\d+)\. ([A-Z][a-z]+(?: line)?)  /gm)].map((m) =>
+    m.slice(1, 3),
+  );
+  const banners = [...program.matchAll(/^\/\/ ── (\d+)\. (.*?) ─/gm)].map((m) => m.slice(1, 3));
+  expect(banners).toHaveLength(10);
+  expect(listed).toEqual(banners);
+  expect(rest).not.toBe("");
+});
+
 test("the program calls the filesystem itself only for what is its own: what a location leads to can hang, and a verb answers for it", () => {
   const [program = ""] = readFileSync(join(import.meta.dir, "../btrfs-backup.ts"), "utf8").split(
     "\n// ── 9. Guard ",
