@@ -12957,6 +12957,8 @@ export type Option = {
   readonly repeatable?: true;
   /** Behind --for DEST, the option counts for DEST only. */
   readonly perDest?: true;
+  /** Many need it: the help of a command that has --help-all tells it. */
+  readonly common?: true;
   /**
    * Versions 0.2 to 0.3.1 had the option. They took any beginning that only one of their options
    * has.
@@ -13035,6 +13037,7 @@ const GROUPS = {
   },
   "What is taken and kept": {
     "num-snapshots": {
+      common: true,
       of: ["run", "list"],
       short: "N",
       value: "POLICY",
@@ -13043,6 +13046,7 @@ const GROUPS = {
         "What to keep at the source: a number, or words like '24h 7d 4w 12m 14d+' (default: 0, everything)",
     },
     "num-backups": {
+      common: true,
       of: [...DELETING, "list"],
       short: "n",
       value: "POLICY",
@@ -13124,6 +13128,7 @@ const GROUPS = {
       means: "Without -n: send also what is older than the newest snapshot that a destination has",
     },
     compress: {
+      common: true,
       of: TRANSFERRING,
       value: "zstd[:LEVEL]",
       perDest: true,
@@ -13159,6 +13164,7 @@ const GROUPS = {
   },
   "Several destinations": {
     optional: {
+      common: true,
       of: SENDING,
       value: "DEST",
       repeatable: true,
@@ -13232,6 +13238,7 @@ const GROUPS = {
         "Stored streams: begin a new chain with a full one after N, or after a time like 30d; 0 is never (default: 30)",
     },
     "encrypt-to": {
+      common: true,
       of: SENDING,
       value: "RECIPIENT",
       repeatable: true,
@@ -13267,10 +13274,12 @@ const GROUPS = {
   },
   "What it tells": {
     "dry-run": {
+      common: true,
       of: [...DELETING, "restore"],
       means: "Say what would happen and why; change nothing",
     },
     wait: {
+      common: true,
       of: [...DELETING, "restore", "unpin"],
       value: "SECONDS",
       means: "Wait for a lock that another run holds (default: do not wait)",
@@ -13283,6 +13292,7 @@ const GROUPS = {
       means: "debug, info, warning or error (default: info)",
     },
     quiet: {
+      common: true,
       of: COMMON,
       short: "q",
       old: true,
@@ -13309,7 +13319,8 @@ const GROUPS = {
       old: true,
       means: "Let btrfs send and receive tell everything (-vv)",
     },
-    help: { of: [...COMMON, "guard"], short: "h", means: "Show this text" },
+    help: { common: true, of: [...COMMON, "guard"], short: "h", means: "Show this text" },
+    "help-all": { of: ["run", "copy"], common: true, means: "Show all options" },
     version: { of: ["run"], means: "Show the version" },
   },
 } as const satisfies Readonly<Record<string, Readonly<Record<string, Option>>>>;
@@ -14066,8 +14077,69 @@ export function manualOf(one: CommandDef<any>) {
   };
 }
 
-/** The text of --help for a command. */
-export function helpText(one: CommandDef<any>, columns: number): string {
+/** Commands to begin with. Help tells them first, and the man page tells them all. */
+export const EXAMPLES: Readonly<Record<CommandName, Readonly<Record<string, string>>>> = {
+  run: {
+    "btrfs-backup /home /backup/home": "Take a snapshot of /home, and send what changed to a disk",
+    "btrfs-backup -N 7d -n '14d+ 8w 12m' /home /backup/home ssh://nas/backup/home":
+      "To another host as well; both sides keep what the policies say",
+    "btrfs-backup --encrypt-to me@example.org /home rclone://s3:bucket/home":
+      "Encrypted, to an object store",
+    "btrfs-backup --dry-run /home /backup/home": "What would happen, and why",
+  },
+  restore: {
+    "btrfs-backup restore /backup/home /home.restored": "The newest backup, as a new subvolume",
+    "btrfs-backup restore --replace --before '2026-01-31 12:00' /backup/home /home":
+      "As it was at noon, in the place of /home, which is kept beside",
+  },
+  list: {
+    "btrfs-backup list /home": "What /home and its destinations have of each snapshot",
+    "btrfs-backup list --max-age 2d /backup/home": "Fail if the newest backup is too old",
+  },
+  verify: {
+    "btrfs-backup verify /home /backup/home": "Compare the newest snapshot with its backup",
+    "btrfs-backup verify --all raw:///backup/home": "Read all stored streams",
+  },
+  versions: {
+    "btrfs-backup versions /home/me/letter": "Which versions of a file there are, and where",
+    "btrfs-backup versions --get '2026-01-31 12:00' /home/me/letter": "The file as it was then",
+  },
+  copy: {
+    "btrfs-backup copy /backup/home /mnt/second/home": "What the second disk lacks",
+    "btrfs-backup copy -n 12m /backup ssh://away/backup": "All prefixes, to another host",
+  },
+  prune: {
+    "btrfs-backup prune --dry-run -n '14d+ 8w' /backup/home": "What would go, and why",
+    "btrfs-backup prune -n '14d+ 8w' ssh://nas/backup/home": "Delete it, on another host",
+  },
+  guard: {
+    'command="btrfs-backup guard --path /backup/laptop",restrict ssh-ed25519 AAAA…':
+      "A line of ~/.ssh/authorized_keys: the key can add backups there, and no more",
+    "btrfs-backup guard --path /backup/laptop --allow-read":
+      "As that command: it can restore and verify as well",
+  },
+  unpin: {
+    "btrfs-backup unpin /home ssh://nas/backup/home": "Keep nothing for that destination any more",
+    "btrfs-backup unpin --all /home": "Forget all destinations",
+  },
+};
+
+const POLICIES =
+  "A POLICY is a number of the newest to keep, or words: 24h 7d 4w 12m 10y keep the first of each of so many hours, days, weeks, months and years; 14d+ keeps all of 14 days; * stands for all.";
+export const EXIT_STATUS = {
+  "0": "All is done.",
+  "1": "Something failed; what could be done is done.",
+  "2": "The command line makes no sense; nothing was done.",
+  "3": "Another run holds the lock; nothing was done.",
+  "129, 130, 143": "Ended by SIGHUP, SIGINT or SIGTERM, after cleaning up.",
+};
+export const ENVIRONMENT = {
+  NO_COLOR: "No colours, on terminals either.",
+  XDG_RUNTIME_DIR: "Where the sockets of ssh connections are, if it is set; else /run, or /tmp.",
+};
+
+/** The text of --help for a command; with `everything`, that of --help-all. */
+export function helpText(one: CommandDef<any>, columns: number, everything: boolean): string {
   const { usage, description: about, positionals, groups } = manualOf(one);
   const width = Math.min(columns, 100);
   const row = (term: string, text: string) =>
@@ -14076,12 +14148,23 @@ export function helpText(one: CommandDef<any>, columns: number): string {
       : wrapped(`  ${term}`.padEnd(28), text, width);
   const section = (title: string, rows: readonly string[]) =>
     rows.length === 0 ? "" : `\n${title}${rows.join("")}`;
+  const commandName = (Object.keys(COMMANDS) as CommandName[]).find(
+    (name) => COMMANDS[name] === one,
+  );
+  const examples = Object.entries(EXAMPLES[commandName ?? "run"]);
   const others = Object.entries(one === COMMANDS.run ? COMMANDS : {}).slice(1);
-  const spelled = ({ name, short, hint }: ToldArgument) =>
-    `${short === null ? "    " : `-${short}, `}--${name}${hint === null ? "" : ` ${hint}`}`;
+  const options = groups.flatMap(([, some]) => some);
+  const isShort = !everything && options.some(({ name }) => name === "help-all");
+  const optionRows = (some: readonly ToldArgument[]) =>
+    some.map((option) => row(spelledOption(option), option.description));
+  const told = options.filter(({ name }) => OPTIONS.get(name)?.common === true);
   return [
     wrapped("Usage: ", usage, width),
     `\n${wrapped("", about, width)}`,
+    section(
+      "Examples:\n",
+      examples.map(([line, text]) => `  ${line}\n${wrapped(" ".repeat(6), text, width)}`),
+    ),
     section(
       "",
       positionals.map(({ name, description }) => row(name.toUpperCase(), description)),
@@ -14090,14 +14173,23 @@ export function helpText(one: CommandDef<any>, columns: number): string {
       "Other commands, each with its own --help:\n",
       others.map(([name, { meta }]) => row(name, (meta as CommandMeta).description ?? "")),
     ),
-    ...groups.map(([title, options]) =>
-      section(
-        `${title}:\n`,
-        options.map((option) => row(spelled(option), option.description)),
-      ),
-    ),
+    ...(isShort
+      ? [section("Options that many need; --help-all shows all:\n", optionRows(told))]
+      : groups.map(([title, some]) => section(`${title}:\n`, optionRows(some)))),
+    options.some(({ hint }) => hint === "POLICY") ? `\n${wrapped("", POLICIES, width)}` : "",
+    `\n${wrapped("Exit status: ", shortly(EXIT_STATUS), width)}`,
+    wrapped("Environment: ", shortly(ENVIRONMENT), width),
   ].join("");
 }
+
+const spelledOption = ({ name, short, hint }: ToldArgument) =>
+  `${short === null ? "    " : `-${short}, `}--${name}${hint === null ? "" : ` ${hint}`}`;
+
+/** Words with what they mean, in a line. */
+const shortly = (entries: Readonly<Record<string, string>>) =>
+  `${Object.entries(entries)
+    .map(([term, text]) => `${term}: ${text.charAt(0).toLowerCase()}${text.slice(1, -1)}`)
+    .join("; ")}.`;
 
 /** Runs a command with its report, and returns the exit status. */
 async function concluded(
@@ -14201,7 +14293,8 @@ async function obey(given: readonly string[]): Promise<number> {
   if (!isNamed && isCommand(location))
     throw new UsageError(`the command comes first: btrfs-backup ${location} …`);
   if (options.flag("version")) console.log(versionText());
-  else if (options.flag("help")) process.stdout.write(helpText(cmd, process.stdout.columns || 80));
+  else if (options.flag("help") || options.flag("help-all"))
+    process.stdout.write(helpText(cmd, process.stdout.columns || 80, options.flag("help-all")));
   else {
     const context = { rawArgs: [...words], args: { _: [] } as never, cmd, data: options };
     return (await cmd.run?.(context)) as number;

@@ -2,7 +2,16 @@
 
 import { writeFileSync } from "node:fs";
 import { join } from "node:path";
-import { COMMANDS, LEVELS, manualOf, VERSION, type ToldArgument } from "../btrfs-backup.ts";
+import {
+  COMMANDS,
+  ENVIRONMENT,
+  EXAMPLES,
+  EXIT_STATUS,
+  LEVELS,
+  manualOf,
+  VERSION,
+  type ToldArgument,
+} from "../btrfs-backup.ts";
 
 const commands = Object.entries(COMMANDS).map(([name, command]) => ({
   name,
@@ -43,32 +52,11 @@ const [run, ...others] = commands as [(typeof commands)[number], ...typeof comma
 const has = (command: (typeof commands)[number], { name, description }: ToldArgument) =>
   optionsOf(command).some((one) => one.name === name && one.description === description);
 
-const STATUS = {
-  "0": "All is done.",
-  "1": "Something failed; what could be done is done.",
-  "2": "The command line makes no sense; nothing was done.",
-  "3": "Another run holds the lock; nothing was done.",
-  "129, 130, 143": "Ended by SIGHUP, SIGINT or SIGTERM, after cleaning up.",
-};
-const ENVIRONMENT = {
-  NO_COLOR: "No colours, on terminals either.",
-  XDG_RUNTIME_DIR: "Where the sockets of ssh connections are, if it is set; else /run, or /tmp.",
-};
 const FILES = {
   ".btrfs-backup.json":
     "Beside snapshots and backups: to whom they belong, and what destinations still need.",
   ".btrfs-backup.PREFIX.lock": "The lock of a folder and prefix.",
   "/etc/btrfs-backup/NAME.args": "Arguments of the systemd unit btrfs-backup@NAME.service.",
-};
-const EXAMPLES = {
-  "Snapshot and back up, and keep a calendar of backups on the disk:":
-    "btrfs-backup -N 7 -n '14d+ 8w 12m' /home /backup/home",
-  "To another host as well, which may be away for three days:":
-    "btrfs-backup -n 30 --optional ssh://root@nas/backup/home --max-age 3d /home /backup/home",
-  "Encrypted, to an object store:":
-    "btrfs-backup --compress zstd --encrypt-to me@example.org -n 60d+ /home rclone://s3:bucket/home",
-  "Make it again:": "btrfs-backup restore /backup/home /home",
-  "One file as it was:": "btrfs-backup versions --get '2026-01-31 12:00' /home/me/letter",
 };
 const list = (entries: Readonly<Record<string, string>>) =>
   Object.entries(entries)
@@ -90,11 +78,12 @@ ${roff("Options that they share with run mean the same; those of their own are t
 ${others.map((command) => `.SS "${roff(command.name)}"\n${roff(command.description)}\n${positionals(command.positionals)}${items(optionsOf(command).filter((option) => !has(run, option)))}${shared(command)}`).join("")}.SH RETENTION
 ${roff("A POLICY is a number of the newest to keep, or words: 24h 7d 4w 12m 10y keep the first of each of so many hours, days, weeks, months and years; 14d+ keeps all of 14 days; * stands for all. What a destination still needs is never deleted at the source.")}
 .SH EXIT STATUS
-${list(STATUS)}.SH ENVIRONMENT
+${list(EXIT_STATUS)}.SH ENVIRONMENT
 ${list(ENVIRONMENT)}.SH FILES
 ${list(FILES)}.SH EXAMPLES
-${Object.entries(EXAMPLES)
-  .map(([text, line]) => `${roff(text)}\n.PP\n.in +4n\n.EX\n${roff(line)}\n.EE\n.in\n.PP\n`)
+${Object.values(EXAMPLES)
+  .flatMap((examples) => Object.entries(examples))
+  .map(([line, text]) => `${roff(`${text}:`)}\n.PP\n.in +4n\n.EX\n${roff(line)}\n.EE\n.in\n.PP\n`)
   .join("")}.SH SEE ALSO
 ${["btrfs-subvolume", "btrfs-send", "btrfs-receive", "ssh", "rclone", "gpg"].map((name) => `.BR ${roff(name)} (${name.startsWith("btrfs") ? 8 : 1})`).join(",\n")}
 `;

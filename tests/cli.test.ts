@@ -157,10 +157,21 @@ test("--help and --version answer on stdout", async () => {
   expect((await expectRun(0, ["unpin", "--help"])).stdout).toContain("--all");
   // All that there is, in a terminal's width, and the same words in the README.
   const { stdout: main } = await expectRun(0, ["--help"]);
+  const lines = main.split("\n");
+  expect(lines.length).toBeLessThanOrEqual(72);
+  expect(lines.slice(4, 5)).toEqual(["Examples:"]);
+  expect(lines.slice(5, 13).filter((line) => line.startsWith("  btrfs-backup ")).length).toBe(4);
+  expect(main).toContain("\n      --dry-run ");
+  expect(main).not.toContain("--skip-fs-checks");
   for (const [command, { args }] of Object.entries(COMMANDS)) {
-    const { stdout } = await expectRun(0, [command, "--help"]);
+    const isLong = Object.hasOwn(args as ArgsDef, "help-all");
+    const { stdout } = await expectRun(0, [command, isLong ? "--help-all" : "--help"]);
     for (const line of stdout.split("\n"))
       expect([line.length <= 80, line]).toEqual([true, line.trimEnd()]);
+    // Two commands to try, and how it ends; what the options take is explained.
+    expect(stdout.match(/^ {2}(command=")?btrfs-backup .*\n {6}\S/gm)?.length).toBeGreaterThan(1);
+    expect(stdout).toContain("\nExit status: 0: all is done");
+    expect(stdout.includes("\nA POLICY is a number")).toBe(stdout.includes(" POLICY"));
     if (command !== "run") expect(main).toContain(`\n  ${command} `);
     const told = [...stdout.matchAll(/^ {2}(?:-\w, | {4})--([a-z-]+)/gm)].map(
       ([, option]) => option as string,
