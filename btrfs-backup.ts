@@ -999,6 +999,48 @@ const messageOf = (error: unknown) =>
     ? error.message
     : (lackOf(error) ?? String((error as Error)?.stack ?? error));
 
+/**
+ * A word for any login shell. `'`, `\` and `!` stand outside the quotes behind a backslash: fish
+ * reads `\'` inside quotes, csh expands `!` there.
+ */
+export const quote = (word: string) => `'${word.replace(/['\\!]/g, (c) => `'\\${c}'`)}'`;
+
+/** A word of a command that is shown, quoted only if it must be. */
+const shellWord = (word: string) => (/^[\w./:@+-]+$/.test(word) ? word : quote(word));
+
+/** How ssh is called for a host as locations name it. */
+function sshCommand(authority: string): string {
+  const [, host = "", port] = /^(.*?)(?::(\d+))?$/.exec(authority) ?? [];
+  return `${port === undefined ? "" : `-p ${port} `}${host}`;
+}
+
+/** Errors with the next command, by what the error says. */
+const ADVICE: readonly (readonly [RegExp, (found: string) => string])[] = [
+  [
+    /ssh:\/\/([^/\s]+)\/.*Host key verification failed/s,
+    (host) => `log in once as the user of this run, and compare the key: ssh ${sshCommand(host)}`,
+  ],
+  [
+    /ssh:\/\/([^/\s]+)\/.*Permission denied \([a-z]/s,
+    (host) =>
+      `give it the key of the user of this run: ssh-copy-id ${sshCommand(host)}; or name another key: --ssh-opt IdentityFile=FILE`,
+  ],
+  [
+    /^(?:[^\n]*: )?no such directory: (\/[^\n]*?) \(is the disk mounted\?\)$/,
+    (path) =>
+      `see which filesystem is there: findmnt -T ${shellWord(path)}; if it is the right one: mkdir -p ${shellWord(path)}`,
+  ],
+];
+
+/** The next command after an error; null where there is none to name. */
+export function adviceOn(message: string): string | null {
+  for (const [shape, advice] of ADVICE) {
+    const found = shape.exec(message)?.[1];
+    if (found !== undefined) return advice(found);
+  }
+  return null;
+}
+
 function newReport(json: boolean, dryRun: boolean): Report {
   const tally: Report["tally"] = {};
   const places: Report["figures"] = new Map();
@@ -1028,8 +1070,10 @@ function newReport(json: boolean, dryRun: boolean): Report {
       report.failed = true;
       figuresOf(places, destination).errors++;
       const isNamed = destination === null || message.startsWith(destination);
-      log.error(isNamed ? message : `${destination}: ${message}`);
-      event("error", { destination, message });
+      const whole = isNamed ? message : `${destination}: ${message}`;
+      const advice = adviceOn(whole);
+      log.error(advice === null ? whole : `${whole}\n        ${advice}`);
+      event("error", { destination, message, ...(advice === null ? {} : { advice }) });
     },
   };
   return report;
@@ -1247,15 +1291,6 @@ export function wordsFor<V extends Declared>(verb: V, given: ArgumentsOf<V>): st
   const end = all.findLastIndex((value) => value !== undefined);
   return all.slice(0, end + 1).flatMap((value) => value ?? "");
 }
-
-/**
- * A word for any login shell. `'`, `\` and `!` stand outside the quotes behind a backslash: fish
- * reads `\'` inside quotes, csh expands `!` there.
- */
-export const quote = (word: string) => `'${word.replace(/['\\!]/g, (c) => `'\\${c}'`)}'`;
-
-/** A word of a command that is shown, quoted only if it must be. */
-const shellWord = (word: string) => (/^[\w./:@+-]+$/.test(word) ? word : quote(word));
 
 /** zx as this program uses it: a POSIX shell, words quoted by us, exit statuses looked at by us. */
 const shell = $({
@@ -7452,11 +7487,10 @@ async function backUpOpened(session: Session): Promise<string | null> {
     warnOfSource(session);
     if (o.transfer || !o.removeLocks) openings = openAll(session);
     const opened = await openedAtOnce(openings);
-    for (const { name, readonly } of source.snapshots)
-      if (!readonly)
-        report.warning(
-          `${source.path}/${name} is writable: it is not sent, not counted and not deleted`,
-        );
+    if (opened === null) {
+      await openedInTime(session, openings, null); // which tells why
+      return null;
+    }
     if (o.snapshot) taken = await takeSnapshot(session, opened);
     all = await openedInTime(session, openings, taken);
     if (taken !== null) {
@@ -7482,7 +7516,20 @@ async function backUpOpened(session: Session): Promise<string | null> {
   }
   for (const id of wanted.keys()) figuresOf(report.figures, id).last = known.get(id)?.last ?? null;
   figuresOf(report.figures, null).seconds += (Date.now() - began) / 1000;
+  if (taken !== null) tellFirst(session);
   return taken?.name ?? null;
+}
+
+/** Tells after the first run of a source where its snapshots are, and what can be done with them. */
+function tellFirst({ o, source: { id, path, snapshots }, wanted }: Session): void {
+  if (o.dryRun || snapshots.length > 0) return;
+  log.info(
+    `The snapshots of ${id} are in ${path}: directories that can be looked into, and nothing there can be changed`,
+  );
+  const [from = id] = wanted.keys();
+  log.info(
+    `Next: btrfs-backup list ${shellWord(id)}; btrfs-backup versions FILE; btrfs-backup restore ${shellWord(from)} NEW`,
+  );
 }
 
 /** One attempt of a run: all that its steps share. */
@@ -7606,6 +7653,11 @@ function warnOfSource({ o, report, source, wanted }: Session): void {
         `${source.path}/.btrfs-backup.json cannot be read (${unreadable}): nothing is deleted at the source; "btrfs-backup unpin --all ${o.source.id}" moves it aside`,
       ),
     );
+  for (const { name, readonly } of source.snapshots)
+    if (!readonly)
+      report.warning(
+        `${source.path}/${name} is writable: it is not sent, not counted and not deleted`,
+      );
 }
 
 /** Warns of subvolumes below SOURCE: a snapshot has empty directories in their place. */
@@ -7689,14 +7741,34 @@ async function openSource(
 
 /** Errors: UsageError for a SOURCE that cannot be one. */
 function checkSource(
-  { source, place }: Folder,
+  { source, place, subvolumes }: Folder,
   path: string,
   { source: { id }, fsChecks }: Pick<RunOptions, "source" | "fsChecks">,
 ): void {
   if (source?.filesystem === null && fsChecks) throw new UsageError(`not on btrfs: ${id}`);
-  if (source?.inode !== 256) throw new UsageError(`not a subvolume: ${id}`);
+  if (source?.inode !== 256)
+    throw new UsageError(
+      `not a subvolume: ${id}${source ? subvolumeAround(source, subvolumes) : ""}`,
+    );
   if (place.filesystem !== source.filesystem)
     throw new UsageError(`the snapshot folder ${path} is not on the filesystem of ${id}`);
+}
+
+/** What to do with a directory that is not a subvolume: which one it lies in, and how to make it one. */
+export function subvolumeAround(
+  { path, top }: Pick<Place, "path"> & { readonly top: string },
+  subvolumes: readonly Pick<Subvolume, "path">[],
+): string {
+  const above = subvolumes
+    .map((one) => `/${one.path}`)
+    .filter((one) => isWithin(top, one))
+    .reduce((longest, one) => (one.length > longest.length ? one : longest), "");
+  const inside = top.slice(above.length);
+  const around = path.endsWith(inside) ? path.slice(0, path.length - inside.length) || "/" : null;
+  const it = shellWord(path);
+  const old = shellWord(`${path}.old`);
+  const made = `mv ${it} ${old} && btrfs subvolume create ${it} && cp -a --reflink=always ${shellWord(`${path}.old/.`)} ${it}`;
+  return `${around === null ? "" : `; it is a directory in the subvolume ${around}`}. Back up that one, or make a subvolume of it: ${made}`;
 }
 
 /** Other sources' snapshots in a snapshot folder outside SOURCE. Errors: Failure. */
@@ -7823,7 +7895,7 @@ const LOOK_MS = 5e3;
  * The destinations that are open before the snapshot is taken. The snapshot waits only for new ones
  * on this host, since nothing that makes no sense should take one. Errors: UsageError.
  */
-async function openedAtOnce(openings: Openings): Promise<readonly Destination[]> {
+async function openedAtOnce(openings: Openings): Promise<readonly Destination[] | null> {
   const opened: Destination[] = [];
   for (const { destination } of openings)
     destination.then(
@@ -7835,14 +7907,20 @@ async function openedAtOnce(openings: Openings): Promise<readonly Destination[]>
       known === undefined && isDirectory(location) && location.host === null,
   );
   const looked = Promise.all(
-    fresh.map(({ destination }) =>
-      destination.catch((error: unknown) => {
-        if (error instanceof UsageError || error instanceof Interrupted) throw error;
-      }),
+    fresh.map(({ asked, destination }) =>
+      destination.then(
+        () => true,
+        (error: unknown) => {
+          if (error instanceof UsageError || error instanceof Interrupted) throw error;
+          return error instanceof Busy || (error instanceof Absent && asked.optional);
+        },
+      ),
     ),
   );
-  if (await isOverWithin(LOOK_MS, looked)) await looked;
-  return opened;
+  const possible = (await isOverWithin(LOOK_MS, looked)) ? await looked : [true];
+  const isHopeless =
+    openings.length > 0 && fresh.length === openings.length && !possible.includes(true);
+  return isHopeless ? null : opened;
 }
 
 /**
@@ -9541,7 +9619,7 @@ function chooseSnapshot(
       whole.length === 0
         ? "nothing complete"
         : `${plural(whole.length, "snapshot")} from ${whole[0]?.name} to ${whole.at(-1)?.name}`;
-    throw new Failure(`${id}: ${what}; it has ${range}${hintFor(location)}`);
+    throw new Failure(`${id}: ${what}; it has ${range}${hintFor(location)}${hintBelow(location)}`);
   }
   if (stored !== undefined && !found.readonly)
     throw new Failure(
@@ -10446,9 +10524,30 @@ type Column = {
   readonly left?: true;
 };
 
+/** Directories below a folder where snapshots stand, for whoever named one that is too high. */
+export function foldersBelow({
+  top,
+  path,
+  subvolumes,
+}: Pick<Folder, "top" | "path" | "subvolumes">) {
+  const above = top === "/" ? "/" : `${top}/`;
+  const below = subvolumes
+    .map((one) => `/${one.path}`)
+    .filter((one) => one.startsWith(above) && prefixOf(basename(one)) !== null)
+    .map((one) => join(path, dirname(one).slice(above.length)));
+  return [...new Set(below)].filter((one) => one !== path);
+}
+
+/** The end of a message about a folder without snapshots. */
+function hintBelow(folder: Folder): string {
+  const [first, ...more] = prefixesIn(folder.standing).length > 0 ? [] : foldersBelow(folder);
+  if (first === undefined) return "";
+  return `; ${first} has some${more.length > 0 ? `, and ${more.length} more below it` : ""}`;
+}
+
 /** What stands behind a column's name. */
-function whyEmpty({ problem, left }: Column): string {
-  if (problem === null) return "";
+function whyEmpty({ folder, problem, left }: Column): string {
+  if (problem === null) return folder === null ? "" : hintBelow(folder);
   return left ? `, not looked at: ${problem}` : ", cannot be read";
 }
 

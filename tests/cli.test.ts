@@ -1,11 +1,12 @@
 // The command line: what is wrong is told in one line, with exit status 2, and nothing is done.
 
-import { expect, test } from "bun:test";
+import { describe, expect, test } from "bun:test";
 import { existsSync, mkdirSync, readFileSync, writeFileSync } from "node:fs";
 import { join } from "node:path";
 import type { ArgsDef } from "citty";
 import { COMMANDS } from "../btrfs-backup.ts";
 import {
+  events,
   expectRun,
   filesystem,
   nextSecond,
@@ -14,6 +15,7 @@ import {
   run,
   sh,
   snapshotNames,
+  sshServer,
   subvolume,
   temporaryDirectory,
 } from "./support/rig.ts";
@@ -179,6 +181,102 @@ test("--help and --version answer on stdout", async () => {
     const options = Object.entries(args as ArgsDef).filter(([, { type }]) => type !== "positional");
     expect(told.toSorted()).toEqual(options.map(([option]) => option).sort());
   }
+});
+
+describe("errors say the next command", () => {
+  test("a directory that is no subvolume becomes one by what is printed, and is backed up then", async () => {
+    const { source, destination } = pair();
+    const ann = join(source, "it's ann");
+    mkdirSync(ann);
+    writeFileSync(join(ann, "letter"), "dear");
+    const { stderr } = await expectRun(2, [ann, destination]);
+    expect(stderr).toContain(
+      `not a subvolume: ${ann}; it is a directory in the subvolume ${source}.`,
+    );
+    const [, commands = ""] = /make a subvolume of it: (.*)/.exec(stderr) ?? [];
+    sh(commands);
+    await expectRun(0, [ann, destination]);
+    const [name = ""] = snapshotNames(destination);
+    expect(readFileSync(join(destination, name, "letter"), "utf8")).toBe("dear");
+  });
+
+  test("a key that is refused, and a host that is not known", async () => {
+    const { source } = pair();
+    const { options, url } = await sshServer();
+    const elsewhere = url(join(temporaryDirectory(), "backup"));
+    const authority = /^ssh:\/\/([^/]+)\//.exec(elsewhere)?.[1] as string;
+    const other = join(temporaryDirectory(), "key");
+    sh(`ssh-keygen -q -t ed25519 -N "" -f "$1"`, other);
+    const withKey = options.map((option) =>
+      option.startsWith("IdentityFile=") ? `IdentityFile=${other}` : option,
+    );
+    const refused = await expectRun(1, [...withKey, "--json", source, elsewhere]);
+    const [, host = "", port = ""] = /^(.*):(\d+)$/.exec(authority) ?? [];
+    expect(refused.stderr).toContain(
+      `\n        give it the key of the user of this run: ssh-copy-id -p ${port} ${host}; or`,
+    );
+    expect(events(refused).find(({ event }) => event === "error")?.["advice"]).toContain(
+      "ssh-copy-id",
+    );
+    await nextSecond();
+    const unknown = options.map((option) =>
+      option.startsWith("UserKnownHostsFile=") ? "UserKnownHostsFile=/dev/null" : option,
+    );
+    const asked = [...unknown, "--ssh-opt", "StrictHostKeyChecking=yes", source, elsewhere];
+    expect((await expectRun(1, asked)).stderr).toContain(
+      `compare the key: ssh -p ${port} ${host}\n`,
+    );
+  });
+
+  test("a folder that is named one level too high", async () => {
+    const { source, b, a } = pair();
+    await expectRun(0, [source, join(b.path, "backup/home")]);
+    const high = `${join(b.path, "backup")}; ${join(b.path, "backup/home")} has some`;
+    expect((await expectRun(0, ["list", join(b.path, "backup")])).stdout).toContain(high);
+    const restored = await expectRun(1, ["restore", join(b.path, "backup"), join(a.path, "new")]);
+    expect(restored.stderr).toContain(`; ${join(b.path, "backup/home")} has some`);
+    expect(existsSync(join(a.path, "new"))).toBe(false);
+  });
+
+  test("a directory that is not there", async () => {
+    const { a } = pair();
+    const missing = join(a.path, "no such");
+    const { stderr } = await expectRun(1, ["restore", join(missing, "home"), join(a.path, "new")]);
+    expect(stderr).toContain(
+      `findmnt -T '${missing}'; if it is the right one: mkdir -p '${missing}'`,
+    );
+  });
+});
+
+test("where no destination can be one, no snapshot is taken; one that may be is enough", async () => {
+  const { source, snapshots, destination, a } = pair();
+  const here = join(a.path, "beside");
+  const file = join(temporaryDirectory(), "file");
+  writeFileSync(file, "");
+  for (const wrong of [[here], [here, `raw://${a.path}/streams`], [join(file, "backup")]])
+    expect([(await run([source, ...wrong])).status, snapshotNames(snapshots)]).toEqual([1, []]);
+  // A disk that is known to come and go may come later; and so may a host.
+  await expectRun(0, ["--optional", here, source, here]);
+  expect(snapshotNames(snapshots).length).toBe(1);
+  await nextSecond();
+  await expectRun(1, [source, here, destination]);
+  expect([snapshotNames(snapshots).length, snapshotNames(destination).length]).toEqual([2, 2]);
+  await nextSecond();
+  await expectRun(1, [source, "ssh://127.0.0.1:1/backup"]);
+  expect(snapshotNames(snapshots).length).toBe(3);
+});
+
+test("the first run of a source says where its snapshots are, and what to do with them; later ones do not", async () => {
+  const { source, snapshots, destination } = pair();
+  const first = await expectRun(0, [source, destination]);
+  expect(first.stderr).toContain(`The snapshots of ${source} are in ${snapshots}: `);
+  const [, list = "", restore = ""] =
+    /Next: btrfs-backup (list .*?); .*; btrfs-backup (restore .*) NEW/.exec(first.stderr) ?? [];
+  const [name = ""] = snapshotNames(snapshots);
+  expect((await expectRun(0, list.split(" "))).stdout).toContain(name);
+  await expectRun(0, [...restore.split(" "), `${source}.restored`]);
+  await nextSecond();
+  expect((await expectRun(0, [source, destination])).stderr).not.toContain("Next: ");
 });
 
 test("deno.json imports what package.json pins", () => {

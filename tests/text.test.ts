@@ -7,6 +7,7 @@ import { join } from "node:path";
 import fc from "fast-check";
 import type { ArgsDef } from "citty";
 import {
+  adviceOn,
   commandFor,
   COMMANDS,
   entryName,
@@ -15,6 +16,7 @@ import {
   expandFiles,
   Failure,
   filesystemOf,
+  foldersBelow,
   hostOf,
   inBytes,
   inWords,
@@ -51,6 +53,8 @@ import {
   VERBS,
   visible,
   wordsFor,
+  subvolumeAround,
+  type Subvolume,
 } from "../btrfs-backup.ts";
 
 const U = (n: number) => `${String(n).padStart(8, "0")}-aaaa-bbbb-cccc-0123456789ab`;
@@ -1151,6 +1155,63 @@ test("the summary has a line for each place, the source first", () => {
     ["/home", "0.0 s", "0", "3"],
     ["/backup", "2", "3.0M", "1.3 s", "1", "7"],
     ["shell://cat", "0", "0B", "0.0 s", "0", "failed"],
+  ]);
+});
+
+test("errors are followed by the next command where there is one to name", () => {
+  const table: [string, string | null][] = [
+    [
+      "ssh://root@nas:22/b: No ED25519 host key is known\nHost key verification failed.",
+      "log in once as the user of this run, and compare the key: ssh -p 22 root@nas",
+    ],
+    [
+      "ssh://nas/b: root@nas: Permission denied (publickey,password).",
+      "give it the key of the user of this run: ssh-copy-id nas; or name another key: --ssh-opt IdentityFile=FILE",
+    ],
+    [
+      "/a b/c: no such directory: /a b (is the disk mounted?)",
+      "see which filesystem is there: findmnt -T '/a b'; if it is the right one: mkdir -p '/a b'",
+    ],
+    ["/a: Permission denied", null],
+    ["ssh://nas/b: Connection refused", null],
+    ["/a: no such directory: /b (--to names another place)", null],
+  ];
+  for (const [message, advice] of table)
+    expect([message, adviceOn(message)]).toEqual([message, advice]);
+});
+
+test("a directory that is no subvolume is told which one it lies in", () => {
+  const all = ["@home", "@home/ann", "@homes"].map((path) => ({ path }));
+  const around = (path: string, top: string) =>
+    /^(?:; it is a directory in the subvolume (.*?))?\. Back up/.exec(
+      subvolumeAround({ path, top }, all),
+    )?.[1];
+  expect(around("/home/bob", "/@home/bob")).toBe("/home");
+  expect(around("/home/ann/x/y", "/@home/ann/x/y")).toBe("/home/ann");
+  expect(around("/mnt/x", "/x")).toBe("/mnt");
+  expect(around("/x", "/x")).toBe("/");
+  // Mounted elsewhere by a bind, its path says nothing of the subvolume's.
+  expect(around("/srv/x", "/@home/bob")).toBe(undefined);
+});
+
+test("folders with snapshots below one that is named too high", () => {
+  const subvolumes = [
+    "b/home/20260101-000000",
+    "b/home/20260102-000000",
+    "b/deep/er/x-20260101-000000",
+    "b/20260101-000000",
+    "c/20260101-000000",
+    "b/other",
+  ].map((path) => ({ path }) as Subvolume);
+  expect(foldersBelow({ top: "/b", path: "/mnt/b", subvolumes })).toEqual([
+    "/mnt/b/home",
+    "/mnt/b/deep/er",
+  ]);
+  expect(foldersBelow({ top: "/", path: "/mnt", subvolumes })).toEqual([
+    "/mnt/b/home",
+    "/mnt/b/deep/er",
+    "/mnt/b",
+    "/mnt/c",
   ]);
 });
 
