@@ -7393,13 +7393,15 @@ export type Wanted = {
 /** Takes a snapshot, sends every destination what it lacks, and keeps what should be kept. */
 export async function run(o: RunOptions, report: Report): Promise<void> {
   checkPlaces(o);
-  let name: string | null = null;
+  const taken: BackedUp[] = [];
   await persistently(o, report, async (attempt, attemptReport) => {
     const open = (locked: () => void) => openFinished(attempt, locked);
-    const snapshot = attempt.snapshot && name === null;
-    name = (await backUp(open, { ...attempt, snapshot }, attemptReport)) ?? name;
+    const snapshot = attempt.snapshot && taken.length === 0;
+    const one = await backUp(open, { ...attempt, snapshot }, attemptReport);
+    if (one !== null) taken.push(one);
   });
-  concludeRun(o, report, name);
+  concludeRun(o, report, taken[0]?.name ?? null);
+  for (const line of taken[0]?.words ?? []) log.info(line);
   if (o.metrics !== null && !o.dryRun)
     await writeMetrics(o.metrics, metricsOf(o.source.id, report.figures, Date.now()));
 }
@@ -7463,20 +7465,20 @@ async function backUp(
   open: (locked: () => void) => Promise<Source>,
   o: RunOptions,
   report: Report,
-): Promise<string | null> {
+): Promise<BackedUp | null> {
   let ahead = new Map<string, Ahead>();
   const opening = open(() => ahead.forEach(({ go }) => go()));
   if (o.transfer || !o.removeLocks) ahead = beginOpening(o);
   stamp(new Date()); // the first local time takes long, since zones are loaded for it: meanwhile
   try {
-    return await backUpOpened(newSession(await opening, ahead, o, report));
+    return await backUpOpened(await begunSession(await opening, ahead, o, report));
   } finally {
     await whileCleaning(() => allOf([...ahead.values()].map(({ drop }) => drop())));
   }
 }
 
 /** Backs up an opened source, and closes it and its destinations. */
-async function backUpOpened(session: Session): Promise<string | null> {
+async function backUpOpened(session: Session): Promise<BackedUp | null> {
   const { o, report, source, known, wanted } = session;
   lookAtPins(session);
   let openings: Openings = [];
@@ -7516,24 +7518,34 @@ async function backUpOpened(session: Session): Promise<string | null> {
   }
   for (const id of wanted.keys()) figuresOf(report.figures, id).last = known.get(id)?.last ?? null;
   figuresOf(report.figures, null).seconds += (Date.now() - began) / 1000;
-  if (taken !== null) tellFirst(session);
-  return taken?.name ?? null;
+  return taken && { name: taken.name, words: firstWords(session) };
 }
 
-/** Tells after the first run of a source where its snapshots are, and what can be done with them. */
-function tellFirst({ o, source: { id, path, snapshots }, wanted }: Session): void {
-  if (o.dryRun || snapshots.length > 0) return;
-  log.info(
-    `The snapshots of ${id} are in ${path}: directories that can be looked into, and nothing there can be changed`,
-  );
+/** The snapshot that a run took, and what is to be said of it at the end. */
+type BackedUp = { readonly name: string; readonly words: readonly string[] };
+
+/** After the first run of a source, where its snapshots are, and what can be done with them. */
+function firstWords({ o, source: { id, path, snapshots }, wanted }: Session): readonly string[] {
+  if (o.dryRun || snapshots.length > 0) return [];
   const [from = id] = wanted.keys();
-  log.info(
+  return [
+    `The snapshots of ${id} are in ${path}: directories that can be looked into, and nothing there can be changed`,
     `Next: btrfs-backup list ${shellWord(id)}; btrfs-backup versions FILE; btrfs-backup restore ${shellWord(from)} NEW`,
-  );
+  ];
 }
 
 /** One attempt of a run: all that its steps share. */
 type Session = ReturnType<typeof newSession>;
+
+/** Begins an attempt with an opened source, which is closed where that fails. Errors: Failure. */
+async function begunSession(...given: Parameters<typeof newSession>): Promise<Session> {
+  try {
+    return newSession(...given);
+  } catch (error) {
+    await whileCleaning(given[0].close);
+    throw error;
+  }
+}
 
 function newSession(source: Source, ahead: Map<string, Ahead>, o: RunOptions, report: Report) {
   const known = new Map(knownDestinations(source).map((one) => [one.location, one]));

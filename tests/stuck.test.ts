@@ -3,7 +3,15 @@
 
 import { afterEach, describe, expect, test } from "bun:test";
 import { spawn, spawnSync } from "node:child_process";
-import { closeSync, existsSync, mkdirSync, openSync, readFileSync, writeFileSync } from "node:fs";
+import {
+  closeSync,
+  existsSync,
+  mkdirSync,
+  openSync,
+  readFileSync,
+  writeFileSync,
+  writeSync,
+} from "node:fs";
 import { join } from "node:path";
 import { descendants, signal } from "./support/processes.ts";
 import {
@@ -469,5 +477,34 @@ describe("a standard output that nobody reads", () => {
     );
     process.kill(pid, "SIGTERM");
     expect(await ended).toEqual([143, null]);
+  });
+
+  test("keeps no lock of a run that a record's location has ended", async () => {
+    const { source, snapshots, destination } = pair();
+    snapshotAs(source, "20260101-000000");
+    await expectRun(0, ["-S", source, destination]);
+    const record = join(snapshots, ".btrfs-backup.json");
+    writeFileSync(record, readFileSync(record, "utf8").replace(destination, "nfs://elsewhere"));
+    const pipe = join(temporaryDirectory(), "pipe");
+    sh(`mkfifo "$1"`, pipe);
+    const output = openSync(pipe, "r+");
+    writeSync(output, Buffer.alloc(65_536));
+    const child = spawn(
+      join(ROOT, "dist/btrfs-backup"),
+      ["-S", "--json", "--locked-dests", source],
+      { stdio: ["ignore", output, "pipe"] },
+    );
+    let told = "";
+    child.stderr?.on("data", (data) => (told += data));
+    const ended = new Promise((done) => child.on("exit", done));
+    try {
+      await waitFor("the error", () => told.includes("cannot be used (unpin it)"));
+      await waitFor("the lock's end", () => descendants(child.pid as number).length === 0, 5);
+      expect(child.exitCode).toBeNull(); // it still waits for its reader
+    } finally {
+      child.kill("SIGTERM");
+      await ended;
+      closeSync(output);
+    }
   });
 });
