@@ -294,6 +294,16 @@ test("deno.json imports what package.json pins", () => {
     ).toBe(true);
 });
 
+test("the README names the versions of the packages that package.json pins", () => {
+  const { dependencies } = JSON.parse(readFileSync(join(ROOT, "package.json"), "utf8")) as {
+    dependencies: Record<string, string>;
+  };
+  const words = Object.entries(dependencies)
+    .filter(([name]) => name !== "bun")
+    .map(([name, version]) => `${name}@${version}`);
+  expect(readFileSync(join(ROOT, "README.md"), "utf8")).toContain(`bun add ${words.join(" ")}`);
+});
+
 test("argument files are read as 0.3.1 read them", async () => {
   const { source, snapshots, destination } = pair();
   const directory = temporaryDirectory();
