@@ -2896,14 +2896,17 @@ const TOOLS = defineVerb("tools", "programs...")`
 const AT_WORK = defineVerb("at-work", "folder fsid prefix")`
   at "$folder" "$fsid"
   # A link is looked behind only where its name is ours: a dead mount would keep us.
-  find /proc/[0-9]*/fd -lname "*/.btrfs-backup.*" 2>/dev/null | while read -r found; do
-    for file in ".btrfs-backup.$prefix.lock" ".btrfs-backup.$prefix.receiving"; do
-      if [ "$found" -ef "$file" ]; then
-        found=\${found#/proc/}
-        line "\${found%%/*}"
-        break
-      fi
-    done
+  ls -l /proc/[0-9]*/fd 2>/dev/null | while read -r found; do
+    case $found in
+      /proc/*/fd:) process=\${found%/fd:}; continue;;
+      *" -> "*/.btrfs-backup.*) ;;
+      *) continue;;
+    esac
+    number=\${found%% -> *}
+    open=$process/fd/\${number##* }
+    if [ "$open" -ef ".btrfs-backup.$prefix.lock" ] || [ "$open" -ef ".btrfs-backup.$prefix.receiving" ]; then
+      line "\${process#/proc/}"
+    fi
   done
 `;
 
@@ -2914,7 +2917,15 @@ const DISKS = defineVerb("disks", "filesystem device")`
     set -- "$@" "/dev/\${found##*/}"
   done
   if [ $# = 0 ]; then set -- "$device"; fi
-  lsblk -n -s -l -o KNAME -- "$@" 2>/dev/null || :
+  below() { lsblk -n -s -l -o KNAME -- "$@" 2>/dev/null || :; }
+  below "$@" | while read -r name; do
+    line "$name"
+    # lsblk does not tell what a loop device reads from.
+    if [ -f "/sys/block/$name/loop/backing_file" ]; then
+      read -r file <"/sys/block/$name/loop/backing_file"
+      case $file in /dev/*) below "$file";; esac
+    fi
+  done
 `;
 
 /** Timers and services of systemd whose names begin so, and files of cron that have the name. */
