@@ -67,11 +67,9 @@ describe("a healthy pair", () => {
     const lines = result.stdout.trim().split("\n");
     expect(lines.filter((line) => !line.startsWith("ok    "))).toEqual([]);
     const told = lines.map((line) => line.split(/ +/)[1]);
-    for (const about of [
-      ...["source", "tools", "fence", "lock", "record", "nested", "duplicates", "snapshots"],
-      ...["edited", "leftovers", "timer", "space", "destination", "disk", "backups"],
-    ])
-      expect(told).toContain(about);
+    const abouts =
+      "source tools fence lock record nested duplicates snapshots edited leftovers timer space destination disk backups";
+    for (const about of abouts.split(" ")) expect(told).toContain(about);
     expect(result.stdout).toContain(`the newest backup is ${day(3)}`);
     expect(result.stdout).toContain(CRON);
     expect(result.stdout).toMatch(/Linux \d.*, btrfs \d.*, flock \d/);
@@ -164,6 +162,18 @@ describe("fails, with a run's words and what mends it", () => {
     expect(await found(1, [source, "ssh://127.0.0.1:1/x"])).toContainEqual(
       expect.objectContaining({ level: "fail", mend: "ssh -p 1 127.0.0.1 true" }),
     );
+    const { options, url } = await sshServer();
+    const stranger = options.map((word) =>
+      word.replace(/^IdentityFile=.*/, "IdentityFile=/dev/null"),
+    );
+    expect(await found(1, [...stranger, source, url("/x")])).toContainEqual(
+      expect.objectContaining({
+        level: "fail",
+        about: "destination",
+        message: expect.stringContaining("Permission denied"),
+        mend: expect.stringMatching(/^ssh -p \d+ 127\.0\.0\.1 true$/),
+      }),
+    );
   });
 
   test("zstd that is missing, and a key of gpg", async () => {
@@ -175,6 +185,35 @@ describe("fails, with a run's words and what mends it", () => {
     );
     expect(await found(1, ["--encrypt-to", "nobody", source, store])).toContainEqual(
       expect.objectContaining({ level: "fail", about: "destination" }),
+    );
+  });
+
+  test("rclone that is missing; where it is there, its store is as good as any", async () => {
+    const { source, b } = await backedUp();
+    const store = `rclone://store:${b.path}/objects`;
+    const remote = { RCLONE_CONFIG: "/dev/null", RCLONE_CONFIG_STORE_TYPE: "local" };
+    await expectRun(0, ["-S", source, store], { env: remote });
+    const told = findings(
+      await expectRun(0, ["check", "--json", source, store], { env: remote }),
+    ).filter(({ place }) => place === store);
+    expect(told.map(({ level, about }) => [level, about])).toEqual(
+      ["duplicates", "destination", "tools", "leftovers", "backups"].map((about) => ["ok", about]),
+    );
+    expect(told[2]?.["message"]).toMatch(/rclone \d/);
+    const env = { ...remote, PATH: pathWithout("rclone") };
+    expect(await found(1, [source, store], { env })).toContainEqual(
+      expect.objectContaining({ level: "fail", mend: "apt install rclone" }),
+    );
+  });
+
+  test("what needs root", async () => {
+    const { source, destination } = await backedUp();
+    const wrapper = ["setpriv", "--reuid", "1234", "--regid", "1234", "--clear-groups"];
+    expect(await found(1, [source, destination], { wrapper })).toContainEqual(
+      expect.objectContaining({
+        level: "fail",
+        mend: `sudo btrfs-backup check ${source}`,
+      }),
     );
   });
 
@@ -275,6 +314,11 @@ describe("warns, and exits with 0", () => {
   test("of a known destination that is not named, and of a record that others can write", async () => {
     const { source, snapshots, destination } = await backedUp();
     chmodSync(join(snapshots, ".btrfs-backup.json"), 0o666);
+    const { options, url } = await sshServer();
+    expect((await found(0, [...options, url(source), destination]))[0]).toMatchObject({
+      about: "record",
+      message: expect.stringContaining("is another host's"),
+    });
     const all = await found(0, [source]);
     expect(all.map(({ about, level }) => [about, level])).toEqual([
       ["record", "warn"],
@@ -312,6 +356,22 @@ describe("warns, and exits with 0", () => {
     // The command mends it.
     await expectRun(0, String(all[1]?.["mend"]).split(" ").slice(1));
     expect(await found(0, [source, destination])).toEqual([]);
+  });
+
+  test("of a part that is kept, of an interrupted restore, and of a snapshot from the future", async () => {
+    const { source, destination } = await backedUp();
+    writeFileSync(join(destination, ".x.p0-.part"), "");
+    mkdirSync(`${source}.restoring-20260101-000000`);
+    subvolume(`${source}.restoring-20260101-000000/tree`);
+    snapshotAs(source, "20990101-000000");
+    const all = await found(0, [source, destination]);
+    expect(all.map(({ about, place }) => [about, place])).toEqual([
+      ["snapshots", source],
+      ["leftovers", source],
+      ["leftovers", destination],
+      ["backups", destination],
+    ]);
+    expect(all[0]?.["message"]).toContain("dated in the future");
   });
 
   test("of a snapshot that was edited", async () => {
