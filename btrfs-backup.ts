@@ -2895,7 +2895,9 @@ const TOOLS = defineVerb("tools", "programs...")`
  */
 const AT_WORK = defineVerb("at-work", "folder fsid prefix")`
   at "$folder" "$fsid"
-  # A link is looked behind only where its name is ours: a dead mount would keep us.
+  # A link is looked behind only where its name is ours: a dead mount would keep us. The find of
+  # busybox does not tell where links lead.
+  # shellcheck disable=SC2012
   ls -l /proc/[0-9]*/fd 2>/dev/null | while read -r found; do
     case $found in
       /proc/*/fd:) process=\${found%/fd:}; continue;;

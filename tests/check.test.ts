@@ -11,6 +11,7 @@ import {
   pair,
   pathWith,
   pathWithout,
+  PROGRAM,
   sh,
   snapshotAs,
   snapshotNames,
@@ -119,14 +120,21 @@ describe("a healthy pair", () => {
 });
 
 describe("fails, with a run's words and what mends it", () => {
-  test("a source that is none, and one that is not there", async () => {
-    const { source, destination, b } = pair();
+  test("a source that is none, and a destination in its place, or on its filesystem", async () => {
+    const { source, destination, a, b } = pair();
     expect(await found(1, [`${source}/plain`, destination])).toMatchObject([
       { level: "fail", about: "source", message: expect.stringContaining("not a subvolume") },
     ]);
     expect(await found(1, [b.path, join(b.path, "snapshot")])).toMatchObject([
       { level: "fail", message: expect.stringContaining("is the snapshot folder") },
     ]);
+    expect(await found(1, [source, join(a.path, "backup")])).toContainEqual(
+      expect.objectContaining({
+        level: "fail",
+        about: "destination",
+        message: expect.stringContaining("it lies on the filesystem of"),
+      }),
+    );
   });
 
   test("a disk that is not mounted; an optional one is a warning", async () => {
@@ -309,6 +317,13 @@ describe("warns, and exits with 0", () => {
       );
     for (const release of releases) await release();
     expect(await found(0, [source, destination])).toEqual([]);
+    // A run in earnest, which has locked its source when it calls this.
+    const told = join(temporaryDirectory(), "told");
+    const hook = `${PROGRAM.binary.join(" ")} check --json ${source} ${destination} >${told}`;
+    await expectRun(0, ["--before-snapshot", hook, source, destination]);
+    const [, holder = ""] = /(?:process|processes) (\d+)/.exec(readFileSync(told, "utf8")) ?? [];
+    expect(readFileSync(told, "utf8")).toContain("a run is at work there");
+    expect(Number(holder)).toBeGreaterThan(1);
   });
 
   test("of a known destination that is not named, and of a record that others can write", async () => {
@@ -420,6 +435,22 @@ describe("warns, and exits with 0", () => {
       sh(`umount "$@"`, one, other);
       sh(`losetup -d "$@"`, ...parts, disk);
     }
+  });
+
+  test("of a stream that cannot be restored, since what it builds on was deleted", async () => {
+    const { source, b } = pair();
+    for (const n of [1, 2, 3]) snapshotAs(source, day(n));
+    const folder = join(b.path, "raw");
+    await expectRun(0, ["-S", source, `raw://${folder}`]);
+    sh(`rm "$1/${day(2)}"*`, folder);
+    const all = await found(0, [source, `raw://${folder}`]);
+    expect(all).toContainEqual(
+      expect.objectContaining({
+        level: "warn",
+        about: "destination",
+        message: expect.stringContaining("1 stream cannot be restored"),
+      }),
+    );
   });
 
   test("that nothing starts a run", async () => {
