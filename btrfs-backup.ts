@@ -63,7 +63,7 @@ import type { ProcessPromise } from "zx/core";
 //  5. Locations     opening places; records; folders, stores and commands as destinations
 //  6. Plan          pure: what is sent, kept, claimed, restored
 //  7. Transfer      one stream to many takers, and the relay, a stage that looks at what passes
-//  8. Commands      run, copy, prune, restore, list, verify, versions, unpin
+//  8. Commands      run, copy, prune, restore, list, verify, versions, unpin, check
 //  9. Guard         all of the boundary that a key meets
 // 10. Command line  options, argument files, help, exit status
 
@@ -2909,6 +2909,68 @@ const ASIDE = defineVerb("aside", "folder fsid suffix")`
 const SHOW = defineVerb("show", "folder fsid")`
   at "$folder" "$fsid"
   b subvolume show .
+`;
+
+/** Tells a host's kernel, and the versions of those programs that are there. */
+const TOOLS = defineVerb("tools", "programs...")`
+  read -r release </proc/sys/kernel/osrelease
+  line "Linux $release"
+  for program; do
+    if command -v "$program" >/dev/null; then
+      said=$("$program" --version 2>&1 | head -n 1) || :
+      line "$program $said"
+    fi
+  done
+`;
+
+/**
+ * The processes that have a chain's locks open, which is to hold them or to wait for them. Who only
+ * looks takes no lock, and what flock(1) has locked for its shell has no living owner in
+ * /proc/locks.
+ */
+const AT_WORK = defineVerb("at-work", "folder fsid prefix")`
+  at "$folder" "$fsid"
+  # A link is looked behind only where its name is ours: a dead mount would keep us. The find of
+  # busybox does not tell where links lead.
+  # shellcheck disable=SC2012
+  ls -l /proc/[0-9]*/fd 2>/dev/null | while read -r found; do
+    case $found in
+      /proc/*/fd:) process=\${found%/fd:}; continue;;
+      *" -> "*/.btrfs-backup.*) ;;
+      *) continue;;
+    esac
+    number=\${found%% -> *}
+    open=$process/fd/\${number##* }
+    if [ "$open" -ef ".btrfs-backup.$prefix.lock" ] || [ "$open" -ef ".btrfs-backup.$prefix.receiving" ]; then
+      line "\${process#/proc/}"
+    fi
+  done
+`;
+
+/** The block devices below a btrfs, or below any other filesystem's device, a line each. */
+const DISKS = defineVerb("disks", "filesystem device")`
+  set --
+  for found in \${filesystem:+"/sys/fs/btrfs/$filesystem/devices/"*}; do
+    set -- "$@" "/dev/\${found##*/}"
+  done
+  if [ $# = 0 ]; then set -- "$device"; fi
+  below() { lsblk -n -s -l -o KNAME -- "$@" 2>/dev/null || :; }
+  below "$@" | while read -r name; do
+    line "$name"
+    # lsblk does not tell what a loop device reads from.
+    if [ -f "/sys/block/$name/loop/backing_file" ]; then
+      read -r file <"/sys/block/$name/loop/backing_file"
+      case $file in /dev/*) below "$file";; esac
+    fi
+  done
+`;
+
+/** Timers and services of systemd whose names begin so, and files of cron that have the name. */
+const TIMERS = defineVerb("timers", "name")`
+  systemctl show --property=Id,ActiveState,LastTriggerUSec,Result "$name*.timer" "$name*.service" 2>/dev/null || :
+  echo
+  echo cron
+  grep -ls -e "^[^#]*$name" /etc/crontab /etc/anacrontab /etc/cron.*/* /var/spool/cron/* /var/spool/cron/crontabs/* 2>/dev/null || :
 `;
 
 // ── snapshots, and the way that they go ──
@@ -7657,6 +7719,11 @@ function warnOfSource({ o, report, source, wanted }: Session): void {
     report.warning(
       `${plural(future.length, "snapshot")} of ${o.source.id} ${future.length === 1 ? "is" : "are"} dated in the future: ${someOf(future, 3)}; is the clock right?`,
     );
+  tellUnreadable({ o, source }, report);
+}
+
+/** Tells that SOURCE's record cannot be read. */
+function tellUnreadable({ o, source }: Pick<Session, "o" | "source">, report: Report): void {
   const { unreadable } = source.record;
   if (unreadable !== null)
     report.error(
@@ -11563,6 +11630,541 @@ export async function unpin(o: UnpinOptions, report: Report): Promise<void> {
   }
 }
 
+// ── check: whether the next run would do its work ──
+
+type Level = "ok" | "warn" | "fail";
+
+/** What was found of one thing; `mend` is the command that mends it. */
+type Finding = {
+  readonly level: Level;
+  readonly about: string;
+  readonly place: string;
+  readonly message: string;
+  readonly mend: string | null;
+};
+
+/** Tells whether the next run of the same command line would do its work, and changes nothing. */
+export async function checkRun(o: RunOptions, report: Report): Promise<void> {
+  const told = new Set<string>();
+  const checkup: Checkup = {
+    o,
+    tell(finding) {
+      const { level, about, place, message, mend } = finding;
+      const line = `${place}: ${message}`;
+      if (told.has(line)) return false;
+      told.add(line);
+      if (level === "fail") report.failed = true;
+      report.event("finding", finding);
+      report.tally[level] = (report.tally[level] ?? 0) + 1;
+      const isHeard = level !== "ok" || log.level >= LEVELS.info;
+      const what = `${level.padEnd(4)}  ${about.padEnd(11)}  ${line}${mend === null ? "" : `; mend: ${mend}`}`;
+      if (isHeard && !o.json) print(`${what.replaceAll("\n", " ")}\n`);
+      return true;
+    },
+  };
+  const session = await sessionToCheck(checkup);
+  if (session !== null) {
+    await checkOpenedSource(checkup, session);
+    const rate = await newestRate(checkup, session);
+    await checkSpace(checkup, session.source, rate);
+    for (const [id, one] of session.wanted)
+      await checkOneDestination(
+        checkup,
+        session,
+        { ...one, id, known: session.known.get(id) },
+        rate,
+      );
+    await whileCleaning(session.source.close);
+  }
+  const { ok = 0, warn = 0, fail = 0 } = report.tally;
+  report.event("summary", { ok: !report.failed, good: ok, warnings: warn, failures: fail });
+}
+
+/** What the looks of one check share. */
+type Checkup = {
+  readonly o: RunOptions;
+  /** Tells what is not told yet, and returns whether it was not. */
+  readonly tell: (finding: Finding) => boolean;
+};
+
+/** A verb's words where a guarded key may not run it. */
+const KEY_REFUSED = "btrfs-backup guard: refused";
+
+/** One look at one thing of a place. */
+type Look = {
+  readonly about: string;
+  readonly id: string;
+  readonly location: Location;
+};
+
+/**
+ * Looks at one thing. What the work reports to `heard`, or throws, is told, each with its level;
+ * else what it returns is told as good. Errors: Interrupted.
+ */
+async function look(
+  checkup: Checkup,
+  { about, id, location }: Look,
+  work: (heard: Report) => Promise<string | null> | string | null,
+): Promise<void> {
+  let isGood = true;
+  const tell = (level: Level, place: string, text: string) => {
+    const message = text.startsWith(`${place}: `) ? text.slice(place.length + 2) : text;
+    const mend = mendFor(message, { level, source: checkup.o.source.id, location });
+    if (checkup.tell({ level, about, place, message, mend })) isGood = false;
+  };
+  const heard: Report = {
+    ...newReport(false, true),
+    event(name, { message }) {
+      if (name === "skipped") tell("warn", id, `not there, as it may be: ${String(message)}`);
+    },
+    warning: (message) => tell("warn", id, message),
+    error(destination, error) {
+      if (error instanceof Interrupted) throw error;
+      if (error instanceof AlreadyTold) return;
+      const message = error instanceof UsageError ? error.message : messageOf(error);
+      const isRefused = !["source", "destination"].includes(about) && message.includes(KEY_REFUSED);
+      tell(isRefused ? "warn" : "fail", destination ?? id, message);
+    },
+  };
+  try {
+    const good = await work(heard);
+    if (isGood && good !== null)
+      checkup.tell({ level: "ok", about, place: id, message: good, mend: null });
+  } catch (error) {
+    heard.error(null, error);
+  }
+}
+
+/** What a mend depends on. */
+type Mending = { readonly level: Level; readonly source: string; readonly location: Location };
+
+/** Words of warnings and errors, each with the command that mends it. */
+const MENDS: readonly (readonly [
+  RegExp,
+  (found: readonly string[], at: Mended) => string | null,
+])[] = [
+  [/ not found: install (\S+)/, ([, name = ""], { on }) => `${on}apt install ${name}`],
+  [/"(btrfs-backup [^"]+)"/, ([, words = ""]) => words],
+  [/(mkdir -p [^)]+)\)/, ([, words = ""], { on }) => on + words],
+  [
+    /others can change (.*?), and could/,
+    ([, path = ""], { on }) =>
+      `${on}chown root ${shellWord(path)} && ${on}chmod go-w ${shellWord(path)}`,
+  ],
+  [
+    /^(\S+) is not sent: /,
+    ([, name = ""], { on, path }) =>
+      `${on}mv ${shellWord(`${path}/${name}`)} ${shellWord(`${path}/${name}.other`)}`,
+  ],
+  [/is the disk mounted/, (_, { on, path }) => `${on}mount ${shellWord(path)}`],
+  [/--adopt|belong to/, (_, { again }) => `btrfs-backup --adopt ${again}`],
+  [/need(s|ing)? root/, (_, { again }) => `sudo btrfs-backup check ${again}`],
+  [UNREACHABLE, (_, { on }) => `${on}true`],
+  [/Permission denied \(|Host key/, (_, { on }) => `${on}true`],
+];
+type Mended = { readonly on: string; readonly path: string; readonly again: string };
+
+/** The command that mends what a message says; a failure that has none is told by a dry run. */
+export function mendFor(message: string, { level, source, location }: Mending): string | null {
+  const host = "host" in location ? location.host : null;
+  const port = host?.port == null ? "" : `-p ${host.port} `;
+  const user = host?.user == null ? "" : `${host.user}@`;
+  const again = [...new Set([source, location.id])].map(shellWord).join(" ");
+  const mending = {
+    on: host === null ? "" : `ssh ${port}${shellWord(user + host.name)} `,
+    path: "path" in location ? location.path : "",
+    again,
+  };
+  for (const [words, mend] of MENDS) {
+    const found = words.exec(message);
+    if (found !== null) return mend(found, mending);
+  }
+  return level === "fail" ? `btrfs-backup --dry-run ${again}` : null;
+}
+
+/** A dry run's session of SOURCE; null where a run would refuse it, which is told. */
+async function sessionToCheck(checkup: Checkup): Promise<Session | null> {
+  const { o } = checkup;
+  const { source: location } = o;
+  const { id } = location;
+  let session: Session | null = null;
+  await look(checkup, { about: "source", id, location }, async (heard) => {
+    checkPlaces(o);
+    const source = await openSource(o);
+    session = newSession(source, new Map(), o, heard);
+    const all = plural(session.snapshots.length, "snapshot");
+    return source.exists ? `${all} in ${source.path}` : `the first run makes ${source.path}`;
+  });
+  return session;
+}
+
+/** Looks at all that concerns SOURCE alone. */
+async function checkOpenedSource(checkup: Checkup, session: Session): Promise<void> {
+  const { o, source } = session;
+  const { id } = o.source;
+  const about = (word: string): Look => ({ about: word, id, location: o.source });
+  const levels = o.destinations.some(({ sending }) => sending.level !== "");
+  await checkHost(checkup, about("tools"), source, ["btrfs", "flock", ...(levels ? ["zstd"] : [])]);
+  await checkFenceAt(checkup, about("fence"), source);
+  await checkLock(checkup, about("lock"), source);
+  await look(checkup, about("record"), (heard) => checkSourceRecord(checkup, session, heard));
+  await look(checkup, about("nested"), (heard) => {
+    warnOfNested(source, heard);
+    return "no subvolume is left out";
+  });
+  await checkDuplicates(checkup, about("duplicates"), source);
+  await look(checkup, about("snapshots"), (heard) => {
+    warnOfSource({ ...session, report: heard });
+    return ageOfNewest(session.snapshots, o, heard, "snapshot");
+  });
+  await look(checkup, about("edited"), (heard) => checkEdited(session, heard));
+  await look(checkup, about("leftovers"), (heard) => {
+    const left = source.subvolumes
+      .map(({ path }) => `/${path}`)
+      .filter((path) => path.startsWith(`${source.source?.top}.restoring-`));
+    if (left.length > 0)
+      heard.warning(`an interrupted restore left ${someOf(left, 3)}; the next restore goes on`);
+    return "none";
+  });
+  if (source.host.ssh === null)
+    await look(checkup, about("timer"), (heard) => checkTimers(source, heard));
+}
+
+/** Looks at the tools of a place's host, and so whether the host answers. */
+const checkHost = (checkup: Checkup, what: Look, folder: Folder, programs: readonly string[]) =>
+  look(checkup, what, async () => {
+    const given = { programs: [...programs] };
+    const told = await ask(
+      plainHost(folder.host),
+      TOOLS,
+      given,
+      `${folder.id}: cannot ask for tools`,
+    );
+    const tools = parseTools(told).join(", ");
+    return folder.host.ssh === null ? tools : `${folder.host.label} is reached: ${tools}`;
+  });
+
+/** The names and versions in what `tools` printed. */
+export function parseTools(text: string): string[] {
+  return text
+    .split("\n")
+    .filter(Boolean)
+    .map((line) => {
+      const [name = ""] = line.split(" ");
+      return `${name} ${/\d+\.\d+[\w.-]*/.exec(line.slice(name.length))?.[0] ?? "(of an unknown version)"}`;
+    });
+}
+
+const fenceInWords = (folder: Folder) =>
+  folder.fenced
+    ? "verbs work in a mount namespace of their own"
+    : "no mount namespace can be had, and the place is ours alone";
+
+const checkFenceAt = (checkup: Checkup, what: Look, folder: Folder) =>
+  look(checkup, what, () => {
+    needOurs(folder, folder.id);
+    return fenceInWords(folder);
+  });
+
+const checkDuplicates = (checkup: Checkup, what: Look, folder: Folder) =>
+  look(checkup, what, (heard) => {
+    warnOfDuplicates(folder, heard);
+    return "no two subvolumes have one received UUID";
+  });
+
+/** Looks who has a folder's locks open, and so neither takes one nor waits. */
+const checkLock = (checkup: Checkup, what: Look, folder: Folder) =>
+  look(checkup, what, async () => {
+    if (!folder.exists) return null;
+    const given = { prefix: folder.prefix };
+    const found = await askAt(folder, AT_WORK, given, "cannot tell whether a run is at work");
+    const processes = [...new Set(found.split("\n").filter(Boolean))];
+    if (processes.length === 0) return "no run is at work";
+    const { label } = folder.host;
+    const where = label === "" ? "" : `ssh ${shellWord(label)} `;
+    checkup.tell({
+      level: "warn",
+      about: what.about,
+      place: what.id,
+      message: `a run is at work there, or waits (${processes.length === 1 ? "process" : "processes"} ${processes.join(", ")})`,
+      mend: `${where}ps -o pid,etime,args -p ${processes.join(",")}`,
+    });
+    return null;
+  });
+
+/** Whether SOURCE's record can be read and is believed, and names no destination that nobody serves. */
+function checkSourceRecord(checkup: Checkup, session: Session, heard: Report): string {
+  const { o, source, known, wanted } = session;
+  tellUnreadable(session, heard);
+  const doubt = whyNotBelieved(source);
+  if (doubt !== null && known.size > 0)
+    heard.warning(`${doubt}: its destinations are used only where they are named`);
+  for (const [id, { pin }] of known)
+    if (!wanted.has(id))
+      checkup.tell({
+        level: "warn",
+        about: "record",
+        place: o.source.id,
+        message: `the known destination ${id} is not named: ${pin === null ? "it shares nothing" : `${pin.name} is kept for it`}`,
+        mend: `btrfs-backup unpin ${shellWord(o.source.id)} ${shellWord(id)}`,
+      });
+  return `it can be read, and names ${plural(known.size, "destination")}`;
+}
+
+/** Tells the age of the newest of some snapshots; one that --max-age calls too old is an error. */
+function ageOfNewest(
+  all: readonly Snapshot[],
+  { maxAge }: Pick<RunOptions, "maxAge">,
+  heard: Report,
+  noun: string,
+): string {
+  const now = Date.now();
+  const [newest] = all
+    .filter(({ moment }) => moment < now + DURATION.d)
+    .sort((a, b) => b.moment - a.moment);
+  if (newest === undefined) {
+    heard.warning(`there is no ${noun} yet`);
+    return "";
+  }
+  const age = `the newest ${noun} is ${newest.name}, ${inWords(now - newest.moment)} old`;
+  if (maxAge !== null && newest.moment < momentBefore(now, maxAge.count, maxAge.unit))
+    heard.error(null, new Failure(`${age} (at most ${maxAge.text})`));
+  return age;
+}
+
+/** Looks for snapshots that were changed after they were taken. */
+async function checkEdited(session: Session, heard: Report): Promise<string> {
+  const { inquiry, snapshots, known, source } = session;
+  const cleared = Object.assign({}, ...[...known.values()].map((one) => one.cleared)) as Cleared;
+  const open = snapshots.filter((one) => changedSince(one, inquiry, cleared) === undefined);
+  await learnOfParents(inquiry, open, []);
+  const [first, ...more] = snapshots.filter((one) => changedSince(one, inquiry, cleared));
+  if (first !== undefined)
+    heard.warning(
+      `${first.name}${more.length > 0 ? ` and ${plural(more.length, "other")}` : ""} may have been edited after it was taken; "btrfs-backup verify --snapshot ${shellWord(first.name)} ${shellWord(source.id)} DEST" compares`,
+    );
+  return "no snapshot was changed since it was taken";
+}
+
+/** Looks what starts a run here: timers of systemd, and files of cron. */
+async function checkTimers(source: Folder, heard: Report): Promise<string> {
+  const host = plainHost(source.host);
+  const told = await ask(host, TIMERS, { name: "btrfs-backup" }, "cannot look for timers");
+  const { timers, failed, files } = parseTimers(told);
+  for (const unit of failed)
+    heard.error(null, new Failure(`${unit} failed when it ran last; see "journalctl -u ${unit}"`));
+  for (const { unit, isActive } of timers)
+    if (!isActive) heard.warning(`${unit} is not active: "systemctl enable --now ${unit}"`);
+  if (timers.length + files.length === 0)
+    heard.warning("neither a timer of systemd nor a file of cron names btrfs-backup");
+  return [
+    ...timers.map(({ unit, last }) => `${unit}, which ran last: ${last || "never"}`),
+    ...files,
+  ].join("; ");
+}
+
+/** Reads what `timers` printed: units of systemd as blocks of fields, and files of cron. */
+export function parseTimers(text: string) {
+  const [units = "", cron = ""] = text.split(/^cron$/m);
+  const all = units.split(/\n\n+/).map((block) => {
+    const field = (name: string) => new RegExp(`^${name}=(.*)$`, "m").exec(block)?.[1] ?? "";
+    return {
+      unit: field("Id"),
+      last: field("LastTriggerUSec").replace("n/a", ""),
+      isActive: field("ActiveState") === "active",
+      isFailed: field("ActiveState") === "failed" || !["", "success"].includes(field("Result")),
+    };
+  });
+  return {
+    timers: all
+      .filter(({ unit }) => unit.endsWith(".timer"))
+      .map(({ unit, last, isActive }) => ({ unit, last, isActive })),
+    failed: all.filter(({ isFailed }) => isFailed).map(({ unit }) => unit),
+    files: cron.split("\n").filter(Boolean),
+  };
+}
+
+/** How many bytes the newest difference had, and the ms that it took to come about. */
+type Rate = { readonly bytes: number; readonly span: number };
+
+/** The rate of the newest difference; null where there is none, or it cannot be asked for. */
+async function newestRate(
+  checkup: Checkup,
+  { o, source, snapshots }: Session,
+): Promise<Rate | null> {
+  const [parent, snapshot] = snapshots.slice(-2);
+  if (parent === undefined || snapshot === undefined || source.alone) return null;
+  let rate: Rate | null = null;
+  const { id } = source;
+  await look(checkup, { about: "space", id, location: o.source }, async () => {
+    const bytes = await streamBytes(source, { snapshot, parent });
+    rate = { bytes, span: Math.max(1000, snapshot.moment - parent.moment) };
+    return null;
+  });
+  return rate;
+}
+
+/** So many days a place should last. */
+const LASTS_DAYS = 14;
+
+/** For how long so many free bytes last at a rate, in words, and whether that is too short. */
+export function lasting(free: number, rate: Rate | null): { short: boolean; message: string } {
+  const bytes = `${inBytes(free)} are free`;
+  if (rate === null) return { short: false, message: `${bytes}; there is no difference yet` };
+  const newest = `the newest difference, ${inBytes(rate.bytes)} in ${inWords(rate.span)}`;
+  const span = (free / Math.max(1, rate.bytes)) * rate.span;
+  return {
+    short: span < LASTS_DAYS * DURATION.d,
+    message: `${bytes}, for ${inWords(span)} at the rate of ${newest}`,
+  };
+}
+
+const checkSpace = (checkup: Checkup, folder: Folder, rate: Rate | null) => {
+  const { o } = checkup;
+  const isSource = folder.source !== null;
+  const found = lasting(folder.place.free, rate);
+  const place = shellWord(folder.id);
+  const keeping = isSource ? `--dry-run -N POLICY ${place}` : `prune --dry-run -n POLICY ${place}`;
+  if (folder.place.free === Infinity) return;
+  checkup.tell({
+    level: found.short ? "warn" : "ok",
+    about: "space",
+    place: isSource ? o.source.id : folder.id,
+    message: found.message,
+    mend: found.short ? `btrfs-backup ${keeping}` : null,
+  });
+};
+
+/** Looks at one destination, as a dry run opens it. */
+async function checkOneDestination(
+  checkup: Checkup,
+  session: Session,
+  asked: Asked,
+  rate: Rate | null,
+): Promise<void> {
+  const { o, source } = session;
+  const { id, location, sending } = asked;
+  const about = (word: string): Look => ({ about: word, id, location });
+  // Opened once: for what is told of the place here, and for the run's own checks.
+  const opening = isReadable(location)
+    ? openFolder(location, location.path, destinationOpening(o))
+    : null;
+  const folder = (await opening?.catch(() => null)) ?? null;
+  const begun =
+    opening === null ? [] : [[id, { folder: opening, go() {}, drop: async () => {} }] as const];
+  if (folder !== null) await checkDuplicates(checkup, about("duplicates"), folder);
+  let destination: Destination | null = null;
+  await look(checkup, about("destination"), async (heard) => {
+    const own = { ...session, report: heard, ahead: new Map(begun) };
+    try {
+      if (!isReadable(location)) checkFilters(source, sending);
+      destination = await openDestination(own, asked);
+    } catch (error) {
+      if (!(error instanceof Absent && asked.optional)) throw error;
+      skip(own, asked, error);
+      return null;
+    }
+    if (destination.frozen !== null)
+      heard.error(null, new Failure(`nothing is deleted there: ${destination.frozen}`));
+    if (!isReadable(location)) return `a command; last served: ${asked.known?.last ?? "never"}`;
+    return folder?.exists ? "it is the place that it was" : "the first run makes it";
+  });
+  if (folder !== null) await checkPlaceOf(checkup, session, { asked, folder, rate });
+  if (destination !== null) {
+    await checkBackupsOf(checkup, session, { asked, folder, destination });
+    await whileCleaning((destination as Destination).close);
+  } else await whileCleaning(async () => folder?.close());
+}
+
+/** A destination's folder that could be looked at, whether or not a run would accept it. */
+type Looked = { readonly asked: Asked; readonly folder: Folder; readonly rate: Rate | null };
+
+/** Looks at the host, the locks and the disk of a destination. */
+async function checkPlaceOf(
+  checkup: Checkup,
+  { source }: Session,
+  { asked: { id, location, sending }, folder, rate }: Looked,
+): Promise<void> {
+  const about = (word: string): Look => ({ about: word, id, location });
+  const programs = [
+    ...(location.kind === "rclone" ? ["rclone"] : ["flock"]),
+    ...(location.kind === "folder" ? ["btrfs"] : []),
+    ...(sending.level !== "" ? ["zstd"] : []),
+  ];
+  await checkHost(checkup, about("tools"), folder, programs);
+  if (sending.recipients.length > 0)
+    await checkHost(checkup, about("tools"), { ...folder, host: LOCAL }, ["gpg"]);
+  if (!isDirectory(location)) return;
+  await checkFenceAt(checkup, about("fence"), folder);
+  await checkLock(checkup, about("lock"), folder);
+  await checkSpace(checkup, folder, rate);
+  if (!sameHost(folder.host, source.host)) return;
+  await look(checkup, about("disk"), async (heard) => {
+    const [here, there] = [await disksOf(folder), await disksOf(source)];
+    const shared = here.filter((one) => there.includes(one));
+    if (shared.length > 0)
+      heard.warning(`it lies on a disk of SOURCE (${shared.join(", ")}), and is lost with it`);
+    return here.length > 0 ? `on ${here.join(", ")}, where SOURCE is not` : null;
+  });
+}
+
+/** The block devices that a place's filesystem lies on, down to the disks. */
+async function disksOf(folder: Folder): Promise<string[]> {
+  const { device } = placeOn(folder.mounts, folder.place.path).mount;
+  const given = { filesystem: folder.place.filesystem ?? "", device };
+  const host = plainHost(folder.host);
+  const told = await ask(host, DISKS, given, `${folder.id}: cannot tell on which disk it is`);
+  return [...new Set(told.split("\n").map((line) => line.trim()))].filter(Boolean);
+}
+
+type Opened = {
+  readonly asked: Asked;
+  readonly folder: Folder | null;
+  readonly destination: Destination;
+};
+
+/** Looks at what stands at a destination. */
+async function checkBackupsOf(
+  checkup: Checkup,
+  session: Session,
+  { asked, folder, destination }: Opened,
+): Promise<void> {
+  const { id, location } = asked;
+  const { standing } = destination;
+  const about = (word: string): Look => ({ about: word, id, location });
+  await look(checkup, about("leftovers"), (heard) => {
+    const left = [...standing.obstacles].filter(([, { kind }]) => kind === "leftover");
+    if (left.length > 0)
+      heard.warning(
+        `a broken transfer left ${someOf(
+          left.map(([name]) => name),
+          3,
+        )}; the next run removes it, and sends it again`,
+      );
+    const parts = [...(folder?.entries ?? [])].filter((name) => PART.test(name));
+    if (parts.length > 0)
+      heard.warning(
+        `${plural(parts.length, "part")} of a broken transfer ${parts.length === 1 ? "is" : "are"} kept there; the next run with --resume goes on, any other removes ${parts.length === 1 ? "it" : "them"}`,
+      );
+    return "none";
+  });
+  await look(checkup, about("backups"), async (heard) => {
+    const served = toServe({ ...session, report: heard }, destination, asked);
+    const { transfers, conflicts } = await planFor(served);
+    for (const conflict of conflicts) heard.error(id, new Failure(conflictMessage(conflict)));
+    if (transfers.length > 0)
+      checkup.tell({
+        level: "warn",
+        about: "backups",
+        place: id,
+        message: `${plural(transfers.length, "snapshot")} of the source, from ${transfers[0]?.snapshot.name} on, ${transfers.length === 1 ? "was" : "were"} not sent yet`,
+        mend: `btrfs-backup -S ${shellWord(session.o.source.id)} ${shellWord(id)}`,
+      });
+    if (destination.stream !== null) return null;
+    return ageOfNewest(standing.backups, session.o, heard, "backup");
+  });
+}
+
 // ── 9. Guard ─────────────────────────────────────────────────────────────────────────────
 // The forced command of an ssh key that may do no more than its options say. All of the boundary is
 // here, in the order in which it meets a command: reading the command, the rules of arguments, the
@@ -13046,11 +13648,23 @@ function streamUuid(bytes: Buffer): string {
 // ── 10. Command line ─────────────────────────────────────────────────────────────────────
 
 /** Every command but guard. */
-const COMMON = ["run", "restore", "list", "verify", "versions", "copy", "prune", "unpin"] as const;
+const COMMON = [
+  "run",
+  "restore",
+  "list",
+  "verify",
+  "versions",
+  "copy",
+  "prune",
+  "unpin",
+  "check",
+] as const;
 type CommandName = (typeof COMMON)[number] | "guard";
-const SENDING = ["run", "copy"] as const;
-const TRANSFERRING = ["run", "restore", "copy"] as const;
-const DELETING = ["run", "copy", "prune"] as const;
+/** `check` takes a run's command line as it is. */
+const RUNNING = ["run", "check"] as const;
+const SENDING = [...RUNNING, "copy"] as const;
+const TRANSFERRING = [...SENDING, "restore"] as const;
+const DELETING = [...SENDING, "prune"] as const;
 
 /**
  * All that is known of an option. Help, man page, completions and the reading of arguments follow
@@ -13149,7 +13763,7 @@ const GROUPS = {
   "What is taken and kept": {
     "num-snapshots": {
       common: true,
-      of: ["run", "list"],
+      of: [...RUNNING, "list"],
       short: "N",
       value: "POLICY",
       old: true,
@@ -13166,12 +13780,12 @@ const GROUPS = {
       means: "What to keep at each destination (default: 0, everything)",
     },
     "latest-only": {
-      of: ["run"],
+      of: RUNNING,
       old: true,
       means: "Deprecated: same as --num-snapshots 1",
     },
     "no-snapshot": {
-      of: ["run"],
+      of: RUNNING,
       short: "S",
       old: true,
       means: "Take no snapshot, transfer existing ones",
@@ -13191,12 +13805,12 @@ const GROUPS = {
       means: "What snapshot names begin with (default: nothing)",
     },
     "before-snapshot": {
-      of: ["run"],
+      of: RUNNING,
       value: "CMD",
       means: "Run on SOURCE's host before the snapshot, which is not taken if it fails",
     },
     "after-snapshot": {
-      of: ["run"],
+      of: RUNNING,
       value: "CMD",
       means: "Run on SOURCE's host after the snapshot, always",
     },
@@ -13218,7 +13832,7 @@ const GROUPS = {
     },
   },
   "What is sent, and how": {
-    "no-transfer": { of: ["run"], short: "T", old: true, means: "Transfer nothing" },
+    "no-transfer": { of: RUNNING, short: "T", old: true, means: "Transfer nothing" },
     "no-incremental": {
       of: SENDING,
       short: "I",
@@ -13303,11 +13917,11 @@ const GROUPS = {
         "Send at most N streams at a time; destinations that need the same stream get it together (default: all)",
     },
     "keep-unsent": {
-      of: ["run"],
+      of: RUNNING,
       means: "Keep what a destination could not get yet also for those that are --optional",
     },
     "drop-unsent": {
-      of: ["run"],
+      of: RUNNING,
       means:
         "Keep nothing at the source for the sake of a destination that could not get it, but what both share",
     },
@@ -13316,12 +13930,12 @@ const GROUPS = {
       means: "When a destination is full, delete first what -n would delete afterwards",
     },
     "locked-dests": {
-      of: ["run"],
+      of: RUNNING,
       old: true,
       means: "Add every known destination of SOURCE",
     },
     "remove-locks": {
-      of: ["run"],
+      of: RUNNING,
       old: true,
       means: "Forget the given destinations first (see unpin)",
     },
@@ -13414,7 +14028,7 @@ const GROUPS = {
       means: "Tell what happens on standard output, one JSON object a line",
     },
     metrics: {
-      of: ["run"],
+      of: RUNNING,
       value: "FILE",
       means: "Write metrics for Prometheus' node exporter (textfile collector)",
     },
@@ -13431,7 +14045,7 @@ const GROUPS = {
       means: "Let btrfs send and receive tell everything (-vv)",
     },
     help: { common: true, of: [...COMMON, "guard"], short: "h", means: "Show this text" },
-    "help-all": { of: ["run", "copy"], common: true, means: "Show all options" },
+    "help-all": { of: [...RUNNING, "copy"], common: true, means: "Show all options" },
     version: { of: ["run"], means: "Show the version" },
   },
 } as const satisfies Readonly<Record<string, Readonly<Record<string, Option>>>>;
@@ -13782,6 +14396,14 @@ export function runOptions(given: Given) {
   };
 }
 
+/** Those of run, as a dry run has them, which forgets no pin and waits for no lock. */
+const checkOptions = (given: Given) => ({
+  ...runOptions(given),
+  dryRun: true,
+  wait: 0,
+  removeLocks: false,
+});
+
 /** The wanted destinations. Errors: UsageError for options that a destination cannot honour. */
 function destinationsOf(given: Given, positionals: readonly string[], prefix: string): Wanted[] {
   const { scopes } = given;
@@ -14111,6 +14733,15 @@ export const COMMANDS: Readonly<Record<CommandName, CommandDef<any>>> = {
     },
     [pruneOptions, prune],
   ),
+  check: command(
+    "check",
+    "Look whether the next run of the same command line would do its work, and what needs care; change nothing.",
+    {
+      source: positional(`Subvolume that is backed up: ${PLACE}`),
+      dest: positional("Where to, as for run; any number", false),
+    },
+    [checkOptions, checkRun],
+  ),
   guard: command(
     "guard",
     "Serve an ssh key that may do no more than these options say, as the command of its line in authorized_keys.",
@@ -14202,6 +14833,10 @@ export const EXAMPLES: Readonly<Record<CommandName, Readonly<Record<string, stri
     "btrfs-backup restore /backup/home /home.restored": "The newest backup, as a new subvolume",
     "btrfs-backup restore --replace --before '2026-01-31 12:00' /backup/home /home":
       "As it was at noon, in the place of /home, which is kept beside",
+  },
+  check: {
+    "btrfs-backup check /home /backup/home": "Whether the next run would do its work",
+    "btrfs-backup check @/etc/btrfs-backup/home.args": "The same, as an argument file says",
   },
   list: {
     "btrfs-backup list /home": "What /home and its destinations have of each snapshot",
@@ -14349,7 +14984,6 @@ const ELSEWHERE: Readonly<Record<string, string>> = {
   snapshots: "list",
   backup: "run",
   send: "run",
-  check: "verify",
   diff: "versions",
 };
 

@@ -30,14 +30,19 @@ import {
   parseName,
   parsePolicy,
   parseStreams,
+  parseLocation,
   parseSums,
+  parseTimers,
+  parseTools,
   partSize,
   planDestination,
   planPieces,
   asRead,
   asWritten,
   isEarlierState,
+  lasting,
   lossIn,
+  mendFor,
   parseRecord,
   parseRewritten,
   planRestore,
@@ -2668,5 +2673,75 @@ describe("when a clock showed a time", () => {
         snapshotsAmong(entries, "", "source").map(({ moment }) => utc(moment)),
       ),
     ).toEqual(["10-25T00:30", "10-25T01:15", "10-25T02:10"]);
+  });
+});
+
+describe("what a check says", () => {
+  const DAY = 86400e3;
+  test.each([
+    ["100 days at the rate", 100 << 20, { bytes: 1 << 20, span: DAY }, false, "for 3 months at"],
+    ["13 days", 13 << 20, { bytes: 1 << 20, span: DAY }, true, "for 13 days at"],
+    ["an empty difference", 1 << 20, { bytes: 0, span: DAY }, false, "for 2872 years at"],
+    ["nothing is free", 0, { bytes: 1, span: DAY }, true, "0B are free, for 0 seconds"],
+    ["no difference yet", 0, null, false, "there is no difference yet"],
+  ])("of free space: %s", (_, free, rate, short, words) => {
+    const said = lasting(free, rate);
+    expect(said.short).toBe(short);
+    expect(said.message).toContain(words);
+  });
+
+  test.each([
+    ["zstd not found: install zstd", "/b", "apt install zstd"],
+    [
+      "nas: zstd not found: install zstd",
+      "ssh://root@nas:22/b",
+      "ssh -p 22 root@nas apt install zstd",
+    ],
+    ['x; "btrfs-backup unpin --all /home" moves it', "/b", "btrfs-backup unpin --all /home"],
+    ["no such directory: /x (is the disk mounted? mkdir -p /x)", "/x/y", "mkdir -p /x"],
+    ["not on btrfs (is the disk mounted?)", "/a b", "mount '/a b'"],
+    ["not on btrfs (is the disk mounted?)", "raw+ssh://nas/b", "ssh nas mount /b"],
+    ["others can change /d, and could lead us", "/d/b", "chown root /d && chmod go-w /d"],
+    ["20260101-000000 is not sent: x", "/b", "mv /b/20260101-000000 /b/20260101-000000.other"],
+    ["the backups there belong to x", "/b", "btrfs-backup --adopt /home /b"],
+    ["sending needs root: use --sudo", "/b", "sudo btrfs-backup check /home /b"],
+    ["root@nas: Permission denied (publickey)", "ssh://root@nas/b", "ssh root@nas true"],
+    ["connect to host nas: Connection refused", "ssh://nas/b", "ssh nas true"],
+    ["something else", "/b", "btrfs-backup --dry-run /home /b"],
+    ["something else", "rclone:s3:b", "btrfs-backup --dry-run /home rclone://s3:b"],
+  ])("mends %s at %s", (message, place, mend) => {
+    const location = parseLocation(place);
+    expect(mendFor(message, { level: "fail", source: "/home", location })).toBe(mend);
+  });
+  test("a warning that no command mends has none", () =>
+    expect(
+      mendFor("x", { level: "warn", source: "/home", location: parseLocation("/b") }),
+    ).toBeNull());
+
+  test("tools by their versions", () =>
+    expect(
+      parseTools(
+        "Linux 6.18.1-amd64\nbtrfs btrfs-progs v6.2\nzstd *** zstd command line interface 64-bits v1.5.4, by Yann Collet ***\nflock flock from util-linux 2.38.1\nrclone\n",
+      ),
+    ).toEqual([
+      "Linux 6.18.1-amd64",
+      "btrfs 6.2",
+      "zstd 1.5.4",
+      "flock 2.38.1",
+      "rclone (of an unknown version)",
+    ]));
+
+  test("timers, services and files of cron", () => {
+    expect(parseTimers("\ncron\n")).toEqual({ timers: [], failed: [], files: [] });
+    const units =
+      "Id=btrfs-backup@a.timer\nActiveState=active\nLastTriggerUSec=Thu 2026-11-26 00:00:01 UTC\nResult=success\n\nId=btrfs-backup@b.timer\nActiveState=inactive\nLastTriggerUSec=n/a\nResult=success\n\nId=btrfs-backup@a.service\nActiveState=inactive\nResult=success\n\nId=btrfs-backup@b.service\nActiveState=failed\nResult=exit-code\n";
+    expect(parseTimers(`${units}\ncron\n/etc/cron.d/x\n`)).toEqual({
+      timers: [
+        { unit: "btrfs-backup@a.timer", last: "Thu 2026-11-26 00:00:01 UTC", isActive: true },
+        { unit: "btrfs-backup@b.timer", last: "", isActive: false },
+      ],
+      failed: ["btrfs-backup@b.service"],
+      files: ["/etc/cron.d/x"],
+    });
   });
 });
