@@ -14917,7 +14917,9 @@ export function helpText(one: CommandDef<any>, columns: number, everything: bool
     ),
     section(
       "Other commands, each with its own --help:\n",
-      others.map(([name, { meta }]) => row(name, (meta as CommandMeta).description ?? "")),
+      others.map(([name, { meta }]) =>
+        row(name, (meta as CommandMeta).description?.split(/[,.]/)[0] ?? ""),
+      ),
     ),
     ...(isShort
       ? [section("Options that many need; --help-all shows all:\n", optionRows(told))]
