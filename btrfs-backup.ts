@@ -11553,24 +11553,28 @@ export async function setup(o: SetupOptions, report: Report): Promise<void> {
   const { wanted } = o;
   if (wanted === null) return tellChoices(o, report);
   const facts = await factsFor(wanted.destinations);
-  const proposal = proposalFor(wanted, facts);
-  const first = o.runFrom(proposal, ["--dry-run", "--quiet"]);
-  if (o.yes && proposal.daily.kind === "timer" && !facts.units)
-    throw new Failure(`${UNITS_MISSING}; or --config-dir DIR, and a line for cron`);
-  const rehearsal = newReport(o.json, true);
-  await run(first, rehearsal);
-  if (rehearsal.failed)
-    throw new Failure("nothing was written, since a run would fail as told above");
+  const surplus = await rehearse(o, proposalFor(wanted, facts));
+  const proposal = proposalFor(wanted, { ...facts, surplus });
   if (!o.yes) {
     if (!o.json) print(proposalText(proposal));
     return report.event("proposal", { ...proposal });
   }
-  const real = o.runFrom(proposal, []);
+  if (proposal.daily.kind === "timer" && !proposal.daily.units)
+    throw new Failure(`${UNITS_MISSING}; or --config-dir DIR, and a line for cron`);
+  const first = o.runFrom(proposal, []);
   await makeFile(proposal);
-  report.event("file", { path: proposal.file });
-  await startDaily(proposal, report);
-  await run(real, report);
   report.event("proposal", { ...proposal });
+  await startDaily(proposal, report);
+  await run(first, report);
+}
+
+/** Does a dry run with a proposal, and returns how many deletions it would come to. Errors: those of `run`. */
+async function rehearse(o: SetupOptions, proposal: Proposal): Promise<number> {
+  const rehearsal = newReport(o.json, true);
+  await run(o.runFrom(proposal, ["--dry-run", "--quiet"]), rehearsal);
+  if (rehearsal.failed)
+    throw new Failure("nothing was written, since a run would fail as told above");
+  return rehearsal.tally["delete"] ?? 0;
 }
 
 /** Writes a proposal's argument file. Errors: Failure for one that is there already. */
@@ -11619,13 +11623,13 @@ async function survey(places: readonly string[]): Promise<SurveyAnswer> {
 /** What a proposal for these destinations depends on. */
 async function factsFor(destinations: readonly Location[]): Promise<SetupFacts> {
   const local = destinations.filter(isReadable).filter(isOnThisHost);
-  const { places, all, ...facts } = parseSurvey(await survey(local.map(({ path }) => path)));
+  const { places, all, ...found } = parseSurvey(await survey(local.map(({ path }) => path)));
   const away = local.flatMap(({ id }, i): [string, string][] => {
     const place = places[i];
-    const why = place ? whyAway(placeOn(all, place).mount, facts) : null;
+    const why = place ? whyAway(placeOn(all, place).mount, found) : null;
     return why === null ? [] : [[id, why]];
   });
-  return { ...facts, away: new Map(away) };
+  return { ...found, away: new Map(away), surplus: 0 };
 }
 
 const isOnThisHost = (location: Readable) => location.host === null && isDirectory(location);
@@ -11638,6 +11642,8 @@ type TableLine = { readonly path: string; readonly options: readonly string[] };
 /** What a proposal depends on. `away`: why destinations, by ID, can be absent. */
 export type SetupFacts = {
   readonly away: ReadonlyMap<string, string>;
+  /** How many of what stands at SOURCE and DEST already the proposed retention would delete. */
+  readonly surplus: number;
   readonly systemd: boolean;
   /** Both unit files are installed. */
   readonly units: boolean;
@@ -11694,7 +11700,7 @@ export function whyAway(
 }
 
 /** Options of fstab(5) with which a machine boots without that disk. */
-const MAY_BE_AWAY = new Set(["noauto", "nofail", "user", "users", "x-systemd.automount"]);
+const MAY_BE_AWAY = new Set(["noauto", "nofail", "x-systemd.automount"]);
 
 /** What is to be set up. `options`: those of the command line that a run needs as well. */
 export type SetupWanted = {
@@ -11741,7 +11747,23 @@ export function setupName({ host, path }: Pick<Readable, "host" | "path">): stri
 const SENSIBLE = { source: "7d", destination: "14d 8w 12m" };
 
 /** Lines of an argument file with a comment. Each line is an option, its value, or a location. */
-type CommentedLines = { readonly comment: string; readonly rows: readonly (readonly string[])[] };
+type CommentedLines = {
+  readonly comment: string;
+  readonly rows: readonly (readonly string[])[];
+  /** The comment alone says something. */
+  readonly stands?: true;
+};
+
+/** What is kept, unless that would delete what stood there before: then it is up to the user. */
+const keeping = (row: readonly [string, string], comment: string, surplus: number) => {
+  if (surplus === 0) return { comment, rows: [row] };
+  const why = `Left out, since a run would delete ${surplus} that stood there before setup`;
+  return {
+    comment: `${comment} ${why}; if that is meant: ${row.join(" ")}`,
+    rows: [],
+    stands: true as const,
+  };
+};
 
 /** An option as a line, which has no quotes. */
 const optionRow = (name: string, value: string | null) => {
@@ -11756,7 +11778,7 @@ const locationWord = ({ id, kind }: Location) =>
 /** The argument file, with a comment for each thing. */
 function partsOf(
   { source, destinations, options }: SetupWanted,
-  { away, exporter }: SetupFacts,
+  { away, surplus, exporter }: SetupFacts,
   name: string,
 ): CommentedLines[] {
   const steady = destinations.filter(({ id }) => !away.has(id));
@@ -11772,15 +11794,20 @@ function partsOf(
       comment: "A run fails once such a DEST has been absent for so long.",
       rows: absent.length > 0 ? [["--max-age", "14d"]] : [],
     },
-    {
-      comment: "Snapshots that stay at SOURCE: the first one of each of the last 7 days.",
-      rows: [["-N", SENSIBLE.source]],
-    },
-    {
-      comment:
-        "Backups that stay at each DEST: the first one of each of 14 days, 8 weeks and 12 months.",
-      rows: destinations.some(isReadable) ? [["-n", SENSIBLE.destination]] : [],
-    },
+    keeping(
+      ["-N", SENSIBLE.source],
+      "Snapshots that stay at SOURCE: the first one of each of the last 7 days.",
+      surplus,
+    ),
+    ...(destinations.some(isReadable)
+      ? [
+          keeping(
+            ["-n", SENSIBLE.destination],
+            "Backups that stay at each DEST: the first one of each of 14 days, 8 weeks and 12 months.",
+            surplus,
+          ),
+        ]
+      : []),
     {
       comment: "A run waits at most so many seconds for another one that holds the lock.",
       rows: [["--wait", "3600"]],
@@ -11794,7 +11821,7 @@ function partsOf(
       rows: options.map(([option, value]) => optionRow(option, value)),
     },
   ];
-  return parts.filter(({ rows }) => rows.length > 0);
+  return parts.filter(({ rows, stands }) => stands || rows.length > 0);
 }
 
 /** All that is proposed. Errors: UsageError for what cannot stand in a line. */

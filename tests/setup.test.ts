@@ -1,7 +1,7 @@
 // setup: what it proposes, that it writes nothing unless it is told to, and that its file is read as it is meant.
 
 import { expect, test } from "bun:test";
-import { existsSync, mkdirSync, readdirSync, readFileSync, statSync, writeFileSync } from "node:fs";
+import { existsSync, mkdirSync, readdirSync, readFileSync, statSync } from "node:fs";
 import { join } from "node:path";
 import {
   events,
@@ -11,8 +11,10 @@ import {
   fill,
   nextSecond,
   pair,
+  pathWithout,
   run,
   sh,
+  snapshotAs,
   snapshotNames,
   sshServer,
   subvolume,
@@ -92,7 +94,7 @@ test("what is refused by a run is refused in the same words, and nothing is writ
     [2, join(a.path, "plain"), destination],
     [2, join(a.path, "none"), destination],
     [2, source, join(source, "snapshot/x")],
-    [2, source, join(a.path, "backup")],
+    [1, source, join(a.path, "backup")],
     [1, source, join(temporaryDirectory(), "none/none/backup")],
     [2, source, "s3://bucket/x"],
   ];
@@ -178,12 +180,32 @@ test("the first run's exit status is that of setup, and its file stays", async (
 });
 
 test("a directory that others can change holds no arguments where no fence can be had", async () => {
-  const { source, destination } = pair();
+  const { source, snapshots, destination } = pair();
   const directory = temporaryDirectory();
   sh(`chmod 777 "$1"`, directory);
-  writeFileSync(join(directory, "mine"), "");
+  const { status, stderr } = await run(
+    ["setup", "--yes", "--config-dir", directory, source, destination],
+    { env: { PATH: pathWithout("unshare") } },
+  );
+  expect([status, stderr]).toEqual([1, expect.stringContaining(`others can change ${directory}`)]);
+  expect([readdirSync(directory), existsSync(snapshots)]).toEqual([[], false]);
+});
+
+test("what stood there before setup is not deleted: then retention is left to the user", async () => {
+  const { source, snapshots, destination } = pair();
+  for (const day of [1, 2, 3, 4, 5, 6, 7, 8, 9]) snapshotAs(source, `2020010${day}-000000`);
+  await expectRun(0, [source, destination]);
+  const before = snapshotNames(destination);
+  expect(before.length).toBe(10);
+  const directory = join(temporaryDirectory(), "etc");
+  await nextSecond();
   await expectRun(0, ["setup", "--yes", "--config-dir", directory, source, destination]);
-  expect(readdirSync(directory).length).toBe(2);
+  for (const folder of [snapshots, destination])
+    expect(snapshotNames(folder)).toEqual([...before, expect.any(String) as never]);
+  const [file = ""] = readdirSync(directory);
+  const written = readFileSync(join(directory, file), "utf8");
+  expect(written).toMatch(/^# Snapshots .* if that is meant: -N 7d$/m);
+  expect(written).not.toMatch(/^-[Nn]/m);
 });
 
 /**
