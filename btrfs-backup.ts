@@ -2928,12 +2928,19 @@ const LOOK_AROUND = defineVerb("around", "places...")`
   done
 `;
 
-/** Standard input becomes a new file for root alone. It exits with 76 where that name is taken. */
+/**
+ * Standard input becomes a new file for root alone. Whoever could put another one in its place would
+ * have root run commands (--before-snapshot). It exits with 76 where that name is taken.
+ */
 const WRITE_ARGUMENTS = defineVerb("arguments", "directory file")`
   ${ENTER}
-  [ -d "$directory" ] || mkdir -p -- "$directory"
+  above=$directory
+  until [ -d "$above/" ]; do above=\${above%/*}; done
+  user_id
+  walk "$above"
+  if [ -n "$strange" ]; then line "others can change $strange, and so what root runs" >&2; exit 65; fi
+  [ -d "$directory" ] || mkdir -p "$directory"
   enter "$directory"
-  if [ -z "$fenced" ] && [ -n "$strange" ]; then line "others can change $strange" >&2; exit 65; fi
   taken() { if [ -e "./$file" ] || [ -L "./$file" ]; then line "it exists" >&2; exit 76; fi; }
   taken
   new="./.$file.$$"
@@ -11553,7 +11560,8 @@ export async function setup(o: SetupOptions, report: Report): Promise<void> {
   const { wanted } = o;
   if (wanted === null) return tellChoices(o, report);
   const facts = await factsFor(wanted.destinations);
-  const surplus = await rehearse(o, proposalFor(wanted, facts));
+  // A dry run excuses what is --optional, and now all must be there.
+  const surplus = await rehearse(o, proposalFor(wanted, { ...facts, away: new Map() }));
   const proposal = proposalFor(wanted, { ...facts, surplus });
   if (!o.yes) {
     if (!o.json) print(proposalText(proposal));
