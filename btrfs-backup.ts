@@ -11581,7 +11581,9 @@ async function rehearse(o: SetupOptions, proposal: Proposal): Promise<number> {
   const rehearsal = newReport(o.json, true);
   await run(o.runFrom(proposal, ["--dry-run", "--quiet"]), rehearsal);
   if (rehearsal.failed)
-    throw new Failure("nothing was written, since a run would fail as told above");
+    throw new Failure(
+      "nothing was written, since a dry run fails as told above; mkdir -p makes a missing directory",
+    );
   return rehearsal.tally["delete"] ?? 0;
 }
 
@@ -11603,7 +11605,7 @@ async function makeFile({ directory, file, lines }: Proposal): Promise<void> {
 /** Enables a proposal's timer, or tells the line for cron. */
 async function startDaily({ daily }: Proposal, report: Report): Promise<void> {
   if (daily.kind === "cron")
-    return log.info(`For a daily run, put into /etc/crontab: ${daily.line}`);
+    return log.info(`For daily runs, put into /etc/crontab: ${daily.line}`);
   try {
     await ask(LOCAL, ENABLE, { unit: daily.unit }, `cannot enable ${daily.unit}`);
     log.info(`Enabled ${daily.unit}`);
@@ -11918,7 +11920,7 @@ export function proposalText({ file, lines, daily, commands }: Proposal): string
   const [what, command = ""] =
     daily.kind === "timer"
       ? ["start the daily runs", `systemctl enable --now ${daily.unit}`]
-      : ["start the daily runs: a line for /etc/crontab", daily.line];
+      : ["start the daily runs, put into /etc/crontab", daily.line];
   const missing = daily.kind === "timer" && !daily.units ? `\nFirst: ${UNITS_MISSING}.\n` : "";
   const [make, ...rest] = commands.map(
     ([purpose, line]) => `\nTo ${purpose}:\n${indented([line])}`,

@@ -103,6 +103,7 @@ test("what is refused by a run is refused in the same words, and nothing is writ
     const set = await run(["setup", "--yes", "--config-dir", directory, from, to]);
     expect([from, to, set.status, plain.status]).toEqual([from, to, status, status]);
     expect(set.stderr).toStartWith(plain.stderr.trimEnd());
+    if (status === 1) expect(set.stderr).toContain("nothing was written");
   }
   for (const words of [["--yes"], [source], ["--config-dir", directory]])
     expect((await run(["setup", ...words])).status).toBe(2);
