@@ -12,6 +12,8 @@ import {
   fill,
   nextSecond,
   pair,
+  pathWith,
+  ROOT,
   run,
   sh,
   snapshotAs,
@@ -130,13 +132,20 @@ for (const odd of ODD)
     const source = subvolume(join(a.path, odd));
     fill(source);
     const directory = join(temporaryDirectory(), odd);
-    const relative = ["setup", "--yes", "--config-dir", directory, `./${odd}`];
-    await expectRun(0, [...relative, join(b.path, odd)], { cwd: a.path });
+    const words = ["setup", "--yes", "--config-dir", directory, `./${odd}`, join(b.path, odd)];
+    const installed = { env: pathWith(join(ROOT, "dist")) };
+    const { stderr } = await expectRun(0, words, { cwd: a.path, ...installed });
     const [file = ""] = readdirSync(directory);
     await nextSecond();
     await expectRun(0, [`@${directory}/${file}`]);
+    // The line for cron, as crontab(5) has it read.
+    const [, line = ""] = /into \/etc\/crontab: (?:\S+ ){5}root (.*)$/m.exec(stderr) ?? [];
+    await nextSecond();
+    const [first, second] = snapshotNames(join(source, "snapshot"));
+    expect(sh(`sh -c "$1" 2>&1`, line.replaceAll("\\%", "%"))).toBe("");
+    // The day's first one, and the newest.
     const names = snapshotNames(join(source, "snapshot"));
-    expect(names.length).toBe(2);
+    expect([names[0], names.length > 1, names.at(-1) === second]).toEqual([first, true, false]);
     expect(snapshotNames(join(b.path, odd))).toEqual(names);
     expect(readdirSync(b.path)).toEqual([odd]);
   });
@@ -226,7 +235,7 @@ const MACHINE = `set -e
   PATH=$state/bin:$PATH exec "$@"`;
 
 test("where systemd runs, --yes writes to /etc/btrfs-backup and enables the timer; without unit files nothing is written", async () => {
-  const { a, source, destination } = pair();
+  const { a, b, source, destination } = pair();
   const state = temporaryDirectory();
   const on = (units: string) => ({
     wrapper: ["unshare", "-m", "bash", "-c", MACHINE, "bash", state, units],
@@ -241,9 +250,14 @@ test("where systemd runs, --yes writes to /etc/btrfs-backup and enables the time
     ["home"],
   ]);
   expect(snapshotNames(source)).toEqual([]);
+  sh(`echo "UUID=$2 $3 btrfs noatime 0 0" >>"$1/etc/fstab"`, state, b.uuid, b.path);
   await expectRun(0, ["setup", "--yes", source, destination], on("units"));
   const [file = ""] = readdirSync(join(state, "etc/btrfs-backup"));
   const name = file.replace(/\.args$/, "");
+  // A disk that /etc/fstab mounts is not --optional.
+  const written = readFileSync(join(state, "etc/btrfs-backup", file), "utf8");
+  expect(written).toContain(`\n${destination}\n`);
+  expect(written).not.toContain("--optional");
   expect(name).toBe(source.slice(1).replaceAll("/", "-"));
   expect(readFileSync(join(state, "systemctl"), "utf8")).toBe(
     `enable --now -- btrfs-backup@${name}.timer\n`,
