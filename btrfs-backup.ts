@@ -63,7 +63,7 @@ import type { ProcessPromise } from "zx/core";
 //  5. Locations     opening places; records; folders, stores and commands as destinations
 //  6. Plan          pure: what is sent, kept, claimed, restored
 //  7. Transfer      one stream to many takers, and the relay, a stage that looks at what passes
-//  8. Commands      run, copy, prune, restore, list, verify, versions, unpin, check
+//  8. Commands      run, copy, prune, restore, list, verify, versions, unpin, check, setup
 //  9. Guard         all of the boundary that a key meets
 // 10. Command line  options, argument files, help, exit status
 
@@ -2899,6 +2899,100 @@ const METRICS = defineVerb("metrics", "file")`
   temporary=
 `;
 
+/**
+ * Prints what this host's backups can be started and told by, in sections that begin with NONCE:
+ * mounts, disks that can be taken away, what is installed; and for each of `places` where it, or
+ * what is there of the way to it, really is.
+ */
+const SURVEY = defineVerb("survey", "nonce places...")`
+  say() { line "$nonce $1"; }
+  say mounts; cat /proc/self/mountinfo
+  say fstab; if [ -r /etc/fstab ]; then cat /etc/fstab; echo; fi
+
+  # A disk on USB, or one that says so itself. Below a mapped device stand those that it is made of.
+  removable() {
+    name=$(readlink -f "$1")
+    name=/sys/class/block/\${name##*/}
+    for node in "$name" "$name"/slaves/* "$name"/slaves/*/slaves/*; do
+      node=$(readlink -f "$node") || continue
+      case $node in */usb[0-9]*) return 0;; esac
+      for file in "$node/removable" "\${node%/*}/removable"; do
+        if [ -f "$file" ] && read -r answer <"$file" && [ "$answer" = 1 ]; then return 0; fi
+      done
+    done
+    return 1
+  }
+  say removable
+  sed "s/.* - [^ ]* //; s/ .*//" /proc/self/mountinfo | grep "^/dev/" | sort -u | while read -r device; do
+    if removable "$device"; then line "$device"; fi
+  done
+
+  say places
+  for place; do
+    until [ -d "$place/" ]; do place=\${place%/*}; done
+    (cd -P -- "$place/" 2>/dev/null && line "$PWD") || echo
+  done
+  say systemd; if [ -d /run/systemd/system ]; then echo yes; fi
+  say units
+  for directory in /etc /run /usr/local/lib /usr/lib /lib; do
+    for file in "$directory"/systemd/system/btrfs-backup@.service "$directory"/systemd/system/btrfs-backup@.timer; do
+      if [ -f "$file" ]; then line "$file"; fi
+    done
+  done
+  say exporter
+  for directory in /var/lib/prometheus/node-exporter /var/lib/node_exporter/textfile_collector /var/lib/node_exporter; do
+    if [ -d "$directory" ]; then line "$directory"; fi
+  done
+  say program; command -v btrfs-backup || :
+  say end
+`;
+
+/**
+ * Prints of each of `places`, and of the usual ones: inode, filesystem, free and all blocks, their
+ * size, path.
+ */
+const LOOK_AROUND = defineVerb("around", "places...")`
+  newline=$(echo; echo x)
+  newline=\${newline%x}
+  for place in "$@" / /home /home/* /root /srv /srv/* /opt /usr/local /var /var/* /var/lib/*; do
+    case $place in *"$newline"*) continue;; esac
+    if [ -L "$place" ]; then continue; fi
+    if [ -d "$place" ]; then
+      line "$(stat -c %i -- "$place" 2>/dev/null) $(stat -f -c "%t %a %b %S" -- "$place" 2>/dev/null) $place"
+    fi
+  done
+`;
+
+/**
+ * Standard input becomes a new file for root alone. Whoever could put another one in its place would
+ * have root run commands (--before-snapshot). It exits with 76 where that name is taken.
+ */
+const WRITE_ARGUMENTS = defineVerb("arguments", "directory file")`
+  ${ENTER}
+  above=$directory
+  until [ -d "$above/" ]; do above=\${above%/*}; done
+  user_id
+  walk "$above"
+  if [ -n "$strange" ]; then line "others can change $strange, and so what root runs" >&2; exit 65; fi
+  [ -d "$directory" ] || mkdir -p "$directory"
+  enter "$directory"
+  taken() { if [ -e "./$file" ] || [ -L "./$file" ]; then line "it exists" >&2; exit 76; fi; }
+  taken
+  new="./.$file.$$"
+  made=
+  gone() { [ -z "$made" ] || rm -f -- "$new"; }
+  trap gone EXIT
+  into "$new" fsync
+  made=yes
+  ln -T -- "$new" "./$file" || { taken; exit 1; }
+  sync . 2>/dev/null || sync
+`;
+
+/** Starts a timer, now and at each boot. */
+const ENABLE = defineVerb("enable", "unit")`
+  systemctl enable --now -- "$unit" >&2
+`;
+
 /** Moves a record out of the way. */
 const ASIDE = defineVerb("aside", "folder fsid suffix")`
   at "$folder" "$fsid"
@@ -4187,19 +4281,21 @@ export type Mount = {
   readonly readonly: boolean;
 };
 
+/** A path as tables of mounts write it, which show some characters by their octal numbers. */
+const unescapedPath = (word = "") =>
+  word.replace(/\\([0-7]{3})/g, (_, octal: string) => String.fromCharCode(parseInt(octal, 8)));
+
 /** Reads /proc/self/mountinfo (proc(5)). */
 export function parseMounts(text: string): Mount[] {
-  const unescape = (word = "") =>
-    word.replace(/\\([0-7]{3})/g, (_, octal: string) => String.fromCharCode(parseInt(octal, 8)));
   return text.split("\n").map((line) => {
     const words = line.split(" ");
     const [id = "", parent = "", , root, path, options] = words;
     return {
       id,
       parent,
-      root: unescape(root),
-      path: unescape(path),
-      device: unescape(words[words.indexOf("-") + 2]),
+      root: unescapedPath(root),
+      path: unescapedPath(path),
+      device: unescapedPath(words[words.indexOf("-") + 2]),
       readonly: [options, words.at(-1)].some((some) => some?.split(",").includes("ro")),
     };
   });
@@ -12165,6 +12261,460 @@ async function checkBackupsOf(
   });
 }
 
+// ── setup: an argument file, a timer and a first run, proposed and made ──
+
+export type SetupOptions = ReturnType<typeof setupOptions>;
+
+/**
+ * Proposes how SOURCE is backed up from now on, or does so with --yes; without SOURCE it tells what
+ * there is to choose from. Nothing is proposed that a dry run refuses.
+ */
+export async function setup(o: SetupOptions, report: Report): Promise<void> {
+  const { wanted } = o;
+  if (wanted === null) return tellChoices(o, report);
+  const facts = await factsFor(wanted.destinations);
+  // A dry run excuses what is --optional, and now all must be there.
+  const surplus = await rehearse(o, proposalFor(wanted, { ...facts, away: new Map() }));
+  const proposal = proposalFor(wanted, { ...facts, surplus });
+  if (!o.yes) {
+    if (!o.json) print(proposalText(proposal));
+    return report.event("proposal", { ...proposal });
+  }
+  if (proposal.daily.kind === "timer" && !proposal.daily.units)
+    throw new Failure(`${UNITS_MISSING}; or --config-dir DIR, and a line for cron`);
+  const first = o.runFrom(proposal, []);
+  await makeFile(proposal);
+  report.event("proposal", { ...proposal });
+  await startDaily(proposal, report);
+  await run(first, report);
+}
+
+/** Does a dry run with a proposal, and returns how many deletions it would come to. Errors: those of `run`. */
+async function rehearse(o: SetupOptions, proposal: Proposal): Promise<number> {
+  const rehearsal = newReport(o.json, true);
+  await run(o.runFrom(proposal, ["--dry-run", "--quiet"]), rehearsal);
+  if (rehearsal.failed)
+    throw new Failure(
+      "nothing was written, since a dry run fails as told above; mkdir -p makes a missing directory",
+    );
+  return rehearsal.tally["delete"] ?? 0;
+}
+
+/** Writes a proposal's argument file. Errors: Failure for one that is there already. */
+async function makeFile({ directory, file, lines }: Proposal): Promise<void> {
+  const asked = { directory, file: basename(file) };
+  const text = lines.map((line) => `${line}\n`).join("");
+  await ask({ ...LOCAL, fence: "try" }, WRITE_ARGUMENTS, asked, `cannot write ${file}`, text).catch(
+    (error) => {
+      if (!(error instanceof Taken)) throw error;
+      throw new Failure(
+        `${file} exists, and stays as it is: edit it, or move it away, or give another --config-dir. To run it: btrfs-backup ${shellWord(`@${file}`)}`,
+      );
+    },
+  );
+  log.info(`Wrote ${file}`);
+}
+
+/** Enables a proposal's timer, or tells the line for cron. */
+async function startDaily({ daily }: Proposal, report: Report): Promise<void> {
+  if (daily.kind === "cron")
+    return log.info(`For daily runs, put into /etc/crontab: ${daily.line}`);
+  try {
+    await ask(LOCAL, ENABLE, { unit: daily.unit }, `cannot enable ${daily.unit}`);
+    log.info(`Enabled ${daily.unit}`);
+  } catch (error) {
+    // The backups are worth having all the same.
+    report.error(null, error);
+  }
+}
+
+/** Tells what SOURCE and DEST can be. */
+async function tellChoices({ json }: SetupOptions, report: Report): Promise<void> {
+  const { mounts } = parseSurvey(await survey([]));
+  const seen = await ask(LOCAL, LOOK_AROUND, { places: mounts.map(({ path }) => path) }, "setup");
+  const choices = choicesIn(mounts, seen);
+  if (!json) print(choicesText(choices));
+  for (const { path, device } of choices.subvolumes) report.event("subvolume", { path, device });
+  for (const one of choices.filesystems) report.event("filesystem", { ...one });
+}
+
+async function survey(places: readonly string[]): Promise<SurveyAnswer> {
+  const nonce = crypto.randomUUID();
+  return { nonce, text: await ask(LOCAL, SURVEY, { nonce, places: [...places] }, "setup") };
+}
+
+/** What a proposal for these destinations depends on. */
+async function factsFor(destinations: readonly Location[]): Promise<SetupFacts> {
+  const local = destinations.filter(isReadable).filter(isOnThisHost);
+  const { places, all, ...found } = parseSurvey(await survey(local.map(({ path }) => path)));
+  const away = local.flatMap(({ id }, i): [string, string][] => {
+    const place = places[i];
+    const why = place ? whyAway(placeOn(all, place).mount, found) : null;
+    return why === null ? [] : [[id, why]];
+  });
+  return { ...found, away: new Map(away), surplus: 0 };
+}
+
+const isOnThisHost = (location: Readable) => location.host === null && isDirectory(location);
+
+type SurveyAnswer = { readonly nonce: string; readonly text: string };
+
+/** A line of fstab(5). */
+type TableLine = { readonly path: string; readonly options: readonly string[] };
+
+/** What a proposal depends on. `away`: why destinations, by ID, can be absent. */
+export type SetupFacts = {
+  readonly away: ReadonlyMap<string, string>;
+  /** How many of what stands at SOURCE and DEST already the proposed retention would delete. */
+  readonly surplus: number;
+  readonly systemd: boolean;
+  /** Both unit files are installed. */
+  readonly units: boolean;
+  /** The directory of Prometheus' textfile collector. */
+  readonly exporter: string | null;
+  /** The installed program's path. */
+  readonly program: string;
+};
+
+/** Reads what SURVEY prints; `mounts` are those of btrfs, and `all` every one. */
+export function parseSurvey({ nonce, text }: SurveyAnswer) {
+  const sections = new Map(
+    text.split(`${nonce} `).map((section) => {
+      const [name = "", ...lines] = section.trimEnd().split("\n");
+      return [name, lines] as const;
+    }),
+  );
+  const lines = (name: string) => sections.get(name) ?? [];
+  const mountLines = lines("mounts").filter((line) => line.includes(" - "));
+  const program = lines("program")[0] ?? "";
+  return {
+    all: parseMounts(mountLines.join("\n")),
+    mounts: parseMounts(mountLines.filter((line) => / - btrfs /.test(line)).join("\n")).filter(
+      ({ path }) => path !== "",
+    ),
+    table: lines("fstab").flatMap((line): TableLine[] => {
+      const [device = "", path = "", , options = ""] = line.trim().split(/\s+/);
+      if (device === "" || device.startsWith("#")) return [];
+      return [{ path: unescapedPath(path), options: options.split(",") }];
+    }),
+    removable: new Set(lines("removable")),
+    places: lines("places"),
+    systemd: lines("systemd").length > 0,
+    units: new Set(lines("units").map((path) => basename(path))).size === 2,
+    exporter: lines("exporter")[0] ?? null,
+    program: program.startsWith("/") ? program : "/usr/local/sbin/btrfs-backup",
+  };
+}
+
+/** Why the disk of a mount can be absent; null for one that is always mounted. */
+export function whyAway(
+  { path, device }: Pick<Mount, "path" | "device">,
+  {
+    table,
+    removable,
+  }: { readonly table: readonly TableLine[]; readonly removable: ReadonlySet<string> },
+): string | null {
+  if (path === "/") return null;
+  if (removable.has(device)) return `${device} is a removable disk`;
+  const line = table.find((one) => withoutSlash(one.path) === path);
+  if (line === undefined) return `${path} is not in /etc/fstab, so nothing mounts it at boot`;
+  const option = line.options.find((one) => MAY_BE_AWAY.has(one));
+  return option === undefined ? null : `${path} is mounted with "${option}"`;
+}
+
+/** Options of fstab(5) with which a machine boots without that disk. */
+const MAY_BE_AWAY = new Set(["noauto", "nofail", "x-systemd.automount"]);
+
+/** What is to be set up. `options`: those of the command line that a run needs as well. */
+export type SetupWanted = {
+  readonly source: Readable;
+  readonly destinations: readonly Location[];
+  readonly options: readonly (readonly [name: string, value: string | null])[];
+  /** Null for /etc/btrfs-backup. */
+  readonly directory: string | null;
+};
+
+/** What starts the runs. */
+type Start =
+  | { readonly kind: "timer"; readonly unit: string; readonly units: boolean }
+  | { readonly kind: "cron"; readonly line: string };
+
+/** `lines` are those of the argument file, `words` the arguments that they stand for. */
+export type Proposal = {
+  readonly directory: string;
+  readonly file: string;
+  readonly lines: readonly string[];
+  readonly words: readonly string[];
+  readonly daily: Start;
+  /** Commands, each with what it is for. */
+  readonly commands: readonly (readonly [what: string, command: string])[];
+};
+
+const UNITS_MISSING =
+  "the unit files btrfs-backup@.service and btrfs-backup@.timer are not installed: the package has them, and scripts/ beside the program's source; copy both to /etc/systemd/system";
+
+/** The name of an argument file, and of a timer's instance, for a source. */
+export function setupName({ host, path }: Pick<Readable, "host" | "path">): string {
+  const whole = host === null ? path : `${host.name}${path}`;
+  const plain = path === "/" && host === null ? "root" : whole.replace(/^\/|\/$/g, "");
+  // systemd takes these in a unit's name, and /etc/cron.daily finds no file that begins with a dot.
+  const name = plain
+    .replaceAll("/", "-")
+    .replace(/^\.|[^\w.:@-]/g, "_")
+    .slice(0, 150);
+  const isOwn = name === plain.replaceAll("/", "-") && whole !== "/root";
+  return isOwn ? name : `${name}-${digestOf(whole).slice(0, 8)}`;
+}
+
+/** What is kept: an administrator mostly wants yesterday's file at once, and last year's at all. */
+const SENSIBLE = { source: "7d", destination: "14d 8w 12m" };
+
+/** Lines of an argument file with a comment. Each line is an option, its value, or a location. */
+type CommentedLines = {
+  readonly comment: string;
+  readonly rows: readonly (readonly string[])[];
+  /** The comment alone says something. */
+  readonly stands?: true;
+};
+
+/** What is kept, unless that would delete what stood there before: then it is up to the user. */
+const keeping = (row: readonly [string, string], comment: string, surplus: number) => {
+  if (surplus === 0) return { comment, rows: [row] };
+  const why = `Left out, since a run would delete ${surplus} that stood there before setup`;
+  return {
+    comment: `${comment} ${why}; if that is meant: ${row.join(" ")}`,
+    rows: [],
+    stands: true as const,
+  };
+};
+
+/** An option as a line, which has no quotes. */
+const optionRow = (name: string, value: string | null) => {
+  if (value === null) return [`--${name}`];
+  return value.startsWith("-") ? [`--${name}=${value}`] : [`--${name}`, value];
+};
+
+/** A location as a word. The blanks at the end of a line do not count, but those before a slash. */
+const locationWord = ({ id, kind }: Location) =>
+  id.trimEnd() === id || kind === "shell" ? id : `${id}/`;
+
+/** The argument file, with a comment for each thing. */
+function partsOf(
+  { source, destinations, options }: SetupWanted,
+  { away, surplus, exporter }: SetupFacts,
+  name: string,
+): CommentedLines[] {
+  const steady = destinations.filter(({ id }) => !away.has(id));
+  const absent = destinations.filter(({ id }) => away.has(id));
+  const parts: CommentedLines[] = [
+    { comment: "SOURCE: the subvolume to back up.", rows: [[locationWord(source)]] },
+    { comment: "DEST: where the backups go.", rows: steady.map((one) => [locationWord(one)]) },
+    ...absent.map((one) => ({
+      comment: `DEST that can be absent: ${away.get(one.id)}.`,
+      rows: [["--optional", locationWord(one)]],
+    })),
+    {
+      comment: "A run fails once such a DEST has been absent for so long.",
+      rows: absent.length > 0 ? [["--max-age", "14d"]] : [],
+    },
+    keeping(
+      ["-N", SENSIBLE.source],
+      "Snapshots that stay at SOURCE: the first one of each of the last 7 days.",
+      surplus,
+    ),
+    ...(destinations.some(isReadable)
+      ? [
+          keeping(
+            ["-n", SENSIBLE.destination],
+            "Backups that stay at each DEST: the first one of each of 14 days, 8 weeks and 12 months.",
+            surplus,
+          ),
+        ]
+      : []),
+    {
+      comment: "A run waits at most so many seconds for another one that holds the lock.",
+      rows: [["--wait", "3600"]],
+    },
+    {
+      comment: "Figures for Prometheus' node exporter.",
+      rows: exporter === null ? [] : [["--metrics", `${exporter}/btrfs-backup-${name}.prom`]],
+    },
+    {
+      comment: "As they were given to setup.",
+      rows: options.map(([option, value]) => optionRow(option, value)),
+    },
+  ];
+  return parts.filter(({ rows, stands }) => stands || rows.length > 0);
+}
+
+/** All that is proposed. Errors: UsageError for what cannot stand in a line. */
+export function proposalFor(wanted: SetupWanted, facts: SetupFacts): Proposal {
+  const { source, destinations, options } = wanted;
+  const directory = wanted.directory ?? "/etc/btrfs-backup";
+  for (const text of [directory, source.id, ...destinations.map(({ id }) => id)])
+    if (/[\r\n]/.test(text))
+      throw new UsageError(`a line of an argument file cannot hold a line break: ${text}`);
+  const name = setupName(source);
+  const file = join(directory, `${name}.args`);
+  const given = options.flatMap(([option, value]) =>
+    value === null ? [`--${option}`] : [`--${option}=${value}`],
+  );
+  const parts = partsOf(wanted, facts, name);
+  // The unit reads files in /etc/btrfs-backup only.
+  const byTimer = facts.systemd && wanted.directory === null;
+  const daily: Start = byTimer
+    ? { kind: "timer", unit: `btrfs-backup@${name}.timer`, units: facts.units }
+    : { kind: "cron", line: cronLine(facts.program, file) };
+  return {
+    directory,
+    file,
+    lines: [
+      "# Arguments of btrfs-backup: one option with its value, or one place, a line, without quotes.",
+      `# To see what a run would do: btrfs-backup --dry-run ${shellWord(`@${file}`)}`,
+      ...parts.flatMap(({ comment, rows }) => [
+        "",
+        `# ${comment}`,
+        ...rows.map((row) => row.join(" ")),
+      ]),
+    ],
+    words: parts.flatMap(({ rows }) => rows.flat()),
+    daily,
+    commands: commandsFor(wanted, { file, name, given, byTimer }),
+  };
+}
+
+/** The line for /etc/crontab, where a percent sign ends a line. */
+const cronLine = (program: string, file: string) =>
+  `17 3 * * * root ionice -c 3 ${[program, "--quiet", `@${file}`].map(shellWord).join(" ")}`.replaceAll(
+    "%",
+    "\\%",
+  );
+
+/** Commands to go on with. */
+function commandsFor(
+  { source, destinations, directory }: SetupWanted,
+  how: {
+    readonly file: string;
+    readonly name: string;
+    readonly given: readonly string[];
+    readonly byTimer: boolean;
+  },
+): Proposal["commands"] {
+  const { file, name, given, byTimer } = how;
+  const command = (...words: string[]) => ["btrfs-backup", ...words].map(shellWord).join(" ");
+  const where = directory === null ? [] : ["--config-dir", directory];
+  const ids = destinations.map(({ id }) => id);
+  const restored = source.path === "/" ? `${source.id}restored` : `${source.id}.restored`;
+  return [
+    [
+      "write the file, start the daily runs, and do the first",
+      command("setup", "--yes", ...where, ...given, source.id, ...ids),
+    ],
+    ["run by hand", command(`@${file}`)],
+    ["look at what there is", command("list", ...given, source.id)],
+    ...(byTimer
+      ? ([
+          ["look at the runs", `journalctl -u ${shellWord(`btrfs-backup@${name}.service`)}`],
+        ] as const)
+      : []),
+    ...destinations
+      .filter(isReadable)
+      .map(
+        ({ id }) =>
+          ["get it all back, beside SOURCE", command("restore", ...given, id, restored)] as const,
+      ),
+  ];
+}
+
+/** A proposal as it is shown. */
+export function proposalText({ file, lines, daily, commands }: Proposal): string {
+  const indented = (all: readonly string[]) =>
+    all.map((line) => (line === "" ? "\n" : `  ${line}\n`)).join("");
+  const [what, command = ""] =
+    daily.kind === "timer"
+      ? ["start the daily runs", `systemctl enable --now ${daily.unit}`]
+      : ["start the daily runs, put into /etc/crontab", daily.line];
+  const missing = daily.kind === "timer" && !daily.units ? `\nFirst: ${UNITS_MISSING}.\n` : "";
+  const [make, ...rest] = commands.map(
+    ([purpose, line]) => `\nTo ${purpose}:\n${indented([line])}`,
+  );
+  return [
+    `Nothing was written. ${file} would be:\n\n${indented(lines)}`,
+    missing,
+    make,
+    `\nTo ${what}:\n${indented([command])}`,
+    ...rest,
+  ].join("");
+}
+
+/** What SOURCE and DEST can be chosen from. */
+export type Choices = {
+  readonly subvolumes: readonly { readonly path: string; readonly device: string }[];
+  /** In bytes. */
+  readonly filesystems: readonly {
+    readonly path: string;
+    readonly device: string;
+    readonly free: number;
+    readonly size: number;
+  }[];
+};
+
+/** Reads what LOOK_AROUND prints. */
+export function choicesIn(mounts: readonly Mount[], text: string): Choices {
+  const seen = new Map<string, { device: string; inode: string; free: number; size: number }>();
+  for (const line of text.split("\n")) {
+    const [, inode = "", magic, free, size, block, path = ""] =
+      /^(\d+) (\w+) (\d+) (\d+) (\d+) (\/.*)$/.exec(line) ?? [];
+    const mount = mounts
+      .filter((one) => isWithin(path, one.path))
+      .sort(byLength)
+      .at(-1);
+    if (magic !== BTRFS_MAGIC || mount === undefined) continue;
+    const bytes = (blocks?: string) => Number(blocks) * Number(block);
+    seen.set(path, { device: mount.device, inode, free: bytes(free), size: bytes(size) });
+  }
+  const places = [...seen].sort(([a], [b]) => (a < b ? -1 : 1));
+  const filesystems = groupBy(
+    places.filter(([path]) => mounts.some((one) => one.path === path)),
+    ([, { device }]) => device,
+  );
+  return {
+    subvolumes: places
+      .filter(([, { inode }]) => inode === "256")
+      .map(([path, { device }]) => ({ path, device })),
+    filesystems: [...filesystems.values()].flatMap(([first]) => {
+      if (first === undefined) return [];
+      const [path, { device, free, size }] = first;
+      return [{ path, device, free, size }];
+    }),
+  };
+}
+
+const byLength = (a: Mount, b: Mount) => a.path.length - b.path.length;
+
+/** Choices as they are shown, with the command to go on with. */
+export function choicesText({ subvolumes, filesystems }: Choices): string {
+  const source = subvolumes.find(({ path }) => path === "/home") ?? subvolumes[0];
+  const other = filesystems.find(({ device }) => device !== source?.device);
+  const dest = other && join(other.path, basename(source?.path ?? "") || "root");
+  const example = ["btrfs-backup", "setup", source?.path ?? "SOURCE", dest ?? "DEST"];
+  const sources = subvolumes.map(({ path, device }) => [`  ${path}`, device]);
+  const places = filesystems.map(({ path, device, free, size }) => [
+    `  ${path}`,
+    device,
+    `${inBytes(free)} of ${inBytes(size)} free`,
+  ]);
+  const none = [["  none"]];
+  return [
+    "Subvolumes that can be SOURCE:\n",
+    alignedTable(sources.length > 0 ? sources : none),
+    "\nMounted btrfs filesystems, for a DEST on another one than SOURCE's:\n",
+    alignedTable(places.length > 0 ? places : none),
+    "\nSOURCE can also be ssh://[user@]host/path, and DEST any place that a run takes (btrfs-backup --help).\n",
+    `To see what is proposed, for example:\n  ${example.map(shellWord).join(" ")}\n`,
+  ].join("");
+}
+
 // ── 9. Guard ─────────────────────────────────────────────────────────────────────────────
 // The forced command of an ssh key that may do no more than its options say. All of the boundary is
 // here, in the order in which it meets a command: reading the command, the rules of arguments, the
@@ -13658,6 +14208,7 @@ const COMMON = [
   "prune",
   "unpin",
   "check",
+  "setup",
 ] as const;
 type CommandName = (typeof COMMON)[number] | "guard";
 /** `check` takes a run's command line as it is. */
@@ -13758,6 +14309,16 @@ const GROUPS = {
     source: {
       of: ["guard"],
       means: "It may pull: take snapshots, send them, and delete old ones, but store nothing",
+    },
+    yes: {
+      of: ["setup"],
+      means: "Write the file, enable the timer where systemd runs, and do a first run",
+    },
+    "config-dir": {
+      of: ["setup"],
+      value: "DIR",
+      means:
+        "Where the file is written; cron runs it, since the timer reads /etc/btrfs-backup only",
     },
   },
   "What is taken and kept": {
@@ -14631,6 +15192,57 @@ function copyOptions(given: Given) {
   return { ...runOptions(given), prefix: given.value("snapshot-prefix"), snapshot: false };
 }
 
+/** The options of setup that a run needs as well. */
+const PASSED_ON = ["snapshot-folder", "snapshot-prefix", "ssh-opt", "timeout"] as const;
+const FLAGS_PASSED_ON = ["sudo", "ssh-sudo"] as const;
+
+/** What is to be set up; null where nothing is named. Errors: UsageError. */
+function wantedSetup(given: Given): SetupWanted | null {
+  const [first, ...rest] = given.positionals;
+  const directory = given.value("config-dir");
+  if (first === undefined && !given.flag("yes") && directory === null) return null;
+  if (rest.length === 0)
+    throw new UsageError(
+      'missing arguments: give SOURCE and DEST…; "btrfs-backup setup" alone tells what they can be',
+    );
+  if (directory !== null && (directory === "" || /[\x00-\x1f\x7f]/.test(directory)))
+    throw new UsageError("--config-dir cannot be empty, nor hold control characters");
+  const valued = PASSED_ON.flatMap((name) =>
+    given.all(name).map((value) => [name, value] as const),
+  );
+  const flags = FLAGS_PASSED_ON.filter((name) => given.flag(name));
+  const destinations = new Map(rest.map(parseLocation).map((one) => [one.id, one]));
+  return {
+    source: folderLocation(first, "SOURCE"),
+    destinations: [...destinations.values()],
+    options: [...valued, ...flags.map((name) => [name, null] as const)],
+    directory: directory === null ? null : resolve(directory),
+  };
+}
+
+export function setupOptions(given: Given) {
+  const { json } = commonOptions(given);
+  const [verbosity, quiet] = [given.value("verbosity"), given.flag("quiet")];
+  const told = [
+    ...(verbosity === null ? [] : ["--verbosity", verbosity]),
+    ...(quiet ? ["--quiet"] : []),
+    ...(json ? ["--json"] : []),
+  ];
+  return {
+    json,
+    yes: given.flag("yes"),
+    wanted: wantedSetup(given),
+    /** The options of a run with a proposed file. Errors: UsageError for what no file can hold. */
+    runFrom({ file, lines, words }: Proposal, own: readonly string[]): RunOptions {
+      const read = expandFiles([`@${file}`], () => lines.join("\n"));
+      for (const [i, word] of words.entries())
+        if (read[i] !== word)
+          throw new UsageError(`a line of an argument file cannot hold "${word}"`);
+      return runOptions(readArguments([...read, ...told, ...own], COMMANDS.run.args as ArgsDef));
+    },
+  };
+}
+
 /** A command, which first reads its options and then works. */
 const command = <O>(
   name: CommandName,
@@ -14757,6 +15369,15 @@ export const COMMANDS: Readonly<Record<CommandName, CommandDef<any>>> = {
     },
     [unpinOptions, unpin],
   ),
+  setup: command(
+    "setup",
+    "Propose an argument file and a daily run for a source, or make them; alone: show what to choose from.",
+    {
+      source: positional(`Subvolume to back up: ${PLACE}`, false),
+      dest: positional("Where to, as for run; any number", false),
+    },
+    [setupOptions, setup],
+  ),
 };
 const isCommand = (word: string): word is CommandName => Object.hasOwn(COMMANDS, word);
 
@@ -14837,6 +15458,11 @@ export const EXAMPLES: Readonly<Record<CommandName, Readonly<Record<string, stri
   check: {
     "btrfs-backup check /home /backup/home": "Whether the next run would do its work",
     "btrfs-backup check @/etc/btrfs-backup/home.args": "The same, as an argument file says",
+  },
+  setup: {
+    "btrfs-backup setup": "What could be backed up, and where to",
+    "btrfs-backup setup --yes /home /backup/home":
+      "An argument file for /home, the daily runs, and the first one",
   },
   list: {
     "btrfs-backup list /home": "What /home and its destinations have of each snapshot",

@@ -13,6 +13,7 @@ import {
   dataFinder,
   deletionOrder,
   estimatedBytes,
+  expandFiles,
   inventory,
   isComplete,
   isSnapshotFolder,
@@ -38,6 +39,14 @@ import {
   planDestination,
   planPieces,
   asRead,
+  choicesIn,
+  choicesText,
+  parseMounts,
+  parseSurvey,
+  proposalFor,
+  proposalText,
+  setupName,
+  whyAway,
   asWritten,
   isEarlierState,
   lasting,
@@ -68,6 +77,7 @@ import {
   type Backup,
   type ChainRecord,
   type Claimant,
+  type SetupFacts,
   type Decision,
   type Facts,
   type FileState,
@@ -2743,5 +2753,221 @@ describe("what a check says", () => {
       failed: ["btrfs-backup@b.service"],
       files: ["/etc/cron.d/x"],
     });
+  });
+});
+
+describe("setup", () => {
+  const folder = (text: string) => parseLocation(text) as Parameters<typeof setupName>[0];
+  test.each([
+    ["/", "root"],
+    ["/home", "home"],
+    ["/var/lib/x", "var-lib-x"],
+    ["/mnt/@home", "mnt-@home"],
+    ["/-odd", "-odd"],
+    ["ssh://root@nas:22/home", "nas-home"],
+    ["ssh://nas/", "nas"],
+    // What systemd does not take, or what would be taken for another one, gets a digest.
+    ["/root", "root-5e2b3ac7"],
+    ["/my data", "my_data-5e2b3ac7"],
+    ["/.hidden", "_hidden-5e2b3ac7"],
+    ["/ü%\\", "___-5e2b3ac7"],
+  ])("the argument file of %s is %s", (path, name) => {
+    const digest = /-[0-9a-f]{8}$/;
+    const made = setupName(folder(path));
+    expect([made.replace(digest, ""), digest.test(made)]).toEqual([
+      name.replace(digest, ""),
+      digest.test(name),
+    ]);
+    expect(made).toMatch(/^[\w:@-][\w.:@-]*$/);
+  });
+
+  test("names that systemd could not tell apart differ", () => {
+    const paths = [
+      "/",
+      "/root",
+      "/a b",
+      "/a_b",
+      "/a+b",
+      `/${"x".repeat(200)}1`,
+      `/${"x".repeat(200)}2`,
+    ];
+    const names = paths.map((path) => setupName(folder(path)));
+    expect(new Set(names).size).toBe(paths.length);
+    for (const name of names) expect(name.length).toBeLessThan(170);
+  });
+
+  const table = [
+    { path: "/", options: ["defaults"] },
+    { path: "/backup", options: ["noatime"] },
+    { path: "/mnt/usb", options: ["noauto", "noatime"] },
+    { path: "/mnt/late/", options: ["nofail"] },
+  ];
+  test.each([
+    ["/", "/dev/sdb1", null],
+    ["/backup", "/dev/sda2", null],
+    ["/backup", "/dev/sdb1", "/dev/sdb1 is a removable disk"],
+    ["/mnt/usb", "/dev/sda3", '/mnt/usb is mounted with "noauto"'],
+    ["/mnt/late", "/dev/sda3", '/mnt/late is mounted with "nofail"'],
+    [
+      "/media/me/disk",
+      "/dev/sda4",
+      "/media/me/disk is not in /etc/fstab, so nothing mounts it at boot",
+    ],
+  ])("the disk at %s (%s) can be away: %s", (path, device, why) => {
+    expect(whyAway({ path, device }, { table, removable: new Set(["/dev/sdb1"]) })).toBe(why);
+  });
+
+  const facts: SetupFacts = {
+    away: new Map(),
+    surplus: 0,
+    systemd: true,
+    units: true,
+    exporter: null,
+    program: "/usr/local/sbin/btrfs-backup",
+  };
+  const propose = (
+    places: readonly string[],
+    {
+      options = [],
+      directory = null,
+      ...more
+    }: Partial<SetupFacts> & {
+      options?: [string, string | null][];
+      directory?: string | null;
+    } = {},
+  ) => {
+    const [source, ...destinations] = places.map(parseLocation);
+    const wanted = { source: source as never, destinations, options, directory };
+    return proposalFor(wanted, { ...facts, ...more });
+  };
+  const kept = ["-N", "7d", "-n", "14d 8w 12m", "--wait", "3600"];
+  test.each([
+    ["a place", propose(["/home", "/backup/home"]), ["/home", "/backup/home", ...kept]],
+    [
+      "one that can be away",
+      propose(["/home", "/mnt/usb/x", "ssh://nas/b"], { away: new Map([["/mnt/usb/x", "why"]]) }),
+      ["/home", "ssh://nas/b", "--optional", "/mnt/usb/x", "--max-age", "14d", ...kept],
+    ],
+    [
+      "a command, which keeps what it likes",
+      propose(["/home", "shell://cat >/dev/null"]),
+      ["/home", "shell://cat >/dev/null", "-N", "7d", "--wait", "3600"],
+    ],
+    [
+      "Prometheus, and options",
+      propose(["/", "/backup/r"], {
+        exporter: "/var/lib/e",
+        options: [
+          ["snapshot-prefix", "a b-"],
+          ["sudo", null],
+          ["snapshot-folder", "-x"],
+        ],
+      }),
+      ["/", "/backup/r", ...kept].concat(
+        ["--metrics", "/var/lib/e/btrfs-backup-root.prom"],
+        ["--snapshot-prefix", "a b-", "--sudo", "--snapshot-folder=-x"],
+      ),
+    ],
+    [
+      "more than would be kept",
+      propose(["/home", "/backup/home"], { surplus: 3 }),
+      ["/home", "/backup/home", "--wait", "3600"],
+    ],
+    ["blanks at the end", propose(["/home ", "/b "]), ["/home /", "/b /", ...kept]],
+  ])(
+    "the arguments for %s are these, and a file gives them back",
+    (_, { lines, words }, expected) => {
+      expect(words).toEqual(expected);
+      expect(expandFiles(["@x"], () => lines.join("\n"))).toEqual(expected);
+    },
+  );
+
+  test.each<[string, Parameters<typeof propose>[1], string[]]>([
+    ["systemd", {}, ["systemctl enable --now btrfs-backup@home.timer"]],
+    [
+      "no unit files",
+      { units: false },
+      ["First: the unit files", "enable --now btrfs-backup@home"],
+    ],
+    [
+      "no systemd",
+      { systemd: false },
+      [
+        "17 3 * * * root ionice -c 3 /usr/local/sbin/btrfs-backup --quiet @/etc/btrfs-backup/home.args",
+      ],
+    ],
+    [
+      "a directory of its own, whose percent signs would end a line of cron",
+      { directory: "/my 10%" },
+      [
+        "--quiet '@/my 10\\%/home.args'",
+        "btrfs-backup setup --yes --config-dir '/my 10%' /home /backup/home",
+        "btrfs-backup '@/my 10%/home.args'",
+      ],
+    ],
+  ])("with %s, the proposal says how it is started", (_, given, told) => {
+    const text = proposalText(propose(["/home", "/backup/home"], given));
+    for (const one of [
+      ...told,
+      "btrfs-backup list /home\n",
+      "restore /backup/home /home.restored\n",
+    ])
+      expect(text).toContain(one);
+  });
+
+  test("a survey is read", () => {
+    const mounts = [
+      "22 1 0:20 /@ / rw - btrfs /dev/sda2 rw",
+      "23 22 0:21 / /mnt/my\\040disk rw - btrfs /dev/sdb1 rw",
+      "24 22 8:1 / /boot rw - ext4 /dev/sda1 rw",
+    ];
+    const text = `N mounts\n${mounts.join("\n")}\nN fstab\n# x\nUUID=1 / btrfs subvol=@ 0 0\nUUID=2 /mnt/my\\040disk btrfs noauto,ro\nN removable\n/dev/sdb1\nN places\n/mnt/my disk\nN systemd\nyes\nN units\n/etc/systemd/system/btrfs-backup@.timer\n/usr/lib/systemd/system/btrfs-backup@.timer\nN exporter\nN program\nN end\n`;
+    const read = parseSurvey({ nonce: "N", text });
+    expect(read).toMatchObject({
+      places: ["/mnt/my disk"],
+      table: [
+        { path: "/", options: ["subvol=@"] },
+        { path: "/mnt/my disk", options: ["noauto", "ro"] },
+      ],
+      removable: new Set(["/dev/sdb1"]),
+      systemd: true,
+      units: false,
+      exporter: null,
+      program: "/usr/local/sbin/btrfs-backup",
+    });
+    expect(read.mounts.map(({ path }) => path)).toEqual(["/", "/mnt/my disk"]);
+    expect(read.all.length).toBe(3);
+  });
+
+  test("choices are subvolumes, and each filesystem once", () => {
+    const mounts = parseMounts(
+      [
+        "22 1 0:20 /@ / rw - btrfs /dev/sda2 rw",
+        "25 22 0:20 /@home /home rw - btrfs /dev/sda2 rw",
+        "23 22 0:21 / /backup rw - btrfs /dev/sdb1 rw",
+      ].join("\n"),
+    );
+    const seen = [
+      "256 9123683e 50 100 4096 /",
+      "256 9123683e 50 100 4096 /home",
+      "300 9123683e 50 100 4096 /srv",
+      "256 9123683e 10 20 4096 /backup",
+      "2 ef53 50 100 4096 /opt",
+      "  /gone",
+    ].join("\n");
+    const choices = choicesIn(mounts, seen);
+    expect(choices).toEqual({
+      subvolumes: [
+        { path: "/", device: "/dev/sda2" },
+        { path: "/backup", device: "/dev/sdb1" },
+        { path: "/home", device: "/dev/sda2" },
+      ],
+      filesystems: [
+        { path: "/", device: "/dev/sda2", free: 204800, size: 409600 },
+        { path: "/backup", device: "/dev/sdb1", free: 40960, size: 81920 },
+      ],
+    });
+    expect(choicesText(choices)).toContain("  btrfs-backup setup /home /backup/home\n");
+    expect(choicesText({ subvolumes: [], filesystems: [] })).toContain("  none\n");
   });
 });

@@ -1249,7 +1249,7 @@ test("each section uses only those above it, but for what is named here", () => 
       "streamCheck",
       "streamCommands",
       // The options of a command are what their readers return.
-      ...["copy", "guard", "list", "prune", "restore", "run", "verify", "versions"].map(
+      ...["copy", "guard", "list", "prune", "restore", "run", "setup", "verify", "versions"].map(
         (command) => `${command}Options`,
       ),
     ];
