@@ -15424,9 +15424,10 @@ export function manualOf(one: CommandDef<any>) {
   };
   const positionals = all.filter(([, { type }]) => type === "positional").map(tell);
   const options = all.filter(([, { type }]) => type !== "positional").map(tell);
-  const words = positionals.map(({ name, required }) =>
-    required ? name.toUpperCase() : `[${name.toUpperCase()}…]`,
-  );
+  const words = positionals.map(({ name, required, description }) => {
+    const word = `${name.toUpperCase()}${/any number/.test(description) ? "…" : ""}`;
+    return required ? word : `[${word}]`;
+  });
   return {
     usage: [title, "[OPTIONS]", ...words].join(" "),
     description: about,

@@ -1,6 +1,6 @@
 // Writes into a directory what comes from the program's own definitions: the man page, and completions for bash, zsh and fish.
 
-import { writeFileSync } from "node:fs";
+import { readFileSync, writeFileSync } from "node:fs";
 import { join } from "node:path";
 import {
   COMMANDS,
@@ -27,6 +27,7 @@ const roff = (text: string) =>
     .replaceAll("\\", "\\e")
     .replaceAll("-", "\\-")
     .replaceAll("…", "\\|.\\|.\\|.")
+    .replaceAll("→", "\\(->")
     .replaceAll("~", "\\(ti")
     .replaceAll("^", "\\(ha")
     .replace(/^[.']/gm, "\\&$&");
@@ -63,6 +64,40 @@ const list = (entries: Readonly<Record<string, string>>) =>
     .map(([term, text]) => item(bold(term), text))
     .join("");
 
+/**
+ * A chapter of the README that messages refer to, in roff: paragraphs, lines of commands, and tables as a paragraph for each row.
+ */
+function chapter(title: string): string {
+  const readme = readFileSync(join(import.meta.dir, "../README.md"), "utf8");
+  const text = readme.split(`\n## ${title}\n`)[1]?.split("\n## ")[0];
+  if (text === undefined) throw new Error(`the README has no chapter ${title}`);
+  const plain = (words: string) =>
+    roff(words.replaceAll(/\*\*|`/g, "").replaceAll(/\[(.*?)\]\(.*?\)/g, "$1"));
+  const paragraph = (block: string) => {
+    if (block.startsWith("    "))
+      return `.PP\n.in +4n\n.EX\n${roff(block.replaceAll(/^ {4}/gm, ""))}\n.EE\n.in\n`;
+    const rows = block.split("\n").filter((line) => line.startsWith("|"));
+    if (rows.length === 0) return `.PP\n${plain(block)}\n`;
+    const [head = [], , ...cells] = rows.map((row) =>
+      row
+        .split("|")
+        .slice(1, -1)
+        .map((cell) => cell.trim()),
+    );
+    return cells
+      .map(
+        ([who = "", ...others]) =>
+          `.TP\n${plain(who)}\n${others.map((cell, i) => `${plain(head[i + 1] ?? "")}: ${plain(cell)}.`).join("\n")}\n`,
+      )
+      .join("");
+  };
+  return `.SH ${roff(title.toUpperCase())}\n${text
+    .trim()
+    .split(/\n{2,}/)
+    .map(paragraph)
+    .join("")}`;
+}
+
 const manual = () => `.TH BTRFS\\-BACKUP 8 "" "btrfs\\-backup ${VERSION}" "System Administration"
 .SH NAME
 btrfs\\-backup \\- incremental backups of btrfs subvolumes
@@ -77,7 +112,7 @@ ${run.groups.map(([title, options]) => `.SS "${roff(title)}"\n${items(options)}`
 ${roff("Options that they share with run mean the same; those of their own are told in full.")}
 ${others.map((command) => `.SS "${roff(command.name)}"\n${roff(command.description)}\n${positionals(command.positionals)}${items(optionsOf(command).filter((option) => !has(run, option)))}${shared(command)}`).join("")}.SH RETENTION
 ${roff("A POLICY is a number of the newest to keep, or words: 24h 7d 4w 12m 10y keep the first of each of so many hours, days, weeks, months and years; 14d+ keeps all of 14 days; * stands for all. What a destination still needs is never deleted at the source.")}
-.SH EXIT STATUS
+${chapter("Security")}${chapter("Without root")}.SH EXIT STATUS
 ${list(EXIT_STATUS)}.SH ENVIRONMENT
 ${list(ENVIRONMENT)}.SH FILES
 ${list(FILES)}.SH EXAMPLES

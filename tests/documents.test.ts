@@ -1,7 +1,7 @@
 // The man page and the completions that scripts/build makes of the program's own definitions, in the real man and shells.
 
 import { expect, test } from "bun:test";
-import { existsSync, mkdirSync } from "node:fs";
+import { existsSync, mkdirSync, readFileSync } from "node:fs";
 import { join } from "node:path";
 import { COMMANDS, manualOf } from "../btrfs-backup.ts";
 import {
@@ -128,6 +128,21 @@ for (const shell of ["bash", "zsh"] as const)
       `<versions><${source}/some/file><--get><${name}>`,
     );
   });
+
+test("what messages refer to stands in the man page, too", () => {
+  const program = readFileSync(join(import.meta.dir, "../btrfs-backup.ts"), "utf8");
+  const titles = [...program.matchAll(/see "([A-Z][a-z ]+)" in the README/g)].map(
+    ([, one]) => one as string,
+  );
+  expect([...new Set(titles)].sort()).toEqual(["Security", "Without root"]);
+  const page = sh(
+    `man --warnings -E ascii -P cat -l "$1" 2>&1 | col -b`,
+    join(DIST, "btrfs-backup.8"),
+  );
+  for (const title of titles) expect(page).toMatch(new RegExp(`^${title.toUpperCase()}$`, "m"));
+  expect(page).toContain("a thief with a push key");
+  expect(page).toContain("saver ALL=(root) NOPASSWD: /usr/bin/btrfs");
+});
 
 test("a snapshot's name is never run, whatever whoever made it called it", async () => {
   const { source, destination } = pair();

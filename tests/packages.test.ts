@@ -143,7 +143,7 @@ test("what is packed is the same each time", () => {
 function checkout() {
   const project = join(temporaryDirectory(), "project");
   sh(
-    `mkdir "$2"; cd "$1"; cp -R btrfs-backup.ts package.json package-lock.json scripts "$2"
+    `mkdir "$2"; cd "$1"; cp -R btrfs-backup.ts package.json package-lock.json README.md scripts "$2"
     mkdir "$2/node_modules" "$2/node_modules/.bin"; cd node_modules
     for one in bun citty consola zx @oven; do cp -RL "$one" "$2/node_modules/$one"; done
     ln -s ../bun/bin/bun.exe "$2/node_modules/.bin/bun"; cp ../package-lock.json "$2/node_modules/.installed-to-build"
