@@ -4318,7 +4318,10 @@ export function placeOn(mounts: readonly Mount[], path: string): { mount: Mount;
         undefined,
       );
   let mount = next();
-  for (let inner = mount; inner !== undefined; inner = next(inner)) mount = inner;
+  // Another host could print mounts that lie in a circle.
+  const walked = new Set<Mount>();
+  for (let inner = mount; inner !== undefined && !walked.has(inner); inner = next(inner))
+    walked.add((mount = inner));
   if (mount === undefined) throw new Failure(`${path}: not found among the mounts`);
   const rest = mount.path === "/" ? path : path.slice(mount.path.length);
   return { mount, top: withoutSlash(normalize(`${mount.root}/${rest}`)) };
@@ -10598,7 +10601,10 @@ async function finishRestores(location: Readable, path: string, hosts: Hosts): P
 
 function tellWhatIsNext(r: Restoration): void {
   const { o, chosen, target, kept } = r;
-  if (o.dryRun) return log.info("Nothing was changed");
+  if (o.dryRun) {
+    log.info("Nothing was changed");
+    return;
+  }
   log.info(`Done: ${o.target.id} is as it was in ${chosen.name}`);
   tellWhoseBackups(r);
   if (kept !== null && target.existing !== null) tellOfOld(r, kept, target.existing.path);
@@ -11707,7 +11713,8 @@ export async function unpin(o: UnpinOptions, report: Report): Promise<void> {
         );
       const suffix = stamp(new Date());
       await ask(source.host, ASIDE, { ...at(source), suffix }, `cannot move ${record} aside`);
-      return log.info(`Moved ${record} to .btrfs-backup.json.${suffix}`);
+      log.info(`Moved ${record} to .btrfs-backup.json.${suffix}`);
+      return;
     }
     const known = knownDestinations(source);
     const ids = known.map(({ location }) => location);

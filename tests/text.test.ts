@@ -1194,6 +1194,17 @@ test("a directory that is no subvolume is told which one it lies in", () => {
   expect(around("/srv/x", "/@home/bob")).toBe(undefined);
 });
 
+test("mounts in a circle, which only a host that lies prints, do not keep anybody walking", () => {
+  const mounts = parseMounts(
+    [
+      "1 0 0:1 / / rw - btrfs a rw",
+      "2 1 0:2 / /b rw - btrfs b rw",
+      "1 2 0:3 / /b/c rw - btrfs c rw",
+    ].join("\n"),
+  );
+  expect(placeOn(mounts, "/b/c/d").mount.path).toMatch(/^\/b/);
+});
+
 test("folders with snapshots below one that is named too high", () => {
   const subvolumes = [
     "b/home/20260101-000000",
