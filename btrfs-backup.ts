@@ -12689,7 +12689,11 @@ export function choicesIn(mounts: readonly Mount[], text: string): Choices {
     subvolumes: places
       .filter(([, { inode }]) => inode === "256")
       .map(([path, { device }]) => ({ path, device })),
-    filesystems: [...filesystems.values()].flatMap(([first]) => {
+    // Of several mounts of a filesystem, the one that is nearest to its top level stands for it.
+    filesystems: [...filesystems.values()].flatMap((same) => {
+      const depth = ([path]: (typeof same)[number]) =>
+        mounts.find((one) => one.path === path)?.root.length ?? Infinity;
+      const [first] = [...same].sort((a, b) => depth(a) - depth(b));
       if (first === undefined) return [];
       const [path, { device, free, size }] = first;
       return [{ path, device, free, size }];

@@ -2945,9 +2945,11 @@ describe("setup", () => {
         "22 1 0:20 /@ / rw - btrfs /dev/sda2 rw",
         "25 22 0:20 /@home /home rw - btrfs /dev/sda2 rw",
         "23 22 0:21 / /backup rw - btrfs /dev/sdb1 rw",
+        "26 22 0:21 /deep/er /a rw - btrfs /dev/sdb1 rw",
       ].join("\n"),
     );
     const seen = [
+      "256 9123683e 10 20 4096 /a",
       "256 9123683e 50 100 4096 /",
       "256 9123683e 50 100 4096 /home",
       "300 9123683e 50 100 4096 /srv",
@@ -2959,6 +2961,7 @@ describe("setup", () => {
     expect(choices).toEqual({
       subvolumes: [
         { path: "/", device: "/dev/sda2" },
+        { path: "/a", device: "/dev/sdb1" },
         { path: "/backup", device: "/dev/sdb1" },
         { path: "/home", device: "/dev/sda2" },
       ],
