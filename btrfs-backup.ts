@@ -11847,8 +11847,8 @@ const MENDS: readonly (readonly [
   (found: readonly string[], at: Mended) => string | null,
 ])[] = [
   [/ not found: install (\S+)/, ([, name = ""], { on }) => `${on}apt install ${name}`],
-  [/"(btrfs-backup [^"]+)"/, ([, words = ""]) => words],
-  [/(mkdir -p [^)]+)\)/, ([, words = ""], { on }) => on + words],
+  [/"(btrfs-backup [^"]+)"/, ([, words = ""]) => plainCommand(words)],
+  [/(mkdir -p [^)]+)\)/, ([, words = ""], { on }) => plainCommand(on + words)],
   [
     /others can change (.*?), and could/,
     ([, path = ""], { on }) =>
@@ -11867,6 +11867,10 @@ const MENDS: readonly (readonly [
 ];
 type Mended = { readonly on: string; readonly path: string; readonly again: string };
 
+/** A command that a message holds, if it is no more than one: another host may have said it. */
+const plainCommand = (words: string) =>
+  /[;&|<>()$`"\\\n*?#!{}]/.test(words.replaceAll(/'[^']*'/g, "")) ? null : words;
+
 /** The command that mends what a message says; a failure that has none is told by a dry run. */
 export function mendFor(message: string, { level, source, location }: Mending): string | null {
   const host = "host" in location ? location.host : null;
@@ -11880,7 +11884,8 @@ export function mendFor(message: string, { level, source, location }: Mending): 
   };
   for (const [words, mend] of MENDS) {
     const found = words.exec(message);
-    if (found !== null) return mend(found, mending);
+    const command = found && mend(found, mending);
+    if (command !== null) return command;
   }
   return level === "fail" ? `btrfs-backup --dry-run ${again}` : null;
 }

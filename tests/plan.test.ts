@@ -2723,6 +2723,15 @@ describe("what a check says", () => {
     const location = parseLocation(place);
     expect(mendFor(message, { level: "fail", source: "/home", location })).toBe(mend);
   });
+  test.each([
+    'ssh: "btrfs-backup list; rm -rf /"',
+    'ssh: "btrfs-backup list $(reboot)"',
+    "no such directory: /b (if it is to be made: mkdir -p /b; reboot)",
+    "no such directory: /b (if it is to be made: mkdir -p /b | sh)",
+  ])("another host's words do not become a command to copy: %j", (message) => {
+    const location = parseLocation("ssh://nas/b");
+    expect(mendFor(message, { level: "warn", source: "/home", location })).toBeNull();
+  });
   test("a warning that no command mends has none", () =>
     expect(
       mendFor("x", { level: "warn", source: "/home", location: parseLocation("/b") }),
