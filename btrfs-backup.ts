@@ -1011,7 +1011,7 @@ const shellWord = (word: string) => (/^[\w./:@+-]+$/.test(word) ? word : quote(w
 /** How ssh is called for a host as locations name it. */
 function sshCommand(authority: string): string {
   const [, host = "", port] = /^(.*?)(?::(\d+))?$/.exec(authority) ?? [];
-  return `${port === undefined ? "" : `-p ${port} `}${host}`;
+  return `${port === undefined ? "" : `-p ${port} `}${shellWord(host)}`;
 }
 
 /** Errors with the next command, by what the error says. */

@@ -1172,6 +1172,11 @@ test("errors are followed by the next command where there is one to name", () =>
       "/a b/c: no such directory: /a b (is the disk mounted?)",
       "see which filesystem is there: findmnt -T '/a b'; if it is the right one: mkdir -p '/a b'",
     ],
+    // Another host may have said all of it.
+    [
+      "/a: ssh://$(reboot)/b: Host key verification failed.",
+      "log in once as the user of this run, and compare the key: ssh '$(reboot)'",
+    ],
     ["/a: Permission denied", null],
     ["ssh://nas/b: Connection refused", null],
     ["/a: no such directory: /b (--to names another place)", null],
