@@ -544,6 +544,22 @@ const isReadable = (location: Location): location is Readable =>
   KINDS[location.kind].holds !== null;
 const isDirectory = (location: Location): location is Readable => KINDS[location.kind].isDirectory;
 
+/** The place of a path below another; for a command it is the command itself. */
+function placeBelow<T extends Location>(location: T, path: string): T {
+  if (path === "" || location.kind === "shell") return location;
+  if (location.kind === "rclone") {
+    const between = /[:/]$/.test(location.id) ? "" : "/";
+    return {
+      ...location,
+      id: `${location.id}${between}${path}`,
+      path: `${location.path}${path}/`,
+    };
+  }
+  const below = (one: string) => `${one === "/" ? "" : one}/${path}`;
+  const id = location.id.slice(0, location.id.length - location.path.length);
+  return { ...location, id: id + below(location.path), path: below(location.path) };
+}
+
 export type HostName = {
   readonly user: string | null;
   readonly name: string;
@@ -2434,11 +2450,21 @@ const PRELUDE = sh`
   at() {
     here=$1
     elsewhere="another filesystem or directory is at $1 now"
-    # Behind the FSID stands the process that holds the folder locked, and is in it.
-    set -- "$1" "\${2%/*}" "/proc/\${2#*/}"
+    # Behind the FSID stands the process that holds the folder locked, and is in it; or is above it,
+    # by the path that stands behind the process.
+    held=\${2#*/}
+    below=
+    case $held in
+      */*) below=/\${held#*/}; held=\${held%%/*};;
+    esac
+    set -- "$1" "\${2%%/*}" "/proc/$held"
     if [ "$mode" = fence ] && [ /proc/self/ns/mnt -ef "$3/ns/mnt" ]; then
       cd -P -- "$3/cwd"
-      [ . -ef "$here" ] || { line "$elsewhere" >&2; exit 66; }
+      above=\${here%"$below"}
+      [ . -ef "\${above:-/}" ] || { line "$elsewhere" >&2; exit 66; }
+      if [ -n "$below" ]; then
+        cd -P -- ".$below" && [ . -ef "$here" ] || { line "$elsewhere" >&2; exit 66; }
+      fi
       return
     fi
     cd -P -- "$1" || { echo "(is the disk mounted?)" >&2; exit 66; }
@@ -2847,6 +2873,85 @@ const CREATE = defineVerb("create", "folder fsid prefix")`
 `;
 
 /**
+ * Prints of folders below a place that was opened (`paths`, each with ./ before it) what OPEN prints
+ * of one folder, in sections that begin with NONCE: see parseMembers. A folder is `linked` where its
+ * lock file is that of the place, which is locked then; `new` where it has none; `own` where it has
+ * another one, or anything else that OPEN has to look at by itself.
+ */
+const MEMBERS = defineVerb("members", "nonce folder fsid prefix kind paths...")`
+  at "$folder" "$fsid"
+  say() { echo; line "$nonce $1"; }
+  lock=.btrfs-backup.$prefix.lock
+  root=$PWD
+  # IFS is a line break.
+  IFS=$(echo; echo x)
+  IFS=\${IFS%x}
+  for path; do
+    if cd -P -- "$path" 2>/dev/null; then
+      say member; line "$path"
+      state=new
+      for file in "$lock" ".btrfs-backup.$prefix.receiving" .btrfs-backup.json; do
+        if [ -L "$file" ]; then state=own
+        elif [ -f "$file" ]; then :
+        elif [ -e "$file" ]; then state=own
+        fi
+      done
+      if [ -e .outstanding_transfers ] || [ -L .outstanding_transfers ]; then
+        state=own
+      elif [ "$state" = own ]; then
+        :
+      elif [ "$lock" -ef "$root/$lock" ]; then
+        state=linked
+      elif [ -f "$lock" ]; then
+        state=own
+      fi
+      say state; line "$state"
+      if [ "$state" = own ]; then cd -P -- "$root"; continue; fi
+      set -- .* *
+      say entries; printf %s "$*"; echo
+      say record
+      if [ -f .btrfs-backup.json ]; then
+        opened .btrfs-backup.json
+        cat <&6
+      fi
+      if [ "$kind" = streams ]; then
+        say files; find . -mindepth 1 -maxdepth 1 -type f -exec stat -c "%s/%Y %n" {} +
+      fi
+      say inode; stat -c "%i %u %A %n" . .btrfs-backup.json 2>/dev/null || :
+      say fsid; stat -f -c %i .
+      cd -P -- "$root"
+    fi
+  done
+  echo; echo "$nonce end"
+`;
+
+/**
+ * Makes folders below a place, with the place's own lock file: who locks one of them has locked all.
+ * Prints a line for each: whether its lock file is the place's (`linked`; where no other name for a
+ * file can be had it is its `own`) and its inode, or `failed` and why.
+ */
+const JOIN = defineVerb("join", "folder fsid prefix paths...")`
+  at "$folder" "$fsid"
+  lock=.btrfs-backup.$prefix.lock
+  for path; do
+    if said=$(mkdir -p -- "$path" 2>&1) && inode=$(stat -c %i -- "$path" 2>&1); then
+      :
+    else
+      line "failed \${said##*: }"
+      continue
+    fi
+    if [ -e "$path/$lock" ] || [ -L "$path/$lock" ]; then
+      :
+    elif ln -- "$lock" "$path/$lock" 2>/dev/null; then
+      :
+    else
+      (cd -P -- "$path" && make "$lock")
+    fi
+    if [ "$path/$lock" -ef "$lock" ]; then line "linked $inode"; else line "own $inode"; fi
+  done
+`;
+
+/**
  * Makes the missing directories above `folder`, and prints the first, where that cannot be a disk
  * that is not mounted: the existing ones lie on a btrfs that is neither that of `source`, a path on
  * the same host, nor the root filesystem. `how`: "look" makes nothing. Else it exits with 66.
@@ -3112,6 +3217,38 @@ const SNAPSHOT = defineVerb("snapshot", "source folder fsid name")`
     echo " UUID: id:$id"
     echo " Subvolume ID: $id"
   fi
+`;
+
+/**
+ * Takes the snapshot `name` of `source` (for the path ".") and of subvolumes below it, in the folders
+ * of the same paths below `folder`, back to back. Prints a line for each path, `ok` or why not; then
+ * how many hundredths of a second the snapshots took, and the list of subvolumes, which tells their
+ * UUIDs.
+ */
+const SNAPSHOTS = defineVerb("snapshots", "source folder fsid name paths...")`
+  at "$folder" "$fsid"
+  root=$PWD
+  now() { read -r up rest </proc/uptime; line "\${up%.*}\${up#*.}"; }
+  # taken PATH: tells why not.
+  taken() (
+    above=
+    there=$source
+    if [ "$1" = . ]; then :; else
+      above=/\${1#./}
+      there=\${source%/}$above
+    fi
+    snapshot=\${root%/}$above/$name
+    if [ -e "$snapshot" ] || [ -L "$snapshot" ]; then line "$name is there"; exit 1; fi
+    cd -P -- "$there" 2>/dev/null || { line "it is not there any more"; exit 1; }
+    [ "$PWD" = "$there" ] || { line "$there leads to $PWD now"; exit 1; }
+    said=$(b subvolume snapshot -r . "$snapshot" 2>&1) || { line "\${said##*ERROR: }"; exit 1; }
+  )
+  began=$(now)
+  for path; do
+    if said=$(taken "$path"); then echo ok; else line "$said"; fi
+  done
+  echo $(($(now) - began))
+  b subvolume list -a -c -u -q -R .
 `;
 
 /**
@@ -4669,6 +4806,8 @@ export type ChainRecord = {
   readonly destinations?: readonly KnownDestination[];
   /** UUIDs that the data of backups go by which came when later ones were there. */
   readonly belated?: readonly string[];
+  /** It is SOURCE of a tree. These members went, and were not there any more in the run of that name. */
+  readonly tree?: { readonly gone: Readonly<Record<string, string>> };
   /** Names that the clock leapt to, and that --adopt-clock vouched for. */
   readonly leaps?: readonly string[];
   /** The destinations were written by a guarded key, which must not be believed. */
@@ -4767,6 +4906,11 @@ const isChain = fieldsAre<ChainRecord>({
   destinations: ifAny((all) => Array.isArray(all) && all.every(isDestination)),
   belated: ifAny(areTexts),
   leaps: ifAny(areTexts),
+  tree: ifAny(
+    fieldsAre<ChainRecord["tree"] & {}>({
+      gone: (value) => typeof value === "object" && Object.values(value ?? {}).every(isText),
+    }),
+  ),
   guarded: ifAny((value) => value === true),
 });
 
@@ -4881,6 +5025,10 @@ export type Folder = Omit<Inspection, "host" | "files"> &
     /** Those with a name of the prefix, oldest first. */
     snapshots: readonly Snapshot[];
     chain: ChainRecord;
+    /** Its path below the place whose holder keeps it; empty where that is its own. */
+    within: string;
+    /** Makes it, and its lock, where it is one of a tree's folders and there was none. */
+    join?: () => Promise<Folder>;
     close: () => Promise<void>;
   }>;
 
@@ -4989,6 +5137,7 @@ async function openFolder(location: Readable, path: string, opening: Opening): P
       host: behindFence(host, seen),
       hostName: seen.host,
       path: seen.exists ? seen.place.path : join(seen.place.path, basename(path)),
+      within: "",
       store,
       standing,
       close: release,
@@ -4998,6 +5147,170 @@ async function openFolder(location: Readable, path: string, opening: Opening): P
     await release();
     throw error;
   }
+}
+
+/** How a folder of a tree stands below its place, as MEMBERS tells. */
+type MemberSeen = Readonly<{
+  state: string;
+  entries: ReadonlySet<string>;
+  record: RecordFile;
+  files: ReturnType<typeof parseFiles>;
+  inode: number;
+  fsid: string;
+  trusted: boolean;
+}>;
+
+/** Reads what MEMBERS printed. Errors: Failure for any other shape. */
+export function parseMembers(
+  output: string,
+  nonce: string,
+  user: string,
+): ReadonlyMap<string, MemberSeen> {
+  const found = new Map<string, MemberSeen>();
+  const parts = output.split(`\n${nonce} `);
+  if (parts.shift() !== "" || parts.pop()?.trim() !== "end")
+    throw new Failure(`something unknown was told of folders: ${output.trim().slice(0, 100)}`);
+  let sections = new Map<string, string>();
+  const take = () => {
+    const path = sections.get("member");
+    if (path === undefined) return;
+    const stats = fieldsOf(sections.get("inode"));
+    const files = parseFiles(sections.get("files") ?? "");
+    found.set(path.slice(2), {
+      state: sections.get("state") ?? "own",
+      entries: new Set((sections.get("entries") ?? "").split("\n")),
+      record: parseRecord(sections.get("record") ?? ""),
+      files,
+      inode: Number(stats[0]?.[0]),
+      fsid: sections.get("fsid") ?? "",
+      trusted: stats.every((line) => isTrusted(line, user)),
+    });
+  };
+  for (const part of parts) {
+    const end = part.indexOf("\n");
+    const name = part.slice(0, end);
+    if (name === "member") {
+      take();
+      sections = new Map();
+    }
+    sections.set(name, part.slice(end + 1).replace(/\n$/, ""));
+  }
+  take();
+  return found;
+}
+
+/** How the folders of a tree are opened: below which place, and what each is the folder of. */
+type MemberOpening = Opening & {
+  readonly location: Readable;
+  /** The subvolume whose snapshots stand in the folder of a path; null where backups stand. */
+  readonly sourceOf?: (path: string) => Folder["source"];
+};
+
+/**
+ * Opens folders below an opened place, by few commands for all of them. They have the place's lock,
+ * and stay open as long as it does. One that has a lock of its own is opened by itself. Errors:
+ * those of `ask`; of a single folder, the promise of that one has them.
+ */
+async function openMembers(
+  root: Folder,
+  paths: readonly string[],
+  opening: MemberOpening,
+): Promise<Map<string, Promise<Folder>>> {
+  const seen = new Map<string, MemberSeen>();
+  // Without the fence, each way is looked at on its own.
+  for (const some of root.exists && root.fenced
+    ? inArguments(paths.map((path) => `./${path}`))
+    : []) {
+    const nonce = crypto.randomUUID();
+    const given = {
+      nonce,
+      prefix: root.prefix,
+      kind: root.store === null ? "" : "streams",
+      paths: some,
+    };
+    const output = await askAt(root, MEMBERS, given, "cannot look into the folders below");
+    for (const [path, one] of parseMembers(output, nonce, root.user)) seen.set(path, one);
+  }
+  return new Map(
+    paths.map((path) => {
+      const folder = openMember(root, path, seen.get(path), opening);
+      folder.catch(() => {}); // whoever needs it is told
+      return [path, folder];
+    }),
+  );
+}
+
+/** Opens one folder below a place. Errors: those of `openFolder`. */
+async function openMember(
+  root: Folder,
+  path: string,
+  seen: MemberSeen | undefined,
+  opening: MemberOpening,
+): Promise<Folder> {
+  const location = placeBelow(opening.location, path);
+  if (seen?.state === "own" || (root.exists && !root.fenced)) return openAlone(root, path, opening);
+  const top = join(root.top, path);
+  const exists = seen !== undefined;
+  const here = exists
+    ? { inode: seen.inode, fsid: seen.fsid, root: rootOf(top, root.subvolumes) }
+    : {};
+  const files = seen?.files ?? [];
+  const entries = seen?.entries ?? new Set<string>();
+  const store = root.store && { ...parseStreams(files, true), verbs: RAW, type: null };
+  const standing = store?.streams ?? subvolumesIn({ ...root, top, entries });
+  const read = seen?.record ?? parseRecord("");
+  const chains = new Map([...read.chains].map(([of, one]) => [of, asRead(one, standing, of)]));
+  const { path: _, ...place } = root.place;
+  const folder = withPrefix(
+    {
+      ...root,
+      id: location.id,
+      path: join(root.path, path),
+      within: join(root.within, path),
+      exists,
+      locked: root.locked && seen?.state === "linked",
+      top,
+      source: opening.sourceOf?.(path) ?? null,
+      place: { ...place, ...here, path: exists ? join(root.path, path) : root.path },
+      entries,
+      record: { ...read, chains },
+      old: parseOldRecord(""),
+      written: new Map(files.map(({ name, written }) => [name, written])),
+      trusted: root.trusted && (seen?.trusted ?? true),
+      store,
+      standing,
+      close: async () => {},
+    },
+    root.prefix,
+  );
+  return { ...folder, join: () => joinedMember(root, folder, path, opening) };
+}
+
+/** Opens a folder below a place by itself. Errors: those of `openFolder`. */
+function openAlone(root: Folder, path: string, opening: MemberOpening): Promise<Folder> {
+  const source = opening.sourceOf?.(path)?.path;
+  return openFolder(placeBelow(opening.location, path), join(root.path, path), {
+    ...opening,
+    ...(source === undefined ? {} : { source }),
+  });
+}
+
+/** A folder of a tree that is there, and locked. Errors: Failure, those of `openFolder`. */
+async function joinedMember(
+  root: Folder,
+  folder: Folder,
+  path: string,
+  opening: MemberOpening,
+): Promise<Folder> {
+  const given = { prefix: root.prefix, paths: [`./${path}`] };
+  const made = (await askAt(root, JOIN, given, `cannot create ${folder.path}`)).trim();
+  const [state, ...rest] = made.split(" ");
+  if (state === "failed") throw new Failure(`cannot create ${folder.path}: ${rest.join(" ")}`);
+  const { path: there } = folder;
+  if (state === "own") return openAlone(root, path, opening);
+  const { fsid, root: subvolume } = folder.exists ? folder.place : root.place;
+  const place = { ...folder.place, path: there, inode: Number(rest[0]), fsid, root: subvolume };
+  return { ...folder, exists: true, locked: true, place };
 }
 
 /** Starts the command that locks a place and tells of it: see OPEN. */
@@ -5027,7 +5340,11 @@ function holdOpen(
 }
 
 /** The subvolumes directly in a folder. */
-function subvolumesIn({ top, subvolumes, entries }: Inspection): Entry[] {
+function subvolumesIn({
+  top,
+  subvolumes,
+  entries,
+}: Pick<Inspection, "top" | "subvolumes" | "entries">): Entry[] {
   const above = top === "/" ? "/" : `${top}/`;
   return subvolumes
     .filter(({ path }) => `/${path}`.startsWith(above))
@@ -5072,6 +5389,7 @@ async function openRemote(
     host,
     hostName: "",
     path,
+    within: "",
     place: { ...place, free: Infinity, size: Infinity },
     store,
     standing: store.streams,
@@ -5127,6 +5445,7 @@ async function openChecked(
   for (let first = begun; ; first = undefined) {
     const folder = await closedUnless(await (first ?? openFolder(location, path, opening)), check);
     if (folder.locked || opening.wait === "look") return folder;
+    if (folder.join !== undefined) return closedUnless(await folder.join(), check);
     await folder.close();
     const asked = { ...at(folder), prefix: opening.prefix };
     await ask(folder.host, CREATE, asked, `cannot create ${path}`);
@@ -5278,14 +5597,15 @@ const holderOf = ({ host, holder }: Pick<Folder, "host" | "holder">) =>
   host.ssh === null ? "" : holder;
 
 /** A folder's path, and the signs by which a verb knows that it is still the same folder. */
-const at = ({ path, place, holder }: Pick<Folder, "path" | "place" | "holder">) => ({
+const at = ({ path, place, holder, within }: HeldFolder) => ({
   folder: path,
-  fsid: `${place.fsid}/${holder}`,
+  fsid: `${place.fsid}/${holder}${within === "" ? "" : `/${within}`}`,
 });
+type HeldFolder = Pick<Folder, "path" | "place" | "holder" | "within">;
 
 /** Runs a verb in a folder for its output. Errors: those of `ask`, with the folder's name. */
 const askAt = <V extends Declared>(
-  folder: Pick<Folder, "id" | "host" | "path" | "place" | "holder">,
+  folder: HeldFolder & Pick<Folder, "id" | "host">,
   script: V,
   given: Omit<ArgumentsOf<V>, "folder" | "fsid">,
   problem: string,
@@ -6164,13 +6484,15 @@ type ShellOptions = Readonly<{
   lock: string;
   prefix: string;
   source: string;
+  /** The path of a tree's member. */
+  below: string;
   sending: Sending;
 }>;
 
 /** A command as a destination: a store that can only take. */
 function shellDestination(
   { id, command }: Location & { kind: "shell" },
-  { last, interpreter, lock, prefix, source: sourceId, sending }: ShellOptions,
+  { last, interpreter, lock, prefix, source: sourceId, below, sending }: ShellOptions,
 ): Destination {
   const file = quote(lock);
   return {
@@ -6194,6 +6516,7 @@ function shellDestination(
           BTRFS_BACKUP_PARENT_UUID: parent?.uuid ?? "",
           BTRFS_BACKUP_PREFIX: prefix,
           BTRFS_BACKUP_SOURCE: sourceId,
+          BTRFS_BACKUP_PATH: below,
           BTRFS_BACKUP_SUFFIX: suffixOf(sending),
         },
       };
@@ -6977,6 +7300,176 @@ export function planRoom(
   return backups.filter((one) => !stays.has(one) && !needed.has(one.uuid));
 }
 
+/** A pattern of gitignore(5). */
+export type IgnoreRule = { readonly shape: RegExp; readonly isNegated: boolean };
+
+/** Reads a pattern as gitignore(5) does; null for a blank line or a comment. */
+export function ignoreRule(line: string): IgnoreRule | null {
+  const pattern = line.replace(/(?<!\\)[ \t]+$/, "");
+  if (pattern === "" || pattern.startsWith("#")) return null;
+  const isNegated = pattern.startsWith("!");
+  const named = pattern.slice(isNegated ? 1 : 0).replace(/\/$/, "");
+  const inner = named.replace(/^\//, "");
+  const anywhere = named.includes("/") ? "" : "(?:.*/)?";
+  let shape = "";
+  const words =
+    /^\*\*\/|\/\*\*\/|\/\*\*$|\*+|\?|\[(?:!|\^)?\]?(?:\[:\w+:\]|\\.|[^\]\\])*\]|\\(.)|[^]/gu;
+  for (const [word, escaped] of inner.matchAll(words)) {
+    if (word === "**/") shape += "(?:.*/)?";
+    else if (word === "/**/") shape += "/(?:.*/)?";
+    else if (word === "/**") shape += "/.+";
+    else if (word.startsWith("*")) shape += "[^/]*";
+    else if (word === "?") shape += "[^/]";
+    else if (word.startsWith("[") && word.length > 1) shape += bracketShape(word);
+    else shape += (escaped ?? word).replace(/[\\^$.*+?()[\]{}|/]/g, "\\$&");
+  }
+  try {
+    return { shape: new RegExp(`^${anywhere}${shape}$`, "su"), isNegated };
+  } catch {
+    throw new UsageError(`--exclude: "${line}" is no pattern of gitignore(5)`);
+  }
+}
+
+/** A bracket expression of glob(7) as one of a RegExp; it never stands for a slash. */
+function bracketShape(word: string): string {
+  const classes: Readonly<Record<string, string>> = {
+    alpha: "a-zA-Z",
+    digit: "0-9",
+    alnum: "a-zA-Z0-9",
+    upper: "A-Z",
+    lower: "a-z",
+    space: "\\s",
+    punct: "!-\\/:-@\\[-`{-~",
+    xdigit: "0-9a-fA-F",
+  };
+  const [, not = "", inner = ""] = /^\[([!^]?)(.*)\]$/su.exec(word) ?? [];
+  const members = inner.replace(
+    /\[:(\w+):\]|\\(.)|[\]\[\\^]/gsu,
+    (one, name: string | undefined, escaped: string | undefined) =>
+      name === undefined
+        ? `\\${escaped ?? one}`.replace(/^\\(?=[\w ])/, "")
+        : (classes[name] ?? ""),
+  );
+  return `(?!/)[${not === "" ? "" : "^"}${members}]`;
+}
+
+/** Whether patterns exclude a path, or a directory that it is in. The last that fits decides. */
+export function isIgnored(path: string, rules: readonly IgnoreRule[]): boolean {
+  const names = path.split("/");
+  return names.some((_, i) => {
+    const above = names.slice(0, i + 1).join("/");
+    return rules.findLast(({ shape }) => shape.test(above))?.isNegated === false;
+  });
+}
+
+/** The paths that a restore or a snapshot makes beside what is restored. */
+const IN_WORK = /(^|\/)[^/]*\.restoring-\d{8}-\d{6}(\/|$)/;
+
+/**
+ * The subvolumes below SOURCE that are backed up with it, by their paths there: the writable ones
+ * that are neither excluded, nor in a snapshot folder, nor hidden by another mount.
+ */
+export function membersIn(
+  {
+    source,
+    top: folder,
+    subvolumes,
+    mounts,
+  }: Pick<Inspection, "source" | "top" | "subvolumes" | "mounts">,
+  { snapshotFolder, excluded }: { snapshotFolder: string; excluded: readonly IgnoreRule[] },
+): Map<string, Subvolume> {
+  if (source === null) return new Map();
+  const above = source.top === "/" ? "/" : `${source.top}/`;
+  const { device } = placeOn(mounts, source.path).mount;
+  const isSeen = (path: string, there: string) => {
+    const { mount, top } = placeOn(mounts, join(source.path, path));
+    return mount.device === device && top === there;
+  };
+  const found = new Map<string, Subvolume>();
+  const all = subvolumes.toSorted((a, b) => (a.path < b.path ? -1 : 1));
+  for (const one of all) {
+    const there = `/${one.path}`;
+    const path = there.slice(above.length);
+    const isCandidate = there.startsWith(above) && !one.readonly && !isWithin(there, folder);
+    if (!isCandidate || IN_WORK.test(path) || isIgnored(path, excluded)) continue;
+    if (isSeen(path, there)) found.set(path, one);
+  }
+  if (snapshotFolder.startsWith("/")) return found;
+  const inFolder = (path: string) =>
+    [...found.keys()].some((other) => isWithin(path, join(other, snapshotFolder)));
+  return new Map([...found].filter(([path]) => !inFolder(path)));
+}
+
+/** The paths below a tree's snapshot folder in which snapshots of a prefix stand. */
+export function foldersOfSnapshots(
+  { top, subvolumes }: Pick<Inspection, "top" | "subvolumes">,
+  prefix: string,
+): Set<string> {
+  const above = top === "/" ? "/" : `${top}/`;
+  const paths = subvolumes
+    .map(({ path }) => `/${path}`)
+    .filter((path) => path.startsWith(above) && parseName(basename(path), prefix) !== null)
+    .map((path) => path.slice(above.length).replace(/\/?[^/]*$/, ""));
+  return new Set(paths.filter((path) => path !== ""));
+}
+
+/**
+ * The members that are not there any more, with the first run without them: as the record says, and
+ * empty for those that went since the last run.
+ */
+export function goneFrom(
+  folder: Pick<Folder, "top" | "subvolumes" | "chain">,
+  members: ReadonlyMap<string, unknown>,
+  prefix: string,
+): Map<string, string> {
+  const known = folder.chain.tree?.gone ?? {};
+  const paths = [...foldersOfSnapshots(folder, prefix), ...Object.keys(known)];
+  const gone = [...new Set(paths)].filter((path) => !members.has(path)).sort();
+  return new Map(gone.map((path) => [path, known[path] ?? ""]));
+}
+
+/** The members that had a snapshot folder of their own, with snapshots of the prefix. */
+export function membersWithFolders(
+  members: ReadonlyMap<string, Pick<Subvolume, "path">>,
+  subvolumes: readonly Pick<Subvolume, "path">[],
+  { snapshotFolder, prefix }: { snapshotFolder: string; prefix: string },
+): Set<string> {
+  if (snapshotFolder.startsWith("/")) return new Set();
+  const folders = new Set(
+    subvolumes
+      .filter(({ path }) => parseName(basename(path), prefix) !== null)
+      .map(({ path }) => dirname(path)),
+  );
+  return new Set(
+    [...members]
+      .filter(([, { path }]) => folders.has(join(path, snapshotFolder)))
+      .map(([path]) => path),
+  );
+}
+
+/**
+ * Reads what SNAPSHOTS printed of `paths`. Errors: Failure for any other shape.
+ */
+export function parseSnapshots(
+  told: string,
+  paths: readonly string[],
+  { top, name }: { readonly top: string; readonly name: string },
+): { made: Map<string, Subvolume | Failure>; span: number } {
+  const lines = told.replace(/\n$/, "").split("\n");
+  const list = parseSubvolumes(lines.slice(paths.length + 1).join("\n"), "");
+  const standing = new Map(list.map((one) => [`/${one.path}`, one]));
+  const made = new Map(
+    paths.map((path, i) => {
+      const said = lines[i] ?? "";
+      const found = standing.get(join(top, path, name));
+      const why = said === "ok" ? "it is not where it was taken" : said;
+      const one = said === "ok" && found !== undefined ? found : new Failure(`no snapshot: ${why}`);
+      return [path.replace(/^\.\/?/, ""), one] as const;
+    }),
+  );
+  return { made, span: 10 * Number(lines[paths.length]) };
+}
+
 /** Whether a source may use a folder for a chain; `strangers`: the backups there of others. */
 export type Claim = { readonly accepted: true; readonly strangers: readonly string[] } | Refusal;
 
@@ -7011,6 +7504,8 @@ type Claiming = Readonly<{
   /** Those that hold the source's data. */
   shared: readonly Snapshot[];
   adopt: boolean;
+  /** In a tree, a place below SOURCE is the owner, whatever subvolume is there by now. */
+  isMember?: boolean;
 }>;
 
 /**
@@ -7018,7 +7513,7 @@ type Claiming = Readonly<{
  * that do are its own as well: each was received on top of its parent.
  */
 export function judgeClaim(claiming: Claiming): Claim {
-  const { identity, chain, standing, shared, adopt } = claiming;
+  const { identity, chain, standing, shared, adopt, isMember = false } = claiming;
   const { owner, strangers = [] } = chain;
   const isSamePlace = owner?.host === identity.host && owner.path === identity.path;
   if (owner?.uuid === identity.uuid) {
@@ -7028,8 +7523,8 @@ export function judgeClaim(claiming: Claiming): Claim {
   }
   if (standing.length === 0 || (isSamePlace && shared.length > 0))
     return { accepted: true, strangers };
-  if (!adopt && (owner !== undefined || shared.length === 0))
-    return { accepted: false, identity, owner };
+  const isTaken = owner !== undefined || shared.length === 0;
+  if (!adopt && isTaken && !(isMember && isSamePlace)) return { accepted: false, identity, owner };
   const needed = neededBy(shared, { backups: standing, chained: [] });
   const own = new Set([...shared.map(({ uuid }) => uuid), ...needed.keys()]);
   const all = new Set([...strangers, ...standing.map(({ uuid }) => uuid)]);
@@ -7542,6 +8037,16 @@ function openOutputs(
 
 export type RunOptions = ReturnType<typeof runOptions>;
 
+/** Which subvolume of a tree a run is about, by its path below SOURCE, and what all of them share. */
+export type Member = {
+  readonly path: string;
+  /** Lets so many streams flow at a time. */
+  readonly jobs: ReturnType<typeof atMost>;
+};
+
+/** Whether a subvolume is one below a tree's SOURCE. */
+const isBelow = (member: Member | null) => member !== null && member.path !== "";
+
 /** A destination of a run; `recorded`: only --locked-dests asks for it. */
 export type Wanted = {
   readonly location: Location;
@@ -7558,7 +8063,10 @@ export async function run(o: RunOptions, report: Report): Promise<void> {
   await persistently(o, report, async (attempt, attemptReport) => {
     const open = (locked: () => void) => openFinished(attempt, locked);
     const snapshot = attempt.snapshot && taken.length === 0;
-    const one = await backUp(open, { ...attempt, snapshot }, attemptReport);
+    const wanted = { ...attempt, snapshot };
+    const one = attempt.recursive
+      ? await backUpTree(wanted, attemptReport)
+      : await backUp(open, wanted, attemptReport);
     if (one !== null) taken.push(one);
   });
   concludeRun(o, report, taken[0]?.name ?? null);
@@ -7686,7 +8194,13 @@ async function backUpOpened(session: Session): Promise<BackedUp | null> {
 type BackedUp = { readonly name: string; readonly words: readonly string[] };
 
 /** After the first run of a source, where its snapshots are, and what can be done with them. */
-function firstWords({ o, source: { id, path, snapshots }, wanted }: Session): readonly string[] {
+function firstWords({
+  o,
+  source: { id, path, snapshots },
+  wanted,
+}: Pick<Session, "o" | "source"> & {
+  readonly wanted: ReadonlyMap<string, unknown>;
+}): readonly string[] {
   if (o.dryRun || snapshots.length > 0) return [];
   const [from = id] = wanted.keys();
   return [
@@ -7731,7 +8245,7 @@ function newSession(source: Source, ahead: Map<string, Ahead>, o: RunOptions, re
     inquiry: inquiryInto(source),
     display: displayOf(o),
     /** Lets so many streams flow at a time. */
-    jobs: atMost(o.jobs),
+    jobs: o.member?.jobs ?? atMost(o.jobs),
     /** All that can be sent; the new one joins them under its final name. */
     snapshots: source.snapshots.filter(({ readonly }) => readonly),
     /** The names that the clock leapt to, and that somebody vouched for. */
@@ -7804,8 +8318,9 @@ function lookAtPins({ o, source, inquiry, wanted, known }: Session): void {
   void learnOfParents(inquiry, parents, []).catch(() => {});
 }
 
-function warnOfSource({ o, report, source, wanted }: Session): void {
-  warnOfNested(source, report);
+function warnOfSource(session: Session): void {
+  const { o, report, source, wanted } = session;
+  warnOfNested(source, session);
   warnOfDuplicates(source, report);
   const asked = [...wanted.values()].filter(({ policy }) => policy !== null);
   if (asked.length > 0 && !asked.some(({ location }) => isReadable(location)))
@@ -7839,8 +8354,11 @@ function tellUnreadable({ o, source }: Pick<Session, "o" | "source">, report: Re
 }
 
 /** Warns of subvolumes below SOURCE: a snapshot has empty directories in their place. */
-function warnOfNested({ source, subvolumes, top, subvolume }: Source, report: Report): void {
-  if (source === null) return;
+function warnOfNested(
+  { source, subvolumes, top, subvolume }: Source,
+  { o: { recursive }, report }: Pick<Session, "o" | "report">,
+): void {
+  if (source === null || recursive) return;
   const above = source.top === "/" ? "/" : `${source.top}/`;
   const paths = subvolumes
     .map(({ path }) => `/${path}`)
@@ -7848,7 +8366,7 @@ function warnOfNested({ source, subvolumes, top, subvolume }: Source, report: Re
     .map((path) => path.slice(above.length));
   if (paths.length > 0)
     report.warning(
-      `${plural(paths.length, "subvolume")} below ${subvolume} ${paths.length === 1 ? "is" : "are"} not part of its snapshots: ${someOf(paths, 3)}`,
+      `${plural(paths.length, "subvolume")} below ${subvolume} ${paths.length === 1 ? "is" : "are"} not part of its snapshots: ${someOf(paths, 3)}; --recursive backs up all of them`,
     );
 }
 
@@ -7886,7 +8404,16 @@ async function openFinished(
 async function openSource(
   o: Pick<
     RunOptions,
-    "source" | "snapshotFolder" | "prefix" | "hosts" | "wait" | "dryRun" | "adopt" | "fsChecks"
+    | "source"
+    | "snapshotFolder"
+    | "prefix"
+    | "hosts"
+    | "wait"
+    | "dryRun"
+    | "adopt"
+    | "fsChecks"
+    | "recursive"
+    | "member"
   >,
   locked?: () => void,
 ): Promise<Source> {
@@ -7903,8 +8430,16 @@ async function openSource(
     checkSource(opened, path, o);
     // A folder inside SOURCE is SOURCE's own; one outside could be another's as well.
     const isInside = opened.source !== null && isWithin(opened.top, opened.source.top);
-    strangers = isInside ? null : strangersBeside(opened, path, o.adopt);
+    strangers = isInside || !isSubvolumeItself(opened) ? null : strangersBeside(opened, path, o);
   });
+  return sourceIn(folder, strangers);
+}
+
+/** Whether SOURCE is a subvolume, and no plain directory that holds some. */
+const isSubvolumeItself = ({ source }: Pick<Folder, "source">) => source?.inode === 256;
+
+/** A source in its opened snapshot folder, where `strangers` (if any are known) are not its own. */
+function sourceIn(folder: Folder, strangers: readonly string[] | null): Source {
   const identity = identityOf(folder);
   const others = new Set<string>(strangers ?? []);
   return {
@@ -7921,10 +8456,20 @@ async function openSource(
 function checkSource(
   { source, place, subvolumes }: Folder,
   path: string,
-  { source: { id }, fsChecks }: Pick<RunOptions, "source" | "fsChecks">,
+  {
+    source: { id },
+    fsChecks,
+    recursive,
+    snapshotFolder,
+  }: Pick<RunOptions, "source" | "fsChecks" | "recursive" | "snapshotFolder">,
 ): void {
   if (source?.filesystem === null && fsChecks) throw new UsageError(`not on btrfs: ${id}`);
-  if (source?.inode !== 256)
+  const isPlain = source?.inode !== 256;
+  if (isPlain && recursive && !snapshotFolder.startsWith("/"))
+    throw new UsageError(
+      `${id} is a plain directory: where do the snapshots of the subvolumes below it go? Give -f an absolute path, on the same filesystem`,
+    );
+  if (source === null || (isPlain && !recursive))
     throw new UsageError(
       `not a subvolume: ${id}${source ? subvolumeAround(source, subvolumes) : ""}`,
     );
@@ -7950,14 +8495,25 @@ export function subvolumeAround(
 }
 
 /** Other sources' snapshots in a snapshot folder outside SOURCE. Errors: Failure. */
-function strangersBeside(folder: Folder, path: string, adopt: boolean): readonly string[] {
+function strangersBeside(
+  folder: Folder,
+  path: string,
+  { adopt, member }: Pick<RunOptions, "adopt" | "member">,
+): readonly string[] {
   const { source, chain, snapshots, subvolumes, alone } = folder;
   const origin = subvolumes.find(({ uuid }) => uuid === source?.uuid)?.parentUuid;
   const children = snapshots.filter(
     ({ uuid, parentUuid }) => parentUuid === source?.uuid || uuid === origin,
   );
   const identity = identityOf(folder);
-  const claimed = judgeClaim({ identity, chain, standing: snapshots, shared: children, adopt });
+  const claimed = judgeClaim({
+    identity,
+    chain,
+    standing: snapshots,
+    shared: children,
+    adopt,
+    isMember: isBelow(member),
+  });
   if (!claimed.accepted) throw new Failure(`${path}: ${refusalMessage(claimed)}`);
   if (alone && claimed.strangers.length > 0)
     needRoot(folder, "telling other sources' snapshots in that folder");
@@ -8140,7 +8696,11 @@ const isOutstanding = (
   (known?.receiving ?? []).length > 0;
 
 /** An optional destination that is not there is a failure only after it was away for too long. */
-function skip({ o: { maxAge }, report }: Session, { id, known }: Asked, { message }: Absent): void {
+function skip(
+  { o: { maxAge }, report }: Pick<Session, "o" | "report">,
+  { id, known }: Pick<Asked, "id" | "known">,
+  { message }: Absent,
+): void {
   const last = known?.last ?? null;
   if (
     maxAge !== null &&
@@ -8220,6 +8780,7 @@ async function openDestination(session: Session, asked: Asked): Promise<Destinat
     lock,
     prefix: o.prefix,
     source: o.source.id,
+    below: o.member?.path ?? "",
     sending,
   });
 }
@@ -8234,7 +8795,8 @@ const OPENERS = {
 function lockAtSource({ o, source }: Session, id: string): string {
   if (o.source.host !== null) return lockFile(`${o.source.id}\n${o.prefix}\n${id}`);
   // Through the process that holds the folder, it is found behind the fence.
-  const folder = source.fenced && source.holder !== "" ? `/proc/${source.holder}/cwd` : source.path;
+  const isHeld = source.fenced && source.holder !== "";
+  const folder = isHeld ? join(`/proc/${source.holder}/cwd`, source.within) : source.path;
   return join(folder, `.btrfs-backup.${o.prefix}.${digestOf(id).slice(0, 8)}.receiving`);
 }
 
@@ -8284,12 +8846,18 @@ async function openBackups(session: Session, asked: AskedPlace): Promise<Destina
   const { receiving: announced, since: _, ...settled } = folder.chain;
   // An announcement outlives its transfer only as long as its leftover is to be told by it.
   const isBroken = folder.snapshots.some(({ name, readonly }) => name === announced && !readonly);
-  const owned = ownedBy(source.identity, isBroken ? folder.chain : settled, strangers);
+  const taken = ownedBy(source.identity, isBroken ? folder.chain : settled, strangers);
+  const isTop = o.member?.path === "" && source.owned.tree !== undefined;
+  const owned = isTop ? { ...taken, tree: source.owned.tree } : taken;
   const { owner } = folder.chain;
   const { uuid, host, path } = source.identity;
   if (owner?.uuid === uuid && (owner.host !== host || owner.path !== path))
     log.info(
       `${location.id}: its backups were made on ${owner.host}:${owner.path}; their source is ${host}:${path} now`,
+    );
+  if (isBelow(o.member) && owner !== undefined && owner.uuid !== uuid && strangers.length > 0)
+    log.info(
+      `${location.id}: another subvolume is at ${path} now; the ${plural(strangers.length, "backup")} of the former one stay${strangers.length === 1 ? "s" : ""}`,
     );
   // Taken over, moved, or completed after all: the record says so even if nothing is sent.
   const isStanding = owner !== undefined || folder.snapshots.some(isComplete);
@@ -8308,7 +8876,11 @@ async function openBackups(session: Session, asked: AskedPlace): Promise<Destina
 }
 
 /** Errors: UsageError, Absent, Failure for a folder that is not the destination. */
-function checkBackups({ o, source }: Session, asked: Asked, folder: Folder): void {
+function checkBackups(
+  { o, source }: Pick<Session, "o" | "source">,
+  asked: Asked,
+  folder: Folder,
+): void {
   const known = o.adopt ? undefined : asked.known;
   needRoot(folder, "receiving");
   const { filesystem } = folder.place;
@@ -8334,12 +8906,22 @@ function checkFilesystem({ place, exists, chain, record }: Folder, known: string
 }
 
 /** The backups of other sources in a folder. Errors: Failure where the folder is not ours. */
-function strangersAmong({ o, source }: Session, { snapshots, chain }: Folder): readonly string[] {
+function strangersAmong(
+  { o, source }: Pick<Session, "o" | "source">,
+  { snapshots, chain }: Pick<Folder, "snapshots" | "chain">,
+): readonly string[] {
   const complete = snapshots.filter(isComplete);
   const here = dataFinder(source.snapshots);
   const shared = complete.filter((backup) => here(backup) !== undefined);
   const { identity } = source;
-  const claimed = judgeClaim({ identity, chain, standing: complete, shared, adopt: o.adopt });
+  const claimed = judgeClaim({
+    identity,
+    chain,
+    standing: complete,
+    shared,
+    adopt: o.adopt,
+    isMember: isBelow(o.member),
+  });
   if (!claimed.accepted) throw new Failure(refusalMessage(claimed));
   return claimed.strangers;
 }
@@ -8406,7 +8988,7 @@ function checkStore(session: Session, { location, known, sending }: Asked, folde
 }
 
 /** Errors: UsageError, Absent where streams would lie with their source. */
-function needApart({ o, source }: Session, id: string, folder: Folder): void {
+function needApart({ o, source }: Pick<Session, "o" | "source">, id: string, folder: Folder): void {
   if (
     sameHost(folder.host, source.host) &&
     folder.hostName === source.hostName &&
@@ -8428,23 +9010,31 @@ async function takeSnapshot(
   session: Session,
   opened: readonly Destination[],
 ): Promise<Snapshot | null> {
-  const { o, report, source } = session;
-  const hook = async (command: string | null, option: string) => {
-    if (command !== null && !o.dryRun)
-      log.debug((await ask(plainHost(source.host), HOOK, { command }, `${option} failed`)).trim());
-  };
-  const after = () =>
-    hook(o.afterSnapshot, "--after-snapshot").catch((error) => report.error(null, error));
+  const { o, report } = session;
   try {
-    const taken = await hook(o.beforeSnapshot, "--before-snapshot")
-      .then(() => snapshotOfNow(session, opened))
-      .finally(() => whileCleaning(after));
+    const taken = await betweenHooks(session, () => snapshotOfNow(session, opened));
     log.info(`${o.dryRun ? "Would take" : "Took"} snapshot ${taken.name} of ${o.source.id}`);
     return taken;
   } catch (error) {
     report.error(null, error);
     return null;
   }
+}
+
+/** Does something between the user's own commands. Errors: Failure, and those of the work. */
+function betweenHooks<T>(
+  { o, report, source }: Pick<Session, "o" | "report" | "source">,
+  work: () => Promise<T>,
+): Promise<T> {
+  const hook = async (command: string | null, option: string) => {
+    if (command !== null && !o.dryRun)
+      log.debug((await ask(plainHost(source.host), HOOK, { command }, `${option} failed`)).trim());
+  };
+  const after = () =>
+    hook(o.afterSnapshot, "--after-snapshot").catch((error) => report.error(null, error));
+  return hook(o.beforeSnapshot, "--before-snapshot")
+    .then(work)
+    .finally(() => whileCleaning(after));
 }
 
 /** Takes a snapshot in the first second whose name is free on both sides. Errors: Failure. */
@@ -8532,6 +9122,469 @@ async function withFreeName(
 /** Waits until names say the next second. */
 async function nextSecond(): Promise<void> {
   await new Promise((over) => setTimeout(over, 1000 - new Date().getMilliseconds()));
+}
+
+// ── run: a tree of subvolumes ──
+
+/** A run over a tree: SOURCE with its snapshot folder, and all that the members share. */
+type Tree = Readonly<{
+  o: RunOptions;
+  report: Report;
+  /** The snapshot folder of SOURCE, with all that is in it and below. */
+  top: Source;
+  /** The sources by their paths below SOURCE, which itself has the empty one. */
+  sources: Map<string, Source>;
+  members: ReadonlyMap<string, Subvolume>;
+  /** Paths of subvolumes that went, with the first run without them; empty for this one. */
+  gone: ReadonlyMap<string, string>;
+  /** Lets so many streams flow at a time. */
+  jobs: ReturnType<typeof atMost>;
+}>;
+
+/** The folders of a destination, for each member of a tree. */
+type TreePlace = {
+  readonly root: Folder;
+  readonly members: ReadonlyMap<string, Promise<Folder>>;
+};
+type TreePlaces = ReadonlyMap<string, Promise<TreePlace>>;
+
+/** So many members are served at a time where --jobs says nothing. */
+const MEMBERS_AT_A_TIME = 4;
+
+/**
+ * Backs up SOURCE and all subvolumes below it: one moment, and then each like a source of its own,
+ * in folders of the same path on both sides. One place's lock and one list of subvolumes stand for
+ * all members.
+ */
+async function backUpTree(o: RunOptions, report: Report): Promise<BackedUp | null> {
+  const began = Date.now();
+  const top = await openFinished(o);
+  let tree: Tree | null = null;
+  let places: TreePlaces = new Map();
+  try {
+    needRoot(top, "--recursive");
+    tree = await openTree(top, o, report);
+    places = openTreePlaces(tree);
+    const isPossible = await areAnyPossible(tree, places);
+    const name = o.snapshot && isPossible ? await takeSnapshots(tree, places) : null;
+    const told = toldOnce(tree, places);
+    await noteTree(tree, told, name);
+    const words = firstWords({ o, source: top, wanted: new Map(places) });
+    await backUpMembers(tree, told);
+    return name === null ? null : { name, words };
+  } finally {
+    for (const id of [null, ...places.keys()])
+      figuresOf(report.figures, id).seconds = (Date.now() - began) / 1000;
+    // SOURCE is closed last: whoever locks it finds the others free.
+    const own = [...(tree?.sources.values() ?? [])].map(({ close }) => close());
+    const closing = [...own, ...[...places.values()].map(closeTreePlace)];
+    await whileCleaning(() => allOf(closing).finally(top.close));
+  }
+}
+
+/** Opens the snapshot folders of a tree's members, and makes the missing ones. Errors: Failure. */
+async function openTree(top: Source, o: RunOptions, report: Report): Promise<Tree> {
+  const members = membersIn(top, o);
+  const gone = goneFrom(top, members, o.prefix);
+  tellChanges(top, members, { gone, o });
+  const sourceOf = (path: string) => memberSource(top, path, members.get(path) as Subvolume);
+  const own = membersWithFolders(members, top.subvolumes, o);
+  const opening = { ...destinationOpening(o), location: o.source, sourceOf };
+  const paths = [...members.keys()].filter((path) => !own.has(path) && !/[\n\r]/.test(path));
+  const folders = await openMembers(top, paths, opening);
+  const jobs = atMost(o.jobs);
+  const open = async (path: string): Promise<Source> => {
+    if (/[\n\r]/.test(path)) throw new Failure("there is a line break in its path");
+    const member = memberOptions({ o, jobs }, path);
+    if (own.has(path)) return openFinished({ ...member, snapshotFolder: o.snapshotFolder });
+    const folder = await (folders.get(path) as Promise<Folder>);
+    const joined =
+      folder.locked || o.dryRun ? folder : await (folder.join as () => Promise<Folder>)();
+    return sourceIn(joined, strangersBeside(joined, joined.path, member));
+  };
+  const width = atMost(MEMBERS_AT_A_TIME);
+  const opened = await Promise.allSettled(
+    [...members.keys()].map((path) => width(() => open(path))),
+  );
+  const sources = new Map<string, Source>();
+  if (isSubvolumeItself(top)) sources.set("", { ...top, close: async () => {} });
+  for (const [i, path] of [...members.keys()].entries()) {
+    const one = opened[i] as PromiseSettledResult<Source>;
+    if (one.status === "fulfilled") sources.set(path, one.value);
+    else report.error(null, saidOf(path, one.reason));
+  }
+  return { o, report, top, sources, members, gone, jobs };
+}
+
+/** A member as the source of its snapshot folder. */
+function memberSource(
+  { source, place }: Folder,
+  path: string,
+  { uuid, id, path: there }: Subvolume,
+) {
+  const { free, size, filesystem } = place;
+  const top = `/${there}`;
+  const under = join(source?.path ?? "", path);
+  return { path: under, inode: 256, fsid: "", filesystem, root: id, free, size, uuid, top };
+}
+
+/** Tells which members came, and which went, since the last run. */
+function tellChanges(
+  { chain, id, subvolumes, top }: Source,
+  members: ReadonlyMap<string, Subvolume>,
+  { gone, o }: { readonly gone: ReadonlyMap<string, string>; readonly o: RunOptions },
+): void {
+  const known = foldersOfSnapshots({ subvolumes, top }, o.prefix);
+  const went = [...gone].filter(([, since]) => since === "").map(([path]) => path);
+  const came = [...members.keys()].filter((path) => !known.has(path));
+  if (went.length > 0)
+    log.info(
+      `${id}: ${plural(went.length, "subvolume")} ${went.length === 1 ? "is" : "are"} not there any more: ${someOf(went, 5)}; the backups stay`,
+    );
+  if (came.length > 0 && chain.tree !== undefined)
+    log.info(`${id}: ${plural(came.length, "subvolume")} came: ${someOf(came, 5)}`);
+}
+
+/** An error that says which member it is about. It is of the same class. */
+function saidOf(path: string, error: unknown): unknown {
+  const isOurs = error instanceof Failure || error instanceof Busy || error instanceof Absent;
+  if (path === "" || !isOurs) return error;
+  return Object.create(error, { message: { value: `${path}: ${error.message}` } }) as Error;
+}
+
+/** The options of a run for a member alone. The snapshot is taken by then. */
+const memberOptions = ({ o, jobs }: Pick<Tree, "o" | "jobs">, path: string): RunOptions => ({
+  ...o,
+  source: placeBelow(o.source, path),
+  destinations: o.destinations.map((one) => ({
+    ...one,
+    location: placeBelow(one.location, path),
+  })),
+  snapshot: false,
+  member: { path, jobs },
+});
+
+/** What is told of a member: its paths, summed up with those of the others. */
+function reportFor({ o, report }: Tree, path: string): Report {
+  const roots = new Map(
+    o.destinations.map(({ location }) => [placeBelow(location, path).id, location.id]),
+  );
+  const rootOf = (id: string | null) => (id === null ? null : (roots.get(id) ?? id));
+  return {
+    failed: false,
+    tally: report.tally,
+    figures: new Map(),
+    event: (event, fields) => {
+      const destination = fields["destination"] as string | null | undefined;
+      const which = destination === undefined ? {} : { destination: rootOf(destination) };
+      const whose = path === "" ? {} : { subvolume: path };
+      report.event(event, { ...fields, ...which, ...whose });
+    },
+    warning: (message) => report.warning(path === "" ? message : `${path}: ${message}`),
+    error: (destination, error) => report.error(rootOf(destination), saidOf(path, error)),
+  };
+}
+
+/** Adds a member's figures to those of the tree. The oldest success counts. */
+function addFigures({ report, o }: Tree, path: string, part: Report): void {
+  for (const { id } of [{ id: null }, ...o.destinations.map(({ location }) => location)]) {
+    const location = o.destinations.find((one) => one.location.id === id)?.location;
+    const one = part.figures.get(location === undefined ? null : placeBelow(location, path).id);
+    if (one === undefined) continue;
+    const sum = figuresOf(report.figures, id);
+    sum.deleted += one.deleted;
+    if (one.kept !== null) sum.kept = (sum.kept ?? 0) + one.kept;
+    const isOlder = sum.last === null || (one.last !== null && one.last < sum.last);
+    if (id !== null && isOlder) sum.last = one.last;
+  }
+}
+
+/** Opens a tree's destinations: the folders that are locked for all members. */
+function openTreePlaces(tree: Tree): TreePlaces {
+  const { o } = tree;
+  const places = new Map<string, Promise<TreePlace>>();
+  if (!o.transfer && o.removeLocks) return places;
+  let last: Promise<unknown> = Promise.resolve();
+  const sorted = [...o.destinations].sort((a, b) => (a.location.id < b.location.id ? -1 : 1));
+  for (const wanted of sorted) {
+    if (!isDirectory(wanted.location)) continue;
+    // Two runs that wait for locks could wait for each other.
+    const place = last.then(() =>
+      openTreePlace(tree, { ...wanted, location: wanted.location as Readable }),
+    );
+    place.catch(() => {}); // it is told when all had their time
+    if (o.wait > 0) last = place.catch(() => {});
+    places.set(wanted.location.id, place);
+  }
+  return places;
+}
+
+/** Opens the folders of a destination if it is the right one. Errors: those of openBackups. */
+async function openTreePlace(
+  { o, top, sources }: Tree,
+  wanted: Wanted & { readonly location: Readable },
+): Promise<TreePlace> {
+  const { location } = wanted;
+  needRoot(top, "sending");
+  const known = knownDestinations(top).find((one) => one.location === location.id);
+  const asked = { ...wanted, id: location.id, known };
+  const opening = destinationOpening(o);
+  const session = { o, source: top };
+  const root = await openNew(
+    location,
+    { source: top, isKnown: known !== undefined },
+    opening,
+    (opened) => {
+      if (holdsStreams(location)) needApart(session, location.id, opened);
+      else checkBackups(session, asked, opened);
+      if (sources.has("") && holdsSubvolumes(location)) strangersAmong(session, opened);
+    },
+  );
+  const paths = [...sources.keys()].filter((path) => path !== "");
+  try {
+    return { root, members: await openMembers(root, paths, { ...opening, location }) };
+  } catch (error) {
+    await root.close();
+    throw error;
+  }
+}
+
+/** Closes a destination of a tree, with the folders that have locks of their own. */
+async function closeTreePlace(place: Promise<TreePlace>): Promise<void> {
+  const opened = await place.catch(() => null);
+  if (opened === null) return;
+  await allOf([...opened.members.values()].map(closed));
+  await opened.root.close();
+}
+
+/** Whether a snapshot makes sense: some destination can be one, or may yet answer. */
+async function areAnyPossible({ o, sources }: Tree, places: TreePlaces): Promise<boolean> {
+  const isNew = ({ location: { id } }: Wanted) =>
+    ![...sources.values()].some(({ chain }) =>
+      chain.destinations?.some(({ location }) => location === id),
+    );
+  const fresh = o.destinations.filter(
+    (one) => isNew(one) && isDirectory(one.location) && one.location.host === null,
+  );
+  const looked = Promise.all(
+    fresh.map(async ({ location, optional }) =>
+      (places.get(location.id) as Promise<TreePlace>).then(
+        () => true,
+        (error: unknown) => {
+          if (error instanceof UsageError || error instanceof Interrupted) throw error;
+          return error instanceof Busy || (error instanceof Absent && optional);
+        },
+      ),
+    ),
+  );
+  if (fresh.length === 0 || fresh.length < o.destinations.length) return true;
+  return !(await isOverWithin(LOOK_MS, looked)) || (await looked).includes(true);
+}
+
+/** Takes all snapshots of a tree. Returns their name; null where that fails, which is reported. */
+async function takeSnapshots(tree: Tree, places: TreePlaces): Promise<string | null> {
+  const { o, report, top } = tree;
+  try {
+    return await betweenHooks({ o, report, source: top }, () => snapshotsOfNow(tree, places));
+  } catch (error) {
+    report.error(null, error);
+    return null;
+  }
+}
+
+/** The names that stand in the destinations of a tree that have answered by now. */
+async function namesThere(places: TreePlaces): Promise<Set<string>> {
+  const names = new Set<string>();
+  const opened = [...places.values()].map(async (place) => {
+    const { root, members } = await place;
+    for (const folder of [root, ...(await Promise.all(members.values()))])
+      for (const { name } of folder.standing) names.add(name);
+  });
+  await isOverWithin(0, Promise.allSettled(opened));
+  return names;
+}
+
+/** Takes all snapshots in the first second whose name is free everywhere. Errors: Failure. */
+async function snapshotsOfNow(tree: Tree, places: TreePlaces): Promise<string> {
+  const { o, report, sources } = tree;
+  const names = await namesThere(places);
+  const isTaken = (name: string) =>
+    names.has(name) || [...sources.values()].some(({ entries }) => entries.has(name));
+  for (; isTaken(snapshotName(o, new Date())); await nextSecond()) checkInterruption();
+  const now = new Date();
+  const name = snapshotName(o, now);
+  const { made, span } = o.dryRun ? imagined(tree) : await snapshotAll(tree, name);
+  const moment = Math.floor(now.getTime() / 1000) * 1000;
+  for (const [path, one] of made) {
+    const source = sources.get(path) as Source;
+    if (one instanceof Failure) {
+      report.error(null, saidOf(path, one));
+      sources.delete(path);
+      await source.close();
+      continue;
+    }
+    const snapshot = {
+      ...NO_SUBVOLUME,
+      ...one,
+      readonly: true,
+      name,
+      time: wallClock(now),
+      moment,
+      path: name,
+    };
+    sources.set(path, { ...source, snapshots: [...source.snapshots, snapshot] });
+    const where = { name, path: join(source.path, name) };
+    report.event("snapshot", path === "" ? where : { ...where, subvolume: path });
+  }
+  if (sources.size === 0) throw new Failure(`no snapshot of ${o.source.id} could be taken`);
+  const how = `${plural(sources.size, "snapshot")} ${name} of ${o.source.id} and the subvolumes below it`;
+  log.info(o.dryRun ? `Would take ${how}` : `Took ${how}, within ${span} ms`);
+  return name;
+}
+
+/** What became of a member's snapshot: the new subvolume, or why there is none. */
+type Made = Pick<Subvolume, "id" | "uuid" | "parentUuid" | "cgen"> | Failure;
+type AllMade = { readonly made: ReadonlyMap<string, Made>; readonly span: number };
+
+/** The snapshots of a dry run. */
+const imagined = ({ sources }: Tree): AllMade => ({
+  made: new Map(
+    [...sources].map(([path, { identity }]) => [
+      path,
+      {
+        id: Number.MAX_SAFE_INTEGER,
+        uuid: crypto.randomUUID(),
+        parentUuid: identity.uuid,
+        cgen: Number.MAX_SAFE_INTEGER,
+      },
+    ]),
+  ),
+  span: 0,
+});
+
+/** Takes the snapshots of all members. Errors: Failure where none can be taken. */
+async function snapshotAll(tree: Tree, name: EntryName): Promise<AllMade> {
+  const { o, top, sources } = tree;
+  const made = new Map<string, Made>();
+  const isTogether = (path: string) => sources.get(path)?.holder === top.holder;
+  const paths = [...sources.keys()];
+  const began = Date.now();
+  let span = 0;
+  const batches = inArguments(
+    paths.filter(isTogether).map((path) => (path === "" ? "." : `./${path}`)),
+  );
+  for (const some of batches) {
+    const given = { ...at(top), source: top.subvolume, name, paths: some };
+    const told = await ask(top.host, SNAPSHOTS, given, `cannot take snapshots of ${o.source.id}`);
+    const found = parseSnapshots(told, some, { top: top.top, name });
+    for (const [path, one] of found.made) made.set(path, one);
+    span += found.span;
+  }
+  const alone = paths.filter((path) => !isTogether(path));
+  for (const path of alone) made.set(path, await snapshotAlone(sources.get(path) as Source, name));
+  for (const [path, one] of made)
+    if (!(one instanceof Failure) && one.parentUuid !== sources.get(path)?.identity.uuid)
+      made.set(path, new Failure(`${name} is not the snapshot that was taken: ${one.uuid}`));
+  return { made, span: batches.length > 1 || alone.length > 0 ? Date.now() - began : span };
+}
+
+/** Takes the snapshot of a member that has a folder of its own. */
+const snapshotAlone = (source: Source, name: EntryName): Promise<Made> =>
+  ask(
+    source.host,
+    SNAPSHOT,
+    { source: source.subvolume, ...at(source), name },
+    `cannot take a snapshot of ${source.subvolume}`,
+  ).then(
+    (shown) => ({
+      uuid: shownField(shown, "UUID"),
+      parentUuid: shownField(shown, "Parent UUID"),
+      id: Number(shownField(shown, "Subvolume ID")),
+      cgen: Number.MAX_SAFE_INTEGER,
+    }),
+    afterFailure((failure) => failure),
+  );
+
+/** Tells once why a destination cannot be opened; the members hear that it was told. */
+function toldOnce({ o, report, top }: Tree, places: TreePlaces): TreePlaces {
+  const tell = (id: string, error: unknown) => {
+    const wanted = o.destinations.find(({ location }) => location.id === id) as Wanted;
+    const known = knownDestinations(top).find(({ location }) => location === id);
+    if (error instanceof Absent && wanted.optional)
+      skip({ o, report }, { ...wanted, id, known }, error);
+    else report.error(id, error);
+  };
+  const told = [...places].map(([id, place]) => {
+    const heard = place.catch((error: unknown) => {
+      tell(id, error);
+      throw new AlreadyTold(messageOf(error));
+    });
+    heard.catch(() => {}); // whoever needs it hears of it
+    return [id, heard] as const;
+  });
+  return new Map(told);
+}
+
+/** Writes down on both sides that this is a tree, and which members went. Errors: none. */
+async function noteTree(
+  { o, report, top, sources, gone }: Tree,
+  places: TreePlaces,
+  name: string | null,
+): Promise<void> {
+  const since = [...gone].flatMap(([path, first]) => {
+    const known = first === "" ? name : first;
+    return known === null ? [] : [[path, known] as const];
+  });
+  const tree = { gone: Object.fromEntries(since) };
+  const root = sources.get("");
+  if (root !== undefined) sources.set("", { ...root, owned: { ...root.owned, tree } });
+  if (o.dryRun || root !== undefined) return;
+  // A plain directory has no chain of its own.
+  const note = async (folder: Folder) => {
+    const chain = { ...folder.chain, tree };
+    if (folder.store === null && !sameRecord(folder.chain, chain)) await writeRecord(folder, chain);
+  };
+  for (const folder of [
+    Promise.resolve(top),
+    ...[...places.values()].map(async (one) => (await one).root),
+  ])
+    await folder.then(note).catch((error) => report.error(null, error));
+}
+
+/** Serves each member like a source of its own, some at a time. */
+async function backUpMembers(tree: Tree, places: TreePlaces): Promise<void> {
+  const { o, sources, report } = tree;
+  const width = atMost(Number.isFinite(o.jobs) ? o.jobs : MEMBERS_AT_A_TIME);
+  await allOf(
+    [...sources].map(([path, source]) =>
+      width(async () => {
+        const part = reportFor(tree, path);
+        const wanted = memberOptions(tree, path);
+        try {
+          const session = await begunSession(source, foldersFor(o, places, path), wanted, part);
+          await backUpOpened(session);
+        } catch (error) {
+          report.error(null, saidOf(path, error));
+        }
+        addFigures(tree, path, part);
+      }),
+    ),
+  );
+}
+
+/** A member's folders at the destinations, as if they had begun to be opened for it. */
+function foldersFor({ destinations }: RunOptions, places: TreePlaces, path: string) {
+  const ahead = new Map<string, Ahead>();
+  for (const { location } of destinations) {
+    const place = places.get(location.id);
+    if (place === undefined) continue;
+    const folder = place.then(({ root, members }) =>
+      path === "" ? { ...root, close: async () => {} } : (members.get(path) as Promise<Folder>),
+    );
+    folder.catch(() => {}); // whoever opens it is told
+    ahead.set(placeBelow(location, path).id, { folder, go: () => {}, drop: async () => {} });
+  }
+  return ahead;
 }
 
 // ── run: what is known of parents ──
@@ -11703,7 +12756,14 @@ export type UnpinOptions = Pick<
 
 /** Makes a source forget destinations, so that nothing is kept for them. */
 export async function unpin(o: UnpinOptions, report: Report): Promise<void> {
-  const source = await openFinished({ ...o, dryRun: false, adopt: false, fsChecks: true });
+  const source = await openFinished({
+    ...o,
+    dryRun: false,
+    adopt: false,
+    fsChecks: true,
+    recursive: false,
+    member: null,
+  });
   try {
     if (source.record.unreadable !== null) {
       const record = `${source.path}/.btrfs-backup.json`;
@@ -11917,7 +12977,7 @@ async function checkOpenedSource(checkup: Checkup, session: Session): Promise<vo
   await checkLock(checkup, about("lock"), source);
   await look(checkup, about("record"), (heard) => checkSourceRecord(checkup, session, heard));
   await look(checkup, about("nested"), (heard) => {
-    warnOfNested(source, heard);
+    warnOfNested(source, { o, report: heard });
     return "no subvolume is left out";
   });
   await checkDuplicates(checkup, about("duplicates"), source);
@@ -13074,6 +14134,7 @@ const JUDGED: Readonly<Record<keyof ChainRecord, true>> = {
   destinations: true,
   leaps: true,
   belated: true,
+  tree: true,
   guarded: true,
 };
 
@@ -14367,6 +15428,17 @@ const GROUPS = {
       old: true,
       means: "Take no snapshot, transfer existing ones",
     },
+    recursive: {
+      common: true,
+      of: RUNNING,
+      means: "Back up SOURCE, and each subvolume below it, at one moment",
+    },
+    exclude: {
+      of: RUNNING,
+      value: "PATTERN",
+      repeatable: true,
+      means: "With --recursive: not the subvolumes that PATTERN names, as in gitignore(5)",
+    },
     "snapshot-folder": {
       of: COMMON,
       short: "f",
@@ -14945,6 +16017,9 @@ export function runOptions(given: Given) {
     prefix: common.prefix ?? "",
     source,
     destinations,
+    recursive: flag("recursive"),
+    excluded: excludedBy(given),
+    member: null as Member | null,
     sourcePolicy,
     backupPolicy: policyOf(given, "num-backups"),
     snapshot: !flag("no-snapshot"),
@@ -14971,6 +16046,14 @@ export function runOptions(given: Given) {
     ...displayOptions(given),
     sendingTo: (id: string) => sendingOptions(given, parseLocation(id)),
   };
+}
+
+/** Errors: UsageError for patterns that mean nothing. */
+function excludedBy(given: Given): readonly IgnoreRule[] {
+  const patterns = given.all("exclude");
+  if (patterns.length > 0 && !given.flag("recursive"))
+    throw new UsageError("--exclude needs --recursive: a snapshot has all of its subvolume");
+  return patterns.flatMap((pattern) => ignoreRule(pattern) ?? []);
 }
 
 /** Those of run, as a dry run has them, which forgets no pin and waits for no lock. */
