@@ -3229,25 +3229,31 @@ const SNAPSHOTS = defineVerb("snapshots", "source folder fsid name paths...")`
   at "$folder" "$fsid"
   root=$PWD
   now() { read -r up rest </proc/uptime; line "\${up%.*}\${up#*.}"; }
-  # taken PATH: tells why not.
-  taken() (
+  began=$(now)
+  for path; do
     above=
     there=$source
-    if [ "$1" = . ]; then :; else
-      above=/\${1#./}
+    if [ "$path" = . ]; then
+      :
+    else
+      above=/\${path#./}
       there=\${source%/}$above
     fi
     snapshot=\${root%/}$above/$name
-    if [ -e "$snapshot" ] || [ -L "$snapshot" ]; then line "$name is there"; exit 1; fi
-    cd -P -- "$there" 2>/dev/null || { line "it is not there any more"; exit 1; }
-    [ "$PWD" = "$there" ] || { line "$there leads to $PWD now"; exit 1; }
-    said=$(b subvolume snapshot -r . "$snapshot" 2>&1) || { line "\${said##*ERROR: }"; exit 1; }
-  )
-  began=$(now)
-  for path; do
-    if said=$(taken "$path"); then echo ok; else line "$said"; fi
+    if [ -e "$snapshot" ] || [ -L "$snapshot" ]; then
+      line "$name is there"
+    elif cd -P -- "$there" 2>/dev/null; then
+      if [ "$PWD" = "$there" ]; then
+        if said=$(b subvolume snapshot -r . "$snapshot" 2>&1); then echo ok; else line "\${said##*ERROR: }"; fi
+      else
+        line "$there leads to $PWD now"
+      fi
+    else
+      line "it is not there any more"
+    fi
   done
   echo $(($(now) - began))
+  cd -P -- "$root"
   b subvolume list -a -c -u -q -R .
 `;
 
@@ -5160,6 +5166,17 @@ type MemberSeen = Readonly<{
   trusted: boolean;
 }>;
 
+/** A folder that is not there. */
+const UNSEEN: MemberSeen = {
+  state: "missing",
+  entries: new Set(),
+  record: { chains: new Map(), unreadable: null },
+  files: [],
+  inode: 0,
+  fsid: "",
+  trusted: true,
+};
+
 /** Reads what MEMBERS printed. Errors: Failure for any other shape. */
 export function parseMembers(
   output: string,
@@ -5233,7 +5250,7 @@ async function openMembers(
   }
   return new Map(
     paths.map((path) => {
-      const folder = openMember(root, path, seen.get(path), opening);
+      const folder = openMember(root, path, seen.get(path) ?? UNSEEN, opening);
       folder.catch(() => {}); // whoever needs it is told
       return [path, folder];
     }),
@@ -5244,39 +5261,40 @@ async function openMembers(
 async function openMember(
   root: Folder,
   path: string,
-  seen: MemberSeen | undefined,
+  seen: MemberSeen,
   opening: MemberOpening,
 ): Promise<Folder> {
-  const location = placeBelow(opening.location, path);
-  if (seen?.state === "own" || (root.exists && !root.fenced)) return openAlone(root, path, opening);
-  const top = join(root.top, path);
-  const exists = seen !== undefined;
-  const here = exists
-    ? { inode: seen.inode, fsid: seen.fsid, root: rootOf(top, root.subvolumes) }
-    : {};
-  const files = seen?.files ?? [];
-  const entries = seen?.entries ?? new Set<string>();
+  if (seen.state === "own" || (root.exists && !root.fenced)) return openAlone(root, path, opening);
+  const { state, files, entries } = seen;
+  const exists = state !== "missing";
+  const [there, top] = [join(root.path, path), join(root.top, path)];
   const store = root.store && { ...parseStreams(files, true), verbs: RAW, type: null };
   const standing = store?.streams ?? subvolumesIn({ ...root, top, entries });
-  const read = seen?.record ?? parseRecord("");
-  const chains = new Map([...read.chains].map(([of, one]) => [of, asRead(one, standing, of)]));
-  const { path: _, ...place } = root.place;
+  const chains = new Map(
+    [...seen.record.chains].map(([of, one]) => [of, asRead(one, standing, of)]),
+  );
+  const here = {
+    path: there,
+    inode: seen.inode,
+    fsid: seen.fsid,
+    root: rootOf(top, root.subvolumes),
+  };
   const folder = withPrefix(
     {
       ...root,
-      id: location.id,
-      path: join(root.path, path),
+      id: placeBelow(opening.location, path).id,
+      path: there,
       within: join(root.within, path),
       exists,
-      locked: root.locked && seen?.state === "linked",
+      locked: root.locked && state === "linked",
       top,
       source: opening.sourceOf?.(path) ?? null,
-      place: { ...place, ...here, path: exists ? join(root.path, path) : root.path },
+      place: exists ? { ...root.place, ...here } : root.place,
       entries,
-      record: { ...read, chains },
+      record: { ...seen.record, chains },
       old: parseOldRecord(""),
       written: new Map(files.map(({ name, written }) => [name, written])),
-      trusted: root.trusted && (seen?.trusted ?? true),
+      trusted: root.trusted && seen.trusted,
       store,
       standing,
       close: async () => {},
@@ -7344,7 +7362,7 @@ function bracketShape(word: string): string {
   };
   const [, not = "", inner = ""] = /^\[([!^]?)(.*)\]$/su.exec(word) ?? [];
   const members = inner.replace(
-    /\[:(\w+):\]|\\(.)|[\]\[\\^]/gsu,
+    /\[:(\w+):\]|\\(.)|[[\]\\^]/gsu,
     (one, name: string | undefined, escaped: string | undefined) =>
       name === undefined
         ? `\\${escaped ?? one}`.replace(/^\\(?=[\w ])/, "")
@@ -7354,7 +7372,7 @@ function bracketShape(word: string): string {
 }
 
 /** Whether patterns exclude a path, or a directory that it is in. The last that fits decides. */
-export function isIgnored(path: string, rules: readonly IgnoreRule[]): boolean {
+export function isExcluded(path: string, rules: readonly IgnoreRule[]): boolean {
   const names = path.split("/");
   return names.some((_, i) => {
     const above = names.slice(0, i + 1).join("/");
@@ -7391,7 +7409,7 @@ export function membersIn(
     const there = `/${one.path}`;
     const path = there.slice(above.length);
     const isCandidate = there.startsWith(above) && !one.readonly && !isWithin(there, folder);
-    if (!isCandidate || IN_WORK.test(path) || isIgnored(path, excluded)) continue;
+    if (!isCandidate || IN_WORK.test(path) || isExcluded(path, excluded)) continue;
     if (isSeen(path, there)) found.set(path, one);
   }
   if (snapshotFolder.startsWith("/")) return found;
@@ -7456,8 +7474,8 @@ export function parseSnapshots(
   { top, name }: { readonly top: string; readonly name: string },
 ): { made: Map<string, Subvolume | Failure>; span: number } {
   const lines = told.replace(/\n$/, "").split("\n");
-  const list = parseSubvolumes(lines.slice(paths.length + 1).join("\n"), "");
-  const standing = new Map(list.map((one) => [`/${one.path}`, one]));
+  const listed = parseSubvolumes(lines.slice(paths.length + 1).join("\n"), "");
+  const standing = new Map(listed.map((one) => [`/${one.path}`, one]));
   const made = new Map(
     paths.map((path, i) => {
       const said = lines[i] ?? "";
@@ -7505,17 +7523,20 @@ type Claiming = Readonly<{
   shared: readonly Snapshot[];
   adopt: boolean;
   /** In a tree, a place below SOURCE is the owner, whatever subvolume is there by now. */
-  isMember?: boolean;
+  isMember: boolean;
 }>;
+
+const areOfOnePlace = (owner: SourceIdentity | undefined, { host, path }: SourceIdentity) =>
+  owner?.host === host && owner.path === path;
 
 /**
  * One chain, one owner. Of the backups that hold none of the source's data, the ancestors of those
  * that do are its own as well: each was received on top of its parent.
  */
 export function judgeClaim(claiming: Claiming): Claim {
-  const { identity, chain, standing, shared, adopt, isMember = false } = claiming;
+  const { identity, chain, standing, shared, adopt, isMember } = claiming;
   const { owner, strangers = [] } = chain;
-  const isSamePlace = owner?.host === identity.host && owner.path === identity.path;
+  const isSamePlace = areOfOnePlace(owner, identity);
   if (owner?.uuid === identity.uuid) {
     const newest = isSamePlace ? undefined : unknownNewest(claiming);
     if (newest === undefined) return { accepted: true, strangers };
@@ -7523,8 +7544,9 @@ export function judgeClaim(claiming: Claiming): Claim {
   }
   if (standing.length === 0 || (isSamePlace && shared.length > 0))
     return { accepted: true, strangers };
-  const isTaken = owner !== undefined || shared.length === 0;
-  if (!adopt && isTaken && !(isMember && isSamePlace)) return { accepted: false, identity, owner };
+  const isGiven = adopt || (isMember && isSamePlace);
+  if (!isGiven && (owner !== undefined || shared.length === 0))
+    return { accepted: false, identity, owner };
   const needed = neededBy(shared, { backups: standing, chained: [] });
   const own = new Set([...shared.map(({ uuid }) => uuid), ...needed.keys()]);
   const all = new Set([...strangers, ...standing.map(({ uuid }) => uuid)]);
@@ -8836,7 +8858,7 @@ async function openPlace(
 /** Opens a folder of backups, and writes its record, if it is the right one. */
 async function openBackups(session: Session, asked: AskedPlace): Promise<Destination> {
   const { o, report, source } = session;
-  const { location, known, sending } = asked;
+  const { known, sending } = asked;
   let strangers: readonly string[] = [];
   const { folder, lookAgain } = await openPlace(session, asked, (opened) => {
     checkBackups(session, asked, opened);
@@ -8850,15 +8872,7 @@ async function openBackups(session: Session, asked: AskedPlace): Promise<Destina
   const isTop = o.member?.path === "" && source.owned.tree !== undefined;
   const owned = isTop ? { ...taken, tree: source.owned.tree } : taken;
   const { owner } = folder.chain;
-  const { uuid, host, path } = source.identity;
-  if (owner?.uuid === uuid && (owner.host !== host || owner.path !== path))
-    log.info(
-      `${location.id}: its backups were made on ${owner.host}:${owner.path}; their source is ${host}:${path} now`,
-    );
-  if (isBelow(o.member) && owner !== undefined && owner.uuid !== uuid && strangers.length > 0)
-    log.info(
-      `${location.id}: another subvolume is at ${path} now; the ${plural(strangers.length, "backup")} of the former one stay${strangers.length === 1 ? "s" : ""}`,
-    );
+  tellFormerOwner(session, folder, strangers);
   // Taken over, moved, or completed after all: the record says so even if nothing is sent.
   const isStanding = owner !== undefined || folder.snapshots.some(isComplete);
   // The data of what was completed after all must be on the disk before its announcement goes.
@@ -8873,6 +8887,24 @@ async function openBackups(session: Session, asked: AskedPlace): Promise<Destina
     btrfsDebug: o.btrfsDebug,
     sending,
   });
+}
+
+/** Tells where the backups of a folder were made, if it was elsewhere or by another subvolume. */
+function tellFormerOwner(
+  { o, source }: Session,
+  { id, chain: { owner } }: Folder,
+  strangers: readonly string[],
+): void {
+  const { uuid, host, path } = source.identity;
+  if (owner === undefined) return;
+  if (owner.uuid === uuid && (owner.host !== host || owner.path !== path))
+    log.info(
+      `${id}: its backups were made on ${owner.host}:${owner.path}; their source is ${host}:${path} now`,
+    );
+  if (owner.uuid !== uuid && isBelow(o.member) && strangers.length > 0)
+    log.info(
+      `${id}: another subvolume is at ${path} now; ${plural(strangers.length, "backup")} of the former one stay${strangers.length === 1 ? "s" : ""}`,
+    );
 }
 
 /** Errors: UsageError, Absent, Failure for a folder that is not the destination. */
@@ -8972,7 +9004,9 @@ function checkStore(session: Session, { location, known, sending }: Asked, folde
     throw new Absent(`what was stored there is gone ${MOUNTED}; --adopt begins anew`);
   const isOwn = ({ owner: { uuid, place } }: Stream) =>
     uuid === owner.uuid || place === owner.place;
-  if (ours.length > 0 && !own.some(isOwn)) {
+  // In a tree, a place below SOURCE is the owner, whatever subvolume is there by now.
+  const mine = isBelow(o.member) ? ours : own;
+  if (ours.length > 0 && !mine.some(isOwn)) {
     const [whose, goingOn] =
       own.length === 0
         ? ["another source", "stores beside them"]
@@ -9269,19 +9303,19 @@ function reportFor({ o, report }: Tree, path: string): Report {
   const roots = new Map(
     o.destinations.map(({ location }) => [placeBelow(location, path).id, location.id]),
   );
-  const rootOf = (id: string | null) => (id === null ? null : (roots.get(id) ?? id));
+  const placeOf = (id: string | null) => (id === null ? null : (roots.get(id) ?? id));
   return {
     failed: false,
     tally: report.tally,
     figures: new Map(),
     event: (event, fields) => {
       const destination = fields["destination"] as string | null | undefined;
-      const which = destination === undefined ? {} : { destination: rootOf(destination) };
+      const where = destination === undefined ? {} : { destination: placeOf(destination) };
       const whose = path === "" ? {} : { subvolume: path };
-      report.event(event, { ...fields, ...which, ...whose });
+      report.event(event, { ...fields, ...where, ...whose });
     },
     warning: (message) => report.warning(path === "" ? message : `${path}: ${message}`),
-    error: (destination, error) => report.error(rootOf(destination), saidOf(path, error)),
+    error: (destination, error) => report.error(placeOf(destination), saidOf(path, error)),
   };
 }
 
@@ -10971,6 +11005,7 @@ async function openOutside(target: Target, location: Folder, o: RestoreOptions):
       standing: folder.snapshots,
       shared: folder.snapshots.filter((s) => known(s)),
       adopt: false,
+      isMember: false,
     });
     if (!claimed.accepted) throw new Failure(`${folder.path}: ${refusalMessage(claimed)}`);
   };
@@ -13954,6 +13989,16 @@ const SOURCE_RULE: ArgumentRule = (value, said) => {
   return source;
 };
 
+/** A folder below the one of the arguments. */
+const BELOW_RULE: ArgumentRule = (value, said) => {
+  const { folder } = said;
+  if (!value.startsWith("./")) refuse(`the path ${inQuotes(value)}`);
+  const below = join(folder, "x").slice(0, -1) + value.slice(2);
+  const real = PLACE_RULE(below, said);
+  said.folder = folder;
+  return real === below ? value : refuse(`${inQuotes(value)} leads elsewhere`);
+};
+
 const PREFIX_RULE: ArgumentRule = (value, said) => {
   if (!isPrefix(value) || value.includes("\ufffd")) refuse(`the prefix ${inQuotes(value)}`);
   said.prefix = value;
@@ -14002,7 +14047,7 @@ const PARAMETERS = {
   wait: matching(/^(look|later|\d{1,6})$/),
   silence: matching(/^\d{1,4}$/),
   folder: PLACE_RULE,
-  fsid: matching(/^[0-9a-f]{1,16}(\/\d{0,9})?$/),
+  fsid: matching(/^[0-9a-f]{1,16}(\/\d{0,9}(\/[^\n\r\0]+)?)?$/),
   prefix: PREFIX_RULE,
   lock: PREFIX_RULE,
   holder: matching(/^\d{0,9}$/),
@@ -14360,6 +14405,8 @@ const GUARDED: ReadonlyMap<string, Allowed> = new Map([
     { serve: openServed },
   ),
   allow(CREATE, ["add", "source"], {}),
+  allow(JOIN, ["add", "source"], { paths: BELOW_RULE }),
+  allow(MEMBERS, ["add", "source"], { kind: oneOf("", "streams"), paths: BELOW_RULE }),
   allow(PARENTS, ["add"], { source: oneOf(""), how: oneOf("", "look") }),
   allow(WRITE_RECORD, ["add", "source"], { sync: oneOf("sync") }, { again: recordAgain }),
   allow(RECEIVE, ["add"], { sum: SHA256, sync: notGiven }, { serve: receiveServed }),
@@ -14392,6 +14439,16 @@ const GUARDED: ReadonlyMap<string, Allowed> = new Map([
   allow(BORN, ["delete", "read"], NAMES),
   allow(SHOW, ["source"], {}),
   allow(SNAPSHOT, ["source"], { source: SOURCE_RULE, name: DATED }),
+  allow(
+    SNAPSHOTS,
+    ["source"],
+    {
+      source: SOURCE_RULE,
+      name: DATED,
+      paths: (value, said) => (value === "." ? value : BELOW_RULE(value, said)),
+    },
+    { again: snapshotsAgain, serve: snapshotsServed },
+  ),
   allow(RENAME, ["source"], { name: STANDING, to: DATED }, { again: renameAgain }),
   allow(SEND, ["source", "read"], {
     protocol: matching(/^[12]?$/),
@@ -14611,6 +14668,30 @@ async function openServed(given: ArgumentsOf<typeof OPEN>, said: Guarded): Promi
   if (typeof output === "string")
     process.stdout.write(narrowedAnswer(output, given.nonce, said.folder));
   return (await child).exitCode ?? 1;
+}
+
+/** Looks at the subvolumes of which snapshots are taken, as it did at their folders. */
+async function snapshotsAgain(given: ArgumentsOf<typeof SNAPSHOTS>, said: Guarded) {
+  const { folder } = said;
+  said.folder = given.source;
+  for (const path of given.paths) if (path !== ".") BELOW_RULE(path, said);
+  said.folder = folder;
+  return given;
+}
+
+/** Takes snapshots, and tells of those that are in the folder. */
+async function snapshotsServed(
+  given: ArgumentsOf<typeof SNAPSHOTS>,
+  said: Guarded,
+): Promise<number> {
+  const { top } = await folderNow(said, "folder");
+  const { stdout, exitCode } = await startFenced(SNAPSHOTS, given, "pipe");
+  const lines = stdout.replace(/\n$/, "").split("\n");
+  const told = lines.splice(0, given.paths.length + 1);
+  for (const [line, , , , , , path] of listedLines(lines.join("\n"), LISTED))
+    if (isWithin(`/${path}`, top)) told.push(line);
+  process.stdout.write(`${told.join("\n")}\n`);
+  return exitCode ?? 1;
 }
 
 /** Tells when the subvolumes of a folder were made. */

@@ -1662,7 +1662,14 @@ describe("one chain, one owner", () => {
       [],
     ],
   ])("%s", (_, { chain, there, shared, identity = me, adopt = false }, strangers) => {
-    const claimed = judgeClaim({ identity, chain, standing: there, shared, adopt });
+    const claimed = judgeClaim({
+      identity,
+      chain,
+      standing: there,
+      shared,
+      adopt,
+      isMember: false,
+    });
     expect(claimed.accepted ? claimed.strangers : null).toEqual(strangers);
   });
 
@@ -1673,6 +1680,7 @@ describe("one chain, one owner", () => {
       standing: [x1],
       shared: [],
       adopt: false,
+      isMember: false,
     });
     for (const text of [
       "there:/srv",
