@@ -17,6 +17,7 @@ import { ignoreRule, isExcluded } from "../btrfs-backup.ts";
 import { generator, seeded, soak } from "./support/random.ts";
 import {
   change,
+  events,
   expectRun,
   expectSameTree,
   expectSound,
@@ -30,6 +31,7 @@ import {
   sh,
   snapshotNames,
   sshServer,
+  start,
   subvolume,
   temporaryDirectory,
   transfers,
@@ -106,7 +108,7 @@ test("SOURCE and all below it: one name, one moment, one hook; then only differe
   expect(snapshotNames(destination).length).toBe(2);
   expectTree(snapshots, destination, MEMBERS);
   const summary = (await expectRun(0, ["--recursive", "-S", source, destination])).stderr;
-  expect(summary).toContain("1 subvolume came: var/cache");
+  expect(summary).toContain("3 subvolumes came: var/cache");
   sh(`umount "$1"`, join(source, "hidden"));
 });
 
@@ -400,4 +402,69 @@ test("--exclude means what gitignore(5) says: git decides the same of random pat
     const ours = paths.filter((path) => isExcluded(path, rules));
     expect({ patterns, ignored: ours }).toEqual({ patterns, ignored });
   }
+});
+
+test("subvolumes that come, go, move and are made anew, and runs that are killed: no chain mixes", async () => {
+  const random = seeded();
+  const pick = <T>(all: readonly T[]) => all[Math.floor(random() * all.length)] as T;
+  const { source, snapshots, destination } = pair();
+  const names = ["a", "b", "b/c", "b/c/d", "e e", "f/g", "f/g/h"];
+  const foreign = [snapshots, destination].map((folder) => {
+    mkdirSync(join(folder, "a"), { recursive: true });
+    return subvolume(join(folder, "a", "foreign"));
+  });
+  const uuids = () => foreign.map((path) => sh(`btrfs subvolume show "$1" | grep UUID`, path));
+  const [before, states] = [uuids(), new Map<string, string>()];
+  const isThere = (path: string) => existsSync(join(source, path, "state"));
+  const gone = (path: string) =>
+    sh(`find "$1" -depth -inum 256 -exec btrfs -q subvolume delete {} ";"`, join(source, path));
+  const mutate = (round: number) => {
+    const path = pick(names);
+    const deed = pick(["come", "come", "go", "move", "anew"]);
+    if (!isThere(path)) {
+      mkdirSync(join(source, path, ".."), { recursive: true });
+      if (!existsSync(join(source, path))) subvolume(join(source, path));
+    } else if (deed === "go" || deed === "anew") {
+      gone(path);
+      if (deed === "anew") subvolume(join(source, path));
+    } else if (deed === "move") {
+      const to = pick(names.filter((one) => !one.startsWith(path) && !path.startsWith(one)));
+      mkdirSync(join(source, to, ".."), { recursive: true });
+      if (!existsSync(join(source, to)))
+        sh(`mv -T "$1" "$2"`, join(source, path), join(source, to));
+    }
+    for (const one of names)
+      if (existsSync(join(source, one)) && statSync(join(source, one)).ino === 256)
+        if (random() < 0.5 || !isThere(one))
+          writeFileSync(join(source, one, "state"), `${one} ${round} ${random()}`);
+  };
+  const rounds = soak(6);
+  for (let round = 0; round < rounds; round++) {
+    for (let i = 0; i < 3; i++) mutate(round);
+    await nextSecond();
+    const args = ["--recursive", "--json", "-N", "3", "-n", "4", source, destination];
+    if (random() < 0.3) {
+      const running = start(args);
+      await Bun.sleep(random() * 400); // a random moment of the run
+      running.child.kill("SIGKILL");
+      await running.finished;
+      await nextSecond();
+    }
+    const there = new Map(
+      names
+        .filter(isThere)
+        .map((path) => [path, readFileSync(join(source, path, "state"), "utf8")]),
+    );
+    const told = await expectRun(0, [...args, "--wait", "30"]);
+    const name = events(told).find(({ event }) => event === "snapshot")?.["name"] as string;
+    for (const [path, state] of there) states.set(`${path}/${name}`, state);
+    for (const path of there.keys()) {
+      expectSound(join(destination, path), join(snapshots, path));
+      expect(snapshotNames(join(destination, path))).toContain(name);
+    }
+  }
+  for (const [place, state] of states)
+    if (existsSync(join(destination, place)))
+      expect(readFileSync(join(destination, place, "state"), "utf8")).toBe(state);
+  expect(uuids()).toEqual(before);
 });
