@@ -9298,8 +9298,11 @@ const memberOptions = ({ o, jobs }: Pick<Tree, "o" | "jobs">, path: string): Run
   member: { path, jobs },
 });
 
-/** What is told of a member: its paths, summed up with those of the others. */
-function reportFor({ o, report }: Tree, path: string): Report {
+/**
+ * What is told of a member, under the destinations' own names. A warning that was `told` of another
+ * member in the same words is about all of them.
+ */
+function reportFor({ o, report }: Tree, path: string, told: Set<string>): Report {
   const roots = new Map(
     o.destinations.map(({ location }) => [placeBelow(location, path).id, location.id]),
   );
@@ -9314,22 +9317,30 @@ function reportFor({ o, report }: Tree, path: string): Report {
       const whose = path === "" ? {} : { subvolume: path };
       report.event(event, { ...fields, ...where, ...whose });
     },
-    warning: (message) => report.warning(path === "" ? message : `${path}: ${message}`),
+    warning: (message) => {
+      if (told.has(message)) return;
+      told.add(message);
+      report.warning(path === "" || message.includes(path) ? message : `${path}: ${message}`);
+    },
     error: (destination, error) => report.error(placeOf(destination), saidOf(path, error)),
   };
 }
 
-/** Adds a member's figures to those of the tree. The oldest success counts. */
-function addFigures({ report, o }: Tree, path: string, part: Report): void {
-  for (const { id } of [{ id: null }, ...o.destinations.map(({ location }) => location)]) {
-    const location = o.destinations.find((one) => one.location.id === id)?.location;
-    const one = part.figures.get(location === undefined ? null : placeBelow(location, path).id);
-    if (one === undefined) continue;
+/** Adds members' figures to those of the tree. The oldest success counts, and one that never was. */
+function addFigures({ report, o }: Tree, parts: ReadonlyMap<string, Report>): void {
+  const places = [null, ...o.destinations.map(({ location }) => location)];
+  for (const place of places) {
+    const id = place === null ? null : place.id;
     const sum = figuresOf(report.figures, id);
-    sum.deleted += one.deleted;
-    if (one.kept !== null) sum.kept = (sum.kept ?? 0) + one.kept;
-    const isOlder = sum.last === null || (one.last !== null && one.last < sum.last);
-    if (id !== null && isOlder) sum.last = one.last;
+    const all = [...parts].map(([path, { figures }]) =>
+      figuresOf(figures, place === null ? null : placeBelow(place, path).id),
+    );
+    const lasts = all.map(({ last }) => last ?? "").sort();
+    sum.last = lasts[0] || null;
+    for (const { deleted, kept } of all) {
+      sum.deleted += deleted;
+      if (kept !== null) sum.kept = (sum.kept ?? 0) + kept;
+    }
   }
 }
 
@@ -9589,10 +9600,12 @@ async function noteTree(
 async function backUpMembers(tree: Tree, places: TreePlaces): Promise<void> {
   const { o, sources, report } = tree;
   const width = atMost(Number.isFinite(o.jobs) ? o.jobs : MEMBERS_AT_A_TIME);
+  const told = new Set<string>();
+  const parts = new Map([...sources.keys()].map((path) => [path, reportFor(tree, path, told)]));
   await allOf(
     [...sources].map(([path, source]) =>
       width(async () => {
-        const part = reportFor(tree, path);
+        const part = parts.get(path) as Report;
         const wanted = memberOptions(tree, path);
         try {
           const session = await begunSession(source, foldersFor(o, places, path), wanted, part);
@@ -9600,10 +9613,10 @@ async function backUpMembers(tree: Tree, places: TreePlaces): Promise<void> {
         } catch (error) {
           report.error(null, saidOf(path, error));
         }
-        addFigures(tree, path, part);
       }),
     ),
   );
+  addFigures(tree, parts);
 }
 
 /** A member's folders at the destinations, as if they had begun to be opened for it. */
