@@ -13014,6 +13014,21 @@ async function sessionToCheck(checkup: Checkup): Promise<Session | null> {
   return session;
 }
 
+/** Tells of the subvolumes below SOURCE, and warns of those that no run has snapshots of yet. */
+function tellOfMembers({ o, source }: Session, heard: Report): string {
+  const members = membersIn(source, o);
+  const own = membersWithFolders(members, source.subvolumes, o);
+  const known = foldersOfSnapshots(source, o.prefix);
+  const fresh = [...members.keys()].filter((path) => !known.has(path) && !own.has(path));
+  if (fresh.length > 0)
+    heard.warning(
+      `${plural(fresh.length, "subvolume")} below it ${fresh.length === 1 ? "has" : "have"} no snapshot yet: ${someOf(fresh, 3)}`,
+    );
+  const gone = [...goneFrom(source, members, o.prefix).keys()];
+  const went = gone.length === 0 ? "" : `; not there any more: ${someOf(gone, 3)}`;
+  return `${plural(members.size, "subvolume")} below it ${members.size === 1 ? "is" : "are"} backed up with it${went}`;
+}
+
 /** Looks at all that concerns SOURCE alone. */
 async function checkOpenedSource(checkup: Checkup, session: Session): Promise<void> {
   const { o, source } = session;
@@ -13026,7 +13041,7 @@ async function checkOpenedSource(checkup: Checkup, session: Session): Promise<vo
   await look(checkup, about("record"), (heard) => checkSourceRecord(checkup, session, heard));
   await look(checkup, about("nested"), (heard) => {
     warnOfNested(source, { o, report: heard });
-    return "no subvolume is left out";
+    return o.recursive ? tellOfMembers(session, heard) : "no subvolume is left out";
   });
   await checkDuplicates(checkup, about("duplicates"), source);
   await look(checkup, about("snapshots"), (heard) => {

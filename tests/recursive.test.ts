@@ -150,6 +150,10 @@ test("what came, went and was made anew", async () => {
   expect(snapshotNames(join(destination, "var/lib/a"))).toEqual([name]);
   expectSameTree(join(source, "var/lib/b"), join(destination, "var/lib/b", name));
   expectSameTree(join(source, "new"), join(destination, "new", name));
+  const checked = await expectRun(0, ["check", "--recursive", source, destination]);
+  expect(checked.stdout).toMatch(
+    /ok +nested .*: 4 subvolumes below it are backed up with it; not there any more: srv/,
+  );
   await nextSecond();
   const third = await expectRun(0, ["--recursive", "--json", "-n", "1", source, destination]);
   expect(transfers(third).map(({ parent }) => parent)).toEqual(Array(5).fill(name));
