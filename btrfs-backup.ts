@@ -9556,7 +9556,7 @@ async function freeSpace(pruning: Pruning, served: Emptied, now: number): Promis
   const free = [o.dryRun ? served.destination.free : await measure(true)];
   const retention = { policy, now, adopted: leaps };
   const order = planFreeing(snapshots, served.standing, retention, minFree.newest);
-  const told = () => `${inBytes(free.at(-1) ?? 0)} of ${inBytes(wanted)} are free`;
+  const told = () => `${inBytes(free.at(-1) ?? 0)} are free, and ${inBytes(wanted)} should be`;
   for (const [i, oldest] of order.entries()) {
     if (freeingState(free, wanted) !== "lacking") break;
     const left = order.length - i - 1;
@@ -9570,14 +9570,14 @@ async function freeSpace(pruning: Pruning, served: Emptied, now: number): Promis
   }
   const state = freeingState(free, wanted);
   if (state === "enough") {
-    if (free.length > 1) log.info(`${id}: ${told()} now (${what})`);
+    if (free.length > 1) log.info(`${id}: ${inBytes(free.at(-1) ?? 0)} are free now (${what})`);
     return;
   }
   const why =
     state === "in vain"
       ? "the last two deletions freed less than 1 % of what is missing, so that no more is deleted"
       : `nothing else may go: the newest ${minFree.newest} stay (--min-keep), and what words with m and y, pins or "keep" keep`;
-  throw new Failure(`${id}: ${what}: only ${told()}; ${why}`);
+  throw new Failure(`${what}: ${told()}; ${why}`);
 }
 
 /** Deletes backups of a destination; `free`: waits until their space is free. */
