@@ -903,8 +903,8 @@ function remainsOf(file: string, files: ReadonlySet<string>): string | null {
  * What a store holds, by its listing alone. `whole`: it cannot hold half a stream, since it renames
  * complete ones, or its user says so; else a stream without a checksum object is incomplete.
  * `debris`: what broken transfers left, by the snapshot. One upload at a time leaves one stream at
- * most, on which nothing builds; of more, the checksum objects must have got lost, and they are no
- * debris but `unsummed`.
+ * most, on which nothing builds, and which nobody could keep; of any other, the checksum object must
+ * have got lost, and it is no debris but `unsummed`.
  */
 export function parseStreams(
   files: readonly StoredFile[],
@@ -933,7 +933,8 @@ export function parseStreams(
   const unstored = streams.filter(({ stored }) => !stored);
   for (const some of groupBy(unstored, ({ name }) => prefixOf(name)).values()) {
     const [first] = some;
-    if (first !== undefined && some.length === 1 && !children.has(first.receivedUuid))
+    const isBroken = some.length === 1 && first?.kept === undefined;
+    if (first !== undefined && isBroken && !children.has(first.receivedUuid))
       add(first.name, first.uuid);
     else unsummed.push(...some);
   }
@@ -10692,7 +10693,9 @@ async function writeRestoredRecords(
   const recorded = chains.size > 0 ? chains : folder.record.chains;
   for (const prefix of new Set([...recorded.keys(), folder.prefix])) {
     const restored = { ...folder, prefix };
-    await writeRecord(restored, recordAfter(r, restored, backups));
+    // What is still to be moved there is not gone.
+    const standing = [...folder.standing, ...r.moved];
+    await writeRecord({ ...restored, standing }, recordAfter(r, restored, backups));
   }
 }
 

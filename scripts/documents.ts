@@ -148,6 +148,10 @@ function kindOf({ name, hint }: ToldArgument): Kind {
       Kind | undefined) ?? (Object.hasOwn(CHOICES, hint ?? "") ? "choice" : "other")
   );
 }
+/** Commands that take the name of a snapshot behind its place. */
+const naming = commands
+  .filter(({ positionals: all }) => all.some(({ name }) => name === "name"))
+  .map(({ name }) => name);
 const choicesOf = ({ hint }: ToldArgument) => CHOICES[hint ?? ""] ?? [];
 
 /** All options that take a value, each once: those of the same name mean the same. */
@@ -213,6 +217,8 @@ ${commands.map((command) => `    ${command.name}) options="${optionsOf(command).
   *)
     compopt -o filenames
     case $command in versions) mapfile -t COMPREPLY < <(compgen -f -- "$current") ;; guard) ;; *) mapfile -t COMPREPLY < <(compgen -d -- "$current") ;; esac
+    # readline quotes what is inserted, as it does with names of files
+    case $command in ${naming.join(" | ")}) mapfile -t -O "\${#COMPREPLY[@]}" COMPREPLY < <(_btrfs_backup_snapshots "$command" "\${COMP_WORDS[@]:2}" | while IFS= read -r name; do [[ $name != "$current"* ]] || echo "$name"; done) ;; esac
     [ "$COMP_CWORD" = 1 ] && mapfile -t -O "\${#COMPREPLY[@]}" COMPREPLY < <(compgen -W "${commands.map(({ name }) => name).join(" ")}" -- "$current")
     ;;
   esac
@@ -262,6 +268,10 @@ function zshOption(option: ToldArgument): string {
   const other = repeatable ? "'*'" : short === null ? "" : `'(${long} ${brief})'`;
   return `${other}${written.length === 1 ? written[0] : `{${written.join(",")}}`}${rest}`;
 }
+function zshPlaces(command: string): string {
+  if (naming.includes(command)) return "_btrfs_backup_named";
+  return `_btrfs_backup_places ${command === "versions" ? "_files" : "_directories"}`;
+}
 const zsh = () => `#compdef btrfs-backup
 # zsh completion of btrfs-backup
 
@@ -274,6 +284,11 @@ _btrfs_backup_places() {
   [[ $PREFIX == @* ]] && { compset -P @; _files; return }
   compset -P 'raw://'
   $1
+}
+
+_btrfs_backup_named() {
+  (( CURRENT < 3 )) || _btrfs_backup_snapshots
+  _btrfs_backup_places _directories
 }
 
 _btrfs_backup() {
@@ -297,7 +312,7 @@ ${optionsOf(command)
   .map((option) => `      ${zshOption(option)}`)
   .join(
     " \\\n",
-  )}${command.positionals.length === 0 ? "" : ` \\\n      '*:${command.positionals.map(({ name }) => name.toUpperCase()).join(" or ")}: _btrfs_backup_places ${command.name === "versions" ? "_files" : "_directories"}'`}
+  )}${command.positionals.length === 0 ? "" : ` \\\n      '*:${command.positionals.map(({ name }) => name.toUpperCase()).join(" or ")}: ${zshPlaces(command.name)}'`}
     ;;`,
   )
   .join("\n")}
@@ -348,6 +363,7 @@ complete -c btrfs-backup -n '__btrfs_backup_is ${commands
   .filter(({ name }) => name !== "guard" && name !== "versions")
   .map(({ name }) => name)
   .join(" ")}' -a '(__fish_complete_directories (commandline -ct))'
+complete -c btrfs-backup -n '__btrfs_backup_is ${naming.join(" ")}' -k -a '(__btrfs_backup_snapshots)'
 complete -c btrfs-backup -n '__btrfs_backup_is versions' -F
 complete -c btrfs-backup -n 'string match -q "@*" -- (commandline -ct)' -a '@(__fish_complete_suffix (string sub -s 2 -- (commandline -ct)) "")'
 ${everyOption.map(fishOption).join("\n")}

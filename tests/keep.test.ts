@@ -75,6 +75,10 @@ test("what is kept stays at a source, in a folder and in stores, with the stream
   expect(marks.get(day(2))).toMatchObject([{ goes: true }, { kept: "why" }, { kept: "why" }]);
   expect(marks.get(day(3))).toMatchObject([{ goes: true }, { goes: true }, { goes: true }]);
 
+  // A restored source keeps what it kept.
+  await expectRun(0, ["restore", "--replace", source, source]);
+  expect(JSON.parse(recordIn(snapshots))[""].kept).toMatchObject([{ name: day(1) }]);
+
   // A run's retention, with a record that it rewrites, and taken over; a copy is not kept.
   await expectRun(0, ["copy", "--json", destination, second]);
   expect(recordIn(second)).not.toContain("kept");

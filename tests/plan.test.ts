@@ -3041,6 +3041,9 @@ describe("what somebody keeps", () => {
       expect([...debris.values()]).toEqual([[half.name]]);
       expect(parseStreams(beside, whole).streams[0]).not.toHaveProperty("kept");
     }
+    // Nobody could keep half of an upload: its checksum object is lost.
+    const lost = parseStreams([one, mark], false);
+    expect([[...lost.debris], lost.unsummed.length]).toEqual([[], 1]);
     expect([...parseStreams([mark], true).debris]).toEqual([["20240301-000000", [mark.name]]]);
   });
 
