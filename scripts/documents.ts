@@ -215,10 +215,9 @@ ${commands.map((command) => `    ${command.name}) options="${optionsOf(command).
     ;;
   @) mapfile -t COMPREPLY < <(compgen -P @ -f) ;;
   *)
+    case $command in ${naming.join(" | ")}) ${bashValue("snapshot")}; [ "\${#COMPREPLY[@]}" = 0 ] || return ;; esac
     compopt -o filenames
     case $command in versions) mapfile -t COMPREPLY < <(compgen -f -- "$current") ;; guard) ;; *) mapfile -t COMPREPLY < <(compgen -d -- "$current") ;; esac
-    # readline quotes what is inserted, as it does with names of files
-    case $command in ${naming.join(" | ")}) mapfile -t -O "\${#COMPREPLY[@]}" COMPREPLY < <(_btrfs_backup_snapshots "$command" "\${COMP_WORDS[@]:2}" | while IFS= read -r name; do [[ $name != "$current"* ]] || echo "$name"; done) ;; esac
     [ "$COMP_CWORD" = 1 ] && mapfile -t -O "\${#COMPREPLY[@]}" COMPREPLY < <(compgen -W "${commands.map(({ name }) => name).join(" ")}" -- "$current")
     ;;
   esac
