@@ -4689,10 +4689,8 @@ function parseProtocol(text: string): number {
 /** Reads what `open` tells whom btrfs gives no list. Errors: Failure for any other shape. */
 function parseAlone(text: string, top: string, { chains }: RecordFile): Subvolume[] {
   const pins = new Map(
-    [...chains.values()].flatMap(({ destinations = [], kept = [] }) =>
-      [...kept, ...destinations.flatMap(({ pin }) => pin ?? [])].map(
-        ({ name, uuid }) => [name, uuid] as const,
-      ),
+    [...chains.values()].flatMap(({ destinations = [] }) =>
+      destinations.flatMap(({ pin }) => (pin === null ? [] : [[pin.name, pin.uuid] as const])),
     ),
   );
   return (text === "" ? [] : text.split("\n")).map((line) => {
@@ -5042,10 +5040,17 @@ function withPrefix(
   const chain = folder.record.chains.get(prefix) ?? {};
   const doubted = doubtedIn(folder);
   const belated = new Set(chain.belated);
-  const notes = new Map(chain.kept?.map(({ uuid, note }) => [uuid, note]));
+  // Without root, UUIDs are not told, and names have to do.
+  const notes = new Map(
+    chain.kept?.map(({ name, uuid, note }) => [folder.alone ? name : uuid, note]),
+  );
+  const noteOf = (entry: Entry) =>
+    parseName(entry.name, prefix) === null
+      ? undefined
+      : notes.get(folder.alone ? entry.name : dataOf(entry));
   const standing = folder.standing.map((entry) => {
     const isBelated = belated.has(entry.receivedUuid ?? "");
-    const note = parseName(entry.name, prefix) === null ? undefined : notes.get(dataOf(entry));
+    const note = noteOf(entry);
     if (!isBelated && note === undefined && !doubted.has(entry.name)) return entry;
     return {
       ...entry,
@@ -5404,7 +5409,7 @@ function recordArguments(
   chain: ChainRecord,
 ): Readonly<Record<keyof typeof NO_RECORD, string>> {
   const { standing, prefix } = folder;
-  // Without root it is not known whose the UUIDs are.
+  // Without root, what is there cannot be told by UUIDs.
   const left = folder.alone ? chain : withoutGone(chain, standing);
   const value = JSON.stringify(asWritten(left, standing, prefix));
   if (Buffer.byteLength(value) > RECORD_BYTES)
@@ -12076,7 +12081,7 @@ async function changeKept(
       ...(looked.source === null ? {} : { source: looked.source.path }),
     },
     (opened) => {
-      if (opened.store === null) needRoot(opened, `to ${verb} it`);
+      if (opened.store === null) needRoot(opened, verb === "keep" ? "keeping" : "releasing");
       if (namedIn(opened).length === 0) throw notThere(o.name, opened);
       const { unreadable } = opened.record;
       if (opened.store === null && unreadable !== null)
@@ -12595,11 +12600,26 @@ async function checkOneDestination(
 /** A destination's folder that could be looked at, whether or not a run would accept it. */
 type Looked = { readonly asked: Asked; readonly folder: Folder; readonly rate: Rate | null };
 
+/** Tells where the next run would delete backups for space. */
+function checkMinFree(checkup: Checkup, { id, place }: Folder, minFree: MinFree): void {
+  const wanted = freeOf(minFree, place.size);
+  if (place.free >= wanted) return;
+  const what = `--min-free ${minFree.text}`;
+  const words = [what, `--min-keep ${minFree.newest}`, shellWord(id)].join(" ");
+  const [level, ends] =
+    wanted > place.size
+      ? (["fail", `the filesystem has only ${inBytes(place.size)}`] as const)
+      : (["warn", "the next run deletes the oldest backups beyond -n"] as const);
+  const message = `${what}: ${inBytes(place.free)} are free, and ${inBytes(wanted)} should be: ${ends}`;
+  const mend = level === "warn" ? `btrfs-backup prune --dry-run ${words}` : null;
+  checkup.tell({ level, about: "space", place: id, message, mend });
+}
+
 /** Looks at the host, the locks and the disk of a destination. */
 async function checkPlaceOf(
   checkup: Checkup,
   { source }: Session,
-  { asked: { id, location, sending }, folder, rate }: Looked,
+  { asked: { id, location, sending, minFree }, folder, rate }: Looked,
 ): Promise<void> {
   const about = (word: string): Look => ({ about: word, id, location });
   const programs = [
@@ -12614,6 +12634,7 @@ async function checkPlaceOf(
   await checkFenceAt(checkup, about("fence"), folder);
   await checkLock(checkup, about("lock"), folder);
   await checkSpace(checkup, folder, rate);
+  if (minFree !== null) checkMinFree(checkup, folder, minFree);
   if (!sameHost(folder.host, source.host)) return;
   await look(checkup, about("disk"), async (heard) => {
     const [here, there] = [await disksOf(folder), await disksOf(source)];

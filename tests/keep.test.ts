@@ -243,6 +243,11 @@ test("--min-free deletes the oldest until there is room: never what is kept, the
   expect(deleted(dry)).toEqual([day(2)]);
   expect(dry.stderr).toContain("the first, and up to");
   expect(snapshotNames(destination).length).toBe(12);
+  const [, , ...options] = args;
+  const checked = events(await run(["check", "--json", ...options])).find(({ message }) =>
+    message?.startsWith("--min-free"),
+  );
+  expect(checked).toMatchObject({ level: "warn", about: "space", place: destination });
 
   // A transfer that fails: nothing goes there.
   snapshotAs(source, day(13));
