@@ -521,6 +521,9 @@ export function parseNote(text: string): string {
   return text;
 }
 
+/** A note as it is shown, whoever wrote the file that it is in: one line, and not a long one. */
+export const shownNote = (text: string) => text.replace(/\s+/g, " ").slice(0, 200);
+
 /** When a stored chain ends: after a number of streams, or a time; never for 0. */
 export type FullEvery = { readonly count: number; readonly unit: Unit | null };
 
@@ -5042,7 +5045,7 @@ function withPrefix(
   const belated = new Set(chain.belated);
   // Without root, UUIDs are not told, and names have to do.
   const notes = new Map(
-    chain.kept?.map(({ name, uuid, note }) => [folder.alone ? name : uuid, note]),
+    chain.kept?.map(({ name, uuid, note }) => [folder.alone ? name : uuid, shownNote(note)]),
   );
   const noteOf = (entry: Entry) =>
     parseName(entry.name, prefix) === null
@@ -12098,17 +12101,18 @@ async function changeKept(
 }
 
 /** The error for a name that nothing complete has, with the nearest that there are. */
-function notThere(name: string, { id, standing }: Folder): Failure {
+function notThere(name: string, { id, standing, prefix }: Folder): Failure {
   const alike = (other: string) => {
     const differs = [...other].findIndex((letter, i) => letter !== name[i]);
     return differs === -1 ? other.length : differs;
   };
-  const names = new Set(
+  const names = new Set<string>(
     standing.filter((one) => prefixOf(one.name) !== null && one.readonly).map((one) => one.name),
   );
   const near = [...names].sort((a, b) => alike(b) - alike(a) || (a < b ? 1 : -1)).slice(0, 3);
   const hint = near.length === 0 ? "nothing complete is there" : `near it: ${near.join(", ")}`;
-  return new Failure(`${id} has no complete snapshot ${name}; ${hint}`);
+  const isOther = names.has(name) ? ` of the prefix ${JSON.stringify(prefix)}` : "";
+  return new Failure(`${id} has no complete snapshot ${name}${isOther}; ${hint}`);
 }
 
 /** A store with the notes of what is kept in it. That they cannot be read is only a warning. */
@@ -12123,7 +12127,7 @@ async function withNotes(folder: Folder, report: Report): Promise<Folder> {
       const given = { ...at(folder), how: "", holder: "", objects };
       for (const line of (await ask(host, store.verbs.fetch, given, problem)).split("\n")) {
         const [object, note] = parseNoteLine(line);
-        notes.set(object, note);
+        notes.set(object, shownNote(note));
       }
     }
   } catch (error) {

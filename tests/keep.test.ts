@@ -43,8 +43,8 @@ test("what is kept stays at a source, in a folder and in stores, with the stream
   await expectRun(0, args, s3);
 
   // Nothing complete has that name: the nearest ones are told.
-  for (const place of [destination, source, ...stores]) {
-    const wrong = await expectRun(1, ["keep", place, "20260102-00000"], s3);
+  for (const place of [destination, source, `raw://${raw}`]) {
+    const wrong = await expectRun(1, ["keep", place, "20260102-00000"]);
     expect(wrong.stderr).toContain(`no complete snapshot 20260102-00000; near it: ${day(2)}`);
   }
   expect((await expectRun(2, ["keep", destination])).stderr).toContain("give LOCATION and NAME");
@@ -93,7 +93,7 @@ test("what is kept stays at a source, in a folder and in stores, with the stream
   ];
   const withKept = [day(1), day(2), day(7)];
   expect(inStores()).toEqual([withKept, withKept]); // 2 builds on 1
-  for (const store of stores) await expectRun(0, ["verify", store], s3);
+  await expectRun(0, ["verify", `raw://${raw}`]);
   expect(recordIn(destination)).toContain("6.18");
   await expectRun(0, ["prune", "-n", "1", destination]);
   for (const store of stores) await expectRun(0, ["prune", "-n", "1", store], s3);

@@ -71,6 +71,7 @@ import {
   type Rewritten,
   restoredDestinations,
   retain,
+  shownNote,
   snapshotsAmong,
   stamp,
   standingIn,
@@ -3052,6 +3053,9 @@ describe("what somebody keeps", () => {
       expect(parseNote(note)).toBe(note);
     for (const note of ["a\nb", "\t", "\u007f", "\u202e", "\\n", "x".repeat(201)])
       expect(() => parseNote(note)).toThrow(UsageError);
+    expect(shownNote(`a\n20260101-000000  whole${" ".repeat(9)}${"x".repeat(300)}`)).toMatch(
+      /^a 20260101-000000 whole x{150,176}$/,
+    );
   });
 });
 
