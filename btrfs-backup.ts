@@ -6910,7 +6910,7 @@ export function planFreeing(
   const children = groupBy(going, ({ parentUuid }) => parentUuid);
   const order = new Set<Backup>();
   for (const oldest of going) {
-    const line = [oldest];
+    const line = order.has(oldest) ? [] : [oldest];
     for (const one of line) line.push(...(children.get(one.uuid) ?? []));
     for (const one of line.reverse()) order.add(one);
   }
