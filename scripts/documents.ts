@@ -55,7 +55,7 @@ const has = (command: (typeof commands)[number], { name, description }: ToldArgu
 
 const FILES = {
   ".btrfs-backup.json":
-    "Beside snapshots and backups: to whom they belong, and what destinations still need.",
+    "Beside snapshots and backups: to whom they belong, what destinations still need, and what is kept by hand.",
   ".btrfs-backup.PREFIX.lock": "The lock of a folder and prefix.",
   "/etc/btrfs-backup/NAME.args": "Arguments of the systemd unit btrfs-backup@NAME.service.",
 };
