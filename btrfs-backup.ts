@@ -16192,7 +16192,7 @@ const ELSEWHERE: Readonly<Record<string, string>> = {
  * Errors: UsageError for a first word that is neither a command nor a path, but nearly a command.
  */
 function notMisspelt(word: string): void {
-  if (!/^[a-z]{2,12}$/.test(word) || isCommand(word)) return;
+  if (!/^[a-z]{2,12}$/.test(word) || isCommand(word) || word === "help") return;
   const best = nearest(word, Object.keys(COMMANDS));
   const meant = ELSEWHERE[word] ?? (best.far <= 2 ? best.word : undefined);
   if (meant !== undefined)
