@@ -16056,6 +16056,7 @@ export const EXAMPLES: Readonly<Record<CommandName, Readonly<Record<string, stri
   },
   release: {
     "btrfs-backup release /backup/home 20260131-120000": "Retention may delete it again",
+    "btrfs-backup release /home 20260131-120000": "The same for a source's own snapshot",
   },
   guard: {
     'command="btrfs-backup guard --path /backup/laptop",restrict ssh-ed25519 AAAA…':
