@@ -116,6 +116,8 @@ export type Entry = Subvolume & {
   readonly moment: number | null;
   /** A later one was there when it came; it can have been received as a difference to that. */
   readonly belated?: true;
+  /** Somebody keeps it, and this is the note: no retention deletes it. */
+  readonly kept?: string;
 };
 
 /** An entry that is ours by its name; `time` is the name's wall clock, in ms, as if it were UTC. */
@@ -174,6 +176,9 @@ export type Transfer = {
 
 /** The snapshot of the last stream that a command took; it may be gone. */
 export type Pin = { readonly name: string; readonly uuid: string };
+
+/** What somebody keeps, by the UUID that its data goes by. */
+export type KeptOne = Pin & { readonly note: string };
 
 /** A snapshot whose name at a destination is taken by something else. */
 export type Conflict = {
@@ -481,6 +486,43 @@ export const parseRate = (text: string) => bytesIn(text, "rate: bytes a second")
 
 /** Reads a SIZE in bytes. */
 export const parseSize = (text: string) => bytesIn(text, "size: bytes");
+
+/** How much of a destination stays free: bytes, or a share of it; and the newest that do not go. */
+export type MinFree = {
+  readonly text: string;
+  readonly bytes: number;
+  readonly share: number;
+  readonly newest: number;
+};
+
+/** Reads the value of --min-free, with that of --min-keep. */
+export function parseMinFree(text: string, newest: number): MinFree {
+  const [, percent] = /^(\d{1,2}(?:\.\d+)?)%$/.exec(text) ?? [];
+  if (percent !== undefined && Number(percent) > 0)
+    return { text, bytes: 0, share: Number(percent) / 100, newest };
+  if (text.endsWith("%"))
+    throw new UsageError(`"${text}" is not a share of a destination, like 10%`);
+  return { text, bytes: bytesIn(text, "size like 50g, or a share like 10%"), share: 0, newest };
+}
+
+/** The bytes that are to be free on a filesystem of that size. */
+export const freeOf = ({ bytes, share }: MinFree, size: number) => Math.ceil(bytes + share * size);
+
+/** Characters that turn or hide text on a terminal, in a value and as JSON escapes them. */
+const HIDDEN = /[\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069]|\\u00[01]|\\[bfnrt]/;
+
+/** Checks the note of what is kept. Errors: UsageError. */
+export function parseNote(text: string): string {
+  // It stands in a record, which a guarded key has to write with it.
+  if (text.length > 200 || text.includes("\\") || HIDDEN.test(JSON.stringify(text)))
+    throw new UsageError(
+      "--note: one line of at most 200 characters, without backslashes and control characters",
+    );
+  return text;
+}
+
+/** A note as it is shown, whoever wrote the file that it is in: one line, and not a long one. */
+export const shownNote = (text: string) => text.replace(/\s+/g, " ").slice(0, 200);
 
 /** When a stored chain ends: after a number of streams, or a time; never for 0. */
 export type FullEvery = { readonly count: number; readonly unit: Unit | null };
@@ -802,6 +844,8 @@ export function streamName(
 const STREAM =
   /^(.*\d{8}-\d{6})([+-])(\d\d)(\d\d)_([0-9a-f]{8})_([0-9a-f]{8})_([0-9a-f-]{36})_([0-9a-f-]{36})_(\+?(?:full|[0-9a-f-]{36}))\.btrfs(\.zst)?(\.gpg)?$/s;
 const SUM = ".sha256";
+/** The end of the name of a small object that says that somebody keeps the stream of that name. */
+const KEPT_MARK = ".kept";
 
 export type StoredFile = { readonly name: string; readonly bytes: number };
 
@@ -863,13 +907,14 @@ function restorableAmong(children: Children): Map<string, Stream> {
 }
 
 /**
- * The snapshot of which a file is a part of a stream, or a checksum object without its stream; else
- * null.
+ * The snapshot of which a file is a part of a stream, or what stands beside one, without its
+ * stream; else null.
  */
 function remainsOf(file: string, files: ReadonlySet<string>): string | null {
-  const part = /^\.(.*?)(?:\.sha256|\.p[0-2]-\d*)?\.part$/s.exec(file)?.[1];
-  const summed = file.endsWith(SUM) ? file.slice(0, -SUM.length) : "";
-  const [, name] = STREAM.exec(part ?? (files.has(summed) ? "" : summed)) ?? [];
+  const part = /^\.(.*?)(?:\.sha256|\.kept|\.p[0-2]-\d*)?\.part$/s.exec(file)?.[1];
+  const beside = [SUM, KEPT_MARK].find((end) => file.endsWith(end)) ?? "";
+  const stream = beside === "" ? "" : file.slice(0, -beside.length);
+  const [, name] = STREAM.exec(part ?? (files.has(stream) ? "" : stream)) ?? [];
   return name === undefined || prefixOf(name) === null ? null : name;
 }
 
@@ -877,15 +922,17 @@ function remainsOf(file: string, files: ReadonlySet<string>): string | null {
  * What a store holds, by its listing alone. `whole`: it cannot hold half a stream, since it renames
  * complete ones, or its user says so; else a stream without a checksum object is incomplete.
  * `debris`: what broken transfers left, by the snapshot. One upload at a time leaves one stream at
- * most, on which nothing builds; of more, the checksum objects must have got lost, and they are no
- * debris but `unsummed`.
+ * most, on which nothing builds, and which nobody could keep; of any other, the checksum object must
+ * have got lost, and it is no debris but `unsummed`.
  */
 export function parseStreams(
   files: readonly StoredFile[],
   whole: boolean,
 ): { streams: Stream[]; debris: Map<string, string[]>; unsummed: Stream[] } {
   const names = new Set(files.map(({ name }) => name));
-  const found = files.flatMap((file) => parseStream(file, names.has(file.name + SUM), whole) ?? []);
+  const found = files
+    .flatMap((file) => parseStream(file, names.has(file.name + SUM), whole) ?? [])
+    .map((one) => (names.has(one.uuid + KEPT_MARK) ? { ...one, kept: "" } : one));
   const children = groupBy(
     found.filter(({ stored }) => stored),
     ({ from }) => from,
@@ -905,7 +952,8 @@ export function parseStreams(
   const unstored = streams.filter(({ stored }) => !stored);
   for (const some of groupBy(unstored, ({ name }) => prefixOf(name)).values()) {
     const [first] = some;
-    if (first !== undefined && some.length === 1 && !children.has(first.receivedUuid))
+    const isBroken = some.length === 1 && first?.kept === undefined;
+    if (first !== undefined && isBroken && !children.has(first.receivedUuid))
       add(first.name, first.uuid);
     else unsummed.push(...some);
   }
@@ -2979,6 +3027,20 @@ const PARENTS = defineVerb("parents", "folder source how")`
   mkdir -p "./$rest"
 `;
 
+/**
+ * Prints how much is free: blocks, their size, and how many there are. `cleaned`: what was deleted
+ * is gone before. Space is told as free by btrfs when a transaction has ended.
+ */
+const FREE = defineVerb("free", "folder fsid cleaned")`
+  at "$folder" "$fsid"
+  if [ "$cleaned" = subvolumes ]; then
+    b filesystem sync . >&2
+    b subvolume sync . >&2
+  fi
+  [ -z "$cleaned" ] || sync -f . 2>/dev/null || sync
+  stat -f -c "%a %S %b" .
+`;
+
 /** Replaces one line of the record: see RECORD. `sync`: once everything else is on the disk. */
 const WRITE_RECORD = defineVerb("record", "folder fsid header key value sync?")`
   ${RECORD}
@@ -4091,6 +4153,8 @@ const STORE_TAKES = {
    * if no stream of these checksum objects is there.
    */
   drop: "folder fsid lock objects...",
+  /** Writes a small object, which is there whole or not at all, in place of an earlier one. */
+  keep: "folder fsid lock object text",
 } as const;
 /** Where streams are stored: these, and `list` (which is `open` for a folder). */
 type StoreVerbs = {
@@ -4209,6 +4273,16 @@ const RAW: StoreVerbs = {
     fi
     sync .
   `,
+  keep: defineVerb("keep", STORE_TAKES.keep)`
+    ${RECEIVING}
+    at "$folder" "$fsid"
+    receiving "$lock" 10
+    [ -f "./\${object%${KEPT_MARK}}" ] || { line "$here/\${object%${KEPT_MARK}} is gone" >&2; exit 66; }
+    rm -f "./.$object.part"
+    line "$text" | into "./.$object.part" fsync
+    mv -T -f "./.$object.part" "./$object"
+    sync .
+  `,
 };
 
 /** locked FILE SECONDS: this process alone writes to the remote from here on. */
@@ -4302,6 +4376,12 @@ const RCLONE: StoreVerbs & { readonly list: Declared<"folder"> } = {
     locked "$lock" 10
     # One after the other, as they are given: each stream before the one that it builds on.
     for object; do line "$object"; done | rclone delete --checkers 1 --transfers 1 --files-from-raw - -- "$folder"
+  `,
+  keep: defineVerb("rclone-keep", STORE_TAKES.keep)`
+    ${ALL_OBJECTS}
+    ${LOCKED}
+    locked "$lock" 10
+    line "$text" | rclone rcat -- "$folder$object"
   `,
 };
 
@@ -4816,6 +4896,8 @@ export type ChainRecord = {
   readonly tree?: { readonly gone: Readonly<Record<string, string>> };
   /** Names that the clock leapt to, and that --adopt-clock vouched for. */
   readonly leaps?: readonly string[];
+  /** What somebody keeps here. */
+  readonly kept?: readonly KeptOne[];
   /** The destinations were written by a guarded key, which must not be believed. */
   readonly guarded?: true;
 };
@@ -4901,6 +4983,8 @@ const isDestination = fieldsAre<KnownDestination>({
   cleared: ifAny(areNumbers),
 });
 
+const isKeptOne = fieldsAre<KeptOne>({ name: isText, uuid: isText, note: isText });
+
 const isChain = fieldsAre<ChainRecord>({
   owner: ifAny(fieldsAre<SourceIdentity>({ uuid: isText, host: isText, path: isText })),
   receiving: ifAny(isText),
@@ -4917,6 +5001,7 @@ const isChain = fieldsAre<ChainRecord>({
       gone: (value) => typeof value === "object" && Object.values(value ?? {}).every(isText),
     }),
   ),
+  kept: ifAny((all) => Array.isArray(all) && all.every(isKeptOne)),
   guarded: ifAny((value) => value === true),
 });
 
@@ -4960,6 +5045,16 @@ export function asWritten(
   const own = all.filter(({ id }) => id <= until).map(({ uuid }) => uuid);
   const but = [...(elders?.but ?? []), ...own].filter((uuid) => !foreign.has(uuid));
   return { ...chain, elders: { until, but: [...new Set(but)] } };
+}
+
+/** A chain's record, in which what is gone is not kept. */
+export function withoutGone(
+  { kept, ...chain }: ChainRecord,
+  standing: readonly Subvolume[],
+): ChainRecord {
+  const there = new Set(standing.map(dataOf));
+  const left = (kept ?? []).filter(({ uuid }) => there.has(uuid));
+  return left.length === 0 ? chain : { ...chain, kept: left };
 }
 
 /** A chain's record with all strangers that are there by their UUIDs, beside the rule. */
@@ -5102,13 +5197,23 @@ function withPrefix(
   const chain = folder.record.chains.get(prefix) ?? {};
   const doubted = doubtedIn(folder);
   const belated = new Set(chain.belated);
+  // Without root, UUIDs are not told, and names have to do.
+  const notes = new Map(
+    chain.kept?.map(({ name, uuid, note }) => [folder.alone ? name : uuid, shownNote(note)]),
+  );
+  const noteOf = (entry: Entry) =>
+    parseName(entry.name, prefix) === null
+      ? undefined
+      : notes.get(folder.alone ? entry.name : dataOf(entry));
   const standing = folder.standing.map((entry) => {
     const isBelated = belated.has(entry.receivedUuid ?? "");
-    if (!isBelated && !doubted.has(entry.name)) return entry;
+    const note = noteOf(entry);
+    if (!isBelated && note === undefined && !doubted.has(entry.name)) return entry;
     return {
       ...entry,
       readonly: entry.readonly && !doubted.has(entry.name), // nobody takes it for complete
       ...(isBelated ? { belated: true as const } : {}),
+      ...(note === undefined ? {} : { kept: note }),
     };
   });
   const snapshots = snapshotsAmong(standing, prefix, folder.source?.uuid ?? null);
@@ -5644,11 +5749,14 @@ function recordArguments(
   folder: Folder,
   chain: ChainRecord,
 ): Readonly<Record<keyof typeof NO_RECORD, string>> {
-  const value = JSON.stringify(asWritten(chain, folder.standing, folder.prefix));
+  const { standing, prefix } = folder;
+  // Without root, what is there cannot be told by UUIDs.
+  const left = folder.alone ? chain : withoutGone(chain, standing);
+  const value = JSON.stringify(asWritten(left, standing, prefix));
   if (Buffer.byteLength(value) > RECORD_BYTES)
     throw new Failure(`${folder.id}: its record would be larger than ${RECORD_BYTES} bytes`);
   return folder.record.unreadable === null
-    ? { header: RECORD_HEADER, key: recordKey(folder.prefix), value }
+    ? { header: RECORD_HEADER, key: recordKey(prefix), value }
     : NO_RECORD;
 }
 
@@ -5812,8 +5920,14 @@ export type Destination = Readonly<{
   /** The last stream of a command, which cannot be asked what it has. Null for the others. */
   stream: { readonly last: Pin | null } | null;
   filesystem: string | null;
-  /** Bytes that were free there when it was opened. */
+  /** Bytes that were free there when it was opened, and that it has in all. */
   free: number;
+  size: number;
+  /**
+   * Tells the bytes that are free now, with `settled` once what was deleted is gone; null where
+   * nobody can tell. Errors: Failure.
+   */
+  measure: ((settled: boolean) => Promise<number>) | null;
   /** Why nothing may be deleted there in this run. */
   frozen: string | null;
   /** Null where each transfer has to look for a part to go on from. */
@@ -6079,6 +6193,15 @@ function failWith(message: string): never {
 const allOf = async <T>(all: readonly Promise<T>[]): Promise<T[]> =>
   (await Promise.allSettled(all)).map((one) => resultOf(one));
 
+/** Bytes that are free where a folder is. Errors: Failure. */
+async function freeNow(folder: Folder, cleaned: "" | "subvolumes" | "files"): Promise<number> {
+  const told = await askAt(folder, FREE, { cleaned }, "cannot tell how much is free");
+  const [, blocks, size] = /^(\d+) (\d+) \d+\n?$/.exec(told) ?? [];
+  if (blocks === undefined)
+    throw new Failure(`${folder.id}: cannot read what "stat -f" printed: ${told.slice(0, 100)}`);
+  return Number(blocks) * Number(size);
+}
+
 /** What transfers of this run have changed in a destination folder. */
 type FolderState = {
   /** Its record, without the announcement of what is being received. */
@@ -6104,6 +6227,8 @@ function folderDestination(folder: Folder, options: FolderOptions): Destination 
     stream: null,
     filesystem: place.filesystem,
     free: place.free,
+    size: place.size,
+    measure: (settled) => freeNow(folder, settled ? "subvolumes" : ""),
     standing: standingIn(folder, chain, left === undefined ? announced : [...announced, left]),
     frozen:
       folder.record.unreadable === null
@@ -6201,11 +6326,10 @@ async function withIds(
 }
 
 /** A snapshot as the backup that its transfer makes. */
-const backupOf = ({ snapshot, belated }: Pick<Transfer, "snapshot" | "belated">): Backup => ({
-  ...snapshot,
-  receivedUuid: dataOf(snapshot),
-  ...(belated ? { belated } : {}),
-});
+const backupOf = ({ snapshot, belated }: Pick<Transfer, "snapshot" | "belated">): Backup => {
+  const { kept: _, ...sent } = snapshot; // at the source only
+  return { ...sent, receivedUuid: dataOf(snapshot), ...(belated ? { belated } : {}) };
+};
 
 /**
  * gpg(1) as we use it: neither a configuration file nor a signature makes it ask the network for a
@@ -6342,6 +6466,8 @@ function storeDestination(
     stream: null,
     filesystem: null,
     free: folder.place.free,
+    size: folder.place.size,
+    measure: isLockable ? (settled) => freeNow(folder, settled ? "files" : "") : null,
     standing,
     frozen: lostSums(store, folder.prefix),
     form: (source) => (resumes(source) ? null : storedForm(sending)),
@@ -6518,6 +6644,8 @@ function shellDestination(
     stream: { last },
     filesystem: null,
     free: Infinity,
+    size: Infinity,
+    measure: null,
     standing: { held: [], backups: [], copied: new Map(), obstacles: new Map(), chained: null },
     frozen: null,
     form: () => storedForm(sending),
@@ -6886,6 +7014,8 @@ export type TransferOptions = Readonly<{
   fullEvery: FullEvery | null;
   backfill?: boolean;
   failed?: ReadonlySet<string>;
+  /** What its policy keeps may have been deleted there all the same, for space. */
+  freed?: boolean;
 }>;
 
 /** A stored chain: so many streams, the first one from `since`. */
@@ -6948,8 +7078,9 @@ type TransferPlan = {
 /**
  * What a destination lacks of all that its policy would keep, oldest first: each snapshot against
  * the nearest one that both sides hold by then (see `nearestFit`), or in full if they share
- * nothing. `snapshots` are in the source's order. Without a policy, one that is older than the
- * newest that both have was deleted there, or left out on purpose: it is `skipped`.
+ * nothing. `snapshots` are in the source's order. Without a policy, or where space is freed, one that
+ * is older than the newest that both have was deleted there, or left out on purpose: it is
+ * `skipped`.
  */
 export function planTransfers(
   snapshots: readonly Snapshot[],
@@ -6957,7 +7088,8 @@ export function planTransfers(
   options: TransferOptions,
   fitness = ANY,
 ): TransferPlan {
-  const { policy, incremental, backfill, failed } = options;
+  const { incremental, backfill, failed } = options;
+  const isDeleted = options.policy === null || options.freed === true;
   const find = dataFinder(standing.held);
   const isWanted = wantedAt(snapshots, standing, options);
   const renewed = renewing(standing, options.fullEvery);
@@ -6973,7 +7105,7 @@ export function planTransfers(
     }
     if (!isWanted(snapshot)) continue;
     const isBelated = later.length > 0;
-    if (isBelated && policy === null && !backfill && !failed?.has(snapshot.uuid)) {
+    if (isBelated && isDeleted && !backfill && !failed?.has(snapshot.uuid)) {
       plan.skipped++;
       continue;
     }
@@ -7042,6 +7174,7 @@ export function planDestination(
       ...(entry.uuid === newest ? ["the newest of the data"] : []),
       ...(entry === pinned ? ["shared with the source"] : []),
       ...(copied.has(entry.uuid) ? [`shared with ${copied.get(entry.uuid)}`] : []),
+      ...keptByHand(entry),
     ],
   }));
   const needed = neededBy(keptBy(decisions), { backups, chained });
@@ -7082,6 +7215,67 @@ export function deletionOrder(
   return [...going].sort((a, b) => (depth.get(b.uuid) as number) - (depth.get(a.uuid) as number));
 }
 
+// ── keep: what no retention lets go, and what goes for space ──
+
+/** The reason to keep what somebody keeps. */
+const keptByHand = ({ kept: note }: Entry) =>
+  note === undefined ? [] : [`kept by hand${note === "" ? "" : `: ${note}`}`];
+
+/** The units whose words of a policy hold when space is short. */
+const LASTING: readonly Unit[] = ["m", "y"];
+
+/** What of a policy holds when space is short: the newest so many, and its words with m and y. */
+function lastingPart(policy: Policy | null, newest: number): Policy {
+  const long = (words: readonly Duration[] = []) =>
+    words.filter(({ unit }) => LASTING.includes(unit));
+  const [firstOf, within] = [long(policy?.firstOf), long(policy?.within)];
+  return { text: policy?.text ?? "", newest, firstOf, within };
+}
+
+/**
+ * What may go at a destination beyond its policy, for space, in the order in which it goes: the
+ * oldest first, but a stream behind all that build on it, so that none ever lacks one. Never the
+ * `newest` so many, what the policy's words with m and y keep, and what stays whatever the policy.
+ */
+export function planFreeing(
+  snapshots: readonly Snapshot[],
+  standing: Kept,
+  retention: Retention,
+  newest: number,
+): Backup[] {
+  const policy = lastingPart(retention.policy, newest);
+  const going = planDestination(snapshots, standing, { ...retention, policy })
+    .filter(({ reasons }) => reasons.length === 0)
+    .map(({ entry }) => entry);
+  if (standing.chained === null) return going;
+  const children = groupBy(going, ({ parentUuid }) => parentUuid);
+  const order = new Set<Backup>();
+  for (const oldest of going) {
+    const line = order.has(oldest) ? [] : [oldest];
+    for (const one of line) line.push(...(children.get(one.uuid) ?? []));
+    for (const one of line.reverse()) order.add(one);
+  }
+  return [...order];
+}
+
+/**
+ * How far deletions have come. `free`: the bytes that were free before the first one, and after
+ * each. Two in turn that free less than a hundredth of what is missing are in vain.
+ */
+export function freeingState(
+  free: readonly number[],
+  wanted: number,
+): "enough" | "lacking" | "in vain" {
+  if ((free.at(-1) ?? 0) >= wanted) return "enough";
+  const vain = free.slice(1).map((after, i) => {
+    const before = free[i] as number;
+    return after - before < (wanted - before) / 100;
+  });
+  return vain.length >= 2 && vain.slice(-2).every(Boolean) ? "in vain" : "lacking";
+}
+
+// ── what goes at the source ──
+
 /** A destination as retention at the source sees it. */
 export type Claimant = Readonly<{
   id: string;
@@ -7120,7 +7314,7 @@ export function planSource(
   }
   const decisions = retained(snapshots, retention).map(({ entry, reasons }) => ({
     entry,
-    reasons: [...reasons, ...(extra.get(entry.uuid) ?? [])],
+    reasons: [...reasons, ...(extra.get(entry.uuid) ?? []), ...keptByHand(entry)],
   }));
   const unsent = decisions.filter(isOnlyUnsent);
   const lost = new Set(retention.full ? unsent.slice(0, Math.ceil(unsent.length / 2)) : []);
@@ -8075,6 +8269,7 @@ export type Wanted = {
   readonly optional: boolean;
   readonly recorded?: true;
   readonly policy: Policy | null;
+  readonly minFree: MinFree | null;
   readonly sending: Sending;
 };
 
@@ -8294,6 +8489,7 @@ function wantedIn(
         recorded: true,
         optional: false,
         policy: o.backupPolicy,
+        minFree: o.minFree,
         sending: o.sendingTo(id),
       });
   }
@@ -9939,7 +10135,7 @@ async function beginServing(served: Served): Promise<void> {
   if (!wanted.sending.resume && !o.dryRun) await destination.tidy();
   if (skipped > 0)
     log.info(
-      `${id}: ${plural(skipped, "snapshot")} older than the newest one there ${skipped === 1 ? "is" : "are"} not sent; --backfill sends them`,
+      `${id}: ${plural(skipped, "snapshot")} older than the newest one there ${skipped === 1 ? "is" : "are"} not sent; ${wanted.minFree === null ? "--backfill sends them" : "--min-free may have deleted them"}`,
     );
   if (transfers.length > 1 && standing.held.length === 0)
     log.info(
@@ -9962,7 +10158,7 @@ async function planFor(served: Served): Promise<ReturnType<typeof planTransfers>
     memory === null ? find(parent) !== undefined : parent.uuid === memory.last?.uuid;
   const mayBeEdited = (one: Snapshot) =>
     isThere(one) && changedSince(one, inquiry, verdicts.cleared) !== false;
-  const { policy, sending } = served.wanted;
+  const { policy, minFree, sending } = served.wanted;
   const options = {
     policy,
     incremental: o.incremental,
@@ -9971,6 +10167,7 @@ async function planFor(served: Served): Promise<ReturnType<typeof planTransfers>
     fullEvery: sending.fullEvery,
     backfill: o.backfill,
     failed: served.earlier,
+    freed: minFree !== null,
   };
   for (;;) {
     const fitness = judge(inquiry, verdicts, isThere);
@@ -10421,10 +10618,15 @@ async function pruneServed(served: Served): Promise<void> {
   if (destination.stream === null) place.kept = served.standing.backups.length;
 }
 
-/** Deletes what a destination's policy does not keep. */
+/** A destination at which something is deleted. */
+type Emptied = Pick<Served, "destination" | "standing"> & {
+  readonly wanted: Pick<Wanted, "policy" | "minFree">;
+};
+
+/** Deletes what a destination's policy does not keep, and more if space is short there. */
 async function pruneDestination(
   pruning: Pruning,
-  served: Pick<Served, "destination" | "standing"> & { readonly wanted: Pick<Wanted, "policy"> },
+  served: Emptied,
   now = wallClock(new Date()),
 ): Promise<void> {
   const { destination, wanted, standing } = served;
@@ -10443,6 +10645,48 @@ async function pruneDestination(
     reason,
     free: false,
   });
+  await freeSpace(pruning, served, now);
+}
+
+/**
+ * Deletes the oldest of a destination, one after the other, until --min-free has what it wants.
+ * Errors: Failure where that cannot be, or seems to be in vain.
+ */
+async function freeSpace(pruning: Pruning, served: Emptied, now: number): Promise<void> {
+  const { minFree, policy } = served.wanted;
+  const { id, measure, size } = served.destination;
+  if (minFree === null || measure === null) return;
+  const { o, snapshots, leaps } = pruning;
+  const wanted = freeOf(minFree, size);
+  const what = `--min-free ${minFree.text}`;
+  if (wanted > size)
+    throw new Failure(`${what}: ${id} has only ${inBytes(size)}; nothing is deleted for it`);
+  if (!o.dryRun && (await measure(false)) >= wanted) return;
+  const free = [o.dryRun ? served.destination.free : await measure(true)];
+  const retention = { policy, now, adopted: leaps };
+  const order = planFreeing(snapshots, served.standing, retention, minFree.newest);
+  const told = () => `${inBytes(free.at(-1) ?? 0)} are free, and ${inBytes(wanted)} should be`;
+  for (const [i, oldest] of order.entries()) {
+    if (freeingState(free, wanted) !== "lacking") break;
+    const left = order.length - i - 1;
+    const more = o.dryRun ? `; the first, and up to ${left} more would follow` : "";
+    await removeFrom(pruning, served, [oldest], {
+      reason: `${what}: ${told()}${more}`,
+      free: false,
+    });
+    if (o.dryRun) return; // how much that frees is not known
+    free.push(await measure(true));
+  }
+  const state = freeingState(free, wanted);
+  if (state === "enough") {
+    if (free.length > 1) log.info(`${id}: ${inBytes(free.at(-1) ?? 0)} are free now (${what})`);
+    return;
+  }
+  const why =
+    state === "in vain"
+      ? "the last two deletions freed less than 1 % of what is missing, so that no more is deleted"
+      : `nothing else may go: the newest ${minFree.newest} stay (--min-keep), and what words with m and y, pins or "keep" keep`;
+  throw new Failure(`${what}: ${told()}; ${why}`);
 }
 
 /** Deletes backups of a destination; `free`: waits until their space is free. */
@@ -10628,7 +10872,7 @@ export async function prune(o: PruneOptions, report: Report): Promise<void> {
         if (pruning.isNews && !o.dryRun) await writeRecord(folder, pruning.chain);
       }
       const { leaps } = pruning;
-      const wanted = { policy: o.policy };
+      const wanted = { policy: o.policy, minFree: o.minFree };
       await pruneDestination({ o, report, snapshots: [], leaps }, { ...pruning, wanted }, now);
     } catch (error) {
       report.error(o.location.id, error); // the other prefixes can still be pruned
@@ -10664,7 +10908,8 @@ function pruningOf(
     planDestination([], standing, { policy: o.policy, now, adopted: leaps }).some(
       ({ reasons }) => reasons.length === 0,
     );
-  const isIdle = !isNews && destination.frozen === null && !goes();
+  const isShort = o.minFree !== null && destination.free < freeOf(o.minFree, destination.size);
+  const isIdle = !isNews && destination.frozen === null && !isShort && !goes();
   return { destination, standing, leaps: leaps ?? [], chain, isNews, isIdle };
 }
 
@@ -11557,7 +11802,9 @@ async function writeRestoredRecords(
   const recorded = chains.size > 0 ? chains : folder.record.chains;
   for (const prefix of new Set([...recorded.keys(), folder.prefix])) {
     const restored = { ...folder, prefix };
-    await writeRecord(restored, recordAfter(r, restored, backups));
+    // What is still to be moved there is not gone.
+    const standing = [...folder.standing, ...r.moved];
+    await writeRecord({ ...restored, standing }, recordAfter(r, restored, backups));
   }
 }
 
@@ -11783,10 +12030,12 @@ export async function list(o: ListOptions, report: Report): Promise<void> {
       ? [o.prefix]
       : columns.flatMap(({ folder }) => prefixesIn(folder?.standing ?? []));
   for (const prefix of new Set(prefixes.length === 0 ? [""] : prefixes)) {
-    const shown = columns.map((column) => ({
-      ...column,
-      folder: column.folder && underPrefix(column.folder, prefix),
-    }));
+    const shown = await allOf(
+      columns.map(async (column) => ({
+        ...column,
+        folder: column.folder && (await withNotes(underPrefix(column.folder, prefix), report)),
+      })),
+    );
     const sizes = shown.map(({ id, folder }) =>
       o.size && folder ? sizesIn(folder).catch((error) => (report.error(id, error), [])) : [],
     );
@@ -11996,13 +12245,14 @@ export function inventory(
           };
         const { state, entry } = cells[i] ?? {};
         if (entry === undefined) return null;
-        const { uuid } = entry;
+        const { uuid, kept } = entry;
         return {
           state,
           pin: uuid === pin,
           goes: goes.has(uuid),
           uuid,
           bytes: sizes.get(uuid) ?? null,
+          ...(kept === undefined ? {} : { kept }),
         };
       }),
     }));
@@ -12077,7 +12327,9 @@ function inventoryTable(
     ...marks.map((mark) => {
       if (mark === null) return "-";
       const { state, pin, goes, bytes } = mark;
-      return `${state}${pin ? ", pin" : ""}${goes ? ", goes" : ""}${bytes === null ? "" : ` ${inBytes(bytes)}`}`;
+      const kept = "kept" in mark ? mark.kept : undefined;
+      const note = kept === undefined ? "" : `, kept${kept === "" ? "" : ` (${kept})`}`;
+      return `${state}${pin ? ", pin" : ""}${note}${goes ? ", goes" : ""}${bytes === null ? "" : ` ${inBytes(bytes)}`}`;
     }),
   ]);
   const head = ["NAME", "AGE", ...locations.map((_, i) => columnLetter(i))];
@@ -12841,6 +13093,171 @@ export async function unpin(o: UnpinOptions, report: Report): Promise<void> {
   }
 }
 
+// ── keep, release: what no retention deletes ──
+
+export type KeepOptions = LookOptions & {
+  readonly wait: number;
+  readonly location: Readable;
+  readonly name: string;
+  readonly note: string;
+};
+
+/** Keeps a snapshot or backup until it is released; once more, the note is replaced. */
+export async function keep(o: KeepOptions, report: Report): Promise<void> {
+  const { name, note } = o;
+  await changeKept(o, "keep", async (folder, found) => {
+    if (folder.store !== null) await markStreams(folder, folder.store, found, note);
+    else {
+      const ones = found.map((one) => ({ name, uuid: dataOf(one), note }));
+      const others = otherKept(folder, found);
+      await writeRecord(folder, { ...folder.chain, kept: [...others, ...ones] });
+    }
+    log.info(`Kept ${name} in ${folder.id}: no retention there deletes it until it is released`);
+    report.event("keep", { location: folder.id, name, note });
+  });
+  report.event("summary", { ok: !report.failed });
+}
+
+/** Leaves to retention again what was kept. What is not kept is told, and no failure. */
+export async function releaseKept(o: KeepOptions, report: Report): Promise<void> {
+  const { name } = o;
+  await changeKept(o, "release", async (folder, found) => {
+    const kept = found.filter((one) => one.kept !== undefined);
+    if (kept.length === 0) {
+      log.info(`${name} in ${folder.id} is not kept: there is nothing to release`);
+      return;
+    }
+    if (folder.store !== null) {
+      const objects = kept.map(({ uuid }) => uuid + KEPT_MARK);
+      const given = { lock: keptLock(folder), objects };
+      await askAt(folder, folder.store.verbs.drop, given, `cannot release ${name}`);
+    } else await writeRecord(folder, { ...folder.chain, kept: otherKept(folder, found) });
+    log.info(`Released ${name} in ${folder.id}: retention there may delete it again`);
+    report.event("release", { location: folder.id, name });
+  });
+  report.event("summary", { ok: !report.failed });
+}
+
+/** What a folder's record keeps besides these. */
+function otherKept({ chain }: Folder, these: readonly Entry[]): readonly KeptOne[] {
+  const data = new Set(these.map(dataOf));
+  return (chain.kept ?? []).filter(({ uuid }) => !data.has(uuid));
+}
+
+/** What the verbs of a store lock for a change of what is kept, as for a deletion without a source. */
+const keptLock = ({ id, prefix, store }: Folder) =>
+  store?.verbs.isDirectory === false ? lockFile(`${id}\n${prefix}`) : prefix;
+
+/** Writes an object with the note beside each stream. */
+async function markStreams(
+  folder: Folder,
+  store: Store,
+  found: readonly Entry[],
+  note: string,
+): Promise<void> {
+  for (const { uuid } of found) {
+    const object = uuid + KEPT_MARK;
+    const given = { lock: keptLock(folder), object, text: JSON.stringify([uuid, note]) };
+    await askAt(folder, store.verbs.keep, given, `cannot keep ${uuid}`);
+  }
+}
+
+/**
+ * Opens the place of a name, locked, for a change of what is kept there: a stream by its snapshot
+ * or its own name. Errors: Failure where nothing complete has that name, UsageError.
+ */
+async function changeKept(
+  o: KeepOptions,
+  verb: "keep" | "release",
+  change: (folder: Folder, found: readonly Entry[]) => Promise<void>,
+): Promise<void> {
+  const prefix = o.prefix ?? prefixOf(STREAM.exec(o.name)?.[1] ?? o.name) ?? "";
+  const looked = await openLocation(o.location, { ...o, prefix, wait: "look" });
+  const namedIn = (folder: Folder) => {
+    const own = isSnapshotFolder(folder);
+    const isWhole = (one: Entry) => (own ? one.readonly : isComplete(one));
+    return folder.snapshots.filter(
+      (one) =>
+        (one.name === o.name || (folder.store !== null && one.uuid === o.name)) &&
+        (isWhole(one) || (verb === "release" && one.kept !== undefined)),
+    );
+  };
+  const folder = await openChecked(
+    o.location,
+    looked.path,
+    {
+      prefix,
+      wait: o.wait,
+      hosts: o.hosts,
+      ...(looked.source === null ? {} : { source: looked.source.path }),
+    },
+    (opened) => {
+      if (opened.store === null) needRoot(opened, verb === "keep" ? "keeping" : "releasing");
+      if (namedIn(opened).length === 0) throw notThere(o.name, opened);
+      const { unreadable } = opened.record;
+      if (opened.store === null && unreadable !== null)
+        throw new Failure(
+          `${opened.path}/.btrfs-backup.json cannot be read (${unreadable}), where it is written what is kept; nothing is deleted there as long as that is so`,
+        );
+    },
+  );
+  try {
+    await change(folder, namedIn(folder));
+  } finally {
+    await whileCleaning(folder.close);
+  }
+}
+
+/** The error for a name that nothing complete has, with the nearest that there are. */
+function notThere(name: string, { id, standing, prefix }: Folder): Failure {
+  const alike = (other: string) => {
+    const differs = [...other].findIndex((letter, i) => letter !== name[i]);
+    return differs === -1 ? other.length : differs;
+  };
+  const names = new Set<string>(
+    standing.filter((one) => prefixOf(one.name) !== null && one.readonly).map((one) => one.name),
+  );
+  const near = [...names].sort((a, b) => alike(b) - alike(a) || (a < b ? 1 : -1)).slice(0, 3);
+  const hint = near.length === 0 ? "nothing complete is there" : `near it: ${near.join(", ")}`;
+  const isOther = names.has(name) ? ` of the prefix ${JSON.stringify(prefix)}` : "";
+  return new Failure(`${id} has no complete snapshot ${name}${isOther}; ${hint}`);
+}
+
+/** A store with the notes of what is kept in it. That they cannot be read is only a warning. */
+async function withNotes(folder: Folder, report: Report): Promise<Folder> {
+  const { id, host, store, snapshots } = folder;
+  const marks = snapshots.flatMap(({ uuid, kept }) => (kept === undefined ? [] : uuid + KEPT_MARK));
+  if (store === null || marks.length === 0) return folder;
+  const notes = new Map<string, string>();
+  const problem = `${id}: cannot read the notes of what is kept`;
+  try {
+    for (const objects of inArguments(marks)) {
+      const given = { ...at(folder), how: "", holder: "", objects };
+      for (const line of (await ask(host, store.verbs.fetch, given, problem)).split("\n")) {
+        const [object, note] = parseNoteLine(line);
+        notes.set(object, shownNote(note));
+      }
+    }
+  } catch (error) {
+    if (!(error instanceof Failure)) throw error;
+    report.warning(error.message);
+  }
+  const noted = snapshots.map((one) =>
+    one.kept === undefined ? one : { ...one, kept: notes.get(one.uuid) ?? "" },
+  );
+  return { ...folder, snapshots: noted };
+}
+
+/** A stream's name and its note, as `keep` wrote them; nothing of any other line. */
+function parseNoteLine(line: string): [object: string, note: string] {
+  try {
+    const [object, note] = JSON.parse(line) as unknown[];
+    return typeof object === "string" && typeof note === "string" ? [object, note] : ["", ""];
+  } catch {
+    return ["", ""];
+  }
+}
+
 // ── check: whether the next run would do its work ──
 
 type Level = "ok" | "warn" | "fail";
@@ -13310,11 +13727,26 @@ async function checkOneDestination(
 /** A destination's folder that could be looked at, whether or not a run would accept it. */
 type Looked = { readonly asked: Asked; readonly folder: Folder; readonly rate: Rate | null };
 
+/** Tells where the next run would delete backups for space. */
+function checkMinFree(checkup: Checkup, { id, place }: Folder, minFree: MinFree): void {
+  const wanted = freeOf(minFree, place.size);
+  if (place.free >= wanted) return;
+  const what = `--min-free ${minFree.text}`;
+  const words = [what, `--min-keep ${minFree.newest}`, shellWord(id)].join(" ");
+  const [level, ends] =
+    wanted > place.size
+      ? (["fail", `the filesystem has only ${inBytes(place.size)}`] as const)
+      : (["warn", "the next run deletes the oldest backups beyond -n"] as const);
+  const message = `${what}: ${inBytes(place.free)} are free, and ${inBytes(wanted)} should be: ${ends}`;
+  const mend = level === "warn" ? `btrfs-backup prune --dry-run ${words}` : null;
+  checkup.tell({ level, about: "space", place: id, message, mend });
+}
+
 /** Looks at the host, the locks and the disk of a destination. */
 async function checkPlaceOf(
   checkup: Checkup,
   { source }: Session,
-  { asked: { id, location, sending }, folder, rate }: Looked,
+  { asked: { id, location, sending, minFree }, folder, rate }: Looked,
 ): Promise<void> {
   const about = (word: string): Look => ({ about: word, id, location });
   const programs = [
@@ -13329,6 +13761,7 @@ async function checkPlaceOf(
   await checkFenceAt(checkup, about("fence"), folder);
   await checkLock(checkup, about("lock"), folder);
   await checkSpace(checkup, folder, rate);
+  if (minFree !== null) checkMinFree(checkup, folder, minFree);
   if (!sameHost(folder.host, source.host)) return;
   await look(checkup, about("disk"), async (heard) => {
     const [here, there] = [await disksOf(folder), await disksOf(source)];
@@ -14051,10 +14484,10 @@ const OBJECT = passing(
     isObject(value) && parseName(STREAM.exec(value)?.[1] ?? "", prefix) !== null,
   "the object",
 );
-/** An object, its checksum, or a part that was to become one of both. */
+/** An object, what stands beside it, or a part that was to become one of these. */
 const ANY_OBJECT = passing(
   (value) =>
-    isObject(value.replace(/^\.(.*)\.part$/s, "$1").replace(/\.sha256$|\.p[0-2]-\d*$/, "")),
+    isObject(value.replace(/^\.(.*)\.part$/s, "$1").replace(/\.(sha256|kept|p[0-2]-\d*)$/, "")),
   "the object",
 );
 /** An object, or the kept part of one to go on from. */
@@ -14208,6 +14641,7 @@ const JUDGED: Readonly<Record<keyof ChainRecord, true>> = {
   leaps: true,
   belated: true,
   tree: true,
+  kept: true,
   guarded: true,
 };
 
@@ -14224,14 +14658,16 @@ export function guardedRecord(text: string, folder: Judging, source: boolean): C
   const full = asRead(chain, standing, prefix);
   checkElders(chain, folder);
   // An administrator's terminal will show it.
-  if (/[\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069]|\\u00[01]|\\[bfnrt]/.test(text))
-    refuse("a record with control characters");
+  if (HIDDEN.test(text)) refuse("a record with control characters");
   checkAnnouncement(full, folder);
   checkOwnership(full, now);
   const isSame = sameIn(full, now, "destinations");
   if (!isSame && !source) refuse("a record with other destinations");
   if (!source && !sameIn(chain, now, "leaps"))
     refuse("a record with other leaps of the clock: --adopt-clock is for the server");
+  // What is gone is dropped on both sides.
+  if (!sameIn(withoutGone(full, standing), withoutGone(now, standing), "kept"))
+    refuse("a record that keeps something else: keep and release are for the server");
   // The server alone knows since when a name is announced. Destinations are the key's word only:
   // nobody's --locked-dests may go by them.
   const { since: _, ...said } = full;
@@ -14347,7 +14783,14 @@ const commitAgain: Again<CommitVerb> = async (given, said) => {
   return { ...given, part: given.part ?? "", kept: given.kept ?? "", uuid };
 };
 
-/** Without --allow-delete, only the objects that broken transfers left. */
+/** The streams of a store that are kept, and all that these build on, by their names. */
+function keptObjects({ streams }: Store): Set<string> {
+  const all = byUuid(streams);
+  const kept = streams.filter((one) => one.kept !== undefined);
+  return new Set(kept.flatMap((one) => chainOf(one, all)).map(({ uuid }) => uuid));
+}
+
+/** Without --allow-delete, only the objects that broken transfers left; never what is kept. */
 const dropAgain: Again<DropVerb> = async (given, said) => {
   const { store } = await folderNow(said, "raw");
   const debris = new Set(
@@ -14358,13 +14801,26 @@ const dropAgain: Again<DropVerb> = async (given, said) => {
   const whole = given.objects.find((one) => !debris.has(one));
   if (whole !== undefined && !said.o.allowDelete)
     refuse(`${whole} was not left by a broken transfer (--allow-delete)`);
+  const kept = store === null ? new Set<string>() : keptObjects(store);
+  for (const one of given.objects) {
+    const isMark = one.endsWith(KEPT_MARK) && !debris.has(one);
+    if (isMark || kept.has(one.replace(/\.sha256$/, "")))
+      refuse(`${one} is kept: keep and release are for the server`);
+  }
   return given;
 };
 
-/** Never the newest snapshot of a source. */
+/** Never the newest snapshot of a source, and never what is kept. */
 const deleteAgain: Again<typeof DELETE> = async (given, said) => {
   const names = given.names.map((name) => DATED(name.slice(2), said));
-  const { standing, top } = await folderNow(said, "folder");
+  const { standing, top, record } = await folderNow(said, "folder");
+  if (record.unreadable !== null) refuse("a deletion where the record cannot be read");
+  const kept = new Set(
+    [...record.chains.values()].flatMap((chain) => chain.kept ?? []).map(({ uuid }) => uuid),
+  );
+  for (const one of standing)
+    if (names.includes(one.name) && kept.has(dataOf(one)))
+      refuse(`${one.name} is kept: keep and release are for the server`);
   const idOf = new Map<string, string>(standing.map(({ name, id }) => [name, String(id)]));
   if (given.top !== top || given.ids !== names.map((name) => idOf.get(name)).join(" "))
     refuse("subvolumes that are others now");
@@ -14438,6 +14894,7 @@ const GUARDED: ReadonlyMap<string, Allowed> = new Map([
   allow(PARENTS, ["add"], { source: oneOf(""), how: oneOf("", "look") }),
   allow(WRITE_RECORD, ["add", "source"], { sync: oneOf("sync") }, { again: recordAgain }),
   allow(RECEIVE, ["add"], { sum: SHA256, sync: notGiven }, { serve: receiveServed }),
+  allow(FREE, ["add", "delete"], { cleaned: oneOf("", "subvolumes", "files") }),
   allow(KEPT, ["add"], { object: OBJECT }),
   allow(TIDY, ["add"], {}),
   allow(DISCARD, ["add"], { name: DATED, how: oneOf("", "whole") }, { serve: discardServed }),
@@ -15392,6 +15849,8 @@ const COMMON = [
   "versions",
   "copy",
   "prune",
+  "keep",
+  "release",
   "unpin",
   "check",
   "setup",
@@ -15496,6 +15955,11 @@ const GROUPS = {
       of: ["guard"],
       means: "It may pull: take snapshots, send them, and delete old ones, but store nothing",
     },
+    note: {
+      of: ["keep"],
+      value: "TEXT",
+      means: "Why it is kept: a line that list shows",
+    },
     yes: {
       of: ["setup"],
       means: "Write the file, enable the timer where systemd runs, and do a first run",
@@ -15525,6 +15989,19 @@ const GROUPS = {
       perDest: true,
       old: true,
       means: "What to keep at each destination (default: 0, everything)",
+    },
+    "min-free": {
+      of: DELETING,
+      value: "SIZE|PERCENT",
+      perDest: true,
+      means:
+        "When a destination has less free in the end, delete its oldest beyond what -n says, one after the other; never the newest 7, what words with m and y keep, pins and what is kept by hand",
+    },
+    "min-keep": {
+      of: DELETING,
+      value: "N",
+      perDest: true,
+      means: "The newest N do not go for --min-free (default: 7)",
     },
     "latest-only": {
       of: RUNNING,
@@ -15666,7 +16143,7 @@ const GROUPS = {
       value: "DEST",
       repeatable: true,
       means:
-        "A destination with -n, --full-every, --compress, --encrypt-to and --rate-limit of its own, which follow",
+        "A destination with -n, --min-free, --min-keep, --full-every, --compress, --encrypt-to and --rate-limit of its own, which follow",
     },
     jobs: {
       of: SENDING,
@@ -15763,7 +16240,7 @@ const GROUPS = {
     },
     wait: {
       common: true,
-      of: [...DELETING, "restore", "unpin"],
+      of: [...DELETING, "restore", "keep", "release", "unpin"],
       value: "SECONDS",
       means: "Wait for a lock that another run holds (default: do not wait)",
     },
@@ -16015,7 +16492,7 @@ export function expandFiles(
 }
 
 /** The value of an option that must be a whole number. */
-function wholeNumber(given: Given, name: ValueName, otherwise: number, least = 0): number {
+function wholeNumber(given: Options, name: ValueName, otherwise: number, least = 0): number {
   const text = given.value(name);
   if (text === null) return otherwise;
   if (!/^\d{1,9}$/.test(text) || Number(text) < least)
@@ -16078,6 +16555,21 @@ function commonOptions(given: Given) {
   };
 }
 
+/** What is to be free at a destination. Errors: UsageError. */
+function minFreeOf(given: Options): MinFree | null {
+  const newest = wholeNumber(given, "min-keep", 7, 1);
+  const text = given.value("min-free");
+  return text === null ? null : parseMinFree(text, newest);
+}
+
+/** Errors: UsageError for --min-keep, if --min-free is given for no destination. */
+function needMinFree(given: Given): void {
+  const all = [given, ...given.scopes.map(({ options }) => options)];
+  const isGiven = (name: ValueName) => all.some(({ value }) => value(name) !== null);
+  if (isGiven("min-keep") && !isGiven("min-free"))
+    throw new UsageError("--min-keep says what does not go for --min-free, which is missing");
+}
+
 const policyOf = (given: Options, option: ValueName) => parsePolicy(given.value(option) ?? "0");
 
 /** The value of an option, if it was given. */
@@ -16120,6 +16612,11 @@ export function runOptions(given: Given) {
   ] as const)
     if (flag(one) && flag(other))
       throw new UsageError(`--${one} and --${other} contradict each other`);
+  needMinFree(given);
+  if (flag("backfill") && destinations.some(({ minFree }) => minFree !== null))
+    throw new UsageError(
+      "--backfill and --min-free contradict each other: what goes for space would be sent again",
+    );
   if (destinations.length === 0) sendingOptions(given, null); // nonsense is an error all the same
   return {
     ...common,
@@ -16131,6 +16628,7 @@ export function runOptions(given: Given) {
     member: null as Member | null,
     sourcePolicy,
     backupPolicy: policyOf(given, "num-backups"),
+    minFree: minFreeOf(given),
     snapshot: !flag("no-snapshot"),
     transfer: !flag("no-transfer"),
     incremental: !flag("no-incremental"),
@@ -16190,6 +16688,7 @@ function destinationsOf(given: Given, positionals: readonly string[], prefix: st
       location,
       optional: absent.has(location.id),
       policy: policyOf(options, "num-backups"),
+      minFree: minFreeOf(options),
       sending: sendingOptions(options, location),
     };
   });
@@ -16203,7 +16702,7 @@ function destinationsOf(given: Given, positionals: readonly string[], prefix: st
   for (const some of [
     ...destinations.filter(hasOwn).map((one) => [one]),
     destinations.filter((one) => !hasOwn(one)),
-  ])
+  ]) {
     if (
       !some.some(stores) &&
       some.some(({ location }) => optionsFor(location).value("full-every") !== null)
@@ -16211,17 +16710,33 @@ function destinationsOf(given: Given, positionals: readonly string[], prefix: st
       throw new UsageError(
         "--full-every needs a destination of stored streams: raw://, raw+ssh:// or rclone://",
       );
+    if (some.some(({ minFree }) => minFree !== null))
+      needMeasurable(some.map((one) => one.location));
+  }
   return destinations;
+}
+
+/** Errors: UsageError where none of these can tell how much is free there. */
+function needMeasurable(locations: readonly Location[]): void {
+  if (!locations.some(isDirectory))
+    throw new UsageError(
+      "--min-free needs a destination that can tell how much is free there: a folder, raw:// or raw+ssh://",
+    );
 }
 
 function pruneOptions(given: Given) {
   const [location] = locationsOf(given, 1, 1, "LOCATION") as [Readable];
   const policy = policyOf(given, "num-backups");
-  if (policy === null) throw new UsageError("what is to be kept? Give -n POLICY");
+  const minFree = minFreeOf(given);
+  needMinFree(given);
+  if (minFree !== null) needMeasurable([location]);
+  else if (policy === null)
+    throw new UsageError("what is to be kept? Give -n POLICY, or --min-free");
   return {
     ...commonOptions(given),
     location,
     policy,
+    minFree,
     dryRun: given.flag("dry-run"),
     ...deletingOptions(given),
   };
@@ -16377,6 +16892,16 @@ function guardOptions(given: Given) {
     allowDelete: flag("allow-delete"),
     maxBytes: parsedWith(given, "max-bytes", parseSize),
   };
+}
+
+function keepOptions(given: Given): KeepOptions {
+  const [text, name, ...more] = given.positionals;
+  if (text === undefined || name === undefined || more.length > 0)
+    throw new UsageError(
+      `${more.length > 0 ? "too many" : "missing"} arguments: give LOCATION and NAME`,
+    );
+  const note = parseNote(given.value("note") ?? "");
+  return { ...commonOptions(given), location: readableLocation(text), name, note };
 }
 
 function unpinOptions(given: Given): UnpinOptions {
@@ -16553,6 +17078,28 @@ export const COMMANDS: Readonly<Record<CommandName, CommandDef<any>>> = {
     },
     [pruneOptions, prune],
   ),
+  keep: command(
+    "keep",
+    "Keep a snapshot or a backup: no retention deletes it until it is released.",
+    {
+      location: positional(
+        `Backups, or a source with its snapshots: ${PLACE}; or streams: ${STORE}`,
+      ),
+      name: positional("The name of what is to stay, as list shows it"),
+    },
+    [keepOptions, keep],
+  ),
+  release: command(
+    "release",
+    "Leave to retention again what was kept.",
+    {
+      location: positional(
+        `Backups, or a source with its snapshots: ${PLACE}; or streams: ${STORE}`,
+      ),
+      name: positional("The name of what was kept"),
+    },
+    [keepOptions, releaseKept],
+  ),
   check: command(
     "check",
     "Look whether the next run of the same command line would do its work, and what needs care; change nothing.",
@@ -16693,6 +17240,16 @@ export const EXAMPLES: Readonly<Record<CommandName, Readonly<Record<string, stri
     "btrfs-backup prune --dry-run -n '14d+ 8w' /backup/home": "What would go, and why",
     "btrfs-backup prune -n '14d+ 8w' ssh://nas/backup/home": "Delete it, on another host",
   },
+  keep: {
+    "btrfs-backup keep --note 'before the upgrade' /backup/home 20260131-120000":
+      "No retention deletes this backup any more",
+    "btrfs-backup keep raw:///backup/home 20260131-120000":
+      "A stored stream, with all that it builds on",
+  },
+  release: {
+    "btrfs-backup release /backup/home 20260131-120000": "Retention may delete it again",
+    "btrfs-backup release /home 20260131-120000": "The same for a source's own snapshot",
+  },
   guard: {
     'command="btrfs-backup guard --path /backup/laptop",restrict ssh-ed25519 AAAA…':
       "A line of ~/.ssh/authorized_keys: the key can add backups there, and no more",
@@ -16828,7 +17385,7 @@ const ELSEWHERE: Readonly<Record<string, string>> = {
  * Errors: UsageError for a first word that is neither a command nor a path, but nearly a command.
  */
 function notMisspelt(word: string): void {
-  if (!/^[a-z]{2,12}$/.test(word) || isCommand(word)) return;
+  if (!/^[a-z]{2,12}$/.test(word) || isCommand(word) || word === "help") return;
   const best = nearest(word, Object.keys(COMMANDS));
   const meant = ELSEWHERE[word] ?? (best.far <= 2 ? best.word : undefined);
   if (meant !== undefined)

@@ -55,7 +55,7 @@ const has = (command: (typeof commands)[number], { name, description }: ToldArgu
 
 const FILES = {
   ".btrfs-backup.json":
-    "Beside snapshots and backups: to whom they belong, and what destinations still need.",
+    "Beside snapshots and backups: to whom they belong, what destinations still need, and what is kept by hand.",
   ".btrfs-backup.PREFIX.lock": "The lock of a folder and prefix.",
   "/etc/btrfs-backup/NAME.args": "Arguments of the systemd unit btrfs-backup@NAME.service.",
 };
@@ -148,6 +148,10 @@ function kindOf({ name, hint }: ToldArgument): Kind {
       Kind | undefined) ?? (Object.hasOwn(CHOICES, hint ?? "") ? "choice" : "other")
   );
 }
+/** Commands that take the name of a snapshot behind its place. */
+const naming = commands
+  .filter(({ positionals: all }) => all.some(({ name }) => name === "name"))
+  .map(({ name }) => name);
 const choicesOf = ({ hint }: ToldArgument) => CHOICES[hint ?? ""] ?? [];
 
 /** All options that take a value, each once: those of the same name mean the same. */
@@ -211,6 +215,7 @@ ${commands.map((command) => `    ${command.name}) options="${optionsOf(command).
     ;;
   @) mapfile -t COMPREPLY < <(compgen -P @ -f) ;;
   *)
+    case $command in ${naming.join(" | ")}) ${bashValue("snapshot")}; [ "\${#COMPREPLY[@]}" = 0 ] || return ;; esac
     compopt -o filenames
     case $command in versions) mapfile -t COMPREPLY < <(compgen -f -- "$current") ;; guard) ;; *) mapfile -t COMPREPLY < <(compgen -d -- "$current") ;; esac
     [ "$COMP_CWORD" = 1 ] && mapfile -t -O "\${#COMPREPLY[@]}" COMPREPLY < <(compgen -W "${commands.map(({ name }) => name).join(" ")}" -- "$current")
@@ -262,6 +267,10 @@ function zshOption(option: ToldArgument): string {
   const other = repeatable ? "'*'" : short === null ? "" : `'(${long} ${brief})'`;
   return `${other}${written.length === 1 ? written[0] : `{${written.join(",")}}`}${rest}`;
 }
+function zshPlaces(command: string): string {
+  if (naming.includes(command)) return "_btrfs_backup_named";
+  return `_btrfs_backup_places ${command === "versions" ? "_files" : "_directories"}`;
+}
 const zsh = () => `#compdef btrfs-backup
 # zsh completion of btrfs-backup
 
@@ -274,6 +283,11 @@ _btrfs_backup_places() {
   [[ $PREFIX == @* ]] && { compset -P @; _files; return }
   compset -P 'raw://'
   $1
+}
+
+_btrfs_backup_named() {
+  (( CURRENT < 3 )) || _btrfs_backup_snapshots
+  _btrfs_backup_places _directories
 }
 
 _btrfs_backup() {
@@ -297,7 +311,7 @@ ${optionsOf(command)
   .map((option) => `      ${zshOption(option)}`)
   .join(
     " \\\n",
-  )}${command.positionals.length === 0 ? "" : ` \\\n      '*:${command.positionals.map(({ name }) => name.toUpperCase()).join(" or ")}: _btrfs_backup_places ${command.name === "versions" ? "_files" : "_directories"}'`}
+  )}${command.positionals.length === 0 ? "" : ` \\\n      '*:${command.positionals.map(({ name }) => name.toUpperCase()).join(" or ")}: ${zshPlaces(command.name)}'`}
     ;;`,
   )
   .join("\n")}
@@ -348,6 +362,7 @@ complete -c btrfs-backup -n '__btrfs_backup_is ${commands
   .filter(({ name }) => name !== "guard" && name !== "versions")
   .map(({ name }) => name)
   .join(" ")}' -a '(__fish_complete_directories (commandline -ct))'
+complete -c btrfs-backup -n '__btrfs_backup_is ${naming.join(" ")}' -k -a '(__btrfs_backup_snapshots)'
 complete -c btrfs-backup -n '__btrfs_backup_is versions' -F
 complete -c btrfs-backup -n 'string match -q "@*" -- (commandline -ct)' -a '@(__fish_complete_suffix (string sub -s 2 -- (commandline -ct)) "")'
 ${everyOption.map(fishOption).join("\n")}

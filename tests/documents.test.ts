@@ -127,6 +127,9 @@ for (const shell of ["bash", "zsh"] as const)
     expect(await typed(shell, `versions ${source}/some/file --get 2`)).toBe(
       `<versions><${source}/some/file><--get><${name}>`,
     );
+    expect(await typed(shell, `keep ${destination} 2`, directory)).toBe(
+      `<keep><${destination}><${name}>`,
+    );
   });
 
 test("what messages refer to stands in the man page, too", () => {
@@ -150,10 +153,14 @@ test("a snapshot's name is never run, whatever whoever made it called it", async
   const prefix = "$(touch run)`touch run`;touch run;'\"-";
   await expectRun(0, ["-p", prefix, source, destination]);
   const [name = ""] = snapshotNames(destination, prefix);
-  for (const shell of ["bash", "zsh"] as const)
+  for (const shell of ["bash", "zsh"] as const) {
     expect(await typed(shell, `restore ${destination} /target --snapshot `, directory)).toBe(
       `<restore><${destination}></target><--snapshot><${name}>`,
     );
+    expect(await typed(shell, `keep ${destination} `, directory)).toBe(
+      `<keep><${destination}><${name}>`,
+    );
+  }
   expect(offered(`restore ${destination} /target --snapshot `, directory)).toEqual([name]);
   expect(existsSync(join(directory, "run"))).toBe(false);
 });
@@ -181,6 +188,7 @@ test("fish completes commands, options, choices, paths, and snapshots' names, th
     ),
   ).toEqual(names);
   expect(offered(`versions ${source}/some/file --get 2`)).toEqual(names);
+  expect(offered(`release ${destination} 2`, temporaryDirectory())).toEqual(names);
 });
 
 test("every option of every command is completed, in each shell", () => {

@@ -41,20 +41,26 @@ import {
   asRead,
   choicesIn,
   choicesText,
+  parseMinFree,
   parseMounts,
+  parseNote,
   parseSurvey,
   proposalFor,
   proposalText,
   setupName,
   whyAway,
   asWritten,
+  freeingState,
+  freeOf,
   isEarlierState,
+  withoutGone,
   lasting,
   lossIn,
   mendFor,
   parseRecord,
   parseRewritten,
   planRestore,
+  planFreeing,
   planRoom,
   planSource,
   planStreams,
@@ -65,6 +71,7 @@ import {
   type Rewritten,
   restoredDestinations,
   retain,
+  shownNote,
   snapshotsAmong,
   stamp,
   standingIn,
@@ -2989,5 +2996,160 @@ describe("setup", () => {
     });
     expect(choicesText(choices)).toContain("  btrfs-backup setup /home /backup/home\n");
     expect(choicesText({ subvolumes: [], filesystems: [] })).toContain("  none\n");
+  });
+});
+
+describe("what somebody keeps", () => {
+  const [first, second, third] = ["0301", "0302", "0303"].map((name) => snap(name)) as [
+    Snapshot,
+    Snapshot,
+    Snapshot,
+  ];
+  const rules = { policy: parsePolicy("1"), now: FAR };
+  const stay = (decisions: readonly Decision<Snapshot>[]) =>
+    decisions.map(({ reasons }) => reasons.at(-1) ?? "");
+
+  test("is one more reason, at the source and at a destination, and makes no room", () => {
+    const noted = { ...first, kept: "why" };
+    expect(stay(planSource([noted, second, third], [], rules))).toEqual([
+      "kept by hand: why",
+      "",
+      "one of the newest 1",
+    ]);
+    const backups = [backupOf(first, { kept: "" }), backupOf(second), backupOf(third)];
+    const state = { backups, copied: new Map<string, string>(), chained: null };
+    expect(stay(planDestination([], state, rules))).toEqual([
+      "kept by hand",
+      "",
+      "one of the newest 1",
+    ]);
+    const coming = [{ snapshot: snap("0304"), parent: third }];
+    expect(planRoom([third], state, coming, rules)).toEqual([backups[1] as Backup]);
+  });
+
+  test("is dropped from a record when it is gone, and only then", () => {
+    const kept = [first, second].map(({ name, uuid: own }) => ({ name, uuid: own, note: "" }));
+    const chain = { leaps: ["x"], kept };
+    expect(withoutGone(chain, [first, backupOf(second)])).toEqual(chain);
+    expect(withoutGone(chain, [second, third])).toEqual({ leaps: ["x"], kept: kept.slice(1) });
+    expect(withoutGone(chain, [third])).toEqual({ leaps: ["x"] });
+    const line = (of: unknown) => parseRecord(`{"/": 1\n,"": ${JSON.stringify(of)}\n}\n`);
+    expect(line(chain).chains.get("")).toEqual(chain);
+    for (const wrong of [{}, [1], [{ name: "a", uuid: "b" }], [{ name: 1, uuid: "b", note: "" }]])
+      expect(line({ kept: wrong }).unreadable).not.toBeNull();
+  });
+
+  test("a mark belongs to its stream; one without a stream, or half of one, is debris", () => {
+    const [one] = files("0301a") as [StoredFile];
+    const mark = { name: `${one.name}.kept`, bytes: 9 };
+    const half = { name: `.${one.name}.kept.part`, bytes: 3 };
+    for (const whole of [true, false]) {
+      const beside = whole ? [one] : [one, { name: `${one.name}.sha256`, bytes: 1 }];
+      const { streams, debris } = parseStreams([...beside, mark, half], whole);
+      expect(streams.map(({ kept, readonly }) => [kept, readonly])).toEqual([["", true]]);
+      expect([...debris.values()]).toEqual([[half.name]]);
+      expect(parseStreams(beside, whole).streams[0]).not.toHaveProperty("kept");
+    }
+    // Nobody could keep half of an upload: its checksum object is lost.
+    const lost = parseStreams([one, mark], false);
+    expect([[...lost.debris], lost.unsummed.length]).toEqual([[], 1]);
+    expect([...parseStreams([mark], true).debris]).toEqual([["20240301-000000", [mark.name]]]);
+  });
+
+  test("a note is a line that a guarded key can write, too", () => {
+    for (const note of ["", 'before 6.18: "x"', "vor dem Umbau, größer als ☃"])
+      expect(parseNote(note)).toBe(note);
+    for (const note of ["a\nb", "\t", "\u007f", "\u202e", "\\n", "x".repeat(201)])
+      expect(() => parseNote(note)).toThrow(UsageError);
+    expect(shownNote(`a\n20260101-000000  whole${" ".repeat(9)}${"x".repeat(300)}`)).toMatch(
+      /^a 20260101-000000 whole x{150,176}$/,
+    );
+  });
+});
+
+describe("room for what is to come", () => {
+  test.each([
+    ["10%", 1000, 100],
+    ["0.5%", 1000, 5],
+    ["2k", 1000, 2048],
+  ])("%s of %d bytes are %d", (text, size, wanted) =>
+    expect(freeOf(parseMinFree(text, 7), size)).toBe(wanted),
+  );
+  test.each(["", "0", "0%", "100%", "-1%", "10 %", "%", "1t", "1e9", "10%%"])(
+    "%j is no size, and no share",
+    (text) => expect(() => parseMinFree(text, 7)).toThrow(UsageError),
+  );
+
+  test("the oldest go first, and what lasts does not go", () => {
+    const all = ["0105", "0106", "0201", "0202", "0203", "0301", "0302"].map((one) => snap(one));
+    const backups = all.map((one, i) => backupOf(one, i === 3 ? { kept: "" } : {}));
+    const state = { backups, copied: new Map<string, string>(), chained: null };
+    const order = (policy: string, newest: number, here: readonly Snapshot[] = []) =>
+      planFreeing(here, state, { policy: parsePolicy(policy), now: FAR }, newest).map(({ name }) =>
+        name.slice(4, 8),
+      );
+    expect(order("0", 7)).toEqual([]);
+    expect(order("0", 2)).toEqual(["0105", "0106", "0201", "0203"]);
+    expect(order("100 400d 60w", 2)).toEqual(["0105", "0106", "0201", "0203"]);
+    expect(order("12m", 1)).toEqual(["0106", "0203"]);
+    expect(order("1y 3d+", 1)).toEqual(["0106", "0201", "0203", "0301"]);
+    expect(order("1m+", 1)).toEqual(["0105", "0106", "0201"]);
+    expect(order("0", 1, all.slice(0, 2))).toEqual(["0105", "0201", "0203", "0301"]); // the pin
+    // What the clock leapt to is not believed: all that words with m and y could keep stays.
+    const leapt = { ...state, backups: [...backups, backupOf(snap("20990101"))] };
+    const rules = { policy: parsePolicy("12m"), now: FAR };
+    expect(planFreeing([], leapt, rules, 1)).toEqual([]);
+  });
+
+  test("of streams, the oldest chain goes from its end, if nothing of it stays", () => {
+    const chain = "0301a 0302b<a 0303c<b 0304d 0305e<d 0306f";
+    const order = (newest: number, kept = "") => {
+      const backups = backupsIn(files(chain)).map((one) =>
+        letters([one]) === kept ? { ...one, kept: "" } : one,
+      );
+      const state = { backups, copied: new Map<string, string>(), chained: [] };
+      return planFreeing([], state, { policy: null, now: FAR }, newest)
+        .map((one) => letters([one]))
+        .join("");
+    };
+    expect(order(1)).toBe("cbaed");
+    expect(order(2)).toBe("cba"); // e needs d
+    expect(order(1, "b")).toBe("ced");
+    expect(order(1, "c")).toBe("ed");
+  });
+
+  test.each([
+    [[100], "enough"],
+    [[0], "lacking"],
+    [[0, 0], "lacking"],
+    [[0, 0, 0], "in vain"],
+    [[0, 0.9, 1.8], "in vain"],
+    [[0, 1, 1], "lacking"],
+    [[0, 0, 50], "lacking"],
+    [[50, 50.4, 50.8], "in vain"],
+    [[50, 49, 49.5, 49.6], "in vain"],
+    [[0, 0, 100], "enough"],
+  ] as const)("after %j of 100: %s", (free, state) => expect(freeingState(free, 100)).toBe(state));
+
+  test("what went for space is not sent again, even if the policy would keep it", () => {
+    const here = ["0301", "0302", "0303"].map((one) => snap(one));
+    const place = {
+      held: [backupOf(here[1] as Snapshot)],
+      backups: [backupOf(here[1] as Snapshot)],
+      copied: new Map<string, string>(),
+      obstacles: new Map<string, Obstacle>(),
+      chained: null,
+    };
+    const options = { incremental: true, newestOnly: false, now: FAR, fullEvery: null };
+    const names = (freed: boolean, failed = new Set<string>()) =>
+      planTransfers(here, place, {
+        ...options,
+        policy: parsePolicy("9"),
+        freed,
+        failed,
+      }).transfers.map(({ snapshot }) => snapshot.name.slice(4, 8));
+    expect(names(false)).toEqual(["0301", "0303"]);
+    expect(names(true)).toEqual(["0303"]);
+    expect(names(true, new Set(["s0301"]))).toEqual(["0301", "0303"]); // it was never there
   });
 });

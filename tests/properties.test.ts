@@ -16,6 +16,7 @@ import {
   parseStreams,
   parseSubvolumes,
   planDestination,
+  planFreeing,
   planRoom,
   planSource,
   planTransfers,
@@ -384,6 +385,54 @@ test("nothing takes the newest, a pin, a parent, or what is not ours, whatever i
         expect(backups).toContain(one);
         expect(transfers.some(({ parent }) => parent?.uuid === one.receivedUuid)).toBe(false);
       }
+    },
+  );
+});
+
+test("what is kept, and what lasts, never goes for space, and no stream ever lacks what it builds on", () => {
+  const numbers = fc.array(fc.nat(24), { maxLength: 6 });
+  const least = fc.integer({ min: 1, max: 9 });
+  holds(
+    snapshots,
+    policy,
+    moment,
+    least,
+    fc.record({ kept: numbers, shared: numbers, full: fc.array(fc.nat(24), { maxLength: 25 }) }),
+    fc.boolean(),
+    (all, words, date, newest, { kept, shared, full }, stored) => {
+      const rules = { policy: parsePolicy(words), now: wallClock(date) };
+      const backups = all.map((one, i) => ({
+        ...backupOf(one),
+        parentUuid: stored && i > 0 && !full.includes(i) ? `bs${i - 1}` : null,
+        ...(kept.includes(i) ? { kept: "" } : {}),
+      }));
+      const here = all.filter((_, i) => shared.includes(i));
+      const state = { ...standing(backups), chained: stored ? [] : null };
+      const order = planFreeing(here, state, rules, newest);
+      expect(new Set(order).size).toBe(order.length);
+      const goes = new Set<Snapshot>(order);
+      const ordered = planDestination(here, state, rules).map(({ entry }) => entry);
+      // The newest, a pin, what is kept; and what each word with m or y keeps by itself.
+      const pin = all.findLast((_, i) => shared.includes(i));
+      const lasting = words.split(" ").filter((word) => /[my]/.test(word));
+      const stay = [
+        ...ordered.slice(-newest),
+        ...ordered.filter((one) => one.kept !== undefined),
+        ...ordered.filter(({ receivedUuid }) => receivedUuid === pin?.uuid),
+        ...lasting.flatMap((word) =>
+          retain(ordered, parsePolicy(word), rules.now)
+            .slice(0, -1)
+            .flatMap(({ entry, reasons }) => (reasons.length > 0 ? [entry] : [])),
+        ),
+      ];
+      expect(stay.filter((one) => goes.has(one))).toEqual([]);
+      const left = new Map(backups.map((one) => [one.uuid, one]));
+      for (const one of order) {
+        left.delete(one.uuid);
+        for (const { parentUuid } of left.values())
+          expect(parentUuid === null || left.has(parentUuid)).toBe(true);
+      }
+      if (!stored) expect(ordered.filter((one) => goes.has(one))).toEqual(order);
     },
   );
 });

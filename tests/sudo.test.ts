@@ -212,14 +212,19 @@ test("an ordinary user without sudo takes snapshots, and deletes what the policy
     [names[2] as string, true],
     ["mine", false],
   ]);
-  // The snapshot that root's transfer builds on stays, as root's record says.
+  // The snapshot that root's transfer builds on stays, and what root keeps, as root's record says.
   await expectRun(0, ["-S", source, join(filesystem().path, "backup")]);
+  await expectRun(0, ["keep", source, names[1] as string]);
   sh(`chown 4713 "$1"/.btrfs-backup*`, snapshots);
+  expect((await expectRun(1, ["release", source, names[1] as string], options)).stderr).toContain(
+    "releasing needs root",
+  );
   for (let i = 0; i < 2; i++) {
     await expectRun(0, ["-w", "-N", "1", source], options);
     await nextSecond();
   }
-  expect(snapshotNames(snapshots).slice(1, -1)).toEqual([names[2] as string]);
+  expect(snapshotNames(snapshots).slice(1, -1)).toEqual(names.slice(1));
+  await expectRun(0, ["release", source, names[1] as string]);
 });
 
 test("what the program writes is for its user alone, and its control sockets are in a private directory", async () => {
