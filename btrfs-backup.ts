@@ -1717,7 +1717,11 @@ async function askAll<V extends Declared>([host, verb, given, what, input = ""]:
 // ── connections that several runs share ──
 
 /** A connection that is kept: null, or how it came to nothing, and the way to end it. */
-type Connection = { readonly failure: Result | Silent | null; readonly close: () => void };
+type Connection = {
+  readonly failure: Result | Silent | null;
+  readonly close: () => void;
+  readonly ended: Promise<unknown>;
+};
 
 /** Those of this process, by what ssh is called with. */
 const connections = new Map<string, Promise<Connection>>();
@@ -1754,15 +1758,14 @@ async function connect({ ssh }: Host, key: string): Promise<Connection> {
   const call = [program, "-N", ...own.flatMap((option) => ["-o", option]), ...words];
   // ssh reads no input with -N: another process sees when ours is gone. Ctrl-C is for us alone,
   // since there is something to clean up over there.
-  const child = shell({ stdio: ["pipe", "pipe", "pipe"] })`${oneLine(sh`
-    trap "" INT HUP
-    exec 3<&0
-    ${call.map(quote).join(" ")} </dev/null 3<&- &
-    ssh=$!
-    { cat <&3; kill $ssh; } >/dev/null 2>&1 &
-    exec 3<&-
-    wait $ssh
-  `)}`;
+  const text = [
+    `trap "" INT HUP`,
+    "exec 3<&0",
+    `${call.map(quote).join(" ")} </dev/null 3<&- & ssh=$!`,
+    "{ cat <&3; kill $ssh; } >/dev/null 2>&1 & exec 3<&-",
+    "wait $ssh",
+  ].join("\n");
+  const child = shell({ stdio: ["pipe", "pipe", "pipe"] })`${text}`;
   pidOf(child);
   child.stdin.on("error", () => {});
   const close = () => void child.stdin.end();
@@ -1777,20 +1780,19 @@ async function connect({ ssh }: Host, key: string): Promise<Connection> {
   if (output instanceof Silent) {
     connections.delete(key);
     close();
-    return { failure: output, close };
+    return { failure: output, close, ended: child };
   }
   const isUp = output !== null && interruption === null;
   if (!isUp) close();
-  return { failure: isUp ? null : await child, close };
+  return { failure: isUp ? null : await child, close, ended: child };
 }
 
 /** Ends the connections that runs have shared. */
 async function disconnect(): Promise<void> {
-  for (const connection of connections.values())
-    await connection.then(
-      ({ close }) => close(),
-      () => {},
-    );
+  const all = await Promise.allSettled(connections.values());
+  const up = all.flatMap((one) => (one.status === "fulfilled" ? [one.value] : []));
+  for (const { close } of up) close();
+  await isOverWithin(LIMITS.parting, Promise.all(up.map(({ ended }) => ended)));
 }
 
 // ── what does not end ──
@@ -3096,9 +3098,16 @@ const SURVEY = defineVerb("survey", "nonce places...")`
   say systemd; if [ -d /run/systemd/system ]; then echo yes; fi
   say units
   for directory in /etc /run /usr/local/lib /usr/lib /lib; do
-    for file in "$directory"/systemd/system/btrfs-backup@.service "$directory"/systemd/system/btrfs-backup@.timer; do
-      if [ -f "$file" ]; then line "$file"; fi
+    for file in btrfs-backup@.service btrfs-backup@.timer btrfs-backup.service btrfs-backup.timer; do
+      if [ -f "$directory/systemd/system/$file" ]; then line "$directory/systemd/system/$file"; fi
     done
+  done
+  # One timer for all argument files is at work, or would run no other file than ours.
+  say forall
+  if [ -L /etc/systemd/system/timers.target.wants/btrfs-backup.timer ]; then echo enabled; fi
+  say files
+  for file in /etc/btrfs-backup/*.args; do
+    if [ -s "$file" ]; then line "$file"; fi
   done
   say exporter
   for directory in /var/lib/prometheus/node-exporter /var/lib/node_exporter/textfile_collector /var/lib/node_exporter; do
@@ -8482,6 +8491,7 @@ function checkBackups({ o, source }: Session, asked: Asked, folder: Folder): voi
   const { filesystem } = folder.place;
   const isSame = filesystem !== null && filesystem === source.place.filesystem;
   if (isSame && areNested(folder.top, source.top)) throw nestedError(asked.location.id);
+  needNoSource({ o, source }, asked, folder);
   if (filesystem === null && o.fsChecks) throw new Absent(`not on btrfs ${MOUNTED}`);
   if (known?.filesystem) checkFilesystem(folder, known.filesystem);
   if (isSame && o.fsChecks) throw sameFilesystem(source);
@@ -8489,6 +8499,36 @@ function checkBackups({ o, source }: Session, asked: Asked, folder: Folder): voi
   const isOld = known?.pin && known.filesystem === null;
   if (isOld && !folder.snapshots.some(isComplete))
     throw new Absent(`the backups that 0.3.1 made are not there ${MOUNTED}; --adopt begins anew`);
+}
+
+/**
+ * Errors: UsageError for a DEST that was meant as one more SOURCE. Another DEST follows, it is a
+ * subvolume that has nobody's backups, and either there are snapshots of it, as runs take them, or
+ * it could not be a DEST anyway, since it lies on SOURCE's own filesystem, and is no mere place for a
+ * mount.
+ */
+function needNoSource(
+  { o, source }: Pick<Session, "o" | "source">,
+  { id, known, optional }: Asked,
+  folder: Folder,
+): void {
+  const isLast = o.destinations.at(-1)?.location.id === id;
+  if (isLast || o.adopt || optional || known !== undefined || source.source === null) return;
+  const { top, subvolumes, standing, record, place, entries } = folder;
+  const own = subvolumes.find(({ path }) => `/${path}` === top);
+  const isServed = [...record.chains.values()].some(({ owner }) => owner !== undefined);
+  if (own === undefined || isServed || prefixesIn(standing).length > 0) return;
+  const isEmpty = [...entries].every((name) => [".", "..", "*"].includes(name)); // as the shell tells
+  const isSame = place.filesystem === source.place.filesystem && !isEmpty;
+  const isOwnSnapshot = ({ path, parentUuid, receivedUuid }: Subvolume) =>
+    parentUuid === own.uuid &&
+    receivedUuid === null &&
+    prefixOf(basename(path)) !== null &&
+    dirname(`/${path}`) === resolve(top, o.snapshotFolder);
+  if ((isSame && o.fsChecks) || subvolumes.some(isOwnSnapshot))
+    throw new UsageError(
+      `${id} looks like a second SOURCE: a command line has one SOURCE, and all else is DEST. For several, write the command line of each into a file /etc/btrfs-backup/NAME.args, and "btrfs-backup all" runs them; if backups shall go there, name a folder in it: ${join(id, "backup")}`,
+    );
 }
 
 /** Errors: Absent where the backups do not stand on the filesystem that they were on. */
@@ -9768,14 +9808,15 @@ const ALL = { name: null, source: null };
 
 /** One table of what was done at the places of several sources. */
 function tableOf(outcomes: readonly Outcome[]): string {
-  const rows = outcomes.flatMap(({ name, source, status, places }) => {
-    const own = summaryRows(source ?? "", places);
-    const [first = [source ?? "", "", "", "", "", "", ""], ...others] = own;
+  const all = outcomes.flatMap(({ name, source, status, places }) => {
+    const rows = summaryRows(source ?? "", places);
+    if (!places.has(null)) rows.unshift([source ?? "", ...SUMMED.map(() => "")]);
+    const [first = [], ...others] = rows;
     const undone = UNDONE[status];
     const head = undone === undefined ? first : [...first.slice(0, -1), undone];
     return [[name, ...head], ...others.map((row) => ["", ...row])];
   });
-  return alignedTable([["", "", ...SUMMED], ...rows]).trimEnd();
+  return alignedTable([["", "", ...SUMMED], ...all]).trimEnd();
 }
 
 function metricsOfOutcomes(outcomes: readonly Outcome[]): string {
@@ -12457,6 +12498,11 @@ async function checkTimers(source: Folder, heard: Report): Promise<string> {
   const { timers, failed, files } = parseTimers(told);
   for (const unit of failed)
     heard.error(null, new Failure(`${unit} failed when it ran last; see "journalctl -u ${unit}"`));
+  const twice = timersTwice(timers);
+  if (twice.length > 0)
+    heard.warning(
+      `btrfs-backup.timer runs every argument file, and ${twice.join(", ")} once more: "systemctl disable --now ${twice.join(" ")}"`,
+    );
   for (const { unit, isActive } of timers)
     if (!isActive) heard.warning(`${unit} is not active: "systemctl enable --now ${unit}"`);
   if (timers.length + files.length === 0)
@@ -12465,6 +12511,13 @@ async function checkTimers(source: Folder, heard: Report): Promise<string> {
     ...timers.map(({ unit, last }) => `${unit}, which ran last: ${last || "never"}`),
     ...files,
   ].join("; ");
+}
+
+/** The timers of single argument files, where the one for all of them is active as well. */
+export function timersTwice(timers: ReturnType<typeof parseTimers>["timers"]): string[] {
+  const active = timers.filter(({ isActive }) => isActive).map(({ unit }) => unit);
+  if (!active.includes("btrfs-backup.timer")) return [];
+  return active.filter((unit) => unit.startsWith("btrfs-backup@"));
 }
 
 /** Reads what `timers` printed: units of systemd as blocks of fields, and files of cron. */
@@ -12776,8 +12829,13 @@ export type SetupFacts = {
   /** How many of what stands at SOURCE and DEST already the proposed retention would delete. */
   readonly surplus: number;
   readonly systemd: boolean;
-  /** Both unit files are installed. */
+  /** Both unit files of one source are installed. */
   readonly units: boolean;
+  /**
+   * The timer that runs all argument files is installed, and is at work, or there is no other file,
+   * which may have a timer of its own.
+   */
+  readonly forAll: boolean;
   /** The directory of Prometheus' textfile collector. */
   readonly exporter: string | null;
   /** The installed program's path. */
@@ -12795,6 +12853,7 @@ export function parseSurvey({ nonce, text }: SurveyAnswer) {
   const lines = (name: string) => sections.get(name) ?? [];
   const mountLines = lines("mounts").filter((line) => line.includes(" - "));
   const program = lines("program")[0] ?? "";
+  const units = new Set(lines("units").map((path) => basename(path)));
   return {
     all: parseMounts(mountLines.join("\n")),
     mounts: parseMounts(mountLines.filter((line) => / - btrfs /.test(line)).join("\n")).filter(
@@ -12808,7 +12867,11 @@ export function parseSurvey({ nonce, text }: SurveyAnswer) {
     removable: new Set(lines("removable")),
     places: lines("places"),
     systemd: lines("systemd").length > 0,
-    units: new Set(lines("units").map((path) => basename(path))).size === 2,
+    units: units.has("btrfs-backup@.service") && units.has("btrfs-backup@.timer"),
+    forAll:
+      units.has("btrfs-backup.service") &&
+      units.has("btrfs-backup.timer") &&
+      (lines("forall").length > 0 || lines("files").length === 0),
     exporter: lines("exporter")[0] ?? null,
     program: program.startsWith("/") ? program : "/usr/local/sbin/btrfs-backup",
   };
@@ -12970,8 +13033,9 @@ export function proposalFor(wanted: SetupWanted, facts: SetupFacts): Proposal {
   const parts = partsOf(wanted, facts, name);
   // The unit reads files in /etc/btrfs-backup only.
   const byTimer = facts.systemd && wanted.directory === null;
+  const unit = facts.forAll ? "btrfs-backup" : `btrfs-backup@${name}`;
   const daily: Start = byTimer
-    ? { kind: "timer", unit: `btrfs-backup@${name}.timer`, units: facts.units }
+    ? { kind: "timer", unit: `${unit}.timer`, units: facts.forAll || facts.units }
     : { kind: "cron", line: cronLine(facts.program, file) };
   return {
     directory,
@@ -12987,7 +13051,7 @@ export function proposalFor(wanted: SetupWanted, facts: SetupFacts): Proposal {
     ],
     words: parts.flatMap(({ rows }) => rows.flat()),
     daily,
-    commands: commandsFor(wanted, { file, name, given, byTimer }),
+    commands: commandsFor(wanted, { file, given, service: byTimer ? `${unit}.service` : null }),
   };
 }
 
@@ -13003,12 +13067,11 @@ function commandsFor(
   { source, destinations, directory }: SetupWanted,
   how: {
     readonly file: string;
-    readonly name: string;
     readonly given: readonly string[];
-    readonly byTimer: boolean;
+    readonly service: string | null;
   },
 ): Proposal["commands"] {
-  const { file, name, given, byTimer } = how;
+  const { file, given, service } = how;
   const command = (...words: string[]) => ["btrfs-backup", ...words].map(shellWord).join(" ");
   const where = directory === null ? [] : ["--config-dir", directory];
   const ids = destinations.map(({ id }) => id);
@@ -13020,11 +13083,9 @@ function commandsFor(
     ],
     ["run by hand", command(`@${file}`)],
     ["look at what there is", command("list", ...given, source.id)],
-    ...(byTimer
-      ? ([
-          ["look at the runs", `journalctl -u ${shellWord(`btrfs-backup@${name}.service`)}`],
-        ] as const)
-      : []),
+    ...(service === null
+      ? []
+      : ([["look at the runs", `journalctl -u ${shellWord(service)}`]] as const)),
     ...destinations
       .filter(isReadable)
       .map(

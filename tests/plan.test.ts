@@ -2831,6 +2831,7 @@ describe("setup", () => {
     surplus: 0,
     systemd: true,
     units: true,
+    forAll: false,
     exporter: null,
     program: "/usr/local/sbin/btrfs-backup",
   };
