@@ -9641,7 +9641,6 @@ async function writeMetrics(file: string, text: string): Promise<void> {
 /** An argument file, which is one command line of `run`, and what is asked of it. */
 export type Member<O> = {
   readonly name: string;
-  readonly file: string;
   /** Errors: UsageError that says in which line of which file. */
   readonly read: () => O;
 };
@@ -15572,13 +15571,13 @@ function membersOf<O>(
   const there = argumentFilesIn(directory);
   const wanted = new Set(names.map((name) => name.replace(/\.args$/, "")));
   for (const name of wanted)
-    if (!there.has(name)) {
-      const { word, far } = nearest(name, [...there.keys()]);
+    if (!there.includes(name)) {
+      const { word, far } = nearest(name, there);
       throw new UsageError(
         `there is no ${join(directory, `${name}.args`)}${far <= 3 ? `; did you mean ${word}?` : ""}`,
       );
     }
-  if (there.size === 0)
+  if (there.length === 0)
     throw new UsageError(
       `missing arguments: give LOCATION… or SOURCE; without any, each argument file ${join(directory, "NAME.args")} is taken, and there is none ("btrfs-backup setup" makes one)`,
     );
@@ -15586,74 +15585,73 @@ function membersOf<O>(
     ...ON_TOP.flatMap((name) => given.all(name).map((value) => `--${name}=${value}`)),
     ...FLAGS_ON_TOP.filter((name) => given.flag(name)).map((name) => `--${name}`),
   ];
-  return [...there]
-    .filter(([name]) => wanted.size === 0 || wanted.has(name))
-    .map(([name, text]) => {
-      const file = join(directory, `${name}.args`);
-      return {
-        name,
-        file,
-        read: () => readMember({ file, text: text() }, top, read),
-      };
-    });
+  return there
+    .filter((name) => wanted.size === 0 || wanted.has(name))
+    .map((name) => ({
+      name,
+      read: () => readMember(join(directory, `${name}.args`), top, read),
+    }));
 }
 
-/**
- * The texts of a directory's argument files by their names, in order; one that is empty is none.
- * They have root run commands. Errors: UsageError where others can change the directory; each text
- * UsageError where others can change the file, or it cannot be read.
- */
-function argumentFilesIn(directory: string): Map<string, () => string> {
-  const needUnchanged = (path: string) => {
-    const { uid, gid, mode } = statSync(path);
-    const [us, group] = [process.getuid?.(), process.getgid?.()];
-    const isStrange =
-      (uid !== 0 && uid !== us) || ((mode & 0o20) !== 0 && gid !== 0 && gid !== group);
-    if (isStrange || (mode & 0o2) !== 0)
-      throw new UsageError(
-        `others can change ${path}, and so what is run: chown root ${shellWord(path)}; chmod go-w ${shellWord(path)}`,
-      );
-  };
-  const found = new Map<string, () => string>();
-  let names: string[];
+/** Errors: UsageError where others can change a file of arguments, which root runs, or a directory of them. */
+function needUnchanged(path: string): void {
+  const { uid, gid, mode } = statSync(path);
+  const isOwners = uid === 0 || uid === process.getuid?.();
+  const isGroups = (mode & 0o20) === 0 || gid === 0 || gid === process.getgid?.();
+  if (!isOwners || !isGroups || (mode & 0o2) !== 0)
+    throw new UsageError(
+      `others can change ${path}, and so what is run: chown root ${shellWord(path)}; chmod go-w ${shellWord(path)}`,
+    );
+}
+
+/** The text of an argument file. Errors: UsageError; those of reading it. */
+function argumentText(path: string): string {
+  needUnchanged(path);
+  return inUtf8(readFileSync(path), "it");
+}
+
+/** The names of a directory's argument files, in order. Errors: UsageError. */
+function argumentFilesIn(directory: string): string[] {
   try {
-    names = readdirSync(directory);
+    const names = readdirSync(directory).filter((name) => /^[^.].*\.args$/s.test(name));
     needUnchanged(directory);
+    // An empty one is switched off, for the units as well.
+    const isEmpty = (name: string) =>
+      statSync(join(directory, name), { throwIfNoEntry: false })?.size === 0;
+    return names
+      .filter((name) => !isEmpty(name))
+      .map((name) => basename(name, ".args"))
+      .sort();
   } catch (error) {
     const { code, message } = error as NodeJS.ErrnoException;
-    if (code === "ENOENT") return found;
+    if (code === "ENOENT") return [];
     throw new UsageError(`cannot read the argument files in ${directory}: ${message}`);
   }
-  for (const name of names.sort()) {
-    const path = join(directory, name);
-    if (!/^[^.].*\.args$/s.test(name)) continue;
-    if (statSync(path, { throwIfNoEntry: false })?.size === 0) continue;
-    found.set(name.replace(/\.args$/, ""), () => {
-      try {
-        needUnchanged(path);
-        return inUtf8(readFileSync(path), "it");
-      } catch (error) {
-        throw new UsageError(`${path}: ${(error as Error).message}`);
-      }
-    });
+}
+
+/** The words of an argument file and of those that it includes. Errors: UsageError. */
+function placedIn(file: string): Placed[] {
+  const failed = (where: string, error: unknown) =>
+    new UsageError(`${where}: ${(error as Error).message}`);
+  let text: string;
+  try {
+    text = argumentText(file);
+  } catch (error) {
+    throw failed(file, error);
   }
-  return found;
+  return wordsIn(file, text).flatMap((one) => {
+    if (!one.word.startsWith("@")) return [one];
+    try {
+      return placedWords(one.word, argumentText, [file]);
+    } catch (error) {
+      throw failed(`${file}, line ${one.line}`, error);
+    }
+  });
 }
 
 /** Reads an argument file, with words on top. Errors: UsageError that says in which line. */
-function readMember<O>(
-  { file, text }: { readonly file: string; readonly text: string },
-  top: readonly string[],
-  read: (own: Given) => O,
-): O {
-  const placed = wordsIn(file, text).flatMap((one) => {
-    if (!one.word.startsWith("@")) return [one];
-    try {
-      return placedWords(one.word, (path) => inUtf8(readFileSync(path), "it"), [file]);
-    } catch (error) {
-      throw new UsageError(`${file}, line ${one.line}: ${(error as Error).message}`);
-    }
-  });
+function readMember<O>(file: string, top: readonly string[], read: (own: Given) => O): O {
+  const placed = placedIn(file);
   const parse = (words: readonly string[]) => {
     const end = words.indexOf("--");
     const all = words.toSpliced(end === -1 ? words.length : end, 0, ...top);

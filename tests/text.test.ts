@@ -1323,6 +1323,10 @@ test("the program calls the filesystem itself only for what is its own: what a l
       found.set(where, (found.get(where) ?? new Set()).add(call));
   }
   const own = [
+    // The configuration, which argument files on the command line are as well (main).
+    "argumentFilesIn",
+    "argumentText",
+    "needUnchanged",
     "at exit",
     "canEnter",
     "clearDead",
