@@ -8644,9 +8644,12 @@ async function takeSnapshot(
   const after = () =>
     hook(o.afterSnapshot, "--after-snapshot").catch((error) => report.error(null, error));
   try {
-    const taken = await hook(o.beforeSnapshot, "--before-snapshot")
-      .then(() => snapshotOfNow(session, opened))
-      .finally(() => whileCleaning(after));
+    const take = () =>
+      hook(o.beforeSnapshot, "--before-snapshot")
+        .then(() => snapshotOfNow(session, opened))
+        .finally(() => whileCleaning(after));
+    const hasHook = o.beforeSnapshot !== null || o.afterSnapshot !== null;
+    const taken = await (hasHook ? betweenHooks(take) : take());
     log.info(`${o.dryRun ? "Would take" : "Took"} snapshot ${taken.name} of ${o.source.id}`);
     return taken;
   } catch (error) {
@@ -8654,6 +8657,14 @@ async function takeSnapshot(
     return null;
   }
 }
+
+/** One of several runs at a time: the hook of another could start what this one's has stopped. */
+const oneWithHooks = atMost(1);
+const betweenHooks = <T>(take: () => Promise<T>): Promise<T> =>
+  oneWithHooks(async () => {
+    checkInterruption();
+    return await take();
+  });
 
 /** Takes a snapshot in the first second whose name is free on both sides. Errors: Failure. */
 async function snapshotOfNow(
@@ -15510,7 +15521,7 @@ function allOptions(given: Given): AllOptions {
     dryRun: given.flag("dry-run"),
     jobs: wholeNumber(given, "jobs", SOURCES_AT_A_TIME, 1),
     metrics: parsedWith(given, "metrics", (path) => resolve(path)),
-    members: membersOf(given, given.positionals, runOptions),
+    members: membersOf(given, { names: given.positionals, missing: "" }, runOptions),
   };
 }
 
@@ -15522,13 +15533,17 @@ function listAllOptions(given: Given): LookingAtAll<ListOptions> {
   needNoOthers(given, ["size", "max-age"]);
   const [size, maxAge] = [given.flag("size"), ageOf(given)];
   const { json } = commonOptions(given);
-  const members = membersOf(given, [], (own): ListOptions => {
-    const { prefix, snapshotFolder, hosts, ...o } = runOptions(own);
-    const locations = [o.source, ...o.destinations.map(({ location }) => location)];
-    const policies = { sourcePolicy: o.sourcePolicy, backupPolicy: o.backupPolicy };
-    const common = { prefix, snapshotFolder, hosts, json: o.json, wait: 0 };
-    return { ...common, locations, ...policies, size, maxAge };
-  });
+  const members = membersOf(
+    given,
+    { names: [], missing: "LOCATION… is missing, and " },
+    (own): ListOptions => {
+      const { prefix, snapshotFolder, hosts, ...o } = runOptions(own);
+      const locations = [o.source, ...o.destinations.map(({ location }) => location)];
+      const policies = { sourcePolicy: o.sourcePolicy, backupPolicy: o.backupPolicy };
+      const common = { prefix, snapshotFolder, hosts, json: o.json, wait: 0 };
+      return { ...common, locations, ...policies, size, maxAge };
+    },
+  );
   return { json, members };
 }
 
@@ -15536,7 +15551,8 @@ function listAllOptions(given: Given): LookingAtAll<ListOptions> {
 function checkAllOptions(given: Given): LookingAtAll<RunOptions> {
   needNoOthers(given, []);
   const { json } = commonOptions(given);
-  return { json, members: membersOf(given, [], checkOptions) };
+  const wanted = { names: [], missing: "SOURCE is missing, and " };
+  return { json, members: membersOf(given, wanted, checkOptions) };
 }
 
 /** Errors: UsageError for options that count for one SOURCE, where none is named. */
@@ -15564,10 +15580,12 @@ function needNoDirectory(given: Given): void {
  */
 function membersOf<O>(
   given: Given,
-  names: readonly string[],
+  { names, missing }: { readonly names: readonly string[]; readonly missing: string },
   read: (own: Given) => O,
 ): Member<O>[] {
-  const directory = resolve(given.value("config-dir") ?? CONFIGURATION);
+  const named = given.value("config-dir");
+  if (named === "") throw new UsageError("--config-dir cannot be empty");
+  const directory = resolve(named ?? CONFIGURATION);
   const there = argumentFilesIn(directory);
   const wanted = new Set(names.map((name) => name.replace(/\.args$/, "")));
   for (const name of wanted)
@@ -15579,7 +15597,7 @@ function membersOf<O>(
     }
   if (there.length === 0)
     throw new UsageError(
-      `missing arguments: give LOCATION… or SOURCE; without any, each argument file ${join(directory, "NAME.args")} is taken, and there is none ("btrfs-backup setup" makes one)`,
+      `${missing}there is no argument file ${join(directory, "NAME.args")}; "btrfs-backup setup" makes one`,
     );
   const top = [
     ...ON_TOP.flatMap((name) => given.all(name).map((value) => `--${name}=${value}`)),
@@ -15613,15 +15631,14 @@ function argumentText(path: string): string {
 /** The names of a directory's argument files, in order. Errors: UsageError. */
 function argumentFilesIn(directory: string): string[] {
   try {
-    const names = readdirSync(directory).filter((name) => /^[^.].*\.args$/s.test(name));
+    const names = readdirSync(directory)
+      .filter((name) => /^[^.].*\.args$/s.test(name))
+      .sort();
     needUnchanged(directory);
     // An empty one is switched off, for the units as well.
     const isEmpty = (name: string) =>
       statSync(join(directory, name), { throwIfNoEntry: false })?.size === 0;
-    return names
-      .filter((name) => !isEmpty(name))
-      .map((name) => basename(name, ".args"))
-      .sort();
+    return names.filter((name) => !isEmpty(name)).map((name) => basename(name, ".args"));
   } catch (error) {
     const { code, message } = error as NodeJS.ErrnoException;
     if (code === "ENOENT") return [];

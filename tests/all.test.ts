@@ -159,6 +159,13 @@ describe("all", () => {
     expect(existsSync(join(directory, "pwned"))).toBe(false);
     const none = await expectRun(2, ["all", "--config-dir", join(directory, "none")]);
     expect(none.stderr).toContain(`"btrfs-backup setup" makes one`);
+    for (const [command = "", what] of [
+      ["list", "LOCATION… is missing, and there is no argument file"],
+      ["check", "SOURCE is missing, and there is no argument file"],
+    ])
+      expect(
+        (await expectRun(2, [command, "--config-dir", join(directory, "none")])).stderr,
+      ).toContain(what as string);
   });
 
   test("two files of one SOURCE have their turns; a lock that another run holds is 3, which is less than 1", async () => {
@@ -191,6 +198,25 @@ describe("all", () => {
     expect((await expectRun(1, [...all, "srv", "home-here"])).stderr).toContain("home-here: ");
     expect((await expectRun(2, [...all, "srv", "home-here", "web"])).stderr).toContain("no such");
     await unlock();
+  });
+
+  test("between its hooks a source is alone, so that nobody starts what it has stopped", async () => {
+    const { sources, at, directory, write, all } = machine("a", "b", "c");
+    const log = join(directory, "log");
+    const say = (word: string, i: number) => `echo ${word} ${i} >>${log}`;
+    for (const [i, source] of sources.entries())
+      write(
+        `${i}.args`,
+        `--before-snapshot ${say("stop", i)}; sleep 0.2`,
+        `--after-snapshot ${say("start", i)}`,
+        source,
+        at(String(i)),
+      );
+    await expectRun(0, all);
+    const told = readFileSync(log, "utf8").trimEnd().split("\n");
+    expect(told.length).toBe(6);
+    for (let i = 0; i < 6; i += 2)
+      expect(told[i + 1]).toBe((told[i] as string).replace("stop", "start"));
   });
 
   test("Ctrl-C ends all that are at work, cleanly, and begins no other", async () => {
