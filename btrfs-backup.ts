@@ -64,7 +64,7 @@ import type { ProcessPromise } from "zx/core";
 //  5. Locations     opening places; records; folders, stores and commands as destinations
 //  6. Plan          pure: what is sent, kept, claimed, restored
 //  7. Transfer      one stream to many takers, and the relay, a stage that looks at what passes
-//  8. Commands      run, copy, prune, restore, list, verify, versions, unpin, check, setup
+//  8. Commands      run, all, copy, prune, restore, list, verify, versions, unpin, check, setup
 //  9. Guard         all of the boundary that a key meets
 // 10. Command line  options, argument files, help, exit status
 
@@ -5138,6 +5138,7 @@ async function openFolder(location: Readable, path: string, opening: Opening): P
   const { prefix, wait } = opening;
   const host = hostOf(location.host, opening.hosts);
   await connected(host, id);
+  if (opening.ahead?.unwanted.aborted) throw new Failure(`${id}: not needed any more`);
   const nonce = crypto.randomUUID();
   const { output, release } = await holdOpen(location, host, { nonce, folder: path }, opening);
   try {
@@ -9746,13 +9747,17 @@ function understood<O extends Each>(
       member.source = sourceOf(o);
       return { name, own, o };
     } catch (error) {
-      if (!(error instanceof UsageError)) throw error;
       const report = newReport(json, false);
-      report.error(null, new Failure(error.message));
-      return { name, source: null, status: 2, places: report.figures, now: Date.now() };
+      tellOf(report, error);
+      const status = statusAfter(error);
+      return { name, source: null, status, places: report.figures, now: Date.now() };
     }
   });
 }
+
+/** Tells an error that is the end for one of several. */
+const tellOf = (report: Report, error: unknown): void =>
+  report.error(null, error instanceof UsageError ? new Failure(error.message) : error);
 
 /** Does a work with an argument file; null where another run is at work, if it `isPatient`. */
 const doneWith = <O extends Each>(
@@ -9769,7 +9774,7 @@ const doneWith = <O extends Each>(
     } catch (error) {
       if (error instanceof Interrupted) throw error;
       if (error instanceof Busy && isPatient && o.wait === 0) return null;
-      report.error(null, error instanceof UsageError ? new Failure(error.message) : error);
+      tellOf(report, error);
       report.event("summary", { ok: false });
       status = statusAfter(error);
     }
