@@ -2,7 +2,7 @@
 
 import { describe, expect, test } from "bun:test";
 import { chmodSync, existsSync, readFileSync, writeFileSync } from "node:fs";
-import { join } from "node:path";
+import { basename, join } from "node:path";
 import {
   events,
   expectRun,
@@ -198,6 +198,27 @@ describe("all", () => {
     expect((await expectRun(1, [...all, "srv", "home-here"])).stderr).toContain("home-here: ");
     expect((await expectRun(2, [...all, "srv", "home-here", "web"])).stderr).toContain("no such");
     await unlock();
+  });
+
+  test("on a terminal, all streams have their lines, which say whose they are", () => {
+    const { sources, at, directory, write } = machine("home", "srv");
+    for (const source of sources) {
+      const name = basename(source);
+      sh(`head -c 20M /dev/urandom >"$1/large"`, source);
+      write(`${name}.args`, "--rate-limit 10M", source, at(name));
+    }
+    const drawn = sh(
+      `log=$1; shift; script -qec "$*" "$log" >/dev/null; cat "$log"`,
+      join(directory, "typescript"),
+      join(ROOT, "dist/btrfs-backup"),
+      "all",
+      "--config-dir",
+      directory,
+    );
+    for (const source of sources)
+      expect(drawn).toMatch(new RegExp(`${basename(source)}: [^\\n]* [0-9.]+M/s 0:00:0\\d\\r\\n`));
+    expect(drawn).toContain("\x1b[2A\x1b[J");
+    expect(drawn).toContain("Done: 2 sources\r\n");
   });
 
   test("between its hooks a source is alone, so that nobody starts what it has stopped", async () => {
