@@ -20,6 +20,7 @@ import {
   readSync,
   realpathSync,
   rmSync,
+  statSync,
   writeFileSync,
   writeSync,
 } from "node:fs";
@@ -63,7 +64,7 @@ import type { ProcessPromise } from "zx/core";
 //  5. Locations     opening places; records; folders, stores and commands as destinations
 //  6. Plan          pure: what is sent, kept, claimed, restored
 //  7. Transfer      one stream to many takers, and the relay, a stage that looks at what passes
-//  8. Commands      run, copy, prune, restore, list, verify, versions, unpin, check, setup
+//  8. Commands      run, all, copy, prune, restore, list, verify, versions, unpin, check, setup
 //  9. Guard         all of the boundary that a key meets
 // 10. Command line  options, argument files, help, exit status
 
@@ -991,9 +992,46 @@ const { $, which } = await import("zx/core");
 
 // ── 2. Telling ───────────────────────────────────────────────────────────────────────────
 
-const NO_PROCESS = "no process can be started: see ulimit -n and -u, and the memory that is free";
-
 export const LEVELS = { error: 0, warning: 1, info: 3, debug: 4 } as const;
+
+/**
+ * What a run has for itself, since `all` does several in one process: how loud it is, and how long
+ * it waits for what does nothing.
+ */
+type Setting = {
+  /** One of LEVELS. */
+  level: number;
+  /** In ms; see LIMITS. */
+  stuck: number;
+  parting: number;
+  /** Which of several runs it is; null where there is only one. */
+  readonly member: {
+    /** The name of its argument file; null for what concerns all of them. */
+    readonly name: string | null;
+    /** Its SOURCE, as far as that is known. */
+    source: string | null;
+  } | null;
+};
+
+const newSetting = (member: Setting["member"]): Setting => ({
+  level: LEVELS.info,
+  stuck: 3600e3,
+  parting: 10e3,
+  member,
+});
+
+const ONLY = newSetting(null);
+const settings = new AsyncLocalStorage<Setting>();
+/** The setting of the run that asks. */
+const setting = (): Setting => settings.getStore() ?? ONLY;
+
+/** What a line begins with, where it could be of any of several runs. */
+function lineOwner(): string {
+  const name = setting().member?.name ?? null;
+  return name === null ? "" : `${name}: `;
+}
+
+const NO_PROCESS = "no process can be started: see ulimit -n and -u, and the memory that is free";
 
 /**
  * A line at the bottom of a terminal for each stream that is under way. All other text goes above.
@@ -1018,16 +1056,17 @@ const terminal = new Terminal();
 
 /** The log: lines for people, on stderr. */
 export const log = createConsola({
-  level: LEVELS.info,
+  level: LEVELS.debug,
   reporters: [
     {
-      log({ type, args }) {
+      log({ type, args, level }) {
+        if (level > setting().level) return;
         const colour =
           !process.stderr.isTTY || process.env["NO_COLOR"]
             ? null
             : ({ error: "31", warn: "33", debug: "2" }[type as string] ?? "36");
         terminal.write(
-          `${colour === null ? `[${type}]` : `\x1b[${colour}m[${type}]\x1b[0m`} ${visible(args.join(" "))}\n`,
+          `${colour === null ? `[${type}]` : `\x1b[${colour}m[${type}]\x1b[0m`} ${visible(`${lineOwner()}${args.join(" ")}`)}\n`,
         );
       },
     },
@@ -1115,7 +1154,9 @@ function newReport(json: boolean, dryRun: boolean): Report {
       place.sent++;
       place.bytes += (fields["bytes"] as number | null) ?? 0;
     }
-    const line = { event: name, ...fields, ...(dryRun ? { dry_run: true } : {}) };
+    const { member } = setting();
+    const whose = member === null ? {} : { args: member.name, source: member.source };
+    const line = { event: name, ...whose, ...fields, ...(dryRun ? { dry_run: true } : {}) };
     if (json) process.stdout.write(`${JSON.stringify(line)}\n`);
   };
   const report: Report = {
@@ -1183,8 +1224,15 @@ export function progressLine({ name, bytes, size, seconds, columns }: Progress):
 }
 
 /** What was done at each place, the source first. */
-export function summaryOf(source: string, places: ReadonlyMap<string | null, Figures>): string {
-  const rows = [...places]
+export const summaryOf = (source: string, places: ReadonlyMap<string | null, Figures>): string =>
+  alignedTable([["", ...SUMMED], ...summaryRows(source, places)]).trimEnd();
+
+/** What a summary tells of each place. */
+const SUMMED = ["sent", "bytes", "time", "deleted", "kept", ""] as const;
+
+/** A row for each place, the source first. */
+function summaryRows(source: string, places: ReadonlyMap<string | null, Figures>): string[][] {
+  return [...places]
     .sort(([a], [b]) => Number(b === null) - Number(a === null))
     .map(([id, { sent, bytes, seconds, deleted, kept, errors }]) => [
       id ?? source,
@@ -1194,7 +1242,6 @@ export function summaryOf(source: string, places: ReadonlyMap<string | null, Fig
       kept === null ? "" : String(kept),
       errors > 0 ? "failed" : "",
     ]);
-  return alignedTable([["", "sent", "bytes", "time", "deleted", "kept", ""], ...rows]).trimEnd();
 }
 
 /** Columns as wide as their widest cell. */
@@ -1211,19 +1258,43 @@ export function alignedTable(rows: readonly (readonly string[])[]): string {
   return shown.map((row) => `${line(row)}\n`).join("");
 }
 
+/** What was done at the places of a source; `now`: when its run ended, in ms since 1970. */
+export type Measured = {
+  readonly source: string;
+  readonly places: ReadonlyMap<string | null, Figures>;
+  readonly now: number;
+};
+
 /** Prometheus' text format: what its node exporter's textfile collector reads. */
-export function metricsOf(
+export const metricsOf = (
   source: string,
   places: ReadonlyMap<string | null, Figures>,
   now: number,
-): string {
+): string => metricsOfAll([{ source, places, now }]);
+
+/** The metrics of several runs, in which no label stands twice: the collector refuses such a file. */
+export function metricsOfAll(runs: readonly Measured[]): string {
   const label = (text: string) =>
     visible(text).replace(/["\\\n]/g, (c) => (c === "\n" ? "\\n" : `\\${c}`));
-  const all = [...places].map(([id, place]) => ({
-    labels: `{source="${label(source)}"${id === null ? "" : `,destination="${label(id)}"`}}`,
-    isSource: id === null,
-    ...place,
-  }));
+  const rows = runs.flatMap(({ source, places, now }) =>
+    [...places].map(([id, place]) => ({
+      labels: `{source="${label(source)}"${id === null ? "" : `,destination="${label(id)}"`}}`,
+      isSource: id === null,
+      now,
+      ...place,
+    })),
+  );
+  const all = [...groupBy(rows, ({ labels }) => labels).values()].map((same) =>
+    same.reduce((a, b) => ({
+      ...b,
+      errors: a.errors + b.errors,
+      bytes: a.bytes + b.bytes,
+      seconds: a.seconds + b.seconds,
+      kept: b.kept ?? a.kept,
+      last: b.last ?? a.last,
+      now: Math.max(a.now, b.now),
+    })),
+  );
   type One = (typeof all)[number];
   const metric = (name: string, help: string, value: (place: One) => number | null) => {
     const lines = all
@@ -1248,7 +1319,7 @@ export function metricsOf(
     metric("sent_bytes", "Bytes sent in the last run.", ({ bytes }) => bytes),
     metric("duration_seconds", "How long the last run took there.", ({ seconds }) => seconds),
     metric("snapshots", "Snapshots or backups kept.", ({ kept }) => kept),
-    metric("last_run_timestamp_seconds", "When the last run ended.", () => now / 1000),
+    metric("last_run_timestamp_seconds", "When the last run ended.", ({ now }) => now / 1000),
   ].join("");
 }
 
@@ -1429,11 +1500,14 @@ export function hostOf(
     .find((seconds) => seconds !== undefined);
   const beat = Number(interval ?? 0) || 15;
   if (name === null) return { label: "", ssh: null, sudo: options.sudo, beat };
+  // Of several runs, those with the same options share a connection: another one could be of
+  // another key, which may do other things.
+  const connection = setting().member === null ? "%C" : connectionName(name, options.sshOptions);
   // The first value of an ssh option wins: the user's stand before ours.
   const ssh = [
     ...options.sshOptions,
     "ControlMaster=auto",
-    `ControlPath=${runtimeDirectory()}/%C`,
+    `ControlPath=${runtimeDirectory()}/${connection}`,
     "ControlPersist=no",
     "ServerAliveInterval=15",
     "ServerAliveCountMax=2",
@@ -1461,6 +1535,10 @@ export function hostOf(
     beat,
   };
 }
+
+/** The name of a connection's socket, which is shorter than %C would be with all that is in it. */
+const connectionName = (host: HostName, sshOptions: readonly string[]) =>
+  digestOf(JSON.stringify([host, sshOptions])).slice(0, 32);
 
 const LOCAL: Host = { label: "", ssh: null, sudo: false, beat: 15 };
 
@@ -1700,6 +1778,87 @@ async function askAll<V extends Declared>([host, verb, given, what, input = ""]:
   return { stdout: result.stdout, output };
 }
 
+// ── connections that several runs share ──
+
+/** A connection that is kept: null, or how it came to nothing, and the way to end it. */
+type Connection = {
+  readonly failure: Result | Silent | null;
+  readonly close: () => void;
+  readonly ended: Promise<unknown>;
+};
+
+/** Those of this process, by what ssh is called with. */
+const connections = new Map<string, Promise<Connection>>();
+/** The last one that may ask for a password: two at once would get each other's. */
+let lastAsking: Promise<unknown> = Promise.resolve();
+
+/**
+ * Of several runs, waits until a host has the connection that all of them use. It is kept from one
+ * run to the next, so that nobody is asked twice for a password. `what` is to be reached. Errors:
+ * those of a verb that cannot reach it.
+ */
+async function connected(host: Host, what: string): Promise<void> {
+  if (host.ssh === null || setting().member === null) return;
+  const key = JSON.stringify(host.ssh);
+  let connection = connections.get(key);
+  if (connection === undefined) {
+    const isAsking = process.stdin.isTTY || process.stderr.isTTY;
+    connection = (isAsking ? lastAsking : Promise.resolve()).then(() => connect(host, key));
+    connections.set(key, connection);
+    lastAsking = endOf(connection, null);
+  }
+  const { failure } = await connection;
+  checkInterruption();
+  if (failure instanceof Silent)
+    throw new Unreachable(`${what}: no answer within ${LIMITS.open / 1000} s`);
+  if (failure !== null) throw failureOf(host, what, failure);
+}
+
+/** Connects to a host, and stays so until it is told otherwise, or this program ends. */
+async function connect({ ssh }: Host, key: string): Promise<Connection> {
+  checkInterruption();
+  const [program = "", ...words] = ssh ?? [];
+  const own = ["ControlMaster=yes", "PermitLocalCommand=yes", "LocalCommand=echo"];
+  const call = [program, "-N", ...own.flatMap((option) => ["-o", option]), ...words];
+  // ssh reads no input with -N: another process sees when ours is gone. Ctrl-C is for us alone,
+  // since there is something to clean up over there.
+  const text = [
+    `trap "" INT HUP`,
+    "exec 3<&0",
+    `${call.map(quote).join(" ")} </dev/null 3<&- & ssh=$!`,
+    "{ cat <&3; kill $ssh; } >/dev/null 2>&1 & exec 3<&-",
+    "wait $ssh",
+  ].join("\n");
+  const child = shell({ stdio: ["pipe", "pipe", "pipe"] })`${text}`;
+  pidOf(child);
+  child.stdin.on("error", () => {});
+  const close = () => void child.stdin.end();
+  running.add(close);
+  // A lost connection is made anew by whoever needs it.
+  void child.then(() => (connections.delete(key), close()));
+  const output = await Promise.race([
+    outputUntil(child, "\n", { limit: LIMITS.open }),
+    interrupting().then(() => null),
+  ]);
+  running.delete(close);
+  if (output instanceof Silent) {
+    connections.delete(key);
+    close();
+    return { failure: output, close, ended: child };
+  }
+  const isUp = output !== null && interruption === null;
+  if (!isUp) close();
+  return { failure: isUp ? null : await child, close, ended: child };
+}
+
+/** Ends the connections that runs have shared. */
+async function disconnect(): Promise<void> {
+  const all = await Promise.allSettled(connections.values());
+  const up = all.flatMap((one) => (one.status === "fulfilled" ? [one.value] : []));
+  for (const { close } of up) close();
+  await isOverWithin(LIMITS.parting, Promise.all(up.map(({ ended }) => ended)));
+}
+
 // ── what does not end ──
 
 /** In ms. */
@@ -1710,9 +1869,13 @@ const LIMITS = {
    * How long a process may do nothing (see --timeout); six times as long while it waits for a disk
    * to have everything.
    */
-  stuck: 3600e3,
+  get stuck() {
+    return setting().stuck;
+  },
   /** How long a process that is told to end may take. On a dead disk it never does. */
-  parting: 10e3,
+  get parting() {
+    return setting().parting;
+  },
 };
 
 /** Comes with a signal, except for what cleans up after it. */
@@ -3102,9 +3265,16 @@ const SURVEY = defineVerb("survey", "nonce places...")`
   say systemd; if [ -d /run/systemd/system ]; then echo yes; fi
   say units
   for directory in /etc /run /usr/local/lib /usr/lib /lib; do
-    for file in "$directory"/systemd/system/btrfs-backup@.service "$directory"/systemd/system/btrfs-backup@.timer; do
-      if [ -f "$file" ]; then line "$file"; fi
+    for file in btrfs-backup@.service btrfs-backup@.timer btrfs-backup.service btrfs-backup.timer; do
+      if [ -f "$directory/systemd/system/$file" ]; then line "$directory/systemd/system/$file"; fi
     done
+  done
+  # One timer for all argument files is at work, or would run no other file than ours.
+  say forall
+  if [ -L /etc/systemd/system/timers.target.wants/btrfs-backup.timer ]; then echo enabled; fi
+  say files
+  for file in /etc/btrfs-backup/*.args; do
+    if [ -s "$file" ]; then line "$file"; fi
   done
   say exporter
   for directory in /var/lib/prometheus/node-exporter /var/lib/node_exporter/textfile_collector /var/lib/node_exporter; do
@@ -5226,6 +5396,8 @@ async function openFolder(location: Readable, path: string, opening: Opening): P
   const { id } = location;
   const { prefix, wait } = opening;
   const host = hostOf(location.host, opening.hosts);
+  await connected(host, id);
+  if (opening.ahead?.unwanted.aborted) throw new Failure(`${id}: not needed any more`);
   const nonce = crypto.randomUUID();
   const { output, release } = await holdOpen(location, host, { nonce, folder: path }, opening);
   try {
@@ -7791,10 +7963,16 @@ function meter(
 ): Stage[] {
   const slowed = rate === null ? {} : { rate };
   if (!progress) return rate === null ? [] : [relayStage(slowed)];
-  const [key, began] = [{}, Date.now()];
+  const [key, began, called] = [{}, Date.now(), `${lineOwner()}${name}`];
   const line = (bytes: number) => {
     const seconds = (Date.now() - began) / 1000;
-    return progressLine({ name, bytes, size, seconds, columns: process.stderr.columns || 80 });
+    return progressLine({
+      name: called,
+      bytes,
+      size,
+      seconds,
+      columns: process.stderr.columns || 80,
+    });
   };
   return [relayStage(slowed, (bytes) => terminal.show(key, bytes === null ? null : line(bytes)))];
 }
@@ -9114,6 +9292,7 @@ function checkBackups(
   const { filesystem } = folder.place;
   const isSame = filesystem !== null && filesystem === source.place.filesystem;
   if (isSame && areNested(folder.top, source.top)) throw nestedError(asked.location.id);
+  needNoSource({ o, source }, asked, folder);
   if (filesystem === null && o.fsChecks) throw new Absent(`not on btrfs ${MOUNTED}`);
   if (known?.filesystem) checkFilesystem(folder, known.filesystem);
   if (isSame && o.fsChecks) throw sameFilesystem(source);
@@ -9121,6 +9300,36 @@ function checkBackups(
   const isOld = known?.pin && known.filesystem === null;
   if (isOld && !folder.snapshots.some(isComplete))
     throw new Absent(`the backups that 0.3.1 made are not there ${MOUNTED}; --adopt begins anew`);
+}
+
+/**
+ * Errors: UsageError for a DEST that was meant as one more SOURCE. Another DEST follows, it is a
+ * subvolume that has nobody's backups, and either there are snapshots of it, as runs take them, or
+ * it could not be a DEST anyway, since it lies on SOURCE's own filesystem, and is no mere place for a
+ * mount.
+ */
+function needNoSource(
+  { o, source }: Pick<Session, "o" | "source">,
+  { id, known, optional }: Asked,
+  folder: Folder,
+): void {
+  const isLast = o.destinations.at(-1)?.location.id === id;
+  if (isLast || o.adopt || optional || known !== undefined || source.source === null) return;
+  const { top, subvolumes, standing, record, place, entries } = folder;
+  const own = subvolumes.find(({ path }) => `/${path}` === top);
+  const isServed = [...record.chains.values()].some(({ owner }) => owner !== undefined);
+  if (own === undefined || isServed || prefixesIn(standing).length > 0) return;
+  const isEmpty = [...entries].every((name) => [".", "..", "*"].includes(name)); // as the shell tells
+  const isSame = place.filesystem === source.place.filesystem && !isEmpty;
+  const isOwnSnapshot = ({ path, parentUuid, receivedUuid }: Subvolume) =>
+    parentUuid === own.uuid &&
+    receivedUuid === null &&
+    prefixOf(basename(path)) !== null &&
+    dirname(`/${path}`) === resolve(top, o.snapshotFolder);
+  if ((isSame && o.fsChecks) || subvolumes.some(isOwnSnapshot))
+    throw new UsageError(
+      `${id} looks like a second SOURCE: a command line has one SOURCE, and all else is DEST. For several, write the command line of each into a file /etc/btrfs-backup/NAME.args, and "btrfs-backup all" runs them; if backups shall go there, name a folder in it: ${join(id, "backup")}`,
+    );
 }
 
 /** Errors: Absent where the backups do not stand on the filesystem that they were on. */
@@ -9251,20 +9460,27 @@ async function takeSnapshot(
   }
 }
 
+/** One of several runs at a time: the hook of another could start what this one's has stopped. */
+const oneWithHooks = atMost(1);
+
 /** Does something between the user's own commands. Errors: Failure, and those of the work. */
 function betweenHooks<T>(
   { o, report, source }: Pick<Session, "o" | "report" | "source">,
   work: () => Promise<T>,
 ): Promise<T> {
+  if (o.beforeSnapshot === null && o.afterSnapshot === null) return work();
   const hook = async (command: string | null, option: string) => {
     if (command !== null && !o.dryRun)
       log.debug((await ask(plainHost(source.host), HOOK, { command }, `${option} failed`)).trim());
   };
   const after = () =>
     hook(o.afterSnapshot, "--after-snapshot").catch((error) => report.error(null, error));
-  return hook(o.beforeSnapshot, "--before-snapshot")
-    .then(work)
-    .finally(() => whileCleaning(after));
+  return oneWithHooks(async () => {
+    checkInterruption();
+    return await hook(o.beforeSnapshot, "--before-snapshot")
+      .then(work)
+      .finally(() => whileCleaning(after));
+  });
 }
 
 /** Takes a snapshot in the first second whose name is free on both sides. Errors: Failure. */
@@ -10733,7 +10949,7 @@ function tellDecisions<T extends NamedTime>(
   dryRun: boolean,
 ): T[] {
   const tell = dryRun ? log.info : log.debug;
-  for (const { entry, reasons } of dryRun || log.level >= LEVELS.debug ? decisions : [])
+  for (const { entry, reasons } of dryRun || setting().level >= LEVELS.debug ? decisions : [])
     tell(`${id}: ${entry.name} ${reasons.length > 0 ? `stays: ${reasons.join(", ")}` : "goes"}`);
   return decisions.filter(({ reasons }) => reasons.length === 0).map(({ entry }) => entry);
 }
@@ -10756,8 +10972,10 @@ function concludeRun(
   name: string | null,
 ): void {
   const { snapshot = 0, transfer = 0, delete: deletions = 0 } = report.tally;
+  // Of several runs, one table tells at the end.
+  const table = setting().member === null ? `\n${summaryOf(source.id, report.figures)}` : "";
   log.info(
-    `${dryRun ? "Nothing was changed" : "Done"}: ${plural(snapshot, "snapshot")}, ${plural(transfer, "transfer")}, ${plural(deletions, "deletion")}${report.failed ? ", with errors" : ""}\n${summaryOf(source.id, report.figures)}`,
+    `${dryRun ? "Nothing was changed" : "Done"}: ${plural(snapshot, "snapshot")}, ${plural(transfer, "transfer")}, ${plural(deletions, "deletion")}${report.failed ? ", with errors" : ""}${table}`,
   );
   report.event("summary", { ok: !report.failed, snapshot: name, transfers: transfer, deletions });
 }
@@ -10769,6 +10987,236 @@ function concludeRun(
 async function writeMetrics(file: string, text: string): Promise<void> {
   await ask(LOCAL, METRICS, { file }, `--metrics: cannot write ${file}`, text);
 }
+
+// ── all: every source of this machine ──
+
+/** An argument file, which is one command line of `run`, and what is asked of it. */
+export type Member<O> = {
+  readonly name: string;
+  /** Errors: UsageError that says in which line of which file. */
+  readonly read: () => O;
+};
+
+/** What can be done with each argument file. */
+type Each = Pick<RunOptions, "json" | "wait"> & { readonly dryRun?: boolean };
+
+/** What has become of one of several. */
+type Outcome = {
+  readonly name: string;
+  /** Null where the file was not understood. */
+  readonly source: string | null;
+  /** An exit status. */
+  readonly status: number;
+  readonly places: Report["figures"];
+  /** When it ended, in ms since 1970. */
+  readonly now: number;
+};
+
+/** Of several runs, the exit status of the worst: the later one in here. */
+const WORSE = [0, 3, 1, 2] as const;
+const worstOf = (outcomes: readonly Pick<Outcome, "status">[]): number =>
+  WORSE.findLast((one) => outcomes.some(({ status }) => status === one)) ?? 0;
+
+/** The exit status that an error of a command means. */
+const statusAfter = (error: unknown): number => {
+  if (error instanceof UsageError) return 2;
+  return error instanceof Busy ? 3 : 1;
+};
+
+/** The words of a table for a source of which nothing was done. */
+const UNDONE: Readonly<Record<number, string>> = { 2: "refused", 3: "busy" };
+
+/** How the argument files are gone through. */
+type Together<O> = {
+  readonly json: boolean;
+  readonly members: readonly Member<O>[];
+  /** So many at a time. */
+  readonly jobs: number;
+  readonly sourceOf: (o: O) => string;
+  /** Those with the same word go one after another. */
+  readonly turnOf: (o: O) => string;
+  readonly work: (o: O, report: Report, name: string) => Promise<void>;
+};
+
+/** An argument file that was understood. */
+type Understood<O> = { readonly name: string; readonly own: Setting; readonly o: O };
+
+/**
+ * Does a work with each argument file. None keeps another one: what fails is told, and has its
+ * exit status. Errors: Interrupted, after all of them have cleaned up.
+ */
+async function together<O extends Each>(how: Together<O>): Promise<Outcome[]> {
+  const all = how.members.map((member) => understood(member, how));
+  const slots = atMost(how.jobs);
+  const turns = new Map<string, Promise<unknown>>();
+  const firsts = all.map((one) => {
+    if ("status" in one) return Promise.resolve(one);
+    const turn = how.turnOf(one.o);
+    const first = (turns.get(turn) ?? Promise.resolve()).then(() =>
+      slots(() => doneWith(one, how, all.length > 1)),
+    );
+    turns.set(turn, endOf(first, null));
+    return first;
+  });
+  try {
+    const ended = await Promise.allSettled(firsts);
+    const outcomes: Outcome[] = [];
+    for (const [i, one] of all.entries()) {
+      const first = resultOf(ended[i]);
+      // Two of ours may have met in one folder under two names: then each has its turn now.
+      if (first === null && "own" in one)
+        outcomes.push((await doneWith(one, how, false)) as Outcome);
+      else outcomes.push(first as Outcome);
+    }
+    return outcomes;
+  } finally {
+    await whileCleaning(disconnect);
+  }
+}
+
+/** Reads an argument file; one that makes no sense is told, and is done with. */
+function understood<O extends Each>(
+  { name, read }: Member<O>,
+  { json, sourceOf }: Together<O>,
+): Understood<O> | Outcome {
+  const member = { name, source: null as string | null };
+  const own = newSetting(member);
+  return settings.run(own, () => {
+    try {
+      const o = read();
+      member.source = sourceOf(o);
+      return { name, own, o };
+    } catch (error) {
+      const report = newReport(json, false);
+      tellOf(report, error);
+      const status = statusAfter(error);
+      return { name, source: null, status, places: report.figures, now: Date.now() };
+    }
+  });
+}
+
+/** Tells an error that is the end for one of several. */
+const tellOf = (report: Report, error: unknown): void =>
+  report.error(null, error instanceof UsageError ? new Failure(error.message) : error);
+
+/** Does a work with an argument file; null where another run is at work, if it `isPatient`. */
+const doneWith = <O extends Each>(
+  { name, own, o }: Understood<O>,
+  { work, sourceOf }: Together<O>,
+  isPatient: boolean,
+): Promise<Outcome | null> =>
+  settings.run(own, async () => {
+    const report = newReport(o.json, o.dryRun ?? false);
+    let status = 0;
+    try {
+      await work(o, report, name);
+      status = report.failed ? 1 : 0;
+    } catch (error) {
+      if (error instanceof Interrupted) throw error;
+      if (error instanceof Busy && isPatient && o.wait === 0) return null;
+      tellOf(report, error);
+      report.event("summary", { ok: false });
+      status = statusAfter(error);
+    }
+    return { name, source: sourceOf(o), status, places: report.figures, now: Date.now() };
+  });
+
+/** What stands on top of each argument file. */
+export type AllOptions = Pick<RunOptions, "json" | "dryRun" | "jobs" | "metrics"> & {
+  readonly members: readonly Member<RunOptions>[];
+};
+
+/** Runs each argument file, several at a time, and returns the worst exit status. */
+export async function runAll(o: AllOptions, report: Report): Promise<number> {
+  const outcomes = await together({
+    json: o.json,
+    members: o.members,
+    jobs: o.jobs,
+    sourceOf: ({ source }) => source.id,
+    turnOf: ({ source, snapshotFolder, prefix }) =>
+      JSON.stringify([source.host, resolve(source.path, snapshotFolder), prefix]),
+    work: run,
+  });
+  const failed = outcomes.filter(({ status }) => status !== 0);
+  const errors = failed.length === 0 ? "" : `, ${failed.length} of them with errors`;
+  log.info(
+    `${o.dryRun ? "Nothing was changed" : "Done"}: ${plural(outcomes.length, "source")}${errors}\n${tableOf(outcomes)}`,
+  );
+  const status = worstOf(outcomes);
+  return settings.run(newSetting(ALL), async () => {
+    const sources = outcomes.map((one) => ({
+      args: one.name,
+      source: one.source,
+      status: one.status,
+    }));
+    report.event("all", { ok: status === 0, status, sources });
+    if (o.metrics !== null && !o.dryRun)
+      await writeMetrics(o.metrics, metricsOfOutcomes(outcomes)).catch((error) =>
+        report.error(null, error),
+      );
+    return worstOf([...outcomes, { status: report.failed ? 1 : 0 }]);
+  });
+}
+
+/** What is told of all of them. */
+const ALL = { name: null, source: null };
+
+/** One table of what was done at the places of several sources. */
+function tableOf(outcomes: readonly Outcome[]): string {
+  const all = outcomes.flatMap(({ name, source, status, places }) => {
+    const rows = summaryRows(source ?? "", places);
+    if (!places.has(null)) rows.unshift([source ?? "", ...SUMMED.map(() => "")]);
+    const [first = [], ...others] = rows;
+    const undone = UNDONE[status];
+    const head = undone === undefined ? first : [...first.slice(0, -1), undone];
+    return [[name, ...head], ...others.map((row) => ["", ...row])];
+  });
+  return alignedTable([["", "", ...SUMMED], ...all]).trimEnd();
+}
+
+function metricsOfOutcomes(outcomes: readonly Outcome[]): string {
+  const measured = outcomes.flatMap(({ source, places, now }): Measured[] =>
+    source === null ? [] : [{ source, places, now }],
+  );
+  const broken = outcomes.length - measured.length;
+  const name = "btrfs_backup_broken_files";
+  return `${metricsOfAll(measured)}# HELP ${name} Argument files that make no sense.\n# TYPE ${name} gauge\n${name} ${broken}\n`;
+}
+
+/** The argument files of a command that only looks, one after another. */
+export type LookingAtAll<O> = Pick<Together<O>, "json" | "members">;
+
+/** Shows what each SOURCE and its destinations have. */
+export const listAll = async ({ json, members }: LookingAtAll<ListOptions>): Promise<number> =>
+  worstOf(
+    await together({
+      json,
+      members,
+      jobs: 1,
+      sourceOf: ({ locations }) => locations[0]?.id ?? "",
+      turnOf: () => "",
+      work(o, report, name) {
+        if (!o.json && o.maxAge === null) print(`${name}:\n`);
+        return list(o, report);
+      },
+    }),
+  );
+
+/** Looks whether the next run of each argument file would do its work. */
+export const checkAll = async ({ json, members }: LookingAtAll<RunOptions>): Promise<number> =>
+  worstOf(
+    await together({
+      json,
+      members,
+      jobs: 1,
+      sourceOf: ({ source }) => source.id,
+      turnOf: () => "",
+      work(o, report, name) {
+        if (!o.json && setting().level >= LEVELS.info) print(`${name}:\n`);
+        return checkRun(o, report);
+      },
+    }),
+  );
 
 // ── what several of these commands do ──
 
@@ -13284,7 +13732,7 @@ export async function checkRun(o: RunOptions, report: Report): Promise<void> {
       if (level === "fail") report.failed = true;
       report.event("finding", finding);
       report.tally[level] = (report.tally[level] ?? 0) + 1;
-      const isHeard = level !== "ok" || log.level >= LEVELS.info;
+      const isHeard = level !== "ok" || setting().level >= LEVELS.info;
       const what = `${level.padEnd(4)}  ${about.padEnd(11)}  ${line}${mend === null ? "" : `; mend: ${mend}`}`;
       if (isHeard && !o.json) print(`${what.replaceAll("\n", " ")}\n`);
       return true;
@@ -13601,6 +14049,11 @@ async function checkTimers(source: Folder, heard: Report): Promise<string> {
   const { timers, failed, files } = parseTimers(told);
   for (const unit of failed)
     heard.error(null, new Failure(`${unit} failed when it ran last; see "journalctl -u ${unit}"`));
+  const twice = timersTwice(timers);
+  if (twice.length > 0)
+    heard.warning(
+      `btrfs-backup.timer runs every argument file, and ${twice.join(", ")} once more: "systemctl disable --now ${twice.join(" ")}"`,
+    );
   for (const { unit, isActive } of timers)
     if (!isActive) heard.warning(`${unit} is not active: "systemctl enable --now ${unit}"`);
   if (timers.length + files.length === 0)
@@ -13609,6 +14062,13 @@ async function checkTimers(source: Folder, heard: Report): Promise<string> {
     ...timers.map(({ unit, last }) => `${unit}, which ran last: ${last || "never"}`),
     ...files,
   ].join("; ");
+}
+
+/** The timers of single argument files, where the one for all of them is active as well. */
+export function timersTwice(timers: ReturnType<typeof parseTimers>["timers"]): string[] {
+  const active = timers.filter(({ isActive }) => isActive).map(({ unit }) => unit);
+  if (!active.includes("btrfs-backup.timer")) return [];
+  return active.filter((unit) => unit.startsWith("btrfs-backup@"));
 }
 
 /** Reads what `timers` printed: units of systemd as blocks of fields, and files of cron. */
@@ -13936,8 +14396,13 @@ export type SetupFacts = {
   /** How many of what stands at SOURCE and DEST already the proposed retention would delete. */
   readonly surplus: number;
   readonly systemd: boolean;
-  /** Both unit files are installed. */
+  /** Both unit files of one source are installed. */
   readonly units: boolean;
+  /**
+   * The timer that runs all argument files is installed, and is at work, or there is no other file,
+   * which may have a timer of its own.
+   */
+  readonly forAll: boolean;
   /** The directory of Prometheus' textfile collector. */
   readonly exporter: string | null;
   /** The installed program's path. */
@@ -13955,6 +14420,7 @@ export function parseSurvey({ nonce, text }: SurveyAnswer) {
   const lines = (name: string) => sections.get(name) ?? [];
   const mountLines = lines("mounts").filter((line) => line.includes(" - "));
   const program = lines("program")[0] ?? "";
+  const units = new Set(lines("units").map((path) => basename(path)));
   return {
     all: parseMounts(mountLines.join("\n")),
     mounts: parseMounts(mountLines.filter((line) => / - btrfs /.test(line)).join("\n")).filter(
@@ -13968,7 +14434,11 @@ export function parseSurvey({ nonce, text }: SurveyAnswer) {
     removable: new Set(lines("removable")),
     places: lines("places"),
     systemd: lines("systemd").length > 0,
-    units: new Set(lines("units").map((path) => basename(path))).size === 2,
+    units: units.has("btrfs-backup@.service") && units.has("btrfs-backup@.timer"),
+    forAll:
+      units.has("btrfs-backup.service") &&
+      units.has("btrfs-backup.timer") &&
+      (lines("forall").length > 0 || lines("files").length === 0),
     exporter: lines("exporter")[0] ?? null,
     program: program.startsWith("/") ? program : "/usr/local/sbin/btrfs-backup",
   };
@@ -14130,8 +14600,9 @@ export function proposalFor(wanted: SetupWanted, facts: SetupFacts): Proposal {
   const parts = partsOf(wanted, facts, name);
   // The unit reads files in /etc/btrfs-backup only.
   const byTimer = facts.systemd && wanted.directory === null;
+  const unit = facts.forAll ? "btrfs-backup" : `btrfs-backup@${name}`;
   const daily: Start = byTimer
-    ? { kind: "timer", unit: `btrfs-backup@${name}.timer`, units: facts.units }
+    ? { kind: "timer", unit: `${unit}.timer`, units: facts.forAll || facts.units }
     : { kind: "cron", line: cronLine(facts.program, file) };
   return {
     directory,
@@ -14147,7 +14618,7 @@ export function proposalFor(wanted: SetupWanted, facts: SetupFacts): Proposal {
     ],
     words: parts.flatMap(({ rows }) => rows.flat()),
     daily,
-    commands: commandsFor(wanted, { file, name, given, byTimer }),
+    commands: commandsFor(wanted, { file, given, service: byTimer ? `${unit}.service` : null }),
   };
 }
 
@@ -14163,12 +14634,11 @@ function commandsFor(
   { source, destinations, directory }: SetupWanted,
   how: {
     readonly file: string;
-    readonly name: string;
     readonly given: readonly string[];
-    readonly byTimer: boolean;
+    readonly service: string | null;
   },
 ): Proposal["commands"] {
-  const { file, name, given, byTimer } = how;
+  const { file, given, service } = how;
   const command = (...words: string[]) => ["btrfs-backup", ...words].map(shellWord).join(" ");
   const where = directory === null ? [] : ["--config-dir", directory];
   const ids = destinations.map(({ id }) => id);
@@ -14180,11 +14650,9 @@ function commandsFor(
     ],
     ["run by hand", command(`@${file}`)],
     ["look at what there is", command("list", ...given, source.id)],
-    ...(byTimer
-      ? ([
-          ["look at the runs", `journalctl -u ${shellWord(`btrfs-backup@${name}.service`)}`],
-        ] as const)
-      : []),
+    ...(service === null
+      ? []
+      : ([["look at the runs", `journalctl -u ${shellWord(service)}`]] as const)),
     ...destinations
       .filter(isReadable)
       .map(
@@ -15840,7 +16308,7 @@ function streamUuid(bytes: Buffer): string {
 
 // ── 10. Command line ─────────────────────────────────────────────────────────────────────
 
-/** Every command but guard. */
+/** Every command but all and guard. */
 const COMMON = [
   "run",
   "restore",
@@ -15855,7 +16323,7 @@ const COMMON = [
   "check",
   "setup",
 ] as const;
-type CommandName = (typeof COMMON)[number] | "guard";
+type CommandName = (typeof COMMON)[number] | "all" | "guard";
 /** `check` takes a run's command line as it is. */
 const RUNNING = ["run", "check"] as const;
 const SENDING = [...RUNNING, "copy"] as const;
@@ -15965,10 +16433,13 @@ const GROUPS = {
       means: "Write the file, enable the timer where systemd runs, and do a first run",
     },
     "config-dir": {
-      of: ["setup"],
+      of: ["all", "list", "check", "setup"],
       value: "DIR",
-      means:
-        "Where the file is written; cron runs it, since the timer reads /etc/btrfs-backup only",
+      means: "Where the argument files NAME.args are (default: /etc/btrfs-backup)",
+      meansIn: {
+        setup:
+          "Where the file is written; cron runs it, since the timer reads /etc/btrfs-backup only",
+      },
     },
   },
   "What is taken and kept": {
@@ -16146,10 +16617,13 @@ const GROUPS = {
         "A destination with -n, --min-free, --min-keep, --full-every, --compress, --encrypt-to and --rate-limit of its own, which follow",
     },
     jobs: {
-      of: SENDING,
+      of: [...SENDING, "all"],
       value: "N",
       means:
         "Send at most N streams at a time; destinations that need the same stream get it together (default: all)",
+      meansIn: {
+        all: "Run at most N sources at a time (default: 3); how many streams each sends is up to its file",
+      },
     },
     "keep-unsent": {
       of: RUNNING,
@@ -16235,17 +16709,17 @@ const GROUPS = {
   "What it tells": {
     "dry-run": {
       common: true,
-      of: [...DELETING, "restore"],
+      of: [...DELETING, "restore", "all"],
       means: "Say what would happen and why; change nothing",
     },
     wait: {
       common: true,
-      of: [...DELETING, "restore", "keep", "release", "unpin"],
+      of: [...DELETING, "restore", "keep", "release", "unpin", "all"],
       value: "SECONDS",
       means: "Wait for a lock that another run holds (default: do not wait)",
     },
     verbosity: {
-      of: COMMON,
+      of: [...COMMON, "all"],
       short: "v",
       value: "LEVEL",
       old: true,
@@ -16253,22 +16727,23 @@ const GROUPS = {
     },
     quiet: {
       common: true,
-      of: COMMON,
+      of: [...COMMON, "all"],
       short: "q",
       old: true,
       means: "Same as --no-progress --verbosity warning",
     },
     json: {
-      of: COMMON,
+      of: [...COMMON, "all"],
       means: "Tell what happens on standard output, one JSON object a line",
     },
     metrics: {
-      of: RUNNING,
+      of: [...RUNNING, "all"],
       value: "FILE",
       means: "Write metrics for Prometheus' node exporter (textfile collector)",
+      meansIn: { all: "Write the metrics of all these sources into one file, besides their own" },
     },
     "no-progress": {
-      of: TRANSFERRING,
+      of: [...TRANSFERRING, "all"],
       short: "P",
       old: true,
       means: "Show no progress",
@@ -16279,7 +16754,7 @@ const GROUPS = {
       old: true,
       means: "Let btrfs send and receive tell everything (-vv)",
     },
-    help: { common: true, of: [...COMMON, "guard"], short: "h", means: "Show this text" },
+    help: { common: true, of: [...COMMON, "all", "guard"], short: "h", means: "Show this text" },
     "help-all": { of: [...RUNNING, "copy"], common: true, means: "Show all options" },
     version: { of: ["run"], means: "Show the version" },
   },
@@ -16462,34 +16937,42 @@ export function editDistance(a: string, b: string): number {
  * Replaces each @FILE by the arguments in it: one flag, `--option value` or positional a line, as
  * 0.3.1 read them. Errors: UsageError for a file that cannot be read, or includes itself.
  */
-export function expandFiles(
-  args: readonly string[],
+export const expandFiles = (args: readonly string[], read: (path: string) => string): string[] =>
+  args.flatMap((arg) => placedWords(arg, read).map(({ word }) => word));
+
+/** The words that an argument stands for. Errors: those of expandFiles. */
+function placedWords(
+  arg: string,
   read: (path: string) => string,
   including: readonly string[] = [],
-): string[] {
-  return args.flatMap((arg) => {
-    if (!arg.startsWith("@")) return [arg];
-    const named = arg.slice(1);
-    const path = normalize(
-      named.startsWith("/") ? named : join(dirname(including.at(-1) ?? "."), named),
-    );
-    if (including.includes(path))
-      throw new UsageError(
-        `argument files include each other: ${[...including, path].join(" -> ")}`,
-      );
-    let text: string;
-    try {
-      text = read(path);
-    } catch (error) {
-      throw new UsageError(`cannot read the argument file ${path}: ${(error as Error).message}`);
-    }
-    const lines = text.split(/\r\n|\r|\n/).map((line) => line.trim());
-    const words = lines
-      .filter((line) => line !== "" && !line.startsWith("#"))
-      .flatMap((line) => /^(-\S*)\s+(.*)$/.exec(line)?.slice(1) ?? [line]);
-    return expandFiles(words, read, [...including, path]);
-  });
+): Placed[] {
+  if (!arg.startsWith("@")) return [{ word: arg, file: "", line: 0 }];
+  const named = arg.slice(1);
+  const path = normalize(
+    named.startsWith("/") ? named : join(dirname(including.at(-1) ?? "."), named),
+  );
+  if (including.includes(path))
+    throw new UsageError(`argument files include each other: ${[...including, path].join(" -> ")}`);
+  let text: string;
+  try {
+    text = read(path);
+  } catch (error) {
+    throw new UsageError(`cannot read the argument file ${path}: ${(error as Error).message}`);
+  }
+  return wordsIn(path, text).flatMap((one) =>
+    one.word.startsWith("@") ? placedWords(one.word, read, [...including, path]) : [one],
+  );
 }
+
+/** The words of an argument file's text, each with its line. */
+const wordsIn = (file: string, text: string): Placed[] =>
+  text
+    .split(/\r\n|\r|\n/)
+    .map((line, i) => ({ line: i + 1, text: line.trim() }))
+    .filter((one) => one.text !== "" && !one.text.startsWith("#"))
+    .flatMap(({ line, text: words }) =>
+      (/^(-\S*)\s+(.*)$/.exec(words)?.slice(1) ?? [words]).map((word) => ({ word, file, line })),
+    );
 
 /** The value of an option that must be a whole number. */
 function wholeNumber(given: Options, name: ValueName, otherwise: number, least = 0): number {
@@ -16521,8 +17004,9 @@ function readableLocation(text: string): Readable {
 
 /** Sets how long the program waits for a process that does nothing. */
 function limitTime(given: Given): void {
-  LIMITS.stuck = 1000 * wholeNumber(given, "timeout", 3600) || Infinity;
-  LIMITS.parting = Math.min(10e3, LIMITS.stuck);
+  const own = setting();
+  own.stuck = 1000 * wholeNumber(given, "timeout", 3600) || Infinity;
+  own.parting = Math.min(10e3, own.stuck);
 }
 
 /** The options of every command. */
@@ -16532,7 +17016,7 @@ function commonOptions(given: Given) {
     throw new UsageError(
       `--verbosity is one of ${Object.keys(LEVELS).join(", ")}, not "${verbosity}"`,
     );
-  log.level = LEVELS[verbosity as keyof typeof LEVELS];
+  setting().level = LEVELS[verbosity as keyof typeof LEVELS];
   const prefix = given.value("snapshot-prefix") ?? "";
   if (!isPrefix(prefix))
     throw new UsageError("a prefix is at most 200 bytes, without slashes and control characters");
@@ -16664,12 +17148,10 @@ function excludedBy(given: Given): readonly IgnoreRule[] {
 }
 
 /** Those of run, as a dry run has them, which forgets no pin and waits for no lock. */
-const checkOptions = (given: Given) => ({
-  ...runOptions(given),
-  dryRun: true,
-  wait: 0,
-  removeLocks: false,
-});
+function checkOptions(given: Given): RunOptions {
+  needNoDirectory(given);
+  return { ...runOptions(given), dryRun: true, wait: 0, removeLocks: false };
+}
 
 /** The wanted destinations. Errors: UsageError for options that a destination cannot honour. */
 function destinationsOf(given: Given, positionals: readonly string[], prefix: string): Wanted[] {
@@ -16722,6 +17204,223 @@ function needMeasurable(locations: readonly Location[]): void {
     throw new UsageError(
       "--min-free needs a destination that can tell how much is free there: a folder, raw:// or raw+ssh://",
     );
+}
+
+// ── argument files of a directory ──
+
+const CONFIGURATION = "/etc/btrfs-backup";
+
+/** A word of an argument file, and where it stands. */
+type Placed = { readonly word: string; readonly file: string; readonly line: number };
+
+/** The options of `all`, and of a command that looks at all, which count for each argument file. */
+const ON_TOP = ["verbosity", "wait"] as const;
+const FLAGS_ON_TOP = ["dry-run", "quiet", "json", "no-progress"] as const;
+
+function allOptions(given: Given): AllOptions {
+  const { json } = commonOptions(given);
+  return {
+    json,
+    dryRun: given.flag("dry-run"),
+    jobs: wholeNumber(given, "jobs", SOURCES_AT_A_TIME, 1),
+    metrics: parsedWith(given, "metrics", (path) => resolve(path)),
+    members: membersOf(given, { names: given.positionals, missing: "" }, runOptions),
+  };
+}
+
+/** sshd lets a connection do ten things at a time (MaxSessions), and a source mostly does three. */
+const SOURCES_AT_A_TIME = 3;
+
+/** `list` without arguments: each argument file's SOURCE and destinations, as that file says. */
+function listAllOptions(given: Given): LookingAtAll<ListOptions> {
+  needNoOthers(given, ["size", "max-age"]);
+  const [size, maxAge] = [given.flag("size"), ageOf(given)];
+  const { json } = commonOptions(given);
+  const members = membersOf(
+    given,
+    { names: [], missing: "LOCATION… is missing, and " },
+    (own): ListOptions => {
+      const { prefix, snapshotFolder, hosts, ...o } = runOptions(own);
+      const locations = [o.source, ...o.destinations.map(({ location }) => location)];
+      const policies = { sourcePolicy: o.sourcePolicy, backupPolicy: o.backupPolicy };
+      const common = { prefix, snapshotFolder, hosts, json: o.json, wait: 0 };
+      return { ...common, locations, ...policies, size, maxAge };
+    },
+  );
+  return { json, members };
+}
+
+/** `check` without arguments: each argument file's next run. */
+function checkAllOptions(given: Given): LookingAtAll<RunOptions> {
+  needNoOthers(given, []);
+  const { json } = commonOptions(given);
+  const wanted = { names: [], missing: "SOURCE is missing, and " };
+  return { json, members: membersOf(given, wanted, checkOptions) };
+}
+
+/** Errors: UsageError for options that count for one SOURCE, where none is named. */
+function needNoOthers(given: Given, own: readonly string[]): void {
+  const known: readonly string[] = [...own, ...ON_TOP, ...FLAGS_ON_TOP, "config-dir"];
+  for (const name of OPTIONS.keys())
+    if (
+      !known.includes(name) &&
+      (given.all(name as ValueName).length > 0 || (name === "for" && given.scopes.length > 0))
+    )
+      throw new UsageError(
+        `SOURCE is missing: --${name} counts for one; without any, each argument file has its own options`,
+      );
+}
+
+/** Errors: UsageError for a directory of argument files where places are named. */
+function needNoDirectory(given: Given): void {
+  if (given.value("config-dir") !== null)
+    throw new UsageError("--config-dir says where argument files are: name no places with it");
+}
+
+/**
+ * The argument files that are named, or all, in the order of their names. Errors: UsageError where
+ * there is none, or where others could have put some there.
+ */
+function membersOf<O>(
+  given: Given,
+  { names, missing }: { readonly names: readonly string[]; readonly missing: string },
+  read: (own: Given) => O,
+): Member<O>[] {
+  const named = given.value("config-dir");
+  if (named === "") throw new UsageError("--config-dir cannot be empty");
+  const directory = resolve(named ?? CONFIGURATION);
+  const there = argumentFilesIn(directory);
+  const wanted = new Set(names.map((name) => name.replace(/\.args$/, "")));
+  for (const name of wanted)
+    if (!there.includes(name)) {
+      const { word, far } = nearest(name, there);
+      throw new UsageError(
+        `there is no ${join(directory, `${name}.args`)}${far <= 3 ? `; did you mean ${word}?` : ""}`,
+      );
+    }
+  if (there.length === 0)
+    throw new UsageError(
+      `${missing}there is no argument file ${join(directory, "NAME.args")}; "btrfs-backup setup" makes one`,
+    );
+  const top = [
+    ...ON_TOP.flatMap((name) => given.all(name).map((value) => `--${name}=${value}`)),
+    ...FLAGS_ON_TOP.filter((name) => given.flag(name)).map((name) => `--${name}`),
+  ];
+  return there
+    .filter((name) => wanted.size === 0 || wanted.has(name))
+    .map((name) => ({
+      name,
+      read: () => readMember(join(directory, `${name}.args`), top, read),
+    }));
+}
+
+/** Errors: UsageError where others can change a file of arguments, which root runs, or a directory of them. */
+function needUnchanged(path: string): void {
+  const { uid, gid, mode } = statSync(path);
+  const isOwners = uid === 0 || uid === process.getuid?.();
+  const isGroups = (mode & 0o20) === 0 || gid === 0 || gid === process.getgid?.();
+  if (!isOwners || !isGroups || (mode & 0o2) !== 0)
+    throw new UsageError(
+      `others can change ${path}, and so what is run: chown root ${shellWord(path)}; chmod go-w ${shellWord(path)}`,
+    );
+}
+
+/** The text of an argument file. Errors: UsageError; those of reading it. */
+function argumentText(path: string): string {
+  needUnchanged(path);
+  return inUtf8(readFileSync(path), "it");
+}
+
+/** The names of a directory's argument files, in order. Errors: UsageError. */
+function argumentFilesIn(directory: string): string[] {
+  try {
+    const names = readdirSync(directory)
+      .filter((name) => /^[^.].*\.args$/s.test(name))
+      .sort();
+    needUnchanged(directory);
+    // An empty one is switched off, for the units as well.
+    const isEmpty = (name: string) =>
+      statSync(join(directory, name), { throwIfNoEntry: false })?.size === 0;
+    return names.filter((name) => !isEmpty(name)).map((name) => basename(name, ".args"));
+  } catch (error) {
+    const { code, message } = error as NodeJS.ErrnoException;
+    if (code === "ENOENT") return [];
+    throw new UsageError(`cannot read the argument files in ${directory}: ${message}`);
+  }
+}
+
+/** The words of an argument file and of those that it includes. Errors: UsageError. */
+function placedIn(file: string): Placed[] {
+  const failed = (where: string, error: unknown) =>
+    new UsageError(`${where}: ${(error as Error).message}`);
+  let text: string;
+  try {
+    text = argumentText(file);
+  } catch (error) {
+    throw failed(file, error);
+  }
+  return wordsIn(file, text).flatMap((one) => {
+    if (!one.word.startsWith("@")) return [one];
+    try {
+      return placedWords(one.word, argumentText, [file]);
+    } catch (error) {
+      throw failed(`${file}, line ${one.line}`, error);
+    }
+  });
+}
+
+/** Reads an argument file, with words on top. Errors: UsageError that says in which line. */
+function readMember<O>(file: string, top: readonly string[], read: (own: Given) => O): O {
+  const placed = placedIn(file);
+  const parse = (words: readonly string[]) => {
+    const end = words.indexOf("--");
+    const all = words.toSpliced(end === -1 ? words.length : end, 0, ...top);
+    const given = readArguments(all, COMMANDS.run.args as ArgsDef);
+    const [first = ""] = given.positionals;
+    if (isCommand(first))
+      throw new UsageError(
+        `"${first}" is a command: an argument file holds what stands behind run`,
+      );
+    for (const name of ["help", "help-all", "version"] as const)
+      if (given.flag(name)) throw new UsageError(`--${name} has no place in an argument file`);
+    return read(given);
+  };
+  try {
+    return parse(placed.map(({ word }) => word));
+  } catch (error) {
+    if (!(error instanceof UsageError)) throw error;
+    const culprit = culpritOf(placed, parse, error.message);
+    const where = culprit === null ? file : `${culprit.file}, line ${culprit.line}`;
+    throw new UsageError(`${where}: ${error.message}`);
+  }
+}
+
+/**
+ * The line that an error is about: the last one without which there is none, else the first one
+ * without which it is another. Null where it is about none, as where SOURCE is missing.
+ */
+export function culpritOf(
+  placed: readonly Placed[],
+  parse: (words: readonly string[]) => unknown,
+  message: string,
+): Placed | null {
+  const isAlone = (own: readonly Placed[]) => own.length === 1 && !own[0]?.word.startsWith("-");
+  let other: Placed | null = null;
+  let last: Placed | null = null;
+  for (const own of groupBy(placed, ({ file, line }) => `${line} ${file}`).values()) {
+    // A location stands for others, which would be taken for it.
+    const rest = placed.flatMap((one) => {
+      if (!own.includes(one)) return [one.word];
+      return isAlone(own) ? ["/"] : [];
+    });
+    try {
+      parse(rest);
+      last = own[0] ?? null;
+    } catch (error) {
+      if ((error as Error).message !== message) other ??= own[0] ?? null;
+    }
+  }
+  return last ?? other;
 }
 
 function pruneOptions(given: Given) {
@@ -16826,9 +17525,10 @@ function checkEncryption(resume: boolean, location: Location | null): void {
 const FULL_EVERY = "30";
 
 export function listOptions(given: Given) {
+  needNoDirectory(given);
   return {
     ...commonOptions(given),
-    locations: locationsOf(given, 1, Infinity, "LOCATION…"),
+    locations: locationsOf(given, 1, Infinity, "LOCATION…") as readonly Location[],
     sourcePolicy: policyOf(given, "num-snapshots"),
     backupPolicy: policyOf(given, "num-backups"),
     size: given.flag("size"),
@@ -17013,6 +17713,14 @@ export const COMMANDS: Readonly<Record<CommandName, CommandDef<any>>> = {
     },
     [runOptions, run],
   ),
+  all: command(
+    "all",
+    "Run each argument file NAME.args of a directory, several at a time: every source of this machine.",
+    {
+      name: positional("The names of those to run (default: all); any number", false),
+    },
+    [allOptions, runAll],
+  ),
   restore: command(
     "restore",
     "Make a subvolume again from a backup, or from a snapshot.",
@@ -17029,10 +17737,14 @@ export const COMMANDS: Readonly<Record<CommandName, CommandDef<any>>> = {
     "Show what there is of each snapshot, at a source and its destinations.",
     {
       location: positional(
-        `A source (its known destinations are added), or backups: ${PLACE}; or streams: ${STORE}; any number`,
+        `A source (its known destinations are added), or backups: ${PLACE}; or streams: ${STORE}; any number (default: the SOURCE and the destinations of each argument file)`,
+        false,
       ),
     },
-    [listOptions, list],
+    [
+      (given) => (given.positionals.length === 0 ? listAllOptions(given) : listOptions(given)),
+      (o, report) => ("members" in o ? listAll(o) : list(o, report)),
+    ],
   ),
   verify: command(
     "verify",
@@ -17104,10 +17816,16 @@ export const COMMANDS: Readonly<Record<CommandName, CommandDef<any>>> = {
     "check",
     "Look whether the next run of the same command line would do its work, and what needs care; change nothing.",
     {
-      source: positional(`Subvolume that is backed up: ${PLACE}`),
+      source: positional(
+        `Subvolume that is backed up: ${PLACE} (default: the command line of each argument file)`,
+        false,
+      ),
       dest: positional("Where to, as for run; any number", false),
     },
-    [checkOptions, checkRun],
+    [
+      (given) => (given.positionals.length === 0 ? checkAllOptions(given) : checkOptions(given)),
+      (o, report) => ("members" in o ? checkAll(o) : checkRun(o, report)),
+    ],
   ),
   guard: command(
     "guard",
@@ -17211,6 +17929,10 @@ export const EXAMPLES: Readonly<Record<CommandName, Readonly<Record<string, stri
     "btrfs-backup restore --replace --before '2026-01-31 12:00' /backup/home /home":
       "As it was at noon, in the place of /home, which is kept beside",
   },
+  all: {
+    "btrfs-backup all": "What each file /etc/btrfs-backup/NAME.args says, as the daily timer does",
+    "btrfs-backup all --dry-run home root": "What two of them would do, and why",
+  },
   check: {
     "btrfs-backup check /home /backup/home": "Whether the next run would do its work",
     "btrfs-backup check @/etc/btrfs-backup/home.args": "The same, as an argument file says",
@@ -17221,6 +17943,7 @@ export const EXAMPLES: Readonly<Record<CommandName, Readonly<Record<string, stri
       "An argument file for /home, the daily runs, and the first one",
   },
   list: {
+    "btrfs-backup list": "What there is of every source that has an argument file",
     "btrfs-backup list /home": "What /home and its destinations have of each snapshot",
     "btrfs-backup list --max-age 2d /backup/home": "Fail if the newest backup is too old",
   },
@@ -17269,6 +17992,8 @@ export const EXIT_STATUS = {
   "1": "Something failed; what could be done is done.",
   "2": "The command line makes no sense; nothing was done.",
   "3": "Another run holds the lock; nothing was done.",
+  "of all":
+    "The worst of its sources, 2 before 1 before 3: a file that makes no sense, or one that fails, keeps no other.",
   "129, 130, 143": "Ended by SIGHUP, SIGINT or SIGTERM, after cleaning up.",
 };
 export const ENVIRONMENT = {
@@ -17343,7 +18068,7 @@ async function concluded(
     if (error instanceof UsageError || error instanceof Interrupted) throw error;
     report.error(null, error);
     report.event("summary", { ok: false });
-    return error instanceof Busy ? 3 : 1;
+    return statusAfter(error);
   }
 }
 
@@ -17387,7 +18112,8 @@ const ELSEWHERE: Readonly<Record<string, string>> = {
 function notMisspelt(word: string): void {
   if (!/^[a-z]{2,12}$/.test(word) || isCommand(word) || word === "help") return;
   const best = nearest(word, Object.keys(COMMANDS));
-  const meant = ELSEWHERE[word] ?? (best.far <= 2 ? best.word : undefined);
+  const most = best.word.length > 3 ? 2 : 1; // "mail" and "all" are not alike
+  const meant = ELSEWHERE[word] ?? (best.far <= most ? best.word : undefined);
   if (meant !== undefined)
     throw new UsageError(
       `there is no command ${word}; did you mean "btrfs-backup ${meant}"? (A directory of that name is ./${word}; "btrfs-backup --help" tells all commands)`,

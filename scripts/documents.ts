@@ -57,7 +57,8 @@ const FILES = {
   ".btrfs-backup.json":
     "Beside snapshots and backups: to whom they belong, what destinations still need, and what is kept by hand.",
   ".btrfs-backup.PREFIX.lock": "The lock of a folder and prefix.",
-  "/etc/btrfs-backup/NAME.args": "Arguments of the systemd unit btrfs-backup@NAME.service.",
+  "/etc/btrfs-backup/NAME.args":
+    "Arguments of one source's runs: all of them are run by all and btrfs-backup.service, one by btrfs-backup@NAME.service.",
 };
 const list = (entries: Readonly<Record<string, string>>) =>
   Object.entries(entries)

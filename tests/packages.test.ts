@@ -42,6 +42,8 @@ test("the Debian package is installed, upgraded, removed and purged, and configu
     "usr/share/fish/vendor_completions.d/btrfs-backup.fish",
     "usr/share/doc/btrfs-backup/examples/cron.daily",
     "usr/lib/systemd/system/btrfs-backup@.timer",
+    "usr/lib/systemd/system/btrfs-backup.service",
+    "usr/lib/systemd/system/btrfs-backup.timer",
   ])
     expect(files).toContain(`/${file}`);
   expect(sh(`gzip -dc "$1"`, join(root, "usr/share/man/man8/btrfs-backup.8.gz"))).toBe(
@@ -55,7 +57,8 @@ test("the Debian package is installed, upgraded, removed and purged, and configu
   // What is started is what is installed.
   const unit = join(root, "usr/lib/systemd/system/btrfs-backup@.service");
   const cron = join(root, "usr/share/doc/btrfs-backup/examples/cron.daily");
-  for (const file of [unit, cron]) {
+  const forAll = join(root, "usr/lib/systemd/system/btrfs-backup.service");
+  for (const file of [unit, forAll, cron]) {
     expect(readFileSync(file, "utf8")).toContain("/usr/sbin/btrfs-backup ");
     expect(readFileSync(file, "utf8")).not.toContain("/usr/local");
   }
@@ -128,6 +131,8 @@ test("there is an archive for each platform, with a sum for each file that is gi
     "btrfs-backup.8",
     "cron.daily",
     "btrfs-backup@.timer",
+    "btrfs-backup.service",
+    "btrfs-backup.timer",
   ])
     expect(readdirSync(inside)).toContain(name);
 });

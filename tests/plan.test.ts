@@ -85,6 +85,7 @@ import {
   type ChainRecord,
   type Claimant,
   type SetupFacts,
+  timersTwice,
   type Decision,
   type Facts,
   type FileState,
@@ -2778,6 +2779,16 @@ describe("what a check says", () => {
       files: ["/etc/cron.d/x"],
     });
   });
+
+  test("a timer of one argument file beside the one for all of them would run it twice", () => {
+    const timer = (unit: string, isActive: boolean) => ({ unit, isActive, last: "" });
+    const [a, b] = [timer("btrfs-backup@a.timer", true), timer("btrfs-backup@b.timer", false)];
+    expect(timersTwice([a, b])).toEqual([]);
+    expect(timersTwice([a, b, timer("btrfs-backup.timer", false)])).toEqual([]);
+    expect(timersTwice([timer("btrfs-backup.timer", true), a, b])).toEqual([
+      "btrfs-backup@a.timer",
+    ]);
+  });
 });
 
 describe("setup", () => {
@@ -2846,6 +2857,7 @@ describe("setup", () => {
     surplus: 0,
     systemd: true,
     units: true,
+    forAll: false,
     exporter: null,
     program: "/usr/local/sbin/btrfs-backup",
   };
@@ -2909,6 +2921,11 @@ describe("setup", () => {
   test.each<[string, Parameters<typeof propose>[1], string[]]>([
     ["systemd", {}, ["systemctl enable --now btrfs-backup@home.timer"]],
     [
+      "one timer for all",
+      { forAll: true, units: false },
+      ["systemctl enable --now btrfs-backup.timer\n", "journalctl -u btrfs-backup.service\n"],
+    ],
+    [
       "no unit files",
       { units: false },
       ["First: the unit files", "enable --now btrfs-backup@home"],
@@ -2961,6 +2978,19 @@ describe("setup", () => {
     });
     expect(read.mounts.map(({ path }) => path)).toEqual(["/", "/mnt/my disk"]);
     expect(read.all.length).toBe(3);
+  });
+
+  test.each([
+    ["no unit files", "", "", "", false],
+    ["its unit files, and no argument file", "service timer", "", "", true],
+    ["half of them", "timer", "", "", false],
+    ["other argument files, which may have timers of their own", "service timer", "", "x", false],
+    ["other argument files, and it runs them", "service timer", "enabled\n", "x", true],
+  ])("the timer for all is taken with %s: %s", (_, kinds, enabled, file, expected) => {
+    const units = kinds.split(" ").map((kind) => `/usr/lib/systemd/system/btrfs-backup.${kind}\n`);
+    const files = file === "" ? "" : `/etc/btrfs-backup/${file}.args\n`;
+    const text = `N mounts\nN systemd\nyes\nN units\n${kinds === "" ? "" : units.join("")}N forall\n${enabled}N files\n${files}N program\nN end\n`;
+    expect(parseSurvey({ nonce: "N", text }).forAll).toBe(expected);
   });
 
   test("choices are subvolumes, and each filesystem once", () => {

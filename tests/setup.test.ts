@@ -3,7 +3,7 @@
 import { expect, test } from "bun:test";
 import { existsSync, mkdirSync, readdirSync, readFileSync, statSync } from "node:fs";
 import { join } from "node:path";
-import { stamp } from "../btrfs-backup.ts";
+import { setupName, stamp } from "../btrfs-backup.ts";
 import {
   events,
   expectRun,
@@ -231,6 +231,7 @@ const MACHINE = `set -e
   if [ ! -d "$state/etc" ]; then cp -a /etc "$state/etc"; mkdir -p "$state/run/systemd/system" "$state/bin"; fi
   mount --bind "$state/etc" /etc; mount --bind "$state/run" /run
   if [ "$units" = units ]; then mkdir -p /etc/systemd/system; cp scripts/btrfs-backup@.* /etc/systemd/system; fi
+  if [ "$units" = all ]; then mkdir -p /etc/systemd/system; cp scripts/btrfs-backup*.service scripts/btrfs-backup*.timer /etc/systemd/system; fi
   printf '#!/bin/sh\\necho "$*" >>%s/systemctl\\n' "$state" >"$state/bin/systemctl"; chmod 755 "$state/bin/systemctl"
   PATH=$state/bin:$PATH exec "$@"`;
 
@@ -264,4 +265,30 @@ test("where systemd runs, --yes writes to /etc/btrfs-backup and enables the time
   );
   expect(snapshotNames(destination).length).toBe(1);
   expect(existsSync(join("/etc/btrfs-backup", file))).toBe(false);
+});
+
+test("the one timer for all is enabled where there is no other file, or it is at work; else a file gets its own", async () => {
+  const { a, b, source, destination } = pair();
+  const state = temporaryDirectory();
+  const on = { wrapper: ["unshare", "-m", "bash", "-c", MACHINE, "bash", state, "all"] };
+  const enabled = () => {
+    const told = readFileSync(join(state, "systemctl"), "utf8");
+    sh(`rm "$1/systemctl"`, state);
+    return told;
+  };
+  await expectRun(0, ["setup", "--yes", source, destination], on);
+  expect(enabled()).toBe("enable --now -- btrfs-backup.timer\n");
+  const [other, third] = ["other", "third"].map((name) => subvolume(join(a.path, name)));
+  const name = setupName({ host: null, path: other as string });
+  // The file that is there may have a timer of its own.
+  await expectRun(0, ["setup", "--yes", other as string, join(b.path, "other")], on);
+  expect(enabled()).toBe(`enable --now -- btrfs-backup@${name}.timer\n`);
+  const wants = "/etc/systemd/system/timers.target.wants";
+  sh(`mkdir -p "$1$2"; ln -s ../btrfs-backup.timer "$1$2"`, state, wants);
+  await expectRun(0, ["setup", "--yes", third as string, join(b.path, "third")], on);
+  expect(enabled()).toBe("enable --now -- btrfs-backup.timer\n");
+  // What was set up is what the timer's service runs.
+  const { stderr } = await expectRun(0, ["all", "--dry-run"], on);
+  for (const one of [source, other, third]) expect(stderr).toContain(`of ${one}\n`);
+  expect((await expectRun(0, ["list"], on)).stdout).toContain(destination);
 });

@@ -10,6 +10,8 @@ import {
   adviceOn,
   commandFor,
   COMMANDS,
+  culpritOf,
+  metricsOfAll,
   entryName,
   type EntryName,
   editDistance,
@@ -1158,6 +1160,87 @@ test("the summary has a line for each place, the source first", () => {
   ]);
 });
 
+test("metrics of several runs have each label once: the collector refuses a file that has one twice", () => {
+  const place = (more: Partial<Figures>): Figures => ({
+    sent: 0,
+    bytes: 0,
+    seconds: 0,
+    deleted: 0,
+    errors: 0,
+    kept: null,
+    last: null,
+    ...more,
+  });
+  const run = (source: string, id: string, more: Partial<Figures>, now: number) => ({
+    source,
+    now,
+    places: new Map<string | null, Figures>([
+      [null, place({ seconds: 1, kept: 3 })],
+      [id, place(more)],
+    ]),
+  });
+  const text = metricsOfAll([
+    run("/home", "/a", { bytes: 1, kept: 5, last: "2026-01-01T00:00:00Z" }, 2000),
+    run("/home", "/a", { bytes: 2, errors: 1, last: null }, 3000),
+    run("/home", "/b", { bytes: 4 }, 1000),
+    run("/srv", "/a", { bytes: 8 }, 1000),
+  ]);
+  const samples = text.split("\n").filter((line) => line !== "" && !line.startsWith("#"));
+  const labels = samples.map((line) => line.slice(0, line.lastIndexOf(" ")));
+  expect(new Set(labels).size).toBe(labels.length);
+  for (const line of [
+    'btrfs_backup_sent_bytes{source="/home",destination="/a"} 3',
+    'btrfs_backup_errors{source="/home",destination="/a"} 1',
+    'btrfs_backup_snapshots{source="/home",destination="/a"} 5',
+    'btrfs_backup_last_success_timestamp_seconds{source="/home",destination="/a"} 1767225600',
+    'btrfs_backup_last_run_timestamp_seconds{source="/home"} 3',
+    'btrfs_backup_duration_seconds{source="/home"} 3',
+    'btrfs_backup_sent_bytes{source="/home",destination="/b"} 4',
+    'btrfs_backup_sent_bytes{source="/srv",destination="/a"} 8',
+  ])
+    expect(samples).toContain(line);
+  expect(text.match(/^# HELP/gm)?.length).toBe(6);
+});
+
+test("an error of an argument file is told with the line that it is about", () => {
+  const lineOf = (...lines: string[]) => {
+    const placed = lines.flatMap((line, i) =>
+      (/^(-\S*) (.*)$/.exec(line)?.slice(1) ?? [line]).map((word) => ({
+        word,
+        file: "f",
+        line: i + 1,
+      })),
+    );
+    const parse = (words: readonly string[]) =>
+      runOptions(readArguments(words, COMMANDS.run.args as ArgsDef));
+    let message = "";
+    try {
+      parse(placed.map(({ word }) => word));
+    } catch (error) {
+      ({ message } = error as Error);
+    }
+    expect(message).not.toBe("");
+    return culpritOf(placed, parse, message)?.line ?? null;
+  };
+  const table: [number | null, string[]][] = [
+    [2, ["/home", "--nonsense", "/backup"]],
+    [1, ["-N many", "/home", "/backup"]],
+    [1, ["-N many", "/home"]],
+    [3, ["/home", "/backup", "--wait soon"]],
+    [3, ["/home", "-n 3", "s3://bucket"]],
+    [1, ["shell://cat"]],
+    [3, ["/home", "-N 3", "-n"]],
+    // The second of two that contradict each other; the first of two errors, which is the one that is told.
+    [3, ["/home", "--keep-unsent", "--drop-unsent"]],
+    [2, ["/home", "-N many", "--wait soon"]],
+    // A value that is missing takes the next line for it.
+    [1, ["--compress", "/home", "/backup"]],
+    // What is missing stands in no line.
+    [null, ["-N 3"]],
+  ];
+  for (const [line, lines] of table) expect([lines, lineOf(...lines)]).toEqual([lines, line]);
+});
+
 test("errors are followed by the next command where there is one to name", () => {
   const table: [string, string | null][] = [
     [
@@ -1323,6 +1406,10 @@ test("the program calls the filesystem itself only for what is its own: what a l
       found.set(where, (found.get(where) ?? new Set()).add(call));
   }
   const own = [
+    // The configuration, which argument files on the command line are as well (main).
+    "argumentFilesIn",
+    "argumentText",
+    "needUnchanged",
     "at exit",
     "canEnter",
     "clearDead",
