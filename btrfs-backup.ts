@@ -24,7 +24,7 @@ import {
   writeSync,
 } from "node:fs";
 import { constants as osConstants, tmpdir } from "node:os";
-import { basename, dirname, join, normalize, resolve } from "node:path";
+import { basename, dirname, join, normalize, relative, resolve } from "node:path";
 import { fileURLToPath } from "node:url";
 import { createInterface } from "node:readline";
 import { parseArgs } from "node:util";
@@ -3517,11 +3517,32 @@ const CLEAR = defineVerb("clear", "folder fsid work ids paths...")`
     elif [ $# -gt 0 ]; then
       b subvolume delete "$@" >/dev/null
     fi
+    # A tree that was a plain directory: what is left of it are directories, and files of ours.
+    if [ -d ./tree ] && [ -z "$(find ./tree -prune -type l)" ]; then
+      find ./tree -depth "(" -type d -exec rmdir {} ";" -o -type f -name ".btrfs-backup.*" -exec rm -f {} ";" ")"
+    fi
     rm -f .btrfs-backup.*
     cd ..
     rmdir "./$work"
   )
 `;
+
+/** The end of BUILD and NEST: the snapshot itself, in the current directory. */
+const ITS_SNAPSHOT = sh`
+  case $how in
+    none) ;;
+    *) if [ -e "./$name" ] || [ -L "./$name" ]; then exit 76; fi;;
+  esac
+  case $how in
+    keep)
+      b subvolume snapshot -r "$origin" "$PWD/$name" >/dev/null
+      ;;
+    plain)
+      b subvolume snapshot "$origin" "$PWD/$name" >/dev/null
+      b property set -ts "$PWD/$name" ro true
+      ;;
+  esac
+  if [ "$origin" = "$work/$name" ]; then delete_one "$origin" any >/dev/null; fi`;
 
 /**
  * Makes WORK/tree, a writable snapshot of `origin` (empty: of WORK/NAME, which was received), and
@@ -3553,20 +3574,82 @@ const BUILD = defineVerb("build", "folder fsid work origin target name how")`
       find . -mindepth 1 -maxdepth 1 -inum 2 -exec rmdir {} +
       ;;
   esac
-  case $how in
-    none) ;;
-    *) if [ -e "./$name" ] || [ -L "./$name" ]; then exit 76; fi;;
-  esac
-  case $how in
-    keep)
-      b subvolume snapshot -r "$origin" "$PWD/$name" >/dev/null
+  ${ITS_SNAPSHOT}
+`;
+
+/**
+ * reach BASE PATH [alike]: enters BASE, which is there, and each directory of PATH below it, through
+ * no link. What is missing is made; `alike`: for the users that can enter the one above it. A stub
+ * of a nested subvolume (inode 2) is none that anything can stand in.
+ */
+const REACH = sh`
+  pass() { cd -P -- "$1" && [ "$PWD" = "$1" ] || { line "\${1#"$work/tree/"} is not a plain folder in this backup" >&2; exit 65; }; }
+  reach() {
+    pass "$1"
+    rest=$2
+    while [ -n "$rest" ]; do
+      part=\${rest%%/*}
+      rest=\${rest#"$part"}
+      rest=\${rest#/}
+      if [ -d "./$part" ] && [ "$(stat -c %i "./$part")" = 2 ]; then rmdir "./$part"; fi
+      if [ -e "./$part" ] || [ -L "./$part" ]; then
+        :
+      else
+        mkdir "./$part"
+        if [ -n "$3" ]; then
+          chown "$(stat -c %u:%g .)" "./$part"
+          chmod "$(stat -c %a .)" "./$part"
+        fi
+      fi
+      pass "$PWD/$part"
+    done
+  }`;
+
+/**
+ * As BUILD, a subvolume of a tree, at its place `member` below WORK/tree. Its snapshot stands in
+ * `rest` below `base`, a folder of the tree unless absolute, with the lock of `base`. An empty
+ * subvolume "members" in WORK tells that all below WORK/tree is ours: see leftoversOf.
+ */
+const NEST = defineVerb("nest", "folder fsid work origin member base within name how prefix")`
+  ${BEHIND}
+  ${REACH}
+  at "$folder" "$fsid"
+  cd -P -- "./$work"
+  work=$PWD
+  [ -d ./members ] || b subvolume create "$work/members" >/dev/null
+  if [ -n "$origin" ]; then behind "$origin"; origin=$behind; else origin=$work/$name; fi
+  above=
+  case $member in */*) above=/\${member%/*};; esac
+  reach "$work" "tree$above" alike
+  touch -r . "$work/.btrfs-backup.times"
+  # In a snapshot, an empty directory stands in the place of a nested subvolume.
+  rmdir "./\${member##*/}" 2>/dev/null || :
+  if [ -e "./\${member##*/}" ] || [ -L "./\${member##*/}" ]; then
+    line "$member: the backup of the subvolume around it has something else in its place" >&2
+    exit 65
+  fi
+  b subvolume snapshot "$origin" "$PWD/\${member##*/}" >/dev/null
+  touch -r "$work/.btrfs-backup.times" .
+  case $base in
+    /*)
+      behind "$base"
+      base=$behind
       ;;
-    plain)
-      b subvolume snapshot "$origin" "$PWD/$name" >/dev/null
-      b property set -ts "$PWD/$name" ro true
+    *)
+      reach "$work/tree" "$base"
+      base=$work/tree/$base
       ;;
   esac
-  if [ "$origin" = "$work/$name" ]; then delete_one "$origin" any >/dev/null; fi
+  reach "$base" "$within"
+  find . -mindepth 1 -maxdepth 1 -inum 2 -exec rmdir {} +
+  lock=.btrfs-backup.$prefix.lock
+  if [ -e "./$lock" ] || [ -L "./$lock" ] || [ -z "$within" ]; then
+    :
+  else
+    make "$base/$lock"
+    ln "$base/$lock" "./$lock"
+  fi
+  ${ITS_SNAPSHOT}
 `;
 
 /**
@@ -3575,7 +3658,7 @@ const BUILD = defineVerb("build", "folder fsid work origin target name how")`
  * these folders, `old` or `new`, HOW and NAME in turn (`move`, or `copy` for received ones, which
  * would lose their received UUID), and `end`. It stands in a file until it is done, so that it can
  * be gone on with, `how` being empty, wherever it was interrupted. Prints where the snapshots are
- * to be, the names of those that cannot move, each with a slash behind it, and `end`; nothing if
+ * to be, the names of those that cannot move, each with two slashes behind it, and `end`; nothing if
  * there is nothing to be finished.
  */
 const FINISH = defineVerb("finish", "folder fsid work how")`
@@ -3704,7 +3787,7 @@ const FINISH = defineVerb("finish", "folder fsid work how")`
       fi
     else
       [ "$1" = copy ] || alive b property set -ts "$to/$2" ro true
-    fi || stuck=$stuck$2/
+    fi || stuck=$stuck$2//
   }
   # Nothing is printed until all is done: the asker can be gone, and writing to nobody would end
   # this.
@@ -3712,6 +3795,7 @@ const FINISH = defineVerb("finish", "folder fsid work how")`
   each carry "$@"
   b filesystem sync . >/dev/null
   rm -f "./$work"/.btrfs-backup.*
+  if [ -d "./$work/members" ]; then rmdir "./$work/members" || :; fi
   rmdir "./$work" || :
   line "$told"
   line "$stuck"
@@ -4161,6 +4245,19 @@ const RCLONE: StoreVerbs & { readonly list: Declared<"folder"> } = {
     for object; do line "$object"; done | rclone delete --checkers 1 --transfers 1 --files-from-raw - -- "$folder"
   `,
 };
+
+/**
+ * The streams in full below a folder, by their paths: no store of a tree's member is without one.
+ */
+const FULL_STREAMS = "*full.btrfs*";
+const BELOW = defineVerb("below", "folder fsid")`
+  at "$folder" "$fsid"
+  find . -mindepth 2 -type f -name "${FULL_STREAMS}"
+`;
+const REMOTE_BELOW = defineVerb("rclone-below", "folder")`
+  ${ALL_OBJECTS}
+  exec rclone lsf -R --files-only --include "${FULL_STREAMS}" -- "$folder"
+`;
 
 /** The checksums in a text of several checksum objects, by the names of their objects. */
 export const parseSums = (text: string) =>
@@ -4673,6 +4770,11 @@ export type ChainRecord = {
   readonly leaps?: readonly string[];
   /** The destinations were written by a guarded key, which must not be believed. */
   readonly guarded?: true;
+  /**
+   * The chain is the root of a tree. `gone`: by the path of a subvolume, the name of the run from
+   * which on it was not there any more.
+   */
+  readonly tree?: { readonly gone: Readonly<Record<string, string>> };
 };
 
 /** `.btrfs-backup.json`. Unreadable: nothing may be deleted there, and it is not written. */
@@ -4756,6 +4858,14 @@ const isDestination = fieldsAre<KnownDestination>({
   cleared: ifAny(areNumbers),
 });
 
+/** A path below a folder, of plain names. */
+const isMemberPath = (path: string) => path.split("/").every((name) => entryName(name) !== null);
+const areGone: ValueCheck = (value) =>
+  Object.getPrototypeOf(value) === Object.prototype &&
+  Object.entries(value as object).every(
+    ([path, name]) => isMemberPath(path) && isText(name) && prefixOf(name as string) !== null,
+  );
+
 const isChain = fieldsAre<ChainRecord>({
   owner: ifAny(fieldsAre<SourceIdentity>({ uuid: isText, host: isText, path: isText })),
   receiving: ifAny(isText),
@@ -4768,6 +4878,7 @@ const isChain = fieldsAre<ChainRecord>({
   belated: ifAny(areTexts),
   leaps: ifAny(areTexts),
   guarded: ifAny((value) => value === true),
+  tree: ifAny(fieldsAre<ChainRecord["tree"] & {}>({ gone: areGone })),
 });
 
 /** Refuses a chain that this program does not write so. Errors: Error, or TypeError for null. */
@@ -6886,8 +6997,12 @@ export function leftoversOf(
   const ours = [...entries].filter(
     (entry) => entry.startsWith(begins) && parseName(entry, begins) !== null,
   );
-  const isMade = (path: string) =>
+  const paths = new Set(subvolumes.map(({ path }) => `/${path}`));
+  // The work of a restore of a whole tree has the mark of NEST: its subvolumes have any names.
+  const isMade = (path: string, above: string) =>
     path === "tree" ||
+    path === "members" ||
+    (path.startsWith("tree/") && paths.has(`${above}members`)) ||
     ((path.startsWith("tree/") || !path.includes("/")) && prefixOf(basename(path)) !== null);
   const depth = (path: string) => path.split("/").length;
   const below = (above: string) =>
@@ -6895,7 +7010,7 @@ export function leftoversOf(
       .map(({ path }) => `/${path}`)
       .filter((path) => path.startsWith(above))
       .map((path) => path.slice(above.length))
-      .filter(isMade)
+      .filter((path) => isMade(path, above))
       .map((path) => `./${path}`)
       .sort((a, b) => depth(b) - depth(a));
   return new Map(ours.map((entry) => [entry, below(`${join(top, entry)}/`)]));
@@ -6975,6 +7090,159 @@ export function planRoom(
   );
   const needed = neededBy([...stays], { backups, chained });
   return backups.filter((one) => !stays.has(one) && !needed.has(one.uuid));
+}
+
+/**
+ * The folders below a place that directly hold subvolumes with a name of the prefix (of any if that
+ * is null): the members of a tree, by their paths below it. They are plain directories: what is
+ * inside of a subvolume, as a snapshot or a restored copy, or where a restore is at work, is none.
+ */
+export function membersBelow(
+  { top, subvolumes }: Pick<Folder, "top" | "subvolumes">,
+  prefix: string | null,
+): string[] {
+  const above = top === "/" ? "/" : `${top}/`;
+  const below = subvolumes
+    .map(({ path }) => `/${path}`)
+    .filter((path) => path.startsWith(above))
+    .map((path) => path.slice(above.length));
+  const all = new Set(below);
+  const isNamed = (name: string) =>
+    prefix === null ? prefixOf(name) !== null : parseName(name, prefix) !== null;
+  const isPlain = (folder: string) =>
+    isMemberPath(folder) &&
+    folder
+      .split("/")
+      .every(
+        (name, i, names) =>
+          !all.has(names.slice(0, i + 1).join("/")) && !/\.restoring-\d{8}-\d{6}$/.test(name),
+      );
+  const folders = below
+    .filter((path) => path.includes("/") && isNamed(basename(path)))
+    .map(dirname);
+  return [...new Set(folders)].filter(isPlain).sort();
+}
+
+/**
+ * The subvolumes below a SOURCE that have snapshots in a folder of their own, as SOURCE itself has:
+ * by their paths, these folders' paths below SOURCE.
+ */
+export function ownFoldersIn(
+  { source, top, subvolumes }: Pick<Folder, "source" | "top" | "subvolumes">,
+  prefix: string,
+): Map<string, string> {
+  const above = source === null || source.top === "/" ? "/" : `${source.top}/`;
+  if (source === null || top === source.top || !top.startsWith(above)) return new Map();
+  const inner = top.slice(above.length);
+  const all = new Set(subvolumes.map(({ path }) => `/${path}`));
+  const found = [...all].flatMap((path) => {
+    const folder = dirname(path);
+    const owner = folder.slice(0, -inner.length - 1);
+    const isOwn =
+      parseName(basename(path), prefix) !== null &&
+      folder.endsWith(`/${inner}`) &&
+      owner.startsWith(above) &&
+      all.has(owner) &&
+      !isWithin(owner, top) &&
+      owner.split("/").every((name) => prefixOf(name) === null);
+    return isOwn ? [[owner.slice(above.length), folder.slice(above.length)] as const] : [];
+  });
+  return new Map(found);
+}
+
+/**
+ * The folders below the root of a tree that belong to it, and the others: their sources must be the
+ * subvolumes of that path below the root's source. Where the root has no record of its own, its
+ * source is where most of the others say.
+ */
+export function membersOf<T extends { readonly chain: ChainRecord }>(
+  owner: SourceIdentity | undefined,
+  found: ReadonlyMap<string, T>,
+): { members: Map<string, T>; foreign: string[] } {
+  const rootFor = (path: string, { chain }: T) => {
+    const end = `/${path}`;
+    return chain.owner?.path.endsWith(end)
+      ? `${chain.owner.host}:${chain.owner.path.slice(0, -end.length) || "/"}`
+      : null;
+  };
+  const told = [...found].map(([path, one]) => rootFor(path, one));
+  const votes = [...groupBy(told, (one) => one)].filter(([root]) => root !== null);
+  const most = votes.reduce((first, one) => (one[1].length > first[1].length ? one : first), [
+    null,
+    [],
+  ] as (typeof votes)[0])[0];
+  const root = owner === undefined ? most : `${owner.host}:${owner.path}`;
+  const isMember = ([path, one]: [string, T]) => rootFor(path, one) === root && root !== null;
+  return {
+    members: new Map([...found].filter(isMember)),
+    foreign: [...found].filter((one) => !isMember(one)).map(([path]) => path),
+  };
+}
+
+/** What each member of a tree gives to a restore of it as of one run. */
+export type TreePlan = {
+  /** By path, the root's being empty. */
+  readonly chosen: ReadonlyMap<string, Snapshot>;
+  /** Those that lack the run's name, and give an earlier one. */
+  readonly earlier: readonly string[];
+  /** Those that had gone by then. */
+  readonly gone: readonly string[];
+};
+
+/** `whole`: by path, what can be restored of each, oldest first. */
+export function planTree(
+  { name, time }: NamedTime,
+  whole: ReadonlyMap<string, readonly Snapshot[]>,
+  gone: Readonly<Record<string, string>>,
+): TreePlan {
+  const chosen = new Map<string, Snapshot>();
+  const [earlier, left]: [string[], string[]] = [[], []];
+  for (const [path, all] of [...whole].sort(([one], [other]) => (one < other ? -1 : 1))) {
+    const exact = all.findLast((one) => one.name === name);
+    const found = exact ?? all.findLast((one) => one.time <= time);
+    if (found === undefined) continue;
+    const went = timeIn(gone[path] ?? "");
+    if (exact === undefined && went !== null && went <= time) left.push(path);
+    else chosen.set(path, found);
+    if (exact === undefined && chosen.has(path)) earlier.push(path);
+  }
+  return { chosen, earlier, gone: left };
+}
+
+/**
+ * Whose snapshots have a file: the SOURCE among the directories around it, and the path of the
+ * subvolume below that which the file lies, or lay, in. `tops`: from the top level, the file, and
+ * the snapshot folder where that is given as an absolute path. Null where the nearest subvolume is
+ * a SOURCE of its own, or no tree has it.
+ */
+export function memberHaving(
+  tops: { readonly file: string; readonly folder: string | null },
+  snapshotFolder: string,
+  subvolumes: readonly Pick<Subvolume, "path">[],
+): { readonly source: string; readonly folder: string; readonly member: string } | null {
+  const folders = new Set(
+    subvolumes.flatMap(({ path }) =>
+      prefixOf(basename(path)) === null ? [] : [dirname(`/${path}`)],
+    ),
+  );
+  const isSubvolume = new Set(subvolumes.map(({ path }) => `/${path}`));
+  const around: string[] = [];
+  for (let path = dirname(tops.file); ; path = dirname(path)) {
+    around.push(path);
+    if (path === "/") break;
+  }
+  for (const source of around) {
+    if (tops.folder === null && source !== "/" && !isSubvolume.has(source)) continue;
+    const folder = tops.folder ?? join(source, snapshotFolder);
+    const inner = around.filter((path) => isWithin(path, source) && path !== source);
+    const found = inner.find((path) => folders.has(join(folder, path.slice(source.length))));
+    if (found !== undefined) {
+      const member = found.slice(source === "/" ? 1 : source.length + 1);
+      return { source, folder: join(folder, member), member };
+    }
+    if (folders.has(folder)) return null;
+  }
+  return null;
 }
 
 /** Whether a source may use a folder for a chain; `strangers`: the backups there of others. */
@@ -9446,6 +9714,118 @@ const openingOf = (
 const tellFailure = (report: Report, id: string | null, message: string) =>
   report.error(id, new Failure(message));
 
+// ── trees: a source and the subvolumes below it ──
+
+/** A subvolume's place in a tree's location. */
+function memberOf(location: Readable, path: string): Readable {
+  if (path === "") return location;
+  if (location.kind === "rclone")
+    return {
+      ...location,
+      id: `rclone://${location.path}${path}`,
+      path: `${location.path}${path}/`,
+    };
+  return {
+    ...location,
+    id: `${location.id.replace(/\/$/, "")}/${path}`,
+    path: join(location.path, path),
+  };
+}
+
+/** How the members of a tree are opened: never locked, since their locks are the root's. */
+type MemberOpening = Pick<Opening, "hosts" | "unverified">;
+
+/**
+ * Opens the folders of members, by their paths, for the prefix that the root is open for.
+ * Errors: those of `openFolder`.
+ */
+async function openMembers(
+  root: Folder,
+  location: Readable,
+  paths: readonly string[],
+  opening: MemberOpening,
+): Promise<Map<string, Folder>> {
+  const own = ownFoldersIn(root, root.prefix);
+  const few = atMost(4);
+  const opened = paths.map((path) => {
+    const member = memberOf(location, path);
+    const inside = own.get(path);
+    const standard = isDirectory(location) ? join(root.path, path) : member.path;
+    const folder = inside === undefined ? standard : join((root.source as Place).path, inside);
+    const how = { ...opening, prefix: root.prefix, wait: "look" as const };
+    return few(async () => [path, await openFolder(member, folder, how)] as const);
+  });
+  return new Map(await allOf(opened));
+}
+
+/** The paths of stores below a store. Errors: those of `ask`. */
+async function storesBelow(root: Folder, location: Readable): Promise<string[]> {
+  const cannot = `${root.id}: cannot look for streams below it`;
+  const listed = isDirectory(location)
+    ? await ask(root.host, BELOW, at(root), cannot)
+    : await ask(root.host, REMOTE_BELOW, { folder: root.path }, cannot);
+  const found = listed.split("\n").map((line) => line.replace(/^\.\//, ""));
+  const isOurs = (file: string) =>
+    parseStreams([{ name: basename(file), bytes: 0 }], true).streams.some(
+      ({ name }) => parseName(name, root.prefix) !== null,
+    );
+  const folders = found.filter((file) => file.includes("/") && isOurs(file)).map(dirname);
+  return [...new Set(folders)].filter(isMemberPath).sort();
+}
+
+/** A place of a whole tree. `members`: all but the root, by their paths. */
+type Tree = { readonly root: Folder; readonly members: ReadonlyMap<string, Folder> };
+
+/** Opens the members of a tree whose root is open. Errors: those of `openFolder`, Failure. */
+async function openTree(root: Folder, location: Readable, opening: MemberOpening): Promise<Tree> {
+  if (root.store !== null) {
+    const paths = await storesBelow(root, location);
+    return { root, members: await openMembers(root, location, paths, opening) };
+  }
+  needRoot(root, "looking for subvolumes below");
+  const own = ownFoldersIn(root, root.prefix);
+  const paths = membersBelow(root, root.prefix).filter((path) => !own.has(path));
+  const found = await openMembers(root, location, paths, opening);
+  const { members, foreign } = membersOf(root.chain.owner, found);
+  const first = foreign[0];
+  if (first !== undefined)
+    log.info(
+      `${root.id}: ${plural(foreign.length, "folder")} below it ${foreign.length === 1 ? "is" : "are"} another source's, and no part of the tree: ${someOf(foreign, 5)}`,
+    );
+  const inside = await openMembers(root, location, [...own.keys()], opening);
+  return { root, members: new Map([...members, ...inside]) };
+}
+
+/**
+ * Opens the root of a tree. Without a prefix, where nothing stands in the root itself (its source
+ * was a plain directory), it is the one that the names below have. Errors: those of `openLocation`.
+ */
+async function openTreeRoot(
+  location: Readable,
+  o: Parameters<typeof openLocation>[1],
+): Promise<Folder> {
+  const root = await openLocation(location, o);
+  if (o.prefix !== null || prefixesIn(root.standing).length > 0) return root;
+  const recorded = [...root.record.chains].flatMap(([of, { tree }]) => (tree ? [of] : []));
+  const named = root.subvolumes.filter(({ path }) =>
+    membersBelow(root, null).includes(dirname(`/${path}`).slice(root.top.length + 1)),
+  );
+  const names = named.map(({ path }) => ({ name: basename(path) as EntryName }));
+  const [only = root.prefix, ...others] = recorded.length > 0 ? recorded : prefixesIn(names);
+  if (others.length > 0)
+    return closedUnless(root, () => {
+      throw new UsageError(
+        `${location.id} holds several prefixes, choose one with -p: ${[only, ...others].map((one) => JSON.stringify(one)).join(", ")}`,
+      );
+    });
+  if (only === root.prefix) return root;
+  await root.close();
+  return openLocation(location, { ...o, prefix: only });
+}
+
+/** Whether a folder's record says that it is the root of a tree. */
+const isTreeRoot = ({ chain }: Folder) => chain.tree !== undefined;
+
 // ── copy: backups, sent on ──
 
 /** Sends backups on, prefix by prefix, as `run` sends a source's snapshots. */
@@ -9504,6 +9884,33 @@ export type PruneOptions = ReturnType<typeof pruneOptions>;
 
 /** Deletes from a place of backups what a policy does not keep, without its source. */
 export async function prune(o: PruneOptions, report: Report): Promise<void> {
+  for (const location of await placesToPrune(o, report))
+    try {
+      await pruneLocation({ ...o, location }, report);
+    } catch (error) {
+      if (!o.recursive) throw error;
+      report.error(location.id, error); // the other subvolumes can still be pruned
+    }
+  const { delete: deletions = 0 } = report.tally;
+  log.info(
+    `${o.dryRun ? "Nothing was changed" : "Done"}: ${plural(deletions, "deletion")}${report.failed ? ", with errors" : ""}`,
+  );
+  report.event("summary", { ok: !report.failed, deletions });
+}
+
+/** The location, and with --recursive those of the subvolumes below it. Each is locked by itself. */
+async function placesToPrune(o: PruneOptions, report: Report): Promise<Readable[]> {
+  if (!o.recursive) return [o.location];
+  const root = await openTreeRoot(o.location, { ...o, wait: "look" });
+  const { members } = await openTree(root, o.location, o);
+  const below = [...members.keys()].map((path) => memberOf(o.location, path));
+  if (below.length === 0)
+    report.warning(`${o.location.id}: there are no subvolumes of a tree below it`);
+  const isPlain = below.length > 0 && prefixesIn(root.standing).length === 0;
+  return isPlain ? below : [o.location, ...below];
+}
+
+async function pruneLocation(o: PruneOptions, report: Report): Promise<void> {
   const { first, prefixes, needBackups } = await lookAtBackups(
     o.location,
     o,
@@ -9536,11 +9943,6 @@ export async function prune(o: PruneOptions, report: Report): Promise<void> {
       if (folder !== looked) await whileCleaning(folder.close);
     }
   }
-  const { delete: deletions = 0 } = report.tally;
-  log.info(
-    `${o.dryRun ? "Nothing was changed" : "Done"}: ${plural(deletions, "deletion")}${report.failed ? ", with errors" : ""}`,
-  );
-  report.event("summary", { ok: !report.failed, deletions });
 }
 
 /** What there is to prune of one prefix. `moments`: by UUID, when they arrived. */
@@ -9684,6 +10086,7 @@ export async function restore(o: RestoreOptions, report: Report): Promise<void> 
 }
 
 async function restoreOnce(o: RestoreOptions, report: Report): Promise<void> {
+  if (o.recursive) return restoreTree(o, report);
   const display = displayOf(o);
   if (!o.dryRun) await finishRestores(o.target, o.target.path, o.hosts);
   const location = await openLocation(o.location, { ...o, wait: o.dryRun ? "look" : o.wait });
@@ -9695,7 +10098,7 @@ async function restoreOnce(o: RestoreOptions, report: Report): Promise<void> {
     if (outside !== null && outside !== location) opened.push(outside);
     const parents = await openParents(target, o);
     if (location.store === null) compressionBetween(location, target, o.sending.level);
-    const opening = { o, report, display, location, chosen, target, outside, parents };
+    const opening = { ...NO_TREE, o, report, display, location, chosen, target, outside, parents };
     const plan = await decideRestore(opening);
     warnAhead(plan);
     for (const prefix of o.dryRun ? [] : prefixesIn(plan.moved))
@@ -9732,7 +10135,12 @@ type Restore = {
   readonly outside: Folder | null;
   /** The folder of --parent-from. */
   readonly parents: Folder | null;
+  /** In a restore of a tree, the subvolume's path below TARGET; empty for TARGET itself. */
+  readonly member: string;
+  /** What the record of a tree's root says of it. */
+  readonly tree: ChainRecord["tree"] | null;
 };
+const NO_TREE = { member: "", tree: null } as const;
 
 /** How the data get to TARGET. `parent`: a snapshot that is on both sides. */
 type Way =
@@ -10243,44 +10651,62 @@ function wayInWords(data: Way): string {
 
 /** Builds TARGET in a directory beside it, and gives it its name. Errors: SameSecond, Failure. */
 async function carryOut(r: Restoration, sums: Arriving["sums"]): Promise<void> {
-  const { o, location, chosen, target, outside, data, how, work, moved } = r;
+  await inWork(r, async (folder, release) => {
+    await build({ ...r, folder, sums });
+    checkInterruption();
+    await giveNames(r, release);
+    if (r.moved.some(({ receivedUuid }) => receivedUuid !== null))
+      await writeRestoredRecords(r, r.target.full, null);
+  });
+}
+
+/** Makes the directory beside TARGET, and removes it when the work fails. Errors: SameSecond. */
+async function inWork(
+  r: Restoration,
+  work: (folder: Folder, release: () => Promise<void>) => Promise<void>,
+): Promise<void> {
+  const { o, target, work: name } = r;
   needOurs(target, o.target.id);
   const { output, release } = await holdVerb(
     target.host,
     RESTORING,
-    { ...at(target), work, end: `${work} end`, silence: secondsOfSilence(target.host) },
-    { end: `${work} end`, what: o.target.id },
+    { ...at(target), work: name, end: `${name} end`, silence: secondsOfSilence(target.host) },
+    { end: `${name} end`, what: o.target.id },
   ).catch((error: Error) => {
     throw error instanceof Taken ? new SameSecond(error.message) : error;
   });
   try {
     const holder = output.split("\n")[0] as string;
     const host = behindFence(plainHost(target.host), { ...target, holder });
-    const folder = { ...target, path: join(target.path, work), holder, host };
-    const arriving = { ...r, folder, sums };
-    if (data.way === "receive") await receiveSnapshot(arriving, data);
-    if (data.way === "streams") await receiveStreams(arriving, data);
-    const built = {
-      origin: data.way === "reflink" ? data.origin : "",
-      target: outside?.path ?? target.inside ?? "",
-      name: chosen.name,
-      how,
-    };
-    await ask(target.host, BUILD, { ...at(target), work, ...built }, `cannot build ${o.target.id}`);
-    // A source's own snapshots, and backups on this filesystem, are no destination to remember.
-    const came = isHere(location, target) || isSnapshotFolder(location) ? null : location;
-    await writeRestoredRecords(r, join(target.path, work, "tree"), came);
-    checkInterruption();
-    await giveNames(r, release);
-    if (moved.some(({ receivedUuid }) => receivedUuid !== null))
-      await writeRestoredRecords(r, target.full, null);
+    await work({ ...target, path: join(target.path, name), holder, host }, release);
   } catch (error) {
     await release();
-    await whileCleaning(() => clearLeftovers(r, work)).catch((problem: Error) =>
+    await whileCleaning(() => clearLeftovers(r, name)).catch((problem: Error) =>
       log.warn(`${problem.message} (the next restore to ${o.target.id} will)`),
     );
     throw error;
   }
+}
+
+/** Gets the data, and makes of them WORK/tree, or a subvolume in it, and the records. */
+async function build(r: Arriving): Promise<void> {
+  const { o, location, chosen, target, outside, data, how, work, member } = r;
+  if (data.way === "receive") await receiveSnapshot(r, data);
+  if (data.way === "streams") await receiveStreams(r, data);
+  const built = {
+    ...at(target),
+    work,
+    origin: data.way === "reflink" ? data.origin : "",
+    name: chosen.name,
+    how,
+  };
+  const folder = outside?.path ?? target.inside ?? "";
+  const cannot = `cannot build ${o.target.id}`;
+  if (member === "") await ask(target.host, BUILD, { ...built, target: folder }, cannot);
+  else await ask(target.host, NEST, { ...built, ...nestOf(r, folder) }, cannot);
+  // A source's own snapshots, and backups on this filesystem, are no destination to remember.
+  const came = isHere(location, target) || isSnapshotFolder(location) ? null : location;
+  await writeRestoredRecords(r, join(target.path, work, "tree"), came);
 }
 
 /** A restore whose streams arrive in `folder`. `sums`: their SHA-256, by object. */
@@ -10451,7 +10877,7 @@ async function writeRestoredRecords(
     prefix: target.prefix,
     wait: "look",
     hosts: o.hosts,
-    source: tree,
+    source: join(tree, r.member),
   });
   const recorded = chains.size > 0 ? chains : folder.record.chains;
   for (const prefix of new Set([...recorded.keys(), folder.prefix])) {
@@ -10462,7 +10888,7 @@ async function writeRestoredRecords(
 
 /** What the record of a restored snapshot folder must say of its prefix. */
 function recordAfter(r: Restoration, folder: Folder, backups: Folder | null): ChainRecord {
-  const { target, outside, chains, chosen } = r;
+  const { target, chains, chosen } = r;
   const { prefix, standing, record } = folder;
   const own = chains.size > 0;
   const { owner: _, ...chain } = { ...record.chains.get(prefix), ...chains.get(prefix) };
@@ -10487,7 +10913,8 @@ function recordAfter(r: Restoration, folder: Folder, backups: Folder | null): Ch
     (backups === null || backups.host.ssh !== null || backups.store !== null || !backups.trusted);
   return {
     ...chain,
-    ...(outside === null ? {} : { owner: ownerOutside(target, folder, outside) }),
+    ...(isOwnFolder(r) ? {} : { owner: ownerOutside(r, folder) }),
+    ...(r.tree !== null && prefix === target.prefix ? { tree: r.tree } : {}),
     destinations,
     ...(doubted && known.length > 0 ? { guarded: true as const } : {}),
   };
@@ -10501,16 +10928,20 @@ function withPinIn(known: KnownDestination, standing: readonly Entry[]): KnownDe
   return { ...known, pin: { ...pin, uuid: found?.uuid ?? pin.uuid } };
 }
 
-/** Whose a chain outside of TARGET is: TARGET's, unless its owner stands elsewhere. */
-function ownerOutside(target: Target, { prefix, source }: Folder, outside: Folder): SourceIdentity {
-  const owner = outside.record.chains.get(prefix)?.owner;
+/** Whether a restored subvolume's snapshots stand inside of it, where nobody asks whose they are. */
+const isOwnFolder = ({ outside, member, target }: Restore) =>
+  outside === null && (member === "" || isWithin(target.inside ?? "", member));
+
+/** Whose a chain outside of its subvolume is: that one's, unless its owner stands elsewhere. */
+function ownerOutside({ target, member }: Restore, folder: Folder): SourceIdentity {
+  const { prefix, source, record } = folder;
+  const path = join(target.full, member);
+  const owner = record.chains.get(prefix)?.owner;
   const isElsewhere =
     owner !== undefined &&
-    owner.path !== target.full &&
+    owner.path !== path &&
     target.subvolumes.some(({ uuid }) => uuid === owner.uuid);
-  return isElsewhere
-    ? owner
-    : { uuid: source?.uuid ?? "", host: target.hostName, path: target.full };
+  return isElsewhere ? owner : { uuid: source?.uuid ?? "", host: target.hostName, path };
 }
 
 /** Gives names to what was built: there is no way back from here, only one forward. */
@@ -10550,7 +10981,7 @@ function parseFinished(text: string): { to: string; stuck: readonly string[] } {
   const [to = "", stuck = "", end, ...rest] = text.split("\n");
   if (end !== "end" || rest.join() !== "")
     throw new Failure(`cannot read what was printed of a restore's end: ${text}`);
-  return { to, stuck: stuck.split("/").filter(Boolean) };
+  return { to, stuck: stuck.split("//").filter(Boolean) };
 }
 
 /** What to say where a restore broke when names had begun to change. */
@@ -10587,15 +11018,22 @@ async function finishRestores(location: Readable, path: string, hosts: Hosts): P
         `${path} is restored, but these snapshots could not move to ${to}: ${stuck.join(" ")}`,
       );
     const moved = await lookAt(location, to, "", hosts);
-    const stands = ({ pin }: KnownDestination) =>
-      moved.subvolumes.some(({ uuid }) => uuid === pin?.uuid);
-    for (const [prefix, chain] of moved.record.chains) {
-      const destinations = (chain.destinations ?? []).map((known) =>
-        stands(known) ? known : withPinIn(known, moved.standing),
-      );
-      if (chain.destinations !== undefined && !sameRecord(chain, { ...chain, destinations }))
-        await writeRecord({ ...moved, prefix }, { ...chain, destinations });
-    }
+    await rememberPins(moved);
+    for (const member of membersBelow(moved, null))
+      await rememberPins(await lookAt(location, join(to, member), "", hosts));
+  }
+}
+
+/** Makes the record of a folder name the copies of pins that moved there. */
+async function rememberPins(moved: Folder): Promise<void> {
+  const stands = ({ pin }: KnownDestination) =>
+    moved.subvolumes.some(({ uuid }) => uuid === pin?.uuid);
+  for (const [prefix, chain] of moved.record.chains) {
+    const destinations = (chain.destinations ?? []).map((known) =>
+      stands(known) ? known : withPinIn(known, moved.standing),
+    );
+    if (chain.destinations !== undefined && !sameRecord(chain, { ...chain, destinations }))
+      await writeRecord({ ...moved, prefix }, { ...chain, destinations });
   }
 }
 
@@ -10664,6 +11102,225 @@ function tellOfOld({ o, report, target, moved }: Restoration, kept: string, old:
   );
 }
 
+// ── restore: a whole tree ──
+
+/** A restore of a tree, of which all is decided. */
+type TreeRestoration = {
+  /** TARGET itself; where that is a plain directory, what is common to all. */
+  readonly head: Restoration;
+  /** All subvolumes, each after the one around it. */
+  readonly parts: readonly Restoration[];
+};
+
+/** Makes TARGET, and all subvolumes below it, as they were at one run. */
+async function restoreTree(o: RestoreOptions, report: Report): Promise<void> {
+  if (!o.dryRun) await finishRestores(o.target, o.target.path, o.hosts);
+  const root = await openTreeRoot(o.location, { ...o, wait: o.dryRun ? "look" : o.wait });
+  const opened = [root];
+  try {
+    const tree = await openTree(root, o.location, o);
+    const plan = chooseTree(tree, o, report);
+    const target = await openTarget(o, root.prefix);
+    const outside = target.inside === null ? await openOutside(target, root, o) : null;
+    if (outside !== null && outside !== root) opened.push(outside);
+    const parents = await openParents(target, o);
+    if (root.store === null) compressionBetween(root, target, o.sending.level);
+    const [first] = plan.chosen.values();
+    const common = { o, report, display: displayOf(o), target, outside, parents };
+    const whole = { ...common, location: root, chosen: first as Snapshot, member: "" };
+    const decided = await decideTree({ ...whole, tree: recordedTree(tree, plan) }, tree, plan);
+    const { head, parts } = decided;
+    opened.push(...(await lockOtherPrefixes(decided)));
+    const sums: Arriving["sums"][] = [];
+    for (const one of parts) {
+      warnAhead(one);
+      sums.push(await readyPieces(one, one.data.way === "streams" ? one.data.pieces : []));
+    }
+    await clearLeftovers(head, null);
+    parts.forEach(tellPlan);
+    if (!o.dryRun) await carryOutTree(decided, sums);
+    for (const {
+      location: { id },
+      chosen: { name },
+      o: { target: to },
+    } of parts)
+      report.event("restore", { location: id, name, target: to.id, before: head.kept });
+    tellWhatIsNext(head);
+  } finally {
+    await whileCleaning(async () => {
+      for (const folder of opened) await folder.close();
+    });
+  }
+  report.event("summary", { ok: !report.failed });
+}
+
+/** Chooses what each member gives. Errors: Failure telling what there is. */
+function chooseTree({ root, members }: Tree, o: RestoreOptions, report: Report): TreePlan {
+  const { id } = root;
+  const all = new Map([["", root], ...members]);
+  const whole = new Map([...all].map(([path, folder]) => [path, wholeIn(folder)]));
+  const own = whole.get("") ?? [];
+  const isOfRoot =
+    o.snapshot === null ? own.length > 0 : own.some(({ name }) => name === o.snapshot);
+  const pool = [...whole.values()].flat().sort((a, b) => a.time - b.time);
+  const lacking = members.size === 0 || pool.length === 0;
+  const named = pool.findLast(({ name, time }) =>
+    o.snapshot === null ? time <= (o.before ?? Infinity) : name === o.snapshot,
+  );
+  const asOf = isOfRoot || lacking || named === undefined ? chooseSnapshot(root, o) : named;
+  const plan = planTree(asOf, whole, root.chain.tree?.gone ?? {});
+  if (own.length > 0 && !plan.chosen.has(""))
+    throw new Failure(`${id}: nothing of the root of the tree is as old as ${asOf.name}`);
+  const called = (paths: readonly string[]) =>
+    someOf(
+      paths.map((path) => (path === "" ? id : path)),
+      5,
+    );
+  if (plan.earlier.length > 0)
+    report.warning(
+      `${id}: ${plural(plan.earlier.length, "subvolume")} of the tree ${plan.earlier.length === 1 ? "has" : "have"} no backup ${asOf.name}; the newest one before it is taken: ${called(plan.earlier)}`,
+    );
+  if (plan.gone.length > 0)
+    log.info(
+      `${id}: not restored, since gone before ${asOf.name}: ${called(plan.gone)} (the backups are still there)`,
+    );
+  return plan;
+}
+
+/** What a restored root's record says of the tree: what had gone by then. */
+const recordedTree = ({ root }: Tree, { gone }: TreePlan): ChainRecord["tree"] => ({
+  gone: Object.fromEntries(gone.map((path) => [path, root.chain.tree?.gone[path] ?? ""])),
+});
+
+/** Decides how each member comes. Errors: those of decideRestore. */
+async function decideTree(whole: Restore, tree: Tree, plan: TreePlan): Promise<TreeRestoration> {
+  const parts: Restoration[] = [];
+  for (const [path, chosen] of plan.chosen)
+    parts.push(
+      await decideRestore(
+        path === ""
+          ? { ...whole, chosen }
+          : await memberRestore(whole, [path, tree.members.get(path) as Folder], chosen),
+      ),
+    );
+  const { target } = whole;
+  const [first] = parts;
+  const { work = "", kept = null } = first ?? {};
+  const same = parts.map((one) => ({ ...one, work, kept }));
+  const root = same.find(({ member }) => member === "") ?? {
+    ...(same[0] as Restoration),
+    ...whole,
+    ...decideMoves(whole),
+    moved: [],
+    data: { way: "reflink", origin: "" } as const,
+    how: "none" as const,
+  };
+  const to = whole.outside?.path ?? join(target.full, target.inside ?? "");
+  const moved = same.flatMap((one) => movedBelow(one, root, to));
+  return { head: { ...root, moved }, parts: same };
+}
+
+/** A member's snapshots that move, by names below the folders of the root's. Errors: Failure. */
+function movedBelow(one: Restoration, root: Moves, to: string): Entry[] {
+  const { target, outside, member, location } = one;
+  if (one.moved.length === 0) return [];
+  const there = outside?.path ?? join(target.full, target.inside ?? "");
+  const below = relative(root.from, one.from);
+  if (below !== relative(to, there))
+    throw new Failure(
+      `the snapshots in ${location.path} cannot move to ${join(target.full, member)} together with the others`,
+    );
+  return one.moved.map((entry) => ({ ...entry, name: join(below, entry.name) as EntryName }));
+}
+
+/** The restore of one member. Errors: Failure where its snapshot folder cannot be looked at. */
+async function memberRestore(
+  whole: Restore,
+  [member, location]: readonly [string, Folder],
+  chosen: Snapshot,
+): Promise<Restore> {
+  const { target, outside, parents, location: root } = whole;
+  const o = { ...whole.o, target: memberOf(whole.o.target, member) };
+  const own = ownFoldersIn(root, root.prefix).get(member) ?? null;
+  const standard = target.inside === null ? null : join(target.inside, member);
+  return {
+    ...whole,
+    o,
+    location,
+    chosen,
+    member,
+    tree: null,
+    target: { ...target, inside: own ?? standard },
+    outside: outside === null || own !== null ? null : await outsideOf(whole, [member, location]),
+    parents: parents && { ...parents, top: join(parents.top, member) },
+  };
+}
+
+/** A member's folder below the snapshot folder outside of TARGET; it may not be there yet. */
+async function outsideOf(
+  { o, target, outside, location: root }: Restore,
+  [member, location]: readonly [string, Folder],
+): Promise<Folder> {
+  const above = outside as Folder;
+  if (above === root) return location;
+  const path = join(above.path, member);
+  const seen = await lookAt(o.target, path, target.prefix, o.hosts).catch((error: Error) => {
+    if (error instanceof NoDirectoryAbove) return null;
+    throw error;
+  });
+  if (seen?.exists) return seen;
+  const empty = { standing: [], snapshots: [], entries: new Set<string>(), chain: {} };
+  return { ...above, ...empty, path, top: join(above.top, member), record: parseRecord("") };
+}
+
+/** Where NEST puts a member, and its snapshot: below `folder`, with the lock of that, if `within`. */
+function nestOf({ outside, member, target }: Restore, folder: string) {
+  const isBelow = outside !== null || !isWithin(target.inside ?? "", member);
+  const base = isBelow ? folder.slice(0, -member.length - 1) : folder;
+  return { member, base, within: isBelow ? member : "", prefix: target.prefix };
+}
+
+/** Locks the chains of other prefixes whose snapshots move as well. Errors: Busy. */
+async function lockOtherPrefixes({ head, parts }: TreeRestoration): Promise<Folder[]> {
+  const { o, location: root } = head;
+  const opened: Folder[] = [];
+  if (o.dryRun) return opened;
+  for (const { moved, location } of parts)
+    for (const prefix of prefixesIn(moved))
+      if (prefix !== root.prefix)
+        opened.push(await openFolder(o.location, location.path, openingOf(o, prefix)));
+  return opened;
+}
+
+/** Builds the whole tree beside TARGET, and gives it its name. Errors: SameSecond, Failure. */
+async function carryOutTree(
+  { head, parts }: TreeRestoration,
+  sums: readonly Arriving["sums"][],
+): Promise<void> {
+  await inWork(head, async (folder, release) => {
+    for (const [i, one] of parts.entries()) {
+      await build({ ...one, folder, sums: sums[i] ?? new Map() });
+      checkInterruption();
+    }
+    if (parts[0]?.member !== "") await writePlainRoot(head);
+    await giveNames(head, release);
+    for (const one of parts)
+      if (one.moved.some(({ receivedUuid }) => receivedUuid !== null))
+        await writeRestoredRecords(one, one.target.full, null);
+  });
+}
+
+/** The record of a tree whose root is a plain directory: there is a tree. */
+async function writePlainRoot({ o, target, outside, work, tree }: Restoration): Promise<void> {
+  const inside = join(target.path, work, "tree", target.inside ?? "");
+  const folder = await lookAt(o.target, outside?.path ?? inside, target.prefix, o.hosts);
+  if (tree !== null) await writeRecord(folder, { ...folder.chain, tree });
+  const made = outside === null ? "; its snapshots are in it: a run needs -f with their path" : "";
+  log.info(
+    `${target.full} is a plain directory: its owner and mode are not in the backups, and it is root's alone now${made}`,
+  );
+}
+
 // ── list: what each location has ──
 
 export type ListOptions = ReturnType<typeof listOptions>;
@@ -10676,7 +11333,10 @@ export async function list(o: ListOptions, report: Report): Promise<void> {
   const heard = maxAge === null ? report : { ...report, error: () => {} };
   const addKnown = o.locations.length === 1 && maxAge === null;
   const columns = await openColumns(o.locations, addKnown, { ...o, prefix: o.prefix ?? "" }, heard);
-  if (maxAge !== null) return checkAge(columns, { ...o, maxAge }, Date.now(), report);
+  if (maxAge !== null) {
+    const places = await withMembers(columns, o, heard);
+    return checkAge(places, { ...o, maxAge }, Date.now(), report);
+  }
   const prefixes =
     o.prefix !== null
       ? [o.prefix]
@@ -10692,6 +11352,7 @@ export async function list(o: ListOptions, report: Report): Promise<void> {
     const listed = inventory(shown, o, now, new Map((await Promise.all(sizes)).flat()));
     report.event("list", { prefix, ...listed });
     if (!o.json) print(inventoryTable(columns, listed, now));
+    await listTrees(shown, o, prefix, report);
   }
   report.event("summary", { ok: !report.failed });
 }
@@ -11022,6 +11683,116 @@ function newestIn(folder: Folder, prefix: string | null, now: number): Snapshot 
   return oldest;
 }
 
+// ── list: what a tree has ──
+
+/** What `list` tells of a subvolume of a tree, in one place. */
+export type MemberLine = {
+  readonly path: string;
+  readonly count: number;
+  readonly oldest: string | null;
+  readonly newest: string | null;
+  /** The run from which on it was not there any more. */
+  readonly gone: string | null;
+  /** The names of what can be restored of it, oldest first. */
+  readonly snapshots: readonly string[];
+};
+
+/** The lines of a tree's members, by their paths. `whole`: what can be restored of each. */
+export function memberLines(
+  whole: ReadonlyMap<string, readonly Pick<Snapshot, "name">[]>,
+  gone: Readonly<Record<string, string>>,
+): MemberLine[] {
+  const lost = Object.keys(gone).filter((path) => !whole.has(path));
+  const all = [...whole, ...lost.map((path) => [path, []] as const)];
+  return all
+    .map(([path, some]) => {
+      const snapshots = some.map(({ name }) => name);
+      return {
+        path,
+        count: snapshots.length,
+        oldest: snapshots[0] ?? null,
+        newest: snapshots.at(-1) ?? null,
+        gone: gone[path] ?? null,
+        snapshots,
+      };
+    })
+    .sort((a, b) => (a.path < b.path ? -1 : 1));
+}
+
+/** The members' lines as people read them. */
+function membersTable(lines: readonly MemberLine[], prefix: string, now: number): string {
+  const rows = lines.map(({ path, count, oldest, newest, gone }) => [
+    path,
+    String(count),
+    oldest ?? "-",
+    newest ?? "-",
+    newest === null ? "-" : inWords(now - (parseName(newest, prefix) ?? now)),
+    gone === null ? "" : `gone since ${gone}`,
+  ]);
+  const head = ["SUBVOLUME", "COUNT", "OLDEST", "NEWEST", "AGE", ""];
+  return rows.length === 0 ? "no subvolumes\n" : alignedTable([head, ...rows]);
+}
+
+/** A column's tree; null where it is none, or cannot be read, which is told. */
+async function treeIn(
+  { id, folder }: Column,
+  o: TreeOptions,
+  report: Report,
+): Promise<Tree | null> {
+  const location = o.locations.find((one) => one.id === id) ?? locationOfColumn(id);
+  if (folder === null || location === null || !(o.recursive || isTreeRoot(folder))) return null;
+  return openTree(folder, location, o).catch((error: Error) => {
+    report.error(id, error);
+    return null;
+  });
+}
+
+type TreeOptions = Pick<ListOptions, "hosts" | "locations" | "recursive">;
+
+/** The location of a destination that a source knows; null for a command. */
+function locationOfColumn(id: string): Readable | null {
+  const location = recordedLocation(id);
+  return isReadable(location) ? location : null;
+}
+
+/** Shows the members of trees, place by place. */
+async function listTrees(
+  columns: readonly Column[],
+  o: ListOptions,
+  prefix: string,
+  report: Report,
+): Promise<void> {
+  for (const [i, column] of columns.entries()) {
+    const tree = await treeIn(column, o, report);
+    if (tree === null) continue;
+    const whole = new Map([...tree.members].map(([path, folder]) => [path, wholeIn(folder)]));
+    const members = memberLines(whole, tree.root.chain.tree?.gone ?? {});
+    report.event("tree", { prefix, location: column.id, members });
+    if (o.json) continue;
+    const now = wallClock(new Date());
+    print(`${columnLetter(i)}  below ${column.id}\n\n${membersTable(members, prefix, now)}\n`);
+  }
+}
+
+/** Columns, and behind each one the members of its tree that are not gone. */
+async function withMembers(
+  columns: readonly Column[],
+  o: ListOptions,
+  report: Report,
+): Promise<Column[]> {
+  const all: Column[] = [];
+  for (const column of columns) {
+    const tree = await treeIn(column, o, report);
+    const isPlain = tree !== null && tree.members.size > 0 && wholeIn(tree.root).length === 0;
+    // Where the root was a plain directory, only what is below counts.
+    if (!isPlain) all.push(column);
+    const gone = tree?.root.chain.tree?.gone ?? {};
+    for (const [path, folder] of tree?.members ?? [])
+      if (gone[path] === undefined) all.push({ id: folder.id, folder, problem: null });
+  }
+  return all;
+}
+
 // ── verify: every byte, read and compared ──
 
 export type VerifyOptions = ReturnType<typeof verifyOptions>;
@@ -11030,19 +11801,57 @@ export type VerifyOptions = ReturnType<typeof verifyOptions>;
 export async function verify(o: VerifyOptions, report: Report): Promise<void> {
   const columns = await openColumns(o.locations, false, o, report);
   let compared = 0;
+  for (const some of o.recursive ? await columnsByMember(columns, o, report) : [columns])
+    compared += await verifyColumns(some, o, report);
+  if (compared === 0) tellFailure(report, null, "nothing was compared");
+  report.event("summary", { ok: !report.failed, compared });
+}
+
+/** Compares the columns of one chain. Returns how many snapshots or streams were read. */
+async function verifyColumns(
+  columns: readonly Column[],
+  o: VerifyOptions,
+  report: Report,
+): Promise<number> {
+  let compared = 0;
   for (const { folder } of columns)
     if (folder?.store) compared += await verifyStreams(folder, folder.store, o, report);
   const [left, ...others] = columns.map(({ folder }) => folder).filter((one) => !one?.store);
-  if (left) {
-    const comparison = { o, report, left, digests: new Map(), equal: new Map(), compared };
-    for (const right of others) if (right !== null) await compareShared(comparison, right);
-    ({ compared } = comparison);
-    await rememberEqual(comparison).catch((problem: Error) =>
-      log.warn(`the next run may compare once more: ${problem.message}`),
-    );
-  }
-  if (compared === 0) tellFailure(report, null, "nothing was compared");
-  report.event("summary", { ok: !report.failed, compared });
+  if (!left) return compared;
+  const comparison = { o, report, left, digests: new Map(), equal: new Map(), compared };
+  for (const right of others) if (right !== null) await compareShared(comparison, right);
+  await rememberEqual(comparison).catch((problem: Error) =>
+    log.warn(`the next run may compare once more: ${problem.message}`),
+  );
+  return comparison.compared;
+}
+
+/**
+ * The columns of each subvolume of a tree, the root's first. A member that SOURCE does not have (any
+ * more) is not compared; one that a place lacks is an error there.
+ */
+async function columnsByMember(
+  columns: readonly Column[],
+  o: VerifyOptions,
+  report: Report,
+): Promise<Column[][]> {
+  const trees: (Tree | null)[] = [];
+  for (const column of columns) trees.push(await treeIn(column, o, report));
+  const first = trees.find((tree, i) => tree !== null && columns[i]?.folder?.store === null);
+  const paths = [...((first ?? trees.find((tree) => tree !== null))?.members.keys() ?? [])];
+  const inStores = trees.flatMap((tree) => (tree?.root.store ? [...tree.members.keys()] : []));
+  const below = [...new Set([...paths, ...inStores])].map((path) =>
+    columns.flatMap(({ id, problem }, i): Column[] => {
+      const tree = trees[i] ?? null;
+      const folder = tree?.members.get(path) ?? null;
+      if (folder !== null) return [{ id: folder.id, folder, problem }];
+      if (tree !== null && paths.includes(path))
+        tellFailure(report, id, `nothing of the subvolume ${path} is there`);
+      return [];
+    }),
+  );
+  const isEmpty = (column: Column) => column.folder?.snapshots.length === 0;
+  return columns.every(isEmpty) ? below : [[...columns], ...below];
 }
 
 /** What was found in comparing the snapshots of a folder, `left`, with those of others. */
@@ -11495,18 +12304,26 @@ export async function versions(o: VersionsOptions, report: Report): Promise<void
   const [root = "", inner = ""] = (await ask(host, LOCATE, { file: file.path }, cannot)).split(
     "\0",
   );
-  const source = { ...file, path: root, id: file.id.slice(0, -file.path.length) + root };
+  const member = await memberWith(o, root, normalize(root + inner));
+  const source = {
+    ...file,
+    path: member?.folder ?? root,
+    id: file.id.slice(0, -file.path.length) + (member?.path ?? root),
+  };
   // One place that has the version is enough to give it back.
   const heard =
     get === null
       ? report
       : { ...report, error: (_: unknown, { message }: Error) => report.warning(message) };
-  const all = [source, ...o.locations];
-  const opened = await openColumns(all, o.locations.length === 0, o, heard as Report);
+  const locations = await Promise.all(o.locations.map((one) => placeHaving(one, member, o)));
+  const all = [source, ...locations];
+  const opened = (await openColumns(all, locations.length === 0, o, heard as Report)).map(
+    (column, i) => (i === 0 ? withLive(column, member) : column),
+  );
   const columns = opened.filter(({ folder }) => folder?.store == null);
   for (const { id } of opened.filter(({ folder }) => folder?.store))
     log.info(`${id} is not looked into: it has streams, which must be restored first`);
-  const path = pathWithin(file.path, columns) ?? normalize(inner);
+  const path = member?.inner ?? pathWithin(file.path, columns) ?? normalize(inner);
   const sought = { o, report, host, path, columns, seen: await lookFor(path, columns) };
   if (get !== null) return getVersion(sought, get);
   const shown = await showVersions(sought);
@@ -11518,6 +12335,74 @@ export async function versions(o: VersionsOptions, report: Report): Promise<void
   }
   report.event("summary", { ok: !report.failed, versions: shown });
 }
+
+/** A member of a tree that has a file. */
+type MemberHaving = {
+  /** Its path on its host, below its source, and that of its snapshots' folder. */
+  readonly path: string;
+  readonly member: string;
+  readonly folder: string;
+  /** The file's path below it. */
+  readonly inner: string;
+  /** The subvolume itself, where it is there. */
+  readonly live: Folder["source"];
+};
+
+/**
+ * The member of a tree that a file lies in; null where it lies in none. `root`: the subvolume that
+ * is there. Errors: those of `openFolder`.
+ */
+async function memberWith(
+  { file, snapshotFolder, hosts }: VersionsOptions,
+  root: string,
+  path: string,
+): Promise<MemberHaving | null> {
+  const seen = await lookAt(file, root, "", hosts);
+  if (seen.alone || seen.place.filesystem === null) return null;
+  const { mount, top } = placeOn(seen.mounts, seen.path);
+  const below = path.slice(seen.path === "/" ? 0 : seen.path.length);
+  const isGiven = snapshotFolder.startsWith("/");
+  const given = isGiven ? placeOn(seen.mounts, withoutSlash(normalize(snapshotFolder))).top : null;
+  const tops = { file: join(top, below), folder: given };
+  const found = memberHaving(tops, snapshotFolder, seen.subvolumes);
+  if (found === null) return null;
+  const member = join(found.source, found.member);
+  const through = (one: string) =>
+    isWithin(one, mount.root)
+      ? join(mount.path, one.slice(mount.root === "/" ? 0 : mount.root.length))
+      : null;
+  const [itself, folder] = [
+    through(member),
+    isGiven ? join(withoutSlash(normalize(snapshotFolder)), found.member) : through(found.folder),
+  ];
+  if (itself === null || folder === null) return null;
+  const live = member === top ? { ...seen.place, top, uuid: "" } : null;
+  return {
+    path: itself,
+    member: found.member,
+    folder,
+    inner: tops.file.slice(member.length),
+    live,
+  };
+}
+
+/** A given LOCATION, or the folder below it that has a member's backups. */
+async function placeHaving(
+  location: Readable,
+  member: MemberHaving | null,
+  { hosts }: VersionsOptions,
+): Promise<Readable> {
+  if (member === null) return location;
+  const seen = await lookAt(location, location.path, "", hosts).catch(() => null);
+  const has = seen !== null && membersBelow(seen, null).includes(member.member);
+  return has ? memberOf(location, member.member) : location;
+}
+
+/** A member's snapshots, with what the subvolume is now. */
+const withLive = ({ folder, ...column }: Column, member: MemberHaving | null): Column => ({
+  ...column,
+  folder: folder && member?.live ? { ...folder, source: member.live } : folder,
+});
 
 /** Shows the versions of a file, newest first. Returns how many there are. */
 async function showVersions({ o, report, host, path, columns, seen }: Sought): Promise<number> {
@@ -13075,6 +13960,7 @@ const JUDGED: Readonly<Record<keyof ChainRecord, true>> = {
   leaps: true,
   belated: true,
   guarded: true,
+  tree: true,
 };
 
 /** The state of a folder that a key's record is compared with. */
@@ -13314,6 +14200,7 @@ const GUARDED: ReadonlyMap<string, Allowed> = new Map([
   ),
   allow(RAW.drop, ["add", "delete"], {}, { again: dropAgain }),
   allow(RAW.fetch, ["read"], { how: oneOf("", "sum") }),
+  allow(BELOW, ["read"], {}),
   allow(
     DELETE,
     ["delete", "source"],
@@ -14276,6 +15163,10 @@ const GROUPS = {
       of: ["restore"],
       means: "TARGET exists: keep it beside as TARGET.before-YYYYMMDD-HHMMSS",
     },
+    recursive: {
+      of: ["restore", "list", "verify", "prune"],
+      means: "The whole tree: also the subvolumes below that run --recursive has backed up",
+    },
     "parent-from": {
       of: ["restore"],
       value: "DIR",
@@ -15030,6 +15921,7 @@ function pruneOptions(given: Given) {
     ...commonOptions(given),
     location,
     policy,
+    recursive: given.flag("recursive"),
     dryRun: given.flag("dry-run"),
     ...deletingOptions(given),
   };
@@ -15064,6 +15956,7 @@ export function restoreOptions(given: Given) {
     before: parsedWith(given, "before", parseWhen),
     parentFrom: value("parent-from"),
     replace: flag("replace"),
+    recursive: flag("recursive"),
     unverified: flag("unverified"),
     ...displayOptions(given),
     sending: sendingOptions(given, null),
@@ -15124,6 +16017,7 @@ export function listOptions(given: Given) {
     locations: locationsOf(given, 1, Infinity, "LOCATION…"),
     sourcePolicy: policyOf(given, "num-snapshots"),
     backupPolicy: policyOf(given, "num-backups"),
+    recursive: given.flag("recursive"),
     size: given.flag("size"),
     maxAge: ageOf(given),
   };
@@ -15143,7 +16037,7 @@ export function verifyOptions(given: Given) {
     throw new UsageError(
       `with what shall ${locations[0]?.id} be compared? Give SOURCE and LOCATION…, two LOCATIONs, or one of stored streams`,
     );
-  return { ...commonOptions(given), locations, snapshot, all };
+  return { ...commonOptions(given), locations, snapshot, all, recursive: flag("recursive") };
 }
 
 export function versionsOptions(given: Given) {
