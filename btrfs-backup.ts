@@ -9758,19 +9758,31 @@ async function openMembers(
   return new Map(await allOf(opened));
 }
 
-/** The paths of stores below a store. Errors: those of `ask`. */
-async function storesBelow(root: Folder, location: Readable): Promise<string[]> {
+/** Streams in full below a store: the paths of their folders, and their names. Errors: of `ask`. */
+async function storedBelow(root: Folder, location: Readable): Promise<StoredBelow[]> {
   const cannot = `${root.id}: cannot look for streams below it`;
   const listed = isDirectory(location)
     ? await ask(root.host, BELOW, at(root), cannot)
     : await ask(root.host, REMOTE_BELOW, { folder: root.path }, cannot);
   const found = listed.split("\n").map((line) => line.replace(/^\.\//, ""));
-  const isOurs = (file: string) =>
-    parseStreams([{ name: basename(file), bytes: 0 }], true).streams.some(
-      ({ name }) => parseName(name, root.prefix) !== null,
-    );
-  const folders = found.filter((file) => file.includes("/") && isOurs(file)).map(dirname);
-  return [...new Set(folders)].filter(isMemberPath).sort();
+  return found.flatMap((file) => {
+    const path = dirname(file);
+    const [stream] = parseStreams([{ name: basename(file), bytes: 0 }], true).streams;
+    return stream === undefined || path === "." || !isMemberPath(path)
+      ? []
+      : [{ path, name: stream.name }];
+  });
+}
+type StoredBelow = { readonly path: string; readonly name: EntryName };
+
+/** The prefixes of the trees that a place is the root of: as it records, or else by the names below. */
+async function treePrefixes(root: Folder, location: Readable): Promise<string[]> {
+  const recorded = [...root.record.chains].flatMap(([of, { tree }]) => (tree ? [of] : []));
+  if (recorded.length > 0) return recorded.sort();
+  if (root.store !== null) return prefixesIn(await storedBelow(root, location));
+  const folders = new Set(membersBelow(root, null).map((path) => join(root.top, path)));
+  const below = root.subvolumes.filter(({ path }) => folders.has(dirname(`/${path}`)));
+  return prefixesIn(below.map(({ path }) => ({ name: basename(path) as EntryName })));
 }
 
 /** A place of a whole tree. `members`: all but the root, by their paths. */
@@ -9779,7 +9791,9 @@ type Tree = { readonly root: Folder; readonly members: ReadonlyMap<string, Folde
 /** Opens the members of a tree whose root is open. Errors: those of `openFolder`, Failure. */
 async function openTree(root: Folder, location: Readable, opening: MemberOpening): Promise<Tree> {
   if (root.store !== null) {
-    const paths = await storesBelow(root, location);
+    const stored = await storedBelow(root, location);
+    const ours = stored.filter(({ name }) => parseName(name, root.prefix) !== null);
+    const paths = [...new Set(ours.map(({ path }) => path))].sort();
     return { root, members: await openMembers(root, location, paths, opening) };
   }
   needRoot(root, "looking for subvolumes below");
@@ -9806,12 +9820,11 @@ async function openTreeRoot(
 ): Promise<Folder> {
   const root = await openLocation(location, o);
   if (o.prefix !== null || prefixesIn(root.standing).length > 0) return root;
-  const recorded = [...root.record.chains].flatMap(([of, { tree }]) => (tree ? [of] : []));
-  const named = root.subvolumes.filter(({ path }) =>
-    membersBelow(root, null).includes(dirname(`/${path}`).slice(root.top.length + 1)),
-  );
-  const names = named.map(({ path }) => ({ name: basename(path) as EntryName }));
-  const [only = root.prefix, ...others] = recorded.length > 0 ? recorded : prefixesIn(names);
+  const prefixes = await treePrefixes(root, location).catch(async (error: Error) => {
+    await root.close();
+    throw error;
+  });
+  const [only = root.prefix, ...others] = prefixes;
   if (others.length > 0)
     return closedUnless(root, () => {
       throw new UsageError(
@@ -9822,9 +9835,6 @@ async function openTreeRoot(
   await root.close();
   return openLocation(location, { ...o, prefix: only });
 }
-
-/** Whether a folder's record says that it is the root of a tree. */
-const isTreeRoot = ({ chain }: Folder) => chain.tree !== undefined;
 
 // ── copy: backups, sent on ──
 
@@ -10115,6 +10125,10 @@ async function restoreOnce(o: RestoreOptions, report: Report): Promise<void> {
       before: plan.kept,
     });
     tellWhatIsNext(plan);
+    if (location.chain.tree !== undefined)
+      log.info(
+        `${location.id} is the root of a tree: the subvolumes below it come back with --recursive`,
+      );
   } finally {
     await whileCleaning(async () => {
       for (const folder of opened) await folder.close();
@@ -11164,11 +11178,14 @@ function chooseTree({ root, members }: Tree, o: RestoreOptions, report: Report):
     o.snapshot === null ? own.length > 0 : own.some(({ name }) => name === o.snapshot);
   const pool = [...whole.values()].flat().sort((a, b) => a.time - b.time);
   const lacking = members.size === 0 || pool.length === 0;
+  if (members.size === 0)
+    report.warning(`${id}: there are no subvolumes of a tree below it, only its own backups`);
   const named = pool.findLast(({ name, time }) =>
     o.snapshot === null ? time <= (o.before ?? Infinity) : name === o.snapshot,
   );
   const asOf = isOfRoot || lacking || named === undefined ? chooseSnapshot(root, o) : named;
-  const plan = planTree(asOf, whole, root.chain.tree?.gone ?? {});
+  const giving = new Map([...all].map(([path, folder]) => [path, earlierIn(folder, asOf)]));
+  const plan = planTree(asOf, giving, root.chain.tree?.gone ?? {});
   if (own.length > 0 && !plan.chosen.has(""))
     throw new Failure(`${id}: nothing of the root of the tree is as old as ${asOf.name}`);
   const called = (paths: readonly string[]) =>
@@ -11185,6 +11202,16 @@ function chooseTree({ root, members }: Tree, o: RestoreOptions, report: Report):
       `${id}: not restored, since gone before ${asOf.name}: ${called(plan.gone)} (the backups are still there)`,
     );
   return plan;
+}
+
+/**
+ * What a member of a tree can give as of a run. Where another subvolume had its path then, the
+ * backups of that are strangers to it by now.
+ */
+function earlierIn(folder: Folder, { time }: NamedTime): readonly Snapshot[] {
+  const whole = wholeIn(folder);
+  if (whole.some((one) => one.time <= time)) return whole;
+  return wholeIn({ ...folder, chain: { ...folder.chain, strangers: [] } });
 }
 
 /** What a restored root's record says of the tree: what had gone by then. */
@@ -11337,10 +11364,10 @@ export async function list(o: ListOptions, report: Report): Promise<void> {
     const places = await withMembers(columns, o, heard);
     return checkAge(places, { ...o, maxAge }, Date.now(), report);
   }
-  const prefixes =
-    o.prefix !== null
-      ? [o.prefix]
-      : columns.flatMap(({ folder }) => prefixesIn(folder?.standing ?? []));
+  const found = columns.map(async (column) =>
+    o.prefix !== null ? [o.prefix] : prefixesToList(column, o, report),
+  );
+  const prefixes = (await Promise.all(found)).flat();
   for (const prefix of new Set(prefixes.length === 0 ? [""] : prefixes)) {
     const shown = columns.map((column) => ({
       ...column,
@@ -11733,25 +11760,54 @@ function membersTable(lines: readonly MemberLine[], prefix: string, now: number)
   return rows.length === 0 ? "no subvolumes\n" : alignedTable([head, ...rows]);
 }
 
-/** A column's tree; null where it is none, or cannot be read, which is told. */
-async function treeIn(
+/** A column's trees: of its prefix, or of all; none where they cannot be read, which is told. */
+async function treesIn(
+  { id, folder }: Column,
+  o: TreeOptions,
+  prefix: string | null,
+  report: Report,
+): Promise<Tree[]> {
+  const location = folder && columnLocation(id, o);
+  if (folder === null || location === null || !hasTrees(folder, o)) return [];
+  try {
+    const trees: Tree[] = [];
+    for (const one of prefix === null ? await treePrefixes(folder, location) : [prefix]) {
+      const root = underPrefix(folder, one);
+      if (o.recursive || root.chain.tree !== undefined)
+        trees.push(await openTree(root, location, o));
+    }
+    return trees;
+  } catch (error) {
+    report.error(id, error);
+    return [];
+  }
+}
+
+/** Whether a place is, or is said to be, the root of a tree. Without root, nobody sees what is below. */
+const hasTrees = (folder: Folder, { recursive }: TreeOptions) =>
+  recursive || (!folder.alone && [...folder.record.chains.values()].some(({ tree }) => tree));
+
+/** The prefixes that a column is listed for. */
+async function prefixesToList(
   { id, folder }: Column,
   o: TreeOptions,
   report: Report,
-): Promise<Tree | null> {
-  const location = o.locations.find((one) => one.id === id) ?? locationOfColumn(id);
-  if (folder === null || location === null || !(o.recursive || isTreeRoot(folder))) return null;
-  return openTree(folder, location, o).catch((error: Error) => {
+): Promise<string[]> {
+  const standing = prefixesIn(folder?.standing ?? []);
+  const location = folder && columnLocation(id, o);
+  if (folder === null || location === null || !hasTrees(folder, o)) return standing;
+  const below = await treePrefixes(folder, location).catch((error: Error) => {
     report.error(id, error);
-    return null;
+    return [];
   });
+  return [...new Set([...standing, ...below])].sort();
 }
 
 type TreeOptions = Pick<ListOptions, "hosts" | "locations" | "recursive">;
 
-/** The location of a destination that a source knows; null for a command. */
-function locationOfColumn(id: string): Readable | null {
-  const location = recordedLocation(id);
+/** The location of a column, as it was given, or as a source's record has it; null for a command. */
+function columnLocation(id: string, { locations }: TreeOptions): Readable | null {
+  const location = locations.find((one) => one.id === id) ?? recordedLocation(id);
   return isReadable(location) ? location : null;
 }
 
@@ -11763,8 +11819,8 @@ async function listTrees(
   report: Report,
 ): Promise<void> {
   for (const [i, column] of columns.entries()) {
-    const tree = await treeIn(column, o, report);
-    if (tree === null) continue;
+    const [tree] = await treesIn(column, o, prefix, report);
+    if (tree === undefined) continue;
     const whole = new Map([...tree.members].map(([path, folder]) => [path, wholeIn(folder)]));
     const members = memberLines(whole, tree.root.chain.tree?.gone ?? {});
     report.event("tree", { prefix, location: column.id, members });
@@ -11782,13 +11838,15 @@ async function withMembers(
 ): Promise<Column[]> {
   const all: Column[] = [];
   for (const column of columns) {
-    const tree = await treeIn(column, o, report);
-    const isPlain = tree !== null && tree.members.size > 0 && wholeIn(tree.root).length === 0;
+    const trees = await treesIn(column, o, o.prefix, report);
+    const below = trees.flatMap(({ root, members }) =>
+      [...members].flatMap(([path, folder]): Column[] =>
+        root.chain.tree?.gone[path] === undefined ? [{ id: folder.id, folder, problem: null }] : [],
+      ),
+    );
     // Where the root was a plain directory, only what is below counts.
-    if (!isPlain) all.push(column);
-    const gone = tree?.root.chain.tree?.gone ?? {};
-    for (const [path, folder] of tree?.members ?? [])
-      if (gone[path] === undefined) all.push({ id: folder.id, folder, problem: null });
+    const isPlain = below.length > 0 && prefixesIn(column.folder?.standing ?? []).length === 0;
+    all.push(...(isPlain ? [] : [column]), ...below);
   }
   return all;
 }
@@ -11836,7 +11894,10 @@ async function columnsByMember(
   report: Report,
 ): Promise<Column[][]> {
   const trees: (Tree | null)[] = [];
-  for (const column of columns) trees.push(await treeIn(column, o, report));
+  for (const column of columns) {
+    const [tree = null] = await treesIn(column, o, column.folder?.prefix ?? null, report);
+    trees.push(tree);
+  }
   const first = trees.find((tree, i) => tree !== null && columns[i]?.folder?.store === null);
   const paths = [...((first ?? trees.find((tree) => tree !== null))?.members.keys() ?? [])];
   const inStores = trees.flatMap((tree) => (tree?.root.store ? [...tree.members.keys()] : []));
@@ -11850,8 +11911,11 @@ async function columnsByMember(
       return [];
     }),
   );
+  const isAsked = ({ folder }: Column) =>
+    o.snapshot === null || folder?.standing.some(({ name }) => name === o.snapshot);
+  const asked = below.filter((some) => some.some(isAsked));
   const isEmpty = (column: Column) => column.folder?.snapshots.length === 0;
-  return columns.every(isEmpty) ? below : [[...columns], ...below];
+  return columns.every(isEmpty) ? asked : [[...columns], ...asked];
 }
 
 /** What was found in comparing the snapshots of a folder, `left`, with those of others. */

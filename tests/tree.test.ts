@@ -91,7 +91,8 @@ test("the whole disaster: a tree comes back as of its newest run, and each subvo
   const store = `raw://${temporaryDirectory()}/store`;
   const { source, destination, a, states } = await threeRuns((place) => [place, store]);
   const members = [...(states.get(THIRD)?.keys() ?? [])].filter(Boolean);
-  const { options, url } = await sshServer();
+  const { guarded, url } = await sshServer();
+  const options = guarded("--path", destination, "--allow-read");
   const other = filesystem();
   const last = states.get(THIRD) as Map<string, string>;
   // A store does not say what went: that comes back too, and the warning names it.
@@ -187,6 +188,41 @@ test("as of which run: --snapshot, --before; what lacks a run gives its newest o
   expect(existsSync(join(target, "x/it"))).toBe(false);
 });
 
+test("a subvolume that was made anew: each run's backups come back, the first one's as well", async () => {
+  const { source, destination, b } = smallTree(["x"]);
+  const run = { source, destinations: [destination], members: ["x"] };
+  await makeTree({ ...run, name: FIRST });
+  sh(`btrfs -q subvolume delete "$1" >/dev/null`, join(source, "x"));
+  writeFileSync(join(subvolume(join(source, "x")), "it"), "x anew");
+  // As a recursive run does it: the path is the owner, and what was there is a stranger's by now.
+  const folder = join(source, "snapshot/x");
+  sh(
+    `btrfs -q subvolume snapshot -r "$1" "$2" >/dev/null`,
+    join(source, "x"),
+    join(folder, SECOND),
+  );
+  await expectRun(0, [
+    "-q",
+    "-S",
+    "--adopt",
+    "-f",
+    folder,
+    join(source, "x"),
+    join(destination, "x"),
+  ]);
+  sh(`btrfs -q subvolume snapshot -r "$1" "$1/snapshot/$2" >/dev/null`, source, SECOND);
+  await expectRun(0, ["-q", "-S", source, destination]);
+  expect(readFileSync(join(destination, "x/.btrfs-backup.json"), "utf8")).toContain("strangers");
+  for (const [name, text] of [
+    [FIRST, "x 1"],
+    [SECOND, "x anew"],
+  ] as const) {
+    const target = join(b.path, name);
+    await expectRun(0, ["restore", "-q", "--recursive", "--snapshot", name, destination, target]);
+    expect([name, it(target, "x")]).toEqual([name, text]);
+  }
+});
+
 test("nothing half is visible: an occupied place, Ctrl-C and kill -9; the next restore clears up", async () => {
   const { source, destination } = smallTree(["x", "x/y"]);
   const b = filesystem();
@@ -246,6 +282,10 @@ test("a plain directory's subvolumes come back below a plain directory, and go o
   };
   await makeTree({ ...run, name: `c-${FIRST}` });
   await makeTree({ ...run, name: `c-${SECOND}` });
+  for (const place of [folder, destination]) {
+    const { stdout } = await expectRun(0, ["list", place]);
+    expect([place, /^deep\/two +2 +(\S+)/m.exec(stdout)?.[1]]).toEqual([place, `c-${FIRST}`]);
+  }
   sh(`btrfs -q subvolume delete "$1/one" "$1/deep/two" >/dev/null; rmdir "$1/deep" "$1"`, source);
   for (const [place, prune] of [
     [folder, false],
