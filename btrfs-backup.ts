@@ -11139,9 +11139,9 @@ async function restoreTree(o: RestoreOptions, report: Report): Promise<void> {
     if (outside !== null && outside !== root) opened.push(outside);
     const parents = await openParents(target, o);
     if (root.store === null) compressionBetween(root, target, o.sending.level);
-    const [first] = plan.chosen.values();
+    const [newest] = [...plan.chosen.values()].sort((one, other) => other.time - one.time);
     const common = { o, report, display: displayOf(o), target, outside, parents };
-    const whole = { ...common, location: root, chosen: first as Snapshot, member: "" };
+    const whole = { ...common, location: root, chosen: newest as Snapshot, member: "" };
     const decided = await decideTree({ ...whole, tree: recordedTree(tree, plan) }, tree, plan);
     const { head, parts } = decided;
     opened.push(...(await lockOtherPrefixes(decided)));

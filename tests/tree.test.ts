@@ -12,6 +12,7 @@ import {
   expectRun,
   fill,
   filesystem,
+  nextSecond,
   pair,
   reformat,
   sh,
@@ -24,7 +25,8 @@ import {
   transfers,
   waitFor,
 } from "./support/rig.ts";
-import { generator } from "./support/random.ts";
+import { descendants, signal } from "./support/processes.ts";
+import { generator, soak } from "./support/random.ts";
 import { makeTree, stateOf } from "./support/tree.ts";
 
 const [FIRST, SECOND, THIRD] = ["20260101-120000", "20260102-120000", "20260103-120000"] as const;
@@ -61,8 +63,8 @@ const deleteTree = (target: string) =>
     target,
   );
 
-/** A tree with three runs: one of its subvolumes goes before the second, another comes. */
-async function threeRuns(to: (destination: string) => readonly string[]) {
+/** A tree with two runs: one of its subvolumes goes before the second, another comes. */
+async function twoRuns(to: (destination: string) => readonly string[]) {
   const { source, destination, a, b } = pair();
   const always = ["top", "var/lib/a", DEEP];
   mkdirSync(join(source, "var/lib"), { recursive: true });
@@ -83,18 +85,17 @@ async function threeRuns(to: (destination: string) => readonly string[]) {
   mkdirSync(join(source, "made/later"), { recursive: true });
   fill(subvolume(join(source, "made/later/new")), 9);
   await go(SECOND, [...always, "made/later/new"], { "var/old": SECOND });
-  await go(THIRD, [...always, "made/later/new"], { "var/old": SECOND });
   return { source, destination, a, b, states, always };
 }
 
 test("the whole disaster: a tree comes back as of its newest run, and each subvolume's next backup is incremental", async () => {
   const store = `raw://${temporaryDirectory()}/store`;
-  const { source, destination, a, states } = await threeRuns((place) => [place, store]);
-  const members = [...(states.get(THIRD)?.keys() ?? [])].filter(Boolean);
+  const { source, destination, a, states } = await twoRuns((place) => [place, store]);
+  const members = [...(states.get(SECOND)?.keys() ?? [])].filter(Boolean);
   const { guarded, url } = await sshServer();
   const options = guarded("--path", destination, "--allow-read");
   const other = filesystem();
-  const last = states.get(THIRD) as Map<string, string>;
+  const last = states.get(SECOND) as Map<string, string>;
   // A store does not say what went: that comes back too, and the warning names it.
   const withOld = new Map([...last, ["var/old", states.get(FIRST)?.get("var/old") ?? ""]]);
   for (const [i, [place, expected]] of [
@@ -107,12 +108,12 @@ test("the whole disaster: a tree comes back as of its newest run, and each subvo
     const { stderr } = await expectRun(0, ["restore", "--recursive", ...options, place, target]);
     expectTree(target, expected);
     expect([i, stderr.includes("no backup")]).toEqual([i, place === store]);
-    expect([i, stderr.includes(`gone before ${THIRD}: var/old`)]).toEqual([i, place !== store]);
+    expect([i, stderr.includes(`gone before ${SECOND}: var/old`)]).toEqual([i, place !== store]);
     deleteTree(target);
   }
   reformat(a);
   await expectRun(0, ["restore", "-q", "--recursive", destination, source]);
-  expectTree(source, states.get(THIRD) as Map<string, string>);
+  expectTree(source, states.get(SECOND) as Map<string, string>);
   for (const path of ["", ...members]) change(join(source, path), generator(5));
   for (const path of ["", ...members]) {
     const folder = join(source, "snapshot", path);
@@ -126,7 +127,7 @@ test("the whole disaster: a tree comes back as of its newest run, and each subvo
       join(source, path),
       join(destination, path),
     ]);
-    expect([path, transfers(next)]).toMatchObject([path, [{ parent: THIRD }]]);
+    expect([path, transfers(next)]).toMatchObject([path, [{ parent: SECOND }]]);
   }
   const record = readFileSync(join(source, "snapshot/.btrfs-backup.json"), "utf8");
   expect(record).toContain(`"tree":{"gone":{"var/old":"${SECOND}"}}`);
@@ -250,16 +251,16 @@ test("nothing half is visible: an occupied place, Ctrl-C and kill -9; the next r
   expect((await expectRun(1, args)).stderr).toContain("is not a plain folder in this backup");
   expect([beside(), existsSync("/etc/y")]).toEqual([[], false]);
   const first = [...args.slice(0, 2), "--snapshot", FIRST, ...args.slice(2)];
-  for (const signal of ["SIGINT", "SIGKILL"] as const) {
+  for (const how of ["SIGINT", "SIGKILL"] as const) {
     const left = beside();
     const running = start([...first, "--rate-limit", "500k"]);
     const isBuilt = (name: string) =>
       !left.includes(name) && existsSync(join(b.path, name, "tree/x/it"));
     await waitFor("the subvolume around the last one", () => beside().some(isBuilt));
-    running.child.kill(signal);
+    running.child.kill(how);
     await running.finished;
-    expect([signal, existsSync(target)]).toEqual([signal, false]);
-    if (signal === "SIGINT") expect(beside()).toEqual([]);
+    expect([how, existsSync(target)]).toEqual([how, false]);
+    if (how === "SIGINT") expect(beside()).toEqual([]);
   }
   // Killed with a part of the tree built: as NEST leaves it.
   const work = join(b.path, "again.restoring-20260101-000000");
@@ -330,6 +331,26 @@ test("--replace: the old tree is kept aside, snapshots of all move to the new on
     expect([path, transfers(await expectRun(0, args))]).toMatchObject([path, [{ parent: SECOND }]]);
   }
   expect(snapshots).toBe(join(source, "snapshot"));
+  // Killed while names change and snapshots move: the next restore goes on with it.
+  const names = (path: string) =>
+    snapshotNames(path === "own" ? join(source, "own/snapshot") : join(source, "snapshot", path));
+  const before = new Map(["", ...members].map((path) => [path, names(path)]));
+  for (let i = 0; i < soak(3); i++) {
+    await nextSecond();
+    const running = start(["restore", "--recursive", "--replace", source, source]);
+    const finishing = () =>
+      descendants(running.pid).filter(({ text }) => text.includes("btrfs-backup:finish"));
+    await waitFor(
+      "names to change",
+      () => finishing().length > 0 || running.child.exitCode !== null,
+    );
+    await Bun.sleep(20 * i);
+    for (const { pid } of finishing()) signal(pid);
+    await running.finished;
+    await nextSecond();
+    await expectRun(0, ["restore", "-q", "--recursive", "--replace", source, source]);
+    for (const [path, all] of before) expect([i, path, names(path)]).toEqual([i, path, all]);
+  }
   // From the backups, in the same way.
   await expectRun(0, ["restore", "-q", "--recursive", "--replace", destination, source]);
   for (const path of members) expect(it(source, path)).toBe(`${path} 1`);
@@ -378,6 +399,25 @@ test("list, verify, prune and versions know a tree", async () => {
       members: [{ path: "x", count: 2 }, { path: "x/z" }, { path: "y", count: 1 }],
     },
   ]);
+  // What rclone reaches, and a key that may only read, find the same.
+  const directory = store.slice("raw://".length);
+  const { guarded, url } = await sshServer();
+  const overSsh = `raw+${url(directory)}`;
+  for (const place of [`rclone://:local:${directory}`, overSsh]) {
+    const key = guarded("--path", directory, "--allow-read");
+    const told = await expectRun(0, ["list", "--json", "--recursive", ...key, place]);
+    const tree = events(told).find(({ event }) => event === "tree");
+    expect(tree?.["members"]).toMatchObject([
+      { path: "x", count: 2 },
+      { path: "x/z" },
+      { path: "y" },
+    ]);
+    const again = join(dirname(source), "again");
+    await expectRun(0, ["restore", "-q", "--recursive", "--snapshot", FIRST, ...key, place, again]);
+    expect([it(again, "x/z"), it(again, "y")]).toEqual(["x/z 1", "y 1"]);
+    deleteTree(again);
+  }
+
   const aged = await expectRun(1, ["list", "--max-age", "1d", destination]);
   expect(
     aged.stdout
