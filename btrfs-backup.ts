@@ -25,7 +25,7 @@ import {
   writeSync,
 } from "node:fs";
 import { constants as osConstants, tmpdir } from "node:os";
-import { basename, dirname, join, normalize, resolve } from "node:path";
+import { basename, dirname, join, normalize, relative, resolve } from "node:path";
 import { fileURLToPath } from "node:url";
 import { createInterface } from "node:readline";
 import { parseArgs } from "node:util";
@@ -3892,11 +3892,32 @@ const CLEAR = defineVerb("clear", "folder fsid work ids paths...")`
     elif [ $# -gt 0 ]; then
       b subvolume delete "$@" >/dev/null
     fi
+    # A tree that was a plain directory: what is left of it are directories, and files of ours.
+    if [ -d ./tree ] && [ -z "$(find ./tree -prune -type l)" ]; then
+      find ./tree -depth "(" -type d -exec rmdir {} ";" -o -type f -name ".btrfs-backup.*" -exec rm -f {} ";" ")"
+    fi
     rm -f .btrfs-backup.*
     cd ..
     rmdir "./$work"
   )
 `;
+
+/** The end of BUILD and NEST: the snapshot itself, in the current directory. */
+const ITS_SNAPSHOT = sh`
+  case $how in
+    none) ;;
+    *) if [ -e "./$name" ] || [ -L "./$name" ]; then exit 76; fi;;
+  esac
+  case $how in
+    keep)
+      b subvolume snapshot -r "$origin" "$PWD/$name" >/dev/null
+      ;;
+    plain)
+      b subvolume snapshot "$origin" "$PWD/$name" >/dev/null
+      b property set -ts "$PWD/$name" ro true
+      ;;
+  esac
+  if [ "$origin" = "$work/$name" ]; then delete_one "$origin" any >/dev/null; fi`;
 
 /**
  * Makes WORK/tree, a writable snapshot of `origin` (empty: of WORK/NAME, which was received), and
@@ -3928,20 +3949,82 @@ const BUILD = defineVerb("build", "folder fsid work origin target name how")`
       find . -mindepth 1 -maxdepth 1 -inum 2 -exec rmdir {} +
       ;;
   esac
-  case $how in
-    none) ;;
-    *) if [ -e "./$name" ] || [ -L "./$name" ]; then exit 76; fi;;
-  esac
-  case $how in
-    keep)
-      b subvolume snapshot -r "$origin" "$PWD/$name" >/dev/null
+  ${ITS_SNAPSHOT}
+`;
+
+/**
+ * reach BASE PATH [alike]: enters BASE, which is there, and each directory of PATH below it, through
+ * no link. What is missing is made; `alike`: for the users that can enter the one above it. A stub
+ * of a nested subvolume (inode 2) is none that anything can stand in.
+ */
+const REACH = sh`
+  pass() { cd -P -- "$1" && [ "$PWD" = "$1" ] || { line "\${1#"$work/tree/"} is not a plain folder in this backup" >&2; exit 65; }; }
+  reach() {
+    pass "$1"
+    rest=$2
+    while [ -n "$rest" ]; do
+      part=\${rest%%/*}
+      rest=\${rest#"$part"}
+      rest=\${rest#/}
+      if [ -d "./$part" ] && [ "$(stat -c %i "./$part")" = 2 ]; then rmdir "./$part"; fi
+      if [ -e "./$part" ] || [ -L "./$part" ]; then
+        :
+      else
+        mkdir "./$part"
+        if [ -n "$3" ]; then
+          chown "$(stat -c %u:%g .)" "./$part"
+          chmod "$(stat -c %a .)" "./$part"
+        fi
+      fi
+      pass "$PWD/$part"
+    done
+  }`;
+
+/**
+ * As BUILD, a subvolume of a tree, at its place `member` below WORK/tree. Its snapshot stands in
+ * `rest` below `base`, a folder of the tree unless absolute, with the lock of `base`. An empty
+ * subvolume "members" in WORK tells that all below WORK/tree is ours: see leftoversOf.
+ */
+const NEST = defineVerb("nest", "folder fsid work origin member base within name how prefix")`
+  ${BEHIND}
+  ${REACH}
+  at "$folder" "$fsid"
+  cd -P -- "./$work"
+  work=$PWD
+  [ -d ./members ] || b subvolume create "$work/members" >/dev/null
+  if [ -n "$origin" ]; then behind "$origin"; origin=$behind; else origin=$work/$name; fi
+  above=
+  case $member in */*) above=/\${member%/*};; esac
+  reach "$work" "tree$above" alike
+  touch -r . "$work/.btrfs-backup.times"
+  # In a snapshot, an empty directory stands in the place of a nested subvolume.
+  rmdir "./\${member##*/}" 2>/dev/null || :
+  if [ -e "./\${member##*/}" ] || [ -L "./\${member##*/}" ]; then
+    line "$member: the backup of the subvolume around it has something else in its place" >&2
+    exit 65
+  fi
+  b subvolume snapshot "$origin" "$PWD/\${member##*/}" >/dev/null
+  touch -r "$work/.btrfs-backup.times" .
+  case $base in
+    /*)
+      behind "$base"
+      base=$behind
       ;;
-    plain)
-      b subvolume snapshot "$origin" "$PWD/$name" >/dev/null
-      b property set -ts "$PWD/$name" ro true
+    *)
+      reach "$work/tree" "$base"
+      base=$work/tree/$base
       ;;
   esac
-  if [ "$origin" = "$work/$name" ]; then delete_one "$origin" any >/dev/null; fi
+  reach "$base" "$within"
+  find . -mindepth 1 -maxdepth 1 -inum 2 -exec rmdir {} +
+  lock=.btrfs-backup.$prefix.lock
+  if [ -e "./$lock" ] || [ -L "./$lock" ] || [ -z "$within" ]; then
+    :
+  else
+    make "$base/$lock"
+    ln "$base/$lock" "./$lock"
+  fi
+  ${ITS_SNAPSHOT}
 `;
 
 /**
@@ -3950,7 +4033,7 @@ const BUILD = defineVerb("build", "folder fsid work origin target name how")`
  * these folders, `old` or `new`, HOW and NAME in turn (`move`, or `copy` for received ones, which
  * would lose their received UUID), and `end`. It stands in a file until it is done, so that it can
  * be gone on with, `how` being empty, wherever it was interrupted. Prints where the snapshots are
- * to be, the names of those that cannot move, each with a slash behind it, and `end`; nothing if
+ * to be, the names of those that cannot move, each with two slashes behind it, and `end`; nothing if
  * there is nothing to be finished.
  */
 const FINISH = defineVerb("finish", "folder fsid work how")`
@@ -4079,7 +4162,7 @@ const FINISH = defineVerb("finish", "folder fsid work how")`
       fi
     else
       [ "$1" = copy ] || alive b property set -ts "$to/$2" ro true
-    fi || stuck=$stuck$2/
+    fi || stuck=$stuck$2//
   }
   # Nothing is printed until all is done: the asker can be gone, and writing to nobody would end
   # this.
@@ -4087,6 +4170,7 @@ const FINISH = defineVerb("finish", "folder fsid work how")`
   each carry "$@"
   b filesystem sync . >/dev/null
   rm -f "./$work"/.btrfs-backup.*
+  if [ -d "./$work/members" ]; then rmdir "./$work/members" || :; fi
   rmdir "./$work" || :
   line "$told"
   line "$stuck"
@@ -4554,6 +4638,19 @@ const RCLONE: StoreVerbs & { readonly list: Declared<"folder"> } = {
     line "$text" | rclone rcat -- "$folder$object"
   `,
 };
+
+/**
+ * The streams in full below a folder, by their paths: no store of a tree's member is without one.
+ */
+const FULL_STREAMS = "*full.btrfs*";
+const BELOW = defineVerb("below", "folder fsid")`
+  at "$folder" "$fsid"
+  find . -mindepth 2 -type f -name "${FULL_STREAMS}"
+`;
+const REMOTE_BELOW = defineVerb("rclone-below", "folder")`
+  ${ALL_OBJECTS}
+  exec rclone lsf -R --files-only --include "${FULL_STREAMS}" -- "$folder"
+`;
 
 /** The checksums in a text of several checksum objects, by the names of their objects. */
 export const parseSums = (text: string) =>
@@ -5062,14 +5159,17 @@ export type ChainRecord = {
   readonly destinations?: readonly KnownDestination[];
   /** UUIDs that the data of backups go by which came when later ones were there. */
   readonly belated?: readonly string[];
-  /** It is SOURCE of a tree. These members went, and were not there any more in the run of that name. */
-  readonly tree?: { readonly gone: Readonly<Record<string, string>> };
   /** Names that the clock leapt to, and that --adopt-clock vouched for. */
   readonly leaps?: readonly string[];
   /** What somebody keeps here. */
   readonly kept?: readonly KeptOne[];
   /** The destinations were written by a guarded key, which must not be believed. */
   readonly guarded?: true;
+  /**
+   * The chain is the root of a tree. `gone`: by the path of a subvolume, the name of the run from
+   * which on it was not there any more.
+   */
+  readonly tree?: { readonly gone: Readonly<Record<string, string>> };
 };
 
 /** `.btrfs-backup.json`. Unreadable: nothing may be deleted there, and it is not written. */
@@ -5154,6 +5254,13 @@ const isDestination = fieldsAre<KnownDestination>({
 });
 
 const isKeptOne = fieldsAre<KeptOne>({ name: isText, uuid: isText, note: isText });
+/** A path below a folder, of plain names. */
+const isMemberPath = (path: string) => path.split("/").every((name) => entryName(name) !== null);
+const areGone: ValueCheck = (value) =>
+  Object.getPrototypeOf(value) === Object.prototype &&
+  Object.entries(value as object).every(
+    ([path, name]) => isMemberPath(path) && isText(name) && prefixOf(name as string) !== null,
+  );
 
 const isChain = fieldsAre<ChainRecord>({
   owner: ifAny(fieldsAre<SourceIdentity>({ uuid: isText, host: isText, path: isText })),
@@ -5166,13 +5273,9 @@ const isChain = fieldsAre<ChainRecord>({
   destinations: ifAny((all) => Array.isArray(all) && all.every(isDestination)),
   belated: ifAny(areTexts),
   leaps: ifAny(areTexts),
-  tree: ifAny(
-    fieldsAre<ChainRecord["tree"] & {}>({
-      gone: (value) => typeof value === "object" && Object.values(value ?? {}).every(isText),
-    }),
-  ),
   kept: ifAny((all) => Array.isArray(all) && all.every(isKeptOne)),
   guarded: ifAny((value) => value === true),
+  tree: ifAny(fieldsAre<ChainRecord["tree"] & {}>({ gone: areGone })),
 });
 
 /** Refuses a chain that this program does not write so. Errors: Error, or TypeError for null. */
@@ -5494,7 +5597,7 @@ export function parseMembers(
 }
 
 /** How the folders of a tree are opened: below which place, and what each is the folder of. */
-type MemberOpening = Opening & {
+type FoldersOpening = Opening & {
   readonly location: Readable;
   /** The subvolume whose snapshots stand in the folder of a path; null where backups stand. */
   readonly sourceOf?: (path: string) => Folder["source"];
@@ -5505,10 +5608,10 @@ type MemberOpening = Opening & {
  * and stay open as long as it does. One that has a lock of its own is opened by itself. Errors:
  * those of `ask`; of a single folder, the promise of that one has them.
  */
-async function openMembers(
+async function openMemberFolders(
   root: Folder,
   paths: readonly string[],
-  opening: MemberOpening,
+  opening: FoldersOpening,
 ): Promise<Map<string, Promise<Folder>>> {
   const seen = new Map<string, MemberSeen>();
   // Without the fence, each way is looked at on its own.
@@ -5539,7 +5642,7 @@ async function openMember(
   root: Folder,
   path: string,
   seen: MemberSeen,
-  opening: MemberOpening,
+  opening: FoldersOpening,
 ): Promise<Folder> {
   if (seen.state === "own" || (root.exists && !root.fenced)) return openAlone(root, path, opening);
   const { state, files, entries } = seen;
@@ -5582,7 +5685,7 @@ async function openMember(
 }
 
 /** Opens a folder below a place by itself. Errors: those of `openFolder`. */
-function openAlone(root: Folder, path: string, opening: MemberOpening): Promise<Folder> {
+function openAlone(root: Folder, path: string, opening: FoldersOpening): Promise<Folder> {
   const source = opening.sourceOf?.(path)?.path;
   return openFolder(placeBelow(opening.location, path), join(root.path, path), {
     ...opening,
@@ -5595,7 +5698,7 @@ async function joinedMember(
   root: Folder,
   folder: Folder,
   path: string,
-  opening: MemberOpening,
+  opening: FoldersOpening,
 ): Promise<Folder> {
   const given = { prefix: root.prefix, paths: [`./${path}`] };
   const made = (await askAt(root, JOIN, given, `cannot create ${folder.path}`)).trim();
@@ -7593,8 +7696,12 @@ export function leftoversOf(
   const ours = [...entries].filter(
     (entry) => entry.startsWith(begins) && parseName(entry, begins) !== null,
   );
-  const isMade = (path: string) =>
+  const paths = new Set(subvolumes.map(({ path }) => `/${path}`));
+  // The work of a restore of a whole tree has the mark of NEST: its subvolumes have any names.
+  const isMade = (path: string, above: string) =>
     path === "tree" ||
+    path === "members" ||
+    (path.startsWith("tree/") && paths.has(`${above}members`)) ||
     ((path.startsWith("tree/") || !path.includes("/")) && prefixOf(basename(path)) !== null);
   const depth = (path: string) => path.split("/").length;
   const below = (above: string) =>
@@ -7602,7 +7709,7 @@ export function leftoversOf(
       .map(({ path }) => `/${path}`)
       .filter((path) => path.startsWith(above))
       .map((path) => path.slice(above.length))
-      .filter(isMade)
+      .filter((path) => isMade(path, above))
       .map((path) => `./${path}`)
       .sort((a, b) => depth(b) - depth(a));
   return new Map(ours.map((entry) => [entry, below(`${join(top, entry)}/`)]));
@@ -7852,6 +7959,159 @@ export function parseSnapshots(
     }),
   );
   return { made, span: 10 * Number(lines[paths.length]) };
+}
+
+/**
+ * The folders below a place that directly hold subvolumes with a name of the prefix (of any if that
+ * is null): the members of a tree, by their paths below it. They are plain directories: what is
+ * inside of a subvolume, as a snapshot or a restored copy, or where a restore is at work, is none.
+ */
+export function membersBelow(
+  { top, subvolumes }: Pick<Folder, "top" | "subvolumes">,
+  prefix: string | null,
+): string[] {
+  const above = top === "/" ? "/" : `${top}/`;
+  const below = subvolumes
+    .map(({ path }) => `/${path}`)
+    .filter((path) => path.startsWith(above))
+    .map((path) => path.slice(above.length));
+  const all = new Set(below);
+  const isNamed = (name: string) =>
+    prefix === null ? prefixOf(name) !== null : parseName(name, prefix) !== null;
+  const isPlain = (folder: string) =>
+    isMemberPath(folder) &&
+    folder
+      .split("/")
+      .every(
+        (name, i, names) =>
+          !all.has(names.slice(0, i + 1).join("/")) && !/\.restoring-\d{8}-\d{6}$/.test(name),
+      );
+  const folders = below
+    .filter((path) => path.includes("/") && isNamed(basename(path)))
+    .map(dirname);
+  return [...new Set(folders)].filter(isPlain).sort();
+}
+
+/**
+ * The subvolumes below a SOURCE that have snapshots in a folder of their own, as SOURCE itself has:
+ * by their paths, these folders' paths below SOURCE.
+ */
+export function ownFoldersIn(
+  { source, top, subvolumes }: Pick<Folder, "source" | "top" | "subvolumes">,
+  prefix: string,
+): Map<string, string> {
+  const above = source === null || source.top === "/" ? "/" : `${source.top}/`;
+  if (source === null || top === source.top || !top.startsWith(above)) return new Map();
+  const inner = top.slice(above.length);
+  const all = new Set(subvolumes.map(({ path }) => `/${path}`));
+  const found = [...all].flatMap((path) => {
+    const folder = dirname(path);
+    const owner = folder.slice(0, -inner.length - 1);
+    const isOwn =
+      parseName(basename(path), prefix) !== null &&
+      folder.endsWith(`/${inner}`) &&
+      owner.startsWith(above) &&
+      all.has(owner) &&
+      !isWithin(owner, top) &&
+      owner.split("/").every((name) => prefixOf(name) === null);
+    return isOwn ? [[owner.slice(above.length), folder.slice(above.length)] as const] : [];
+  });
+  return new Map(found);
+}
+
+/**
+ * The folders below the root of a tree that belong to it, and the others: their sources must be the
+ * subvolumes of that path below the root's source. Where the root has no record of its own, its
+ * source is where most of the others say.
+ */
+export function membersOf<T extends { readonly chain: ChainRecord }>(
+  owner: SourceIdentity | undefined,
+  found: ReadonlyMap<string, T>,
+): { members: Map<string, T>; foreign: string[] } {
+  const rootFor = (path: string, { chain }: T) => {
+    const end = `/${path}`;
+    return chain.owner?.path.endsWith(end)
+      ? `${chain.owner.host}:${chain.owner.path.slice(0, -end.length) || "/"}`
+      : null;
+  };
+  const told = [...found].map(([path, one]) => rootFor(path, one));
+  const votes = [...groupBy(told, (one) => one)].filter(([root]) => root !== null);
+  const most = votes.reduce((first, one) => (one[1].length > first[1].length ? one : first), [
+    null,
+    [],
+  ] as (typeof votes)[0])[0];
+  const root = owner === undefined ? most : `${owner.host}:${owner.path}`;
+  const isMember = ([path, one]: [string, T]) => rootFor(path, one) === root && root !== null;
+  return {
+    members: new Map([...found].filter(isMember)),
+    foreign: [...found].filter((one) => !isMember(one)).map(([path]) => path),
+  };
+}
+
+/** What each member of a tree gives to a restore of it as of one run. */
+export type TreePlan = {
+  /** By path, the root's being empty. */
+  readonly chosen: ReadonlyMap<string, Snapshot>;
+  /** Those that lack the run's name, and give an earlier one. */
+  readonly earlier: readonly string[];
+  /** Those that had gone by then. */
+  readonly gone: readonly string[];
+};
+
+/** `whole`: by path, what can be restored of each, oldest first. */
+export function planTree(
+  { name, time }: NamedTime,
+  whole: ReadonlyMap<string, readonly Snapshot[]>,
+  gone: Readonly<Record<string, string>>,
+): TreePlan {
+  const chosen = new Map<string, Snapshot>();
+  const [earlier, left]: [string[], string[]] = [[], []];
+  for (const [path, all] of [...whole].sort(([one], [other]) => (one < other ? -1 : 1))) {
+    const exact = all.findLast((one) => one.name === name);
+    const found = exact ?? all.findLast((one) => one.time <= time);
+    if (found === undefined) continue;
+    const went = timeIn(gone[path] ?? "");
+    if (exact === undefined && went !== null && went <= time) left.push(path);
+    else chosen.set(path, found);
+    if (exact === undefined && chosen.has(path)) earlier.push(path);
+  }
+  return { chosen, earlier, gone: left };
+}
+
+/**
+ * Whose snapshots have a file: the SOURCE among the directories around it, and the path of the
+ * subvolume below that which the file lies, or lay, in. `tops`: from the top level, the file, and
+ * the snapshot folder where that is given as an absolute path. Null where the nearest subvolume is
+ * a SOURCE of its own, or no tree has it.
+ */
+export function memberHaving(
+  tops: { readonly file: string; readonly folder: string | null },
+  snapshotFolder: string,
+  subvolumes: readonly Pick<Subvolume, "path">[],
+): { readonly source: string; readonly folder: string; readonly member: string } | null {
+  const folders = new Set(
+    subvolumes.flatMap(({ path }) =>
+      prefixOf(basename(path)) === null ? [] : [dirname(`/${path}`)],
+    ),
+  );
+  const isSubvolume = new Set(subvolumes.map(({ path }) => `/${path}`));
+  const around: string[] = [];
+  for (let path = dirname(tops.file); ; path = dirname(path)) {
+    around.push(path);
+    if (path === "/") break;
+  }
+  for (const source of around) {
+    if (tops.folder === null && source !== "/" && !isSubvolume.has(source)) continue;
+    const folder = tops.folder ?? join(source, snapshotFolder);
+    const inner = around.filter((path) => isWithin(path, source) && path !== source);
+    const found = inner.find((path) => folders.has(join(folder, path.slice(source.length))));
+    if (found !== undefined) {
+      const member = found.slice(source === "/" ? 1 : source.length + 1);
+      return { source, folder: join(folder, member), member };
+    }
+    if (folders.has(folder)) return null;
+  }
+  return null;
 }
 
 /** Whether a source may use a folder for a chain; `strangers`: the backups there of others. */
@@ -8439,7 +8699,7 @@ export type Member = {
 };
 
 /** Whether a subvolume is one below a tree's SOURCE. */
-const isBelow = (member: Member | null) => member !== null && member.path !== "";
+const isMemberBelow = (member: Member | null) => member !== null && member.path !== "";
 
 /** A destination of a run; `recorded`: only --locked-dests asks for it. */
 export type Wanted = {
@@ -8908,7 +9168,7 @@ function strangersBeside(
     standing: snapshots,
     shared: children,
     adopt,
-    isMember: isBelow(member),
+    isMember: isMemberBelow(member),
   });
   if (!claimed.accepted) throw new Failure(`${path}: ${refusalMessage(claimed)}`);
   if (alone && claimed.strangers.length > 0)
@@ -9275,7 +9535,7 @@ function tellFormerOwner(
     log.info(
       `${id}: its backups were made on ${owner.host}:${owner.path}; their source is ${host}:${path} now`,
     );
-  if (owner.uuid !== uuid && isBelow(o.member) && strangers.length > 0)
+  if (owner.uuid !== uuid && isMemberBelow(o.member) && strangers.length > 0)
     log.info(
       `${id}: another subvolume is at ${path} now; ${plural(strangers.length, "backup")} of the former one stay${strangers.length === 1 ? "s" : ""}`,
     );
@@ -9357,7 +9617,7 @@ function strangersAmong(
     standing: complete,
     shared,
     adopt: o.adopt,
-    isMember: isBelow(o.member),
+    isMember: isMemberBelow(o.member),
   });
   if (!claimed.accepted) throw new Failure(refusalMessage(claimed));
   return claimed.strangers;
@@ -9410,7 +9670,7 @@ function checkStore(session: Session, { location, known, sending }: Asked, folde
   const isOwn = ({ owner: { uuid, place } }: Stream) =>
     uuid === owner.uuid || place === owner.place;
   // In a tree, a place below SOURCE is the owner, whatever subvolume is there by now.
-  const mine = isBelow(o.member) ? ours : own;
+  const mine = isMemberBelow(o.member) ? ours : own;
   if (ours.length > 0 && !mine.some(isOwn)) {
     const [whose, goingOn] =
       own.length === 0
@@ -9573,7 +9833,7 @@ async function nextSecond(): Promise<void> {
 // ── run: a tree of subvolumes ──
 
 /** A run over a tree: SOURCE with its snapshot folder, and all that the members share. */
-type Tree = Readonly<{
+type TreeRun = Readonly<{
   o: RunOptions;
   report: Report;
   /** The snapshot folder of SOURCE, with all that is in it and below. */
@@ -9605,11 +9865,11 @@ const MEMBERS_AT_A_TIME = 4;
 async function backUpTree(o: RunOptions, report: Report): Promise<BackedUp | null> {
   const began = Date.now();
   const top = await openFinished(o);
-  let tree: Tree | null = null;
+  let tree: TreeRun | null = null;
   let places: TreePlaces = new Map();
   try {
     needRoot(top, "--recursive");
-    tree = await openTree(top, o, report);
+    tree = await beginTree(top, o, report);
     places = openTreePlaces(tree);
     const isPossible = await areAnyPossible(tree, places);
     const name = o.snapshot && isPossible ? await takeSnapshots(tree, places) : null;
@@ -9629,7 +9889,7 @@ async function backUpTree(o: RunOptions, report: Report): Promise<BackedUp | nul
 }
 
 /** Opens the snapshot folders of a tree's members, and makes the missing ones. Errors: Failure. */
-async function openTree(top: Source, o: RunOptions, report: Report): Promise<Tree> {
+async function beginTree(top: Source, o: RunOptions, report: Report): Promise<TreeRun> {
   const members = membersIn(top, o);
   const gone = goneFrom(top, members, o.prefix);
   tellChanges(top, members, { gone, o });
@@ -9637,7 +9897,7 @@ async function openTree(top: Source, o: RunOptions, report: Report): Promise<Tre
   const own = membersWithFolders(members, top.subvolumes, o);
   const opening = { ...destinationOpening(o), location: o.source, sourceOf };
   const paths = [...members.keys()].filter((path) => !own.has(path) && !/[\n\r]/.test(path));
-  const folders = await openMembers(top, paths, opening);
+  const folders = await openMemberFolders(top, paths, opening);
   const jobs = atMost(o.jobs);
   const open = async (path: string): Promise<Source> => {
     if (/[\n\r]/.test(path)) throw new Failure("there is a line break in its path");
@@ -9699,7 +9959,7 @@ function saidOf(path: string, error: unknown): unknown {
 }
 
 /** The options of a run for a member alone. The snapshot is taken by then. */
-const memberOptions = ({ o, jobs }: Pick<Tree, "o" | "jobs">, path: string): RunOptions => ({
+const memberOptions = ({ o, jobs }: Pick<TreeRun, "o" | "jobs">, path: string): RunOptions => ({
   ...o,
   source: placeBelow(o.source, path),
   destinations: o.destinations.map((one) => ({
@@ -9714,7 +9974,7 @@ const memberOptions = ({ o, jobs }: Pick<Tree, "o" | "jobs">, path: string): Run
  * What is told of a member, under the destinations' own names. A warning that was `told` of another
  * member in the same words is about all of them.
  */
-function reportFor({ o, report }: Tree, path: string, told: Set<string>): Report {
+function reportFor({ o, report }: TreeRun, path: string, told: Set<string>): Report {
   const roots = new Map(
     o.destinations.map(({ location }) => [placeBelow(location, path).id, location.id]),
   );
@@ -9739,7 +9999,7 @@ function reportFor({ o, report }: Tree, path: string, told: Set<string>): Report
 }
 
 /** Adds members' figures to those of the tree. The oldest success counts, and one that never was. */
-function addFigures({ report, o }: Tree, parts: ReadonlyMap<string, Report>): void {
+function addFigures({ report, o }: TreeRun, parts: ReadonlyMap<string, Report>): void {
   const places = [null, ...o.destinations.map(({ location }) => location)];
   for (const place of places) {
     const id = place === null ? null : place.id;
@@ -9757,7 +10017,7 @@ function addFigures({ report, o }: Tree, parts: ReadonlyMap<string, Report>): vo
 }
 
 /** Opens a tree's destinations: the folders that are locked for all members. */
-function openTreePlaces(tree: Tree): TreePlaces {
+function openTreePlaces(tree: TreeRun): TreePlaces {
   const { o } = tree;
   const places = new Map<string, Promise<TreePlace>>();
   if (!o.transfer && o.removeLocks) return places;
@@ -9778,7 +10038,7 @@ function openTreePlaces(tree: Tree): TreePlaces {
 
 /** Opens the folders of a destination if it is the right one. Errors: those of openBackups. */
 async function openTreePlace(
-  { o, top, sources }: Tree,
+  { o, top, sources }: TreeRun,
   wanted: Wanted & { readonly location: Readable },
 ): Promise<TreePlace> {
   const { location } = wanted;
@@ -9799,7 +10059,7 @@ async function openTreePlace(
   );
   const paths = [...sources.keys()].filter((path) => path !== "");
   try {
-    return { root, members: await openMembers(root, paths, { ...opening, location }) };
+    return { root, members: await openMemberFolders(root, paths, { ...opening, location }) };
   } catch (error) {
     await root.close();
     throw error;
@@ -9815,7 +10075,7 @@ async function closeTreePlace(place: Promise<TreePlace>): Promise<void> {
 }
 
 /** Whether a snapshot makes sense: some destination can be one, or may yet answer. */
-async function areAnyPossible({ o, sources }: Tree, places: TreePlaces): Promise<boolean> {
+async function areAnyPossible({ o, sources }: TreeRun, places: TreePlaces): Promise<boolean> {
   const isNew = ({ location: { id } }: Wanted) =>
     ![...sources.values()].some(({ chain }) =>
       chain.destinations?.some(({ location }) => location === id),
@@ -9839,7 +10099,7 @@ async function areAnyPossible({ o, sources }: Tree, places: TreePlaces): Promise
 }
 
 /** Takes all snapshots of a tree. Returns their name; null where that fails, which is reported. */
-async function takeSnapshots(tree: Tree, places: TreePlaces): Promise<string | null> {
+async function takeSnapshots(tree: TreeRun, places: TreePlaces): Promise<string | null> {
   const { o, report, top } = tree;
   try {
     return await betweenHooks({ o, report, source: top }, () => snapshotsOfNow(tree, places));
@@ -9862,7 +10122,7 @@ async function namesThere(places: TreePlaces): Promise<Set<string>> {
 }
 
 /** Takes all snapshots in the first second whose name is free everywhere. Errors: Failure. */
-async function snapshotsOfNow(tree: Tree, places: TreePlaces): Promise<string> {
+async function snapshotsOfNow(tree: TreeRun, places: TreePlaces): Promise<string> {
   const { o, report, sources } = tree;
   const names = await namesThere(places);
   const isTaken = (name: string) =>
@@ -9904,7 +10164,7 @@ type Made = Pick<Subvolume, "id" | "uuid" | "parentUuid" | "cgen"> | Failure;
 type AllMade = { readonly made: ReadonlyMap<string, Made>; readonly span: number };
 
 /** The snapshots of a dry run. */
-const imagined = ({ sources }: Tree): AllMade => ({
+const imagined = ({ sources }: TreeRun): AllMade => ({
   made: new Map(
     [...sources].map(([path, { identity }]) => [
       path,
@@ -9920,7 +10180,7 @@ const imagined = ({ sources }: Tree): AllMade => ({
 });
 
 /** Takes the snapshots of all members. Errors: Failure where none can be taken. */
-async function snapshotAll(tree: Tree, name: EntryName): Promise<AllMade> {
+async function snapshotAll(tree: TreeRun, name: EntryName): Promise<AllMade> {
   const { o, top, sources } = tree;
   const made = new Map<string, Made>();
   const isTogether = (path: string) => sources.get(path)?.holder === top.holder;
@@ -9963,7 +10223,7 @@ const snapshotAlone = (source: Source, name: EntryName): Promise<Made> =>
   );
 
 /** Tells once why a destination cannot be opened; the members hear that it was told. */
-function toldOnce({ o, report, top }: Tree, places: TreePlaces): TreePlaces {
+function toldOnce({ o, report, top }: TreeRun, places: TreePlaces): TreePlaces {
   const tell = (id: string, error: unknown) => {
     const wanted = o.destinations.find(({ location }) => location.id === id) as Wanted;
     const known = knownDestinations(top).find(({ location }) => location === id);
@@ -9984,7 +10244,7 @@ function toldOnce({ o, report, top }: Tree, places: TreePlaces): TreePlaces {
 
 /** Writes down on both sides that this is a tree, and which members went. Errors: none. */
 async function noteTree(
-  { o, report, top, sources, gone }: Tree,
+  { o, report, top, sources, gone }: TreeRun,
   places: TreePlaces,
   name: string | null,
 ): Promise<void> {
@@ -10009,7 +10269,7 @@ async function noteTree(
 }
 
 /** Serves each member like a source of its own, some at a time. */
-async function backUpMembers(tree: Tree, places: TreePlaces): Promise<void> {
+async function backUpMembers(tree: TreeRun, places: TreePlaces): Promise<void> {
   const { o, sources, report } = tree;
   const width = atMost(Number.isFinite(o.jobs) ? o.jobs : MEMBERS_AT_A_TIME);
   const told = new Set<string>();
@@ -10991,7 +11251,7 @@ async function writeMetrics(file: string, text: string): Promise<void> {
 // ── all: every source of this machine ──
 
 /** An argument file, which is one command line of `run`, and what is asked of it. */
-export type Member<O> = {
+export type Configured<O> = {
   readonly name: string;
   /** Errors: UsageError that says in which line of which file. */
   readonly read: () => O;
@@ -11029,7 +11289,7 @@ const UNDONE: Readonly<Record<number, string>> = { 2: "refused", 3: "busy" };
 /** How the argument files are gone through. */
 type Together<O> = {
   readonly json: boolean;
-  readonly members: readonly Member<O>[];
+  readonly members: readonly Configured<O>[];
   /** So many at a time. */
   readonly jobs: number;
   readonly sourceOf: (o: O) => string;
@@ -11076,7 +11336,7 @@ async function together<O extends Each>(how: Together<O>): Promise<Outcome[]> {
 
 /** Reads an argument file; one that makes no sense is told, and is done with. */
 function understood<O extends Each>(
-  { name, read }: Member<O>,
+  { name, read }: Configured<O>,
   { json, sourceOf }: Together<O>,
 ): Understood<O> | Outcome {
   const member = { name, source: null as string | null };
@@ -11123,7 +11383,7 @@ const doneWith = <O extends Each>(
 
 /** What stands on top of each argument file. */
 export type AllOptions = Pick<RunOptions, "json" | "dryRun" | "jobs" | "metrics"> & {
-  readonly members: readonly Member<RunOptions>[];
+  readonly members: readonly Configured<RunOptions>[];
 };
 
 /** Runs each argument file, several at a time, and returns the worst exit status. */
@@ -11238,6 +11498,117 @@ const openingOf = (
 const tellFailure = (report: Report, id: string | null, message: string) =>
   report.error(id, new Failure(message));
 
+// ── trees: a source and the subvolumes below it ──
+
+/** How the members of a tree are opened: never locked, since their locks are the root's. */
+type MemberOpening = Pick<Opening, "hosts" | "unverified">;
+
+/**
+ * Opens the folders of members, by their paths, for the prefix that the root is open for.
+ * Errors: those of `openFolder`.
+ */
+async function openMembers(
+  root: Folder,
+  location: Readable,
+  paths: readonly string[],
+  opening: MemberOpening,
+): Promise<Map<string, Folder>> {
+  const own = ownFoldersIn(root, root.prefix);
+  const few = atMost(4);
+  const how = { ...opening, prefix: root.prefix, wait: "look" as const };
+  const standard = paths.filter((path) => !own.has(path));
+  const together = isDirectory(location)
+    ? await openMemberFolders(root, standard, { ...how, location })
+    : new Map<string, Promise<Folder>>();
+  const opened = paths.map((path) => {
+    const member = placeBelow(location, path);
+    const inside = own.get(path);
+    const folder = inside === undefined ? member.path : join((root.source as Place).path, inside);
+    return few(
+      async () => [path, await (together.get(path) ?? openFolder(member, folder, how))] as const,
+    );
+  });
+  return new Map(await allOf(opened));
+}
+
+/** Streams in full below a store: the paths of their folders, and their names. Errors: of `ask`. */
+async function storedBelow(root: Folder, location: Readable): Promise<StoredBelow[]> {
+  const cannot = `${root.id}: cannot look for streams below it`;
+  const listed = isDirectory(location)
+    ? await ask(root.host, BELOW, at(root), cannot)
+    : await ask(root.host, REMOTE_BELOW, { folder: root.path }, cannot);
+  const found = listed.split("\n").map((line) => line.replace(/^\.\//, ""));
+  return found.flatMap((file) => {
+    const path = dirname(file);
+    const [stream] = parseStreams([{ name: basename(file), bytes: 0 }], true).streams;
+    return stream === undefined || path === "." || !isMemberPath(path)
+      ? []
+      : [{ path, name: stream.name }];
+  });
+}
+type StoredBelow = { readonly path: string; readonly name: EntryName };
+
+/** The prefixes of the trees that a place is the root of: as it records, or else by the names below. */
+async function treePrefixes(root: Folder, location: Readable): Promise<string[]> {
+  const recorded = [...root.record.chains].flatMap(([of, { tree }]) => (tree ? [of] : []));
+  if (recorded.length > 0) return recorded.sort();
+  if (root.store !== null) return prefixesIn(await storedBelow(root, location));
+  const folders = new Set(membersBelow(root, null).map((path) => join(root.top, path)));
+  const below = root.subvolumes.filter(({ path }) => folders.has(dirname(`/${path}`)));
+  return prefixesIn(below.map(({ path }) => ({ name: basename(path) as EntryName })));
+}
+
+/** A place of a whole tree. `members`: all but the root, by their paths. */
+type Tree = { readonly root: Folder; readonly members: ReadonlyMap<string, Folder> };
+
+/** Opens the members of a tree whose root is open. Errors: those of `openFolder`, Failure. */
+async function openTree(root: Folder, location: Readable, opening: MemberOpening): Promise<Tree> {
+  if (root.store !== null) {
+    const stored = await storedBelow(root, location);
+    const ours = stored.filter(({ name }) => parseName(name, root.prefix) !== null);
+    const paths = [...new Set(ours.map(({ path }) => path))].sort();
+    return { root, members: await openMembers(root, location, paths, opening) };
+  }
+  needRoot(root, "looking for subvolumes below");
+  const own = ownFoldersIn(root, root.prefix);
+  const paths = membersBelow(root, root.prefix).filter((path) => !own.has(path));
+  const found = await openMembers(root, location, paths, opening);
+  const { members, foreign } = membersOf(root.chain.owner, found);
+  const first = foreign[0];
+  if (first !== undefined)
+    log.info(
+      `${root.id}: ${plural(foreign.length, "folder")} below it ${foreign.length === 1 ? "is" : "are"} another source's, and no part of the tree: ${someOf(foreign, 5)}`,
+    );
+  const inside = await openMembers(root, location, [...own.keys()], opening);
+  return { root, members: new Map([...members, ...inside]) };
+}
+
+/**
+ * Opens the root of a tree. Without a prefix, where nothing stands in the root itself (its source
+ * was a plain directory), it is the one that the names below have. Errors: those of `openLocation`.
+ */
+async function openTreeRoot(
+  location: Readable,
+  o: Parameters<typeof openLocation>[1],
+): Promise<Folder> {
+  const root = await openLocation(location, o);
+  if (o.prefix !== null || prefixesIn(root.standing).length > 0) return root;
+  const prefixes = await treePrefixes(root, location).catch(async (error: Error) => {
+    await root.close();
+    throw error;
+  });
+  const [only = root.prefix, ...others] = prefixes;
+  if (others.length > 0)
+    return closedUnless(root, () => {
+      throw new UsageError(
+        `${location.id} holds several prefixes, choose one with -p: ${[only, ...others].map((one) => JSON.stringify(one)).join(", ")}`,
+      );
+    });
+  if (only === root.prefix) return root;
+  await root.close();
+  return openLocation(location, { ...o, prefix: only });
+}
+
 // ── copy: backups, sent on ──
 
 /** Sends backups on, prefix by prefix, as `run` sends a source's snapshots. */
@@ -11296,6 +11667,33 @@ export type PruneOptions = ReturnType<typeof pruneOptions>;
 
 /** Deletes from a place of backups what a policy does not keep, without its source. */
 export async function prune(o: PruneOptions, report: Report): Promise<void> {
+  for (const location of await placesToPrune(o, report))
+    try {
+      await pruneLocation({ ...o, location }, report);
+    } catch (error) {
+      if (!o.recursive) throw error;
+      report.error(location.id, error); // the other subvolumes can still be pruned
+    }
+  const { delete: deletions = 0 } = report.tally;
+  log.info(
+    `${o.dryRun ? "Nothing was changed" : "Done"}: ${plural(deletions, "deletion")}${report.failed ? ", with errors" : ""}`,
+  );
+  report.event("summary", { ok: !report.failed, deletions });
+}
+
+/** The location, and with --recursive those of the subvolumes below it. Each is locked by itself. */
+async function placesToPrune(o: PruneOptions, report: Report): Promise<Readable[]> {
+  if (!o.recursive) return [o.location];
+  const root = await openTreeRoot(o.location, { ...o, wait: "look" });
+  const { members } = await openTree(root, o.location, o);
+  const below = [...members.keys()].map((path) => placeBelow(o.location, path));
+  if (below.length === 0)
+    report.warning(`${o.location.id}: there are no subvolumes of a tree below it`);
+  const isPlain = below.length > 0 && prefixesIn(root.standing).length === 0;
+  return isPlain ? below : [o.location, ...below];
+}
+
+async function pruneLocation(o: PruneOptions, report: Report): Promise<void> {
   const { first, prefixes, needBackups } = await lookAtBackups(
     o.location,
     o,
@@ -11328,11 +11726,6 @@ export async function prune(o: PruneOptions, report: Report): Promise<void> {
       if (folder !== looked) await whileCleaning(folder.close);
     }
   }
-  const { delete: deletions = 0 } = report.tally;
-  log.info(
-    `${o.dryRun ? "Nothing was changed" : "Done"}: ${plural(deletions, "deletion")}${report.failed ? ", with errors" : ""}`,
-  );
-  report.event("summary", { ok: !report.failed, deletions });
 }
 
 /** What there is to prune of one prefix. `moments`: by UUID, when they arrived. */
@@ -11477,6 +11870,7 @@ export async function restore(o: RestoreOptions, report: Report): Promise<void> 
 }
 
 async function restoreOnce(o: RestoreOptions, report: Report): Promise<void> {
+  if (o.recursive) return restoreTree(o, report);
   const display = displayOf(o);
   if (!o.dryRun) await finishRestores(o.target, o.target.path, o.hosts);
   const location = await openLocation(o.location, { ...o, wait: o.dryRun ? "look" : o.wait });
@@ -11488,7 +11882,7 @@ async function restoreOnce(o: RestoreOptions, report: Report): Promise<void> {
     if (outside !== null && outside !== location) opened.push(outside);
     const parents = await openParents(target, o);
     if (location.store === null) compressionBetween(location, target, o.sending.level);
-    const opening = { o, report, display, location, chosen, target, outside, parents };
+    const opening = { ...NO_TREE, o, report, display, location, chosen, target, outside, parents };
     const plan = await decideRestore(opening);
     warnAhead(plan);
     for (const prefix of o.dryRun ? [] : prefixesIn(plan.moved))
@@ -11505,6 +11899,10 @@ async function restoreOnce(o: RestoreOptions, report: Report): Promise<void> {
       before: plan.kept,
     });
     tellWhatIsNext(plan);
+    if (location.chain.tree !== undefined)
+      log.info(
+        `${location.id} is the root of a tree: the subvolumes below it come back with --recursive`,
+      );
   } finally {
     await whileCleaning(async () => {
       for (const folder of opened) await folder.close();
@@ -11525,7 +11923,12 @@ type Restore = {
   readonly outside: Folder | null;
   /** The folder of --parent-from. */
   readonly parents: Folder | null;
+  /** In a restore of a tree, the subvolume's path below TARGET; empty for TARGET itself. */
+  readonly member: string;
+  /** What the record of a tree's root says of it. */
+  readonly tree: ChainRecord["tree"] | null;
 };
+const NO_TREE = { member: "", tree: null } as const;
 
 /** How the data get to TARGET. `parent`: a snapshot that is on both sides. */
 type Way =
@@ -12037,44 +12440,62 @@ function wayInWords(data: Way): string {
 
 /** Builds TARGET in a directory beside it, and gives it its name. Errors: SameSecond, Failure. */
 async function carryOut(r: Restoration, sums: Arriving["sums"]): Promise<void> {
-  const { o, location, chosen, target, outside, data, how, work, moved } = r;
+  await inWork(r, async (folder, release) => {
+    await build({ ...r, folder, sums });
+    checkInterruption();
+    await giveNames(r, release);
+    if (r.moved.some(({ receivedUuid }) => receivedUuid !== null))
+      await writeRestoredRecords(r, r.target.full, null);
+  });
+}
+
+/** Makes the directory beside TARGET, and removes it when the work fails. Errors: SameSecond. */
+async function inWork(
+  r: Restoration,
+  work: (folder: Folder, release: () => Promise<void>) => Promise<void>,
+): Promise<void> {
+  const { o, target, work: name } = r;
   needOurs(target, o.target.id);
   const { output, release } = await holdVerb(
     target.host,
     RESTORING,
-    { ...at(target), work, end: `${work} end`, silence: secondsOfSilence(target.host) },
-    { end: `${work} end`, what: o.target.id },
+    { ...at(target), work: name, end: `${name} end`, silence: secondsOfSilence(target.host) },
+    { end: `${name} end`, what: o.target.id },
   ).catch((error: Error) => {
     throw error instanceof Taken ? new SameSecond(error.message) : error;
   });
   try {
     const holder = output.split("\n")[0] as string;
     const host = behindFence(plainHost(target.host), { ...target, holder });
-    const folder = { ...target, path: join(target.path, work), holder, host };
-    const arriving = { ...r, folder, sums };
-    if (data.way === "receive") await receiveSnapshot(arriving, data);
-    if (data.way === "streams") await receiveStreams(arriving, data);
-    const built = {
-      origin: data.way === "reflink" ? data.origin : "",
-      target: outside?.path ?? target.inside ?? "",
-      name: chosen.name,
-      how,
-    };
-    await ask(target.host, BUILD, { ...at(target), work, ...built }, `cannot build ${o.target.id}`);
-    // A source's own snapshots, and backups on this filesystem, are no destination to remember.
-    const came = isHere(location, target) || isSnapshotFolder(location) ? null : location;
-    await writeRestoredRecords(r, join(target.path, work, "tree"), came);
-    checkInterruption();
-    await giveNames(r, release);
-    if (moved.some(({ receivedUuid }) => receivedUuid !== null))
-      await writeRestoredRecords(r, target.full, null);
+    await work({ ...target, path: join(target.path, name), holder, host }, release);
   } catch (error) {
     await release();
-    await whileCleaning(() => clearLeftovers(r, work)).catch((problem: Error) =>
+    await whileCleaning(() => clearLeftovers(r, name)).catch((problem: Error) =>
       log.warn(`${problem.message} (the next restore to ${o.target.id} will)`),
     );
     throw error;
   }
+}
+
+/** Gets the data, and makes of them WORK/tree, or a subvolume in it, and the records. */
+async function build(r: Arriving): Promise<void> {
+  const { o, location, chosen, target, outside, data, how, work, member } = r;
+  if (data.way === "receive") await receiveSnapshot(r, data);
+  if (data.way === "streams") await receiveStreams(r, data);
+  const built = {
+    ...at(target),
+    work,
+    origin: data.way === "reflink" ? data.origin : "",
+    name: chosen.name,
+    how,
+  };
+  const folder = outside?.path ?? target.inside ?? "";
+  const cannot = `cannot build ${o.target.id}`;
+  if (member === "") await ask(target.host, BUILD, { ...built, target: folder }, cannot);
+  else await ask(target.host, NEST, { ...built, ...nestOf(r, folder) }, cannot);
+  // A source's own snapshots, and backups on this filesystem, are no destination to remember.
+  const came = isHere(location, target) || isSnapshotFolder(location) ? null : location;
+  await writeRestoredRecords(r, join(target.path, work, "tree"), came);
 }
 
 /** A restore whose streams arrive in `folder`. `sums`: their SHA-256, by object. */
@@ -12245,7 +12666,7 @@ async function writeRestoredRecords(
     prefix: target.prefix,
     wait: "look",
     hosts: o.hosts,
-    source: tree,
+    source: join(tree, r.member),
   });
   const recorded = chains.size > 0 ? chains : folder.record.chains;
   for (const prefix of new Set([...recorded.keys(), folder.prefix])) {
@@ -12258,7 +12679,7 @@ async function writeRestoredRecords(
 
 /** What the record of a restored snapshot folder must say of its prefix. */
 function recordAfter(r: Restoration, folder: Folder, backups: Folder | null): ChainRecord {
-  const { target, outside, chains, chosen } = r;
+  const { target, chains, chosen } = r;
   const { prefix, standing, record } = folder;
   const own = chains.size > 0;
   const { owner: _, ...chain } = { ...record.chains.get(prefix), ...chains.get(prefix) };
@@ -12283,7 +12704,8 @@ function recordAfter(r: Restoration, folder: Folder, backups: Folder | null): Ch
     (backups === null || backups.host.ssh !== null || backups.store !== null || !backups.trusted);
   return {
     ...chain,
-    ...(outside === null ? {} : { owner: ownerOutside(target, folder, outside) }),
+    ...(isOwnFolder(r) ? {} : { owner: ownerOutside(r, folder) }),
+    ...(r.tree !== null && prefix === target.prefix ? { tree: r.tree } : {}),
     destinations,
     ...(doubted && known.length > 0 ? { guarded: true as const } : {}),
   };
@@ -12297,16 +12719,20 @@ function withPinIn(known: KnownDestination, standing: readonly Entry[]): KnownDe
   return { ...known, pin: { ...pin, uuid: found?.uuid ?? pin.uuid } };
 }
 
-/** Whose a chain outside of TARGET is: TARGET's, unless its owner stands elsewhere. */
-function ownerOutside(target: Target, { prefix, source }: Folder, outside: Folder): SourceIdentity {
-  const owner = outside.record.chains.get(prefix)?.owner;
+/** Whether a restored subvolume's snapshots stand inside of it, where nobody asks whose they are. */
+const isOwnFolder = ({ outside, member, target }: Restore) =>
+  outside === null && (member === "" || isWithin(target.inside ?? "", member));
+
+/** Whose a chain outside of its subvolume is: that one's, unless its owner stands elsewhere. */
+function ownerOutside({ target, member }: Restore, folder: Folder): SourceIdentity {
+  const { prefix, source, record } = folder;
+  const path = join(target.full, member);
+  const owner = record.chains.get(prefix)?.owner;
   const isElsewhere =
     owner !== undefined &&
-    owner.path !== target.full &&
+    owner.path !== path &&
     target.subvolumes.some(({ uuid }) => uuid === owner.uuid);
-  return isElsewhere
-    ? owner
-    : { uuid: source?.uuid ?? "", host: target.hostName, path: target.full };
+  return isElsewhere ? owner : { uuid: source?.uuid ?? "", host: target.hostName, path };
 }
 
 /** Gives names to what was built: there is no way back from here, only one forward. */
@@ -12346,7 +12772,7 @@ function parseFinished(text: string): { to: string; stuck: readonly string[] } {
   const [to = "", stuck = "", end, ...rest] = text.split("\n");
   if (end !== "end" || rest.join() !== "")
     throw new Failure(`cannot read what was printed of a restore's end: ${text}`);
-  return { to, stuck: stuck.split("/").filter(Boolean) };
+  return { to, stuck: stuck.split("//").filter(Boolean) };
 }
 
 /** What to say where a restore broke when names had begun to change. */
@@ -12383,15 +12809,22 @@ async function finishRestores(location: Readable, path: string, hosts: Hosts): P
         `${path} is restored, but these snapshots could not move to ${to}: ${stuck.join(" ")}`,
       );
     const moved = await lookAt(location, to, "", hosts);
-    const stands = ({ pin }: KnownDestination) =>
-      moved.subvolumes.some(({ uuid }) => uuid === pin?.uuid);
-    for (const [prefix, chain] of moved.record.chains) {
-      const destinations = (chain.destinations ?? []).map((known) =>
-        stands(known) ? known : withPinIn(known, moved.standing),
-      );
-      if (chain.destinations !== undefined && !sameRecord(chain, { ...chain, destinations }))
-        await writeRecord({ ...moved, prefix }, { ...chain, destinations });
-    }
+    await rememberPins(moved);
+    for (const member of membersBelow(moved, null))
+      await rememberPins(await lookAt(location, join(to, member), "", hosts));
+  }
+}
+
+/** Makes the record of a folder name the copies of pins that moved there. */
+async function rememberPins(moved: Folder): Promise<void> {
+  const stands = ({ pin }: KnownDestination) =>
+    moved.subvolumes.some(({ uuid }) => uuid === pin?.uuid);
+  for (const [prefix, chain] of moved.record.chains) {
+    const destinations = (chain.destinations ?? []).map((known) =>
+      stands(known) ? known : withPinIn(known, moved.standing),
+    );
+    if (chain.destinations !== undefined && !sameRecord(chain, { ...chain, destinations }))
+      await writeRecord({ ...moved, prefix }, { ...chain, destinations });
   }
 }
 
@@ -12460,6 +12893,238 @@ function tellOfOld({ o, report, target, moved }: Restoration, kept: string, old:
   );
 }
 
+// ── restore: a whole tree ──
+
+/** A restore of a tree, of which all is decided. */
+type TreeRestoration = {
+  /** TARGET itself; where that is a plain directory, what is common to all. */
+  readonly head: Restoration;
+  /** All subvolumes, each after the one around it. */
+  readonly parts: readonly Restoration[];
+};
+
+/** Makes TARGET, and all subvolumes below it, as they were at one run. */
+async function restoreTree(o: RestoreOptions, report: Report): Promise<void> {
+  if (!o.dryRun) await finishRestores(o.target, o.target.path, o.hosts);
+  const root = await openTreeRoot(o.location, { ...o, wait: o.dryRun ? "look" : o.wait });
+  const opened = [root];
+  try {
+    const tree = await openTree(root, o.location, o);
+    const plan = chooseTree(tree, o, report);
+    const target = await openTarget(o, root.prefix);
+    const outside = target.inside === null ? await openOutside(target, root, o) : null;
+    if (outside !== null && outside !== root) opened.push(outside);
+    const parents = await openParents(target, o);
+    if (root.store === null) compressionBetween(root, target, o.sending.level);
+    const [newest] = [...plan.chosen.values()].sort((one, other) => other.time - one.time);
+    const common = { o, report, display: displayOf(o), target, outside, parents };
+    const whole = { ...common, location: root, chosen: newest as Snapshot, member: "" };
+    const decided = await decideTree({ ...whole, tree: recordedTree(tree, plan) }, tree, plan);
+    const { head, parts } = decided;
+    opened.push(...(await lockOtherPrefixes(decided)));
+    const sums: Arriving["sums"][] = [];
+    for (const one of parts) {
+      warnAhead(one);
+      sums.push(await readyPieces(one, one.data.way === "streams" ? one.data.pieces : []));
+    }
+    await clearLeftovers(head, null);
+    parts.forEach(tellPlan);
+    if (!o.dryRun) await carryOutTree(decided, sums);
+    for (const {
+      location: { id },
+      chosen: { name },
+      o: { target: to },
+    } of parts)
+      report.event("restore", { location: id, name, target: to.id, before: head.kept });
+    tellWhatIsNext(head);
+  } finally {
+    await whileCleaning(async () => {
+      for (const folder of opened) await folder.close();
+    });
+  }
+  report.event("summary", { ok: !report.failed });
+}
+
+/** Chooses what each member gives. Errors: Failure telling what there is. */
+function chooseTree({ root, members }: Tree, o: RestoreOptions, report: Report): TreePlan {
+  const { id } = root;
+  const all = new Map([["", root], ...members]);
+  const whole = new Map([...all].map(([path, folder]) => [path, wholeIn(folder)]));
+  const own = whole.get("") ?? [];
+  const isOfRoot =
+    o.snapshot === null ? own.length > 0 : own.some(({ name }) => name === o.snapshot);
+  const pool = [...whole.values()].flat().sort((a, b) => a.time - b.time);
+  const lacking = members.size === 0 || pool.length === 0;
+  if (members.size === 0)
+    report.warning(`${id}: there are no subvolumes of a tree below it, only its own backups`);
+  const named = pool.findLast(({ name, time }) =>
+    o.snapshot === null ? time <= (o.before ?? Infinity) : name === o.snapshot,
+  );
+  const asOf = isOfRoot || lacking || named === undefined ? chooseSnapshot(root, o) : named;
+  const giving = new Map([...all].map(([path, folder]) => [path, earlierIn(folder, asOf)]));
+  const plan = planTree(asOf, giving, root.chain.tree?.gone ?? {});
+  if (own.length > 0 && !plan.chosen.has(""))
+    throw new Failure(`${id}: nothing of the root of the tree is as old as ${asOf.name}`);
+  const called = (paths: readonly string[]) =>
+    someOf(
+      paths.map((path) => (path === "" ? id : path)),
+      5,
+    );
+  if (plan.earlier.length > 0)
+    report.warning(
+      `${id}: ${plural(plan.earlier.length, "subvolume")} of the tree ${plan.earlier.length === 1 ? "has" : "have"} no backup ${asOf.name}; the newest one before it is taken: ${called(plan.earlier)}`,
+    );
+  if (plan.gone.length > 0)
+    log.info(
+      `${id}: not restored, since gone before ${asOf.name}: ${called(plan.gone)} (the backups are still there)`,
+    );
+  return plan;
+}
+
+/**
+ * What a member of a tree can give as of a run. Where another subvolume had its path then, the
+ * backups of that are strangers to it by now.
+ */
+function earlierIn(folder: Folder, { time }: NamedTime): readonly Snapshot[] {
+  const whole = wholeIn(folder);
+  if (whole.some((one) => one.time <= time)) return whole;
+  return wholeIn({ ...folder, chain: { ...folder.chain, strangers: [] } });
+}
+
+/** What a restored root's record says of the tree: what had gone by then. */
+const recordedTree = ({ root }: Tree, { gone }: TreePlan): ChainRecord["tree"] => ({
+  gone: Object.fromEntries(gone.map((path) => [path, root.chain.tree?.gone[path] ?? ""])),
+});
+
+/** Decides how each member comes. Errors: those of decideRestore. */
+async function decideTree(whole: Restore, tree: Tree, plan: TreePlan): Promise<TreeRestoration> {
+  const parts: Restoration[] = [];
+  for (const [path, chosen] of plan.chosen)
+    parts.push(
+      await decideRestore(
+        path === ""
+          ? { ...whole, chosen }
+          : await memberRestore(whole, [path, tree.members.get(path) as Folder], chosen),
+      ),
+    );
+  const { target } = whole;
+  const [first] = parts;
+  const { work = "", kept = null } = first ?? {};
+  const same = parts.map((one) => ({ ...one, work, kept }));
+  const root = same.find(({ member }) => member === "") ?? {
+    ...(same[0] as Restoration),
+    ...whole,
+    ...decideMoves(whole),
+    moved: [],
+    data: { way: "reflink", origin: "" } as const,
+    how: "none" as const,
+  };
+  const to = whole.outside?.path ?? join(target.full, target.inside ?? "");
+  const moved = same.flatMap((one) => movedBelow(one, root, to));
+  return { head: { ...root, moved }, parts: same };
+}
+
+/** A member's snapshots that move, by names below the folders of the root's. Errors: Failure. */
+function movedBelow(one: Restoration, root: Moves, to: string): Entry[] {
+  const { target, outside, member, location } = one;
+  if (one.moved.length === 0) return [];
+  const there = outside?.path ?? join(target.full, target.inside ?? "");
+  const below = relative(root.from, one.from);
+  if (below !== relative(to, there))
+    throw new Failure(
+      `the snapshots in ${location.path} cannot move to ${join(target.full, member)} together with the others`,
+    );
+  return one.moved.map((entry) => ({ ...entry, name: join(below, entry.name) as EntryName }));
+}
+
+/** The restore of one member. Errors: Failure where its snapshot folder cannot be looked at. */
+async function memberRestore(
+  whole: Restore,
+  [member, location]: readonly [string, Folder],
+  chosen: Snapshot,
+): Promise<Restore> {
+  const { target, outside, parents, location: root } = whole;
+  const o = { ...whole.o, target: placeBelow(whole.o.target, member) };
+  const own = ownFoldersIn(root, root.prefix).get(member) ?? null;
+  const standard = target.inside === null ? null : join(target.inside, member);
+  return {
+    ...whole,
+    o,
+    location,
+    chosen,
+    member,
+    tree: null,
+    target: { ...target, inside: own ?? standard },
+    outside: outside === null || own !== null ? null : await outsideOf(whole, [member, location]),
+    parents: parents && { ...parents, top: join(parents.top, member) },
+  };
+}
+
+/** A member's folder below the snapshot folder outside of TARGET; it may not be there yet. */
+async function outsideOf(
+  { o, target, outside, location: root }: Restore,
+  [member, location]: readonly [string, Folder],
+): Promise<Folder> {
+  const above = outside as Folder;
+  if (above === root) return location;
+  const path = join(above.path, member);
+  const seen = await lookAt(o.target, path, target.prefix, o.hosts).catch((error: Error) => {
+    if (error instanceof NoDirectoryAbove) return null;
+    throw error;
+  });
+  if (seen?.exists) return seen;
+  const empty = { standing: [], snapshots: [], entries: new Set<string>(), chain: {} };
+  return { ...above, ...empty, path, top: join(above.top, member), record: parseRecord("") };
+}
+
+/** Where NEST puts a member, and its snapshot: below `folder`, with the lock of that, if `within`. */
+function nestOf({ outside, member, target }: Restore, folder: string) {
+  const isBelow = outside !== null || !isWithin(target.inside ?? "", member);
+  const base = isBelow ? folder.slice(0, -member.length - 1) : folder;
+  return { member, base, within: isBelow ? member : "", prefix: target.prefix };
+}
+
+/** Locks the chains of other prefixes whose snapshots move as well. Errors: Busy. */
+async function lockOtherPrefixes({ head, parts }: TreeRestoration): Promise<Folder[]> {
+  const { o, location: root } = head;
+  const opened: Folder[] = [];
+  if (o.dryRun) return opened;
+  for (const { moved, location } of parts)
+    for (const prefix of prefixesIn(moved))
+      if (prefix !== root.prefix)
+        opened.push(await openFolder(o.location, location.path, openingOf(o, prefix)));
+  return opened;
+}
+
+/** Builds the whole tree beside TARGET, and gives it its name. Errors: SameSecond, Failure. */
+async function carryOutTree(
+  { head, parts }: TreeRestoration,
+  sums: readonly Arriving["sums"][],
+): Promise<void> {
+  await inWork(head, async (folder, release) => {
+    for (const [i, one] of parts.entries()) {
+      await build({ ...one, folder, sums: sums[i] ?? new Map() });
+      checkInterruption();
+    }
+    if (parts[0]?.member !== "") await writePlainRoot(head);
+    await giveNames(head, release);
+    for (const one of parts)
+      if (one.moved.some(({ receivedUuid }) => receivedUuid !== null))
+        await writeRestoredRecords(one, one.target.full, null);
+  });
+}
+
+/** The record of a tree whose root is a plain directory: there is a tree. */
+async function writePlainRoot({ o, target, outside, work, tree }: Restoration): Promise<void> {
+  const inside = join(target.path, work, "tree", target.inside ?? "");
+  const folder = await lookAt(o.target, outside?.path ?? inside, target.prefix, o.hosts);
+  if (tree !== null) await writeRecord(folder, { ...folder.chain, tree });
+  const made = outside === null ? "; its snapshots are in it: a run needs -f with their path" : "";
+  log.info(
+    `${target.full} is a plain directory: its owner and mode are not in the backups, and it is root's alone now${made}`,
+  );
+}
+
 // ── list: what each location has ──
 
 export type ListOptions = ReturnType<typeof listOptions>;
@@ -12472,11 +13137,14 @@ export async function list(o: ListOptions, report: Report): Promise<void> {
   const heard = maxAge === null ? report : { ...report, error: () => {} };
   const addKnown = o.locations.length === 1 && maxAge === null;
   const columns = await openColumns(o.locations, addKnown, { ...o, prefix: o.prefix ?? "" }, heard);
-  if (maxAge !== null) return checkAge(columns, { ...o, maxAge }, Date.now(), report);
-  const prefixes =
-    o.prefix !== null
-      ? [o.prefix]
-      : columns.flatMap(({ folder }) => prefixesIn(folder?.standing ?? []));
+  if (maxAge !== null) {
+    const places = await withMembers(columns, o, heard);
+    return checkAge(places, { ...o, maxAge }, Date.now(), report);
+  }
+  const found = columns.map(async (column) =>
+    o.prefix !== null ? [o.prefix] : prefixesToList(column, o, report),
+  );
+  const prefixes = (await Promise.all(found)).flat();
   for (const prefix of new Set(prefixes.length === 0 ? [""] : prefixes)) {
     const shown = await allOf(
       columns.map(async (column) => ({
@@ -12490,6 +13158,7 @@ export async function list(o: ListOptions, report: Report): Promise<void> {
     const listed = inventory(shown, o, now, new Map((await Promise.all(sizes)).flat()));
     report.event("list", { prefix, ...listed });
     if (!o.json) print(inventoryTable(columns, listed, now));
+    await listTrees(shown, o, prefix, report);
   }
   report.event("summary", { ok: !report.failed });
 }
@@ -12823,6 +13492,147 @@ function newestIn(folder: Folder, prefix: string | null, now: number): Snapshot 
   return oldest;
 }
 
+// ── list: what a tree has ──
+
+/** What `list` tells of a subvolume of a tree, in one place. */
+export type MemberLine = {
+  readonly path: string;
+  readonly count: number;
+  readonly oldest: string | null;
+  readonly newest: string | null;
+  /** The run from which on it was not there any more. */
+  readonly gone: string | null;
+  /** The names of what can be restored of it, oldest first. */
+  readonly snapshots: readonly string[];
+};
+
+/** The lines of a tree's members, by their paths. `whole`: what can be restored of each. */
+export function memberLines(
+  whole: ReadonlyMap<string, readonly Pick<Snapshot, "name">[]>,
+  gone: Readonly<Record<string, string>>,
+): MemberLine[] {
+  const lost = Object.keys(gone).filter((path) => !whole.has(path));
+  const all = [...whole, ...lost.map((path) => [path, []] as const)];
+  return all
+    .map(([path, some]) => {
+      const snapshots = some.map(({ name }) => name);
+      return {
+        path,
+        count: snapshots.length,
+        oldest: snapshots[0] ?? null,
+        newest: snapshots.at(-1) ?? null,
+        gone: gone[path] ?? null,
+        snapshots,
+      };
+    })
+    .sort((a, b) => (a.path < b.path ? -1 : 1));
+}
+
+/** The members' lines as people read them. */
+function membersTable(lines: readonly MemberLine[], prefix: string, now: number): string {
+  const rows = lines.map(({ path, count, oldest, newest, gone }) => [
+    path,
+    String(count),
+    oldest ?? "-",
+    newest ?? "-",
+    newest === null ? "-" : inWords(now - (parseName(newest, prefix) ?? now)),
+    gone === null ? "" : `gone since ${gone}`,
+  ]);
+  const head = ["SUBVOLUME", "COUNT", "OLDEST", "NEWEST", "AGE", ""];
+  return rows.length === 0 ? "no subvolumes\n" : alignedTable([head, ...rows]);
+}
+
+/** A column's trees: of its prefix, or of all; none where they cannot be read, which is told. */
+async function treesIn(
+  { id, folder }: Column,
+  o: TreeOptions,
+  prefix: string | null,
+  report: Report,
+): Promise<Tree[]> {
+  const location = folder && columnLocation(id, o);
+  if (folder === null || location === null || !hasTrees(folder, o)) return [];
+  try {
+    const trees: Tree[] = [];
+    for (const one of prefix === null ? await treePrefixes(folder, location) : [prefix]) {
+      const root = underPrefix(folder, one);
+      if (o.recursive || root.chain.tree !== undefined)
+        trees.push(await openTree(root, location, o));
+    }
+    return trees;
+  } catch (error) {
+    report.error(id, error);
+    return [];
+  }
+}
+
+/** Whether a place is, or is said to be, the root of a tree. Without root, nobody sees what is below. */
+const hasTrees = (folder: Folder, { recursive }: TreeOptions) =>
+  recursive || (!folder.alone && [...folder.record.chains.values()].some(({ tree }) => tree));
+
+/** The prefixes that a column is listed for. */
+async function prefixesToList(
+  { id, folder }: Column,
+  o: TreeOptions,
+  report: Report,
+): Promise<string[]> {
+  const standing = prefixesIn(folder?.standing ?? []);
+  const location = folder && columnLocation(id, o);
+  if (folder === null || location === null || !hasTrees(folder, o)) return standing;
+  const below = await treePrefixes(folder, location).catch((error: Error) => {
+    report.error(id, error);
+    return [];
+  });
+  return [...new Set([...standing, ...below])].sort();
+}
+
+type TreeOptions = Pick<ListOptions, "hosts" | "locations" | "recursive">;
+
+/** The location of a column, as it was given, or as a source's record has it; null for a command. */
+function columnLocation(id: string, { locations }: TreeOptions): Readable | null {
+  const location = locations.find((one) => one.id === id) ?? recordedLocation(id);
+  return isReadable(location) ? location : null;
+}
+
+/** Shows the members of trees, place by place. */
+async function listTrees(
+  columns: readonly Column[],
+  o: ListOptions,
+  prefix: string,
+  report: Report,
+): Promise<void> {
+  for (const [i, column] of columns.entries()) {
+    const [tree] = await treesIn(column, o, prefix, report);
+    if (tree === undefined) continue;
+    const whole = new Map([...tree.members].map(([path, folder]) => [path, wholeIn(folder)]));
+    const members = memberLines(whole, tree.root.chain.tree?.gone ?? {});
+    report.event("tree", { prefix, location: column.id, members });
+    if (o.json) continue;
+    const now = wallClock(new Date());
+    print(`${columnLetter(i)}  below ${column.id}\n\n${membersTable(members, prefix, now)}\n`);
+  }
+}
+
+/** Columns, and behind each one the members of its tree that are not gone. */
+async function withMembers(
+  columns: readonly Column[],
+  o: ListOptions,
+  report: Report,
+): Promise<Column[]> {
+  const all: Column[] = [];
+  for (const column of columns) {
+    const trees = await treesIn(column, o, o.prefix, report);
+    const below = trees.flatMap(({ root, members }) =>
+      [...members].flatMap(([path, folder]): Column[] =>
+        root.chain.tree?.gone[path] === undefined ? [{ id: folder.id, folder, problem: null }] : [],
+      ),
+    );
+    // Where the root was a plain directory, only what is below counts.
+    const isPlain = below.length > 0 && prefixesIn(column.folder?.standing ?? []).length === 0;
+    all.push(...(isPlain ? [] : [column]), ...below);
+  }
+  return all;
+}
+
 // ── verify: every byte, read and compared ──
 
 export type VerifyOptions = ReturnType<typeof verifyOptions>;
@@ -12831,19 +13641,63 @@ export type VerifyOptions = ReturnType<typeof verifyOptions>;
 export async function verify(o: VerifyOptions, report: Report): Promise<void> {
   const columns = await openColumns(o.locations, false, o, report);
   let compared = 0;
+  for (const some of o.recursive ? await columnsByMember(columns, o, report) : [columns])
+    compared += await verifyColumns(some, o, report);
+  if (compared === 0) tellFailure(report, null, "nothing was compared");
+  report.event("summary", { ok: !report.failed, compared });
+}
+
+/** Compares the columns of one chain. Returns how many snapshots or streams were read. */
+async function verifyColumns(
+  columns: readonly Column[],
+  o: VerifyOptions,
+  report: Report,
+): Promise<number> {
+  let compared = 0;
   for (const { folder } of columns)
     if (folder?.store) compared += await verifyStreams(folder, folder.store, o, report);
   const [left, ...others] = columns.map(({ folder }) => folder).filter((one) => !one?.store);
-  if (left) {
-    const comparison = { o, report, left, digests: new Map(), equal: new Map(), compared };
-    for (const right of others) if (right !== null) await compareShared(comparison, right);
-    ({ compared } = comparison);
-    await rememberEqual(comparison).catch((problem: Error) =>
-      log.warn(`the next run may compare once more: ${problem.message}`),
-    );
+  if (!left) return compared;
+  const comparison = { o, report, left, digests: new Map(), equal: new Map(), compared };
+  for (const right of others) if (right !== null) await compareShared(comparison, right);
+  await rememberEqual(comparison).catch((problem: Error) =>
+    log.warn(`the next run may compare once more: ${problem.message}`),
+  );
+  return comparison.compared;
+}
+
+/**
+ * The columns of each subvolume of a tree, the root's first. A member that SOURCE does not have (any
+ * more) is not compared; one that a place lacks is an error there.
+ */
+async function columnsByMember(
+  columns: readonly Column[],
+  o: VerifyOptions,
+  report: Report,
+): Promise<Column[][]> {
+  const trees: (Tree | null)[] = [];
+  for (const column of columns) {
+    const [tree = null] = await treesIn(column, o, column.folder?.prefix ?? null, report);
+    trees.push(tree);
   }
-  if (compared === 0) tellFailure(report, null, "nothing was compared");
-  report.event("summary", { ok: !report.failed, compared });
+  const first = trees.find((tree, i) => tree !== null && columns[i]?.folder?.store === null);
+  const paths = [...((first ?? trees.find((tree) => tree !== null))?.members.keys() ?? [])];
+  const inStores = trees.flatMap((tree) => (tree?.root.store ? [...tree.members.keys()] : []));
+  const below = [...new Set([...paths, ...inStores])].map((path) =>
+    columns.flatMap(({ id, problem }, i): Column[] => {
+      const tree = trees[i] ?? null;
+      const folder = tree?.members.get(path) ?? null;
+      if (folder !== null) return [{ id: folder.id, folder, problem }];
+      if (tree !== null && paths.includes(path))
+        tellFailure(report, id, `nothing of the subvolume ${path} is there`);
+      return [];
+    }),
+  );
+  const isAsked = ({ folder }: Column) =>
+    o.snapshot === null || folder?.standing.some(({ name }) => name === o.snapshot);
+  const asked = below.filter((some) => some.some(isAsked));
+  const isEmpty = (column: Column) => column.folder?.snapshots.length === 0;
+  return columns.every(isEmpty) ? asked : [[...columns], ...asked];
 }
 
 /** What was found in comparing the snapshots of a folder, `left`, with those of others. */
@@ -13296,18 +14150,26 @@ export async function versions(o: VersionsOptions, report: Report): Promise<void
   const [root = "", inner = ""] = (await ask(host, LOCATE, { file: file.path }, cannot)).split(
     "\0",
   );
-  const source = { ...file, path: root, id: file.id.slice(0, -file.path.length) + root };
+  const member = await memberWith(o, root, normalize(root + inner));
+  const source = {
+    ...file,
+    path: member?.folder ?? root,
+    id: file.id.slice(0, -file.path.length) + (member?.path ?? root),
+  };
   // One place that has the version is enough to give it back.
   const heard =
     get === null
       ? report
       : { ...report, error: (_: unknown, { message }: Error) => report.warning(message) };
-  const all = [source, ...o.locations];
-  const opened = await openColumns(all, o.locations.length === 0, o, heard as Report);
+  const locations = await Promise.all(o.locations.map((one) => placeHaving(one, member, o)));
+  const all = [source, ...locations];
+  const opened = (await openColumns(all, locations.length === 0, o, heard as Report)).map(
+    (column, i) => (i === 0 ? withLive(column, member) : column),
+  );
   const columns = opened.filter(({ folder }) => folder?.store == null);
   for (const { id } of opened.filter(({ folder }) => folder?.store))
     log.info(`${id} is not looked into: it has streams, which must be restored first`);
-  const path = pathWithin(file.path, columns) ?? normalize(inner);
+  const path = member?.inner ?? pathWithin(file.path, columns) ?? normalize(inner);
   const sought = { o, report, host, path, columns, seen: await lookFor(path, columns) };
   if (get !== null) return getVersion(sought, get);
   const shown = await showVersions(sought);
@@ -13319,6 +14181,74 @@ export async function versions(o: VersionsOptions, report: Report): Promise<void
   }
   report.event("summary", { ok: !report.failed, versions: shown });
 }
+
+/** A member of a tree that has a file. */
+type MemberHaving = {
+  /** Its path on its host, below its source, and that of its snapshots' folder. */
+  readonly path: string;
+  readonly member: string;
+  readonly folder: string;
+  /** The file's path below it. */
+  readonly inner: string;
+  /** The subvolume itself, where it is there. */
+  readonly live: Folder["source"];
+};
+
+/**
+ * The member of a tree that a file lies in; null where it lies in none. `root`: the subvolume that
+ * is there. Errors: those of `openFolder`.
+ */
+async function memberWith(
+  { file, snapshotFolder, hosts }: VersionsOptions,
+  root: string,
+  path: string,
+): Promise<MemberHaving | null> {
+  const seen = await lookAt(file, root, "", hosts);
+  if (seen.alone || seen.place.filesystem === null) return null;
+  const { mount, top } = placeOn(seen.mounts, seen.path);
+  const below = path.slice(seen.path === "/" ? 0 : seen.path.length);
+  const isGiven = snapshotFolder.startsWith("/");
+  const given = isGiven ? placeOn(seen.mounts, withoutSlash(normalize(snapshotFolder))).top : null;
+  const tops = { file: join(top, below), folder: given };
+  const found = memberHaving(tops, snapshotFolder, seen.subvolumes);
+  if (found === null) return null;
+  const member = join(found.source, found.member);
+  const through = (one: string) =>
+    isWithin(one, mount.root)
+      ? join(mount.path, one.slice(mount.root === "/" ? 0 : mount.root.length))
+      : null;
+  const [itself, folder] = [
+    through(member),
+    isGiven ? join(withoutSlash(normalize(snapshotFolder)), found.member) : through(found.folder),
+  ];
+  if (itself === null || folder === null) return null;
+  const live = member === top ? { ...seen.place, top, uuid: "" } : null;
+  return {
+    path: itself,
+    member: found.member,
+    folder,
+    inner: tops.file.slice(member.length),
+    live,
+  };
+}
+
+/** A given LOCATION, or the folder below it that has a member's backups. */
+async function placeHaving(
+  location: Readable,
+  member: MemberHaving | null,
+  { hosts }: VersionsOptions,
+): Promise<Readable> {
+  if (member === null) return location;
+  const seen = await lookAt(location, location.path, "", hosts).catch(() => null);
+  const has = seen !== null && membersBelow(seen, null).includes(member.member);
+  return has ? placeBelow(location, member.member) : location;
+}
+
+/** A member's snapshots, with what the subvolume is now. */
+const withLive = ({ folder, ...column }: Column, member: MemberHaving | null): Column => ({
+  ...column,
+  folder: folder && member?.live ? { ...folder, source: member.live } : folder,
+});
 
 /** Shows the versions of a file, newest first. Returns how many there are. */
 async function showVersions({ o, report, host, path, columns, seen }: Sought): Promise<number> {
@@ -15108,9 +16038,9 @@ const JUDGED: Readonly<Record<keyof ChainRecord, true>> = {
   destinations: true,
   leaps: true,
   belated: true,
-  tree: true,
   kept: true,
   guarded: true,
+  tree: true,
 };
 
 /** The state of a folder that a key's record is compared with. */
@@ -15375,6 +16305,7 @@ const GUARDED: ReadonlyMap<string, Allowed> = new Map([
   ),
   allow(RAW.drop, ["add", "delete"], {}, { again: dropAgain }),
   allow(RAW.fetch, ["read"], { how: oneOf("", "sum") }),
+  allow(BELOW, ["read"], {}),
   allow(
     DELETE,
     ["delete", "source"],
@@ -16373,6 +17304,10 @@ const GROUPS = {
       of: ["restore"],
       means: "TARGET exists: keep it beside as TARGET.before-YYYYMMDD-HHMMSS",
     },
+    recursive: {
+      of: ["restore", "list", "verify", "prune"],
+      means: "The whole tree: also the subvolumes below that run --recursive has backed up",
+    },
     "parent-from": {
       of: ["restore"],
       value: "DIR",
@@ -17224,7 +18159,7 @@ function allOptions(given: Given): AllOptions {
     dryRun: given.flag("dry-run"),
     jobs: wholeNumber(given, "jobs", SOURCES_AT_A_TIME, 1),
     metrics: parsedWith(given, "metrics", (path) => resolve(path)),
-    members: membersOf(given, { names: given.positionals, missing: "" }, runOptions),
+    members: configuredIn(given, { names: given.positionals, missing: "" }, runOptions),
   };
 }
 
@@ -17236,7 +18171,7 @@ function listAllOptions(given: Given): LookingAtAll<ListOptions> {
   needNoOthers(given, ["size", "max-age"]);
   const [size, maxAge] = [given.flag("size"), ageOf(given)];
   const { json } = commonOptions(given);
-  const members = membersOf(
+  const members = configuredIn(
     given,
     { names: [], missing: "LOCATION… is missing, and " },
     (own): ListOptions => {
@@ -17244,7 +18179,8 @@ function listAllOptions(given: Given): LookingAtAll<ListOptions> {
       const locations = [o.source, ...o.destinations.map(({ location }) => location)];
       const policies = { sourcePolicy: o.sourcePolicy, backupPolicy: o.backupPolicy };
       const common = { prefix, snapshotFolder, hosts, json: o.json, wait: 0 };
-      return { ...common, locations, ...policies, size, maxAge };
+      const { recursive } = o;
+      return { ...common, locations, ...policies, recursive, size, maxAge };
     },
   );
   return { json, members };
@@ -17255,7 +18191,7 @@ function checkAllOptions(given: Given): LookingAtAll<RunOptions> {
   needNoOthers(given, []);
   const { json } = commonOptions(given);
   const wanted = { names: [], missing: "SOURCE is missing, and " };
-  return { json, members: membersOf(given, wanted, checkOptions) };
+  return { json, members: configuredIn(given, wanted, checkOptions) };
 }
 
 /** Errors: UsageError for options that count for one SOURCE, where none is named. */
@@ -17281,11 +18217,11 @@ function needNoDirectory(given: Given): void {
  * The argument files that are named, or all, in the order of their names. Errors: UsageError where
  * there is none, or where others could have put some there.
  */
-function membersOf<O>(
+function configuredIn<O>(
   given: Given,
   { names, missing }: { readonly names: readonly string[]; readonly missing: string },
   read: (own: Given) => O,
-): Member<O>[] {
+): Configured<O>[] {
   const named = given.value("config-dir");
   if (named === "") throw new UsageError("--config-dir cannot be empty");
   const directory = resolve(named ?? CONFIGURATION);
@@ -17436,6 +18372,7 @@ function pruneOptions(given: Given) {
     location,
     policy,
     minFree,
+    recursive: given.flag("recursive"),
     dryRun: given.flag("dry-run"),
     ...deletingOptions(given),
   };
@@ -17470,6 +18407,7 @@ export function restoreOptions(given: Given) {
     before: parsedWith(given, "before", parseWhen),
     parentFrom: value("parent-from"),
     replace: flag("replace"),
+    recursive: flag("recursive"),
     unverified: flag("unverified"),
     ...displayOptions(given),
     sending: sendingOptions(given, null),
@@ -17531,6 +18469,7 @@ export function listOptions(given: Given) {
     locations: locationsOf(given, 1, Infinity, "LOCATION…") as readonly Location[],
     sourcePolicy: policyOf(given, "num-snapshots"),
     backupPolicy: policyOf(given, "num-backups"),
+    recursive: given.flag("recursive"),
     size: given.flag("size"),
     maxAge: ageOf(given),
   };
@@ -17550,7 +18489,7 @@ export function verifyOptions(given: Given) {
     throw new UsageError(
       `with what shall ${locations[0]?.id} be compared? Give SOURCE and LOCATION…, two LOCATIONs, or one of stored streams`,
     );
-  return { ...commonOptions(given), locations, snapshot, all };
+  return { ...commonOptions(given), locations, snapshot, all, recursive: flag("recursive") };
 }
 
 export function versionsOptions(given: Given) {

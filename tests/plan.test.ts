@@ -22,6 +22,10 @@ import {
   leaptTo,
   leftoversOf,
   lineagesOf,
+  memberHaving,
+  memberLines,
+  membersBelow,
+  membersOf,
   momentOf,
   mountAdvice,
   newestShared,
@@ -63,8 +67,10 @@ import {
   planFreeing,
   planRoom,
   planSource,
+  ownFoldersIn,
   planStreams,
   planTransfers,
+  planTree,
   prefixesIn,
   refusalMessage,
   related,
@@ -82,10 +88,10 @@ import {
   versionsAmong,
   wallClock,
   type Backup,
-  type ChainRecord,
   type Claimant,
   type SetupFacts,
   timersTwice,
+  type ChainRecord,
   type Decision,
   type Facts,
   type FileState,
@@ -3181,5 +3187,190 @@ describe("room for what is to come", () => {
     expect(names(false)).toEqual(["0301", "0303"]);
     expect(names(true)).toEqual(["0303"]);
     expect(names(true, new Set(["s0301"]))).toEqual(["0301", "0303"]); // it was never there
+  });
+});
+
+describe("trees", () => {
+  const listed = (...paths: readonly string[]) =>
+    paths.map((path, i) => ({ ...snap("0301"), id: i, path }));
+  const [one, two] = [full("0301"), full("0302")];
+
+  test("a member is a plain directory below a place that directly holds snapshots", () => {
+    const subvolumes = listed(
+      `b/${one}`,
+      `b/x/${one}`,
+      `b/x/${two}`,
+      `b/x/y z/p-${one}`,
+      "b/x/other",
+      `b/copy`,
+      `b/copy/snapshot/${one}`,
+      `b/x/${two}/nested/${one}`,
+      `b/home.restoring-${one}/${one}`,
+      `b/deep.restoring-${one}/tree/snapshot/${one}`,
+      `bb/x/${one}`,
+      `b/line\nbreak/${one}`,
+    );
+    expect(membersBelow({ top: "/b", subvolumes }, "")).toEqual(["x"]);
+    expect(membersBelow({ top: "/b", subvolumes }, "p-")).toEqual(["x/y z"]);
+    expect(membersBelow({ top: "/b", subvolumes }, null)).toEqual(["x", "x/y z"]);
+    expect(membersBelow({ top: "/", subvolumes: listed(one, `x/${one}`) }, "")).toEqual(["x"]);
+  });
+
+  test("a subvolume of a source can have snapshots in a folder of its own", () => {
+    const place = (path: string) => ({
+      path,
+      inode: 256,
+      fsid: "1",
+      filesystem: "f",
+      root: 5,
+      free: 0,
+      size: 0,
+    });
+    const source = { ...place("/s"), top: "/s", uuid: "u" };
+    const subvolumes = listed(
+      "s",
+      "s/x",
+      "s/x/y",
+      `s/snapshot/${one}`,
+      `s/snapshot/x/y/${one}`,
+      `s/x/snapshot/${one}`,
+      `s/plain/snapshot/${one}`,
+      `other/snapshot/${one}`,
+    );
+    const own = (top: string, from: typeof source | null = source) => [
+      ...ownFoldersIn({ source: from, top, subvolumes }, ""),
+    ];
+    expect(own("/s/snapshot")).toEqual([["x", "x/snapshot"]]);
+    expect([own("/elsewhere"), own("/s"), own("/s/snapshot", null)]).toEqual([[], [], []]);
+  });
+
+  test("only folders whose sources lie below the root's source belong to its tree", () => {
+    const by = (host: string, path: string) => ({ chain: { owner: { uuid: "u", host, path } } });
+    const found = new Map<string, { chain: ChainRecord }>([
+      ["x", by("h", "/s/x")],
+      ["x/y", by("h", "/s/x/y")],
+      ["other", by("h", "/else/other")],
+      ["moved", by("h", "/s/x")],
+      ["hers", by("hers", "/s/hers")],
+      ["bare", { chain: {} }],
+    ]);
+    const split = (owner: SourceIdentity | undefined) => {
+      const { members, foreign } = membersOf(owner, found);
+      return [[...members.keys()], foreign];
+    };
+    const foreign = ["other", "moved", "hers", "bare"];
+    expect(split({ uuid: "r", host: "h", path: "/s" })).toEqual([["x", "x/y"], foreign]);
+    // A plain directory's tree has no owner: most of the others tell.
+    expect(split(undefined)).toEqual([["x", "x/y"], foreign]);
+    expect(split({ uuid: "r", host: "h", path: "/" })[0]).toEqual([]);
+    const atRoot = new Map([["x", by("h", "/x")]]);
+    expect([...membersOf({ uuid: "r", host: "h", path: "/" }, atRoot).members.keys()]).toEqual([
+      "x",
+    ]);
+  });
+
+  test("each member gives the run's backup, or its newest before it, or nothing", () => {
+    const whole = new Map([
+      ["x/y", snaps("0301 0302 0303")],
+      ["", snaps("0301 0302 0303")],
+      ["late", snaps("0303")],
+      ["x", snaps("0301 0303")],
+      ["gone", snaps("0301")],
+    ]);
+    const planned = (short: string, gone: Record<string, string> = { gone: two }) => {
+      const {
+        chosen,
+        earlier,
+        gone: left,
+      } = planTree({ name: full(short), time: at(short) }, whole, gone);
+      return [[...chosen].map(([path, { uuid }]) => `${path} ${uuid}`), earlier, left];
+    };
+    expect(planned("0302")).toEqual([[" s0302", "x s0301", "x/y s0302"], ["x"], ["gone"]]);
+    expect(planned("0301")).toEqual([[" s0301", "gone s0301", "x s0301", "x/y s0301"], [], []]);
+    expect(planned("0303", {})).toEqual([
+      [" s0303", "gone s0301", "late s0303", "x s0303", "x/y s0303"],
+      ["gone"],
+      [],
+    ]);
+    expect(planned("0228")).toEqual([[], [], []]);
+  });
+
+  test("a line for each member, also for one whose backups are all deleted", () => {
+    const whole = new Map([
+      ["b", snaps("0301 0302")],
+      ["a", snaps("0301")],
+    ]);
+    expect(memberLines(whole, { a: two, c: one })).toEqual([
+      { path: "a", count: 1, oldest: one, newest: one, gone: two, snapshots: [one] },
+      { path: "b", count: 2, oldest: one, newest: two, gone: null, snapshots: [one, two] },
+      { path: "c", count: 0, oldest: null, newest: null, gone: one, snapshots: [] },
+    ]);
+  });
+
+  test("which subvolume of which tree has a file", () => {
+    const subvolumes = listed(
+      "s",
+      "s/x",
+      "s/own",
+      `s/snapshot/${one}`,
+      `s/snapshot/x/${one}`,
+      `s/snapshot/x/lost/${one}`,
+      `s/own/snapshot/${one}`,
+      `all/c/${one}`,
+      "plain/c",
+    );
+    const having = (file: string, folder: string | null = null) => {
+      const found = memberHaving({ file, folder }, "snapshot", subvolumes);
+      return found && `${found.source} ${found.member} in ${found.folder}`;
+    };
+    expect(having("/s/x/dir/file")).toBe("/s x in /s/snapshot/x");
+    expect(having("/s/x/lost/file")).toBe("/s x/lost in /s/snapshot/x/lost");
+    expect([having("/s/dir/file"), having("/s/own/file"), having("/none/file")]).toEqual([
+      null,
+      null,
+      null,
+    ]);
+    expect(having("/plain/c/file", "/all")).toBe("/plain c in /all/c");
+  });
+
+  test("what a record says of a tree is checked like the rest", () => {
+    const read = (tree: unknown) => parseRecord(`{"/": 1\n,"": ${JSON.stringify({ tree })}\n}\n`);
+    expect(read({ gone: { "x/y": one } }).chains.get("")).toEqual({
+      tree: { gone: { "x/y": one } },
+    });
+    expect(asWritten({ tree: { gone: {} } }, [], "")).toEqual({ tree: { gone: {} } });
+    for (const tree of [
+      null,
+      1,
+      {},
+      { gone: [] },
+      { gone: { "../x": one } },
+      { gone: { "/x": one } },
+      { gone: { "": one } },
+      { gone: { "x//y": one } },
+      { gone: { x: "never" } },
+      { gone: { x: 1 } },
+    ])
+      expect([tree, read(tree).unreadable]).toEqual([tree, expect.any(String)]);
+  });
+
+  test("what an interrupted restore of a tree left is removed, whatever its subvolumes are called", () => {
+    const work = `home.restoring-${one}`;
+    const paths = [
+      `${work}/members`,
+      `${work}/tree`,
+      `${work}/tree/a`,
+      `${work}/tree/a/b`,
+      `${work}/tree/snapshot/a/${one}`,
+      `${work}/${one}`,
+      `${work}/mine`,
+    ];
+    const place = { top: "/", entries: new Set([work]), subvolumes: listed(...paths) };
+    expect([...leftoversOf("home", place)]).toEqual([
+      [
+        work,
+        [`./tree/snapshot/a/${one}`, "./tree/a/b", "./tree/a", "./members", "./tree", `./${one}`],
+      ],
+    ]);
   });
 });
