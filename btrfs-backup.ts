@@ -11517,7 +11517,7 @@ async function openMembers(
   const few = atMost(4);
   const how = { ...opening, prefix: root.prefix, wait: "look" as const };
   const standard = paths.filter((path) => !own.has(path));
-  const together = isDirectory(location)
+  const joint = isDirectory(location)
     ? await openMemberFolders(root, standard, { ...how, location })
     : new Map<string, Promise<Folder>>();
   const opened = paths.map((path) => {
@@ -11525,7 +11525,7 @@ async function openMembers(
     const inside = own.get(path);
     const folder = inside === undefined ? member.path : join((root.source as Place).path, inside);
     return few(
-      async () => [path, await (together.get(path) ?? openFolder(member, folder, how))] as const,
+      async () => [path, await (joint.get(path) ?? openFolder(member, folder, how))] as const,
     );
   });
   return new Map(await allOf(opened));
@@ -17286,6 +17286,8 @@ export type Option = {
   readonly old?: true;
 };
 
+const WHOLE_TREE = "The whole tree: also the subvolumes below that run --recursive has backed up";
+
 /** Every option once, in its group and in the order of help. */
 const GROUPS = {
   Options: {
@@ -17303,10 +17305,6 @@ const GROUPS = {
     replace: {
       of: ["restore"],
       means: "TARGET exists: keep it beside as TARGET.before-YYYYMMDD-HHMMSS",
-    },
-    recursive: {
-      of: ["restore", "list", "verify", "prune"],
-      means: "The whole tree: also the subvolumes below that run --recursive has backed up",
     },
     "parent-from": {
       of: ["restore"],
@@ -17422,8 +17420,9 @@ const GROUPS = {
     },
     recursive: {
       common: true,
-      of: RUNNING,
+      of: [...RUNNING, "restore", "list", "verify", "prune"],
       means: "Back up SOURCE, and each subvolume below it, at one moment",
+      meansIn: { restore: WHOLE_TREE, list: WHOLE_TREE, verify: WHOLE_TREE, prune: WHOLE_TREE },
     },
     exclude: {
       of: RUNNING,
