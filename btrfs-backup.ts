@@ -12423,15 +12423,16 @@ type MemberHaving = {
 
 /**
  * The member of a tree that a file lies in; null where it lies in none. `root`: the subvolume that
- * is there. Errors: those of `openFolder`.
+ * is there.
  */
 async function memberWith(
   { file, snapshotFolder, hosts }: VersionsOptions,
   root: string,
   path: string,
 ): Promise<MemberHaving | null> {
-  const seen = await lookAt(file, root, "", hosts);
-  if (seen.alone || seen.place.filesystem === null) return null;
+  // What cannot be opened is told when it is looked into.
+  const seen = await lookAt(file, root, "", hosts).catch(() => null);
+  if (seen === null || seen.alone || seen.place.filesystem === null) return null;
   const { mount, top } = placeOn(seen.mounts, seen.path);
   const below = path.slice(seen.path === "/" ? 0 : seen.path.length);
   const isGiven = snapshotFolder.startsWith("/");
