@@ -12921,7 +12921,7 @@ async function restoreTree(o: RestoreOptions, report: Report): Promise<void> {
     const whole = { ...common, location: root, chosen: newest as Snapshot, member: "" };
     const decided = await decideTree({ ...whole, tree: recordedTree(tree, plan) }, tree, plan);
     const { head, parts } = decided;
-    opened.push(...(await lockOtherPrefixes(decided)));
+    await lockOthers(decided, opened);
     const sums: Arriving["sums"][] = [];
     for (const one of parts) {
       warnAhead(one);
@@ -13084,16 +13084,25 @@ function nestOf({ outside, member, target }: Restore, folder: string) {
   return { member, base, within: isBelow ? member : "", prefix: target.prefix };
 }
 
-/** Locks the chains of other prefixes whose snapshots move as well. Errors: Busy. */
-async function lockOtherPrefixes({ head, parts }: TreeRestoration): Promise<Folder[]> {
+/**
+ * Locks what the root's lock does not: members with a folder of their own, and chains of other
+ * prefixes whose snapshots move as well. Of another tree, its root's lock is that of all; to ask
+ * for it twice would be to wait for oneself. `opened` gets what is to be closed. Errors: Busy.
+ */
+async function lockOthers({ head, parts }: TreeRestoration, opened: Folder[]): Promise<void> {
   const { o, location: root } = head;
-  const opened: Folder[] = [];
-  if (o.dryRun) return opened;
-  for (const { moved, location } of parts)
-    for (const prefix of prefixesIn(moved))
-      if (prefix !== root.prefix)
-        opened.push(await openFolder(o.location, location.path, openingOf(o, prefix)));
-  return opened;
+  const locked = new Set([JSON.stringify([root.path, root.prefix])]);
+  for (const { moved, location, member } of o.dryRun || root.store !== null ? [] : parts) {
+    const isOwn = location.path !== join(root.path, member);
+    for (const prefix of new Set([root.prefix, ...prefixesIn(moved)])) {
+      const isTree = prefix === root.prefix || root.record.chains.get(prefix)?.tree !== undefined;
+      const path = isTree && !isOwn ? root.path : location.path;
+      const key = JSON.stringify([path, prefix]);
+      if (locked.has(key)) continue;
+      locked.add(key);
+      opened.push(await openFolder(o.location, path, openingOf(o, prefix)));
+    }
+  }
 }
 
 /** Builds the whole tree beside TARGET, and gives it its name. Errors: SameSecond, Failure. */
@@ -14196,15 +14205,16 @@ type MemberHaving = {
 
 /**
  * The member of a tree that a file lies in; null where it lies in none. `root`: the subvolume that
- * is there. Errors: those of `openFolder`.
+ * is there.
  */
 async function memberWith(
   { file, snapshotFolder, hosts }: VersionsOptions,
   root: string,
   path: string,
 ): Promise<MemberHaving | null> {
-  const seen = await lookAt(file, root, "", hosts);
-  if (seen.alone || seen.place.filesystem === null) return null;
+  // What cannot be opened is told when it is looked into.
+  const seen = await lookAt(file, root, "", hosts).catch(() => null);
+  if (seen === null || seen.alone || seen.place.filesystem === null) return null;
   const { mount, top } = placeOn(seen.mounts, seen.path);
   const below = path.slice(seen.path === "/" ? 0 : seen.path.length);
   const isGiven = snapshotFolder.startsWith("/");

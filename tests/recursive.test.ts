@@ -12,7 +12,7 @@ import {
   statSync,
   writeFileSync,
 } from "node:fs";
-import { join } from "node:path";
+import { dirname, join } from "node:path";
 import { ignoreRule, isExcluded } from "../btrfs-backup.ts";
 import { generator, seeded, soak } from "./support/random.ts";
 import {
@@ -35,6 +35,7 @@ import {
   subvolume,
   temporaryDirectory,
   transfers,
+  treeDigest,
 } from "./support/rig.ts";
 
 const ODD = "var/lib/a/$(odd) 'näme' !*";
@@ -470,4 +471,27 @@ test("subvolumes that come, go, move and are made anew, and runs that are killed
     if (existsSync(join(destination, place)))
       expect(readFileSync(join(destination, place, "state"), "utf8")).toBe(state);
   expect(uuids()).toEqual(before);
+  // The restored tree is the source of that moment.
+  const restored = join(dirname(destination), "restored");
+  await expectRun(0, ["restore", "--recursive", destination, restored]);
+  for (const path of names) {
+    const state = isThere(path) ? readFileSync(join(source, path, "state"), "utf8") : null;
+    const found = join(restored, path, "state");
+    expect([path, existsSync(found) ? readFileSync(found, "utf8") : null]).toEqual([path, state]);
+  }
+});
+
+test("after a restore of the whole tree, the next run is incremental everywhere", async () => {
+  const { source, snapshots, destination } = tree();
+  await expectRun(0, ["--recursive", source, destination]);
+  const states = MEMBERS.map((path) => treeDigest(join(source, path, "plain")));
+  change(join(source, "srv"), generator(1));
+  remove(join(source, "var/lib/b"));
+  await expectRun(0, ["restore", "--recursive", "--replace", destination, source]);
+  expect(MEMBERS.map((path) => treeDigest(join(source, path, "plain")))).toEqual(states);
+  await nextSecond();
+  const told = await expectRun(0, ["--recursive", "--json", source, destination]);
+  expect(transfers(told).map(({ parent }) => parent !== null)).toEqual(Array(5).fill(true));
+  expect(told.stderr).not.toContain("[warn]");
+  for (const path of MEMBERS) expectSound(join(destination, path), join(snapshots, path));
 });
