@@ -42,7 +42,7 @@ import type { ProcessPromise } from "zx/core";
 //  2. `openAll` begins to open the destinations, each with `openBackups` or `openStore`. These
 //     check that it is the same disk, and ours (`judgeClaim`), lock it, and list what stands there.
 //     A process on its host holds each place, behind the fence, until it is closed.
-//  3. `takeSnapshot` takes the snapshot; it waits for no destination but for new ones that are here.
+//  3. `newSnapshots` takes the snapshot; it waits for no destination but for new ones that are here.
 //  4. `openedInTime` waits for the others. One that cannot be opened is told, and the rest go on.
 //  5. `planFor` decides for each destination what it gets, and each one's parent (`planTransfers`,
 //     `planStreams`: pure). `learnOfParents` asks for what these have to know.
@@ -119,7 +119,15 @@ export type Entry = Subvolume & {
   readonly belated?: true;
   /** Somebody keeps it, and this is the note: no retention deletes it. */
   readonly kept?: string;
+  /**
+   * How it is reached from the folder, for a parent that stands elsewhere on its filesystem: see
+   * beyondFolder. It is only ever a parent.
+   */
+  readonly beyond?: string;
 };
+
+/** How verbs in a folder name a snapshot. */
+const fromFolder = ({ name, beyond }: Pick<Entry, "name" | "beyond">): string => beyond ?? name;
 
 /** An entry that is ours by its name; `time` is the name's wall clock, in ms, as if it were UTC. */
 export type Snapshot = Entry & { readonly time: number; readonly moment: number };
@@ -3451,6 +3459,13 @@ const SNAPSHOT = defineVerb("snapshot", "source folder fsid name")`
   fi
 `;
 
+/** The list of subvolumes, with the generations that they have once all is on the disk. */
+const GENERATIONS = defineVerb("generations", "folder fsid")`
+  at "$folder" "$fsid"
+  b filesystem sync . >&2
+  b subvolume list -a -c -u -q -R .
+`;
+
 /**
  * Takes the snapshot `name` of `source` (for the path ".") and of subvolumes below it, in the folders
  * of the same paths below `folder`, back to back. Prints a line for each path, `ok` or why not; then
@@ -3490,12 +3505,37 @@ const SNAPSHOTS = defineVerb("snapshots", "source folder fsid name paths...")`
 `;
 
 /**
+ * What there is in a directory of snapshots that others took: all subvolumes of its filesystem, and
+ * what snapper says of its own, in sections that begin with a NONCE: see parseForeign.
+ */
+const FOREIGN = defineVerb("foreign", "nonce dir")`
+  ${ENTER}
+  say() { echo; line "$nonce $1"; }
+  enter "$dir"
+  [ -n "$fenced" ] || [ -z "$strange" ] || { line "$dir: others can change $strange" >&2; exit 65; }
+  say dir; line "$here"
+  say mounts; cat /proc/self/mountinfo
+  say subvolumes; b subvolume list -a -c -u -q -R .
+  say readonly; b subvolume list -a -r .
+  say snapper
+  for file in ./[0-9]*/info.xml; do
+    [ -f "$file" ] || continue
+    while IFS= read -r text; do
+      case $text in
+        *"<date>"*|*"<description>"*) line "$file $text";;
+      esac
+    done <"$file" || :
+  done
+  echo; echo "$nonce end"
+`;
+
+/**
  * The stream of `snapshot`, on standard output; in full if `parent` is empty, compressed unless
  * `level` is, as long as `holder` lives. Cut short it still ends well for zstd, but never for
  * `btrfs receive`. If `skip` bytes (a multiple of 64 KiB) with the SHA-256 `sum` are kept over
  * there, the stream must begin with the same, and only the rest is sent. Where others can change
  * names, `uuid` and `clone` (in hexadecimal) are what the stream must say of itself and of its
- * parent.
+ * parent. The `parent` of this and of the verbs below is a name, or a path from the folder.
  */
 const SEND = defineVerb(
   "send",
@@ -3539,8 +3579,11 @@ const SEND = defineVerb(
     echo "$beginning" | base64 -d
     cat
   }
+  # A parent in another folder can stand where others give the names.
+  beyond=
+  case $parent in */*) beyond=yes;; esac
   stream() {
-    if [ -z "$uuid" ] || ours; then
+    if [ -z "$uuid" ] || { [ -z "$beyond" ] && ours; }; then
       made "./$snapshot" "./$parent"
     else
       { sent=$( { { made_within && echo ok >&5; } | as_asked >&6; } 5>&1 ) && [ "$sent" = ok ]; } 6>&1
@@ -3607,10 +3650,13 @@ const ESTIMATE = defineVerb("estimate", "folder fsid snapshot parent")`
 /** How much of a difference without its data is read at most, in bytes: some 100,000 commands. */
 const REWRITTEN_MOST = "32000000";
 
-/** A difference without the data of its files; only the beginning of a large one. */
-const REWRITTEN = defineVerb("rewritten", "folder fsid snapshot parent")`
+/**
+ * A difference without the data of its files; of a large one only the beginning, with `most` only
+ * so many bytes.
+ */
+const REWRITTEN = defineVerb("rewritten", "folder fsid snapshot parent most?")`
   at "$folder" "$fsid"
-  b send -q --no-data -p "./$parent" "./$snapshot" | head -c ${REWRITTEN_MOST}
+  b send -q --no-data -p "./$parent" "./$snapshot" | head -c "\${most:-${REWRITTEN_MOST}}"
 `;
 
 /**
@@ -4919,7 +4965,9 @@ const parseFiles = (text: string) =>
 const ALWAYS =
   "host zstd boot filesystems fence strange user inodes places mounts record stream".split(" ");
 const SOMETIMES =
-  "source folder missing locked entries old files subvolumes readonly roots alone end".split(" ");
+  "source folder missing locked entries old files subvolumes readonly roots alone dir snapper end".split(
+    " ",
+  );
 
 /** The sections of what `open` printed. Errors: Failure for one that is unknown, or comes twice. */
 function sectionsOf(output: string, nonce: string): Map<string, string> {
@@ -5141,6 +5189,17 @@ export type KnownDestination = {
 export type Cleared = Readonly<Record<string, number>>;
 
 /**
+ * What a snapshot was taken over from, which may be gone by now: that one's parent UUID, its ID, the
+ * generation of its creation, and what its maker said of it.
+ */
+export type Imported = {
+  readonly of: string;
+  readonly id: number;
+  readonly cgen: number;
+  readonly words?: string;
+};
+
+/**
  * What a record says of one prefix; every part optional, since a folder can be both ends of a
  * chain.
  */
@@ -5163,6 +5222,8 @@ export type ChainRecord = {
   readonly leaps?: readonly string[];
   /** What somebody keeps here. */
   readonly kept?: readonly KeptOne[];
+  /** Snapshots that were taken over from others, by UUID. */
+  readonly imported?: Readonly<Record<string, Imported>>;
   /** The destinations were written by a guarded key, which must not be believed. */
   readonly guarded?: true;
   /**
@@ -5261,6 +5322,12 @@ const areGone: ValueCheck = (value) =>
   Object.entries(value as object).every(
     ([path, name]) => isMemberPath(path) && isText(name) && prefixOf(name as string) !== null,
   );
+const isImported = fieldsAre<Imported>({
+  of: isText,
+  id: Number.isSafeInteger,
+  cgen: Number.isSafeInteger,
+  words: ifAny(isText),
+});
 
 const isChain = fieldsAre<ChainRecord>({
   owner: ifAny(fieldsAre<SourceIdentity>({ uuid: isText, host: isText, path: isText })),
@@ -5274,6 +5341,7 @@ const isChain = fieldsAre<ChainRecord>({
   belated: ifAny(areTexts),
   leaps: ifAny(areTexts),
   kept: ifAny((all) => Array.isArray(all) && all.every(isKeptOne)),
+  imported: ifAny((all) => Object.values(all as object).every(isImported)),
   guarded: ifAny((value) => value === true),
   tree: ifAny(fieldsAre<ChainRecord["tree"] & {}>({ gone: areGone })),
 });
@@ -6865,7 +6933,7 @@ export function estimatedBytes(text: string): number {
 
 /** How many bytes a stream will have, but for some hundred a command. */
 async function streamBytes(source: Folder, { snapshot, parent }: Transfer): Promise<number> {
-  const asked = { snapshot: snapshot.name, parent: parent?.name ?? "" };
+  const asked = { snapshot: snapshot.name, parent: parent ? fromFolder(parent) : "" };
   const problem = `cannot estimate the stream of ${snapshot.name}`;
   return estimatedBytes(await askAt(source, ESTIMATE, asked, problem));
 }
@@ -7170,9 +7238,29 @@ export function isEarlierState(
   return origin > 0 && one.cgen !== undefined && next?.cgen !== undefined && one.cgen <= next.cgen;
 }
 
+/**
+ * The snapshot that another one is a copy of, as --import makes them; null where it may have been
+ * changed before it was copied.
+ */
+export function originalOf(
+  { uuid, parentUuid, receivedUuid }: Subvolume,
+  { all, ctransids }: Pick<Facts, "all" | "ctransids">,
+): Subvolume | null {
+  const original = parentUuid === null ? undefined : all.get(parentUuid);
+  if (original?.readonly !== true || receivedUuid !== null || original.receivedUuid !== null)
+    return null;
+  const ctransid = ctransids.get(uuid);
+  const isSame = ctransid !== undefined && ctransid <= (original.cgen ?? -1);
+  return isSame ? original : null;
+}
+
 /** Whether it still is one: an edited snapshot is none, whatever it was compared with. */
-const isStillEarlier = (one: Subvolume, of: Subvolume, facts: Facts) =>
-  changedSince(one, facts, {}) !== true && isEarlierState(one, of, facts.all);
+function isStillEarlier(one: Subvolume, of: Subvolume, facts: Facts): boolean {
+  if (changedSince(one, facts, {}) === true) return false;
+  if (isEarlierState(one, of, facts.all)) return true;
+  const original = originalOf(one, facts);
+  return original !== null && isEarlierState(original, of, facts.all);
+}
 
 /** A file that a difference changes, with the ranges that it writes. */
 export type Rewritten = Readonly<{
@@ -7353,9 +7441,9 @@ type TransferPlan = {
 /**
  * What a destination lacks of all that its policy would keep, oldest first: each snapshot against
  * the nearest one that both sides hold by then (see `nearestFit`), or in full if they share
- * nothing. `snapshots` are in the source's order. Without a policy, or where space is freed, one that
- * is older than the newest that both have was deleted there, or left out on purpose: it is
- * `skipped`.
+ * nothing. `snapshots` are in the source's order; those that stand elsewhere (`beyond`) come first,
+ * and are only parents. Without a policy, or where space is freed, one that is older than the newest
+ * that both have was deleted there, or left out on purpose: it is `skipped`.
  */
 export function planTransfers(
   snapshots: readonly Snapshot[],
@@ -7366,8 +7454,10 @@ export function planTransfers(
   const { incremental, backfill, failed } = options;
   const isDeleted = options.policy === null || options.freed === true;
   const find = dataFinder(standing.held);
-  const isWanted = wantedAt(snapshots, standing, options);
+  const own = snapshots.filter(({ beyond }) => beyond === undefined);
+  const isWanted = wantedAt(own, standing, options);
   const renewed = renewing(standing, options.fullEvery);
+  const isSkipped = ({ uuid }: Snapshot) => isDeleted && !backfill && failed?.has(uuid) !== true;
   const plan: TransferPlan = { transfers: [], conflicts: [], skipped: 0 };
   const shared: Snapshot[] = [];
   /** What both have that is later than the snapshot at hand, the nearest last. */
@@ -7378,9 +7468,9 @@ export function planTransfers(
       shared.push(snapshot);
       continue;
     }
-    if (!isWanted(snapshot)) continue;
+    if (snapshot.beyond !== undefined || !isWanted(snapshot)) continue;
     const isBelated = later.length > 0;
-    if (isBelated && isDeleted && !backfill && !failed?.has(snapshot.uuid)) {
+    if (isBelated && isSkipped(snapshot)) {
       plan.skipped++;
       continue;
     }
@@ -7397,6 +7487,92 @@ export function planTransfers(
     shared.push(snapshot);
   }
   return plan;
+}
+
+// ── import: what is taken over of what others took ──
+
+/**
+ * A snapshot that somebody else took, by its path below the directory where they are kept, with the
+ * moment that its place tells and what its maker said of it.
+ */
+export type Foreign = Subvolume & {
+  readonly below: string;
+  readonly moment: number;
+  readonly words: string | null;
+};
+
+/** What a run takes over, oldest first, and what it does not. */
+type ImportPlan = {
+  readonly coming: readonly Foreign[];
+  /** All of this source that can be taken over, or were, in the order of their IDs. */
+  readonly whole: readonly Foreign[];
+  readonly older: readonly Foreign[];
+  readonly writable: readonly Foreign[];
+  readonly unrelated: readonly Foreign[];
+};
+
+/**
+ * Decides what is taken over into a chain, which is in the source's order; `all` knows what its
+ * snapshots were taken over from. A source's own are the
+ * snapshots of it, and those that were made of what it was made from, before it was: a rolled-back
+ * system goes on in a snapshot. What is older than the chain's newest snapshot would get a greater
+ * ID, and count as the newest.
+ */
+export function planImport(
+  found: readonly Foreign[],
+  chain: readonly Snapshot[],
+  { uuid: sourceUuid, all }: { readonly uuid: string; readonly all: Facts["all"] },
+): ImportPlan {
+  const source = all.get(sourceUuid);
+  const origins = source === undefined ? [] : lineOf(source, all).slice(1);
+  const isOurs = ({ parentUuid, receivedUuid, cgen = Infinity }: Foreign) =>
+    parentUuid !== null &&
+    receivedUuid === null &&
+    (parentUuid === sourceUuid ||
+      (origins.includes(parentUuid) && cgen <= (source?.cgen ?? -Infinity)));
+  const others = found.filter(({ uuid }) => uuid !== sourceUuid);
+  const ours = others.filter(isOurs);
+  const whole = ours.filter(({ readonly }) => readonly).sort((a, b) => a.id - b.id);
+  const newest = chain.at(-1);
+  const taken = new Set(chain.map(({ parentUuid }) => parentUuid));
+  const original = newest && importedFrom(newest, [sourceUuid, ...origins], all);
+  // A clock can have been wrong, and a name can say a second more than the moment, or only the day.
+  const isNewer = (one: Foreign) =>
+    newest === undefined ||
+    (original === undefined ? one.moment > newest.moment : one.id > original.id);
+  const left = whole.filter(({ uuid }) => !taken.has(uuid));
+  return {
+    coming: left.filter(isNewer),
+    whole,
+    older: left.filter((one) => !isNewer(one)),
+    writable: ours.filter(({ readonly }) => !readonly),
+    unrelated: others.filter((one) => !isOurs(one)),
+  };
+}
+
+/** The snapshot that another one was taken over from, where it is known: neither SOURCE nor received. */
+function importedFrom(
+  { parentUuid, receivedUuid }: Snapshot,
+  sources: readonly string[],
+  all: Facts["all"],
+): Subvolume | undefined {
+  if (parentUuid === null || receivedUuid !== null || sources.includes(parentUuid))
+    return undefined;
+  const original = all.get(parentUuid);
+  return original?.readonly && original.receivedUuid === null ? original : undefined;
+}
+
+/**
+ * How a subvolume that stands elsewhere (`path`, from the top level) is reached from a folder
+ * behind the fence, where nothing is mounted over anything; null where it is not below the root of
+ * the folder's mount: `btrfs send` wants both sides of a difference on one mount.
+ */
+export function beyondFolder(
+  folder: Pick<Folder, "fenced" | "mounts" | "place" | "top">,
+  path: string,
+): string | null {
+  const { mount } = placeOn(folder.mounts, folder.place.path);
+  return folder.fenced && isWithin(path, mount.root) ? relative(folder.top, path) : null;
 }
 
 /**
@@ -8341,7 +8517,7 @@ function sender(
     protocol: protocol ?? "",
     holder: holderOf(source),
     snapshot: snapshot.name,
-    parent: parent?.name ?? "",
+    parent: parent ? fromFolder(parent) : "",
     skip: bytes === 0 ? "" : String(bytes),
     sum: bytes === 0 ? "" : sum,
     uuid: hexadecimal(snapshot),
@@ -8694,6 +8870,8 @@ export type RunOptions = ReturnType<typeof runOptions>;
 /** Which subvolume of a tree a run is about, by its path below SOURCE, and what all of them share. */
 export type Member = {
   readonly path: string;
+  /** Its snapshot, which was taken with those of all others. */
+  readonly taken: Snapshot | null;
   /** Lets so many streams flow at a time. */
   readonly jobs: ReturnType<typeof atMost>;
 };
@@ -8803,30 +8981,24 @@ async function backUp(
 
 /** Backs up an opened source, and closes it and its destinations. */
 async function backUpOpened(session: Session): Promise<BackedUp | null> {
-  const { o, report, source, known, wanted } = session;
+  const { o, report, source } = session;
   lookAtPins(session);
   let openings: Openings = [];
   let all: readonly Served[] = [];
-  let taken: Snapshot | null = null;
+  let taken: readonly Snapshot[] = [];
   const began = Date.now();
   try {
     warnOfSource(session);
     if (o.transfer || !o.removeLocks) openings = openAll(session);
     const opened = await openedAtOnce(openings);
     if (opened === null) {
-      await openedInTime(session, openings, null); // which tells why
+      await openedInTime(session, openings, []); // which tells why
       return null;
     }
-    if (o.snapshot) taken = await takeSnapshot(session, opened);
+    if (await isOutOfReach(session, openings)) return null;
+    if (o.snapshot) taken = await newSnapshots(session, openings, opened);
     all = await openedInTime(session, openings, taken);
-    if (taken !== null) {
-      const first = taken;
-      taken = await withFreeName(session, first, all).catch(
-        (error) => (report.error(null, error), first),
-      );
-      session.snapshots.push(taken);
-      report.event("snapshot", { name: taken.name, path: join(source.path, taken.name) });
-    }
+    taken = await admitted(session, taken, all);
     if (o.adoptClock)
       session.leaps = leapNames(
         [session.snapshots, ...all.map(({ standing }) => standing.backups)],
@@ -8840,9 +9012,15 @@ async function backUpOpened(session: Session): Promise<BackedUp | null> {
     const closing = () => allOf(openings.map(({ destination }) => closed(destination)));
     await whileCleaning(() => closing().finally(source.close));
   }
-  for (const id of wanted.keys()) figuresOf(report.figures, id).last = known.get(id)?.last ?? null;
+  tellLast(session);
   figuresOf(report.figures, null).seconds += (Date.now() - began) / 1000;
-  return taken && { name: taken.name, words: firstWords(session) };
+  const newest = taken.at(-1);
+  return newest === undefined ? null : { name: newest.name, words: firstWords(session) };
+}
+
+/** Tells when each destination was last served. */
+function tellLast({ report, wanted, known }: Session): void {
+  for (const id of wanted.keys()) figuresOf(report.figures, id).last = known.get(id)?.last ?? null;
 }
 
 /** The snapshot that a run took, and what is to be said of it at the end. */
@@ -8905,6 +9083,11 @@ function newSession(source: Source, ahead: Map<string, Ahead>, o: RunOptions, re
     snapshots: source.snapshots.filter(({ readonly }) => readonly),
     /** The names that the clock leapt to, and that somebody vouched for. */
     leaps: source.owned.leaps,
+    /** What snapshots were taken over from, by UUID; and where from, by what this run took over. */
+    imported: new Map(Object.entries(source.owned.imported ?? {})),
+    takenFrom: new Map<string, string>(),
+    /** Snapshots of SOURCE that others took, in another folder: parents, and no more. */
+    beyond: [] as readonly Snapshot[],
   };
 }
 
@@ -8949,9 +9132,11 @@ function save(session: Session): Promise<void> {
 
 async function writeKnown(session: Session): Promise<void> {
   const { o, source, known, leaps } = session;
+  const { imported: _, ...owned } = source.owned;
   const chain = {
-    ...source.owned,
+    ...owned,
     ...(leaps === undefined ? {} : { leaps }),
+    ...importedOf(session),
     ...(known.size > 0 || source.chain.destinations ? { destinations: [...known.values()] } : {}),
   };
   // What 0.3.1 made has no owner until a run has said whose it is, and a copy cannot; a disk of
@@ -9009,17 +9194,22 @@ function tellUnreadable({ o, source }: Pick<Session, "o" | "source">, report: Re
       );
 }
 
-/** Warns of subvolumes below SOURCE: a snapshot has empty directories in their place. */
+/**
+ * Warns of subvolumes below SOURCE: a snapshot has empty directories in their place. Snapshots that
+ * others took are none of these.
+ */
 function warnOfNested(
   { source, subvolumes, top, subvolume }: Source,
-  { o: { recursive }, report }: Pick<Session, "o" | "report">,
+  { o: { recursive, importFrom }, report }: Pick<Session, "o" | "report">,
 ): void {
   if (source === null || recursive) return;
+  const others = relative(subvolume, importFrom ?? subvolume);
   const above = source.top === "/" ? "/" : `${source.top}/`;
   const paths = subvolumes
     .map(({ path }) => `/${path}`)
     .filter((path) => path.startsWith(above) && !isWithin(path, top))
-    .map((path) => path.slice(above.length));
+    .map((path) => path.slice(above.length))
+    .filter((path) => others === "" || !isWithin(path, others));
   if (paths.length > 0)
     report.warning(
       `${plural(paths.length, "subvolume")} below ${subvolume} ${paths.length === 1 ? "is" : "are"} not part of its snapshots: ${someOf(paths, 3)}; --recursive backs up all of them`,
@@ -9157,9 +9347,16 @@ function strangersBeside(
   { adopt, member }: Pick<RunOptions, "adopt" | "member">,
 ): readonly string[] {
   const { source, chain, snapshots, subvolumes, alone } = folder;
-  const origin = subvolumes.find(({ uuid }) => uuid === source?.uuid)?.parentUuid;
+  const all = byUuid(subvolumes);
+  const origin = all.get(source?.uuid ?? "")?.parentUuid;
+  // What --import takes over is a snapshot of a snapshot.
+  const grandparent = (parentUuid: string | null) => all.get(parentUuid ?? "")?.parentUuid ?? null;
+  const isCopy = (parentUuid: string | null) =>
+    source !== null &&
+    parentUuid !== null &&
+    (parentUuid === origin || grandparent(parentUuid) === source.uuid);
   const children = snapshots.filter(
-    ({ uuid, parentUuid }) => parentUuid === source?.uuid || uuid === origin,
+    ({ uuid, parentUuid }) => parentUuid === source?.uuid || uuid === origin || isCopy(parentUuid),
   );
   const identity = identityOf(folder);
   const claimed = judgeClaim({
@@ -9320,9 +9517,9 @@ async function openedAtOnce(openings: Openings): Promise<readonly Destination[] 
 async function openedInTime(
   session: Session,
   openings: Openings,
-  taken: Snapshot | null,
+  taken: readonly Snapshot[],
 ): Promise<Served[]> {
-  const snapshots = [...session.snapshots, ...(taken === null ? [] : [taken])];
+  const snapshots = [...session.snapshots, ...taken];
   const all: Served[] = [];
   const results = await Promise.allSettled(openings.map(({ destination }) => destination));
   for (const [i, { asked }] of openings.entries()) {
@@ -9704,19 +9901,27 @@ function needApart({ o, source }: Pick<Session, "o" | "source">, id: string, fol
 
 // ── run: taking the snapshot ──
 
-/** Takes the snapshot, between the user's own commands; null where it fails, which is reported. */
-async function takeSnapshot(
+/**
+ * The snapshots that a run adds: one of now, if it is worth one, or those that others took. Errors:
+ * none: they are reported.
+ */
+async function newSnapshots(
   session: Session,
+  openings: Openings,
   opened: readonly Destination[],
-): Promise<Snapshot | null> {
+): Promise<readonly Snapshot[]> {
   const { o, report } = session;
+  const { importFrom, member } = o;
   try {
+    if (member !== null)
+      return member.taken === null ? [] : await unlessUnchanged(session, member.taken);
+    if (importFrom !== null)
+      return await betweenHooks(session, () => importSnapshots(session, openings, importFrom));
     const taken = await betweenHooks(session, () => snapshotOfNow(session, opened));
-    log.info(`${o.dryRun ? "Would take" : "Took"} snapshot ${taken.name} of ${o.source.id}`);
-    return taken;
+    return await unlessUnchanged(session, taken);
   } catch (error) {
     report.error(null, error);
-    return null;
+    return [];
   }
 }
 
@@ -9744,46 +9949,89 @@ function betweenHooks<T>(
 }
 
 /** Takes a snapshot in the first second whose name is free on both sides. Errors: Failure. */
-async function snapshotOfNow(
-  { o, source, display }: Session,
-  opened: readonly Destination[],
-): Promise<Snapshot> {
-  const { identity, place, alone, subvolume } = source;
+async function snapshotOfNow(session: Session, opened: readonly Destination[]): Promise<Snapshot> {
+  const { o, source } = session;
+  const { identity, subvolume } = source;
   for (; ; await nextSecond()) {
     checkInterruption();
     const now = new Date();
     const name = snapshotName(o, now);
     // When clocks go back, a destination can still have the name.
     if (source.entries.has(name) || isTakenAt(opened, name)) continue;
+    const moment = Math.floor(now.getTime() / 1000) * 1000;
     const made = {
-      ...NO_SUBVOLUME,
-      name,
+      ...comingSnapshot(name, moment),
       time: wallClock(now),
-      moment: Math.floor(now.getTime() / 1000) * 1000,
-      path: name,
       parentUuid: identity.uuid,
-      cgen: Number.MAX_SAFE_INTEGER,
     };
-    if (o.dryRun) return { ...made, id: Number.MAX_SAFE_INTEGER, uuid: crypto.randomUUID() };
-    const shown = await ask(
-      source.host,
-      SNAPSHOT,
-      { source: subvolume, ...at(source), name },
-      `cannot take a snapshot of ${subvolume}`,
-    ).catch((error) => {
-      if (error instanceof Taken) return null;
-      throw error;
-    });
-    if (shown === null) continue;
-    const uuid = shownField(shown, "UUID");
-    // In the place of a snapshot, somebody else's directory can stand by now.
-    const isChecked = !alone && identity.uuid !== place.filesystem;
-    if (isChecked && shownField(shown, "Parent UUID") !== identity.uuid)
-      throw new Failure(`${join(source.path, name)} is not the snapshot that was taken: ${uuid}`);
-    const size = /^\s+Usage referenced:\s+(\d+)/m.exec(shown)?.[1];
-    if (size !== undefined) display.sizes.set(uuid, Number(size));
-    return { ...made, id: Number(shownField(shown, "Subvolume ID")), uuid };
+    const taken = await snapshotOf(session, subvolume, made);
+    if (taken !== null) return taken;
   }
+}
+
+/** A snapshot that is going to be taken. */
+const comingSnapshot = (name: EntryName, moment: number): Snapshot => ({
+  ...NO_SUBVOLUME,
+  id: Number.MAX_SAFE_INTEGER,
+  uuid: crypto.randomUUID(),
+  name,
+  time: timeIn(name) as number,
+  moment,
+  path: name,
+  cgen: Number.MAX_SAFE_INTEGER,
+});
+
+/**
+ * Takes a snapshot of the subvolume at a path, which must be the one that `made` says; null where
+ * its name is taken. Errors: Failure.
+ */
+async function snapshotOf(
+  { o, source, display }: Session,
+  path: string,
+  made: Snapshot,
+): Promise<Snapshot | null> {
+  if (o.dryRun) return made;
+  const { identity, place, alone } = source;
+  const { name, parentUuid } = made;
+  const shown = await ask(
+    source.host,
+    SNAPSHOT,
+    { source: path, ...at(source), name },
+    `cannot take a snapshot of ${path}`,
+  ).catch((error) => {
+    if (error instanceof Taken) return null;
+    throw error;
+  });
+  if (shown === null) return null;
+  const uuid = shownField(shown, "UUID");
+  // In the place of a snapshot, somebody else's directory can stand by now.
+  const isChecked = !alone && identity.uuid !== place.filesystem;
+  if (isChecked && shownField(shown, "Parent UUID") !== parentUuid)
+    throw new Failure(`${join(source.path, name)} is not the snapshot that was taken: ${uuid}`);
+  const size = /^\s+Usage referenced:\s+(\d+)/m.exec(shown)?.[1];
+  if (size !== undefined) display.sizes.set(uuid, Number(size));
+  return { ...made, id: Number(shownField(shown, "Subvolume ID")), uuid };
+}
+
+/** The new snapshots under their final names, told, and ready to be sent. */
+async function admitted(
+  session: Session,
+  taken: readonly Snapshot[],
+  all: readonly Served[],
+): Promise<readonly Snapshot[]> {
+  const { o, report, source, snapshots, takenFrom } = session;
+  const final: Snapshot[] = [];
+  for (const first of taken) {
+    const isFixed = o.importFrom !== null || o.member !== null;
+    const named = isFixed ? first : withFreeName(session, first, all);
+    const one = await Promise.resolve(named).catch((error) => (report.error(null, error), first));
+    final.push(one);
+    snapshots.push(one);
+    const from = takenFrom.get(one.uuid);
+    const told = { name: one.name, path: join(source.path, one.name) };
+    report.event("snapshot", from === undefined ? told : { ...told, from });
+  }
+  return final;
 }
 
 const snapshotName = ({ prefix }: Pick<RunOptions, "prefix">, date: Date) =>
@@ -9830,6 +10078,405 @@ async function nextSecond(): Promise<void> {
   await new Promise((over) => setTimeout(over, 1000 - new Date().getMilliseconds()));
 }
 
+// ── run: whether a snapshot is worth taking ──
+
+/**
+ * With --if-reachable, whether no destination can be opened. It waits for them, and tells. Errors:
+ * UsageError, Interrupted.
+ */
+async function isOutOfReach(session: Session, openings: Openings): Promise<boolean> {
+  const { o } = session;
+  if (!o.ifReachable || (await openedOnes(openings)).length > 0) return false;
+  // That one which was served before is away is what the option is for. A new one may be misspelt.
+  const away = openings.map(({ asked, destination }) => ({
+    asked: { ...asked, optional: asked.optional || asked.known !== undefined },
+    destination,
+  }));
+  await openedInTime(session, away, []);
+  tellLast(session);
+  log.info(`No snapshot of ${o.source.id} is taken: no destination can be opened`);
+  return true;
+}
+
+/** The destinations that could be opened, when all have been tried. */
+async function openedOnes(openings: Openings): Promise<readonly Destination[]> {
+  const results = await Promise.allSettled(openings.map(({ destination }) => destination));
+  return results.flatMap((one) => (one.status === "fulfilled" ? one.value : []));
+}
+
+/**
+ * A new snapshot; with --if-changed none, and it is deleted again, where it is the same as the one
+ * before. Errors: Failure where it cannot be deleted.
+ */
+async function unlessUnchanged(session: Session, taken: Snapshot): Promise<readonly Snapshot[]> {
+  const { o, report, source } = session;
+  const newest = source.snapshots.at(-1);
+  const isTold = o.ifChanged && newest !== undefined;
+  const condition = isTold ? `, if something has changed since ${newest.name}` : "";
+  const tell = o.member === null ? log.info : log.debug;
+  if (o.dryRun) tell(`Would take snapshot ${taken.name} of ${o.source.id}${condition}`);
+  const isSame =
+    isTold &&
+    !o.dryRun &&
+    (await isUnchanged(session, newest, taken).catch(
+      afterFailure(({ message }) => {
+        report.warning(`${taken.name} is kept: ${message}`);
+        return false;
+      }),
+    ));
+  if (!isSame) {
+    if (!o.dryRun) tell(`Took snapshot ${taken.name} of ${o.source.id}`);
+    return [taken];
+  }
+  await deleteFrom(source, [taken], { ...o.deletion, sync: false });
+  log.info(`Nothing has changed since ${newest.name}: no snapshot of ${o.source.id} is kept`);
+  report.event("unchanged", { since: newest.name });
+  return [];
+}
+
+/**
+ * Whether a new snapshot is the same as the newest one of the chain. One that was edited, or
+ * received by a restore, is no earlier state, and nothing is said of what was changed since.
+ */
+async function isUnchanged(
+  { source, inquiry }: Session,
+  newest: Snapshot,
+  taken: Snapshot,
+): Promise<boolean> {
+  if (!newest.readonly || newest.receivedUuid !== null) return false;
+  await learnOfParents(inquiry, [newest], []);
+  return isStillEarlier(newest, taken, inquiry) && isSameState(source, newest, taken);
+}
+
+/** How much of a difference is read to tell whether there is one, in bytes. */
+const COMPARED = 65536;
+
+/** Whether `btrfs send` finds nothing that differs between two snapshots of a folder. Errors: Failure. */
+async function isSameState(folder: Folder, parent: Entry, snapshot: Entry): Promise<boolean> {
+  const { host, source, subvolumes, top } = folder;
+  const names = { snapshot: snapshot.name, parent: parent.name, most: String(COMPARED) };
+  const difference = await askBytes(
+    host,
+    REWRITTEN,
+    { ...at(folder), ...names },
+    `cannot tell whether anything has changed since ${parent.name}`,
+  );
+  const origin = subvolumes.find(({ uuid }) => uuid === snapshot.parentUuid);
+  const above = origin === undefined ? (source?.top ?? "/") : `/${origin.path}`;
+  const own = isWithin(top, above) ? relative(above, top) : null;
+  try {
+    return isOnlyFrame(difference, own);
+  } catch (error) {
+    if (difference.length >= COMPARED) return false;
+    throw error;
+  }
+}
+
+/** As `btrfs send` names what it makes, until it gets its own name. */
+const ON_ITS_WAY = /^o\d+-\d+-\d+$/;
+
+/**
+ * Whether a difference holds no command besides its frame. What a run itself does in `own`, the
+ * path of its folder in the subvolume, is no change of that: each run writes its record there.
+ * Errors: Failure for a difference that is cut off before anything tells.
+ */
+export function isOnlyFrame(difference: Buffer, own: string | null): boolean {
+  const { attribute } = streamCommands();
+  const folder = own === null ? null : Buffer.from(own).toString("latin1");
+  const changes = folder === null ? null : ownChanges(folder);
+  for (const { name, text } of commandsIn(difference)) {
+    if (name === "snapshot") continue;
+    if (name === "end") return changes === null || changes.areWhole();
+    if (name === undefined || changes === null) return false;
+    const to = name === "rename" ? text(attribute.pathTo) : "";
+    if (!changes.has(name, text(attribute.path), to)) return false;
+  }
+  return false;
+}
+
+/**
+ * Tells of one command after the other whether it changes only this program's files in a folder,
+ * which are made elsewhere, and renamed.
+ */
+function ownChanges(folder: string) {
+  const coming = new Set<string>();
+  const beginning = `${folder}${folder === "" ? "" : "/"}.btrfs-backup.`;
+  const isOwn = (path: string) =>
+    coming.has(path) || (path.startsWith(beginning) && !path.slice(beginning.length).includes("/"));
+  const renamed = (path: string, to: string) => {
+    coming.delete(path);
+    if (ON_ITS_WAY.test(to)) coming.add(to);
+    return isOwn(to);
+  };
+  return {
+    has: (name: string, path: string, to: string): boolean => {
+      if (name === "mkfile" && ON_ITS_WAY.test(path)) coming.add(path);
+      if (name === "utimes" && path === folder) return true;
+      if (!isOwn(path)) return false;
+      if (name === "unlink") coming.delete(path);
+      return name !== "rename" || renamed(path, to);
+    },
+    areWhole: () => coming.size === 0,
+  };
+}
+
+// ── run: taking over what others took ──
+
+/**
+ * Takes over the snapshots of SOURCE that others took and that are newer than its newest one: a
+ * snapshot of each, oldest first. Returns those that came before one that fails, which is reported.
+ * Errors: Failure where nothing can be told of the directory, or nothing there is of SOURCE.
+ */
+async function importSnapshots(
+  session: Session,
+  openings: Openings,
+  directory: string,
+): Promise<readonly Snapshot[]> {
+  const { o, report, source } = session;
+  const { dir, plan } = await importPlanned(session, directory);
+  session.beyond = parentsBeyond(source, plan.whole);
+  // No moment is lost by waiting for the destinations, some of which may have a name already.
+  const opened = await openedOnes(openings);
+  const taken: Snapshot[] = [];
+  for (const one of plan.coming) {
+    checkInterruption();
+    try {
+      const imported = await importOne(session, join(dir, one.below), { one, taken, opened });
+      taken.push(imported);
+      const what = `${one.below} of ${dir} as ${imported.name}`;
+      log.info(`${o.dryRun ? "Would take" : "Took"} over ${what}`);
+    } catch (error) {
+      if (await isGone(session, directory, one)) {
+        log.info(`${join(dir, one.below)} was deleted meanwhile, and is not taken over`);
+        continue;
+      }
+      // What is newer must not come before it.
+      report.error(null, error);
+      break;
+    }
+  }
+  if (taken.length > 0) await save(session).catch(() => {}); // it has been told
+  return taken;
+}
+
+/** Decides what is to be taken over from a directory. Errors: Failure. */
+async function importPlanned(session: Session, directory: string) {
+  const { o, source, inquiry } = session;
+  needRoot(source, "--import");
+  const { dir, subvolumes, found } = await foreignAt(session, directory);
+  for (const one of subvolumes) inquiry.all.set(one.uuid, one);
+  const { uuid } = source.identity;
+  const plan = planImport(found, source.snapshots, { uuid, all: inquiry.all });
+  checkImport(plan, o, dir);
+  return { dir, plan };
+}
+
+/** Whether a snapshot is no more where it was. */
+const isGone = (session: Session, directory: string, { uuid }: Foreign): Promise<boolean> =>
+  foreignAt(session, directory).then(
+    ({ found }) => !found.some((one) => one.uuid === uuid),
+    afterFailure(() => false),
+  );
+
+/**
+ * After a failure, drops the parents that others have deleted meanwhile. Errors: the failure, if
+ * none of the differences that were asked about has such a one.
+ */
+async function forgetGone(
+  session: Session,
+  asked: readonly Pair[],
+  failure: Failure,
+): Promise<void> {
+  const { o, beyond } = session;
+  const foreign = asked.filter(({ parent }) => parent.beyond !== undefined);
+  if (o.importFrom === null || foreign.length === 0) throw failure;
+  const { found } = await foreignAt(session, o.importFrom);
+  const there = new Set(found.map(({ uuid }) => uuid));
+  if (foreign.every(({ parent }) => there.has(parent.uuid))) throw failure;
+  session.beyond = beyond.filter(({ uuid }) => there.has(uuid));
+}
+
+/** Reads a directory of snapshots at the source's host. Errors: Failure. */
+async function foreignAt({ source }: Session, directory: string) {
+  const host: Host = { ...plainHost(source.host), fence: "try" };
+  const nonce = crypto.randomUUID();
+  const problem = `--import ${directory}: cannot be read`;
+  return parseForeign(await ask(host, FOREIGN, { nonce, dir: directory }, problem), nonce);
+}
+
+const FORMS =
+  "snapper's N/snapshot with N/info.xml, Timeshift's YYYY-MM-DD_HH-MM-SS/@, btrbk's NAME.YYYYMMDD (also with THHMM, or THHMMSS and a zone)";
+
+/** Tells what is not taken over. Errors: Failure where nothing is there to take over at any time. */
+function checkImport(
+  { whole, older, writable, unrelated }: ImportPlan,
+  { source: { id } }: Pick<RunOptions, "source">,
+  dir: string,
+): void {
+  const tell = (some: readonly Foreign[], why: string) => {
+    if (some.length === 0) return;
+    const places = someOf(
+      some.map(({ below }) => below),
+      3,
+    );
+    log.info(
+      `${plural(some.length, "snapshot")} in ${dir} ${some.length === 1 ? "is" : "are"} not taken over, ${why}: ${places}`,
+    );
+  };
+  tell(older, "being older than the newest one here");
+  tell(writable, "being writable (btrfs property set -ts PATH ro true makes one read-only)");
+  tell(unrelated, `being no snapshots of ${id}`);
+  if (whole.length > 0) return;
+  throw new Failure(
+    `--import ${dir}: no read-only snapshot of ${id} is there; looked for ${FORMS}${writable.length === 0 ? "" : `; ${writable.length} of them are writable`}${unrelated.length === 0 ? "" : `; ${unrelated.length} are of other subvolumes`}`,
+  );
+}
+
+/** What is taken over, and what has names already. */
+type Importing = {
+  readonly one: Foreign;
+  readonly taken: readonly Snapshot[];
+  readonly opened: readonly Destination[];
+};
+
+/** Takes a snapshot of another one, under the first free name from its moment on. Errors: Failure. */
+async function importOne(
+  session: Session,
+  path: string,
+  { one, taken, opened }: Importing,
+): Promise<Snapshot> {
+  const { o, source, inquiry, imported, takenFrom } = session;
+  const { uuid, id, parentUuid, cgen, words } = one;
+  const isFree = (name: string) =>
+    !source.entries.has(name) && !isTakenAt(opened, name) && !taken.some((it) => it.name === name);
+  for (let { moment } = one; ; moment += 1000) {
+    const name = snapshotName(o, new Date(moment));
+    if (!isFree(name)) continue;
+    const coming = { ...comingSnapshot(name, moment), parentUuid: uuid };
+    const made = await snapshotOf(session, path, coming);
+    if (made === null) continue;
+    imported.set(made.uuid, {
+      of: parentUuid ?? "",
+      id,
+      cgen: cgen ?? 0,
+      ...(words === null ? {} : { words }),
+    });
+    takenFrom.set(made.uuid, path);
+    if (o.dryRun) inquiry.ctransids.set(made.uuid, cgen ?? 0); // there is none to be looked at
+    return made;
+  }
+}
+
+/** Snapshots of SOURCE in another folder, as parents, in the order of their IDs. */
+function parentsBeyond(source: Source, whole: readonly Foreign[]): Snapshot[] {
+  return whole
+    .flatMap(({ below: _, words: __, ...one }): Snapshot[] => {
+      const beyond = beyondFolder(source, `/${one.path}`);
+      const name = entryName(basename(one.path));
+      if (beyond === null || name === null || /[\n\r]/.test(beyond)) return [];
+      return [{ ...one, name, beyond, time: wallClock(new Date(one.moment)) }];
+    })
+    .sort((a, b) => a.id - b.id);
+}
+
+/** So many snapshots a record tells the origin of; a line has room for more than twice as many. */
+const LISTED_IMPORTED = 200;
+
+/** What a record says of snapshots that were taken over, as long as they are there. */
+function importedOf({
+  imported,
+  takenFrom,
+  snapshots,
+}: Pick<Session, "imported" | "takenFrom" | "snapshots">): Pick<ChainRecord, "imported"> {
+  const there = new Set(snapshots.map(({ uuid }) => uuid));
+  const left = [...imported]
+    .filter(([uuid]) => there.has(uuid) || takenFrom.has(uuid))
+    .slice(-LISTED_IMPORTED);
+  return left.length === 0 ? {} : { imported: Object.fromEntries(left) };
+}
+
+/**
+ * What snapshots in a folder were taken over from, as the record tells of those that are gone. What
+ * a guarded key wrote is nothing to go by for others.
+ */
+function originalsGone({ chain, host, subvolumes }: Folder): Subvolume[] {
+  const { imported, guarded } = chain;
+  if (imported === undefined || (guarded && host.ssh === null)) return [];
+  return subvolumes.flatMap(({ uuid, parentUuid }) => {
+    const told = imported[uuid];
+    if (told === undefined || parentUuid === null) return [];
+    const { of, id, cgen } = told;
+    return [{ ...NO_SUBVOLUME, id, uuid: parentUuid, parentUuid: of, cgen }];
+  });
+}
+
+/** Reads what FOREIGN printed. Errors: Failure. */
+export function parseForeign(
+  output: string,
+  nonce: string,
+): { readonly dir: string; readonly subvolumes: Subvolume[]; readonly found: Foreign[] } {
+  const sections = sectionsOf(output, nonce);
+  const section = (name: string) => {
+    const text = sections.get(name);
+    if (text === undefined || !sections.has("end"))
+      throw new Failure(`the host does not print what it was asked for: ${name}`);
+    return text;
+  };
+  const dir = section("dir");
+  if (!PATH_SHAPE.test(dir) || dir !== withoutSlash(normalize(dir)))
+    throw new Failure("the host does not print what it was asked for: dir");
+  const { top } = placeOn(parseMounts(section("mounts")), dir);
+  const subvolumes = parseSubvolumes(section("subvolumes"), section("readonly"));
+  const told = parseInfos(section("snapper"));
+  const found = subvolumes.flatMap((one): Foreign[] => {
+    const path = `/${one.path}`;
+    const below = isWithin(path, top) ? relative(top, path) : "";
+    const number = /^(\d+)\/snapshot$/.exec(below)?.[1];
+    const { date = null, words = null } = told.get(number ?? "") ?? {};
+    const moment = number === undefined ? foreignMoment(below) : date;
+    return moment === null ? [] : [{ ...one, below, moment, words }];
+  });
+  return { dir, subvolumes, found };
+}
+
+/**
+ * The moment that a snapshot's place tells in the form of Timeshift or btrbk; null for any other
+ * one. Both mean the local time where no zone stands.
+ */
+export function foreignMoment(below: string): number | null {
+  const timeshift = /^(\d{4})-(\d\d)-(\d\d)_(\d\d)-(\d\d)-(\d\d)\/@[^/]*$/.exec(below);
+  const btrbk = /^[^/]+\.(\d{8})(?:T(\d{4}|\d{6}(?:([+-])(\d\d)(\d\d))?))?(?:_\d+)?$/.exec(below);
+  const [, day = "", clock = "", sign, hours = "", minutes = ""] = btrbk ?? [];
+  const digits = timeshift?.slice(1).join("") ?? `${day}${clock.slice(0, 6).padEnd(6, "0")}`;
+  const time = parseName(`${digits.slice(0, 8)}-${digits.slice(8)}`, "");
+  if (time === null || (timeshift ?? btrbk) === null) return null;
+  if (sign === undefined) return momentOf(time);
+  const ahead = (Number(hours) * 60 + Number(minutes)) * 60e3;
+  return sign === "+" ? time - ahead : time + ahead;
+}
+
+/** How many characters of a description are kept. */
+const MOST_WORDS = 60;
+
+/** What the info.xml of snapper says of each of its numbers: when, in UTC, and its description. */
+function parseInfos(text: string): Map<string, { date?: number; words?: string }> {
+  const told = new Map<string, { date?: number; words?: string }>();
+  const shape = /^\.\/(\d+)\/info\.xml .*?<(date|description)>(.*?)(?:<\/|$)/gm;
+  for (const [, number = "", field, value = ""] of text.matchAll(shape)) {
+    const date = Date.parse(`${value.replace(" ", "T")}Z`);
+    const said = fromXml(value).replace(/\p{Cc}|\p{Cf}|\\/gu, " "); // as guardedRecord wants it
+    const words = [...said].slice(0, MOST_WORDS).join("").trim();
+    const more = field === "date" ? { date } : { words };
+    const isOne = field === "date" ? !Number.isNaN(date) : words !== "";
+    if (isOne) told.set(number, { ...told.get(number), ...more });
+  }
+  return told;
+}
+
+const XML: Readonly<Record<string, string>> = { lt: "<", gt: ">", amp: "&", quot: '"', apos: "'" };
+const fromXml = (text: string) =>
+  text.replace(/&(lt|gt|amp|quot|apos);/g, (_, name) => XML[name] ?? "");
+
 // ── run: a tree of subvolumes ──
 
 /** A run over a tree: SOURCE with its snapshot folder, and all that the members share. */
@@ -9843,6 +10490,8 @@ type TreeRun = Readonly<{
   members: ReadonlyMap<string, Subvolume>;
   /** Paths of subvolumes that went, with the first run without them; empty for this one. */
   gone: ReadonlyMap<string, string>;
+  /** The members' snapshots of this run, by the same paths. */
+  taken: Map<string, Snapshot>;
   /** Lets so many streams flow at a time. */
   jobs: ReturnType<typeof atMost>;
 }>;
@@ -9873,7 +10522,8 @@ async function backUpTree(o: RunOptions, report: Report): Promise<BackedUp | nul
     places = openTreePlaces(tree);
     const isPossible = await areAnyPossible(tree, places);
     const name = o.snapshot && isPossible ? await takeSnapshots(tree, places) : null;
-    const told = toldOnce(tree, places);
+    const told = toldOnce(tree, places, o.ifReachable && !isPossible);
+    if (o.ifReachable && !isPossible) return null;
     await noteTree(tree, told, name);
     const words = firstWords({ o, source: top, wanted: new Map(places) });
     await backUpMembers(tree, told);
@@ -9901,7 +10551,7 @@ async function beginTree(top: Source, o: RunOptions, report: Report): Promise<Tr
   const jobs = atMost(o.jobs);
   const open = async (path: string): Promise<Source> => {
     if (/[\n\r]/.test(path)) throw new Failure("there is a line break in its path");
-    const member = memberOptions({ o, jobs }, path);
+    const member = memberOptions({ o, jobs, taken: new Map() }, path);
     if (own.has(path)) return openFinished({ ...member, snapshotFolder: o.snapshotFolder });
     const folder = await (folders.get(path) as Promise<Folder>);
     const joined =
@@ -9919,7 +10569,7 @@ async function beginTree(top: Source, o: RunOptions, report: Report): Promise<Tr
     if (one.status === "fulfilled") sources.set(path, one.value);
     else report.error(null, saidOf(path, one.reason));
   }
-  return { o, report, top, sources, members, gone, jobs };
+  return { o, report, top, sources, members, gone, taken: new Map(), jobs };
 }
 
 /** A member as the source of its snapshot folder. */
@@ -9959,15 +10609,19 @@ function saidOf(path: string, error: unknown): unknown {
 }
 
 /** The options of a run for a member alone. The snapshot is taken by then. */
-const memberOptions = ({ o, jobs }: Pick<TreeRun, "o" | "jobs">, path: string): RunOptions => ({
+const memberOptions = (
+  { o, jobs, taken }: Pick<TreeRun, "o" | "jobs" | "taken">,
+  path: string,
+): RunOptions => ({
   ...o,
   source: placeBelow(o.source, path),
   destinations: o.destinations.map((one) => ({
     ...one,
     location: placeBelow(one.location, path),
   })),
-  snapshot: false,
-  member: { path, jobs },
+  snapshot: taken.has(path),
+  ifReachable: false,
+  member: { path, jobs, taken: taken.get(path) ?? null },
 });
 
 /**
@@ -10076,10 +10730,11 @@ async function closeTreePlace(place: Promise<TreePlace>): Promise<void> {
 
 /** Whether a snapshot makes sense: some destination can be one, or may yet answer. */
 async function areAnyPossible({ o, sources }: TreeRun, places: TreePlaces): Promise<boolean> {
-  const isNew = ({ location: { id } }: Wanted) =>
-    ![...sources.values()].some(({ chain }) =>
-      chain.destinations?.some(({ location }) => location === id),
-    );
+  const isNew = ({ location }: Wanted) =>
+    ![...sources].some(([path, { chain }]) => {
+      const { id } = placeBelow(location, path);
+      return chain.destinations?.some((known) => known.location === id);
+    });
   const fresh = o.destinations.filter(
     (one) => isNew(one) && isDirectory(one.location) && one.location.host === null,
   );
@@ -10094,8 +10749,26 @@ async function areAnyPossible({ o, sources }: TreeRun, places: TreePlaces): Prom
       ),
     ),
   );
+  if (o.ifReachable && !(await isAnyReached(o, places))) {
+    log.info(`No snapshot of ${o.source.id} is taken: no destination can be opened`);
+    return false;
+  }
   if (fresh.length === 0 || fresh.length < o.destinations.length) return true;
   return !(await isOverWithin(LOOK_MS, looked)) || (await looked).includes(true);
+}
+
+/** Whether any destination can be opened. A command always can. */
+async function isAnyReached(o: RunOptions, places: TreePlaces): Promise<boolean> {
+  const reached = o.destinations.map(async ({ location }) => {
+    const opening = isReadable(location)
+      ? (places.get(location.id) ?? openFolder(location, location.path, destinationOpening(o)))
+      : Promise.resolve();
+    return opening.then(
+      () => true,
+      () => false,
+    );
+  });
+  return (await Promise.all(reached)).includes(true);
 }
 
 /** Takes all snapshots of a tree. Returns their name; null where that fails, which is reported. */
@@ -10122,41 +10795,58 @@ async function namesThere(places: TreePlaces): Promise<Set<string>> {
 }
 
 /** Takes all snapshots in the first second whose name is free everywhere. Errors: Failure. */
-async function snapshotsOfNow(tree: TreeRun, places: TreePlaces): Promise<string> {
-  const { o, report, sources } = tree;
+async function snapshotsOfNow(tree: TreeRun, places: TreePlaces): Promise<string | null> {
+  const { o, report, sources, taken } = tree;
   const names = await namesThere(places);
+  const same = o.ifChanged && !o.dryRun ? await unchangedMembers(tree) : new Set<string>();
   const isTaken = (name: string) =>
     names.has(name) || [...sources.values()].some(({ entries }) => entries.has(name));
   for (; isTaken(snapshotName(o, new Date())); await nextSecond()) checkInterruption();
   const now = new Date();
   const name = snapshotName(o, now);
-  const { made, span } = o.dryRun ? imagined(tree) : await snapshotAll(tree, name);
+  const paths = [...sources.keys()].filter((path) => !same.has(path));
+  const { made, span } = o.dryRun ? imagined(tree) : await snapshotAll(tree, paths, name);
   const moment = Math.floor(now.getTime() / 1000) * 1000;
-  for (const [path, one] of made) {
-    const source = sources.get(path) as Source;
+  for (const [path, one] of made)
     if (one instanceof Failure) {
       report.error(null, saidOf(path, one));
+      await sources.get(path)?.close();
       sources.delete(path);
-      await source.close();
-      continue;
-    }
-    const snapshot = {
-      ...NO_SUBVOLUME,
-      ...one,
-      readonly: true,
-      name,
-      time: wallClock(now),
-      moment,
-      path: name,
-    };
-    sources.set(path, { ...source, snapshots: [...source.snapshots, snapshot] });
-    const where = { name, path: join(source.path, name) };
-    report.event("snapshot", path === "" ? where : { ...where, subvolume: path });
-  }
-  if (sources.size === 0) throw new Failure(`no snapshot of ${o.source.id} could be taken`);
-  const how = `${plural(sources.size, "snapshot")} ${name} of ${o.source.id} and the subvolumes below it`;
+    } else
+      taken.set(path, {
+        ...comingSnapshot(name, moment),
+        ...one,
+        readonly: true,
+        name,
+        path: name,
+      });
+  if (same.size > 0)
+    log.info(
+      `Nothing has changed in ${same.size} of ${plural(same.size + made.size, "subvolume")}`,
+    );
+  if (paths.length === 0) return null;
+  if (taken.size === 0) throw new Failure(`no snapshot of ${o.source.id} could be taken`);
+  const how = `${plural(taken.size, "snapshot")} ${name} of ${o.source.id} and the subvolumes below it`;
   log.info(o.dryRun ? `Would take ${how}` : `Took ${how}, within ${span} ms`);
   return name;
+}
+
+/**
+ * The members that were not written to since their newest snapshot, by the generations that btrfs
+ * counts them by once all that is in memory is on the disk. The others may have changed or not.
+ */
+async function unchangedMembers({ top, sources }: TreeRun): Promise<Set<string>> {
+  const listed = await askAt(top, GENERATIONS, {}, "cannot tell what has changed");
+  const generations = new Map(
+    [...listed.matchAll(/^ID (\d+) gen (\d+) /gm)].map(([, id, gen]) => [Number(id), Number(gen)]),
+  );
+  const isSame = ({ source, identity, snapshots }: Source) => {
+    const newest = snapshots.at(-1);
+    const isOf = newest?.parentUuid === identity.uuid && newest.cgen !== undefined;
+    const latest = (id = 0) => generations.get(id) ?? Infinity;
+    return isOf && latest(source?.root) <= newest.cgen && latest(newest.id) <= newest.cgen;
+  };
+  return new Set([...sources].filter(([, one]) => isSame(one)).map(([path]) => path));
 }
 
 /** What became of a member's snapshot: the new subvolume, or why there is none. */
@@ -10180,11 +10870,14 @@ const imagined = ({ sources }: TreeRun): AllMade => ({
 });
 
 /** Takes the snapshots of all members. Errors: Failure where none can be taken. */
-async function snapshotAll(tree: TreeRun, name: EntryName): Promise<AllMade> {
+async function snapshotAll(
+  tree: TreeRun,
+  paths: readonly string[],
+  name: EntryName,
+): Promise<AllMade> {
   const { o, top, sources } = tree;
   const made = new Map<string, Made>();
   const isTogether = (path: string) => sources.get(path)?.holder === top.holder;
-  const paths = [...sources.keys()];
   const began = Date.now();
   let span = 0;
   const batches = inArguments(
@@ -10223,12 +10916,19 @@ const snapshotAlone = (source: Source, name: EntryName): Promise<Made> =>
   );
 
 /** Tells once why a destination cannot be opened; the members hear that it was told. */
-function toldOnce({ o, report, top }: TreeRun, places: TreePlaces): TreePlaces {
+function toldOnce(
+  { o, report, sources }: TreeRun,
+  places: TreePlaces,
+  mayBeAway: boolean,
+): TreePlaces {
   const tell = (id: string, error: unknown) => {
     const wanted = o.destinations.find(({ location }) => location.id === id) as Wanted;
-    const known = knownDestinations(top).find(({ location }) => location === id);
-    if (error instanceof Absent && wanted.optional)
-      skip({ o, report }, { ...wanted, id, known }, error);
+    const [known] = [...sources].flatMap(([path, { chain }]) => {
+      const there = placeBelow(wanted.location, path).id;
+      return chain.destinations?.find(({ location }) => location === there) ?? [];
+    });
+    const isOptional = wanted.optional || (mayBeAway && known !== undefined);
+    if (error instanceof Absent && isOptional) skip({ o, report }, { ...wanted, id, known }, error);
     else report.error(id, error);
   };
   const told = [...places].map(([id, place]) => {
@@ -10313,7 +11013,7 @@ type Inquiry = ReturnType<typeof inquiryInto>;
 
 const inquiryInto = (folder: Folder) => ({
   folder,
-  all: byUuid(folder.subvolumes),
+  all: byUuid([...originalsGone(folder), ...folder.subvolumes]),
   ctransids: new Map<string, number>(),
   births: new Map<string, number | null>(),
   losses: new Map<string, string | null>(),
@@ -10345,11 +11045,11 @@ function learnOfParents(
   return asking;
 }
 
-const pathsOf = (some: readonly Entry[]) => some.map(({ name }) => `./${name}`);
+const pathsOf = (some: readonly Entry[]) => some.map((one) => `./${fromFolder(one)}`);
 
 /** Snapshots in as few commands as their names fit into. */
 const inCommands = (all: readonly Entry[]) =>
-  batchesOf(all, ({ name }) => argumentBytes(`./${name}`), RECORD_BYTES);
+  batchesOf(all, (one) => argumentBytes(`./${fromFolder(one)}`), RECORD_BYTES);
 
 /** Asks when snapshots were changed last. Errors: Failure where one cannot be looked at. */
 async function learnChanges({ folder, ctransids }: Inquiry, some: readonly Entry[]): Promise<void> {
@@ -10405,7 +11105,7 @@ async function learnBirths(inquiry: Inquiry, differences: readonly Pair[]): Prom
     const generations = new Map<string, number>();
     for (const [, generation, name = ""] of shown.matchAll(/^ *(\d+) +\S+ \.\/(.*)$/gm))
       generations.set(name, Number(generation));
-    for (const { uuid, name } of some) births.set(uuid, generations.get(name) ?? null);
+    for (const one of some) births.set(one.uuid, generations.get(fromFolder(one)) ?? null);
   }
 }
 
@@ -10438,7 +11138,7 @@ function lossOf(folder: Folder, pair: Pair): Promise<string | null> {
 /** The first file whose end a difference would lose; null if there is none. Errors: Failure. */
 async function lostIn(folder: Folder, { parent, snapshot }: Pair): Promise<string | null> {
   const { host } = folder;
-  const names = { ...at(folder), snapshot: snapshot.name, parent: parent.name };
+  const names = { ...at(folder), snapshot: snapshot.name, parent: fromFolder(parent) };
   const ranges = parseRewritten(await askBytes(host, REWRITTEN, names, "cannot tell what differs"));
   for (const paths of inArguments([...ranges.keys()].map((path) => `/${path}`))) {
     const what = "cannot tell the sizes of what differs";
@@ -10649,7 +11349,7 @@ async function planFor(served: Served): Promise<ReturnType<typeof planTransfers>
     const fitness = judge(inquiry, verdicts, isThere);
     const plan =
       memory === null
-        ? planTransfers(snapshots, standing, options, fitness)
+        ? planTransfers([...session.beyond, ...snapshots], standing, options, fitness)
         : {
             transfers: planStreams(snapshots, memory.last, o, fitness),
             conflicts: [],
@@ -10666,7 +11366,9 @@ async function planFor(served: Served): Promise<ReturnType<typeof planTransfers>
         (one) => isThere(one) && changedSince(one, inquiry, verdicts.cleared),
       );
       const asked = isSuspicious ? snapshots : open.map(({ parent }) => parent);
-      await learnOfParents(inquiry, asked.filter(mayBeEdited), open);
+      await learnOfParents(inquiry, asked.filter(mayBeEdited), open).catch(
+        afterFailure((failure) => forgetGone(session, open, failure)),
+      );
       continue;
     }
     if (destination.compare === null || served.compared) return plan;
@@ -10807,7 +11509,7 @@ function announce(served: Served, { snapshot, parent }: Transfer): Failure | nul
   const why = todo[0]?.why === undefined ? "" : `: ${todo[0].why}`;
   const isRenewal = why === "" && newestShared(snapshots, standing.held) !== null;
   const how = () => {
-    if (parent !== null) return `difference to ${parent.name}${why}`;
+    if (parent !== null) return `difference to ${fromFolder(parent)}${why}`;
     if (!o.incremental) return "in full, as asked";
     if (why !== "") return `in full${why}`;
     return isRenewal ? "in full: a new chain" : "in full: no snapshot is on both sides";
@@ -10861,7 +11563,7 @@ async function noteArrival(served: Served, transfer: Transfer, sent: Sent): Prom
   session.report.event("transfer", {
     destination: id,
     name: snapshot.name,
-    parent: parent?.name ?? null,
+    parent: parent && fromFolder(parent),
     ...sent,
   });
   // The record is all the memory of a command: it is written after each stream.
@@ -10890,7 +11592,8 @@ async function planAgain(
   const isSecond =
     !refused.has(parent.uuid) && [...refused.values()].some((why) => why.endsWith(DAMAGED));
   // Where a second parent is no better, the snapshot is sent in full.
-  const unfit = isSecond ? session.snapshots.filter((one) => find(one) !== undefined) : [parent];
+  const parents = [...session.beyond, ...session.snapshots];
+  const unfit = isSecond ? parents.filter((one) => find(one) !== undefined) : [parent];
   for (const { uuid, name } of unfit) refused.set(uuid, `the backup of ${name} there ${DAMAGED}`);
   const words = [parent.name, session.o.source.id, destination.id].map(shellWord).join(" ");
   session.report.warning(
@@ -13359,6 +14062,7 @@ export function inventory(
     .map(({ name, time, cells }) => ({
       name,
       time: new Date(time).toISOString().slice(0, 19),
+      ...describedBy(source, cells[0]),
       at: sides.map(({ folder, goes, pin }, i) => {
         // What cannot be asked: what the source remembers.
         if (folder === null)
@@ -13389,6 +14093,12 @@ export function inventory(
     last: known.find(({ location }) => location === id)?.last,
   }));
   return { locations, snapshots };
+}
+
+/** What its maker said of a snapshot that was taken over, where the source's record tells. */
+function describedBy(source: Folder | null, cell: Cell | undefined): { description?: string } {
+  const told = source?.chain.imported?.[cell?.entry.uuid ?? ""]?.words;
+  return told === undefined ? {} : { description: told };
 }
 
 /** The UUIDs of what goes in a column by the policies, and of the pin. */
@@ -13447,7 +14157,8 @@ function inventoryTable(
     const reached = source || last === undefined ? "" : `, last served ${ago ?? "never"}`;
     return `${columnLetter(i)}  ${id}${source ? " (source)" : ""}${reached}${whyEmpty(columns[i] as Column)}\n`;
   });
-  const cells = snapshots.map(({ name, time, at: marks }) => [
+  const isDescribed = snapshots.some(({ description }) => description !== undefined);
+  const cells = snapshots.map(({ name, time, at: marks, description = "" }) => [
     name,
     inWords(now - Date.parse(`${time}Z`)),
     ...marks.map((mark) => {
@@ -13457,8 +14168,10 @@ function inventoryTable(
       const note = kept === undefined ? "" : `, kept${kept === "" ? "" : ` (${kept})`}`;
       return `${state}${pin ? ", pin" : ""}${note}${goes ? ", goes" : ""}${bytes === null ? "" : ` ${inBytes(bytes)}`}`;
     }),
+    ...(isDescribed ? [description] : []),
   ]);
-  const head = ["NAME", "AGE", ...locations.map((_, i) => columnLetter(i))];
+  const letters = locations.map((_, i) => columnLetter(i));
+  const head = ["NAME", "AGE", ...letters, ...(isDescribed ? ["DESCRIPTION"] : [])];
   return `${legend.join("")}\n${cells.length === 0 ? "no snapshots\n" : alignedTable([head, ...cells])}\n`;
 }
 
@@ -14853,6 +15566,12 @@ async function checkOpenedSource(checkup: Checkup, session: Session): Promise<vo
     warnOfSource({ ...session, report: heard });
     return ageOfNewest(session.snapshots, o, heard, "snapshot");
   });
+  const { importFrom } = o;
+  if (importFrom !== null)
+    await look(checkup, about("import"), async () => {
+      const { dir, plan } = await importPlanned(session, importFrom);
+      return `${plural(plan.coming.length, "snapshot")} to take over from ${dir}`;
+    });
   await look(checkup, about("edited"), (heard) => checkEdited(session, heard));
   await look(checkup, about("leftovers"), (heard) => {
     const left = source.subvolumes
@@ -15886,6 +16605,39 @@ const LISTED_NAME: ArgumentRule = (value, said) =>
     ? `./${STANDING(value.slice(2), said)}`
     : refuse(`the argument ${inQuotes(value)}`);
 
+/**
+ * A parent for a difference: a snapshot of the folder, or a read-only subvolume elsewhere in the
+ * key's paths, by the path from the folder, which leads through no link.
+ */
+const PARENT_RULE: ArgumentRule = (value, said) => {
+  if (!value.includes("/")) return STANDING(value, said);
+  const path = join(said.folder, value);
+  const isPlain = isOneLine(value) && value === relative(said.folder, path);
+  return isPlain && isForeign(path, said)
+    ? value
+    : refuse(`${inQuotes(value)} is no snapshot in ${said.o.paths.join(" or ")}`);
+};
+const LISTED_PARENT: ArgumentRule = (value, said) =>
+  value.startsWith("./")
+    ? `./${PARENT_RULE(value.slice(2), said)}`
+    : refuse(`the argument ${inQuotes(value)}`);
+
+/** Whether a path, without links, is a read-only subvolume in the key's paths. */
+const isForeign = (path: string, { o }: Guarded) =>
+  isReadonlySubvolume(path) &&
+  resolvedPath(path) === path &&
+  o.paths.map(resolvedPath).some((top) => isWithin(path, top) && path !== top);
+
+/** What a snapshot can be taken of: a source, or a snapshot that others took. */
+const SNAPSHOT_OF: ArgumentRule = (value, said) => {
+  const { folder } = said;
+  const isOwn = prefixOf(basename(value)) !== null;
+  if (!value.startsWith("/") || isOwn || !isForeign(value, said)) return SOURCE_RULE(value, said);
+  PLACE_RULE(dirname(value), said);
+  said.folder = folder;
+  return value;
+};
+
 const isObject = (value: string) => STREAM.test(value) && isName(value);
 const OBJECT = passing(
   (value, { prefix }) =>
@@ -16047,6 +16799,7 @@ const JUDGED: Readonly<Record<keyof ChainRecord, true>> = {
   elders: true,
   destinations: true,
   leaps: true,
+  imported: true,
   belated: true,
   kept: true,
   guarded: true,
@@ -16076,6 +16829,8 @@ export function guardedRecord(text: string, folder: Judging, source: boolean): C
   // What is gone is dropped on both sides.
   if (!sameIn(withoutGone(full, standing), withoutGone(now, standing), "kept"))
     refuse("a record that keeps something else: keep and release are for the server");
+  const isOrigin = sameIn(full, now, "imported");
+  if (!source && !isOrigin) refuse("a record with other origins");
   // The server alone knows since when a name is announced. Destinations are the key's word only:
   // nobody's --locked-dests may go by them.
   const { since: _, ...said } = full;
@@ -16083,7 +16838,7 @@ export function guardedRecord(text: string, folder: Judging, source: boolean): C
   return {
     ...said,
     ...(isKnown && now.since !== undefined ? { since: now.since } : {}),
-    ...(now.guarded || !isSame ? { guarded: true as const } : {}),
+    ...(now.guarded || !isSame || !isOrigin ? { guarded: true as const } : {}),
   };
 }
 
@@ -16218,10 +16973,8 @@ const dropAgain: Again<DropVerb> = async (given, said) => {
   return given;
 };
 
-/** Never the newest snapshot of a source, and never what is kept. */
-const deleteAgain: Again<typeof DELETE> = async (given, said) => {
-  const names = given.names.map((name) => DATED(name.slice(2), said));
-  const { standing, top, record } = await folderNow(said, "folder");
+/** Errors: Refused where somebody keeps what is to be deleted, or may do so. */
+function refuseKept({ standing, record }: Folder, names: readonly string[]): void {
   if (record.unreadable !== null) refuse("a deletion where the record cannot be read");
   const kept = new Set(
     [...record.chains.values()].flatMap((chain) => chain.kept ?? []).map(({ uuid }) => uuid),
@@ -16229,18 +16982,45 @@ const deleteAgain: Again<typeof DELETE> = async (given, said) => {
   for (const one of standing)
     if (names.includes(one.name) && kept.has(dataOf(one)))
       refuse(`${one.name} is kept: keep and release are for the server`);
+}
+
+/**
+ * Never what is kept, and never the newest snapshot of a source, unless it is the same as the one
+ * before: what --if-changed took in vain.
+ */
+const deleteAgain: Again<typeof DELETE> = async (given, said) => {
+  const names = given.names.map((name) => DATED(name.slice(2), said));
+  const folder = await folderNow(said, "folder");
+  const { standing, top } = folder;
+  refuseKept(folder, names);
   const idOf = new Map<string, string>(standing.map(({ name, id }) => [name, String(id)]));
   if (given.top !== top || given.ids !== names.map((name) => idOf.get(name)).join(" "))
     refuse("subvolumes that are others now");
-  const newest = (prefix: string) =>
+  const newestTwo = (prefix: string) =>
     standing
       .filter(({ name, readonly }) => readonly && parseName(name, prefix) !== null)
-      .reduce((last, one) => (one.id > last.id ? one : last), NO_SUBVOLUME as Entry).name;
+      .sort((a, b) => a.id - b.id)
+      .slice(-2);
   if (said.o.source)
-    for (const name of names)
-      if (newest(prefixOf(name) as string) === name) refuse(`${name} is the newest snapshot`);
+    for (const name of names) {
+      const [one, other] = newestTwo(prefixOf(name) as string);
+      const newest = other ?? one;
+      if (newest?.name !== name) continue;
+      const isInVain =
+        names.length === 1 &&
+        one !== undefined &&
+        one !== newest &&
+        (await isRepeated(folder, one, newest));
+      if (!isInVain) refuse(`${name} is the newest snapshot`);
+    }
   return given;
 };
+
+/** Whether a snapshot holds nothing that the one before has not. */
+const isRepeated = (folder: Folder, before: Entry, newest: Entry): Promise<boolean> =>
+  isSameState({ ...folder, host: { ...LOCAL, fence: "own" } }, before, newest).catch(
+    afterFailure(() => false),
+  );
 
 /** Only the newest snapshot, within its prefix. */
 const renameAgain: Again<typeof RENAME> = async (given, said) => {
@@ -16332,7 +17112,6 @@ const GUARDED: ReadonlyMap<string, Allowed> = new Map([
   allow(MADE, ["delete", "read"], {}, { serve: madeServed }),
   allow(BORN, ["delete", "read"], NAMES),
   allow(SHOW, ["source"], {}),
-  allow(SNAPSHOT, ["source"], { source: SOURCE_RULE, name: DATED }),
   allow(
     SNAPSHOTS,
     ["source"],
@@ -16343,10 +17122,13 @@ const GUARDED: ReadonlyMap<string, Allowed> = new Map([
     },
     { again: snapshotsAgain, serve: snapshotsServed },
   ),
+  allow(GENERATIONS, ["source"], {}, { serve: generationsServed }),
+  allow(SNAPSHOT, ["source"], { source: SNAPSHOT_OF, name: DATED }),
+  allow(FOREIGN, ["source"], { dir: PLACE_RULE }, { serve: foreignServed }),
   allow(RENAME, ["source"], { name: STANDING, to: DATED }, { again: renameAgain }),
   allow(SEND, ["source", "read"], {
     protocol: matching(/^[12]?$/),
-    parent: optionally(STANDING),
+    parent: optionally(PARENT_RULE),
     skip: optionally(BYTES),
     sum: optionally(SHA256),
     uuid: UUID_BYTES,
@@ -16356,11 +17138,16 @@ const GUARDED: ReadonlyMap<string, Allowed> = new Map([
     group: oneOf(""),
     verb: matching(/^[a-z-]{1,20}$/),
   }),
-  allow(HEADS, ["source", "read"], {}),
-  allow(BIRTHS, ["source", "read"], {}),
-  allow(ESTIMATE, ["source", "read"], { parent: optionally(STANDING) }),
-  allow(REWRITTEN, ["source", "read"], { parent: STANDING }),
-  allow(FILE_SIZES, ["source", "read"], { parent: STANDING, paths: INNER }, { again: sizesAgain }),
+  allow(HEADS, ["source", "read"], { snapshots: LISTED_PARENT }),
+  allow(BIRTHS, ["source", "read"], { snapshots: LISTED_PARENT }),
+  allow(ESTIMATE, ["source", "read"], { parent: optionally(PARENT_RULE) }),
+  allow(REWRITTEN, ["source", "read"], { parent: PARENT_RULE, most: matching(/^\d{1,8}$/) }),
+  allow(
+    FILE_SIZES,
+    ["source", "read"],
+    { parent: PARENT_RULE, paths: INNER },
+    { again: sizesAgain },
+  ),
   allow(SIZES, ["read"], NAMES),
   allow(DIGEST, ["read"], {}),
   allow(LISTING, ["read"], {}),
@@ -16574,16 +17361,27 @@ async function snapshotsAgain(given: ArgumentsOf<typeof SNAPSHOTS>, said: Guarde
 }
 
 /** Takes snapshots, and tells of those that are in the folder. */
-async function snapshotsServed(
-  given: ArgumentsOf<typeof SNAPSHOTS>,
-  said: Guarded,
-): Promise<number> {
-  const { top } = await folderNow(said, "folder");
-  const { stdout, exitCode } = await startFenced(SNAPSHOTS, given, "pipe");
+function snapshotsServed(given: ArgumentsOf<typeof SNAPSHOTS>, said: Guarded): Promise<number> {
+  return listServed(startFenced(SNAPSHOTS, given, "pipe"), given.paths.length + 1, said);
+}
+
+/** Tells the generations of the subvolumes below the key's paths. */
+function generationsServed(given: ArgumentsOf<typeof GENERATIONS>, said: Guarded): Promise<number> {
+  return listServed(startFenced(GENERATIONS, given, "pipe"), 0, said);
+}
+
+/** Passes on so many lines, and of the list of subvolumes behind them what concerns the key. */
+async function listServed(child: ProcessPromise, before: number, said: Guarded): Promise<number> {
+  const { place, top: folder, mounts } = await folderNow(said, "folder");
+  const inside = said.o.paths
+    .map(resolvedPath)
+    .filter((path) => isWithin(place.path, path))
+    .map((path) => placeOn(mounts, path).top);
+  const { stdout, exitCode } = await child;
   const lines = stdout.replace(/\n$/, "").split("\n");
-  const told = lines.splice(0, given.paths.length + 1);
+  const told = lines.splice(0, before);
   for (const [line, , , , , , path] of listedLines(lines.join("\n"), LISTED))
-    if (isWithin(`/${path}`, top)) told.push(line);
+    if ([folder, ...inside].some((top) => isWithin(`/${path}`, top))) told.push(line);
   process.stdout.write(`${told.join("\n")}\n`);
   return exitCode ?? 1;
 }
@@ -16625,6 +17423,38 @@ export function narrowedAnswer(output: string, nonce: string, folder: string): s
       : `${[name, ...lines[name](text.join("\n"))].join("\n")}\n`;
   });
   return parts.join(`\n${nonce} `);
+}
+
+/** Tells what is below a directory, and the mounts that lead there. */
+async function foreignServed(given: ArgumentsOf<typeof FOREIGN>): Promise<number> {
+  const child = startFenced(FOREIGN, given, "pipe");
+  const { stdout, exitCode } = await child;
+  if (exitCode === 0) process.stdout.write(narrowedForeign(stdout, given.nonce));
+  return exitCode ?? 1;
+}
+
+/** The answer of `foreign`, without the lines that do not concern the directory. */
+export function narrowedForeign(output: string, nonce: string): string {
+  const sections = sectionsOf(output, nonce);
+  const dir = sections.get("dir") ?? "";
+  const { top } = placeOn(parseMounts(sections.get("mounts") ?? ""), dir);
+  const listed = (shape: RegExp, group: number) => (text: string) =>
+    [...listedLines(text, shape)]
+      .filter((found) => isWithin(`/${found[group]}`, top))
+      .map(([line]) => line)
+      .join("\n");
+  const narrowed: Record<string, (text: string) => string> = {
+    subvolumes: listed(LISTED, 6),
+    readonly: listed(LISTED_READONLY, 2),
+    mounts: (text) =>
+      text
+        .split("\n")
+        .filter((line) => isWithin(dir, parseMounts(line)[0]?.path ?? ""))
+        .join("\n"),
+  };
+  return [...sections]
+    .map(([name, text]) => `\n${nonce} ${name}\n${narrowed[name]?.(text) ?? text}\n`)
+    .join("");
 }
 
 /** All subvolumes of a folder's filesystem. Nothing else happens meanwhile. Errors: Refused. */
@@ -17440,6 +18270,20 @@ const GROUPS = {
       repeatable: true,
       means: "With --recursive: not the subvolumes that PATTERN names, as in gitignore(5)",
     },
+    import: {
+      of: RUNNING,
+      value: "DIR",
+      means:
+        "Take no snapshot, but take over those of SOURCE that snapper, Timeshift or btrbk took in DIR (relative to SOURCE, or absolute) since the newest one",
+    },
+    "if-changed": {
+      of: RUNNING,
+      means: "Keep no new snapshot where nothing has changed since the newest one",
+    },
+    "if-reachable": {
+      of: RUNNING,
+      means: "Wait for the destinations, and take no snapshot where none of them can be opened",
+    },
     "snapshot-folder": {
       of: COMMON,
       short: "f",
@@ -18058,6 +18902,7 @@ export function runOptions(given: Given) {
     backupPolicy: policyOf(given, "num-backups"),
     minFree: minFreeOf(given),
     snapshot: !flag("no-snapshot"),
+    ...takingOptions(given, source.path, destinations.length > 0 || flag("locked-dests")),
     transfer: !flag("no-transfer"),
     incremental: !flag("no-incremental"),
     newestOnly: flag("newest-only"),
@@ -18089,6 +18934,37 @@ function excludedBy(given: Given): readonly IgnoreRule[] {
   if (patterns.length > 0 && !given.flag("recursive"))
     throw new UsageError("--exclude needs --recursive: a snapshot has all of its subvolume");
   return patterns.flatMap((pattern) => ignoreRule(pattern) ?? []);
+}
+
+/** When a run takes a snapshot, or takes those over that others took. Errors: UsageError. */
+function takingOptions({ flag, value }: Given, source: string, hasDestinations: boolean) {
+  const directory = value("import");
+  const ifReachable = flag("if-reachable");
+  const ifChanged = flag("if-changed");
+  if (directory === "") throw new UsageError("--import: give the directory of the snapshots");
+  const isGiven = {
+    import: directory !== null,
+    "if-changed": ifChanged,
+    "if-reachable": ifReachable,
+  };
+  for (const [name, isIt] of Object.entries(isGiven))
+    if (isIt && flag("no-snapshot"))
+      throw new UsageError(`--${name} and --no-snapshot contradict each other`);
+  if (directory !== null && flag("recursive"))
+    throw new UsageError(
+      "--import and --recursive contradict each other: take over the snapshots of one subvolume at a time",
+    );
+  if (directory !== null && ifChanged)
+    throw new UsageError(
+      "--import and --if-changed contradict each other: whoever takes the snapshots says when",
+    );
+  if (ifReachable && !hasDestinations)
+    throw new UsageError("--if-reachable needs a destination: give DEST");
+  return {
+    importFrom: directory === null ? null : resolve(source, directory),
+    ifChanged,
+    ifReachable,
+  };
 }
 
 /** Those of run, as a dry run has them, which forgets no pin and waits for no lock. */

@@ -18,6 +18,15 @@ import {
   isComplete,
   isSnapshotFolder,
   leapNames,
+  type Subvolume,
+  narrowedForeign,
+  parseForeign,
+  judge,
+  isOnlyFrame,
+  beyondFolder,
+  planImport,
+  type Foreign,
+  foreignMoment,
   leapsAmong,
   leaptTo,
   leftoversOf,
@@ -107,7 +116,7 @@ import {
   type StoredFile,
 } from "../btrfs-backup.ts";
 import { attribute, command, stream } from "./support/stream.ts";
-import { named } from "./support/names.ts";
+import { named, numberedUuid } from "./support/names.ts";
 
 // A day or a moment is written as in names, shortened: "0301" is 2024-03-01, 00:00:00.
 const full = (short: string) => {
@@ -3372,5 +3381,258 @@ describe("trees", () => {
         [`./tree/snapshot/a/${one}`, "./tree/a/b", "./tree/a", "./members", "./tree", `./${one}`],
       ],
     ]);
+  });
+});
+
+describe("what others took", () => {
+  const foreign = (id: number, fields: Partial<Foreign> = {}): Foreign => ({
+    id,
+    path: `.snapshots/${id}/snapshot`,
+    uuid: `f${id}`,
+    parentUuid: "source",
+    receivedUuid: null,
+    readonly: true,
+    cgen: id,
+    below: `${id}/snapshot`,
+    moment: at("0101") + id,
+    words: null,
+    ...fields,
+  });
+  const copyOf = (short: string, id: number, fields: Partial<Snapshot> = {}) =>
+    snap(short, { parentUuid: `f${id}`, ...fields });
+  const source = (fields: Partial<Subvolume> = {}): Subvolume => ({
+    ...foreign(1),
+    uuid: "source",
+    parentUuid: null,
+    readonly: false,
+    ...fields,
+  });
+  const ids = (some: readonly Foreign[]) => some.map(({ id }) => id).join(" ");
+  const plan = (
+    found: readonly Foreign[],
+    chain: readonly Snapshot[] = [],
+    all: readonly Subvolume[] = [],
+  ) => {
+    const known = [source(), ...found, ...all];
+    const planned = planImport(found, chain, {
+      uuid: "source",
+      all: new Map(known.map((one) => [one.uuid, one])),
+    });
+    const { coming, older, writable, unrelated } = planned;
+    return [coming, older, writable, unrelated].map(ids).join("|");
+  };
+  const some = [foreign(30), foreign(10), foreign(20)];
+
+  test.each<[string, string, Parameters<typeof plan>]>([
+    ["all, in the order of their making, into an empty chain", "10 20 30|||", [some]],
+    ["nothing twice", "|||", [some, [copyOf("0101", 10), copyOf("0102", 20), copyOf("0103", 30)]]],
+    ["what is newer than the original of the newest", "30|10||", [some, [copyOf("0105", 20)]]],
+    [
+      "also where that is gone, and its copy has a later name",
+      "30|||",
+      [[foreign(30)], [copyOf("0105", 20)], [foreign(20)]],
+    ],
+    [
+      "by the moment where nothing is known of it",
+      "30|10||",
+      [
+        [foreign(10, { moment: at("0103") }), foreign(30, { moment: at("0105") })],
+        [copyOf("0104", 20)],
+      ],
+    ],
+    [
+      "by the moment where the newest one was taken here",
+      "10|30||",
+      [[foreign(10, { moment: at("0105") }), foreign(30, { moment: at("0103") })], [snap("0104")]],
+    ],
+    [
+      "by the moment where the newest one was received",
+      "|10 30||",
+      [[foreign(10), foreign(30)], [copyOf("0105", 20, { receivedUuid: "x" })], [foreign(20)]],
+    ],
+    [
+      "what was deleted here stays away",
+      "30|10 20||",
+      [[...some], [copyOf("0105", 25)], [foreign(25)]],
+    ],
+    [
+      "neither what is writable, nor another's, nor what was received; SOURCE itself is not told",
+      "40||10|20 30",
+      [
+        [
+          foreign(10, { readonly: false }),
+          foreign(20, { parentUuid: "other" }),
+          foreign(30, { receivedUuid: "x" }),
+          foreign(40),
+          foreign(50, { uuid: "source", readonly: false }),
+        ],
+      ],
+    ],
+    [
+      "after a rollback, those of the system before, and not what goes on beside",
+      "10 20 60|||70",
+      [
+        [
+          foreign(10, { parentUuid: "old" }),
+          foreign(20, { parentUuid: "old" }),
+          foreign(60),
+          foreign(70, { parentUuid: "old" }),
+        ],
+        [],
+        [source({ parentUuid: "f10", cgen: 50 })],
+      ],
+    ],
+    ["nothing where a parent is not told", "|||10", [[foreign(10, { parentUuid: null })]]],
+  ])("%s", (_, expected, given) => expect(plan(...given)).toBe(expected));
+
+  test.each<[string, string | null]>([
+    ["2026-01-31_23-59-58/@", "20260131-235958"],
+    ["2026-01-31_23-59-58/@home", "20260131-235958"],
+    ["home.20260131", "20260131-000000"],
+    ["a.b.20260131_12", "20260131-000000"],
+    ["home.20260131T2359", "20260131-235900"],
+    ["home.20260131T235958+0000_1", "20260131-235958 UTC"],
+    ["home.20260131T235958-0130", "20260201-012958 UTC"],
+    ["home.20260131T235958+0530", "20260131-182958 UTC"],
+    ["home.20260230", null],
+    ["home.20260131T2360", null],
+    ["home.20260131T2359+0000", null],
+    ["home.20260131/x", null],
+    ["20260131", null],
+    ["2026-01-31_23-59-58/@/@", null],
+    ["home.20260131-235958", null],
+    ["", null],
+  ])("the moment of %s", (below, expected) => {
+    const moment = foreignMoment(below);
+    const isUtc = expected?.endsWith("UTC") === true;
+    const time = expected === null ? null : parseName(expected.slice(0, 15), "");
+    expect(moment).toBe(time === null || isUtc ? time : momentOf(time));
+  });
+
+  test("an original tells what its copy is an earlier state of, unless it was changed before", () => {
+    const ghost = { ...snap("0001"), uuid: "f10", cgen: 10 };
+    const later = { ...snap("0002"), uuid: "f20", cgen: 20 };
+    const [one, other] = [copyOf("0101", 10, { cgen: 30 }), copyOf("0102", 20, { cgen: 40 })];
+    const own = snap("0103", { cgen: 50 });
+    const facts = (ctransid: number) => ({
+      all: new Map([ghost, later, one, other, source()].map((it) => [it.uuid, it])),
+      ctransids: new Map([one, other].map(({ uuid }) => [uuid, ctransid])),
+      births: new Map(),
+      losses: new Map(
+        [`${one.uuid} ${other.uuid}`, `${one.uuid} ${own.uuid}`].map((k) => [k, "no"]),
+      ),
+    });
+    const isFit = (ctransid: number, parent: Snapshot, of: Snapshot) =>
+      judge(facts(ctransid), { cleared: {}, refused: new Map() }, () => true).unfit(parent, of) ===
+      null;
+    expect([isFit(9, one, other), isFit(10, one, own)]).toEqual([true, true]);
+    expect([isFit(11, one, other), isFit(11, one, own)]).toEqual([false, false]);
+    expect(isFit(9, other, one)).toBe(false);
+  });
+
+  test("a parent that stands elsewhere is only one, and is reached below the root of the mount", () => {
+    const [x, c] = [snap("0101", { beyond: "../x" }), copyOf("0102", 1)];
+    const { transfers, skipped } = planTransfers([x, c], standing([backupOf(x)]), {
+      policy: parsePolicy("9"),
+      incremental: true,
+      newestOnly: false,
+      now: FAR,
+      fullEvery: null,
+    });
+    expect(transfers).toEqual([{ snapshot: c, parent: x }]);
+    expect(skipped).toBe(0);
+    expect(
+      planTransfers([x, c], standing([]), {
+        policy: null,
+        incremental: true,
+        newestOnly: false,
+        now: FAR,
+        fullEvery: null,
+      }).transfers,
+    ).toEqual([{ snapshot: c, parent: null }]);
+    const mounts = parseMounts(
+      "1 0 0:1 /@ / rw - btrfs /dev/a rw\n2 1 0:1 /@home /home rw - btrfs /dev/a rw",
+    );
+    const reach = (path: string, top: string, below: string, fenced = true) =>
+      beyondFolder({ mounts, top, fenced, place: { path } as Folder["place"] }, below);
+    expect(reach("/home/snapshot", "/@home/snapshot", "/@home/.snapshots/1/snapshot")).toBe(
+      "../.snapshots/1/snapshot",
+    );
+    expect(reach("/home/snapshot", "/@home/snapshot", "/@/x")).toBeNull();
+    expect(reach("/s", "/@/s", "/@/x", false)).toBeNull();
+  });
+
+  test("a difference with nothing but its frame, and what a run writes in its own folder", () => {
+    const { path, pathTo, uuid, ctransid, cloneUuid, cloneCtransid } = attribute;
+    const U = numberedUuid(1);
+    const frame = command(
+      "snapshot",
+      path("s"),
+      uuid(U),
+      ctransid(7),
+      cloneUuid(U),
+      cloneCtransid(5),
+    );
+    const isNone = (own: string | null, ...commands: Buffer[]) =>
+      isOnlyFrame(stream(frame, ...commands, command("end")), own);
+    const on = (name: Parameters<typeof command>[0], where: string) => command(name, path(where));
+    const rename = (from: string, to: string) => command("rename", path(from), pathTo(to));
+    const record = [
+      on("unlink", "a/snapshot/.btrfs-backup.json"),
+      on("mkfile", "o263-9-0"),
+      rename("o263-9-0", "a/snapshot/.btrfs-backup.json"),
+      on(22, "a/snapshot/.btrfs-backup.json"),
+      on("utimes", "a/snapshot"),
+    ];
+    expect(isNone(null)).toBe(true);
+    expect(isNone("a/snapshot", ...record)).toBe(true);
+    expect(isNone(null, ...record)).toBe(false);
+    expect(isNone("b", ...record)).toBe(false);
+    for (const change of [
+      on("utimes", ""),
+      on("utimes", "a/snapshot/x"),
+      on("mkfile", "a/snapshot/.btrfs-backups"),
+      on("mkdir", "a/snapshot/.btrfs-backup.x/y"),
+      on("chmod", "a/snapshot"),
+      on("mkfile", "o264-9-0"),
+      on(99, "a/snapshot/.btrfs-backup.json"),
+      rename("a/snapshot/.btrfs-backup.json", "taken"),
+      rename("b", "a/snapshot/.btrfs-backup.json"),
+    ])
+      expect(isNone("a/snapshot", ...record, change)).toBe(false);
+    expect(() => isOnlyFrame(stream(frame), null)).toThrow("early");
+    expect(isOnlyFrame(stream(frame, on("mkfile", "x")), null)).toBe(false);
+  });
+
+  test("what a host says of a directory", () => {
+    const nonce = "N";
+    const uuids = [1, 2, 3].map(numberedUuid);
+    const line = (id: number, path: string) =>
+      `ID ${id} gen 9 cgen ${id} top level 5 parent_uuid ${uuids[0]} received_uuid - uuid ${uuids[id - 256]}\tpath ${path}`;
+    const said = (sections: Record<string, string>) =>
+      Object.entries(sections)
+        .map(([name, text]) => `\n${nonce} ${name}\n${text}\n`)
+        .join("");
+    const sections = {
+      dir: "/home/.snapshots",
+      mounts: "1 0 0:1 / / rw - btrfs /dev/a rw",
+      subvolumes: `${line(256, "home")}\n${line(257, "<FS_TREE>/home/.snapshots/1/snapshot")}\n${line(258, "else/2/snapshot")}`,
+      readonly: "ID 257 gen 9 top level 5 path <FS_TREE>/home/.snapshots/1/snapshot",
+      snapper:
+        "./1/info.xml   <date>2026-01-02 03:04:05</date>\n./1/info.xml   <description>a &lt;b&gt; \u202e&amp;amp; c</description>",
+      end: "",
+    };
+    const { found } = parseForeign(said(sections), nonce);
+    expect(
+      found.map(({ id, below, moment, words, readonly }) => [id, below, moment, words, readonly]),
+    ).toEqual([[257, "1/snapshot", Date.UTC(2026, 0, 2, 3, 4, 5), "a <b>  &amp; c", true]]);
+    expect(narrowedForeign(said(sections), nonce)).toBe(
+      said({ ...sections, subvolumes: sections.subvolumes.split("\n")[1] ?? "" }),
+    );
+    const { end: _, ...cut } = sections;
+    expect(() => parseForeign(said(cut), nonce)).toThrow("does not print");
+    expect(() => parseForeign(said({ ...sections, dir: "x" }), nonce)).toThrow("dir");
+    // Without info.xml a snapshot is not yet finished, or no longer there.
+    expect(parseForeign(said({ ...sections, snapper: "" }), nonce).found).toEqual([]);
   });
 });

@@ -17,6 +17,7 @@ import {
   parseSubvolumes,
   planDestination,
   planFreeing,
+  planImport,
   planRoom,
   planSource,
   planTransfers,
@@ -30,8 +31,10 @@ import {
   type ChainRecord,
   type Claimant,
   type Entry,
+  type Foreign,
   type Snapshot,
   type Standing,
+  type Subvolume,
 } from "../btrfs-backup.ts";
 import { named } from "./support/names.ts";
 
@@ -523,4 +526,64 @@ test("a location is one kind of place, whose name leads to it again", () => {
       }
     },
   );
+});
+
+test("what others took comes over once, in the order of its making, whatever is deleted on both sides", () => {
+  type Step = readonly ["take" | "others" | "delete" | "prune" | "run", number];
+  const steps = fc.array(
+    fc.tuple(
+      fc.constantFrom(
+        "take" as const,
+        "others" as const,
+        "delete" as const,
+        "prune" as const,
+        "run" as const,
+      ),
+      fc.nat(99),
+    ),
+    { maxLength: 60 },
+  );
+  const midnight = Date.UTC(2026, 0, 1);
+  holds(steps, (all: readonly Step[]) => {
+    let id = 10;
+    let clock = midnight;
+    const [found, chain]: [Foreign[], Snapshot[]] = [[], []];
+    const gone = new Map<string, Subvolume>();
+    const done: number[] = [];
+    const made = (uuid: string, parentUuid: string) => {
+      clock += 1000;
+      const common = { id, cgen: id, uuid, parentUuid, receivedUuid: null, readonly: true };
+      return { ...common, path: "x", moment: clock };
+    };
+    const run = () => {
+      const known = new Map([...gone.values(), ...found].map((one) => [one.uuid, one]));
+      const { coming } = planImport(found, chain, { uuid: "source", all: known });
+      for (const one of coming) {
+        done.push(one.id);
+        id++;
+        const name = named(stamp(new Date(one.moment)));
+        chain.push({ ...made(`c${id}`, one.uuid), name, time: one.moment, moment: one.moment });
+      }
+      const newest = chain.at(-1);
+      const missed = found.filter(
+        (one) =>
+          one.parentUuid === "source" && (newest === undefined || one.moment > newest.moment),
+      );
+      expect(missed.every((one) => done.includes(one.id))).toBe(true);
+    };
+    for (const [step, n] of all) {
+      id++;
+      if (step === "take") found.push({ ...made(`f${id}`, "source"), below: "x", words: null });
+      else if (step === "others")
+        found.push({ ...made(`f${id}`, "other"), below: "x", words: null });
+      else if (step === "delete" && found.length > 0) {
+        const [out] = found.splice(n % found.length, 1);
+        // The record tells of what the copies came from.
+        if (out !== undefined) gone.set(out.uuid, out);
+      } else if (step === "prune" && chain.length > 1) chain.splice(n % (chain.length - 1), 1);
+      else if (step === "run") run();
+    }
+    expect(done).toEqual([...new Set(done)].sort((a, b) => a - b));
+    expect(chain.map((one) => one.id)).toEqual(chain.map((one) => one.id).sort((a, b) => a - b));
+  });
 });
