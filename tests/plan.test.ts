@@ -20,6 +20,7 @@ import {
   leapNames,
   leapsAmong,
   leaptTo,
+  guardedRecord,
   leftoversOf,
   lineagesOf,
   memberHaving,
@@ -3139,6 +3140,11 @@ describe("trees", () => {
       tree: { gone: { "x/y": one } },
     });
     expect(asWritten({ tree: { gone: {} } }, [], "")).toEqual({ tree: { gone: {} } });
+    // A guarded key's recursive run writes it, too.
+    const now = { chain: {}, entries: new Set<string>(), standing: [], prefix: "" };
+    expect(guardedRecord(`{"tree":{"gone":{"x":"${one}"}}}`, now, false)).toEqual({
+      tree: { gone: { x: one } },
+    });
     for (const tree of [
       null,
       1,
