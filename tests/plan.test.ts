@@ -29,6 +29,7 @@ import {
   foreignMoment,
   leapsAmong,
   leaptTo,
+  guardedRecord,
   leftoversOf,
   lineagesOf,
   memberHaving,
@@ -3348,6 +3349,11 @@ describe("trees", () => {
       tree: { gone: { "x/y": one } },
     });
     expect(asWritten({ tree: { gone: {} } }, [], "")).toEqual({ tree: { gone: {} } });
+    // A guarded key's recursive run writes it, too.
+    const now = { chain: {}, entries: new Set<string>(), standing: [], prefix: "" };
+    expect(guardedRecord(`{"tree":{"gone":{"x":"${one}"}}}`, now, false)).toEqual({
+      tree: { gone: { x: one } },
+    });
     for (const tree of [
       null,
       1,

@@ -92,7 +92,7 @@ test("the whole disaster: a tree comes back as of its newest run, and each subvo
   const store = `raw://${temporaryDirectory()}/store`;
   const { source, destination, a, states } = await twoRuns((place) => [place, store]);
   const members = [...(states.get(SECOND)?.keys() ?? [])].filter(Boolean);
-  const { guarded, url } = await sshServer();
+  const { guarded, url, options: free } = await sshServer();
   const options = guarded("--path", destination, "--allow-read");
   const other = filesystem();
   const last = states.get(SECOND) as Map<string, string>;
@@ -105,7 +105,9 @@ test("the whole disaster: a tree comes back as of its newest run, and each subvo
     [source, last],
   ].entries() as Iterable<[number, [string, Map<string, string>]]>) {
     const target = join(i === 3 ? a.path : other.path, `again${i}`);
-    const { stderr } = await expectRun(0, ["restore", "--recursive", ...options, place, target]);
+    // The first one to another host.
+    const [key, to] = i === 0 ? [free, url(target)] : [options, target];
+    const { stderr } = await expectRun(0, ["restore", "--recursive", ...key, place, to]);
     expectTree(target, expected);
     expect([i, stderr.includes("no backup")]).toEqual([i, place === store]);
     expect([i, stderr.includes(`gone before ${SECOND}: var/old`)]).toEqual([i, place !== store]);
