@@ -19539,7 +19539,7 @@ export const COMMANDS: Readonly<Record<CommandName, CommandDef<any>>> = {
   ),
   all: command(
     "all",
-    "Run each argument file NAME.args of a directory, several at a time: every source of this machine.",
+    "Run every source of this machine, several at a time: each argument file NAME.args of a directory.",
     {
       name: positional("The names of those to run (default: all); any number", false),
     },

@@ -277,18 +277,28 @@ describe("all", () => {
       words.flatMap((word, i) => (i % 2 === 0 ? [`${word} ${words[i + 1]}`] : []));
     write("a.args", ...lines(options), ...hook, url(a), at("a"), url(at("far")));
     write("b.args", ...lines(options), ...hook, url(b), at("b"));
-    write("c.args", ...lines(guarded("--path", c, "--source")), url(c), at("c"));
+    // That one asks for its passphrase.
+    const other = guarded("--path", c, "--path", b, "--source");
+    const [, key = ""] = /IdentityFile=(\S+)/.exec(other.join(" ")) ?? [];
+    const ask = join(directory, "ask");
+    writeFileSync(ask, `#!/bin/sh\necho asked >>${log}.asked\necho secret\n`, { mode: 0o755 });
+    sh(`ssh-keygen -q -p -P "" -N secret -f "$1"`, key);
+    const env = { SSH_ASKPASS: ask, SSH_ASKPASS_REQUIRE: "force" };
+    write("c.args", ...lines(other), url(c), at("c"));
+    write("e.args", "-p e-", ...lines(other), url(b), at("e"));
     write("dead.args", ...lines(options), b, "ssh://127.0.0.1:1/x");
     for (const jobs of ["4", "1"]) {
-      const { stderr } = await expectRun(1, [...all, "--jobs", jobs]);
+      const { stderr } = await expectRun(1, [...all, "--jobs", jobs], { env });
       expect(stderr).toContain("dead: ssh://127.0.0.1:1/x: ");
       const ports = readFileSync(log, "utf8").trimEnd().split("\n");
       expect([ports.length, new Set(ports).size]).toEqual([2, 1]);
-      sh(`rm "$1"`, log);
+      expect(readFileSync(`${log}.asked`, "utf8")).toBe("asked\n");
+      sh(`rm "$1" "$1.asked"`, log);
       await nextSecond();
     }
     for (const [i, name] of ["a", "b", "c"].entries())
       expectSound(at(name), join(sources[i] as string, "snapshot"));
+    expectSound(at("e"), join(b, "snapshot"), "e-");
     // Nothing of it is left.
     expect(sh(`pgrep -x ssh || :`)).toBe("");
   });
