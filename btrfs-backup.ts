@@ -9145,14 +9145,32 @@ async function writeKnown(session: Session): Promise<void> {
     source.source === null &&
     (source.owned.owner === undefined || placeOn(source.mounts, source.path).mount.readonly);
   if (o.dryRun || isSilent || JSON.stringify(chain) === session.written) return;
+  if (isMemberBelow(o.member) && !o.snapshot && isOnlyTime(source.chain, chain)) return;
   await writeRecord(source, chain);
   session.written = JSON.stringify(chain);
+}
+
+/** For so long, in ms, a record need not say that a destination was served again. */
+const SERVED_AGAIN_MS = 3600e3;
+
+/** Whether a record would say no more than that destinations were served again, soon after. */
+function isOnlyTime(before: ChainRecord, after: ChainRecord): boolean {
+  const timeless = ({ destinations = [], ...chain }: ChainRecord): ChainRecord => ({
+    ...chain,
+    destinations: destinations.map((one) => ({ ...one, last: null })),
+  });
+  const isSoon = (before.destinations ?? []).every(
+    ({ last }) => last !== null && Date.now() - Date.parse(last) < SERVED_AGAIN_MS,
+  );
+  return isSoon && sameRecord(timeless(before), timeless(after));
 }
 
 /** Begins to look at what is mostly the next parent, while the destinations are opened. */
 function lookAtPins({ o, source, inquiry, wanted, known }: Session): void {
   if (!o.transfer || source.alone) return;
   const pins = new Set([...wanted.keys()].map((id) => known.get(id)?.pin?.uuid));
+  const newest = source.snapshots.at(-1)?.uuid;
+  if (!o.snapshot && pins.size === 1 && pins.has(newest)) return; // mostly nothing is sent
   const parents = source.snapshots.filter(
     (one) => pins.has(one.uuid) && changedSince(one, inquiry, {}) === undefined,
   );
