@@ -3102,11 +3102,15 @@ const MEMBERS = defineVerb("members", "nonce folder fsid prefix kind paths...")`
   say() { echo; line "$nonce $1"; }
   lock=.btrfs-backup.$prefix.lock
   root=$PWD
+  # One process for each kind of question.
+  say fsids; stat -f -c "%i %n" -- "$@" 2>/dev/null || :
+  for path; do set -- "$@" "$path/.btrfs-backup.json"; done
+  say inodes; stat -c "%i %u %A %n" -- "$@" 2>/dev/null || :
   # IFS is a line break.
   IFS=$(echo; echo x)
   IFS=\${IFS%x}
   for path; do
-    if cd -P -- "$path" 2>/dev/null; then
+    if [ -d "$path" ] && cd -P -- "$path" 2>/dev/null; then
       say member; line "$path"
       state=new
       for file in "$lock" ".btrfs-backup.$prefix.receiving" .btrfs-backup.json; do
@@ -3136,8 +3140,6 @@ const MEMBERS = defineVerb("members", "nonce folder fsid prefix kind paths...")`
       if [ "$kind" = streams ]; then
         say files; find . -mindepth 1 -maxdepth 1 -type f -exec stat -c "%s/%Y %n" {} +
       fi
-      say inode; stat -c "%i %u %A %n" . .btrfs-backup.json 2>/dev/null || :
-      say fsid; stat -f -c %i .
       cd -P -- "$root"
     fi
   done
@@ -5625,43 +5627,57 @@ const UNSEEN: MemberSeen = {
   trusted: true,
 };
 
+/** What MEMBERS printed: of all, and then of each folder. Errors: Failure for any other shape. */
+function memberSections(output: string, nonce: string): Map<string, string>[] {
+  const [beginning, ...parts] = output.split(`\n${nonce} `);
+  if (beginning !== "" || parts.pop()?.trim() !== "end")
+    throw new Failure(`something unknown was told of folders: ${output.trim().slice(0, 100)}`);
+  const blocks = [new Map<string, string>()];
+  for (const part of parts) {
+    const end = part.indexOf("\n");
+    const name = part.slice(0, end);
+    if (name === "member") blocks.push(new Map());
+    blocks.at(-1)?.set(name, part.slice(end + 1).replace(/\n$/, ""));
+  }
+  return blocks;
+}
+
+/** Lines of fields and a path, by the path. */
+const byPath = (text = "", fields: RegExp) =>
+  new Map(
+    text.split("\n").flatMap((line) => {
+      const found = fields.exec(line);
+      return found === null ? [] : [[line.slice(found[0].length), found[0].split(" ")] as const];
+    }),
+  );
+
 /** Reads what MEMBERS printed. Errors: Failure for any other shape. */
 export function parseMembers(
   output: string,
   nonce: string,
   user: string,
 ): ReadonlyMap<string, MemberSeen> {
-  const found = new Map<string, MemberSeen>();
-  const parts = output.split(`\n${nonce} `);
-  if (parts.shift() !== "" || parts.pop()?.trim() !== "end")
-    throw new Failure(`something unknown was told of folders: ${output.trim().slice(0, 100)}`);
-  let sections = new Map<string, string>();
-  const take = () => {
-    const path = sections.get("member");
-    if (path === undefined) return;
-    const stats = fieldsOf(sections.get("inode"));
-    const files = parseFiles(sections.get("files") ?? "");
-    found.set(path.slice(2), {
-      state: sections.get("state") ?? "own",
-      entries: new Set((sections.get("entries") ?? "").split("\n")),
-      record: parseRecord(sections.get("record") ?? ""),
-      files,
-      inode: Number(stats[0]?.[0]),
-      fsid: sections.get("fsid") ?? "",
-      trusted: stats.every((line) => isTrusted(line, user)),
-    });
+  const [all, ...members] = memberSections(output, nonce);
+  const fsids = byPath(all?.get("fsids"), /^[0-9a-f]+ /);
+  const stats = byPath(all?.get("inodes"), /^\d+ \d+ \S+ /);
+  const read = (member: ReadonlyMap<string, string>): [string, MemberSeen] => {
+    const section = (name: string) => member.get(name) ?? "";
+    const path = section("member");
+    const [here, fsid] = [stats.get(path), fsids.get(path)];
+    if (here === undefined || fsid === undefined) throw new Failure(`${path} changes meanwhile`);
+    const record = stats.get(`${path}/.btrfs-backup.json`) ?? here;
+    const seen = {
+      state: section("state"),
+      entries: new Set(section("entries").split("\n")),
+      record: parseRecord(section("record")),
+      files: parseFiles(section("files")),
+      inode: Number(here[0]),
+      fsid: fsid[0] as string,
+      trusted: isTrusted(here, user) && isTrusted(record, user),
+    };
+    return [path.slice(2), seen];
   };
-  for (const part of parts) {
-    const end = part.indexOf("\n");
-    const name = part.slice(0, end);
-    if (name === "member") {
-      take();
-      sections = new Map();
-    }
-    sections.set(name, part.slice(end + 1).replace(/\n$/, ""));
-  }
-  take();
-  return found;
+  return new Map(members.map(read));
 }
 
 /** How the folders of a tree are opened: below which place, and what each is the folder of. */
