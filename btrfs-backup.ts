@@ -6313,11 +6313,12 @@ export function standingIn(
   folder: Pick<Folder, "standing" | "snapshots" | "entries" | "prefix">,
   { strangers, destinations = [] }: ChainRecord,
   announced: readonly string[],
+  elsewhere: readonly Entry[] = [],
 ): Standing {
   const foreign = new Set(strangers);
   const names = [...folder.entries].filter((name) => parseName(name, folder.prefix) !== null);
   return {
-    held: folder.standing.filter(isComplete),
+    held: [...folder.standing.filter(isComplete), ...elsewhere],
     backups: folder.snapshots.filter((one) => isComplete(one) && !foreign.has(one.uuid)),
     copied: new Map(destinations.map(({ pin, location }) => [pin?.uuid ?? "", location])),
     obstacles: new Map<string, Obstacle>([
@@ -6344,6 +6345,8 @@ type FolderOptions = Deletion &
     again: () => Promise<Folder>;
     owned: ChainRecord;
     announced: readonly string[];
+    /** Complete backups in other folders of a tree that differences can be made against. */
+    elsewhere: readonly Entry[];
     btrfsDebug: boolean;
     sending: Sending;
   }>;
@@ -6588,7 +6591,12 @@ function folderDestination(folder: Folder, options: FolderOptions): Destination 
     free: place.free,
     size: place.size,
     measure: (settled) => freeNow(folder, settled ? "subvolumes" : ""),
-    standing: standingIn(folder, chain, left === undefined ? announced : [...announced, left]),
+    standing: standingIn(
+      folder,
+      chain,
+      left === undefined ? announced : [...announced, left],
+      options.elsewhere,
+    ),
     frozen:
       folder.record.unreadable === null
         ? null
@@ -9104,6 +9112,8 @@ function newSession(source: Source, ahead: Map<string, Ahead>, o: RunOptions, re
     takenFrom: new Map<string, string>(),
     /** Snapshots of SOURCE that others took, in another folder: parents, and no more. */
     beyond: [] as readonly Snapshot[],
+    /** What a destination has of these in other folders of a tree. */
+    elsewhere: async (_id: string): Promise<readonly Entry[]> => [],
   };
 }
 
@@ -9748,6 +9758,7 @@ async function openBackups(session: Session, asked: AskedPlace): Promise<Destina
     again: lookAgain,
     owned,
     announced: whyNotBelieved(source) === null ? (known?.receiving ?? []) : [],
+    elsewhere: await session.elsewhere(asked.id),
     ...o.deletion,
     btrfsDebug: o.btrfsDebug,
     sending,
@@ -10726,7 +10737,7 @@ function openTreePlaces(tree: TreeRun): TreePlaces {
 
 /** Opens the folders of a destination if it is the right one. Errors: those of openBackups. */
 async function openTreePlace(
-  { o, top, sources }: TreeRun,
+  { o, top, sources, gone }: TreeRun,
   wanted: Wanted & { readonly location: Readable },
 ): Promise<TreePlace> {
   const { location } = wanted;
@@ -10745,7 +10756,8 @@ async function openTreePlace(
       if (sources.has("") && holdsSubvolumes(location)) strangersAmong(session, opened);
     },
   );
-  const paths = [...sources.keys()].filter((path) => path !== "");
+  // What was moved can build on what stands under the path that it had.
+  const paths = [...new Set([...sources.keys(), ...gone.keys()])].filter((path) => path !== "");
   try {
     return { root, members: await openMemberFolders(root, paths, { ...opening, location }) };
   } catch (error) {
@@ -11015,6 +11027,7 @@ async function backUpMembers(tree: TreeRun, places: TreePlaces): Promise<void> {
         const wanted = memberOptions(tree, path);
         try {
           const session = await begunSession(source, foldersFor(o, places, path), wanted, part);
+          lookElsewhere(tree, places, path, session);
           await backUpOpened(session);
         } catch (error) {
           report.error(null, saidOf(path, error));
@@ -11023,6 +11036,39 @@ async function backUpMembers(tree: TreeRun, places: TreePlaces): Promise<void> {
     ),
   );
   addFigures(tree, parts);
+}
+
+/**
+ * What a member of a new path can build on: its snapshots under the path that it had before, where
+ * it was moved.
+ */
+function lookElsewhere(tree: TreeRun, places: TreePlaces, path: string, session: Session): void {
+  const { top } = tree;
+  const { source, o } = session;
+  if (source.snapshots.length > 0 || path === "") return;
+  const above = top.top === "/" ? "/" : `${top.top}/`;
+  const found = source.subvolumes.flatMap((one): (Snapshot & { folder: string })[] => {
+    const [there, name] = [`/${one.path}`, entryName(basename(one.path))];
+    const time = name === null ? null : parseName(name, o.prefix);
+    const beyond = beyondFolder(source, there);
+    const isOf = one.parentUuid === source.identity.uuid && one.readonly && there.startsWith(above);
+    if (!isOf || name === null || time === null || beyond === null) return [];
+    const folder = dirname(there).slice(above.length);
+    return [{ ...one, name, beyond, time, moment: momentOf(time), folder }];
+  });
+  if (found.length === 0) return;
+  session.beyond = found.map(({ folder: _, ...one }) => one).sort((a, b) => a.id - b.id);
+  const uuids = new Set(found.map(({ uuid }) => uuid));
+  const folders = new Set(found.map(({ folder }) => folder));
+  const roots = new Map(
+    tree.o.destinations.map(({ location }) => [placeBelow(location, path).id, location.id]),
+  );
+  session.elsewhere = async (id) => {
+    const place = await places.get(roots.get(id) ?? "");
+    const opened = await Promise.all([...folders].map((one) => place?.members.get(one)));
+    const standing = opened.flatMap((folder) => folder?.standing ?? []);
+    return standing.filter((one) => isComplete(one) && uuids.has(one.receivedUuid ?? ""));
+  };
 }
 
 /** A member's folders at the destinations, as if they had begun to be opened for it. */
@@ -11621,6 +11667,13 @@ async function planAgain(
 ): Promise<boolean> {
   const { session, destination, standing, verdicts } = served;
   const { refused } = verdicts;
+  if (parent?.beyond !== undefined && isRefusal(error)) {
+    const why = `what is in another folder cannot be built on at ${destination.id}`;
+    refused.set(parent.uuid, why);
+    log.info(`${why} (${(error as Failure).message}): ${snapshot.name} is sent without it`);
+    served.todo = (await planFor(served)).transfers;
+    return served.todo[0]?.snapshot === snapshot;
+  }
   if (!(error instanceof BadParent) || parent === null) return false;
   const find = dataFinder(standing.held);
   const isSecond =
@@ -11637,6 +11690,11 @@ async function planAgain(
   return served.todo[0]?.snapshot === snapshot;
 }
 const DAMAGED = "seems to be damaged";
+
+/** Whether a failure can be due to what was sent, and not to the place or the link. */
+const isRefusal = (error: unknown) =>
+  error instanceof Failure &&
+  ![Absent, Busy, NoSpace, Stuck, Unreachable].some((other) => error instanceof other);
 
 /** So many snapshots fail one after the other before it is the place that fails. */
 const FAILURES = 3;
@@ -12515,6 +12573,7 @@ function destinationToPrune(folder: Folder, o: PruneOptions): Destination {
       again: reopen,
       owned: chain,
       announced: [],
+      elsewhere: [],
       ...o.deletion,
       btrfsDebug: false,
       sending: NO_SENDING,
