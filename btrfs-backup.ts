@@ -8896,6 +8896,8 @@ export type Member = {
   readonly path: string;
   /** Its snapshot, which was taken with those of all others. */
   readonly taken: Snapshot | null;
+  /** For SOURCE itself, the paths of the others. */
+  readonly below: readonly string[];
   /** Lets so many streams flow at a time. */
   readonly jobs: ReturnType<typeof atMost>;
 };
@@ -10184,20 +10186,27 @@ async function unlessUnchanged(session: Session, taken: Snapshot): Promise<reado
  * received by a restore, is no earlier state, and nothing is said of what was changed since.
  */
 async function isUnchanged(
-  { source, inquiry }: Session,
+  { o, source, inquiry }: Session,
   newest: Snapshot,
   taken: Snapshot,
 ): Promise<boolean> {
   if (!newest.readonly || newest.receivedUuid !== null) return false;
   await learnOfParents(inquiry, [newest], []);
-  return isStillEarlier(newest, taken, inquiry) && isSameState(source, newest, taken);
+  return (
+    isStillEarlier(newest, taken, inquiry) && isSameState(source, newest, taken, o.member?.below)
+  );
 }
 
 /** How much of a difference is read to tell whether there is one, in bytes. */
 const COMPARED = 65536;
 
 /** Whether `btrfs send` finds nothing that differs between two snapshots of a folder. Errors: Failure. */
-async function isSameState(folder: Folder, parent: Entry, snapshot: Entry): Promise<boolean> {
+async function isSameState(
+  folder: Folder,
+  parent: Entry,
+  snapshot: Entry,
+  below: readonly string[] = [],
+): Promise<boolean> {
   const { host, source, subvolumes, top } = folder;
   const names = { snapshot: snapshot.name, parent: parent.name, most: String(COMPARED) };
   const difference = await askBytes(
@@ -10210,7 +10219,7 @@ async function isSameState(folder: Folder, parent: Entry, snapshot: Entry): Prom
   const above = origin === undefined ? (source?.top ?? "/") : `/${origin.path}`;
   const own = isWithin(top, above) ? relative(above, top) : null;
   try {
-    return isOnlyFrame(difference, own);
+    return isOnlyFrame(difference, own, below);
   } catch (error) {
     if (difference.length >= COMPARED) return false;
     throw error;
@@ -10222,13 +10231,17 @@ const ON_ITS_WAY = /^o\d+-\d+-\d+$/;
 
 /**
  * Whether a difference holds no command besides its frame. What a run itself does in `own`, the
- * path of its folder in the subvolume, is no change of that: each run writes its record there.
+ * path of its folder in the subvolume, is no change of that: each run writes its record there, and
+ * those of a tree's members in the paths `below`.
  * Errors: Failure for a difference that is cut off before anything tells.
  */
-export function isOnlyFrame(difference: Buffer, own: string | null): boolean {
+export function isOnlyFrame(
+  difference: Buffer,
+  own: string | null,
+  below: readonly string[] = [],
+): boolean {
   const { attribute } = streamCommands();
-  const folder = own === null ? null : Buffer.from(own).toString("latin1");
-  const changes = folder === null ? null : ownChanges(folder);
+  const changes = own === null ? null : ownChanges(foldersOf(own, below));
   for (const { name, text } of commandsIn(difference)) {
     if (name === "snapshot") continue;
     if (name === "end") return changes === null || changes.areWhole();
@@ -10239,15 +10252,23 @@ export function isOnlyFrame(difference: Buffer, own: string | null): boolean {
   return false;
 }
 
+/** A folder, and those below it that a tree has, as a send stream names them. */
+function foldersOf(own: string, below: readonly string[]): Set<string> {
+  const folders = [own];
+  for (const path of below)
+    for (let inner = path; inner !== "."; inner = dirname(inner)) folders.push(join(own, inner));
+  return new Set(folders.map((folder) => Buffer.from(folder).toString("latin1")));
+}
+
 /**
- * Tells of one command after the other whether it changes only this program's files in a folder,
+ * Tells of one command after the other whether it changes only this program's files in its folders,
  * which are made elsewhere, and renamed.
  */
-function ownChanges(folder: string) {
+function ownChanges(folders: ReadonlySet<string>) {
   const coming = new Set<string>();
-  const beginning = `${folder}${folder === "" ? "" : "/"}.btrfs-backup.`;
   const isOwn = (path: string) =>
-    coming.has(path) || (path.startsWith(beginning) && !path.slice(beginning.length).includes("/"));
+    coming.has(path) ||
+    (basename(path).startsWith(".btrfs-backup.") && folders.has(dirname(`/${path}`).slice(1)));
   const renamed = (path: string, to: string) => {
     coming.delete(path);
     if (ON_ITS_WAY.test(to)) coming.add(to);
@@ -10256,7 +10277,7 @@ function ownChanges(folder: string) {
   return {
     has: (name: string, path: string, to: string): boolean => {
       if (name === "mkfile" && ON_ITS_WAY.test(path)) coming.add(path);
-      if (name === "utimes" && path === folder) return true;
+      if (name === "utimes" && folders.has(path)) return true;
       if (!isOwn(path)) return false;
       if (name === "unlink") coming.delete(path);
       return name !== "rename" || renamed(path, to);
@@ -10596,7 +10617,7 @@ async function beginTree(top: Source, o: RunOptions, report: Report): Promise<Tr
   const jobs = atMost(o.jobs);
   const open = async (path: string): Promise<Source> => {
     if (/[\n\r]/.test(path)) throw new Failure("there is a line break in its path");
-    const member = memberOptions({ o, jobs, taken: new Map() }, path);
+    const member = memberOptions({ o, jobs, members, taken: new Map() }, path);
     if (own.has(path)) return openFinished({ ...member, snapshotFolder: o.snapshotFolder });
     const folder = await (folders.get(path) as Promise<Folder>);
     const joined =
@@ -10655,7 +10676,7 @@ function saidOf(path: string, error: unknown): unknown {
 
 /** The options of a run for a member alone. The snapshot is taken by then. */
 const memberOptions = (
-  { o, jobs, taken }: Pick<TreeRun, "o" | "jobs" | "taken">,
+  { o, jobs, taken, members }: Pick<TreeRun, "o" | "jobs" | "taken" | "members">,
   path: string,
 ): RunOptions => ({
   ...o,
@@ -10666,7 +10687,12 @@ const memberOptions = (
   })),
   snapshot: taken.has(path),
   ifReachable: false,
-  member: { path, jobs, taken: taken.get(path) ?? null },
+  member: {
+    path,
+    jobs,
+    taken: taken.get(path) ?? null,
+    below: path === "" ? [...members.keys()] : [],
+  },
 });
 
 /**
@@ -13747,8 +13773,8 @@ function chooseTree({ root, members }: Tree, o: RestoreOptions, report: Report):
   const all = new Map([["", root], ...members]);
   const whole = new Map([...all].map(([path, folder]) => [path, wholeIn(folder)]));
   const own = whole.get("") ?? [];
-  const isOfRoot =
-    o.snapshot === null ? own.length > 0 : own.some(({ name }) => name === o.snapshot);
+  // The newest run is that of any member: with --if-changed, the root can lack it.
+  const isOfRoot = own.some(({ name }) => name === o.snapshot);
   const pool = [...whole.values()].flat().sort((a, b) => a.time - b.time);
   const lacking = members.size === 0 || pool.length === 0;
   if (members.size === 0)

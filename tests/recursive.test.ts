@@ -495,3 +495,48 @@ test("after a restore of the whole tree, the next run is incremental everywhere"
   expect(told.stderr).not.toContain("[warn]");
   for (const path of MEMBERS) expectSound(join(destination, path), join(snapshots, path));
 });
+
+test("a moved subvolume is a new path, incremental; through a guarded key, which allows no parent elsewhere, in full", async () => {
+  const { source, snapshots, destination } = tree();
+  const { guarded, url } = await sshServer();
+  const home = filesystem().path;
+  const far = [...guarded("--path", home), url(join(home, "tree"))];
+  await expectRun(0, ["--recursive", source, destination, ...far]);
+  sh(`mv "$1/srv" "$1/var/moved"`, source);
+  for (const parents of [2, 1]) {
+    await nextSecond();
+    const told = await expectRun(0, ["--recursive", "--json", source, destination, ...far]);
+    const moved = transfers(told).filter((one) => one["subvolume"] === "var/moved");
+    expect(moved.filter(({ parent }) => parent !== null).length).toBe(parents === 2 ? 1 : 2);
+  }
+  for (const place of [destination, join(home, "tree")]) {
+    expect(snapshotNames(join(place, "var/moved")).length).toBe(2);
+    expect(snapshotNames(join(place, "srv")).length).toBe(1);
+    expectSound(join(place, "var/moved"), join(snapshots, "var/moved"));
+  }
+});
+
+test("--if-changed: only what has changed gets a snapshot, and what is still in memory counts", async () => {
+  const { source, snapshots, destination } = tree();
+  const args = ["--recursive", "--if-changed", "--json", source, destination];
+  await expectRun(0, args);
+  const names = (path: string) => snapshotNames(join(destination, path)).length;
+  await nextSecond();
+  const idle = await expectRun(0, args);
+  expect(["", ...MEMBERS].map(names)).toEqual([1, 1, 1, 1, 1]);
+  expect(events(idle).filter(({ event }) => event === "snapshot")).toEqual([]);
+  writeFileSync(join(source, ODD, "fresh"), "x");
+  sh(`touch "$1"; chmod 700 "$1"; chmod 755 "$1"`, join(source, "srv")); // new generations, no change but times
+  await nextSecond();
+  const told = await expectRun(0, args);
+  expect(told.stderr).toContain("Nothing has changed in");
+  expect(transfers(told).map((one) => one["subvolume"])).toContain(ODD);
+  expect(names(ODD)).toBe(2);
+  expect([names("var/lib/a"), names("var/lib/b")]).toEqual([1, 1]);
+  for (const path of MEMBERS) expectSound(join(destination, path), join(snapshots, path));
+  // An unchanged member stands for itself in a restore, and is not too old.
+  const restored = join(dirname(destination), "restored");
+  await expectRun(0, ["restore", "--recursive", destination, restored]);
+  for (const path of MEMBERS)
+    expect(treeDigest(join(restored, path))).toBe(treeDigest(join(source, path)));
+});
