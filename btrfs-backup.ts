@@ -9064,7 +9064,7 @@ function firstWords({
   const [from = id] = wanted.keys();
   return [
     `The snapshots of ${id} are in ${path}: directories that can be looked into, and nothing there can be changed`,
-    `Next: btrfs-backup list ${shellWord(id)}; btrfs-backup versions FILE; btrfs-backup restore ${shellWord(from)} NEW`,
+    `Next: btrfs-backup list ${shellWord(id)}; btrfs-backup versions FILE; btrfs-backup restore ${o.recursive ? "--recursive " : ""}${shellWord(from)} NEW`,
   ];
 }
 

@@ -58,6 +58,9 @@ const ratio = (what: string, ours: number, other: number, most: number): Row => 
   ours / other <= most,
 ];
 
+/** A few files, as a small subvolume has them. */
+const someFiles = (path: string) => sh(`for i in 1 2 3; do echo $i >"$1/$i"; done`, path);
+
 const second = () => Math.floor(Date.now() / 1000);
 let named = 0;
 /** Runs the program; snapshots are named by the second, so that the next one has to wait for another. */
@@ -930,6 +933,37 @@ const scale: Record<string, () => Promise<Row[]>> = {
       await nextSecond();
     }
     return rows;
+  },
+
+  async tree() {
+    const { source, rewrite } = oneFile(4096);
+    for (let i = 1; i < 100; i++) someFiles(subvolume(join(source, `m${i}`)));
+    const one = oneFile(4096);
+    const [tree, single, bare] = [place("tree"), place("single"), join(source, "..", "bare")];
+    const policies = ["-N", "1", "-n", "1"];
+    await ours([...policies, "--recursive", source, tree]);
+    await ours([...policies, one.source, single]);
+    const [all = 0, changed = 0, run = 0, snapshots = 0] = await inTurn([
+      { before: rewrite, work: () => ours([...policies, "--recursive", source, tree]) },
+      {
+        before: rewrite,
+        work: () => ours([...policies, "--recursive", "--if-changed", source, tree]),
+      },
+      { before: one.rewrite, work: () => ours([...policies, one.source, single]) },
+      {
+        before: () => sh(`mkdir -p "$1"; btrfs -q subvolume delete "$1"/* 2>/dev/null || :`, bare),
+        work: shell(
+          `for i in $(seq 99); do btrfs -q subvolume snapshot -r "$1/m$i" "$2/m$i" >/dev/null; done`,
+          source,
+          bare,
+        ),
+      },
+    ]);
+    const what = "100 subvolumes, one changed: a run over one, and 100 bare snapshots";
+    return [
+      ratio(what, all, run + snapshots, 1.5),
+      ratio("the same with --if-changed", changed, run + snapshots, 1.5),
+    ];
   },
 
   async strangers() {
