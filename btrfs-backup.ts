@@ -55,6 +55,10 @@ import type { ProcessPromise } from "zx/core";
 //     found no reason for, by the IDs that were decided on.
 //  9. `concludeRun` tells what was done. Places are closed in any case, the source last.
 //
+// With --recursive, `backUpTree` opens the folders of all subvolumes together (`openMemberFolders`),
+// takes all snapshots (`snapshotAll`), and does the rest for each (`backUpMembers`). `runAll` does
+// all of it for each argument file.
+//
 // The sections, each using only those above it (a test says which exceptions there are):
 //
 //  1. Vocabulary    what snapshots, backups, streams, policies and locations are; errors
