@@ -360,7 +360,7 @@ test("kill -9 at random moments: one ordinary run afterwards, and everything is 
     );
   const before = foreign();
   await expectRun(0, [source, destination, second]);
-  const rounds = soak(12);
+  const rounds = soak(8);
   let killed = 0;
   for (let round = 0; round < rounds; round++) {
     change(source, random);

@@ -186,6 +186,8 @@ describe("restore --replace can be killed at any moment", () => {
       const all = steps();
       const wrong: Record<string, string[]> = {};
       for (const [i, step] of all.entries()) {
+        // Every step is somebody's turn; with SOAK, each is both's.
+        if (process.env["SOAK"] === undefined && i % 2 === Number(next === "run")) continue;
         anew();
         end("all", i + 1);
         const killed = await start(RESTORE(source), { env, group: true }).finished;

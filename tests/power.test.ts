@@ -100,7 +100,7 @@ test("after a power cut at any moment of a run, copy, prune or restore, what is 
       restore: ["restore", "--replace", places[0], restored],
     };
     const cuts: Record<string, number> = {};
-    for (let round = 0; round < soak(12); round++) {
+    for (let round = 0; round < soak(8); round++) {
       const work =
         round % 2 === 0
           ? "run"

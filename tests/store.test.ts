@@ -437,7 +437,7 @@ test("kill -9 at random moments of backups and prunes: whatever is listed as who
   const folder = join(temporaryDirectory(), "s");
   const random = seeded();
   const states = new Map<string, string>();
-  const rounds = soak(8);
+  const rounds = soak(5);
   let killed = 0;
   snapshotAs(source, "20251231-000000");
   states.set("20251231-000000", contentsDigest(source));
