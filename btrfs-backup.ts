@@ -18384,7 +18384,7 @@ const GROUPS = {
     recursive: {
       common: true,
       of: [...RUNNING, "restore", "list", "verify", "prune"],
-      means: "Back up SOURCE, and each subvolume below it, at one moment",
+      means: "Back up SOURCE and all subvolumes below it",
       meansIn: { restore: WHOLE_TREE, list: WHOLE_TREE, verify: WHOLE_TREE, prune: WHOLE_TREE },
     },
     exclude: {
@@ -19739,7 +19739,7 @@ export const COMMANDS: Readonly<Record<CommandName, CommandDef<any>>> = {
   ),
   keep: command(
     "keep",
-    "Keep a snapshot or a backup: no retention deletes it until it is released.",
+    "Let no retention delete one, until it is released.",
     {
       location: positional(
         `Backups, or a source with its snapshots: ${PLACE}; or streams: ${STORE}`,
@@ -19761,7 +19761,7 @@ export const COMMANDS: Readonly<Record<CommandName, CommandDef<any>>> = {
   ),
   check: command(
     "check",
-    "Look whether the next run of the same command line would do its work, and what needs care; change nothing.",
+    "Tell whether the next run would do its work, and what needs care; change nothing.",
     {
       source: positional(
         `Subvolume that is backed up: ${PLACE} (default: the command line of each argument file)`,
@@ -19776,7 +19776,7 @@ export const COMMANDS: Readonly<Record<CommandName, CommandDef<any>>> = {
   ),
   guard: command(
     "guard",
-    "Serve an ssh key that may do no more than these options say, as the command of its line in authorized_keys.",
+    "Serve an ssh key, which may do no more than that, as the command of its line in authorized_keys.",
     {},
     [guardOptions, guard],
   ),
@@ -19791,7 +19791,7 @@ export const COMMANDS: Readonly<Record<CommandName, CommandDef<any>>> = {
   ),
   setup: command(
     "setup",
-    "Propose an argument file and a daily run for a source, or make them; alone: show what to choose from.",
+    "Propose a source's daily run, or make it; alone: show what to choose from.",
     {
       source: positional(`Subvolume to back up: ${PLACE}`, false),
       dest: positional("Where to, as for run; any number", false),

@@ -55,6 +55,7 @@ test("a command gets a stream for each snapshot since the last, and is told what
     BTRFS_BACKUP_PARENT: "",
     BTRFS_BACKUP_UUID: uuidOf(join(snapshots, "p20260101-000002")),
     BTRFS_BACKUP_PARENT_UUID: "",
+    BTRFS_BACKUP_PATH: "",
     BTRFS_BACKUP_PREFIX: "p",
     BTRFS_BACKUP_SOURCE: source,
     BTRFS_BACKUP_SUFFIX: ".btrfs",
@@ -63,6 +64,7 @@ test("a command gets a stream for each snapshot since the last, and is told what
     BTRFS_BACKUP_KIND: "incremental",
     BTRFS_BACKUP_PARENT: "p20260101-000003",
     BTRFS_BACKUP_PARENT_UUID: uuidOf(join(snapshots, "p20260101-000003")),
+    BTRFS_BACKUP_PATH: "",
   });
   const target = filesystem();
   for (const n of [2, 3, 4])
