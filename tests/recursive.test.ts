@@ -442,7 +442,7 @@ test("subvolumes that come, go, move and are made anew, and runs that are killed
       if (statSync(join(source, one)).ino === 256 && (random() < 0.5 || !isThere(one)))
         writeFileSync(join(source, one, "state"), `${one} ${round} ${random()}`);
   };
-  const rounds = soak(6);
+  const rounds = soak(4);
   for (let round = 0; round < rounds; round++) {
     for (let i = 0; i < 3; i++) mutate(round);
     await nextSecond();
