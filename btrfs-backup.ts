@@ -266,6 +266,10 @@ export type Figures = {
   errors: number;
   kept: number | null;
   last: string | null;
+  /** Bytes that are free there: when it was opened, less what was sent. */
+  free: number | null;
+  /** The first thing that went wrong. */
+  why: string | null;
 };
 
 /** What a command tells: log lines to people, events to programs; and whether anything failed. */
@@ -1092,7 +1096,8 @@ export const inBytes = (bytes: number) => {
 };
 
 function figuresOf(places: Report["figures"], id: string | null): Figures {
-  const none = { sent: 0, bytes: 0, seconds: 0, deleted: 0, errors: 0, kept: null, last: null };
+  const counts = { sent: 0, bytes: 0, seconds: 0, deleted: 0, errors: 0 };
+  const none = { ...counts, kept: null, last: null, free: null, why: null };
   const place = places.get(id) ?? none;
   places.set(id, place);
   return place;
@@ -1185,7 +1190,9 @@ function newReport(json: boolean, dryRun: boolean): Report {
       if (error instanceof AlreadyTold) return;
       const message = messageOf(error);
       report.failed = true;
-      figuresOf(places, destination).errors++;
+      const place = figuresOf(places, destination);
+      place.errors++;
+      place.why ??= message;
       const isNamed = destination === null || message.startsWith(destination);
       const whole = isNamed ? message : `${destination}: ${message}`;
       const advice = adviceOn(whole);
@@ -1240,19 +1247,30 @@ export const summaryOf = (source: string, places: ReadonlyMap<string | null, Fig
   alignedTable([["", ...SUMMED], ...summaryRows(source, places)]).trimEnd();
 
 /** What a summary tells of each place. */
-const SUMMED = ["sent", "bytes", "time", "deleted", "kept", ""] as const;
+const SUMMED = ["sent", "bytes", "time", "deleted", "kept", "free", ""] as const;
+
+/** So many characters a summary says of an error, whose own line has all of it. */
+const SUMMED_ERROR = 60;
+
+/** An error in a cell of a table. */
+function inShort(id: string | null, message: string): string {
+  const [line = ""] = message.split("\n");
+  const own = id !== null && line.startsWith(`${id}: `) ? line.slice(id.length + 2) : line;
+  return own.length > SUMMED_ERROR ? `${own.slice(0, SUMMED_ERROR - 1)}…` : own;
+}
 
 /** A row for each place, the source first. */
 function summaryRows(source: string, places: ReadonlyMap<string | null, Figures>): string[][] {
   return [...places]
     .sort(([a], [b]) => Number(b === null) - Number(a === null))
-    .map(([id, { sent, bytes, seconds, deleted, kept, errors }]) => [
+    .map(([id, { sent, bytes, seconds, deleted, kept, free, errors, why }]) => [
       id ?? source,
       ...(id === null ? ["", ""] : [String(sent), inBytes(bytes)]),
       `${seconds.toFixed(1)} s`,
       String(deleted),
       kept === null ? "" : String(kept),
-      errors > 0 ? "failed" : "",
+      free === null ? "" : inBytes(free),
+      errors === 0 ? "" : `failed${why === null ? "" : `: ${inShort(id, why)}`}`,
     ]);
 }
 
@@ -1304,6 +1322,7 @@ export function metricsOfAll(runs: readonly Measured[]): string {
       seconds: a.seconds + b.seconds,
       kept: b.kept ?? a.kept,
       last: b.last ?? a.last,
+      free: b.free ?? a.free,
       now: Math.max(a.now, b.now),
     })),
   );
@@ -1331,6 +1350,11 @@ export function metricsOfAll(runs: readonly Measured[]): string {
     metric("sent_bytes", "Bytes sent in the last run.", ({ bytes }) => bytes),
     metric("duration_seconds", "How long the last run took there.", ({ seconds }) => seconds),
     metric("snapshots", "Snapshots or backups kept.", ({ kept }) => kept),
+    metric(
+      "free_bytes",
+      "Bytes that were free there at the beginning, less what was sent.",
+      ({ free }) => free,
+    ),
     metric("last_run_timestamp_seconds", "When the last run ended.", ({ now }) => now / 1000),
   ].join("");
 }
@@ -9043,7 +9067,9 @@ async function backUpOpened(session: Session): Promise<BackedUp | null> {
     await whileCleaning(() => closing().finally(source.close));
   }
   tellLast(session);
-  figuresOf(report.figures, null).seconds += (Date.now() - began) / 1000;
+  const here = figuresOf(report.figures, null);
+  here.seconds += (Date.now() - began) / 1000;
+  here.free = source.place.free;
   const newest = taken.at(-1);
   return newest === undefined ? null : { name: newest.name, words: firstWords(session) };
 }
@@ -9088,6 +9114,7 @@ async function begunSession(...given: Parameters<typeof newSession>): Promise<Se
 function newSession(source: Source, ahead: Map<string, Ahead>, o: RunOptions, report: Report) {
   const known = new Map(knownDestinations(source).map((one) => [one.location, one]));
   const wanted = wantedIn(source, known, o, report);
+  for (const id of [null, ...wanted.keys()]) figuresOf(report.figures, id); // in their order
   // Without its pin all is sent again, and still to the right disk.
   for (const id of o.removeLocks ? wanted.keys() : []) {
     const one = known.get(id);
@@ -10583,6 +10610,8 @@ const MEMBERS_AT_A_TIME = 4;
  */
 async function backUpTree(o: RunOptions, report: Report): Promise<BackedUp | null> {
   const began = Date.now();
+  for (const id of [null, ...o.destinations.map(({ location }) => location.id)])
+    figuresOf(report.figures, id); // in their order
   const top = await openFinished(o);
   let tree: TreeRun | null = null;
   let places: TreePlaces = new Map();
@@ -10738,6 +10767,8 @@ function addFigures({ report, o }: TreeRun, parts: ReadonlyMap<string, Report>):
     );
     const lasts = all.map(({ last }) => last ?? "").sort();
     sum.last = lasts[0] || null;
+    const least = Math.min(...all.map(({ free }) => free ?? Infinity));
+    sum.free = Number.isFinite(least) ? least : null;
     for (const { deleted, kept } of all) {
       sum.deleted += deleted;
       if (kept !== null) sum.kept = (sum.kept ?? 0) + kept;
@@ -11915,6 +11946,7 @@ async function pruneServed(served: Served): Promise<void> {
     report.error(destination.id, error);
   }
   const place = figuresOf(report.figures, destination.id);
+  place.free = Number.isFinite(served.free) ? served.free : null;
   place.seconds += (Date.now() - began) / 1000;
   if (destination.stream === null) place.kept = served.standing.backups.length;
 }
@@ -12062,7 +12094,17 @@ function concludeRun(
   log.info(
     `${dryRun ? "Nothing was changed" : "Done"}: ${plural(snapshot, "snapshot")}, ${plural(transfer, "transfer")}, ${plural(deletions, "deletion")}${report.failed ? ", with errors" : ""}${table}`,
   );
-  report.event("summary", { ok: !report.failed, snapshot: name, transfers: transfer, deletions });
+  const known = [...report.figures].flatMap(([id, place]) =>
+    place.free === null ? [] : [[id ?? source.id, place.free] as const],
+  );
+  const free = Object.fromEntries(known);
+  report.event("summary", {
+    ok: !report.failed,
+    snapshot: name,
+    transfers: transfer,
+    deletions,
+    free,
+  });
 }
 
 /**

@@ -113,7 +113,14 @@ test("a good quiet run says nothing; --json prints events, and only those, on st
     },
     { event: "delete", location: destination, name: old, reason: 'not kept by "1"' },
     { event: "delete", location: source, name: old, reason: 'not kept by "1"' },
-    { event: "summary", ok: true, snapshot: young, transfers: 1, deletions: 2 },
+    {
+      event: "summary",
+      ok: true,
+      snapshot: young,
+      transfers: 1,
+      deletions: 2,
+      free: { [source]: expect.any(Number), [destination]: expect.any(Number) },
+    },
   ]);
 });
 

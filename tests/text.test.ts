@@ -1142,21 +1142,28 @@ test("the summary has a line for each place, the source first", () => {
     errors: 0,
     kept: null,
     last: null,
+    free: null,
+    why: null,
     ...more,
   });
   const text = summaryOf(
     "/home",
     new Map<string | null, Figures>([
-      ["/backup", place({ sent: 2, bytes: 3 << 20, seconds: 1.26, deleted: 1, kept: 7 })],
+      [
+        "/backup",
+        place({ sent: 2, bytes: 3 << 20, seconds: 1.26, deleted: 1, kept: 7, free: 2 ** 30 }),
+      ],
       [null, place({ kept: 3 })],
       ["shell://cat", place({ errors: 1 })],
+      ["/lost", place({ errors: 2, why: "/lost: no such directory\nand more" })],
     ]),
   );
   expect(text.split("\n").map((line) => line.trim().split(/ {2,}/))).toEqual([
-    ["sent", "bytes", "time", "deleted", "kept"],
+    ["sent", "bytes", "time", "deleted", "kept", "free"],
     ["/home", "0.0 s", "0", "3"],
-    ["/backup", "2", "3.0M", "1.3 s", "1", "7"],
+    ["/backup", "2", "3.0M", "1.3 s", "1", "7", "1.0G"],
     ["shell://cat", "0", "0B", "0.0 s", "0", "failed"],
+    ["/lost", "0", "0B", "0.0 s", "0", "failed: no such directory"],
   ]);
 });
 
@@ -1169,6 +1176,8 @@ test("metrics of several runs have each label once: the collector refuses a file
     errors: 0,
     kept: null,
     last: null,
+    free: null,
+    why: null,
     ...more,
   });
   const run = (source: string, id: string, more: Partial<Figures>, now: number) => ({
@@ -1182,7 +1191,7 @@ test("metrics of several runs have each label once: the collector refuses a file
   const text = metricsOfAll([
     run("/home", "/a", { bytes: 1, kept: 5, last: "2026-01-01T00:00:00Z" }, 2000),
     run("/home", "/a", { bytes: 2, errors: 1, last: null }, 3000),
-    run("/home", "/b", { bytes: 4 }, 1000),
+    run("/home", "/b", { bytes: 4, free: 9 }, 1000),
     run("/srv", "/a", { bytes: 8 }, 1000),
   ]);
   const samples = text.split("\n").filter((line) => line !== "" && !line.startsWith("#"));
@@ -1196,10 +1205,11 @@ test("metrics of several runs have each label once: the collector refuses a file
     'btrfs_backup_last_run_timestamp_seconds{source="/home"} 3',
     'btrfs_backup_duration_seconds{source="/home"} 3',
     'btrfs_backup_sent_bytes{source="/home",destination="/b"} 4',
+    'btrfs_backup_free_bytes{source="/home",destination="/b"} 9',
     'btrfs_backup_sent_bytes{source="/srv",destination="/a"} 8',
   ])
     expect(samples).toContain(line);
-  expect(text.match(/^# HELP/gm)?.length).toBe(6);
+  expect(text.match(/^# HELP/gm)?.length).toBe(7);
 });
 
 test("an error of an argument file is told with the line that it is about", () => {
