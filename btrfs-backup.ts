@@ -3715,7 +3715,7 @@ const DIFFERENCE_NOW = defineVerb("difference-now", "source folder fsid name par
   if [ -e "./$name" ] || [ -L "./$name" ]; then line "$here/$name is there" >&2; exit 76; fi
   gone() {
     cd -P -- "$root"
-    [ -L "./$name" ] || [ ! -d "./$name" ] || delete_one "./$name" any >/dev/null
+    if [ -d "./$name" ]; then delete_one "./$name" any >/dev/null; fi
   }
   # Whoever clears what others left waits until ours is locked.
   exec 7<.
@@ -3741,7 +3741,8 @@ const CLEAR_COMPARED = defineVerb("clear-compared", "folder fsid names...")`
   exec 7<.
   flock -w 60 7 || { line "another run keeps $here locked" >&2; exit 75; }
   for name; do
-    if [ -L "./$name" ] || [ ! -d "./$name" ] || [ ! -r "./$name" ]; then continue; fi
+    if [ -L "./$name" ]; then continue; fi
+    [ -d "./$name" ] && [ -r "./$name" ] || continue
     exec 8<"./$name"
     if flock -n 8; then delete_one "./$name" any >/dev/null; fi
     exec 8<&-
@@ -15405,12 +15406,27 @@ export async function diff(o: DiffOptions, report: Report): Promise<void> {
   await read(reader.feed);
   const isWanted = (path: string) =>
     within.length === 0 || within.some((one) => isBelow(path, one));
-  const all = reader
-    .finish()
-    .filter((one) => isWanted(one.path) || (one.from !== null && isWanted(one.from)));
+  const own = ownFolderIn(folder, o);
+  const all = reader.finish().filter((one) => {
+    const isOwn = one.path === own && one.what === "changed";
+    return !isOwn && [one.path, one.from ?? one.path].some(isWanted);
+  });
   if (o.summary) showDirectories(all, o, report);
   else showDifferences(all, o, report);
   tellTotals(all, { from: from.name, to }, report);
+}
+
+/**
+ * The path in a subvolume of the folder where its snapshots are taken, which changes with each; null
+ * where that is elsewhere.
+ */
+function ownFolderIn(
+  { source, path }: Pick<Folder, "source" | "path">,
+  { snapshotFolder }: Pick<DiffOptions, "snapshotFolder">,
+): string | null {
+  const isInside = source !== null && isWithin(path, source.path) && path !== source.path;
+  const own = isInside ? relative(source.path, path) : snapshotFolder;
+  return own.startsWith("/") ? null : Buffer.from(normalize(own)).toString("latin1");
 }
 
 /** A difference to be read: from a snapshot to what is named. */
@@ -15720,35 +15736,35 @@ function differencesIn({ top, gone }: FollowedTree): Difference[] {
   const { news, found } = spotsTold(top);
   const leavers = groupBy(gone, ({ touched }) => touched);
   const removed = new Map(gone.map((spot) => [formerPath(spot), spot]));
-  const stays = new Set<string>();
-  for (const { path, spot } of news) {
+  // A file is renamed by a second name, and the first one taken away.
+  const come = news.map(({ path, spot }) => {
     const left = spot.touched?.isNew ? undefined : leavers.get(spot.touched)?.shift();
     const from = left === undefined ? null : formerPath(left);
     if (from !== null) removed.delete(from);
-    stays.add(path);
-    if (from === null || from === path)
-      found.push({
-        what: (from ?? removed.get(path)) ? "changed" : "added",
-        path,
-        from: null,
-        spot,
-      });
-    else found.push({ what: "renamed", path, from, spot });
-  }
-  for (const { what, path } of found) if (what === "renamed") stays.add(path);
+    return { path, spot, from };
+  });
+  for (const { path, spot, from } of come)
+    if (from !== null && from !== path) found.push({ what: "renamed", path, from, spot });
+    else if (from === path || removed.has(path))
+      found.push({ what: "changed", path, from: null, spot });
+    else found.push({ what: "added", path, from: null, spot });
+  const there = new Set(found.map(({ path }) => path));
   for (const [path, spot] of removed)
-    if (!stays.has(path)) found.push({ what: "removed", path, from: null, spot });
-  // What has several names is written once.
-  return found
+    if (!there.has(path)) found.push({ what: "removed", path, from: null, spot });
+  return toldInOrder(found);
+}
+
+/** Differences by path; what has several names is written once. */
+const toldInOrder = (found: readonly Found[]) =>
+  found
     .filter(({ path }) => !isOwnFile(path))
     .sort((a, b) => (a.path < b.path ? -1 : 1))
-    .map(({ what, path, from, spot }) => {
+    .map(({ what, path, from, spot }): Difference => {
       const written = what === "removed" ? null : spot.touched;
       const { bytes = 0, shared = 0 } = written ?? {};
       if (written !== null) Object.assign(written, { bytes: 0, shared: 0 });
       return { what, path, from, bytes, shared };
     });
-}
 
 type Found = Pick<Difference, "what" | "path" | "from"> & { readonly spot: Spot };
 
