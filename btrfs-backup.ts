@@ -1700,7 +1700,18 @@ const whileCleaning = <T>(work: () => Promise<T>): Promise<T> => cleaning.run(tr
 /** A verb that was started: its output as it comes, its end, and the way to end it. */
 type Started = { readonly process: ProcessPromise; readonly stop: () => void };
 
-function start<V extends Declared>(host: Host, verb: V, given: ArgumentsOf<V>): Started {
+/** Where zx would keep all that a process prints: of one that is read as it comes, only errors. */
+const onlyErrors = () => {
+  const nothing = (): string[] => Object.assign([], { push: () => 0 });
+  return { stdout: nothing(), stderr: [], stdall: nothing() };
+};
+
+function start<V extends Declared>(
+  host: Host,
+  verb: V,
+  given: ArgumentsOf<V>,
+  isKept = true,
+): Started {
   const args = wordsFor(verb, given);
   checkInterruption();
   log.debug(
@@ -1716,6 +1727,7 @@ function start<V extends Declared>(host: Host, verb: V, given: ArgumentsOf<V>): 
   const child = shell({
     stdio: ["pipe", "pipe", "pipe"],
     detached: local,
+    ...(isKept ? {} : { store: onlyErrors() }),
   })`${`trap "" INT HUP; ${text}`}`;
   const pid = pidOf(child);
   child.stdin.on("error", () => {}); // gone before we were: its exit status tells
@@ -1793,15 +1805,41 @@ const askBytes = async <V extends Declared>(...question: Question<V>): Promise<B
 /** The verb of a hook, which may take as long as its user likes. */
 const USERS_OWN = "hook";
 
-async function askAll<V extends Declared>([host, verb, given, what, input = ""]: Question<V>) {
-  const { process: child, stop } = start(host, verb, given);
+/**
+ * Runs a verb, and gives `take` its output as it comes; none of it is kept. Errors: those of `ask`
+ * and of `take`, which ends it.
+ */
+async function askInPieces<V extends Declared>(
+  question: Question<V>,
+  take: (piece: Buffer) => void,
+): Promise<void> {
+  let problem: unknown = null;
+  await askAll(question, (piece, stop) => {
+    try {
+      if (problem === null) take(piece);
+    } catch (error) {
+      problem = error;
+      stop();
+    }
+  }).catch((error) => {
+    throw error instanceof Interrupted || problem === null ? error : problem;
+  });
+  if (problem !== null) throw problem;
+}
+
+async function askAll<V extends Declared>(
+  [host, verb, given, what, input = ""]: Question<V>,
+  take?: (piece: Buffer, stop: () => void) => void,
+) {
+  const { process: child, stop } = start(host, verb, given, take === undefined);
   child.stdin.end(input);
   if (!cleaning.getStore()) running.add(stop);
   let bytes = 0;
   const output: Buffer[] = [];
   child.stdout.on("data", (chunk: Buffer) => {
     bytes += chunk.length;
-    output.push(chunk);
+    if (take === undefined) output.push(chunk);
+    else take(chunk, stop);
   });
   const whose =
     host.ssh === null ? { group: child.pid as number } : { verb, folder: folderOf(given) };
@@ -3687,6 +3725,56 @@ const REWRITTEN_MOST = "32000000";
 const REWRITTEN = defineVerb("rewritten", "folder fsid snapshot parent most?")`
   at "$folder" "$fsid"
   b send -q --no-data -p "./$parent" "./$snapshot" | head -c "\${most:-${REWRITTEN_MOST}}"
+`;
+
+/** A difference without the data of its files, all of it. */
+const DIFFERENCE = defineVerb("difference", "folder fsid snapshot parent")`
+  at "$folder" "$fsid"
+  b send -q --no-data -p "./$parent" "./$snapshot"
+`;
+
+/**
+ * The same between `parent` and what `source` is now: a snapshot of the hidden `name`, which goes
+ * whatever ends this. As long as anything of it lives, the snapshot is locked.
+ */
+const DIFFERENCE_NOW = defineVerb("difference-now", "source folder fsid name parent")`
+  at "$folder" "$fsid"
+  root=$PWD
+  if [ -e "./$name" ] || [ -L "./$name" ]; then line "$here/$name is there" >&2; exit 76; fi
+  gone() {
+    cd -P -- "$root"
+    if [ -d "./$name" ]; then delete_one "./$name" any >/dev/null; fi
+  }
+  # Whoever clears what others left waits until ours is locked.
+  exec 7<.
+  flock -w 60 7 || { line "another run keeps $here locked" >&2; exit 75; }
+  cd -P -- "$source"
+  [ "$PWD" = "$source" ] || { line "$source leads to $PWD now" >&2; exit 66; }
+  # A shell that a signal ends runs no other trap.
+  trap gone EXIT
+  trap "exit 1" TERM HUP INT PIPE
+  b subvolume snapshot -r . "$root/$name" >/dev/null
+  cd -P -- "$root"
+  if [ -r "./$name" ]; then
+    exec 8<"./$name"
+    flock -n 8
+  fi
+  exec 7<&-
+  b send -q --no-data -p "./$parent" "./$name"
+`;
+
+/** Deletes the snapshots that interrupted comparisons left, but for those that are locked. */
+const CLEAR_COMPARED = defineVerb("clear-compared", "folder fsid names...")`
+  at "$folder" "$fsid"
+  exec 7<.
+  flock -w 60 7 || { line "another run keeps $here locked" >&2; exit 75; }
+  for name; do
+    if [ -L "./$name" ]; then continue; fi
+    [ -d "./$name" ] && [ -r "./$name" ] || continue
+    exec 8<"./$name"
+    if flock -n 8; then delete_one "./$name" any >/dev/null; fi
+    exec 8<&-
+  done
 `;
 
 /**
@@ -7777,6 +7865,30 @@ export function freeingState(
   return vain.length >= 2 && vain.slice(-2).every(Boolean) ? "in vain" : "lacking";
 }
 
+// ── diff: what an interrupted one left, and what can be compared ──
+
+/** The name of the snapshot that a comparison with now makes, and deletes again. */
+const COMPARED_NAME = /^\.btrfs-backup\.diff-[0-9a-f]{16}$/;
+
+/** The snapshots in a folder that comparisons made, and that may go unless one still runs. */
+export const comparedIn = (
+  standing: readonly Pick<Entry, "name" | "readonly" | "receivedUuid">[],
+) =>
+  standing
+    .filter((one) => COMPARED_NAME.test(one.name) && one.readonly && one.receivedUuid === null)
+    .map(({ name }) => name);
+
+/**
+ * Whether an inode number means the same file in two read-only subvolumes, as btrfs send takes for
+ * granted. Two that were made here are of one subvolume, or one of them was made from the other. Of
+ * others see `related`. Undefined until the generations of their top directories are known.
+ */
+export function areComparable(a: Subvolume, b: Subvolume, facts: Facts): boolean | undefined {
+  if (a.receivedUuid !== null || b.receivedUuid !== null) return related(a, b, facts);
+  const line = lineOf(a, facts.all);
+  return lineOf(b, facts.all).some((uuid) => line.includes(uuid));
+}
+
 // ── what goes at the source ──
 
 /** A destination as retention at the source sees it. */
@@ -9043,6 +9155,8 @@ async function backUpOpened(session: Session): Promise<BackedUp | null> {
   const began = Date.now();
   try {
     warnOfSource(session);
+    if (!o.dryRun)
+      await clearCompared(source).catch(afterFailure(({ message }) => report.warning(message)));
     if (o.transfer || !o.removeLocks) openings = openAll(session);
     const opened = await openedAtOnce(openings);
     if (opened === null) {
@@ -15313,6 +15427,605 @@ async function getVersion(
   report.event("summary", { ok: !report.failed });
 }
 
+// ── diff: what changed between two snapshots, and what it costs ──
+
+export type DiffOptions = LookOptions & {
+  readonly location: Readable;
+  /** The older one, and the newer; null for the newest of a source, and now. */
+  readonly names: readonly [string, string] | null;
+  /** Only what is there or below; empty for everything. */
+  readonly paths: readonly string[];
+  readonly summary: boolean;
+  readonly json: boolean;
+};
+
+/** Shows what changed between two snapshots. No file is read: `btrfs send` tells it. */
+export async function diff(o: DiffOptions, report: Report): Promise<void> {
+  const [first] = o.names ?? [];
+  const prefix = o.prefix ?? (first === undefined ? null : prefixOf(first));
+  const folder = await openLocation(o.location, { ...o, prefix, wait: "look" });
+  needRoot(folder, "telling what changed");
+  const within = o.paths.map((path) => pathInside(path, folder));
+  const { from, to, read } =
+    o.names === null ? await sinceNewest(folder) : await betweenTwo(folder, o.names);
+  const reader = differenceReader(dataOf(from));
+  await read(reader.feed);
+  const isWanted = (path: string) =>
+    within.length === 0 || within.some((one) => isBelow(path, one));
+  const own = ownFolderIn(folder, o);
+  const all = reader.finish().filter((one) => {
+    const isOwn = one.path === own && one.what === "changed";
+    return !isOwn && [one.path, one.from ?? one.path].some(isWanted);
+  });
+  if (o.summary) showDirectories(all, o, report);
+  else showDifferences(all, o, report);
+  tellTotals(all, { from: from.name, to }, report);
+}
+
+/**
+ * The path in a subvolume of the folder where its snapshots are taken, which changes with each; null
+ * where that is elsewhere.
+ */
+function ownFolderIn(
+  { source, path }: Pick<Folder, "source" | "path">,
+  { snapshotFolder }: Pick<DiffOptions, "snapshotFolder">,
+): string | null {
+  const isInside = source !== null && isWithin(path, source.path) && path !== source.path;
+  const own = isInside ? relative(source.path, path) : snapshotFolder;
+  return own.startsWith("/") ? null : Buffer.from(normalize(own)).toString("latin1");
+}
+
+/** A difference to be read: from a snapshot to what is named. */
+type DifferenceAsked = {
+  readonly from: Snapshot;
+  readonly to: string;
+  readonly read: (take: (piece: Buffer) => void) => Promise<void>;
+};
+
+/** The difference between two snapshots of a folder. Errors: Failure where they are not related. */
+async function betweenTwo(
+  folder: Folder,
+  names: readonly [string, string],
+): Promise<DifferenceAsked> {
+  const [from, to] = names.map((name) => completeNamed(folder, name)) as [Snapshot, Snapshot];
+  if (from.uuid === to.uuid)
+    throw new UsageError(`${from.name} is given twice: give two snapshots to compare`);
+  const inquiry = inquiryInto(folder);
+  if (areComparable(from, to, inquiry) === undefined)
+    await learnBirths(inquiry, [{ parent: from, snapshot: to }]);
+  needComparable(from, to.name, areComparable(from, to, inquiry));
+  const given = { ...at(folder), snapshot: to.name, parent: from.name };
+  const what = `${folder.id}: cannot tell what differs between ${from.name} and ${to.name}`;
+  return {
+    from,
+    to: to.name,
+    read: (take) => askInPieces([folder.host, DIFFERENCE, given, what], take),
+  };
+}
+
+/** A snapshot by its name, of whatever prefix. Errors: Failure where nothing complete has it. */
+function completeNamed(folder: Folder, name: string): Snapshot {
+  const there = underPrefix(folder, prefixOf(name) ?? "");
+  const isOwn = isSnapshotFolder(there);
+  const found = there.snapshots.find((one) => one.name === name);
+  if (found === undefined || !(isOwn ? found.readonly : isComplete(found)))
+    throw notThere(name, there);
+  return found;
+}
+
+/** Errors: Failure where btrfs would take different files for one. */
+function needComparable(from: Snapshot, to: string, isIt: boolean | undefined): void {
+  if (isIt !== true)
+    throw new Failure(
+      `${from.name} and ${to} cannot be compared: they are not related. Neither was made from the other, nor were both from one subvolume (one can have been received in full), and so btrfs would take different files for one`,
+    );
+}
+
+/** The difference between a source's newest snapshot and now. Errors: UsageError, Failure. */
+async function sinceNewest(folder: Folder): Promise<DifferenceAsked> {
+  const { source, host, id, path, place } = folder;
+  if (source === null)
+    throw new UsageError(
+      folder.snapshots.length === 0
+        ? `${id} has no snapshots: give a SOURCE that has some (-f says where), or a folder of backups and two names`
+        : `${id} is no SOURCE: give two names of what is there`,
+    );
+  const from = wholeIn(folder).at(-1);
+  if (from === undefined)
+    throw new Failure(`${id} has no snapshot in ${path} to compare with: the first run takes one`);
+  const now = { ...NO_SUBVOLUME, uuid: crypto.randomUUID(), parentUuid: source.uuid };
+  // Some old filesystems' top level has no UUID that a snapshot could tell.
+  const isUntold = source.uuid === place.filesystem && from.receivedUuid === null;
+  const isIt = isUntold || areComparable(from, now, inquiryInto(folder));
+  needComparable(from, `${id} as it is now`, isIt);
+  await clearCompared(folder);
+  const name = `.btrfs-backup.diff-${now.uuid.replaceAll("-", "").slice(0, 16)}`;
+  const given = { ...at(folder), source: source.path, name, parent: from.name };
+  const what = `${id}: cannot tell what has changed since ${from.name}`;
+  return {
+    from,
+    to: "now",
+    read: (take) => askInPieces([host, DIFFERENCE_NOW, given, what], take),
+  };
+}
+
+/** Deletes what interrupted comparisons left in a source's folder. Errors: Failure. */
+async function clearCompared(folder: Folder): Promise<void> {
+  const names = comparedIn(folder.standing);
+  if (names.length > 0)
+    await askAt(folder, CLEAR_COMPARED, { names }, "cannot delete what an interrupted diff left");
+}
+
+/**
+ * A path of the command line as paths are in a stream: below the subvolume, where it may be given
+ * as it is at the source. Errors: UsageError for one that leads out of it.
+ */
+function pathInside(path: string, { source, chain }: Pick<Folder, "source" | "chain">): string {
+  const plain = withoutSlash(normalize(path));
+  const above = [source?.path, chain.owner?.path].find(
+    (one) => one !== undefined && isWithin(plain, one),
+  );
+  const inside = above === undefined ? plain : plain.slice(above.length);
+  const below = inside.replace(/^\//, "");
+  if (below === ".." || below.startsWith("../"))
+    throw new UsageError(`${path} is not below the subvolume: paths begin at its top`);
+  return Buffer.from(below === "." ? "" : below).toString("latin1");
+}
+
+/** Whether a path in a stream is another one, or below that. */
+const isBelow = (path: string, above: string) =>
+  above === "" || path === above || path.startsWith(`${above}/`);
+
+/** What became of a path: its bytes are those that were written, and those that it shares. */
+export type Difference = {
+  readonly what: "added" | "removed" | "changed" | "renamed";
+  /** The bytes of the path, each as a character; the top is the empty one. */
+  readonly path: string;
+  /** Where it was before, if it is renamed. */
+  readonly from: string | null;
+  readonly bytes: number;
+  /** What it shares with what was there: a copy with --reflink costs nothing. */
+  readonly shared: number;
+};
+
+// The commands of a stream are followed in a tree of all names that they say: a name that a command
+// has made or moved, and on the way to these what stands where it was. A file is written to by its
+// path of that moment, be it a name like o257-9-0 that it has until its own is free, or be it below
+// a directory that gets another name later: in the tree, a directory moves with all that is below.
+
+/** What is told of a file or a directory, by whichever of its names. */
+type Touched = {
+  readonly isNew: boolean;
+  bytes: number;
+  shared: number;
+  /** Contents or attributes. */
+  isChanged: boolean;
+  /** Its times, which change with its names as well. */
+  isTimed: boolean;
+  isMoved: boolean;
+};
+
+/** A name in the tree. */
+type Spot = {
+  name: string;
+  above: Spot | null;
+  below: Map<string, Spot> | null;
+  /** The name that it had in the parent, below what it was in; null for what came since. */
+  readonly former: string | null;
+  readonly cameFrom: Spot | null;
+  touched: Touched | null;
+};
+
+const newTouched = (isNew: boolean): Touched => ({
+  isNew,
+  bytes: 0,
+  shared: 0,
+  isChanged: false,
+  isTimed: false,
+  isMoved: false,
+});
+
+const touchedOf = (spot: Spot): Touched => (spot.touched ??= newTouched(false));
+
+/** A name that is where it was in the parent. */
+const standingSpot = (name: string, above: Spot | null): Spot => ({
+  name,
+  above,
+  below: null,
+  former: name,
+  cameFrom: above,
+  touched: null,
+});
+
+/** The path that a name had in the parent. */
+function formerPath(spot: Spot): string {
+  const names: string[] = [];
+  for (let one = spot; one.cameFrom !== null; one = one.cameFrom) names.push(one.former as string);
+  return names.reverse().join("/");
+}
+
+/** All that a stream has told so far. `gone`: the names of the parent that were taken away. */
+function followedTree() {
+  const top = standingSpot("", null);
+  const gone: Spot[] = [];
+  const nowhere = () => new Failure("btrfs send named something that is not there");
+
+  function find(path: string): Spot {
+    if (path === "") return top;
+    let spot = top;
+    for (const name of path.split("/")) {
+      const below = (spot.below ??= new Map<string, Spot>());
+      let next = below.get(name);
+      if (next === undefined) {
+        if (spot.former === null) throw nowhere();
+        next = standingSpot(name, spot);
+        below.set(name, next);
+      }
+      spot = next;
+    }
+    return spot;
+  }
+  /** The directory of a path, and its name there. */
+  function placeOf(path: string): [Spot, string] {
+    const slash = path.lastIndexOf("/");
+    return [find(slash === -1 ? "" : path.slice(0, slash)), path.slice(slash + 1)];
+  }
+  function put(path: string, spot: Spot): void {
+    const [above, name] = placeOf(path);
+    above.below ??= new Map();
+    spot.above = above;
+    spot.name = name;
+    above.below.set(name, spot);
+  }
+  function take(path: string): Spot {
+    const spot = find(path);
+    if (spot.above === null) throw nowhere();
+    spot.above.below?.delete(spot.name);
+    touchedOf(spot).isMoved = true;
+    return spot;
+  }
+  const add = (path: string, touched: Touched) =>
+    put(path, { ...standingSpot("", null), former: null, touched });
+  return {
+    top,
+    gone,
+    find,
+    make: (path: string) => add(path, newTouched(true)),
+    link(path: string, other: string): void {
+      const touched = touchedOf(find(other));
+      touched.isMoved = true;
+      add(path, touched);
+    },
+    rename: (path: string, to: string) => put(to, take(path)),
+    remove(path: string): void {
+      const spot = take(path);
+      if (spot.former !== null) gone.push(spot);
+    },
+  };
+}
+type FollowedTree = ReturnType<typeof followedTree>;
+
+type Following = (tree: FollowedTree, path: string, told: ToldCommand) => void;
+const making: Following = (tree, path) => tree.make(path);
+const removing: Following = (tree, path) => tree.remove(path);
+const changing: Following = (tree, path) => {
+  touchedOf(tree.find(path)).isChanged = true;
+};
+
+/** What each command of a stream does to the tree. */
+const FOLLOWED_COMMANDS: Readonly<Record<string, Following>> = {
+  mkfile: making,
+  mkdir: making,
+  mknod: making,
+  mkfifo: making,
+  mksock: making,
+  symlink: making,
+  unlink: removing,
+  rmdir: removing,
+  truncate: changing,
+  chmod: changing,
+  chown: changing,
+  set_xattr: changing,
+  remove_xattr: changing,
+  rename: (tree, path, told) => tree.rename(path, told.text("pathTo")),
+  link: (tree, path, told) => tree.link(path, told.text("pathLink")),
+  utimes(tree, path) {
+    touchedOf(tree.find(path)).isTimed = true;
+  },
+  update_extent(tree, path, told) {
+    changing(tree, path, told);
+    touchedOf(tree.find(path)).bytes += told.number("size");
+  },
+  clone(tree, path, told) {
+    changing(tree, path, told);
+    touchedOf(tree.find(path)).shared += told.number("cloneLength");
+  },
+};
+
+/**
+ * Reads a difference without data as its bytes come. `parent`: the UUID that it must say of its
+ * parent. `finish` tells what differs, by path. Errors: Failure for a stream that is no such.
+ */
+export function differenceReader(parent: string): {
+  readonly feed: (bytes: Buffer) => void;
+  readonly finish: () => Difference[];
+} {
+  const tree = followedTree();
+  let isBegun = false;
+  const scanner = streamScanner((name, told) => {
+    if (name === "end") return;
+    if (!isBegun) {
+      if (name !== "snapshot") throw new Failure("btrfs send began with something unknown");
+      if (told.hexadecimal("cloneUuid") !== parent.replaceAll("-", ""))
+        throw new Failure("it is another subvolume now that has the first name");
+      isBegun = true;
+      return;
+    }
+    const follow = FOLLOWED_COMMANDS[name];
+    if (follow === undefined) throw new Failure(`btrfs send said something unknown: ${name}`);
+    follow(tree, told.text("path"), told);
+  });
+  return {
+    feed: scanner.feed,
+    finish() {
+      scanner.finish();
+      return differencesIn(tree);
+    },
+  };
+}
+
+/** A name of this program's own files, whose changes are told nobody. */
+const isOwnFile = (path: string) => /(?:^|\/)\.btrfs-backup\.[^/]*$/.test(path);
+
+/** What differs in the end, by path. */
+function differencesIn({ top, gone }: FollowedTree): Difference[] {
+  const { news, found } = spotsTold(top);
+  const leavers = groupBy(gone, ({ touched }) => touched);
+  const removed = new Map(gone.map((spot) => [formerPath(spot), spot]));
+  // A file is renamed by a second name, and the first one taken away.
+  const come = news.map(({ path, spot }) => {
+    const left = spot.touched?.isNew ? undefined : leavers.get(spot.touched)?.shift();
+    const from = left === undefined ? null : formerPath(left);
+    if (from !== null) removed.delete(from);
+    return { path, spot, from };
+  });
+  for (const { path, spot, from } of come)
+    if (from !== null && from !== path) found.push({ what: "renamed", path, from, spot });
+    else if (from === path || removed.has(path))
+      found.push({ what: "changed", path, from: null, spot });
+    else found.push({ what: "added", path, from: null, spot });
+  const there = new Set(found.map(({ path }) => path));
+  for (const [path, spot] of removed)
+    if (!there.has(path)) found.push({ what: "removed", path, from: null, spot });
+  return toldInOrder(found);
+}
+
+/** Differences by path; what has several names is written once. */
+const toldInOrder = (found: readonly Found[]) =>
+  found
+    .filter(({ path }) => !isOwnFile(path))
+    .sort((a, b) => (a.path < b.path ? -1 : 1))
+    .map(({ what, path, from, spot }): Difference => {
+      const written = what === "removed" ? null : spot.touched;
+      const { bytes = 0, shared = 0 } = written ?? {};
+      if (written !== null) Object.assign(written, { bytes: 0, shared: 0 });
+      return { what, path, from, bytes, shared };
+    });
+
+type Found = Pick<Difference, "what" | "path" | "from"> & { readonly spot: Spot };
+
+/** The names of the tree that are new, and what is changed or renamed of all others. */
+function spotsTold(top: Spot) {
+  const [news, found]: [{ path: string; spot: Spot }[], Found[]] = [[], []];
+  const open: { path: string; spot: Spot }[] = [{ path: "", spot: top }];
+  for (let one = open.pop(); one !== undefined; one = open.pop()) {
+    const { path, spot } = one;
+    for (const [name, below] of spot.below ?? [])
+      open.push({ path: path === "" ? name : `${path}/${name}`, spot: below });
+    if (spot.former === null) news.push(one);
+    else if (spot.above !== spot.cameFrom || spot.name !== spot.former)
+      found.push({ what: "renamed", path, from: formerPath(spot), spot });
+    else if (isTold(spot)) found.push({ what: "changed", path, from: null, spot });
+  }
+  return { news, found };
+}
+
+/**
+ * Whether something that is where it was has changed. The times of a directory change with the
+ * names in it, and those of a file with its own names.
+ */
+const isTold = ({ touched, below }: Spot) =>
+  touched !== null &&
+  (touched.isChanged || (touched.isTimed && !touched.isMoved && below === null));
+
+/** The attributes of a command of a send stream. */
+type ToldCommand = {
+  readonly text: (attribute: ToldAttribute) => string;
+  readonly number: (attribute: ToldAttribute) => number;
+  readonly hexadecimal: (attribute: ToldAttribute) => string;
+};
+type ToldAttribute = keyof ReturnType<typeof streamCommands>["attribute"];
+
+/** No command of protocol 1 is longer: BTRFS_SEND_BUF_SIZE_V1 of linux/fs/btrfs/send.h. */
+const LONGEST_COMMAND = 65536;
+
+/**
+ * Reads the commands of a send stream of protocol 1 as its bytes come, and gives `take` each. Errors:
+ * Failure for what is no stream, or ends early.
+ */
+function streamScanner(take: (name: string, told: ToldCommand) => void) {
+  const { commands } = streamCommands();
+  const UPDATE_EXTENT = 22; // in place of what writes, without data
+  const [BEGINNING, HEADER] = ["btrfs-stream\0\x01\0\0\0", 10];
+  const { read, told } = attributeReader();
+  let rest: Buffer = Buffer.alloc(0);
+  let [isBegun, isOver] = [false, false];
+  /** Takes whole commands, and returns where the first other one begins. */
+  function takeWhole(bytes: Buffer, from: number): number {
+    let here = from;
+    while (here + HEADER <= bytes.length) {
+      const end = here + HEADER + bytes.readUInt32LE(here);
+      const number = bytes.readUInt16LE(here + 4);
+      const name = number === UPDATE_EXTENT ? "update_extent" : commands[number]?.name;
+      if (isOver || name === undefined || end - here > LONGEST_COMMAND)
+        throw new Failure("btrfs send said something unknown");
+      if (end > bytes.length) break;
+      read(bytes, here + HEADER, end);
+      isOver = name === "end";
+      take(name, told);
+      here = end;
+    }
+    return here;
+  }
+  return {
+    feed(piece: Buffer): void {
+      const bytes = rest.length === 0 ? piece : Buffer.concat([rest, piece]);
+      const isEnough = isBegun || bytes.length >= BEGINNING.length;
+      if (isEnough && !isBegun && bytes.toString("latin1", 0, BEGINNING.length) !== BEGINNING)
+        throw new Failure("btrfs send began with something unknown");
+      const done = isEnough ? takeWhole(bytes, isBegun ? 0 : BEGINNING.length) : 0;
+      isBegun = isEnough;
+      rest = Buffer.from(bytes.subarray(done));
+    },
+    finish(): void {
+      if (!isOver || rest.length > 0) throw new Failure("btrfs send ended early");
+    },
+  };
+}
+
+/** Finds the attributes of one command after the other. */
+function attributeReader() {
+  const { attribute } = streamCommands();
+  let all: Buffer = Buffer.alloc(0);
+  const [begins, ends] = [new Int32Array(32), new Int32Array(32)];
+  /** The place of an attribute of so many bytes at least. */
+  const placeOf = (name: ToldAttribute, least: number) => {
+    const [begin, end] = [begins[attribute[name]] as number, ends[attribute[name]] as number];
+    if (begin === 0 || end - begin < least) throw new Failure("btrfs send left something out");
+    return [begin, end] as const;
+  };
+  const told: ToldCommand = {
+    text: (name) => all.toString("latin1", ...placeOf(name, 0)),
+    number: (name) => Number(all.readBigUInt64LE(placeOf(name, 8)[0])),
+    hexadecimal: (name) => all.toString("hex", ...placeOf(name, 0)),
+  };
+  function read(bytes: Buffer, from: number, end: number): void {
+    all = bytes;
+    begins.fill(0);
+    for (let next = from; next < end;) {
+      const type = next + 4 <= end ? bytes.readUInt16LE(next) : 0;
+      const last = type === 0 ? Infinity : next + 4 + bytes.readUInt16LE(next + 2);
+      if (type > 31 || last > end) throw new Failure("btrfs send said something unknown");
+      begins[type] = next + 4;
+      ends[type] = last;
+      next = last;
+    }
+  }
+  return { read, told };
+}
+
+/** The bytes and paths below a directory. */
+export type DirectorySum = { readonly path: string; bytes: number; shared: number; paths: number };
+
+/** What differs below each directory that something differs below, the most bytes first. */
+export function byDirectory(all: readonly Difference[]): DirectorySum[] {
+  const sums = new Map<string, DirectorySum>();
+  for (const { path, bytes, shared } of all)
+    for (let above = path; above !== "" || path === "";) {
+      above = above.slice(0, Math.max(0, above.lastIndexOf("/")));
+      const sum = sums.get(above) ?? { path: above, bytes: 0, shared: 0, paths: 0 };
+      sum.bytes += bytes;
+      sum.shared += shared;
+      sum.paths++;
+      sums.set(above, sum);
+      if (above === "") break;
+    }
+  return [...sums.values()].sort(
+    (a, b) => b.bytes - a.bytes || b.paths - a.paths || (a.path < b.path ? -1 : 1),
+  );
+}
+
+/** The directories with a hundredth of all bytes, or of all paths. */
+export function largestOf(sums: readonly DirectorySum[]): readonly DirectorySum[] {
+  const top = sums.find(({ path }) => path === "");
+  if (top === undefined) return [];
+  return sums.filter(
+    ({ bytes, paths }) => (bytes > 0 && bytes * 100 >= top.bytes) || paths * 100 >= top.paths,
+  );
+}
+
+/** A stream's path as people read it, on one line. */
+const shownPath = (path: string) =>
+  path === "" ? "." : Buffer.from(path, "latin1").toString().replaceAll("\n", "\\u000a");
+
+/** A stream's path in an event, with its bytes in base64 where they are no text. */
+function toldPath(path: string) {
+  const bytes = Buffer.from(path, "latin1");
+  const text = bytes.toString();
+  const isExact = Buffer.from(text).equals(bytes);
+  return { path: text, ...(isExact ? {} : { raw: bytes.toString("base64") }) };
+}
+
+function showDifferences(
+  all: readonly Difference[],
+  { json }: Pick<DiffOptions, "json">,
+  report: Report,
+): void {
+  const lines: string[] = [];
+  for (const { what, path, from, bytes, shared } of all) {
+    const was = from === null ? {} : { from: toldPath(from).path };
+    report.event("difference", { what, ...toldPath(path), ...was, bytes, shared });
+    const names = from === null ? shownPath(path) : `${shownPath(from)} -> ${shownPath(path)}`;
+    const written = what === "removed" ? "-" : inBytes(bytes);
+    if (!json) lines.push(`${what.padEnd(7)}  ${written.padStart(7)}  ${names}\n`);
+  }
+  if (!json) print(lines.join(""));
+}
+
+function showDirectories(
+  all: readonly Difference[],
+  { json }: Pick<DiffOptions, "json">,
+  report: Report,
+): void {
+  const sums = byDirectory(all);
+  for (const { path, ...sum } of sums) report.event("directory", { ...toldPath(path), ...sum });
+  const shown = largestOf(sums);
+  if (json || shown.length === 0) return;
+  const cells = shown.map(({ path, bytes, paths }) => [
+    inBytes(bytes).padStart(7),
+    String(paths).padStart(7),
+    shownPath(path),
+  ]);
+  print(alignedTable([["WRITTEN", "  PATHS", "DIRECTORY"], ...cells]));
+  const left = sums.length - shown.length;
+  if (left > 0)
+    log.info(
+      `${left} smaller ${left === 1 ? "directory has" : "directories have"} less than 1 % each; --json tells all`,
+    );
+}
+
+/** Tells how much differs in all. */
+function tellTotals(
+  all: readonly Difference[],
+  { from, to }: { readonly from: string; readonly to: string },
+  report: Report,
+): void {
+  const sums = { added: 0, removed: 0, changed: 0, renamed: 0, bytes: 0, shared: 0 };
+  for (const { what, bytes, shared } of all) {
+    sums[what]++;
+    sums.bytes += bytes;
+    sums.shared += shared;
+  }
+  const counts = (["added", "removed", "changed", "renamed"] as const)
+    .filter((what) => sums[what] > 0)
+    .map((what) => `${sums[what]} ${what}`);
+  const more = sums.shared > 0 ? `, and ${inBytes(sums.shared)} shared with what was there` : "";
+  log.info(
+    `From ${from} to ${to}: ${counts.length === 0 ? "nothing differs" : `${counts.join(", ")}; ${inBytes(sums.bytes)} written${more}`}`,
+  );
+  report.event("summary", { ok: !report.failed, from, to, ...sums });
+}
+
 // ── unpin: destinations, forgotten ──
 
 export type UnpinOptions = Pick<
@@ -17233,6 +17946,8 @@ const FILE: ArgumentRule = (value, said) => {
 
 const NAMES = { names: LISTED_NAME };
 
+const COMPARED_RULE = matching(COMPARED_NAME);
+
 /** The verbs that a key may run. Guard refuses all others. */
 const GUARDED: ReadonlyMap<string, Allowed> = new Map([
   allow(
@@ -17307,6 +18022,9 @@ const GUARDED: ReadonlyMap<string, Allowed> = new Map([
   allow(BIRTHS, ["source", "read"], { snapshots: LISTED_PARENT }),
   allow(ESTIMATE, ["source", "read"], { parent: optionally(PARENT_RULE) }),
   allow(REWRITTEN, ["source", "read"], { parent: PARENT_RULE, most: matching(/^\d{1,8}$/) }),
+  allow(DIFFERENCE, ["source", "read"], { parent: STANDING }),
+  allow(DIFFERENCE_NOW, ["source"], { source: SOURCE_RULE, name: COMPARED_RULE, parent: STANDING }),
+  allow(CLEAR_COMPARED, ["source"], { names: COMPARED_RULE }),
   allow(
     FILE_SIZES,
     ["source", "read"],
@@ -18251,6 +18969,7 @@ const COMMON = [
   "list",
   "verify",
   "versions",
+  "diff",
   "copy",
   "prune",
   "keep",
@@ -18337,6 +19056,10 @@ const GROUPS = {
       means: "Where to, on FILE's host (default: FILE.NAME)",
     },
     force: { of: ["versions"], means: "Replace a file that is there" },
+    summary: {
+      of: ["diff"],
+      means: "Tell the bytes written below each directory, largest first, not each path",
+    },
     path: {
       of: ["guard"],
       value: "DIR",
@@ -19566,6 +20289,37 @@ export function versionsOptions(given: Given) {
   };
 }
 
+function diffOptions(given: Given): DiffOptions {
+  const [first, ...words] = given.positionals;
+  if (first === undefined) throw new UsageError("missing arguments: give LOCATION");
+  const location = readableLocation(first);
+  if (!holdsSubvolumes(location))
+    throw new UsageError(
+      `${KINDS[location.kind].called} cannot be compared: btrfs tells what differs between subvolumes, not between streams: ${location.id}. Compare the snapshots at the source, or restore both to one btrfs folder`,
+    );
+  const names = namesToCompare(words);
+  return {
+    ...commonOptions(given),
+    location,
+    names,
+    paths: names === null ? words : words.slice(2),
+    summary: given.flag("summary"),
+  };
+}
+
+/** The two snapshots that words begin with; null where no names are given. Errors: UsageError. */
+function namesToCompare([older, newer]: readonly string[]): DiffOptions["names"] {
+  const [isFirst, isSecond] = [older, newer].map(
+    (word) => word !== undefined && !word.includes("/") && prefixOf(word) !== null,
+  );
+  if (isFirst && isSecond) return [older as string, newer as string];
+  if (!isFirst && !isSecond) return null;
+  const wrong = isFirst ? newer : older;
+  throw new UsageError(
+    `give two names of snapshots, or none: ${wrong === undefined ? `there is only ${older}` : `${wrong} is none`} (a PATH like a name is ./NAME)`,
+  );
+}
+
 function guardOptions(given: Given) {
   const { flag } = given;
   const paths = given.all("path");
@@ -19758,6 +20512,19 @@ export const COMMANDS: Readonly<Record<CommandName, CommandDef<any>>> = {
     },
     [versionsOptions, versions],
   ),
+  diff: command(
+    "diff",
+    "Show what changed between two snapshots, or since the newest one, and how many bytes were written.",
+    {
+      location: positional(`Backups, or a source with its snapshots: ${PLACE}`),
+      name: positional(
+        "Two names, as list shows them; without, the newest snapshot of a source and now",
+        false,
+      ),
+      path: positional("Only what is there or below, any number", false),
+    },
+    [diffOptions, diff],
+  ),
   copy: command(
     "copy",
     "Send backups on to other places, as run does from a source.",
@@ -19944,6 +20711,11 @@ export const EXAMPLES: Readonly<Record<CommandName, Readonly<Record<string, stri
     "btrfs-backup versions /home/me/letter": "Which versions of a file there are, and where",
     "btrfs-backup versions --get '2026-01-31 12:00' /home/me/letter": "The file as it was then",
   },
+  diff: {
+    "btrfs-backup diff /home": "What has changed since the newest snapshot",
+    "btrfs-backup diff --summary /backup/home 20260101-030000 20260102-030000":
+      "Which directories made a backup large",
+  },
   copy: {
     "btrfs-backup copy /backup/home /mnt/second/home": "What the second disk lacks",
     "btrfs-backup copy -n 12m /backup ssh://away/backup": "All prefixes, to another host",
@@ -20092,7 +20864,6 @@ const ELSEWHERE: Readonly<Record<string, string>> = {
   snapshots: "list",
   backup: "run",
   send: "run",
-  diff: "versions",
 };
 
 /**

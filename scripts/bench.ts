@@ -16,6 +16,7 @@ import {
   ROOT,
   s3Remote,
   sh,
+  snapshotAs,
   sshServer,
   start,
   subvolume,
@@ -814,6 +815,40 @@ const scale: Record<string, () => Promise<Row[]>> = {
       within("versions of a file in 10,000 snapshots at three places", own, 1000),
       within("list of 10,000 snapshots at three places", list, 400),
       memoryRow("the same: memory of all processes", most, 120),
+    ];
+  },
+
+  async diff() {
+    const source = subvolume(join(filesystem({ size: "8G" }).path, "home"));
+    const args = ["diff", "--json", source, "20260101-000000", "20260102-000000"];
+    sh(
+      `perl -e 'for my $d (1 .. 1000) { mkdir "$ARGV[0]/$d"; for my $f (1 .. 1000) { open(my $o, ">", "$ARGV[0]/$d/file$f") or die; print $o "x" } }' "$1"`,
+      source,
+    );
+    snapshotAs(source, "20260101-000000");
+    sh(
+      `cd "$1"; for d in $(seq 1 50 1000); do head -c $((4096 * 1000)) /dev/urandom | split -a 3 -d -b 4096 - $d/x; for f in $d/x*; do mv $f \${f%x*}file$((10#\${f##*x} + 1)); done; done; sync`,
+      source,
+    );
+    snapshotAs(source, "20260102-000000");
+    const [own = 0, bare = 0] = await inTurn([
+      { work: () => ours(args) },
+      {
+        work: shell(
+          `btrfs send -q --no-data -p "$1/snapshot/20260101-000000" "$1/snapshot/20260102-000000" >/dev/null`,
+          source,
+        ),
+      },
+    ]);
+    const { changed } = events(await ours(args)).at(-1) as Record<string, unknown>;
+    return [
+      within(
+        `diff of ${String(changed)} changed files among a million: btrfs send alone`,
+        own,
+        10_000,
+        ms(bare),
+      ),
+      memoryRow("the same: memory of all processes", await memory(args), 250),
     ];
   },
 
