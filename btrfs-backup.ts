@@ -3911,12 +3911,17 @@ const RESTORING = defineVerb("restoring", "folder fsid work end silence")`
  * ends with the last process in it. Prints that directory, the default subvolume of the filesystem,
  * and what mounts at the next start go by: the kernel's command line and /etc/fstab.
  */
-const TOP = defineVerb("top", "device end silence")`
+const TOP = defineVerb("top", "device filesystem end silence")`
   ${KEEP}
   for spot in /sys/bus /proc/tty /proc/bus; do
     if [ -d "$spot" ]; then break; fi
   done
+  # Without a namespace of its own, everybody would see it.
   [ "$mode" = fence ]
+  # The kernel calls the root of a system without initramfs /dev/root, which need not be there.
+  for found in /sys/fs/btrfs/"$filesystem"/devices/*; do
+    [ -b "$device" ] || device=/dev/\${found##*/}
+  done
   mount -t btrfs -o subvolid=5,nodev,nosuid -- "$device" "$spot"
   mount --make-private -- "$spot"
   echo $$
@@ -12831,7 +12836,8 @@ export type RestoreOptions = ReturnType<typeof restoreOptions> & {
 
 /** Makes TARGET a writable subvolume with a backup's contents, from which its next runs go on. */
 export async function restore(o: RestoreOptions, report: Report): Promise<void> {
-  const entered = o.replace ? await enterTop(o.target, o) : null;
+  const advice = (mount: Mount) => mountAdvice(o.words, mount.path, mount);
+  const entered = o.replace ? await enterTop(o.target, o.hosts, advice) : null;
   if (entered === null) return restoreRepeatedly(o, report);
   try {
     await restoreRepeatedly(await optionsThrough(o, entered), report);
@@ -13942,7 +13948,7 @@ type Through = {
 
 type Entered = {
   readonly target: Readable;
-  readonly through: Through;
+  readonly through: Omit<Through, "snapshotFolder">;
   readonly release: () => Promise<void>;
 };
 
@@ -13961,13 +13967,14 @@ async function mountedAt(location: Readable, hosts: Hosts) {
 
 /**
  * Mounts the top level of the filesystem that a subvolume is mounted from, for us alone; null where
- * that is not needed, or cannot be. Errors: Failure with the advice how to do it by hand.
+ * that is not needed, or cannot be. Errors: Failure, with `advice` where no mount can be had.
  */
 async function enterTop(
   location: Readable,
-  o: Pick<RestoreOptions, "hosts" | "words" | "snapshotFolder">,
+  hosts: Hosts,
+  advice: (mount: Mount) => string,
 ): Promise<Entered | null> {
-  const found = await mountedAt(location, o.hosts);
+  const found = await mountedAt(location, hosts);
   if (found === null) return null;
   const { mount, seen } = found;
   needRoot(seen, "restoring");
@@ -13982,11 +13989,16 @@ async function enterTop(
   const { output, release } = await holdVerb(
     host,
     TOP,
-    { device: mount.device, end, silence: secondsOfSilence(host) },
+    {
+      device: mount.device,
+      filesystem: seen.place.filesystem ?? "",
+      end,
+      silence: secondsOfSilence(host),
+    },
     { end, what: `the top level of ${mount.device} cannot be mounted in a mount namespace` },
   ).catch((error: Error) => {
     if (!(error instanceof Failure) || error instanceof Unreachable) throw error;
-    throw new Failure(`${mountAdvice(o.words, mount.path, mount)}\n(${error.message})`);
+    throw new Failure(`${advice(mount)}\n(${error.message})`);
   });
   const [namespace = "", spot = "", standard = "", kernel = "", ...fstab] = output.split("\n");
   const target = { ...location, namespace, path: join(spot, root) };
@@ -13994,7 +14006,7 @@ async function enterTop(
   try {
     if (!/^\d+$/.test(namespace) || !spot.startsWith("/"))
       throw new Failure(`cannot read what was printed of the top level: ${output.slice(0, 100)}`);
-    const there = await lookAt(target, dirname(target.path), "", o.hosts);
+    const there = await lookAt(target, dirname(target.path), "", hosts);
     if (there.place.filesystem !== seen.place.filesystem)
       throw new Failure(`${mount.device} is another filesystem than that of ${location.id}`);
   } catch (error) {
@@ -14007,7 +14019,6 @@ async function enterTop(
     root,
     standard: Number(/^ID (\d+) /.exec(standard)?.[1] ?? 0),
     remount: planRemount(mount, root, told),
-    snapshotFolder: o.snapshotFolder,
   };
   return { target, through, release };
 }
@@ -14026,7 +14037,7 @@ async function optionsThrough(
   const { parentFrom } = o;
   return {
     ...o,
-    through,
+    through: { ...through, snapshotFolder: o.snapshotFolder },
     target,
     snapshotFolder: isWithin(folder, o.target.path)
       ? join(target.path, relative(o.target.path, folder))
@@ -14040,7 +14051,11 @@ async function optionsThrough(
 
 /** Goes on with a restore to a mount point that was interrupted. Errors: those of finishRestores. */
 async function finishBesideMounted(source: Readable, hosts: Hosts): Promise<void> {
-  const entered = await enterTop(source, { hosts, words: [], snapshotFolder: "" });
+  const entered = await enterTop(
+    source,
+    hosts,
+    () => `a restore of ${source.id} was interrupted, and cannot be finished from here`,
+  );
   if (entered === null) return;
   try {
     await finishRestores(entered.target, entered.target.path, hosts);
@@ -14053,7 +14068,7 @@ async function finishBesideMounted(source: Readable, hosts: Hosts): Promise<void
 const knownPath = ({ through }: RestoreOptions, full: string) => through?.mount.path ?? full;
 
 /** A text with paths that everybody can reach, once the top level is mounted. */
-function explained(through: Through | undefined, text: string): string {
+function explained(through: Entered["through"] | undefined, text: string): string {
   if (through === undefined) return text;
   const { spot, mount } = through;
   const named = text.replaceAll(`${spot}/`, "/mnt/");
@@ -14079,7 +14094,7 @@ function tellRemount({ o, report, target }: Restoration): void {
   log.info(
     mount.path === "/"
       ? "The old one is what runs until the next start: reboot"
-      : `The old one stays mounted at ${mount.path} until then: ${remount.command}`,
+      : `${mount.path} is the old one until it is mounted anew: ${remount.command}`,
   );
 }
 
