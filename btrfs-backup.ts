@@ -610,9 +610,8 @@ function placeBelow<T extends Location>(location: T, path: string): T {
       path: `${location.path}${path}/`,
     };
   }
-  const below = (one: string) => `${one === "/" ? "" : one}/${path}`;
-  const id = location.id.slice(0, location.id.length - location.path.length);
-  return { ...location, id: id + below(location.path), path: below(location.path) };
+  const below = (one: string) => `${one}${one.endsWith("/") ? "" : "/"}${path}`;
+  return { ...location, id: below(location.id), path: below(location.path) };
 }
 
 export type HostName = {
@@ -4221,11 +4220,13 @@ const FINISH = defineVerb("finish", "folder fsid work how mark?")`
   fi
   # A mount without subvol= takes the default subvolume, which is known by its ID.
   default=
-  if [ -n "$before" ] && [ -d "./$before" ]; then default=$(b subvolume get-default . 2>/dev/null) || default=; fi
+  was=none
+  if [ -n "$before" ] && [ -d "./$before" ]; then
+    default=$(b subvolume get-default . 2>/dev/null) || :
+    was=$(b inspect-internal rootid "./$before")
+  fi
   case "$default " in
-    "ID $(b inspect-internal rootid "./$before" 2>/dev/null) "*)
-      b subvolume set-default "$(b inspect-internal rootid "./$target")" .
-      ;;
+    "ID $was "*) b subvolume set-default "$(b inspect-internal rootid "./$target")" .;;
   esac
   case $from/ in
     "$PWD/$target"/*) [ -z "$before" ] || from=$PWD/$before\${from#"$PWD/$target"};;
@@ -8058,7 +8059,11 @@ export function planRemount(
           `${where} ${id} for ${path}, which is the old one: write subvol=${root.slice(1)} in its place`,
         ],
   );
-  const isOfIt = (one: Mount) => one.device === device && isWithin(one.root, mount.root);
+  // Nobody has data below /proc and /sys, where fences stand.
+  const isOfIt = (one: Mount) =>
+    one.device === device &&
+    isWithin(one.root, mount.root) &&
+    !["/proc", "/sys"].some((above) => isWithin(one.path, above));
   const others = told.mounts
     .filter((one) => one !== mount && one.path !== path && isOfIt(one))
     .map((one) => one.path);
@@ -9427,7 +9432,7 @@ async function openFinished(
 }
 
 /**
- * Errors: where SOURCE is a mount point, Unfinished with a restore that was interrupted; Failure
+ * Errors: where SOURCE is a mount point, MountedUnfinished for a restore that was interrupted; Failure
  * where the subvolume there has been replaced.
  */
 function checkMounted({ source, mounts, subvolumes }: Folder, id: string, dryRun: boolean): void {
@@ -13089,7 +13094,7 @@ async function openTarget(o: RestoreOptions, prefix: string): Promise<Target> {
     throw new Failure(
       `${below.path} is a mount point below ${id}, which would be moved away with it: unmount it first`,
     );
-  const folder = resolve(path, o.snapshotFolder);
+  const folder = snapshotFolderIn(o);
   if (folder === path) throw new UsageError("the snapshot folder cannot be TARGET itself");
   const inside = isWithin(folder, path) ? folder.slice(path.length + 1) : null;
   return { ...parent, name, full, known: knownPath(o, full), existing, inside };
@@ -13120,7 +13125,7 @@ async function openOutside(target: Target, location: Folder, o: RestoreOptions):
   // Another host's word does not count.
   const isLocation = (folder: Folder) =>
     sameHost(folder.host, location.host) && samePlace(folder, location);
-  const path = resolve(o.target.path, o.snapshotFolder);
+  const path = snapshotFolderIn(o);
   const seen = await openChecked(o.target, path, opening, (folder) => {
     if (!isLocation(folder)) check(folder);
   });
@@ -13860,8 +13865,7 @@ function tellWhatIsNext(r: Restoration): void {
 }
 
 /** The command by which TARGET becomes the source of others' backups. */
-function adoptingRun({ through, snapshotFolder, target }: RestoreOptions, prefix: string): string {
-  const folder = through?.snapshotFolder ?? snapshotFolder;
+function adoptingRun({ snapshotFolder: folder, target }: RestoreOptions, prefix: string): string {
   const command = [
     "btrfs-backup",
     "--adopt",
@@ -13942,13 +13946,13 @@ type Through = {
   /** The ID of the default subvolume before. */
   readonly standard: number;
   readonly remount: Remount;
-  /** As the user named it. */
-  readonly snapshotFolder: string;
+  /** The path of TARGET's snapshot folder there. */
+  readonly folder: string;
 };
 
 type Entered = {
   readonly target: Readable;
-  readonly through: Omit<Through, "snapshotFolder">;
+  readonly through: Omit<Through, "folder">;
   readonly release: () => Promise<void>;
 };
 
@@ -14037,11 +14041,13 @@ async function optionsThrough(
   const { parentFrom } = o;
   return {
     ...o,
-    through: { ...through, snapshotFolder: o.snapshotFolder },
+    through: {
+      ...through,
+      folder: isWithin(folder, o.target.path)
+        ? join(target.path, relative(o.target.path, folder))
+        : await seenThere(folder),
+    },
     target,
-    snapshotFolder: isWithin(folder, o.target.path)
-      ? join(target.path, relative(o.target.path, folder))
-      : await seenThere(folder),
     parentFrom:
       parentFrom === null
         ? null
@@ -14063,6 +14069,10 @@ async function finishBesideMounted(source: Readable, hosts: Hosts): Promise<void
     await whileCleaning(entered.release);
   }
 }
+
+/** The path of TARGET's snapshot folder. */
+const snapshotFolderIn = ({ through, target, snapshotFolder }: RestoreOptions) =>
+  through?.folder ?? resolve(target.path, snapshotFolder);
 
 /** The path of TARGET for everybody. */
 const knownPath = ({ through }: RestoreOptions, full: string) => through?.mount.path ?? full;
