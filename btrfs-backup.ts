@@ -8003,7 +8003,7 @@ export function replacedBy(
   mounts: readonly Pick<Mount, "root" | "device">[],
   subvolumes: readonly Pick<Subvolume, "path">[],
 ): string {
-  const [, now = "", time] = /^(.+)\.before-(\d{8}-\d{6})$/s.exec(root) ?? [];
+  const [, now = "", time] = /^(.*[^/])\.before-(\d{8}-\d{6})$/s.exec(root) ?? [];
   const stands = subvolumes.some(({ path }) => `/${path}` === now);
   const comes = subvolumes.some(({ path }) => `/${path}` === `${now}.restoring-${time}/tree`);
   const isMounted = mounts.some((one) => one.device === device && one.root === now);
@@ -8044,7 +8044,7 @@ export function planRemount(
   const { path, device } = mount;
   const options = optionsInFstab(told.fstab, path);
   const byId = (some: readonly string[] | null) =>
-    some?.find((option) => /^subvolid=(?!(0x?)?0*5$)/.test(option));
+    some?.find((option) => /^subvolid=(?!(0x)?0*[05]?$)/.test(option));
   const flags = /(?:^|\s)rootflags=(\S+)/.exec(told.kernel)?.[1]?.split(",") ?? null;
   const wrong = [
     { id: byId(options), where: "/etc/fstab has" },

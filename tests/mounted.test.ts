@@ -100,7 +100,12 @@ function withFstab(text: string) {
   return { wrapper: ["unshare", "-m", "bash", "-c", script, "bash", file] };
 }
 
-const mountTable = () => readFileSync("/proc/self/mountinfo", "utf8");
+/** What is mounted of a device, for everybody. */
+const mountTable = (device: string) =>
+  readFileSync("/proc/self/mountinfo", "utf8")
+    .split("\n")
+    .filter((line) => line.includes(` ${device} `))
+    .join("\n");
 const lastLine = (stderr: string) => stderr.trimEnd().split("\n").at(-1);
 /** The UUIDs that the data in a folder go by: received snapshots move as copies. */
 const uuids = (folder: string) =>
@@ -124,82 +129,87 @@ async function expectIncremental(args: readonly string[]): Promise<void> {
   expect(sent).toMatchObject({ parent: expect.stringMatching(/^\d{8}-\d{6}$/) });
 }
 
-for (const [layout, index, fstab] of [
+const CASES = [
   ["fedora", 1, "line"],
   ["ubuntu", 0, "none"],
   ["openSUSE", 0, "line"],
   ["openSUSE", 1, "subvolid"],
-] as const)
-  test(`${layout}, ${LAYOUTS[layout].mounts[index]?.[0]}: replaced, mounted anew, and the next run is incremental`, async () => {
-    const machine = installed(LAYOUTS[layout]);
-    const { name, at, remount, line } = machine.places[index] as (typeof machine.places)[0];
-    const destination = join(filesystem().path, "backup");
-    const state = await backedUp([at, destination], at);
-    const old = sh(`btrfs inspect-internal rootid "$1"`, at);
-    const text = {
-      line,
-      none: "# nothing",
-      subvolid: `${line.replace(/subvol=\S+/, `subvolid=${old}`)}`,
-    };
-    const on = withFstab(`# a comment\n${text[fstab]}\n`);
-    const seen = mountTable();
-    const byHand = fstab === "none" ? `mount -o 'subvol=${name}' '${machine.device}'` : "mount";
-    const command = `umount '${at}' && ${byHand} '${at}'`;
+] as const;
 
-    const { stderr } = await expectRun(1, ["restore", destination, at]);
-    expect(stderr).toContain(
-      `is a mount point, of the subvolume ${name} of ${machine.device}; --replace`,
-    );
-    const dry = await expectRun(0, ["restore", "--dry-run", "--replace", destination, at], on);
-    expect(dry.stderr).toContain("Nothing was changed");
-    const restored = await expectRun(0, ["restore", "--json", "--replace", destination, at], on);
-    const told = events(restored);
-    const before = told.find(({ event }) => event === "restore")?.["before"] as string;
-    expect(told.find(({ event }) => event === "restore")).toMatchObject({
-      target: at,
-      before: expect.stringMatching(new RegExp(`^/${name}\\.before-\\d{8}-\\d{6}$`)),
-      remount: command,
-    });
-    expect(lastLine(restored.stderr)).toEndWith(command);
-    expect(restored.stderr).toContain(`btrfs subvolume delete '/mnt${before}`);
-    expect(told.filter(({ event }) => event === "warning").map(({ message }) => message)).toEqual([
-      // The snapshots of the lost one stay with it.
-      expect.stringContaining(`below the old ${at}`),
-      ...(fstab === "subvolid"
-        ? [
-            `/etc/fstab has subvolid=${old} for ${at}, which is the old one: write subvol=${name} in its place`,
-          ]
-        : []),
-    ]);
-    expect(mountTable().replaceAll(before, `/${name}`)).toBe(seen);
-    expect(existsSync(join(at, "lost"))).toBe(true);
-    const refused = await expectRun(1, [at, destination]);
-    expect(refused.stderr).toContain("is still mounted there: umount");
+async function expectReplaced([layout, index, fstab]: (typeof CASES)[number]): Promise<void> {
+  const machine = installed(LAYOUTS[layout]);
+  const { name, at, remount, line } = machine.places[index] as (typeof machine.places)[0];
+  const destination = join(filesystem().path, "backup");
+  const state = await backedUp([at, destination], at);
+  const old = sh(`btrfs inspect-internal rootid "$1"`, at);
+  const text = {
+    line,
+    none: "# nothing",
+    subvolid: `${line.replace(/subvol=\S+/, `subvolid=${old}`)}`,
+  };
+  const on = withFstab(`# a comment\n${text[fstab]}\n`);
+  const seen = mountTable(machine.device);
+  const byHand = fstab === "none" ? `mount -o 'subvol=${name}' '${machine.device}'` : "mount";
+  const command = `umount '${at}' && ${byHand} '${at}'`;
 
-    remount();
-    expect(sh(`findmnt -no FSROOT "$1"`, at)).toBe(`/${name}`);
-    expect([contentsDigest(at), existsSync(join(at, "lost"))]).toEqual([state, false]);
-    machine.onTop((top) => {
-      expect(existsSync(join(top, before, "lost"))).toBe(true);
-      expect(sh(`find "$1" -name "*.restoring-*"`, top)).toBe("");
-    });
-    await nextSecond();
-    await expectIncremental([at, destination]);
+  const { stderr } = await expectRun(1, ["restore", destination, at]);
+  expect(stderr).toContain(
+    `is a mount point, of the subvolume ${name} of ${machine.device}; --replace`,
+  );
+  const dry = await expectRun(0, ["restore", "--dry-run", "--replace", destination, at], on);
+  expect(dry.stderr).toContain("Nothing was changed");
+  const restored = await expectRun(0, ["restore", "--json", "--replace", destination, at], on);
+  const told = events(restored);
+  const before = told.find(({ event }) => event === "restore")?.["before"] as string;
+  expect(told.find(({ event }) => event === "restore")).toMatchObject({
+    target: at,
+    before: expect.stringMatching(new RegExp(`^/${name}\\.before-\\d{8}-\\d{6}$`)),
+    remount: command,
+  });
+  expect(lastLine(restored.stderr)).toEndWith(command);
+  expect(restored.stderr).toContain(`btrfs subvolume delete '/mnt${before}`);
+  expect(told.filter(({ event }) => event === "warning").map(({ message }) => message)).toEqual([
+    // The snapshots of the lost one stay with it.
+    expect.stringContaining(`below the old ${at}`),
+    ...(fstab === "subvolid"
+      ? [
+          `/etc/fstab has subvolid=${old} for ${at}, which is the old one: write subvol=${name} in its place`,
+        ]
+      : []),
+  ]);
+  expect(mountTable(machine.device).replaceAll(before, `/${name}`)).toBe(seen);
+  expect(existsSync(join(at, "lost"))).toBe(true);
+  const refused = await expectRun(1, [at, destination]);
+  expect(refused.stderr).toContain("is still mounted there: umount");
 
-    // From its own snapshots, which move along.
-    await nextSecond();
-    const [snapshots, now] = [join(at, "snapshot"), contentsDigest(at)];
-    const had = uuids(snapshots);
-    writeFileSync(join(at, "lost"), "again");
-    await expectRun(0, ["restore", "--replace", at, at], on);
-    expect(snapshotNames(snapshots)).toEqual([]);
-    remount();
-    expect([contentsDigest(at), existsSync(join(at, "lost"))]).toEqual([now, false]);
-    expect(uuids(snapshots)).toEqual(had);
-    await expectIncremental([at, destination]);
-    expectSound(destination, snapshots);
-    machine.end();
-  }, 60_000);
+  remount();
+  expect(sh(`findmnt -no FSROOT "$1"`, at)).toBe(`/${name}`);
+  expect([contentsDigest(at), existsSync(join(at, "lost"))]).toEqual([state, false]);
+  machine.onTop((top) => {
+    expect(existsSync(join(top, before, "lost"))).toBe(true);
+    expect(sh(`find "$1" -name "*.restoring-*"`, top)).toBe("");
+  });
+  await nextSecond();
+  await expectIncremental([at, destination]);
+
+  // From its own snapshots, which move along.
+  await nextSecond();
+  const [snapshots, now] = [join(at, "snapshot"), contentsDigest(at)];
+  const had = uuids(snapshots);
+  writeFileSync(join(at, "lost"), "again");
+  await expectRun(0, ["restore", "--replace", at, at], on);
+  expect(snapshotNames(snapshots)).toEqual([]);
+  remount();
+  expect([contentsDigest(at), existsSync(join(at, "lost"))]).toEqual([now, false]);
+  expect(uuids(snapshots)).toEqual(had);
+  await expectIncremental([at, destination]);
+  expectSound(destination, snapshots);
+  machine.end();
+}
+
+test("on each layout: replaced, mounted anew, and the next run is incremental", async () => {
+  await Promise.all(CASES.map(expectReplaced));
+}, 120_000);
 
 /** What kills the program, and the shell that moves snapshots, when the second one is moved. */
 const KILLING = `#!/bin/sh
@@ -221,12 +231,12 @@ test("kill -9 while the snapshots move: nothing stays behind, and the next run f
     const had = uuids(snapshots);
     const [tools, STATE] = [temporaryDirectory(), temporaryDirectory()];
     writeFileSync(join(tools, "mv"), KILLING, { mode: 0o755 });
-    const seen = mountTable();
+    const seen = mountTable(machine.device);
     const env = { ...pathWith(tools), STATE };
     const running = start(["restore", "--replace", at, at], { env });
     writeFileSync(join(STATE, "pid"), String(running.pid));
     expect(await running.finished).toMatchObject({ signal: "SIGKILL" });
-    expect(mountTable().replace(/@home\.before-\d{8}-\d{6}/g, "@home")).toBe(seen);
+    expect(mountTable(machine.device).replace(/@home\.before-\d{8}-\d{6}/g, "@home")).toBe(seen);
     const holders = () => sh(`grep -lszxF btrfs-backup:top /proc/[0-9]*/cmdline || :`);
     await waitFor("the mount namespace is gone", () => holders() === "");
     machine.onTop((top) => {
