@@ -240,6 +240,8 @@ class Killed extends Failure {}
 class Taken extends Failure {}
 /** A restore was interrupted when it had begun to change names: see FINISH. */
 class Unfinished extends Failure {}
+/** The same beside a mounted subvolume, where only the top level of its filesystem leads. */
+class MountedUnfinished extends Failure {}
 /** Another restore has the names of this second. */
 class SameSecond extends Failure {}
 /** The user has been told already. */
@@ -573,6 +575,8 @@ export type Readable = {
   readonly id: string;
   readonly host: HostName | null;
   readonly path: string;
+  /** The process in whose mount namespace the path is: see TOP. */
+  readonly namespace?: string;
 };
 
 type Kind = Location["kind"];
@@ -614,9 +618,8 @@ function placeBelow<T extends Location>(location: T, path: string): T {
       path: `${location.path}${path}/`,
     };
   }
-  const below = (one: string) => `${one === "/" ? "" : one}/${path}`;
-  const id = location.id.slice(0, location.id.length - location.path.length);
-  return { ...location, id: id + below(location.path), path: below(location.path) };
+  const below = (one: string) => `${one}${one.endsWith("/") ? "" : "/"}${path}`;
+  return { ...location, id: below(location.id), path: below(location.path) };
 }
 
 export type HostName = {
@@ -1370,6 +1373,8 @@ export type Host = {
   /** Every so many seconds a process that holds a lock there is told that we live. */
   readonly beat: number;
   readonly fence?: Fence;
+  /** The process whose mount namespace verbs start in; without it, that of everybody. */
+  readonly namespace?: string;
 };
 
 /**
@@ -1596,6 +1601,7 @@ function scriptArguments({ sudo, fence }: Host, args: readonly string[]): string
 }
 
 const UNSHARE = "unshare -m --propagation slave --";
+const nsenter = (pid: string) => `nsenter -t ${pid} -m --`;
 
 /** As titleOf, for TRY. */
 const TRYING = "btrfs-backup";
@@ -1625,12 +1631,13 @@ const TRY = sh`
 
 /** The words of a command that runs a verb on a host, for its login shell. */
 function verbText(host: Host, verb: Verb, args: readonly string[]): string {
-  const { sudo, fence } = host;
+  const { sudo, fence, namespace } = host;
+  const entering = namespace === undefined ? "" : `${nsenter(namespace)} `;
   if (fence === "try" && !sudo)
-    return `sh -c ${quote(oneLine(TRY))} ${quote(TRYING)} ${quote(verb.script)} ${titleOf(verb)} ${args.map(quote).join(" ")}`;
+    return `${entering}sh -c ${quote(oneLine(TRY))} ${quote(TRYING)} ${quote(verb.script)} ${titleOf(verb)} ${args.map(quote).join(" ")}`;
   const text = `sh -c ${quote(verb.script)} ${titleOf(verb)} ${scriptArguments(host, args)}`;
-  if (sudo || fence === undefined || fence === "try") return text;
-  return fence === "own" ? `${UNSHARE} ${text}` : `nsenter -t ${fence.pid} -m -- ${text}`;
+  if (sudo || fence === undefined || fence === "try") return entering + text;
+  return fence === "own" ? `${entering}${UNSHARE} ${text}` : `${nsenter(fence.pid)} ${text}`;
 }
 
 /** The shell text that runs a verb on a host. Local and ssh differ nowhere else. */
@@ -1719,7 +1726,7 @@ function start<V extends Declared>(
   );
   const local = host.ssh === null;
   const text =
-    local && host.fence === undefined
+    local && host.fence === undefined && host.namespace === undefined
       ? `: ${titleOf(verb)}; set -- ${scriptArguments(host, args)}; ${verb.script}`
       : `exec ${commandFor(host, verb, args)}`;
   // Ctrl-C reaches every child of the terminal, but we end these, after cleaning up: a verb has a
@@ -4015,6 +4022,34 @@ const RESTORING = defineVerb("restoring", "folder fsid work end silence")`
 `;
 
 /**
+ * Mounts the top level of a filesystem where nobody has data, in a mount namespace of its own, which
+ * ends with the last process in it. Prints that directory, the default subvolume of the filesystem,
+ * and what mounts at the next start go by: the kernel's command line and /etc/fstab.
+ */
+const TOP = defineVerb("top", "device filesystem end silence")`
+  ${KEEP}
+  for spot in /sys/bus /proc/tty /proc/bus; do
+    if [ -d "$spot" ]; then break; fi
+  done
+  # Without a namespace of its own, everybody would see it.
+  [ "$mode" = fence ]
+  # The kernel calls the root of a system without initramfs /dev/root, which need not be there.
+  for found in /sys/fs/btrfs/"$filesystem"/devices/*; do
+    [ -b "$device" ] || device=/dev/\${found##*/}
+  done
+  mount -t btrfs -o subvolid=5,nodev,nosuid -- "$device" "$spot"
+  mount --make-private -- "$spot"
+  echo $$
+  line "$spot"
+  b subvolume get-default "$spot"
+  cat /proc/cmdline
+  if [ -r /etc/fstab ]; then cat /etc/fstab; fi
+  echo
+  line "$end"
+  keep "$silence"
+`;
+
+/**
  * behind PATH: sets $behind to the name of an absolute path behind the fence, where it is below the
  * same mount.
  */
@@ -4198,14 +4233,17 @@ const NEST = defineVerb("nest", "folder fsid work origin member base within name
  * would lose their received UUID), and `end`. It stands in a file until it is done, so that it can
  * be gone on with, `how` being empty, wherever it was interrupted. Prints where the snapshots are
  * to be, the names of those that cannot move, each with two slashes behind it, and `end`; nothing if
- * there is nothing to be finished.
+ * there is nothing to be finished. `mark`: until then, a subvolume "members" in WORK tells of it, as
+ * it does in a tree; the list of subvolumes shows it where the directory itself is not mounted. If
+ * the present TARGET is the default subvolume, the tree becomes that with its name.
  */
-const FINISH = defineVerb("finish", "folder fsid work how")`
+const FINISH = defineVerb("finish", "folder fsid work how mark?")`
   ${BEHIND}
   ${COMPLETE}
   at "$folder" "$fsid"
   list=./$work/.btrfs-backup.finishing
   if [ "$how" = begin ]; then
+    [ -z "$mark" ] || [ -d "./$work/members" ] || b subvolume create "$PWD/$work/members" >/dev/null
     (
       cd "./$work"
       into .btrfs-backup.told
@@ -4296,6 +4334,16 @@ const FINISH = defineVerb("finish", "folder fsid work how")`
       give_up 1
     }
   fi
+  # A mount without subvol= takes the default subvolume, which is known by its ID.
+  default=
+  was=none
+  if [ -n "$before" ] && [ -d "./$before" ]; then
+    default=$(b subvolume get-default . 2>/dev/null) || :
+    was=$(b inspect-internal rootid "./$before")
+  fi
+  case "$default " in
+    "ID $was "*) b subvolume set-default "$(b inspect-internal rootid "./$target")" .;;
+  esac
   case $from/ in
     "$PWD/$target"/*) [ -z "$before" ] || from=$PWD/$before\${from#"$PWD/$target"};;
   esac
@@ -4333,8 +4381,8 @@ const FINISH = defineVerb("finish", "folder fsid work how")`
   stuck=
   each carry "$@"
   b filesystem sync . >/dev/null
-  rm -f "./$work"/.btrfs-backup.*
   if [ -d "./$work/members" ]; then rmdir "./$work/members" || :; fi
+  rm -f "./$work"/.btrfs-backup.*
   rmdir "./$work" || :
   line "$told"
   line "$stuck"
@@ -5679,12 +5727,16 @@ function withPrefix(
   return { ...folder, prefix, standing, snapshots, chain };
 }
 
+/** Where verbs start for a place in a mount namespace, which only root itself can enter. */
+const inNamespace = ({ namespace }: Readable) =>
+  namespace === undefined ? {} : { namespace, sudo: false };
+
 /** Opens a place: one command locks it, and tells all there is to know. Errors: those of `ask`. */
 async function openFolder(location: Readable, path: string, opening: Opening): Promise<Folder> {
   if (!isDirectory(location)) return openRemote(location, path, opening);
   const { id } = location;
   const { prefix, wait } = opening;
-  const host = hostOf(location.host, opening.hosts);
+  const host = { ...hostOf(location.host, opening.hosts), ...inNamespace(location) };
   await connected(host, id);
   if (opening.ahead?.unwanted.aborted) throw new Failure(`${id}: not needed any more`);
   const nonce = crypto.randomUUID();
@@ -8082,6 +8134,89 @@ export function restoredDestinations(
   return [...all, { location, filesystem, pin, last: null }];
 }
 
+/**
+ * The path from the top level that a restore to a mounted subvolume is about: its own, or that of
+ * the one that has replaced it, as long as that one is mounted nowhere, or begins to.
+ */
+export function replacedBy(
+  { root, device }: Pick<Mount, "root" | "device">,
+  mounts: readonly Pick<Mount, "root" | "device">[],
+  subvolumes: readonly Pick<Subvolume, "path">[],
+): string {
+  const [, now = "", time] = /^(.*[^/])\.before-(\d{8}-\d{6})$/s.exec(root) ?? [];
+  const stands = subvolumes.some(({ path }) => `/${path}` === now);
+  const comes = subvolumes.some(({ path }) => `/${path}` === `${now}.restoring-${time}/tree`);
+  const isMounted = mounts.some((one) => one.device === device && one.root === now);
+  return now !== "" && (stands || comes) && !isMounted ? now : root;
+}
+
+/** Whether a restore that has begun to change names beside a subvolume, by its mark, is not finished. */
+export const isUnfinished = (root: string, subvolumes: readonly Pick<Subvolume, "path">[]) =>
+  subvolumes.some(({ path }) => {
+    const [, name] = /^(.+)\.restoring-\d{8}-\d{6}\/members$/s.exec(`/${path}`) ?? [];
+    return name === root;
+  });
+
+/** How the subvolume `root` gets mounted in the place of the one that was mounted before. */
+export type Remount = {
+  readonly command: string;
+  /** What would bring the old one back, and what to do about it. */
+  readonly wrong: readonly string[];
+  /** Where else the old one, or something in it, is mounted. */
+  readonly others: readonly string[];
+};
+
+/** The options of a mount point in the text of an fstab(5); null where there is no line for it. */
+function optionsInFstab(fstab: string, path: string): readonly string[] | null {
+  const lines = fstab.split("\n").map((line) => line.trim().split(/[ \t]+/));
+  const found = lines.find(
+    ([device = "#", point]) => !device.startsWith("#") && unescapedPath(point) === path,
+  );
+  return found === undefined ? null : (found[3] ?? "").split(",");
+}
+
+/** `kernel`: the kernel's command line. */
+export function planRemount(
+  mount: Mount,
+  root: string,
+  told: { readonly kernel: string; readonly fstab: string; readonly mounts: readonly Mount[] },
+): Remount {
+  const { path, device } = mount;
+  const options = optionsInFstab(told.fstab, path);
+  const byId = (some: readonly string[] | null) =>
+    some?.find((option) => /^subvolid=(?!(0x)?0*[05]?$)/.test(option));
+  const flags = /(?:^|\s)rootflags=(\S+)/.exec(told.kernel)?.[1]?.split(",") ?? null;
+  const wrong = [
+    { id: byId(options), where: "/etc/fstab has" },
+    {
+      id: path === "/" ? byId(flags) : undefined,
+      where: "the boot loader gives the kernel rootflags with",
+    },
+  ].flatMap(({ id, where }) =>
+    id === undefined
+      ? []
+      : [
+          `${where} ${id} for ${path}, which is the old one: write subvol=${root.slice(1)} in its place`,
+        ],
+  );
+  // Nobody has data below /proc and /sys, where fences stand.
+  const isOfIt = (one: Mount) =>
+    one.device === device &&
+    isWithin(one.root, mount.root) &&
+    !["/proc", "/sys"].some((above) => isWithin(one.path, above));
+  const others = told.mounts
+    .filter((one) => one !== mount && one.path !== path && isOfIt(one))
+    .map((one) => one.path);
+  const isBelow = told.mounts.some((one) => one.path !== path && isWithin(one.path, path));
+  const place = quote(path);
+  const anew =
+    options === null
+      ? `mount -o ${quote(`subvol=${root.slice(1)}`)} ${quote(device)} ${place}`
+      : `mount ${place}`;
+  const command = path === "/" ? "reboot" : `umount ${isBelow ? "-R " : ""}${place} && ${anew}`;
+  return { command, wrong, others };
+}
+
 /** What to do where TARGET is a mount point, whose name cannot be given to something else. */
 export function mountAdvice(
   words: readonly string[],
@@ -9427,6 +9562,10 @@ async function openFinished(
   try {
     return await openSource(o, locked);
   } catch (error) {
+    if (error instanceof MountedUnfinished) {
+      await finishBesideMounted(o.source, o.hosts);
+      return openSource(o, locked);
+    }
     const [, path] =
       (error instanceof Unfinished &&
         /: (\/.*)\.restoring-\d{8}-\d{6}\/\.btrfs-backup\.finishing$/s.exec(error.message)) ||
@@ -9435,6 +9574,22 @@ async function openFinished(
     await finishRestores(o.source, path, o.hosts);
     return openSource(o, locked);
   }
+}
+
+/**
+ * Errors: where SOURCE is a mount point, MountedUnfinished for a restore that was interrupted; Failure
+ * where the subvolume there has been replaced.
+ */
+function checkMounted({ source, mounts, subvolumes }: Folder, id: string, dryRun: boolean): void {
+  const mount = mounts.findLast(({ path }) => path === source?.path);
+  if (mount === undefined || mount.root === "/") return;
+  const root = replacedBy(mount, mounts, subvolumes);
+  if (!dryRun && isUnfinished(root, subvolumes))
+    throw new MountedUnfinished(`a restore was interrupted, and is not finished: ${id}`);
+  if (root !== mount.root)
+    throw new Failure(
+      `${id} was restored, but the subvolume that was replaced, ${mount.root.slice(1)}, is still mounted there: ${mount.path === "/" ? "reboot" : `umount ${quote(mount.path)} && mount ${quote(mount.path)}`}`,
+    );
 }
 
 /** Opens SOURCE and locks its snapshot folder. Errors: those of checkSource, Busy, Failure. */
@@ -9465,6 +9620,7 @@ async function openSource(
   let strangers: readonly string[] | null = null;
   const folder = await openChecked(o.source, path, opening, (opened) => {
     checkSource(opened, path, o);
+    checkMounted(opened, o.source.id, o.dryRun);
     // A folder inside SOURCE is SOURCE's own; one outside could be another's as well.
     const isInside = opened.source !== null && isWithin(opened.top, opened.source.top);
     strangers = isInside || !isSubvolumeItself(opened) ? null : strangersBeside(opened, path, o);
@@ -12838,10 +12994,27 @@ function asReceived(
 
 // ── restore: a subvolume again from a backup ──
 
-export type RestoreOptions = ReturnType<typeof restoreOptions>;
+export type RestoreOptions = ReturnType<typeof restoreOptions> & {
+  /** TARGET is a mount point, and its subvolume is reached by another way. */
+  readonly through?: Through;
+};
 
 /** Makes TARGET a writable subvolume with a backup's contents, from which its next runs go on. */
 export async function restore(o: RestoreOptions, report: Report): Promise<void> {
+  const advice = (mount: Mount) => mountAdvice(o.words, mount.path, mount);
+  const entered = o.replace ? await enterTop(o.target, o.hosts, advice) : null;
+  if (entered === null) return restoreRepeatedly(o, report);
+  try {
+    await restoreRepeatedly(await optionsThrough(o, entered), report);
+  } catch (error) {
+    if (error instanceof Error) error.message = explained(entered.through, error.message);
+    throw error;
+  } finally {
+    await whileCleaning(entered.release);
+  }
+}
+
+async function restoreRepeatedly(o: RestoreOptions, report: Report): Promise<void> {
   for (;;)
     try {
       return await restoreOnce(o, report);
@@ -12878,13 +13051,14 @@ async function restoreOnce(o: RestoreOptions, report: Report): Promise<void> {
       location: location.id,
       name: chosen.name,
       target: o.target.id,
-      before: plan.kept,
+      ...namesIn(plan),
     });
     tellWhatIsNext(plan);
     if (location.chain.tree !== undefined)
       log.info(
         `${location.id} is the root of a tree: the subvolumes below it come back with --recursive`,
       );
+    tellRemount(plan);
   } finally {
     await whileCleaning(async () => {
       for (const folder of opened) await folder.close();
@@ -13039,11 +13213,19 @@ type Target = Folder & {
   /** TARGET's name and path. */
   readonly name: string;
   readonly full: string;
+  /** The path that it has for everybody, and for records. */
+  readonly known: string;
   /** The subvolume that has the name now. */
   readonly existing: Subvolume | null;
   /** The path of TARGET's snapshot folder below TARGET; null where it is elsewhere. */
   readonly inside: string | null;
 };
+
+/** What to do where TARGET is a mount point that is not replaced from the top level. */
+const mountProblem = ({ words, target: { id } }: RestoreOptions, full: string, mount: Mount) =>
+  mount.root === "/"
+    ? mountAdvice(words, full, mount)
+    : `${id} is a mount point, of the subvolume ${mount.root.slice(1)} of ${mount.device}; --replace gives its name to the restored subvolume, and keeps the old one beside it`;
 
 /** Looks at TARGET. Errors: Failure saying why it cannot be one, and what to do instead. */
 async function openTarget(o: RestoreOptions, prefix: string): Promise<Target> {
@@ -13052,7 +13234,7 @@ async function openTarget(o: RestoreOptions, prefix: string): Promise<Target> {
   const name = basename(path);
   const full = join(parent.path, name);
   const mount = parent.mounts.findLast((one) => one.path === full);
-  if (mount !== undefined) throw new Failure(mountAdvice(o.words, full, mount));
+  if (mount !== undefined) throw new Failure(mountProblem(o, full, mount));
   if (!parent.exists) throw new Failure(`no such directory: ${parent.path}`);
   if (parent.place.filesystem === null) throw new Failure(`${parent.path} is not on btrfs`);
   needRoot(parent, "restoring");
@@ -13072,10 +13254,10 @@ async function openTarget(o: RestoreOptions, prefix: string): Promise<Target> {
     throw new Failure(
       `${below.path} is a mount point below ${id}, which would be moved away with it: unmount it first`,
     );
-  const folder = resolve(path, o.snapshotFolder);
+  const folder = snapshotFolderIn(o);
   if (folder === path) throw new UsageError("the snapshot folder cannot be TARGET itself");
   const inside = isWithin(folder, path) ? folder.slice(path.length + 1) : null;
-  return { ...parent, name, full, existing, inside };
+  return { ...parent, name, full, known: knownPath(o, full), existing, inside };
 }
 
 const samePlace = (a: Folder, b: Folder) =>
@@ -13091,7 +13273,7 @@ async function openOutside(target: Target, location: Folder, o: RestoreOptions):
       );
     const known = dataFinder(wholeIn(location));
     const claimed = judgeClaim({
-      identity: { uuid: "", host: target.hostName, path: target.full },
+      identity: { uuid: "", host: target.hostName, path: target.known },
       chain: folder.chain,
       standing: folder.snapshots,
       shared: folder.snapshots.filter((s) => known(s)),
@@ -13103,7 +13285,7 @@ async function openOutside(target: Target, location: Folder, o: RestoreOptions):
   // Another host's word does not count.
   const isLocation = (folder: Folder) =>
     sameHost(folder.host, location.host) && samePlace(folder, location);
-  const path = resolve(o.target.path, o.snapshotFolder);
+  const path = snapshotFolderIn(o);
   const seen = await openChecked(o.target, path, opening, (folder) => {
     if (!isLocation(folder)) check(folder);
   });
@@ -13128,6 +13310,10 @@ function throughMount(target: Target): { mount: Mount; through: (top: string) =>
   const length = mount.root === "/" ? 0 : mount.root.length;
   return { mount, through: (top) => join(mount.path, top.slice(length)) };
 }
+
+/** The path of a folder on the filesystem of TARGET, for verbs that work beside TARGET. */
+const besideTarget = ({ o, target }: Pick<Restore, "o" | "target">, folder: Folder) =>
+  o.through === undefined ? folder.path : throughMount(target).through(folder.top);
 
 /**
  * Whether a location is on the filesystem of TARGET, here. Another host could say that it is this
@@ -13259,12 +13445,16 @@ function movedOf(
 }
 
 /** Errors: Failure where snapshots cannot move to TARGET. */
-function checkMoves({ o, location, target, outside }: Restore, { replaced, from }: Moves): void {
+function checkMoves(r: Restore, { replaced, from }: Moves): void {
+  const { o, location, target, outside } = r;
   const { mount } = throughMount(target);
   const isSeen =
     replaced ||
     (isWithin(location.top, mount.root) && placeOn(target.mounts, from).top === location.top);
-  if (!isSeen || (outside !== null && placeOn(target.mounts, outside.path).mount !== mount))
+  if (
+    !isSeen ||
+    (outside !== null && placeOn(target.mounts, besideTarget(r, outside)).mount !== mount)
+  )
     throw new Failure(
       `the snapshots of ${location.id} can only move to ${o.target.id} below one mount point: mount the top level (subvolid=5), and restore there`,
     );
@@ -13293,16 +13483,17 @@ async function decideWay(r: Restore, ground: Ground, standing: Entry | null): Pr
 
 /** How the data come, by what is known of the parents. */
 function wayFrom(
-  { location, chosen, target, outside }: Restore,
+  r: Restore,
   { there, edited }: Ground,
   standing: Entry | null,
   fitness: Fitness,
 ): Way {
+  const { location, chosen, target, outside } = r;
   const { store } = location;
   const reflink = (origin: string): Way => ({ way: "reflink", origin });
   if (standing !== null && !edited.has(standing.uuid))
-    return reflink(join((outside as Folder).path, chosen.name));
-  if (isHere(location, target)) return reflink(join(location.path, chosen.name));
+    return reflink(join(besideTarget(r, outside as Folder), chosen.name));
+  if (isHere(location, target)) return reflink(join(besideTarget(r, location), chosen.name));
   const { present, parent, why } = planRestore(chosen, wholeIn(location), there, fitness);
   if (present !== null) return reflink(throughMount(target).through(`/${present.path}`));
   if (store === null) return { way: "receive", parent, why };
@@ -13388,7 +13579,10 @@ async function clearLeftovers({ o, target }: Restore, only: string | null): Prom
     const full = join(target.path, name);
     if (only === null)
       log.info(
-        `${o.dryRun ? "Would remove" : "Removing"} what an interrupted restore left: ${full}`,
+        explained(
+          o.through,
+          `${o.dryRun ? "Would remove" : "Removing"} what an interrupted restore left: ${full}`,
+        ),
       );
     const idOf = new Map(now.subvolumes.map(({ path, id }) => [`/${path}`, id]));
     const ids = paths.flatMap((path) => idOf.get(join(now.top, name, path)) ?? []).join(" ");
@@ -13471,7 +13665,7 @@ async function build(r: Arriving): Promise<void> {
     name: chosen.name,
     how,
   };
-  const folder = outside?.path ?? target.inside ?? "";
+  const folder = outside === null ? (target.inside ?? "") : besideTarget(r, outside);
   const cannot = `cannot build ${o.target.id}`;
   if (member === "") await ask(target.host, BUILD, { ...built, target: folder }, cannot);
   else await ask(target.host, NEST, { ...built, ...nestOf(r, folder) }, cannot);
@@ -13644,7 +13838,8 @@ async function writeRestoredRecords(
   backups: Folder | null,
 ): Promise<void> {
   const { o, target, outside, chains } = r;
-  const folder = await openFolder(o.target, outside?.path ?? join(tree, target.inside ?? ""), {
+  const path = outside === null ? join(tree, target.inside ?? "") : besideTarget(r, outside);
+  const folder = await openFolder(o.target, path, {
     prefix: target.prefix,
     wait: "look",
     hosts: o.hosts,
@@ -13708,7 +13903,7 @@ const isOwnFolder = ({ outside, member, target }: Restore) =>
 /** Whose a chain outside of its subvolume is: that one's, unless its owner stands elsewhere. */
 function ownerOutside({ target, member }: Restore, folder: Folder): SourceIdentity {
   const { prefix, source, record } = folder;
-  const path = join(target.full, member);
+  const path = join(target.known, member);
   const owner = record.chains.get(prefix)?.owner;
   const isElsewhere =
     owner !== undefined &&
@@ -13717,10 +13912,14 @@ function ownerOutside({ target, member }: Restore, folder: Folder): SourceIdenti
   return isElsewhere ? owner : { uuid: source?.uuid ?? "", host: target.hostName, path };
 }
 
+/** The path of TARGET's snapshot folder when TARGET has its name. */
+const snapshotFolderOf = (r: Restore) =>
+  r.outside === null ? join(r.target.full, r.target.inside ?? "") : besideTarget(r, r.outside);
+
 /** Gives names to what was built: there is no way back from here, only one forward. */
 async function giveNames(r: Restoration, release: () => Promise<void>): Promise<void> {
-  const { o, report, location, target, outside, work, kept, moved, replaced, from } = r;
-  const to = outside?.path ?? join(target.full, target.inside ?? "");
+  const { o, report, location, target, work, kept, moved, replaced, from } = r;
+  const to = snapshotFolderOf(r);
   const names = moved.map(
     ({ name, receivedUuid }) => `${receivedUuid === null ? "move" : "copy"}\n${name}`,
   );
@@ -13729,7 +13928,7 @@ async function giveNames(r: Restoration, release: () => Promise<void>): Promise<
     ask(
       target.host,
       FINISH,
-      { ...at(target), work, how: "begin" },
+      { ...at(target), work, how: "begin", mark: o.through === undefined ? "" : "yes" },
       `cannot finish ${o.target.id}`,
       lines,
     ),
@@ -13742,7 +13941,10 @@ async function giveNames(r: Restoration, release: () => Promise<void>): Promise<
     tellFailure(
       report,
       o.target.id,
-      `it is restored, but these snapshots could not move from ${replaced ? kept : location.path}: ${stuck.join(" ")}`,
+      explained(
+        o.through,
+        `it is restored, but these snapshots could not move from ${replaced ? kept : location.path}: ${stuck.join(" ")}`,
+      ),
     );
 }
 
@@ -13780,15 +13982,16 @@ async function finishRestores(location: Readable, path: string, hosts: Hosts): P
         folder.host,
         FINISH,
         { ...at(folder), work, how: "" },
-        `cannot finish what an interrupted restore of ${path} began`,
+        `cannot finish what an interrupted restore of ${location.namespace === undefined ? path : location.id} began`,
       ),
     );
     if (finished === "") continue;
     const { to, stuck } = parseFinished(finished);
-    log.info(`Finished the restore of ${path} that was interrupted`);
+    const known = location.namespace === undefined ? path : location.id;
+    log.info(`Finished the restore of ${known} that was interrupted`);
     if (stuck.length > 0)
       throw new Failure(
-        `${path} is restored, but these snapshots could not move to ${to}: ${stuck.join(" ")}`,
+        `${known} is restored, but these snapshots could not move to ${to}: ${stuck.join(" ")}`,
       );
     const moved = await lookAt(location, to, "", hosts);
     await rememberPins(moved);
@@ -13821,20 +14024,25 @@ function tellWhatIsNext(r: Restoration): void {
   if (kept !== null && target.existing !== null) tellOfOld(r, kept, target.existing.path);
 }
 
-/** Says whose the backups, or the snapshots, are where TARGET is not their source by itself. */
-function tellWhoseBackups(r: Restoration): void {
-  const { o, report, location, chosen, target, moved, replaced, chains } = r;
-  const { id, prefix, store, chain } = location;
-  const ours = { uuid: "", host: target.hostName, path: target.full };
-  const from = `${ours.host}:${ours.path}`;
+/** The command by which TARGET becomes the source of others' backups. */
+function adoptingRun({ snapshotFolder: folder, target }: RestoreOptions, prefix: string): string {
   const command = [
     "btrfs-backup",
     "--adopt",
     ...(prefix === "" ? [] : ["-p", prefix]),
-    ...(o.snapshotFolder === "snapshot" ? [] : ["-f", o.snapshotFolder]),
-    o.target.id,
+    ...(folder === "snapshot" ? [] : ["-f", folder]),
+    target.id,
   ];
-  const adopt = command.map(shellWord).join(" ");
+  return command.map(shellWord).join(" ");
+}
+
+/** Says whose the backups, or the snapshots, are where TARGET is not their source by itself. */
+function tellWhoseBackups(r: Restoration): void {
+  const { o, report, location, chosen, target, moved, replaced, chains } = r;
+  const { id, prefix, store, chain } = location;
+  const ours = { uuid: "", host: target.hostName, path: target.known };
+  const from = `${ours.host}:${ours.path}`;
+  const adopt = adoptingRun(o, prefix);
   const adopting = `If that shall be their source from now on: ${adopt} ${shellWord(id)}`;
   const place = store?.streams.find(({ uuid }) => uuid === chosen.uuid)?.owner.place;
   if (place !== undefined && place !== ownerOf(ours).place)
@@ -13868,10 +14076,195 @@ function tellOfOld({ o, report, target, moved }: Restoration, kept: string, old:
       : [...new Set(below.map((path) => `${quote(kept + dirname(path))}/*`))];
   if (below.length > 0)
     report.warning(
-      `${plural(below.length, "subvolume")} below the old ${o.target.id} ${below.length === 1 ? "is" : "are"} now below ${kept}`,
+      explained(
+        o.through,
+        `${plural(below.length, "subvolume")} below the old ${o.target.id} ${below.length === 1 ? "is" : "are"} now below ${kept}`,
+      ),
     );
   log.info(
-    `The old one is ${kept}. When you do not need it any more: btrfs subvolume delete ${[...words.reverse(), quote(kept)].join(" ")}`,
+    explained(
+      o.through,
+      `The old one is ${kept}. When you do not need it any more: btrfs subvolume delete ${[...words.reverse(), quote(kept)].join(" ")}`,
+    ),
+  );
+}
+
+// ── restore: TARGET is a mount point ──
+//
+// The name of a mounted subvolume can be given to another one where the top level of its filesystem
+// is mounted. So that is mounted, for as long as the restore takes, in a mount namespace that nobody
+// else sees, and TARGET is its path there. What is mounted stays the old subvolume.
+
+/** A TARGET that is a mount point, seen from the top level of its filesystem. */
+type Through = {
+  /** As it is mounted for everybody. */
+  readonly mount: Mount;
+  /** Where the top level is mounted. */
+  readonly spot: string;
+  /** The path from the top level that TARGET has from now on. */
+  readonly root: string;
+  /** The ID of the default subvolume before. */
+  readonly standard: number;
+  readonly remount: Remount;
+  /** The path of TARGET's snapshot folder there. */
+  readonly folder: string;
+};
+
+type Entered = {
+  readonly target: Readable;
+  readonly through: Omit<Through, "folder">;
+  readonly release: () => Promise<void>;
+};
+
+/** A subvolume's mount point; null where a path is none, or one of a top level. Errors: Failure. */
+async function mountedAt(location: Readable, hosts: Hosts) {
+  const { path } = location;
+  const parent = await lookAt(location, dirname(path), "", hosts);
+  const full = join(parent.path, basename(path));
+  const mount = parent.mounts.findLast((one) => one.path === full);
+  if (mount === undefined || mount.root === "/") return null;
+  const seen = await lookAt(location, full, "", hosts);
+  if (seen.place.filesystem === null)
+    throw new Failure(`${location.id} is a mount point, and not on btrfs`);
+  return { mount, seen };
+}
+
+/**
+ * Mounts the top level of the filesystem that a subvolume is mounted from, for us alone; null where
+ * that is not needed, or cannot be. Errors: Failure, with `advice` where no mount can be had.
+ */
+async function enterTop(
+  location: Readable,
+  hosts: Hosts,
+  advice: (mount: Mount) => string,
+): Promise<Entered | null> {
+  const found = await mountedAt(location, hosts);
+  if (found === null) return null;
+  const { mount, seen } = found;
+  needRoot(seen, "restoring");
+  needRoot({ ...seen, alone: seen.user !== "0" }, "restoring: --sudo is not enough;");
+  if (mount.readonly)
+    throw new Failure(
+      `${location.id} is mounted read-only: mount -o remount,rw ${quote(mount.path)}`,
+    );
+  const root = replacedBy(mount, seen.mounts, seen.subvolumes);
+  const host = { ...plainHost(seen.host), sudo: false, fence: "own" as const };
+  const end = `${crypto.randomUUID()} end`;
+  const { output, release } = await holdVerb(
+    host,
+    TOP,
+    {
+      device: mount.device,
+      filesystem: seen.place.filesystem ?? "",
+      end,
+      silence: secondsOfSilence(host),
+    },
+    { end, what: `the top level of ${mount.device} cannot be mounted in a mount namespace` },
+  ).catch((error: Error) => {
+    if (!(error instanceof Failure) || error instanceof Unreachable) throw error;
+    throw new Failure(`${advice(mount)}\n(${error.message})`);
+  });
+  const [namespace = "", spot = "", standard = "", kernel = "", ...fstab] = output.split("\n");
+  const target = { ...location, namespace, path: join(spot, root) };
+  const told = { kernel, fstab: fstab.join("\n"), mounts: seen.mounts };
+  try {
+    if (!/^\d+$/.test(namespace) || !spot.startsWith("/"))
+      throw new Failure(`cannot read what was printed of the top level: ${output.slice(0, 100)}`);
+    const there = await lookAt(target, dirname(target.path), "", hosts);
+    if (there.place.filesystem !== seen.place.filesystem)
+      throw new Failure(`${mount.device} is another filesystem than that of ${location.id}`);
+  } catch (error) {
+    await release();
+    throw error;
+  }
+  const through = {
+    mount,
+    spot,
+    root,
+    standard: Number(/^ID (\d+) /.exec(standard)?.[1] ?? 0),
+    remount: planRemount(mount, root, told),
+  };
+  return { target, through, release };
+}
+
+/** The options of a restore as they are where the top level is mounted. */
+async function optionsThrough(
+  o: RestoreOptions,
+  { target, through }: Entered,
+): Promise<RestoreOptions> {
+  const { filesystem } = (await lookAt(target, dirname(target.path), "", o.hosts)).place;
+  const seenThere = async (path: string) => {
+    const seen = await lookAt(o.target, path, "", o.hosts);
+    return seen.place.filesystem === filesystem ? join(through.spot, seen.top) : path;
+  };
+  const folder = resolve(o.target.path, o.snapshotFolder);
+  const { parentFrom } = o;
+  return {
+    ...o,
+    through: {
+      ...through,
+      folder: isWithin(folder, o.target.path)
+        ? join(target.path, relative(o.target.path, folder))
+        : await seenThere(folder),
+    },
+    target,
+    parentFrom:
+      parentFrom === null
+        ? null
+        : await seenThere(o.target.host === null ? resolve(parentFrom) : parentFrom),
+  };
+}
+
+/** Goes on with a restore to a mount point that was interrupted. Errors: those of finishRestores. */
+async function finishBesideMounted(source: Readable, hosts: Hosts): Promise<void> {
+  const entered = await enterTop(
+    source,
+    hosts,
+    () => `a restore of ${source.id} was interrupted, and cannot be finished from here`,
+  );
+  if (entered === null) return;
+  try {
+    await finishRestores(entered.target, entered.target.path, hosts);
+  } finally {
+    await whileCleaning(entered.release);
+  }
+}
+
+/** The path of TARGET's snapshot folder. */
+const snapshotFolderIn = ({ through, target, snapshotFolder }: RestoreOptions) =>
+  through?.folder ?? resolve(target.path, snapshotFolder);
+
+/** The path of TARGET for everybody. */
+const knownPath = ({ through }: RestoreOptions, full: string) => through?.mount.path ?? full;
+
+/** A text with paths that everybody can reach, once the top level is mounted. */
+function explained(through: Entered["through"] | undefined, text: string): string {
+  if (through === undefined) return text;
+  const { spot, mount } = through;
+  const named = text.replaceAll(`${spot}/`, "/mnt/");
+  const how = `(/mnt stands for the top level: mount -o subvolid=5 ${quote(mount.device)} /mnt)`;
+  return named === text || text.includes(how) ? text : `${named} ${how}`;
+}
+
+/** Where the replaced subvolume is, and what is to be done to mount the new one, for programs. */
+function namesIn({ o: { through }, kept }: Restoration) {
+  if (through === undefined || kept === null) return { before: kept };
+  return { before: kept.slice(through.spot.length), remount: through.remount.command };
+}
+
+/** Says what makes everybody see what was restored. */
+function tellRemount({ o, report, target }: Restoration): void {
+  if (o.through === undefined || o.dryRun) return;
+  const { remount, mount, root, standard } = o.through;
+  if (target.existing?.id === standard)
+    log.info(`${root.slice(1)} is the default subvolume, as the old one was`);
+  for (const problem of remount.wrong) report.warning(problem);
+  if (remount.others.length > 0)
+    report.warning(`the old one is mounted at ${remount.others.join(", ")} as well`);
+  log.info(
+    mount.path === "/"
+      ? "The old one is what runs until the next start: reboot"
+      : `${mount.path} is the old one until it is mounted anew: ${remount.command}`,
   );
 }
 
@@ -13917,8 +14310,9 @@ async function restoreTree(o: RestoreOptions, report: Report): Promise<void> {
       chosen: { name },
       o: { target: to },
     } of parts)
-      report.event("restore", { location: id, name, target: to.id, before: head.kept });
+      report.event("restore", { location: id, name, target: to.id, ...namesIn(head) });
     tellWhatIsNext(head);
+    tellRemount(head);
   } finally {
     await whileCleaning(async () => {
       for (const folder of opened) await folder.close();
@@ -13989,7 +14383,6 @@ async function decideTree(whole: Restore, tree: Tree, plan: TreePlan): Promise<T
           : await memberRestore(whole, [path, tree.members.get(path) as Folder], chosen),
       ),
     );
-  const { target } = whole;
   const [first] = parts;
   const { work = "", kept = null } = first ?? {};
   const same = parts.map((one) => ({ ...one, work, kept }));
@@ -14001,16 +14394,16 @@ async function decideTree(whole: Restore, tree: Tree, plan: TreePlan): Promise<T
     data: { way: "reflink", origin: "" } as const,
     how: "none" as const,
   };
-  const to = whole.outside?.path ?? join(target.full, target.inside ?? "");
+  const to = snapshotFolderOf(whole);
   const moved = same.flatMap((one) => movedBelow(one, root, to));
   return { head: { ...root, moved }, parts: same };
 }
 
 /** A member's snapshots that move, by names below the folders of the root's. Errors: Failure. */
 function movedBelow(one: Restoration, root: Moves, to: string): Entry[] {
-  const { target, outside, member, location } = one;
+  const { target, member, location } = one;
   if (one.moved.length === 0) return [];
-  const there = outside?.path ?? join(target.full, target.inside ?? "");
+  const there = snapshotFolderOf(one);
   const below = relative(root.from, one.from);
   if (below !== relative(to, there))
     throw new Failure(
@@ -14049,7 +14442,7 @@ async function outsideOf(
 ): Promise<Folder> {
   const above = outside as Folder;
   if (above === root) return location;
-  const path = join(above.path, member);
+  const path = join(besideTarget({ o, target }, above), member);
   const seen = await lookAt(o.target, path, target.prefix, o.hosts).catch((error: Error) => {
     if (error instanceof NoDirectoryAbove) return null;
     throw error;
@@ -14106,9 +14499,11 @@ async function carryOutTree(
 }
 
 /** The record of a tree whose root is a plain directory: there is a tree. */
-async function writePlainRoot({ o, target, outside, work, tree }: Restoration): Promise<void> {
+async function writePlainRoot(r: Restoration): Promise<void> {
+  const { o, target, outside, work, tree } = r;
   const inside = join(target.path, work, "tree", target.inside ?? "");
-  const folder = await lookAt(o.target, outside?.path ?? inside, target.prefix, o.hosts);
+  const path = outside === null ? inside : besideTarget(r, outside);
+  const folder = await lookAt(o.target, path, target.prefix, o.hosts);
   if (tree !== null) await writeRecord(folder, { ...folder.chain, tree });
   const made = outside === null ? "; its snapshots are in it: a run needs -f with their path" : "";
   log.info(

@@ -253,6 +253,7 @@ function corpus({ mine, home, raw, name, fsid, b }: Awaited<ReturnType<typeof se
     "finish",
     "clear",
     "restoring",
+    "top",
     "snapshot",
     "send",
     "estimate",

@@ -37,7 +37,10 @@ import {
   membersBelow,
   membersOf,
   momentOf,
+  isUnfinished,
   mountAdvice,
+  planRemount,
+  replacedBy,
   newestShared,
   ownerOf,
   parseDuration,
@@ -2071,6 +2074,72 @@ describe("restoring", () => {
       "btrfs subvolume set-default /mnt/restored",
     ])
       expect(top).toContain(words);
+  });
+
+  test("a mounted subvolume has its name, or the one that it had until it was replaced", () => {
+    const device = "/dev/sda2";
+    const before = "/@home.before-20260116-091500";
+    const at = (root: string) => ({ root, device });
+    const named = (paths: readonly string[]) => paths.map((path) => ({ path }));
+    for (const [root, others, paths, expected] of [
+      ["/@home", [], ["@home"], "/@home"],
+      [before, [], ["@home", before.slice(1)], "/@home"],
+      // Between the two renames.
+      [before, [], ["@home.restoring-20260116-091500/tree"], "/@home"],
+      [before, [], ["@home.restoring-20260116-091501/tree"], before],
+      // Somebody looks at the old one, or has made it a subvolume of its own.
+      [before, ["/@home"], ["@home", before.slice(1)], before],
+      [before, [], [before.slice(1)], before],
+      ["/.before-20260116-091500", [], [""], "/.before-20260116-091500"],
+    ] as const)
+      expect([root, replacedBy(at(root), others.map(at), named(paths))]).toEqual([root, expected]);
+    expect(replacedBy(at(before), [{ root: "/@home", device: "/dev/sdb" }], named(["@home"]))).toBe(
+      "/@home",
+    );
+    const unfinished = (path: string) => isUnfinished("/@/home", named([path]));
+    expect(unfinished("@/home.restoring-20260116-091500/members")).toBe(true);
+    for (const path of [
+      "@/home.restoring-20260116-091500/tree",
+      "@/home.restoring-photos/members",
+      "@/home/x.restoring-20260116-091500/members",
+      "home.restoring-20260116-091500/members",
+    ])
+      expect([path, unfinished(path)]).toEqual([path, false]);
+  });
+
+  test("how a replaced subvolume is mounted anew, and what would bring the old one back", () => {
+    const mount = (path: string, root: string, device = "/dev/sda2") => ({
+      id: "2",
+      parent: "1",
+      root,
+      path,
+      device,
+      readonly: false,
+    });
+    const home = mount("/home dir", "/@home");
+    const told = { kernel: "quiet", fstab: "", mounts: [home] };
+    const fstab = (options: string) =>
+      `#x /home\\040dir btrfs subvolid=9 0 0\nUUID=1\t/home\\040dir btrfs ${options} 0 0\n`;
+    const by = (options: string) => planRemount(home, "/@home", { ...told, fstab: fstab(options) });
+    expect(planRemount(home, "/@home", told).command).toBe(
+      "umount '/home dir' && mount -o 'subvol=@home' '/dev/sda2' '/home dir'",
+    );
+    for (const options of ["subvol=@home,noatime", "defaults", "subvolid=5", "subvolid=0"])
+      expect([options, by(options)]).toEqual([
+        options,
+        { command: "umount '/home dir' && mount '/home dir'", wrong: [], others: [] },
+      ]);
+    expect(by("noatime,subvolid=257,subvol=/@home").wrong).toEqual([
+      "/etc/fstab has subvolid=257 for /home dir, which is the old one: write subvol=@home in its place",
+    ]);
+    const root = mount("/", "/@");
+    const kernel = "ro rootflags=noatime,subvolid=256 quiet";
+    const mounts = [root, home, mount("/srv", "/@/srv"), mount("/x", "/@", "/dev/sdb")];
+    const rooted = planRemount(root, "/@", { kernel, fstab: "", mounts });
+    expect([rooted.command, rooted.others]).toEqual(["reboot", ["/srv"]]);
+    expect(rooted.wrong).toEqual([expect.stringContaining("rootflags with subvolid=256 for /")]);
+    const below = { ...told, mounts: [home, mount("/home dir/disk", "/", "/dev/sdb")] };
+    expect(planRemount(home, "/@home", below).command).toStartWith("umount -R '/home dir' && ");
   });
 
   test("what was copied on stays at a destination, and a pin that is gone claims nothing at the source", () => {

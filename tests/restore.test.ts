@@ -16,6 +16,7 @@ import {
   mountImage,
   nextSecond,
   pair,
+  pathWithout,
   reformat,
   run,
   sh,
@@ -336,14 +337,17 @@ describe("what TARGET can be", () => {
     expect(readdirSync(a.path).sort()).toEqual(["directory", "file", "home", "link"]);
   });
 
-  test("at a mount point, the advice names the device and the subvolume, and works", async () => {
+  test("at a mount point where no mount namespace can be had, the advice names the device and the subvolume, and works", async () => {
     const top = temporaryDirectory();
     const at = temporaryDirectory();
     const device = sh(`findmnt -no SOURCE "$1"`, a.path);
     sh(`mount -o subvol=home "$1" "$2"`, device, at);
     try {
-      for (const args of [[], ["--replace"]]) {
-        const { stderr } = await expectRun(1, ["restore", ...args, destination, at]);
+      // Without --replace, it is said that this is the way.
+      for (const args of [["--replace"], ["--replace", "--dry-run"]]) {
+        const { stderr } = await expectRun(1, ["restore", ...args, destination, at], {
+          env: { PATH: pathWithout("unshare") },
+        });
         expect(stderr).toContain(`${at} is a mount point, of the subvolume home of ${device}`);
         expect(stderr).toContain(`mount -o subvolid=5 '${device}' /mnt`);
         expect(stderr).toContain(`btrfs-backup restore --replace '${destination}' '/mnt/home'`);
