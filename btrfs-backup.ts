@@ -20480,9 +20480,10 @@ export const COMMANDS: Readonly<Record<CommandName, CommandDef<any>>> = {
     {
       location: positional(`Backups, or a source with its snapshots: ${PLACE}`),
       name: positional(
-        "Two names, as list shows them; without, the newest snapshot of a source and now",
+        "The older one of two, as list shows them (default: the newest snapshot of a source, compared with now)",
         false,
       ),
+      newer: positional("The newer one", false),
       path: positional("Only what is there or below, any number", false),
     },
     [diffOptions, diff],
