@@ -15987,6 +15987,7 @@ export type Difference = {
 // has made or moved, and on the way to these what stands where it was. A file is written to by its
 // path of that moment, be it a name like o257-9-0 that it has until its own is free, or be it below
 // a directory that gets another name later: in the tree, a directory moves with all that is below.
+// A name in it takes some hundred bytes, whatever the size of the stream.
 
 /** What is told of a file or a directory, by whichever of its names. */
 type Touched = {
@@ -16045,26 +16046,29 @@ function followedTree() {
   const gone: Spot[] = [];
   const nowhere = () => new Failure("btrfs send named something that is not there");
 
-  function find(path: string): Spot {
+  /** What has a name in a directory. */
+  function inside(spot: Spot, name: string): Spot {
+    const below = (spot.below ??= new Map<string, Spot>());
+    const found = below.get(name);
+    if (found !== undefined) return found;
+    if (spot.former === null) throw nowhere();
+    const standing = standingSpot(name, spot);
+    below.set(name, standing);
+    return standing;
+  }
+  // One command after the other is about the same directory.
+  let last = { path: "", spot: top };
+  function directory(path: string): Spot {
     if (path === "") return top;
-    let spot = top;
-    for (const name of path.split("/")) {
-      const below = (spot.below ??= new Map<string, Spot>());
-      let next = below.get(name);
-      if (next === undefined) {
-        if (spot.former === null) throw nowhere();
-        next = standingSpot(name, spot);
-        below.set(name, next);
-      }
-      spot = next;
-    }
-    return spot;
+    if (path !== last.path) last = { path, spot: path.split("/").reduce(inside, top) };
+    return last.spot;
   }
   /** The directory of a path, and its name there. */
   function placeOf(path: string): [Spot, string] {
     const slash = path.lastIndexOf("/");
-    return [find(slash === -1 ? "" : path.slice(0, slash)), path.slice(slash + 1)];
+    return [directory(path.slice(0, Math.max(0, slash))), path.slice(slash + 1)];
   }
+  const find = (path: string) => (path === "" ? top : inside(...placeOf(path)));
   function put(path: string, spot: Spot): void {
     const [above, name] = placeOf(path);
     above.below ??= new Map();
@@ -16076,6 +16080,7 @@ function followedTree() {
     const spot = find(path);
     if (spot.above === null) throw nowhere();
     spot.above.below?.delete(spot.name);
+    if (spot.below !== null) last = { path: "", spot: top };
     touchedOf(spot).isMoved = true;
     return spot;
   }
@@ -16366,15 +16371,18 @@ function showDifferences(
   { json }: Pick<DiffOptions, "json">,
   report: Report,
 ): void {
-  const lines: string[] = [];
+  let lines: string[] = [];
   for (const { what, path, from, bytes, shared } of all) {
     const was = from === null ? {} : { from: toldPath(from).path };
     report.event("difference", { what, ...toldPath(path), ...was, bytes, shared });
     const names = from === null ? shownPath(path) : `${shownPath(from)} -> ${shownPath(path)}`;
     const written = what === "removed" ? "-" : inBytes(bytes);
     if (!json) lines.push(`${what.padEnd(7)}  ${written.padStart(7)}  ${names}\n`);
+    if (lines.length < 10_000) continue;
+    print(lines.join(""));
+    lines = [];
   }
-  if (!json) print(lines.join(""));
+  print(lines.join(""));
 }
 
 function showDirectories(
@@ -20913,9 +20921,10 @@ export const COMMANDS: Readonly<Record<CommandName, CommandDef<any>>> = {
     {
       location: positional(`Backups, or a source with its snapshots: ${PLACE}`),
       name: positional(
-        "Two names, as list shows them; without, the newest snapshot of a source and now",
+        "The older one of two, as list shows them (default: the newest snapshot of a source, compared with now)",
         false,
       ),
+      newer: positional("The newer one", false),
       path: positional("Only what is there or below, any number", false),
     },
     [diffOptions, diff],

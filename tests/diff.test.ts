@@ -426,7 +426,7 @@ function waitingSend() {
     `#!/bin/sh\nif [ "$1" = send ]; then : >${sending}; while [ -e ${gate} ]; do sleep 0.02; done; fi\nexec ${sh("command -v btrfs")} "$@"\n`,
     { mode: 0o755 },
   );
-  return { gate, sending, env: { PATH: `${directory}:${process.env["PATH"]}` } };
+  return { directory, gate, sending, env: { PATH: `${directory}:${process.env["PATH"]}` } };
 }
 
 test("whatever ends a diff, its snapshot goes: at once, or with the next diff or run; that of a living one stays", async () => {
@@ -486,6 +486,30 @@ test("whatever ends a diff, its snapshot goes: at once, or with the next diff or
   await holding.finished;
   expect(hidden(snapshots)).toEqual([]);
   expect(snapshotNames(destination).length).toBe(2);
+});
+
+test("over ssh, a client that goes away leaves nothing there either", async () => {
+  const { source, snapshots } = pair();
+  await expectRun(0, [source]);
+  const { options, url } = await sshServer();
+  const { gate, sending, directory } = waitingSend();
+  // Before the system's own, for whoever logs in.
+  sh(`mount --bind "$1" /usr/local/sbin; chmod 755 "$1"`, directory);
+  try {
+    for (const signal of ["SIGINT", "SIGKILL"] as const) {
+      const running = start(["diff", ...options, url(source)]);
+      await waitFor("btrfs send", () => existsSync(sending));
+      expect(hidden(snapshots).length).toBe(1);
+      running.child.kill(signal);
+      await running.finished;
+      rmSync(gate);
+      await waitFor("the end of it", () => hidden(snapshots).length === 0);
+      writeFileSync(gate, "");
+      rmSync(sending);
+    }
+  } finally {
+    sh(`umount /usr/local/sbin`);
+  }
 });
 
 test("a guarded key: two backups with --allow-read, now with --source, and nothing else", async () => {

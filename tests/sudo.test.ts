@@ -1,7 +1,7 @@
 // Running without root: with sudo for btrfs alone, or without any. And what others may see, or put in our way.
 
 import { expect, test } from "bun:test";
-import { existsSync, readFileSync, writeFileSync } from "node:fs";
+import { existsSync, readdirSync, readFileSync, writeFileSync } from "node:fs";
 import { join } from "node:path";
 import {
   events,
@@ -108,6 +108,18 @@ test("an ordinary user with the README's sudoers line backs up, here and over ss
     ["whole", "whole", "whole"],
     ["whole", "whole", "whole"],
   ]);
+  writeFileSync(join(source, "new"), "new");
+  const two = snapshotNames(destination);
+  for (const [added, ...args] of [
+    [1, source],
+    [0, destination, ...two],
+    [0, pushed, ...two],
+  ] as [number, ...string[]][]) {
+    const words = ["diff", "--json", "--sudo", "--ssh-sudo", ...own, ...args];
+    const result = await expectRun(0, words, { how, wrapper, cwd: "/" });
+    expect(events(result).at(-1)).toMatchObject({ added, removed: 0, renamed: 0 });
+  }
+  expect(readdirSync(snapshots).filter((name) => name.includes("diff"))).toEqual([]);
   for (const place of [destination, pushed])
     await expectRun(0, ["prune", "--sudo", "--ssh-sudo", ...own, "-n", "1", place], {
       how,
