@@ -4041,7 +4041,7 @@ const TOP = defineVerb("top", "device filesystem end silence")`
   mount --make-private -- "$spot"
   echo $$
   line "$spot"
-  b subvolume get-default "$spot"
+  b subvolume get-default "$spot" || echo unknown
   cat /proc/cmdline
   if [ -r /etc/fstab ]; then cat /etc/fstab; fi
   echo
@@ -9564,7 +9564,8 @@ async function openFinished(
   } catch (error) {
     if (error instanceof MountedUnfinished) {
       await finishBesideMounted(o.source, o.hosts);
-      return openSource(o, locked);
+      // What had not begun to change names is a leftover, which the next restore clears.
+      return openSource(o, locked, true);
     }
     const [, path] =
       (error instanceof Unfinished &&
@@ -9580,11 +9581,15 @@ async function openFinished(
  * Errors: where SOURCE is a mount point, MountedUnfinished for a restore that was interrupted; Failure
  * where the subvolume there has been replaced.
  */
-function checkMounted({ source, mounts, subvolumes }: Folder, id: string, dryRun: boolean): void {
+function checkMounted(
+  { source, mounts, subvolumes }: Folder,
+  id: string,
+  isFinished: boolean,
+): void {
   const mount = mounts.findLast(({ path }) => path === source?.path);
   if (mount === undefined || mount.root === "/") return;
   const root = replacedBy(mount, mounts, subvolumes);
-  if (!dryRun && isUnfinished(root, subvolumes))
+  if (!isFinished && isUnfinished(root, subvolumes))
     throw new MountedUnfinished(`a restore was interrupted, and is not finished: ${id}`);
   if (root !== mount.root)
     throw new Failure(
@@ -9608,6 +9613,7 @@ async function openSource(
     | "member"
   >,
   locked?: () => void,
+  isFinished = o.dryRun,
 ): Promise<Source> {
   const path = resolve(o.source.path, o.snapshotFolder);
   const opening = {
@@ -9620,7 +9626,7 @@ async function openSource(
   let strangers: readonly string[] | null = null;
   const folder = await openChecked(o.source, path, opening, (opened) => {
     checkSource(opened, path, o);
-    checkMounted(opened, o.source.id, o.dryRun);
+    checkMounted(opened, o.source.id, isFinished);
     // A folder inside SOURCE is SOURCE's own; one outside could be another's as well.
     const isInside = opened.source !== null && isWithin(opened.top, opened.source.top);
     strangers = isInside || !isSubvolumeItself(opened) ? null : strangersBeside(opened, path, o);
@@ -14225,6 +14231,9 @@ async function finishBesideMounted(source: Readable, hosts: Hosts): Promise<void
   if (entered === null) return;
   try {
     await finishRestores(entered.target, entered.target.path, hosts);
+  } catch (error) {
+    if (error instanceof Error) error.message = explained(entered.through, error.message);
+    throw error;
   } finally {
     await whileCleaning(entered.release);
   }

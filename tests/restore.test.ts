@@ -16,7 +16,7 @@ import {
   mountImage,
   nextSecond,
   pair,
-  pathWithout,
+  pathWith,
   reformat,
   run,
   sh,
@@ -337,19 +337,25 @@ describe("what TARGET can be", () => {
     expect(readdirSync(a.path).sort()).toEqual(["directory", "file", "home", "link"]);
   });
 
-  test("at a mount point where no mount namespace can be had, the advice names the device and the subvolume, and works", async () => {
+  test("at a mount point whose top level cannot be mounted, the advice names the device and the subvolume, and works", async () => {
     const top = temporaryDirectory();
     const at = temporaryDirectory();
     const device = sh(`findmnt -no SOURCE "$1"`, a.path);
     sh(`mount -o subvol=home "$1" "$2"`, device, at);
     try {
-      // Without --replace, it is said that this is the way.
+      const tools = temporaryDirectory();
+      writeFileSync(
+        join(tools, "mount"),
+        `#!/bin/sh\ncase $* in *subvolid=5*) echo "not here" >&2; exit 32;; esac\nexec /usr/bin/mount "$@"\n`,
+        { mode: 0o755 },
+      );
       for (const args of [["--replace"], ["--replace", "--dry-run"]]) {
         const { stderr } = await expectRun(1, ["restore", ...args, destination, at], {
-          env: { PATH: pathWithout("unshare") },
+          env: pathWith(tools),
         });
         expect(stderr).toContain(`${at} is a mount point, of the subvolume home of ${device}`);
         expect(stderr).toContain(`mount -o subvolid=5 '${device}' /mnt`);
+        expect(stderr).toContain("not here");
         expect(stderr).toContain(`btrfs-backup restore --replace '${destination}' '/mnt/home'`);
         expect(stderr).toContain(`umount '${at}' && mount '${at}'`);
       }
