@@ -11065,15 +11065,25 @@ function toldOnce(tree: TreeRun, places: TreePlaces, mayBeAway: boolean): TreePl
   return new Map(told);
 }
 
+/**
+ * So many bytes of a record are for what went from a tree: its line has to hold all else as well, or
+ * the root could not be backed up any more. Of what has no room there, a restore takes the last backup.
+ */
+const GONE_BYTES = 32 * 1024;
+
 /** Writes down on both sides that this is a tree, and which members went. Errors: none. */
 async function noteTree(
   { o, report, top, sources, gone }: TreeRun,
   places: TreePlaces,
   name: string | null,
 ): Promise<void> {
-  const since = [...gone].flatMap(([path, first]) => {
+  let room = GONE_BYTES;
+  const inOrder = [...gone].sort(([, a], [, b]) => Number(a === "") - Number(b === ""));
+  const since = inOrder.flatMap(([path, first]) => {
     const known = first === "" ? name : first;
-    return known === null ? [] : [[path, known] as const];
+    if (known === null) return [];
+    room -= JSON.stringify([path, known]).length + 2;
+    return room < 0 ? [] : [[path, known] as const];
   });
   const tree = { gone: Object.fromEntries(since) };
   const root = sources.get("");

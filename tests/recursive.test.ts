@@ -319,6 +319,27 @@ test("where another subvolume stood for a time, the former one goes on with its 
   expect(existsSync(join(restored, "constructor"))).toBe(true);
 });
 
+test("however many went, the root is backed up", async () => {
+  const { source, snapshots, destination } = tree();
+  await expectRun(0, ["--recursive", source, destination]);
+  const gone = Array.from({ length: 900 }, (_, i) => [
+    `var/lib/containers/${String(i).padStart(80, "0")}`,
+    "20260101-000000",
+  ]);
+  for (const folder of [snapshots, destination]) {
+    const many = `"tree":{"gone":${JSON.stringify(Object.fromEntries(gone))}}`;
+    writeFileSync(
+      join(folder, ".btrfs-backup.json"),
+      record(folder).replace(`"tree":{"gone":{}}`, many),
+    );
+  }
+  await nextSecond();
+  await expectRun(0, ["--recursive", source, destination]);
+  expect(snapshotNames(destination).length).toBe(2);
+  expect(record(destination)).toContain(`/${"0".repeat(80)}":"20260101-000000"`);
+  expect(record(destination).length).toBeLessThan(40_000);
+});
+
 test("one that has snapshots of its own keeps its folder", async () => {
   const { source, snapshots, destination } = tree();
   await expectRun(0, [join(source, "srv"), join(destination, "..", "single")]);
