@@ -8379,6 +8379,10 @@ export function foldersOfSnapshots(
   return new Set(paths.filter((path) => path !== ""));
 }
 
+/** The first run without a path, as a record says; a name like "constructor" is a path as well. */
+const goneSince = (gone: Readonly<Record<string, string>>, path: string): string | undefined =>
+  Object.hasOwn(gone, path) ? gone[path] : undefined;
+
 /**
  * The members that are not there any more, with the first run without them: as the record says, and
  * empty for those that went since the last run.
@@ -8391,7 +8395,7 @@ export function goneFrom(
   const known = folder.chain.tree?.gone ?? {};
   const paths = [...foldersOfSnapshots(folder, prefix), ...Object.keys(known)];
   const gone = [...new Set(paths)].filter((path) => !members.has(path)).sort();
-  return new Map(gone.map((path) => [path, known[path] ?? ""]));
+  return new Map(gone.map((path) => [path, goneSince(known, path) ?? ""]));
 }
 
 /** The members that had a snapshot folder of their own, with snapshots of the prefix. */
@@ -8545,7 +8549,7 @@ export function planTree(
     const exact = all.findLast((one) => one.name === name);
     const found = exact ?? all.findLast((one) => one.time <= time);
     if (found === undefined) continue;
-    const went = timeIn(gone[path] ?? "");
+    const went = timeIn(goneSince(gone, path) ?? "");
     if (exact === undefined && went !== null && went <= time) left.push(path);
     else chosen.set(path, found);
     if (exact === undefined && chosen.has(path)) earlier.push(path);
@@ -8643,7 +8647,7 @@ export function judgeClaim(claiming: Claiming): Claim {
     if (newest === undefined) return { accepted: true, strangers };
     if (!adopt) return { accepted: false, identity, owner, newest };
   }
-  if (standing.length === 0 || (isSamePlace && shared.length > 0))
+  if (standing.length === 0 || (isSamePlace && goesOn(claiming)))
     return { accepted: true, strangers };
   const isGiven = adopt || (isMember && isSamePlace);
   if (!isGiven && (owner !== undefined || shared.length === 0))
@@ -8652,6 +8656,15 @@ export function judgeClaim(claiming: Claiming): Claim {
   const own = new Set([...shared.map(({ uuid }) => uuid), ...needed.keys()]);
   const all = new Set([...strangers, ...standing.map(({ uuid }) => uuid)]);
   return { accepted: true, strangers: [...all].filter((uuid) => !own.has(uuid)) };
+}
+
+/**
+ * Whether a source has some of a chain's own data. Where a subvolume comes back to its path in a tree,
+ * what it shares are strangers by then, and what was made there meanwhile is not its own.
+ */
+function goesOn({ chain, shared, isMember }: Claiming): boolean {
+  const foreign = new Set(isMember ? chain.strangers : []);
+  return shared.some(({ uuid }) => !foreign.has(uuid));
 }
 
 /**
@@ -9653,7 +9666,7 @@ function sourceIn(folder: Folder, strangers: readonly string[] | null): Source {
 
 /** Errors: UsageError for a SOURCE that cannot be one. */
 function checkSource(
-  { source, place, subvolumes }: Folder,
+  { source, place, subvolumes, top }: Folder,
   path: string,
   {
     source: { id },
@@ -9674,6 +9687,11 @@ function checkSource(
     );
   if (place.filesystem !== source.filesystem)
     throw new UsageError(`the snapshot folder ${path} is not on the filesystem of ${id}`);
+  // What is in the snapshot folder is left out, and that would be all.
+  if (recursive && isWithin(source.top, top))
+    throw new UsageError(
+      `the snapshot folder ${path} is ${id} or above it, and no subvolume in it is backed up: give -f another one`,
+    );
 }
 
 /** What to do with a directory that is not a subvolume: which one it lies in, and how to make it one. */
@@ -10143,12 +10161,18 @@ function needNoSource(
     );
 }
 
-/** Errors: Absent where the backups do not stand on the filesystem that they were on. */
-function checkFilesystem({ place, exists, chain, record }: Folder, known: string): void {
-  if (place.filesystem !== known)
+/** Errors: Absent where a place is not on one of these filesystems. */
+function checkDisk({ place }: Folder, known: readonly string[]): void {
+  if (known.length > 0 && !known.some((one) => one === place.filesystem))
     throw new Absent(
-      `it lies on another filesystem (${place.filesystem}) than before (${known}) ${MOUNTED}; --adopt accepts a replaced disk`,
+      `it lies on another filesystem (${place.filesystem}) than before (${known[0]}) ${MOUNTED}; --adopt accepts a replaced disk`,
     );
+}
+
+/** Errors: Absent where the backups do not stand on the filesystem that they were on. */
+function checkFilesystem(folder: Folder, known: string): void {
+  const { exists, chain, record } = folder;
+  checkDisk(folder, [known]);
   if (!exists || (chain.owner === undefined && record.unreadable === null))
     throw new Absent(`what was backed up there is gone ${MOUNTED}; --adopt begins anew`);
 }
@@ -10900,7 +10924,8 @@ async function backUpTree(o: RunOptions, report: Report): Promise<BackedUp | nul
     const told = toldOnce(tree, places, o.ifReachable && !isPossible);
     if (o.ifReachable && !isPossible) return null;
     await noteTree(tree, told, name);
-    const words = firstWords({ o, source: top, wanted: new Map(places) });
+    const snapshots = [...tree.sources.values()].flatMap((one) => one.snapshots);
+    const words = firstWords({ o, source: { ...top, snapshots }, wanted: new Map(places) });
     await backUpMembers(tree, told);
     return name === null ? null : { name, words };
   } finally {
@@ -10916,6 +10941,11 @@ async function backUpTree(o: RunOptions, report: Report): Promise<BackedUp | nul
 /** Opens the snapshot folders of a tree's members, and makes the missing ones. Errors: Failure. */
 async function beginTree(top: Source, o: RunOptions, report: Report): Promise<TreeRun> {
   const members = membersIn(top, o);
+  // As it looks where a disk is not mounted. A run that backs up nothing is no success.
+  if (members.size === 0 && !isSubvolumeItself(top))
+    throw new Failure(
+      `${o.source.id} is a plain directory, and there is no subvolume below it to be backed up ${MOUNTED}`,
+    );
   const gone = goneFrom(top, members, o.prefix);
   tellChanges(top, members, { gone, o });
   const sourceOf = (path: string) => memberSource(top, path, members.get(path) as Subvolume);
@@ -11081,13 +11111,17 @@ async function openTreePlace(
   needRoot(top, "sending");
   const known = knownDestinations(top).find((one) => one.location === location.id);
   const asked = { ...wanted, id: location.id, known };
+  // A plain directory has no record of its own that knows a destination; what is below it has.
+  const served = servedAt(sources, location);
+  const disks = o.adopt ? [] : served.flatMap(({ filesystem }) => filesystem ?? []);
   const opening = destinationOpening(o);
   const session = { o, source: top };
   const root = await openNew(
     location,
-    { source: top, isKnown: known !== undefined },
+    { source: top, isKnown: served.length > 0 },
     opening,
     (opened) => {
+      if (known === undefined) checkDisk(opened, disks);
       if (holdsStreams(location)) needApart(session, location.id, opened);
       else checkBackups(session, asked, opened);
       if (sources.has("") && holdsSubvolumes(location)) strangersAmong(session, opened);
@@ -11103,6 +11137,13 @@ async function openTreePlace(
   }
 }
 
+/** What the members of a tree know of their folders at a destination. */
+const servedAt = (sources: TreeRun["sources"], location: Location): KnownDestination[] =>
+  [...sources].flatMap(([path, { chain }]) => {
+    const { id } = placeBelow(location, path);
+    return chain.destinations?.find((known) => known.location === id) ?? [];
+  });
+
 /** Closes a destination of a tree, with the folders that have locks of their own. */
 async function closeTreePlace(place: Promise<TreePlace>): Promise<void> {
   const opened = await place.catch(() => null);
@@ -11112,18 +11153,19 @@ async function closeTreePlace(place: Promise<TreePlace>): Promise<void> {
 }
 
 /** Whether a snapshot makes sense: some destination can be one, or may yet answer. */
-async function areAnyPossible({ o, sources }: TreeRun, places: TreePlaces): Promise<boolean> {
-  const isNew = ({ location }: Wanted) =>
-    ![...sources].some(([path, { chain }]) => {
-      const { id } = placeBelow(location, path);
-      return chain.destinations?.some((known) => known.location === id);
-    });
+async function areAnyPossible(tree: TreeRun, places: TreePlaces): Promise<boolean> {
+  const { o, sources } = tree;
+  const isNew = ({ location }: Wanted) => servedAt(sources, location).length === 0;
   const fresh = o.destinations.filter(
     (one) => isNew(one) && isDirectory(one.location) && one.location.host === null,
   );
+  if (o.ifReachable && !(await isAnyReached(tree, places))) {
+    log.info(`No snapshot of ${o.source.id} is taken: no destination can be opened`);
+    return false;
+  }
   const looked = Promise.all(
-    fresh.map(async ({ location, optional }) =>
-      (places.get(location.id) as Promise<TreePlace>).then(
+    fresh.map(({ location, optional }) =>
+      places.get(location.id)?.then(
         () => true,
         (error: unknown) => {
           if (error instanceof UsageError || error instanceof Interrupted) throw error;
@@ -11132,26 +11174,48 @@ async function areAnyPossible({ o, sources }: TreeRun, places: TreePlaces): Prom
       ),
     ),
   );
-  if (o.ifReachable && !(await isAnyReached(o, places))) {
-    log.info(`No snapshot of ${o.source.id} is taken: no destination can be opened`);
-    return false;
-  }
-  if (fresh.length === 0 || fresh.length < o.destinations.length) return true;
-  return !(await isOverWithin(LOOK_MS, looked)) || (await looked).includes(true);
+  const possible = (await isOverWithin(LOOK_MS, looked)) ? await looked : [true];
+  const isHopeless = fresh.length > 0 && possible.every((one) => one === false);
+  return fresh.length < o.destinations.length || !isHopeless;
 }
 
-/** Whether any destination can be opened. A command always can. */
-async function isAnyReached(o: RunOptions, places: TreePlaces): Promise<boolean> {
-  const reached = o.destinations.map(async ({ location }) => {
-    const opening = isReadable(location)
-      ? (places.get(location.id) ?? openFolder(location, location.path, destinationOpening(o)))
-      : Promise.resolve();
+/**
+ * Whether any destination can be opened. A command always can. Else it is told of those that are not
+ * opened for all members at once, as remotes.
+ */
+async function isAnyReached(tree: TreeRun, places: TreePlaces): Promise<boolean> {
+  const { o } = tree;
+  const away: [Wanted, unknown][] = [];
+  const reached = o.destinations.map(async (wanted) => {
+    const { location } = wanted;
+    if (!isReadable(location)) return true;
+    const place = places.get(location.id);
+    const opening = place ?? openFolder(location, location.path, destinationOpening(o));
     return opening.then(
       () => true,
-      () => false,
+      (error: unknown) => {
+        if (place === undefined) away.push([wanted, error]);
+        return false;
+      },
     );
   });
-  return (await Promise.all(reached)).includes(true);
+  if ((await Promise.all(reached)).includes(true)) return true;
+  for (const [wanted, error] of away) tellAway(tree, wanted, error, true);
+  return false;
+}
+
+/** Tells why a destination cannot be opened. One that was served before `mayBeAway`. */
+function tellAway(
+  { o, report, sources }: TreeRun,
+  wanted: Wanted,
+  error: unknown,
+  mayBeAway: boolean,
+): void {
+  const { id } = wanted.location;
+  const [known] = servedAt(sources, wanted.location);
+  const isOptional = wanted.optional || (mayBeAway && known !== undefined);
+  if (error instanceof Absent && isOptional) skip({ o, report }, { ...wanted, id, known }, error);
+  else report.error(id, error instanceof UsageError ? new Failure(error.message) : error);
 }
 
 /** Takes all snapshots of a tree. Returns their name; null where that fails, which is reported. */
@@ -11225,7 +11289,8 @@ async function unchangedMembers({ top, sources }: TreeRun): Promise<Set<string>>
   );
   const isSame = ({ source, identity, snapshots }: Source) => {
     const newest = snapshots.at(-1);
-    const isOf = newest?.parentUuid === identity.uuid && newest.cgen !== undefined;
+    const isOf =
+      newest?.readonly && newest.parentUuid === identity.uuid && newest.cgen !== undefined;
     const latest = (id = 0) => generations.get(id) ?? Infinity;
     return isOf && latest(source?.root) <= newest.cgen && latest(newest.id) <= newest.cgen;
   };
@@ -11299,24 +11364,11 @@ const snapshotAlone = (source: Source, name: EntryName): Promise<Made> =>
   );
 
 /** Tells once why a destination cannot be opened; the members hear that it was told. */
-function toldOnce(
-  { o, report, sources }: TreeRun,
-  places: TreePlaces,
-  mayBeAway: boolean,
-): TreePlaces {
-  const tell = (id: string, error: unknown) => {
-    const wanted = o.destinations.find(({ location }) => location.id === id) as Wanted;
-    const [known] = [...sources].flatMap(([path, { chain }]) => {
-      const there = placeBelow(wanted.location, path).id;
-      return chain.destinations?.find(({ location }) => location === there) ?? [];
-    });
-    const isOptional = wanted.optional || (mayBeAway && known !== undefined);
-    if (error instanceof Absent && isOptional) skip({ o, report }, { ...wanted, id, known }, error);
-    else report.error(id, error);
-  };
+function toldOnce(tree: TreeRun, places: TreePlaces, mayBeAway: boolean): TreePlaces {
   const told = [...places].map(([id, place]) => {
     const heard = place.catch((error: unknown) => {
-      tell(id, error);
+      const wanted = tree.o.destinations.find(({ location }) => location.id === id) as Wanted;
+      tellAway(tree, wanted, error, mayBeAway);
       throw new AlreadyTold(messageOf(error));
     });
     heard.catch(() => {}); // whoever needs it hears of it
@@ -11325,15 +11377,25 @@ function toldOnce(
   return new Map(told);
 }
 
+/**
+ * So many bytes of a record are for what went from a tree: its line has to hold all else as well, or
+ * the root could not be backed up any more. Of what has no room there, a restore takes the last backup.
+ */
+const GONE_BYTES = 32 * 1024;
+
 /** Writes down on both sides that this is a tree, and which members went. Errors: none. */
 async function noteTree(
   { o, report, top, sources, gone }: TreeRun,
   places: TreePlaces,
   name: string | null,
 ): Promise<void> {
-  const since = [...gone].flatMap(([path, first]) => {
+  let room = GONE_BYTES;
+  const inOrder = [...gone].sort(([, a], [, b]) => Number(a === "") - Number(b === ""));
+  const since = inOrder.flatMap(([path, first]) => {
     const known = first === "" ? name : first;
-    return known === null ? [] : [[path, known] as const];
+    if (known === null) return [];
+    room -= JSON.stringify([path, known]).length + 2;
+    return room < 0 ? [] : [[path, known] as const];
   });
   const tree = { gone: Object.fromEntries(since) };
   const root = sources.get("");
@@ -11344,11 +11406,12 @@ async function noteTree(
     const chain = { ...folder.chain, tree };
     if (folder.store === null && !sameRecord(folder.chain, chain)) await writeRecord(folder, chain);
   };
-  for (const folder of [
+  const roots = [
     Promise.resolve(top),
     ...[...places.values()].map(async (one) => (await one).root),
-  ])
-    await folder.then(note).catch((error) => report.error(null, error));
+  ];
+  // Side by side: each failure is heard when it comes, and ends nothing.
+  await allOf(roots.map((one) => one.then(note).catch((error) => report.error(null, error))));
 }
 
 /** Serves each member like a source of its own, some at a time. */
@@ -14926,7 +14989,7 @@ export function memberLines(
         count: snapshots.length,
         oldest: snapshots[0] ?? null,
         newest: snapshots.at(-1) ?? null,
-        gone: gone[path] ?? null,
+        gone: goneSince(gone, path) ?? null,
         snapshots,
       };
     })
@@ -15028,7 +15091,9 @@ async function withMembers(
     const trees = await treesIn(column, o, o.prefix, report);
     const below = trees.flatMap(({ root, members }) =>
       [...members].flatMap(([path, folder]): Column[] =>
-        root.chain.tree?.gone[path] === undefined ? [{ id: folder.id, folder, problem: null }] : [],
+        goneSince(root.chain.tree?.gone ?? {}, path) === undefined
+          ? [{ id: folder.id, folder, problem: null }]
+          : [],
       ),
     );
     // Where the root was a plain directory, only what is below counts.
@@ -18300,17 +18365,22 @@ const deleteAgain: Again<typeof DELETE> = async (given, said) => {
         names.length === 1 &&
         one !== undefined &&
         one !== newest &&
-        (await isRepeated(folder, one, newest));
+        (await isRepeated(folder, one, newest, prefixOf(name) as string));
       if (!isInVain) refuse(`${name} is the newest snapshot`);
     }
   return given;
 };
 
-/** Whether a snapshot holds nothing that the one before has not. */
-const isRepeated = (folder: Folder, before: Entry, newest: Entry): Promise<boolean> =>
-  isSameState({ ...folder, host: { ...LOCAL, fence: "own" } }, before, newest).catch(
-    afterFailure(() => false),
-  );
+/** Whether a snapshot holds nothing that the one before has not, but for a tree's own records. */
+const isRepeated = (
+  folder: Folder,
+  before: Entry,
+  newest: Entry,
+  prefix: string,
+): Promise<boolean> =>
+  isSameState({ ...folder, host: { ...LOCAL, fence: "own" } }, before, newest, [
+    ...foldersOfSnapshots(folder, prefix),
+  ]).catch(afterFailure(() => false));
 
 /** Only the newest snapshot, within its prefix. */
 const renameAgain: Again<typeof RENAME> = async (given, said) => {
@@ -20174,6 +20244,7 @@ export function runOptions(given: Given) {
   const { flag, value } = given;
   const [first, ...rest] = given.positionals;
   const source = folderLocation(first, "SOURCE");
+  needNoTree(given);
   const sourcePolicy = flag("latest-only") ? parsePolicy("1") : policyOf(given, "num-snapshots");
   const common = commonOptions(given);
   const destinations = destinationsOf(given, rest, common.prefix ?? "");
@@ -20185,6 +20256,7 @@ export function runOptions(given: Given) {
     if (flag(one) && flag(other))
       throw new UsageError(`--${one} and --${other} contradict each other`);
   needMinFree(given);
+  needNamed(given);
   if (flag("backfill") && destinations.some(({ minFree }) => minFree !== null))
     throw new UsageError(
       "--backfill and --min-free contradict each other: what goes for space would be sent again",
@@ -20226,6 +20298,28 @@ export function runOptions(given: Given) {
     ...displayOptions(given),
     sendingTo: (id: string) => sendingOptions(given, parseLocation(id)),
   };
+}
+
+/**
+ * Errors: UsageError for what a tree cannot have: each of its members knows folders of its own, which
+ * are not the destinations of the whole.
+ */
+function needNamed({ flag }: Given): void {
+  if (flag("recursive") && flag("locked-dests"))
+    throw new UsageError("--recursive and --locked-dests contradict each other: name each DEST");
+}
+
+/** Errors: UsageError. The oldest of a tree's backups are not those of each of its folders. */
+function needNoTree(given: Given): void {
+  if (
+    given.flag("recursive") &&
+    given.all("min-free").length +
+      given.scopes.filter(({ options }) => options.value("min-free") !== null).length >
+      0
+  )
+    throw new UsageError(
+      "--min-free and --recursive contradict each other: free space for a single folder of the tree",
+    );
 }
 
 /** Errors: UsageError for patterns that mean nothing. */
@@ -20545,6 +20639,7 @@ export function culpritOf(
 }
 
 function pruneOptions(given: Given) {
+  needNoTree(given);
   const [location] = locationsOf(given, 1, 1, "LOCATION") as [Readable];
   const policy = policyOf(given, "num-backups");
   const minFree = minFreeOf(given);

@@ -1700,6 +1700,28 @@ describe("one chain, one owner", () => {
     expect(claimed.accepted ? claimed.strangers : null).toEqual(strangers);
   });
 
+  test("in a tree: another subvolume at the same path, and the former one again", () => {
+    const claim = (chain: ChainRecord, shared: Backup[], identity = me) =>
+      judgeClaim({
+        identity,
+        chain,
+        standing: [a1, a2, a3, x1],
+        shared,
+        adopt: false,
+        isMember: true,
+      });
+    const anew = { ...me, uuid: "anew" };
+    const accepted = (strangers: string[]) => ({ accepted: true, strangers }) as const;
+    const all = [a1, a2, a3, x1].map(({ uuid }) => uuid);
+    expect(claim({ owner: me }, [], anew)).toEqual(accepted(all));
+    // What was made there meanwhile is the other one's, and its own are its own.
+    const strangers = [a1, a2, a3].map(({ uuid }) => uuid);
+    expect(claim({ owner: anew, strangers }, [a1, a3])).toEqual(accepted(["x1"]));
+    // Restored, it goes on with all that it had.
+    expect(claim({ owner: anew, strangers: ["x1"] }, [a1])).toEqual(accepted(["x1"]));
+    expect(claim({ owner: { ...anew, path: "/other" } }, []).accepted).toBe(false);
+  });
+
   test("a refusal names both sources and what to do", () => {
     const claimed = judgeClaim({
       identity: me,
@@ -3372,6 +3394,13 @@ describe("trees", () => {
       [],
     ]);
     expect(planned("0228")).toEqual([[], [], []]);
+    // A path can have any name.
+    const odd = planTree(
+      { name: one, time: at("0301") },
+      new Map([["constructor", snaps("0301")]]),
+      {},
+    );
+    expect([...odd.chosen.keys()]).toEqual(["constructor"]);
   });
 
   test("a line for each member, also for one whose backups are all deleted", () => {
@@ -3384,6 +3413,7 @@ describe("trees", () => {
       { path: "b", count: 2, oldest: one, newest: two, gone: null, snapshots: [one, two] },
       { path: "c", count: 0, oldest: null, newest: null, gone: one, snapshots: [] },
     ]);
+    expect(memberLines(new Map([["toString", []]]), {})[0]?.gone).toBe(null);
   });
 
   test("which subvolume of which tree has a file", () => {

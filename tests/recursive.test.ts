@@ -254,6 +254,92 @@ test("a plain directory as SOURCE: only what is below counts", async () => {
   );
 });
 
+test("a plain directory: nothing below it is no success; an optional disk that is away, and another disk, are told once", async () => {
+  const [a, b, c] = [filesystem(), filesystem(), filesystem()];
+  const [lxc, empty, disk] = [join(a.path, "lxc"), join(a.path, "empty"), temporaryDirectory()];
+  for (const path of [lxc, empty]) mkdirSync(path);
+  fill(subvolume(join(lxc, "web")));
+  const [folder, destination] = [join(a.path, "snapshots"), join(disk, "lxc")];
+  const gone = temporaryDirectory(); // not on btrfs, where nothing is made
+  const nothing = await expectRun(1, ["--recursive", "-f", folder, empty, join(b.path, "x")]);
+  expect(nothing.stderr).toContain("there is no subvolume below it");
+  for (const around of [lxc, a.path])
+    expect((await expectRun(2, ["--recursive", "-f", around, lxc])).stderr).toContain(
+      "or above it",
+    );
+  const named = await expectRun(2, ["--recursive", "--locked-dests", "-f", folder, lxc]);
+  expect(named.stderr).toContain("--locked-dests contradict each other");
+
+  sh(`mount --bind "$1" "$2"`, b.path, disk);
+  const away = ["--optional", join(gone, "a/b"), "--optional", join(gone, "z/y")];
+  const args = ["--recursive", "--quiet", "-f", folder, lxc, destination];
+  for (const how of ["binary", "deno"] as const) {
+    const quiet = await expectRun(0, [...args, ...away], { how });
+    expect([how, quiet.stderr]).toEqual([how, ""]);
+    await nextSecond();
+  }
+  expect(snapshotNames(join(destination, "web")).length).toBe(2);
+  sh(`umount "$2"; mount --bind "$1" "$2"`, c.path, disk);
+  const other = await expectRun(1, args);
+  expect(other.stderr.match(/lies on another filesystem/g)?.length).toBe(1);
+  expect(existsSync(join(destination, ".btrfs-backup.json"))).toBe(false);
+  sh(`umount "$1"`, disk);
+});
+
+test("where another subvolume stood for a time, the former one goes on with its own", async () => {
+  const { source, snapshots, destination } = tree();
+  const args = ["--recursive", "--json", "-N", "1", "-n", "1", source, destination];
+  await expectRun(0, args);
+  sh(`mv "$1/srv" "$1/old"`, source);
+  fill(subvolume(join(source, "srv")), 70);
+  await nextSecond();
+  await expectRun(0, args);
+  const [first = "", second = ""] = snapshotNames(join(destination, "srv"));
+  const other = treeDigest(join(destination, "srv", second));
+  remove(join(source, "srv"));
+  sh(`mv "$1/old" "$1/srv"`, source);
+  await nextSecond();
+  const back = await expectRun(0, args);
+  const sent = transfers(back).filter((one) => one["subvolume"] === "srv");
+  expect(sent.map(({ parent }) => parent)).toEqual([first]);
+  // What is its own goes as its policy says; what the other one left is never deleted.
+  for (const place of [snapshots, destination]) {
+    const names = snapshotNames(join(place, "srv"));
+    expect([names.length, names[0]]).toEqual([2, second]);
+  }
+  expect(treeDigest(join(destination, "srv", second))).toBe(other);
+  expectSound(join(destination, "srv"), join(snapshots, "srv"));
+  // A path can have any name.
+  const restored = join(dirname(destination), "restored");
+  subvolume(join(source, "constructor"));
+  await nextSecond();
+  await expectRun(0, args);
+  await expectRun(0, ["restore", "--recursive", destination, restored]);
+  expect(treeDigest(join(restored, "srv", "plain"))).toBe(treeDigest(join(source, "srv", "plain")));
+  expect(existsSync(join(restored, "constructor"))).toBe(true);
+});
+
+test("however many went, the root is backed up", async () => {
+  const { source, snapshots, destination } = tree();
+  await expectRun(0, ["--recursive", source, destination]);
+  const gone = Array.from({ length: 900 }, (_, i) => [
+    `var/lib/containers/${String(i).padStart(80, "0")}`,
+    "20260101-000000",
+  ]);
+  for (const folder of [snapshots, destination]) {
+    const many = `"tree":{"gone":${JSON.stringify(Object.fromEntries(gone))}}`;
+    writeFileSync(
+      join(folder, ".btrfs-backup.json"),
+      record(folder).replace(`"tree":{"gone":{}}`, many),
+    );
+  }
+  await nextSecond();
+  await expectRun(0, ["--recursive", source, destination]);
+  expect(snapshotNames(destination).length).toBe(2);
+  expect(record(destination)).toContain(`/${"0".repeat(80)}":"20260101-000000"`);
+  expect(record(destination).length).toBeLessThan(40_000);
+});
+
 test("one that has snapshots of its own keeps its folder", async () => {
   const { source, snapshots, destination } = tree();
   await expectRun(0, [join(source, "srv"), join(destination, "..", "single")]);
@@ -340,6 +426,9 @@ test("a guarded key may do so below its --path, and pull so", async () => {
 
 test("an optional destination that is away is skipped once, and one that fails is told once", async () => {
   const { source, destination, b } = tree();
+  // Nothing at all was reached, and nobody has heard of that place before.
+  const unknown = ["--recursive", "--if-reachable", "-q", source, "rclone://nowhere:bucket"];
+  expect((await expectRun(1, unknown)).stderr).toContain("rclone://nowhere:bucket");
   await expectRun(0, ["--recursive", source, destination, join(b.path, "second")]);
   sh(
     `find "$1" -inum 256 -name "2*" -prune -exec btrfs -q subvolume delete {} +; rm -r "$1"`,
@@ -534,6 +623,14 @@ test("--if-changed: only what has changed gets a snapshot, and what is still in 
   expect(names(ODD)).toBe(2);
   expect([names("var/lib/a"), names("var/lib/b")]).toEqual([1, 1]);
   for (const path of MEMBERS) expectSound(join(destination, path), join(snapshots, path));
+  // Through a guarded key, too, what the run itself writes for the others is no change of the root.
+  const { guarded, url } = await sshServer();
+  const pulling = [...guarded("--path", source, "--source"), url(source), `${destination}-pulled`];
+  for (let i = 0; i < 2; i++) {
+    await nextSecond();
+    await expectRun(0, ["--recursive", "--if-changed", ...pulling]);
+  }
+  expect(snapshotNames(`${destination}-pulled`)).toEqual(snapshotNames(destination));
   // An unchanged member stands for itself in a restore, and is not too old.
   const restored = join(dirname(destination), "restored");
   await expectRun(0, ["restore", "--recursive", destination, restored]);
