@@ -19,6 +19,7 @@ import {
   transfers,
   unmount,
   waitFor,
+  logged,
 } from "./support/rig.ts";
 
 const incomplete = (folder: string) =>
@@ -104,7 +105,7 @@ test("a source that cannot be read: Input/output error", async () => {
   mountImage(a);
   await nextSecond();
   const failed = await expectRun(1, [source, destination, other]);
-  expect(failed.stderr.match(/btrfs send failed .*Input\/output error/g)?.length).toBe(2);
+  expect(logged(failed.stderr).match(/btrfs send failed .*Input\/output error/g)?.length).toBe(2);
   for (const folder of [destination, other])
     expect([...subvolumes(folder).keys()]).toEqual([first]);
   unmount(a);

@@ -36,6 +36,7 @@ import {
   temporaryDirectory,
   transfers,
   treeDigest,
+  logged,
 } from "./support/rig.ts";
 
 const ODD = "var/lib/a/$(odd) 'näme' !*";
@@ -281,7 +282,7 @@ test("a plain directory: nothing below it is no success; an optional disk that i
   expect(snapshotNames(join(destination, "web")).length).toBe(2);
   sh(`umount "$2"; mount --bind "$1" "$2"`, c.path, disk);
   const other = await expectRun(1, args);
-  expect(other.stderr.match(/lies on another filesystem/g)?.length).toBe(1);
+  expect(logged(other.stderr).match(/lies on another filesystem/g)?.length).toBe(1);
   expect(existsSync(join(destination, ".btrfs-backup.json"))).toBe(false);
   sh(`umount "$1"`, disk);
 });

@@ -21,6 +21,7 @@ import {
   temporaryDirectory,
   waitFor,
   type LinkedServer,
+  logged,
 } from "./support/rig.ts";
 import { seeded, soak } from "./support/random.ts";
 
@@ -276,8 +277,8 @@ test("--retries tries again only what a connection is needed for, and says what 
     "ssh://127.0.0.1:1/backup",
     file,
   ]);
-  expect(result.stderr.match(/one more try/g)?.length).toBe(1);
-  expect(result.stderr.match(/is not a directory|not a directory/g)?.length).toBe(1);
+  expect(logged(result.stderr).match(/one more try/g)?.length).toBe(1);
+  expect(logged(result.stderr).match(/is not a directory|not a directory/g)?.length).toBe(1);
   expect(snapshotNames(destination).length).toBe(1);
   expect((await expectRun(2, ["--retries", "x", source, destination])).stderr).toContain(
     "--retries takes a whole number",

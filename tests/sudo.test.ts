@@ -19,6 +19,7 @@ import {
   subvolume,
   subvolumes,
   temporaryDirectory,
+  logged,
 } from "./support/rig.ts";
 
 const README = readFileSync(join(ROOT, "README.md"), "utf8");
@@ -146,7 +147,7 @@ test("an ordinary user with the README's sudoers line backs up, here and over ss
   ).toContain("Without root");
   sh(`: >"$1/sudoers"`, directory);
   const nothing = await expectRun(1, ["-S", "--sudo", source], { how, wrapper, cwd: "/" });
-  expect(nothing.stderr.match(/sudo: .*required/g)?.length).toBe(1);
+  expect(logged(nothing.stderr).match(/sudo: .*required/g)?.length).toBe(1);
   sh(`umount /etc/sudoers`);
 });
 

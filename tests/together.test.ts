@@ -21,6 +21,7 @@ import {
   subvolumes,
   temporaryDirectory,
   waitFor,
+  logged,
 } from "./support/rig.ts";
 import { killAll } from "./support/processes.ts";
 
@@ -132,7 +133,7 @@ describe("of several destinations", () => {
     killAll(/btrfs send -q /);
     const { status, stderr } = await running.finished;
     expect(status).toBe(1);
-    expect(stderr.match(/btrfs send was killed by signal 9/g)?.length).toBe(3);
+    expect(logged(stderr).match(/btrfs send was killed by signal 9/g)?.length).toBe(3);
     for (const name of ["a", "b", "c"])
       expect(existsSync(join(directory, `${name}.ended`))).toBe(false);
     await waitFor(

@@ -29,6 +29,7 @@ import {
   temporaryDirectory,
   transfers,
   unmount,
+  logged,
 } from "./support/rig.ts";
 
 describe("who is not root", () => {
@@ -93,7 +94,7 @@ test("a source that is full is told once, not for each destination", async () =>
     source,
   );
   const { stderr } = await expectRun(1, ["-S", source, join(a.path, "one"), join(a.path, "two")]);
-  expect(stderr.match(/cannot write \.btrfs-backup\.json/g)?.length).toBe(1);
+  expect(logged(stderr).match(/cannot write \.btrfs-backup\.json/g)?.length).toBe(1);
 });
 
 describe("chattr +i on a source's top, which its snapshots have, too:", () => {

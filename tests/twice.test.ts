@@ -22,6 +22,7 @@ import {
   transfers,
   treeDigest,
   waitFor,
+  logged,
 } from "./support/rig.ts";
 import { seeded, soak } from "./support/random.ts";
 import { day } from "./support/names.ts";
@@ -97,7 +98,7 @@ describe("an earlier snapshot that comes after a later one", () => {
     const nothing = await expectRun(0, ["--json", "-S", source, destination]);
     expect(transfers(nothing)).toEqual([]);
     expect(
-      nothing.stderr.match(
+      logged(nothing.stderr).match(
         /4 snapshots older than the newest one there are not sent; --backfill sends them/g,
       )?.length,
     ).toBe(1);

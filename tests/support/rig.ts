@@ -688,6 +688,10 @@ export function pair({ size = "1G" } = {}): {
   return { source, snapshots: join(source, "snapshot"), destination: join(b.path, "backup"), a, b };
 }
 
+/** The lines of a log before the summary, which says errors once more, and shorter. */
+export const logged = (stderr: string) =>
+  stderr.split(/\[info\] (?:Done|Nothing was changed): /)[0] ?? "";
+
 /** The transfers that a run with --json tells of. */
 export const transfers = (result: Parameters<typeof events>[0]) =>
   events(result).filter(({ event }) => event === "transfer");
