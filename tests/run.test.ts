@@ -674,15 +674,26 @@ test("the summary says what was sent where, how much, what was deleted, and what
   const rows = new Map(
     lines.slice(at + 2).map((line) => [line.split(" ")[0], line.trim().split(/ {2,}/).slice(1)]),
   );
-  expect(lines[at + 1]?.trim().split(/ +/)).toEqual(["sent", "bytes", "time", "deleted", "kept"]);
-  const [figures, seconds] = [
+  expect(lines[at + 1]?.trim().split(/ +/)).toEqual([
+    "sent",
+    "bytes",
+    "time",
+    "deleted",
+    "kept",
+    "free",
+  ]);
+  const [figures, seconds, free] = [
     expect.stringMatching(/^[\d.]+[BK]$/),
     expect.stringMatching(/^\d+\.\d s$/),
+    expect.stringMatching(/^[\d.]+[MG]$/),
   ];
-  expect(rows.get(source)).toEqual([seconds, "0", "2"]);
+  // In the order of the command line, the source first.
+  expect([...rows.keys()].slice(0, 4)).toEqual([source, destination, other, "/nowhere/x"]);
+  expect(rows.get(source)).toEqual([seconds, "0", "2", free]);
   for (const place of [destination, other])
-    expect(rows.get(place)).toEqual(["1", figures, seconds, "1", "1"]);
-  expect(rows.get("/nowhere/x")).toEqual(["0", "0B", seconds, "0", "failed"]);
+    expect(rows.get(place)).toEqual(["1", figures, seconds, "1", "1", free]);
+  const why = expect.stringMatching(/^failed: no such directory: \/nowhere/);
+  expect(rows.get("/nowhere/x")).toEqual(["0", "0B", seconds, "0", why]);
   expect((await expectRun(0, ["-q", source, destination])).stderr).toBe("");
 });
 

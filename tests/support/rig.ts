@@ -338,11 +338,26 @@ export async function linkedServer(): Promise<LinkedServer> {
     pid,
     net,
   );
+  // Each end knows the other's address: to ask for it takes long on a busy machine, and can fail.
+  const introduce = () =>
+    void sh(
+      `mac() { "$@" ip -br link show dev "$device" | sed "s/.* \\(..:..:..:..:..:..\\) .*/\\1/"; }
+      device=$1; near=$(mac env); far=$(mac nsenter --target "$2" --net)
+      ip neighbour replace "$3.2" lladdr "$far" nud permanent dev "$1"
+      nsenter --target "$2" --net ip neighbour replace "$3.1" lladdr "$near" nud permanent dev "$1"`,
+      device,
+      pid,
+      net,
+    );
+  introduce();
   const server = await startSshServer(`${net}.2`, ["nsenter", "--target", pid, "--net"]);
   return {
     ...server,
     cut: () => void sh(`nsenter --target "$2" --net ip link set "$1" down`, device, pid),
-    mend: () => void sh(`nsenter --target "$2" --net ip link set "$1" up`, device, pid),
+    mend: () => {
+      sh(`nsenter --target "$2" --net ip link set "$1" up`, device, pid);
+      introduce();
+    },
     crossed: () => {
       const [{ stats64 }] = JSON.parse(sh(`ip -j -s link show dev "$1"`, device)) as [
         { stats64: Record<"rx" | "tx", { bytes: number }> },
