@@ -8366,19 +8366,6 @@ export function membersIn(
   return new Map([...found].filter(([path]) => !inFolder(path)));
 }
 
-/** The paths below a tree's snapshot folder in which snapshots of a prefix stand. */
-export function foldersOfSnapshots(
-  { top, subvolumes }: Pick<Inspection, "top" | "subvolumes">,
-  prefix: string,
-): Set<string> {
-  const above = top === "/" ? "/" : `${top}/`;
-  const paths = subvolumes
-    .map(({ path }) => `/${path}`)
-    .filter((path) => path.startsWith(above) && parseName(basename(path), prefix) !== null)
-    .map((path) => path.slice(above.length).replace(/\/?[^/]*$/, ""));
-  return new Set(paths.filter((path) => path !== ""));
-}
-
 /** The first run without a path, as a record says; a name like "constructor" is a path as well. */
 const goneSince = (gone: Readonly<Record<string, string>>, path: string): string | undefined =>
   Object.hasOwn(gone, path) ? gone[path] : undefined;
@@ -8393,7 +8380,7 @@ export function goneFrom(
   prefix: string,
 ): Map<string, string> {
   const known = folder.chain.tree?.gone ?? {};
-  const paths = [...foldersOfSnapshots(folder, prefix), ...Object.keys(known)];
+  const paths = [...membersBelow(folder, prefix), ...Object.keys(known)];
   const gone = [...new Set(paths)].filter((path) => !members.has(path)).sort();
   return new Map(gone.map((path) => [path, goneSince(known, path) ?? ""]));
 }
@@ -10995,7 +10982,7 @@ function tellChanges(
   members: ReadonlyMap<string, Subvolume>,
   { gone, o }: { readonly gone: ReadonlyMap<string, string>; readonly o: RunOptions },
 ): void {
-  const known = foldersOfSnapshots({ subvolumes, top }, o.prefix);
+  const known = new Set(membersBelow({ subvolumes, top }, o.prefix));
   const went = [...gone].filter(([, since]) => since === "").map(([path]) => path);
   const came = [...members.keys()].filter((path) => !known.has(path));
   if (went.length > 0)
@@ -16891,7 +16878,7 @@ async function sessionToCheck(checkup: Checkup): Promise<Session | null> {
 function tellOfMembers({ o, source }: Session, heard: Report): string {
   const members = membersIn(source, o);
   const own = membersWithFolders(members, source.subvolumes, o);
-  const known = foldersOfSnapshots(source, o.prefix);
+  const known = new Set(membersBelow(source, o.prefix));
   const fresh = [...members.keys()].filter((path) => !known.has(path) && !own.has(path));
   if (fresh.length > 0)
     heard.warning(
@@ -18378,9 +18365,12 @@ const isRepeated = (
   newest: Entry,
   prefix: string,
 ): Promise<boolean> =>
-  isSameState({ ...folder, host: { ...LOCAL, fence: "own" } }, before, newest, [
-    ...foldersOfSnapshots(folder, prefix),
-  ]).catch(afterFailure(() => false));
+  isSameState(
+    { ...folder, host: { ...LOCAL, fence: "own" } },
+    before,
+    newest,
+    membersBelow(folder, prefix),
+  ).catch(afterFailure(() => false));
 
 /** Only the newest snapshot, within its prefix. */
 const renameAgain: Again<typeof RENAME> = async (given, said) => {

@@ -1133,19 +1133,21 @@ test("a line about a stream fits the terminal, whatever it is called and however
   ).toContain(" 100% 0:00:00 left");
 });
 
+/** The figures of a place; what is not named is nothing. */
+const place = (more: Partial<Figures>): Figures => ({
+  sent: 0,
+  bytes: 0,
+  seconds: 0,
+  deleted: 0,
+  errors: 0,
+  kept: null,
+  last: null,
+  free: null,
+  why: null,
+  ...more,
+});
+
 test("the summary has a line for each place, the source first", () => {
-  const place = (more: Partial<Figures>): Figures => ({
-    sent: 0,
-    bytes: 0,
-    seconds: 0,
-    deleted: 0,
-    errors: 0,
-    kept: null,
-    last: null,
-    free: null,
-    why: null,
-    ...more,
-  });
   const text = summaryOf(
     "/home",
     new Map<string | null, Figures>([
@@ -1168,18 +1170,6 @@ test("the summary has a line for each place, the source first", () => {
 });
 
 test("metrics of several runs have each label once: the collector refuses a file that has one twice", () => {
-  const place = (more: Partial<Figures>): Figures => ({
-    sent: 0,
-    bytes: 0,
-    seconds: 0,
-    deleted: 0,
-    errors: 0,
-    kept: null,
-    last: null,
-    free: null,
-    why: null,
-    ...more,
-  });
   const run = (source: string, id: string, more: Partial<Figures>, now: number) => ({
     source,
     now,
