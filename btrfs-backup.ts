@@ -1747,7 +1747,7 @@ function pidOf(child: ProcessPromise): number {
   return child.pid;
 }
 
-const WITHOUT_ROOT = `(see "Without root" in the README)`;
+const WITHOUT_ROOT = `(see "btrfs-backup help without-root")`;
 
 /** The errors that a verb's exit status stands for. */
 const STATUS_ERRORS: Partial<Record<number, new (message: string) => Error>> = {
@@ -6014,7 +6014,7 @@ function behindFence(host: Host, { fenced, holder }: Pick<Inspection, "fenced" |
 function needOurs({ fenced, strange }: Pick<Inspection, "fenced" | "strange">, id: string): void {
   if (fenced || strange === "") return;
   throw new Failure(
-    `${id}: others can change ${strange}, and could lead us elsewhere from there. Where no mount namespace can be had (see "Security" in the README), a place must belong to us alone from / on: chown ${strange}, and chmod go-w`,
+    `${id}: others can change ${strange}, and could lead us elsewhere from there. Where no mount namespace can be had (see "btrfs-backup help security"), a place must belong to us alone from / on: chown ${strange}, and chmod go-w`,
   );
 }
 
@@ -7075,7 +7075,7 @@ async function commitStream(
 function lostSums(store: Store, prefix: string): string | null {
   const [first, ...more] = store.unsummed.filter(({ name }) => parseName(name, prefix) !== null);
   if (first === undefined) return null;
-  return `${plural(more.length + 1, "stream")} there ${more.length === 0 ? "has" : "have"} no checksum object, first ${first.uuid}: if these were lost, make them again (see the README), else delete the streams`;
+  return `${plural(more.length + 1, "stream")} there ${more.length === 0 ? "has" : "have"} no checksum object, first ${first.uuid}: if these were lost, make them again (see "btrfs-backup help stores"), else delete the streams`;
 }
 
 /**
@@ -21384,20 +21384,226 @@ const FIRST_WORDS = `btrfs-backup: incremental backups of btrfs subvolumes
   btrfs-backup list /home                                   what there is, here and there
   btrfs-backup restore /mnt/disk/home /home.restored        get it back
 
-"btrfs-backup --help" tells all options, and "btrfs-backup COMMAND --help" those of
-another command: ${Object.keys(COMMANDS)
+"btrfs-backup --help" tells all options, "btrfs-backup COMMAND --help" those of another
+command, and "btrfs-backup help" the manual. Commands: ${Object.keys(COMMANDS)
   .filter((name) => name !== "run")
   .join(", ")}.
 `;
 
-/** `help COMMAND` as `COMMAND --help`; all other words as they are. Errors: UsageError. */
-function withoutHelp(words: readonly string[]): readonly string[] {
-  if (words[0] !== "help") return words;
-  const [, about = "run"] = words;
-  notMisspelt(about);
-  if (!isCommand(about))
-    throw new UsageError(`there is no command ${about}: ${Object.keys(COMMANDS).join(", ")}`);
-  return [about, "--help"];
+// ── the manual ──
+
+/** The manual in what scripts/build builds: its files as `manualFiles` has them, gzip, base64. */
+declare const MANUAL: string | undefined;
+
+/**
+ * The files of scripts/manual by their names. Built into the program, or beside its source; null
+ * where they are neither.
+ */
+async function manualFiles(): Promise<ReadonlyMap<string, string> | null> {
+  if (typeof MANUAL === "string") {
+    const { gunzipSync } = await import("node:zlib");
+    const files = gunzipSync(Buffer.from(MANUAL, "base64")).toString().split("\f").slice(1);
+    return new Map(
+      files.map((file) => {
+        const end = file.indexOf("\n");
+        return [file.slice(0, end), file.slice(end + 1)];
+      }),
+    );
+  }
+  const directory = join(dirname(fileURLToPath(import.meta.url)), "scripts/manual");
+  if (!existsSync(directory)) return null;
+  return new Map(
+    readdirSync(directory)
+      .filter((name) => name.endsWith(".md"))
+      .map((name) => [name, readFileSync(join(directory, name), "utf8")]),
+  );
+}
+
+/** A chapter of the manual. */
+export type Chapter = {
+  /** What `help` calls it, and its file. */
+  readonly topic: string;
+  readonly title: string;
+  /** Whether it belongs to the guide, or to the reference beside all options. */
+  readonly part: "guide" | "reference";
+  readonly text: string;
+};
+
+/** The chapters in their order, which the table of contents has. */
+export function chaptersOf(files: ReadonlyMap<string, string>): Chapter[] {
+  const [guide = "", reference = ""] = (files.get("README.md") ?? "").split("\n## Reference\n");
+  const chapters = (contents: string, part: Chapter["part"]) =>
+    [...contents.matchAll(/^- \[(.*)\]\((.*)\.md\)/gm)].map(([, title = "", topic = ""]) => {
+      const text = files.get(`${topic}.md`) ?? "";
+      return { topic, title, part, text: text.replace(/^# .*\n+/, "") };
+    });
+  return [...chapters(guide, "guide"), ...chapters(reference, "reference")];
+}
+
+/** A piece of a chapter. */
+export type Block =
+  | { readonly kind: "heading"; readonly text: string }
+  | { readonly kind: "paragraph"; readonly text: string }
+  | { readonly kind: "item"; readonly mark: string; readonly text: string }
+  /** Commands, files, and what a program prints; `info` is what stands behind the fence. */
+  | { readonly kind: "code"; readonly info: string; readonly text: string }
+  | { readonly kind: "table"; readonly rows: readonly (readonly string[])[] };
+
+/** The blocks of a text in the Markdown that the manual is written in. */
+export function blocksOf(text: string): Block[] {
+  // Every third piece is what stands behind a fence, the next one what it holds.
+  const pieces = text.split(/^```(.*)\n([^]*?)^```$/m);
+  return pieces.flatMap((piece, i): Block[] => {
+    if (i % 3 === 1) return [{ kind: "code", info: piece, text: pieces[i + 1] ?? "" }];
+    return i % 3 === 2
+      ? []
+      : piece
+          .trim()
+          .split(/\n{2,}/)
+          .flatMap(blocksIn);
+  });
+}
+
+/** The blocks in lines without an empty one. */
+function blocksIn(lines: string): Block[] {
+  const flowing = (some: string) => some.replace(/\s*\n\s*/g, " ").trim();
+  if (lines === "" || lines.startsWith("<!--")) return [];
+  const heading = /^#+ (.*)$/.exec(lines)?.[1];
+  if (heading !== undefined) return [{ kind: "heading", text: heading }];
+  if (lines.startsWith("|")) {
+    const [head = [], , ...rows] = lines.split("\n").map((line) =>
+      line
+        .split(/(?<!\\)\|/)
+        .slice(1, -1)
+        .map((cell) => cell.trim().replaceAll("\\|", "|")),
+    );
+    return [{ kind: "table", rows: [head, ...rows] }];
+  }
+  if (!/^(-|\d+\.) /.test(lines)) return [{ kind: "paragraph", text: flowing(lines) }];
+  return lines.split(/\n(?=(?:-|\d+\.) )/).map((one) => {
+    const [, mark = "-", rest = ""] = /^(\S+) ([^]*)$/.exec(one) ?? [];
+    return { kind: "item", mark, text: flowing(rest) };
+  });
+}
+
+/** A stretch of a text, and how it looks. */
+export type Stretch = { readonly text: string; readonly look: "plain" | "strong" | "code" };
+
+/** The stretches of a text, without the marks of Markdown. A link to a chapter says its topic. */
+export const stretchesOf = (text: string): Stretch[] =>
+  text
+    .split(/(`[^`]+`|\*\*[^*]+\*\*|(?<![\w*])\*[^\s*]+\*)/)
+    .filter((piece) => piece !== "")
+    .map((piece): Stretch => {
+      if (piece.startsWith("`")) return { text: piece.slice(1, -1), look: "code" };
+      const isStrong = piece.startsWith("*");
+      const linked = (isStrong ? piece.replaceAll(/^\*+|\*+$/g, "") : piece)
+        .replaceAll(/\[(.*?)\]\(([a-z-]+)\.md\)/g, "$1 (btrfs-backup help $2)")
+        .replaceAll(/\[(.*?)\]\(.*?\)/g, "$1");
+      return { text: linked, look: isStrong ? "strong" : "plain" };
+    });
+
+/** A chapter as a terminal shows it, in lines of so many columns. */
+export function chapterText({ title, text }: Chapter, columns: number, colours: boolean): string {
+  const width = Math.min(columns, 100);
+  const strong = (words: string) => (colours ? `\x1b[1m${words}\x1b[0m` : words);
+  const told = (words: string) =>
+    stretchesOf(words)
+      .map((one) => one.text)
+      .join("");
+  const indented = (lines: string) => lines.replace(/^(?=.)/gm, "      ");
+  const shown = (block: Block): string => {
+    if (block.kind === "heading") return `  ${strong(told(block.text))}\n`;
+    if (block.kind === "paragraph") return wrapped("    ", told(block.text), width);
+    if (block.kind === "item") return wrapped(`    ${block.mark} `, told(block.text), width);
+    if (block.kind === "code") return indented(block.text);
+    const rows = block.rows.map((row) => row.map(told));
+    const table = indented(alignedTable(rows));
+    if (table.split("\n").every((line) => line.length <= width)) return table;
+    const [head = [], ...others] = rows;
+    return others.map((row) => rowText(head, row, width)).join("");
+  };
+  const blocks = blocksOf(text);
+  const all = blocks.map((block, i) => {
+    const follows = block.kind === "item" && blocks[i - 1]?.kind === "item";
+    return `${follows ? "" : "\n"}${shown(block)}`;
+  });
+  return `${strong(title.toUpperCase())}\n${all.join("")}`;
+}
+
+/** A row of a table that is too wide: its first cell, and below it the others with their heads. */
+function rowText(
+  head: readonly string[],
+  [first = "", ...cells]: readonly string[],
+  width: number,
+) {
+  const label = (i: number) => (cells.length === 1 ? "" : `${head[i + 1] ?? ""}: `);
+  const shown = cells.map((cell, i) => wrapped("        ", `${label(i)}${cell}`, width));
+  return `${wrapped("    ", first, width)}${shown.join("")}`;
+}
+
+/** Shows a text, on a terminal through the pager that the user likes, as git does. */
+function showText(text: string): void {
+  const { PAGER } = process.env;
+  const lines = text.split("\n").length;
+  const pager = PAGER ?? (which.sync("less", { nothrow: true }) === null ? "" : "less");
+  if (
+    !process.stdout.isTTY ||
+    lines <= (process.stdout.rows ?? 0) ||
+    /^\s*(cat)?\s*$/.test(pager)
+  ) {
+    process.stdout.write(text);
+    return;
+  }
+  const env = { LESS: "FRX", ...process.env };
+  const { status } = spawnSync("sh", ["-c", pager], {
+    input: text,
+    stdio: ["pipe", "inherit", "inherit"],
+    env,
+  });
+  if (status === 127) process.stdout.write(text);
+}
+
+const topicRows = (chapters: readonly Chapter[], part: Chapter["part"]) =>
+  chapters
+    .filter((chapter) => chapter.part === part)
+    .map(({ topic, title }) => `  ${topic.padEnd(16)}${title}\n`)
+    .join("");
+
+const columnsOfOutput = () => process.stdout.columns || 80;
+
+/** `help`, alone or with a command or a topic of the manual. Errors: UsageError. */
+async function tellHelp([topic, ...more]: readonly string[]): Promise<number> {
+  if (more.length > 0) throw new UsageError("help takes one topic or command");
+  if (isCommand(topic ?? "")) {
+    process.stdout.write(helpText(COMMANDS[topic as CommandName], columnsOfOutput(), false));
+    return 0;
+  }
+  const files = await manualFiles();
+  if (files === null)
+    throw new UsageError(
+      "the manual is not beside this file: it is in scripts/manual of the project, and in the man pages btrfs-backup(8) and btrfs-backup-guide(7)",
+    );
+  const chapters = chaptersOf(files);
+  if (topic === undefined) {
+    const commands = wrapped("  ", Object.keys(COMMANDS).join(" "), 80);
+    process.stdout.write(
+      `btrfs-backup help TOPIC tells of\n\n${topicRows(chapters, "guide")}\n${topicRows(chapters, "reference")}\n"btrfs-backup help guide" is all of it, and "btrfs-backup help COMMAND" the options of\n${commands}`,
+    );
+    return 0;
+  }
+  const wanted = chapters.filter((one) => topic === "guide" || one.topic === topic);
+  if (wanted.length === 0) {
+    const words = [...chapters.map((one) => one.topic), ...Object.keys(COMMANDS)];
+    const { word, far } = nearest(topic, words);
+    throw new UsageError(
+      `there is no topic or command ${topic}${far <= 3 ? `; did you mean ${word}?` : ""} ("btrfs-backup help" tells all)`,
+    );
+  }
+  const columns = columnsOfOutput();
+  const colours = process.stdout.isTTY && (process.env["NO_COLOR"] ?? "") === "";
+  showText(wanted.map((one) => chapterText(one, columns, colours)).join("\n"));
+  return 0;
 }
 
 /** Runs a command line, and returns the exit status. Errors: UsageError. */
@@ -21407,19 +21613,19 @@ async function obey(given: readonly string[]): Promise<number> {
     return 2;
   }
   notMisspelt(given[0]);
-  const words = withoutHelp(given);
-  const [first = "", ...rest] = words;
+  if (given[0] === "help") return tellHelp(given.slice(1));
+  const [first = "", ...rest] = given;
   const isNamed = isCommand(first);
   const cmd = COMMANDS[isNamed ? first : "run"];
-  const options = readArguments(isNamed ? rest : words, cmd.args as ArgsDef);
+  const options = readArguments(isNamed ? rest : given, cmd.args as ArgsDef);
   const [location = ""] = options.positionals;
   if (!isNamed && isCommand(location))
     throw new UsageError(`the command comes first: btrfs-backup ${location} …`);
   if (options.flag("version")) console.log(versionText());
   else if (options.flag("help") || options.flag("help-all"))
-    process.stdout.write(helpText(cmd, process.stdout.columns || 80, options.flag("help-all")));
+    process.stdout.write(helpText(cmd, columnsOfOutput(), options.flag("help-all")));
   else {
-    const context = { rawArgs: [...words], args: { _: [] } as never, cmd, data: options };
+    const context = { rawArgs: [...given], args: { _: [] } as never, cmd, data: options };
     return (await cmd.run?.(context)) as number;
   }
   return 0;

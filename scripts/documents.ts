@@ -1,15 +1,21 @@
-// Writes into a directory what comes from the program's own definitions: the man page, and completions for bash, zsh and fish.
+// Writes into a directory what comes from the program's own definitions and from the chapters in scripts/manual: two man pages,
+// and completions for bash, zsh and fish.
 
-import { readFileSync, writeFileSync } from "node:fs";
+import { readdirSync, readFileSync, writeFileSync } from "node:fs";
 import { join } from "node:path";
 import {
+  blocksOf,
+  chaptersOf,
   COMMANDS,
   ENVIRONMENT,
   EXAMPLES,
   EXIT_STATUS,
   LEVELS,
   manualOf,
+  stretchesOf,
   VERSION,
+  type Block,
+  type Chapter,
   type ToldArgument,
 } from "../btrfs-backup.ts";
 
@@ -30,7 +36,9 @@ const roff = (text: string) =>
     .replaceAll("→", "\\(->")
     .replaceAll("~", "\\(ti")
     .replaceAll("^", "\\(ha")
-    .replace(/^[.']/gm, "\\&$&");
+    .replaceAll("–", "\\(en")
+    .replaceAll("'", "\\(aq")
+    .replace(/^\./gm, "\\&.");
 const bold = (text: string) => `\\fB${roff(text)}\\fR`;
 const item = (term: string, text: string) => `.TP\n${term}\n${roff(text)}\n`;
 const spelled = ({ name, short, hint }: ToldArgument) =>
@@ -65,39 +73,56 @@ const list = (entries: Readonly<Record<string, string>>) =>
     .map(([term, text]) => item(bold(term), text))
     .join("");
 
-/**
- * A chapter of the README that messages refer to, in roff: paragraphs, lines of commands, and tables as a paragraph for each row.
- */
-function chapter(title: string): string {
-  const readme = readFileSync(join(import.meta.dir, "../README.md"), "utf8");
-  const text = readme.split(`\n## ${title}\n`)[1]?.split("\n## ")[0];
-  if (text === undefined) throw new Error(`the README has no chapter ${title}`);
-  const plain = (words: string) =>
-    roff(words.replaceAll(/\*\*|`/g, "").replaceAll(/\[(.*?)\]\(.*?\)/g, "$1"));
-  const paragraph = (block: string) => {
-    if (block.startsWith("    "))
-      return `.PP\n.in +4n\n.EX\n${roff(block.replaceAll(/^ {4}/gm, ""))}\n.EE\n.in\n`;
-    const rows = block.split("\n").filter((line) => line.startsWith("|"));
-    if (rows.length === 0) return `.PP\n${plain(block)}\n`;
-    const [head = [], , ...cells] = rows.map((row) =>
-      row
-        .split("|")
-        .slice(1, -1)
-        .map((cell) => cell.trim()),
-    );
-    return cells
-      .map(
-        ([who = "", ...others]) =>
-          `.TP\n${plain(who)}\n${others.map((cell, i) => `${plain(head[i + 1] ?? "")}: ${plain(cell)}.`).join("\n")}\n`,
-      )
-      .join("");
-  };
-  return `.SH ${roff(title.toUpperCase())}\n${text
-    .trim()
-    .split(/\n{2,}/)
-    .map(paragraph)
-    .join("")}`;
+// ── Chapters of the manual ───────────────────────────────────────────────────────────────
+
+const MANUAL = join(import.meta.dir, "manual");
+const chapters = chaptersOf(
+  new Map(readdirSync(MANUAL).map((name) => [name, readFileSync(join(MANUAL, name), "utf8")])),
+);
+const inPart = (part: Chapter["part"]) => chapters.filter((chapter) => chapter.part === part);
+
+/** A text with its strong words and its commands in bold. A line of roff does not begin with a blank. */
+const worded = (text: string) =>
+  stretchesOf(text)
+    .map((one) => (one.look === "plain" ? roff(one.text) : bold(one.text)))
+    .join("");
+const literal = (text: string) => `.PP\n.in +4n\n.EX\n${roff(text.trimEnd())}\n.EE\n.in\n`;
+
+/** A block in roff. A table is a paragraph for each row, with the row's first cell before it. */
+function block(one: Block, follows: boolean): string {
+  if (one.kind === "heading") return `.SS ${worded(one.text)}\n`;
+  if (one.kind === "paragraph") return `.PP\n${worded(one.text)}\n`;
+  if (one.kind === "code") return literal(one.text);
+  if (one.kind === "item")
+    return `${follows ? "" : ".PP\n"}.IP ${one.mark === "-" ? "\\(bu" : roff(one.mark)} 4\n${worded(one.text)}\n`;
+  const [head = [], ...rows] = one.rows;
+  return rows
+    .map(([first = "", ...cells]) => {
+      const label = (i: number) => (cells.length === 1 ? "" : `${worded(head[i + 1] ?? "")}: `);
+      return `.TP\n${worded(first) || "\\&"}\n${cells.map((cell, i) => `${label(i)}${worded(cell)}`).join("\n.br\n")}\n`;
+    })
+    .join("");
 }
+
+function chapter({ title, text }: Chapter): string {
+  const blocks = blocksOf(text);
+  const all = blocks.map((one, i) =>
+    block(one, one.kind === "item" && blocks[i - 1]?.kind === "item"),
+  );
+  return `.SH ${roff(title.toUpperCase())}\n${all.join("")}`;
+}
+
+const guide =
+  () => `.TH BTRFS\\-BACKUP\\-GUIDE 7 "" "btrfs\\-backup ${VERSION}" "Miscellaneous Information"
+.SH NAME
+btrfs\\-backup\\-guide \\- how to back up btrfs subvolumes, and to get them back
+.SH DESCRIPTION
+${roff('The options are told in btrfs-backup(8). "btrfs-backup help TOPIC" prints a chapter:')}
+${inPart("guide")
+  .map(({ topic, title }) => `.TP\n${bold(topic)}\n${roff(title)}\n`)
+  .join("")}${inPart("guide").map(chapter).join("")}.SH SEE ALSO
+.BR btrfs\\-backup (8)
+`;
 
 const manual = () => `.TH BTRFS\\-BACKUP 8 "" "btrfs\\-backup ${VERSION}" "System Administration"
 .SH NAME
@@ -113,7 +138,7 @@ ${run.groups.map(([title, options]) => `.SS "${roff(title)}"\n${items(options)}`
 ${roff("Options that they share with run mean the same; those of their own are told in full.")}
 ${others.map((command) => `.SS "${roff(command.name)}"\n${roff(command.description)}\n${positionals(command.positionals)}${items(optionsOf(command).filter((option) => !has(run, option)))}${shared(command)}`).join("")}.SH RETENTION
 ${roff("A POLICY is a number of the newest to keep, or words: 24h 7d 4w 12m 10y keep the first of each of so many hours, days, weeks, months and years; 14d+ keeps all of 14 days; * stands for all. What a destination still needs is never deleted at the source.")}
-${chapter("Security")}${chapter("Without root")}.SH EXIT STATUS
+${inPart("reference").map(chapter).join("")}.SH EXIT STATUS
 ${list(EXIT_STATUS)}.SH ENVIRONMENT
 ${list(ENVIRONMENT)}.SH FILES
 ${list(FILES)}.SH EXAMPLES
@@ -121,6 +146,7 @@ ${Object.values(EXAMPLES)
   .flatMap((examples) => Object.entries(examples))
   .map(([line, text]) => `${roff(`${text}:`)}\n.PP\n.in +4n\n.EX\n${roff(line)}\n.EE\n.in\n.PP\n`)
   .join("")}.SH SEE ALSO
+.BR btrfs\\-backup\\-guide (7),
 ${["btrfs-subvolume", "btrfs-send", "btrfs-receive", "ssh", "rclone", "gpg"].map((name) => `.BR ${roff(name)} (${name.startsWith("btrfs") ? 8 : 1})`).join(",\n")}
 `;
 
@@ -372,6 +398,7 @@ ${everyOption.map(fishOption).join("\n")}
 const [directory = "."] = process.argv.slice(2);
 for (const [name, text] of Object.entries({
   "btrfs-backup.8": manual(),
+  "btrfs-backup-guide.7": guide(),
   "btrfs-backup.bash": bash(),
   "_btrfs-backup": zsh(),
   "btrfs-backup.fish": fish(),

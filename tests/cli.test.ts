@@ -84,7 +84,7 @@ test("usage errors are one line, exit 2, and nothing is done", async () => {
 
 test("help is a command as well, and no arguments get a few lines", async () => {
   const [help, restore, none] = [
-    await run(["help"]),
+    await run(["help", "run"]),
     await run(["help", "restore"]),
     await run([]),
   ];
@@ -294,14 +294,16 @@ test("deno.json imports what package.json pins", () => {
     ).toBe(true);
 });
 
-test("the README names the versions of the packages that package.json pins", () => {
+test("the manual names the versions of the packages that package.json pins", () => {
   const { dependencies } = JSON.parse(readFileSync(join(ROOT, "package.json"), "utf8")) as {
     dependencies: Record<string, string>;
   };
   const words = Object.entries(dependencies)
     .filter(([name]) => name !== "bun")
     .map(([name, version]) => `${name}@${version}`);
-  expect(readFileSync(join(ROOT, "README.md"), "utf8")).toContain(`bun add ${words.join(" ")}`);
+  expect(readFileSync(join(ROOT, "scripts/manual/installing.md"), "utf8")).toContain(
+    `bun add ${words.join(" ")}`,
+  );
 });
 
 test("argument files are read as 0.3.1 read them", async () => {

@@ -1,9 +1,19 @@
-// The man page and the completions that scripts/build makes of the program's own definitions, in the real man and shells.
+// The man pages, the manual in the program, and the completions, which scripts/build makes of the program's own definitions and of
+// scripts/manual; in the real man and shells.
 
 import { expect, test } from "bun:test";
-import { existsSync, mkdirSync, readFileSync } from "node:fs";
+import { existsSync, mkdirSync, readdirSync, readFileSync } from "node:fs";
 import { join } from "node:path";
-import { COMMANDS, manualOf } from "../btrfs-backup.ts";
+import {
+  blocksOf,
+  chaptersOf,
+  chapterText,
+  COMMANDS,
+  manualOf,
+  type Option,
+  OPTIONS,
+  stretchesOf,
+} from "../btrfs-backup.ts";
 import {
   pair,
   expectRun,
@@ -15,6 +25,10 @@ import {
 } from "./support/rig.ts";
 
 const DIST = join(ROOT, "dist");
+const MANUAL = join(ROOT, "scripts/manual");
+const chapters = chaptersOf(
+  new Map(readdirSync(MANUAL).map((name) => [name, readFileSync(join(MANUAL, name), "utf8")])),
+);
 const every = Object.entries(COMMANDS).map(([name, command]) => ({ name, ...manualOf(command) }));
 
 test("the man page has no fault, and tells of every command and option", () => {
@@ -132,19 +146,98 @@ for (const shell of ["bash", "zsh"] as const)
     );
   });
 
-test("what messages refer to stands in the man page, too", () => {
-  const program = readFileSync(join(import.meta.dir, "../btrfs-backup.ts"), "utf8");
-  const titles = [...program.matchAll(/see "([A-Z][a-z ]+)" in the README/g)].map(
+/** A man page, as a terminal of many columns shows it. */
+const shownPage = (name: string) =>
+  sh(`MANWIDTH=9000 man --warnings -E UTF-8 -P cat -l "$1" 2>&1 | col -b`, join(DIST, name));
+
+test("the guide has no fault, and the chapters of the manual stand in one page each", () => {
+  expect(sh(`groff -man -Tutf8 -ww -z "$1" 2>&1`, join(DIST, "btrfs-backup-guide.7"))).toBe("");
+  const pages = {
+    guide: shownPage("btrfs-backup-guide.7"),
+    reference: shownPage("btrfs-backup.8"),
+  };
+  const squeezed = (text: string) => text.replaceAll("…", "...").replace(/\s+/g, "");
+  for (const { topic, title, part, text } of chapters) {
+    expect(pages[part]).toMatch(new RegExp(`^${title.toUpperCase()}$`, "m"));
+    // Every word and every line of code of it.
+    const page = squeezed(pages[part]);
+    for (const one of blocksOf(text)) {
+      const texts = one.kind === "table" ? one.rows.slice(1).flat() : [one.text];
+      for (const some of texts) {
+        const words =
+          one.kind === "code"
+            ? some
+            : stretchesOf(some)
+                .map((s) => s.text)
+                .join("");
+        const found = page.includes(squeezed(words));
+        expect([topic, words, found]).toEqual([topic, words, true]);
+      }
+    }
+  }
+});
+
+test("help prints each chapter of the manual, and lists them; the executable alone has them", async () => {
+  const directory = temporaryDirectory();
+  sh(`cp "$1/btrfs-backup" "$1/btrfs-backup.js" "$2"`, DIST, directory);
+  const alone = [join(directory, "btrfs-backup")];
+  const { stdout: list } = await expectRun(0, ["help"], { how: alone });
+  expect(list.split("\n").length).toBeLessThan(50);
+  for (const chapter of chapters) {
+    expect(list).toContain(`  ${chapter.topic.padEnd(16)}${chapter.title}\n`);
+    const { stdout } = await expectRun(0, ["help", chapter.topic], { how: alone });
+    expect(stdout).toBe(chapterText(chapter, 80, false));
+    for (const line of stdout.split("\n")) {
+      // What is to be copied is not broken into lines.
+      const isCode = chapter.text.includes(line.trim());
+      expect([chapter.topic, line.length <= 80 || isCode, line]).toEqual([
+        chapter.topic,
+        true,
+        line,
+      ]);
+    }
+  }
+  const whole = (await expectRun(0, ["help", "guide"], { how: alone })).stdout;
+  expect((await expectRun(0, ["help", "guide"], { how: "bun" })).stdout).toBe(whole);
+  expect(sh(`node "$1" help guide`, join(directory, "btrfs-backup.js"))).toBe(whole.trimEnd());
+  const { stderr } = await expectRun(2, ["help", "securty"], { how: alone });
+  expect(stderr).toContain("did you mean security?");
+  // Where there is a terminal, through a pager.
+  const shown = sh(
+    `PAGER='sed s/^/PAGED:/' script -qec "$1 help security" /dev/null </dev/null`,
+    join(directory, "btrfs-backup"),
+  );
+  expect(shown).toContain("PAGED:");
+  expect(shown).toContain("\x1b[1mSECURITY\x1b[0m");
+  for (const pager of ["", "cat", "no-such-pager"])
+    expect(
+      sh(
+        `PAGER=$2 script -qec "$1 help security" /dev/null </dev/null`,
+        join(directory, "btrfs-backup"),
+        pager,
+      ),
+    ).toContain("a thief with a push key");
+});
+
+test("every option is mentioned in a chapter of the manual or the README, and what messages refer to is a topic", () => {
+  const program = readFileSync(join(ROOT, "btrfs-backup.ts"), "utf8");
+  const topics = [...program.matchAll(/see "btrfs-backup help ([a-z-]+)"/g)].map(
     ([, one]) => one as string,
   );
-  expect([...new Set(titles)].sort()).toEqual(["Security", "Without root"]);
-  const page = sh(
-    `man --warnings -E ascii -P cat -l "$1" 2>&1 | col -b`,
-    join(DIST, "btrfs-backup.8"),
-  );
-  for (const title of titles) expect(page).toMatch(new RegExp(`^${title.toUpperCase()}$`, "m"));
-  expect(page).toContain("a thief with a push key");
-  expect(page).toContain("saver ALL=(root) NOPASSWD: /usr/bin/btrfs");
+  expect([...new Set(topics)].sort()).toEqual(["security", "stores", "without-root"]);
+  for (const topic of topics) expect(chapters.map((one): string => one.topic)).toContain(topic);
+  // Links between chapters lead somewhere, and each file stands in the contents.
+  const files = readdirSync(MANUAL).filter((name) => name !== "README.md");
+  expect(chapters.map(({ topic }) => `${topic}.md`).toSorted()).toEqual(files.toSorted());
+  for (const { text } of chapters)
+    for (const [, link = ""] of text.matchAll(/\]\((?!https?:)(.*?)\)/g))
+      expect(files).toContain(link);
+  const text = chapters.map((one) => one.text).join("\n");
+  const told = ([name, { short }]: [string, Option]) =>
+    text.includes(`--${name}`) ||
+    (short !== undefined && new RegExp(`[\\s\`(]-${short}\\b`).test(text));
+  const missing = [...OPTIONS].filter((one) => !told(one)).map(([name]) => name);
+  expect(missing.toSorted()).toEqual(["help", "help-all", "latest-only", "version"]);
 });
 
 test("a snapshot's name is never run, whatever whoever made it called it", async () => {

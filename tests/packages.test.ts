@@ -37,6 +37,7 @@ test("the Debian package is installed, upgraded, removed and purged, and configu
   const files = dpkg("--listfiles", "btrfs-backup").split("\n");
   for (const file of [
     "usr/share/man/man8/btrfs-backup.8.gz",
+    "usr/share/man/man7/btrfs-backup-guide.7.gz",
     "usr/share/bash-completion/completions/btrfs-backup",
     "usr/share/zsh/vendor-completions/_btrfs-backup",
     "usr/share/fish/vendor_completions.d/btrfs-backup.fish",
@@ -129,6 +130,7 @@ test("there is an archive for each platform, with a sum for each file that is gi
     "README.md",
     "LICENSE",
     "btrfs-backup.8",
+    "btrfs-backup-guide.7",
     "cron.daily",
     "btrfs-backup@.timer",
     "btrfs-backup.service",

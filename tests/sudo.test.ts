@@ -22,8 +22,8 @@ import {
   logged,
 } from "./support/rig.ts";
 
-const README = readFileSync(join(ROOT, "README.md"), "utf8");
-const SUDOERS = /^ {4}(saver ALL=.*)$/m.exec(README)?.[1] as string;
+const MANUAL = readFileSync(join(ROOT, "scripts/manual/without-root.md"), "utf8");
+const SUDOERS = /^saver ALL=.*$/m.exec(MANUAL)?.[0] as string;
 const as = (uid: number) => [
   "setpriv",
   "--reuid",
@@ -41,7 +41,7 @@ function program(): string[] {
   return [join(directory, "btrfs-backup")];
 }
 
-test("an ordinary user with the README's sudoers line backs up, here and over ssh", async () => {
+test("an ordinary user with the manual's sudoers line backs up, here and over ssh", async () => {
   const { source, snapshots, destination, a, b } = pair();
   const { options, url, user } = await sshServer();
   user("saver", "/bin/bash", 4711);
@@ -131,7 +131,7 @@ test("an ordinary user with the README's sudoers line backs up, here and over ss
     expect(snapshotNames(folder).length).toBe(1);
   const refused = await expectRun(1, ["-S", source, destination], { how, wrapper, cwd: "/" });
   expect(refused.stderr).toContain(
-    `needs root: use --sudo, or be root (see "Without root" in the README)`,
+    `needs root: use --sudo, or be root (see "btrfs-backup help without-root")`,
   );
   // What --sudo is not enough for says so, before anything is made.
   const restoring = await expectRun(1, ["restore", "--sudo", destination, join(a.path, "back")], {
@@ -144,7 +144,7 @@ test("an ordinary user with the README's sudoers line backs up, here and over ss
   expect(
     (await expectRun(1, ["verify", "--sudo", source, destination], { how, wrapper, cwd: "/" }))
       .stderr,
-  ).toContain("Without root");
+  ).toContain("help without-root");
   sh(`: >"$1/sudoers"`, directory);
   const nothing = await expectRun(1, ["-S", "--sudo", source], { how, wrapper, cwd: "/" });
   expect(logged(nothing.stderr).match(/sudo: .*required/g)?.length).toBe(1);
@@ -189,7 +189,7 @@ test("an ordinary user without sudo takes snapshots, and deletes what the policy
           (line) =>
             line.startsWith(`[error] ${id}: `) &&
             line.includes(
-              'sending needs root: use --sudo, or be root (see "Without root" in the README)',
+              'sending needs root: use --sudo, or be root (see "btrfs-backup help without-root")',
             ),
         ).length,
     ).toBe(1);

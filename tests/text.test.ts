@@ -1410,6 +1410,8 @@ test("the program calls the filesystem itself only for what is its own: what a l
     "argumentFilesIn",
     "argumentText",
     "needUnchanged",
+    // The manual, beside the source.
+    "manualFiles",
     "at exit",
     "canEnter",
     "clearDead",

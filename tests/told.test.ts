@@ -64,7 +64,7 @@ describe("who is not root", () => {
         const isFine =
           status === 1 &&
           line.endsWith(
-            `: Permission denied: this needs root, as sudo gives it (see "Without root" in the README)`,
+            `: Permission denied: this needs root, as sudo gives it (see "btrfs-backup help without-root")`,
           ) &&
           !/can't cd|btrfs-backup:open/.test(stderr);
         if (!isFine || place === "" || line.split(`${place}:`).length !== 2)
