@@ -1023,6 +1023,8 @@ type Setting = {
   /** In ms; see LIMITS. */
   stuck: number;
   parting: number;
+  /** With the level debug, the scripts that run are shown as well. */
+  scripts: boolean;
   /** Which of several runs it is; null where there is only one. */
   readonly member: {
     /** The name of its argument file; null for what concerns all of them. */
@@ -1036,6 +1038,7 @@ const newSetting = (member: Setting["member"]): Setting => ({
   level: LEVELS.info,
   stuck: 3600e3,
   parting: 10e3,
+  scripts: false,
   member,
 });
 
@@ -1468,6 +1471,27 @@ export function wordsFor<V extends Declared>(verb: V, given: ArgumentsOf<V>): st
   return all.slice(0, end + 1).flatMap((value) => value ?? "");
 }
 
+/** How many of a list's words are shown. */
+const TYPED_WORDS = 10;
+
+/** A verb as a person would type it: its host, its name, and each value behind its own name. */
+export function typedVerb<V extends Declared>(
+  { label }: Pick<Host, "label">,
+  verb: V,
+  given: ArgumentsOf<V>,
+): string {
+  const values = given as Readonly<Record<string, string | readonly string[] | undefined>>;
+  const words = parametersOf(verb).flatMap(({ name }) => {
+    const value = values[name] ?? "";
+    if (value.length === 0) return [];
+    if (typeof value === "string") return [`${name}=${shellWord(value)}`];
+    const shown = value.slice(0, TYPED_WORDS).map(shellWord);
+    const more = value.length > TYPED_WORDS ? ` … ${value.length} in all` : "";
+    return [`${name}=(${shown.join(" ")}${more})`];
+  });
+  return [...(label === "" ? [] : [`${label}:`]), verb.name, ...words].join(" ");
+}
+
 /** zx as this program uses it: a POSIX shell, words quoted by us, exit statuses looked at by us. */
 const shell = $({
   shell: "/bin/sh",
@@ -1721,14 +1745,13 @@ function start<V extends Declared>(
 ): Started {
   const args = wordsFor(verb, given);
   checkInterruption();
-  log.debug(
-    `${host.label === "" ? "" : `${host.label}: `}${verb.name} ${args.map(shellWord).join(" ")}`,
-  );
+  log.debug(typedVerb(host, verb, given));
   const local = host.ssh === null;
   const text =
     local && host.fence === undefined && host.namespace === undefined
       ? `: ${titleOf(verb)}; set -- ${scriptArguments(host, args)}; ${verb.script}`
       : `exec ${commandFor(host, verb, args)}`;
+  if (setting().scripts) log.debug(`script: ${text}`);
   // Ctrl-C reaches every child of the terminal, but we end these, after cleaning up: a verb has a
   // process group of its own. ssh stays where it can ask for a passphrase.
   const child = shell({
@@ -2233,6 +2256,8 @@ function resultOf<T>(settled: PromiseSettledResult<T> | undefined): T {
 export type Stage = {
   readonly label: string;
   readonly command: string;
+  /** The command as a person would type it, where it is a script. */
+  readonly typed?: string;
   /** The verb that works for it on another host. */
   readonly far?: { readonly host: Host; readonly verb: Verb; readonly folder: string };
   /** Its stderr goes to the terminal, not into the error. */
@@ -2263,6 +2288,7 @@ function verbStage<V extends Declared>(
   return {
     label: `${what}${host.label === "" ? "" : ` on ${host.label}`}`,
     command: commandWith(host, verb, given),
+    typed: typedVerb(host, verb, given),
     ...(host.ssh === null ? {} : { far: { host, verb, folder: folderOf(given) } }),
     ...more,
   };
@@ -2354,9 +2380,7 @@ function startPipeline(
   const stages = withoutTwins(given);
   const directory = mkdtempSync(join(runtimeDirectory(), "p"));
   const text = pipelineText(stages, directory, feeds);
-  log.debug(
-    `pipeline: ${stages.map(({ relay: by, ...stage }) => (by === undefined ? stage.command : `relay ${JSON.stringify(by)}`)).join(" | ")}`,
-  );
+  log.debug(`pipeline: ${typedPipeline(stages, setting().scripts)}`);
   const child = shell({
     detached: true,
     stdio: ["ignore", "ignore", "pipe"],
@@ -2396,6 +2420,15 @@ function startPipeline(
     ended: ended.then(() => outcomeOf(stages, directory, kill)),
   };
 }
+
+/** A pipeline's stages as a person would type them; with `scripts`, as they run. */
+const typedPipeline = (stages: readonly Stage[], scripts: boolean) =>
+  stages
+    .map(({ relay: by, command, typed = command }) => {
+      if (by !== undefined) return `relay ${JSON.stringify(by)}`;
+      return scripts ? command : typed;
+    })
+    .join(" | ");
 
 /**
  * The shell text of a pipeline, whose stages leave their stderr in files named by their numbers. A
@@ -7188,7 +7221,7 @@ function shellDestination(
       checkFilters(source, sending);
       const locked = `{ [ -f ${file} ] || ( umask 077; exec dd if=/dev/null of=${file} conv=excl oflag=nofollow status=none 2>/dev/null ) || :; [ -f ${file} ] || exit 75; flock -n -o -E 75 ${file} ${interpreter} -c ${quote(command)}; }`;
       return {
-        stages: [...encrypting(sending), { label: id, command: locked }],
+        stages: [...encrypting(sending), { label: id, command: locked, typed: command }],
         environment: {
           BTRFS_BACKUP_NAME: snapshot.name,
           BTRFS_BACKUP_KIND: parent === null ? "full" : "incremental",
@@ -19900,7 +19933,8 @@ const GROUPS = {
       of: TRANSFERRING,
       short: "d",
       old: true,
-      means: "Let btrfs send and receive tell everything (-vv)",
+      means:
+        "Let btrfs send and receive tell everything (-vv); with -v debug, show the scripts that run",
     },
     help: { common: true, of: [...COMMON, "all", "guard"], short: "h", means: "Show this text" },
     "help-all": { of: [...RUNNING, "copy"], common: true, means: "Show all options" },
@@ -20165,6 +20199,7 @@ function commonOptions(given: Given) {
       `--verbosity is one of ${Object.keys(LEVELS).join(", ")}, not "${verbosity}"`,
     );
   setting().level = LEVELS[verbosity as keyof typeof LEVELS];
+  setting().scripts = given.flag("btrfs-debug");
   const prefix = given.value("snapshot-prefix") ?? "";
   if (!isPrefix(prefix))
     throw new UsageError("a prefix is at most 200 bytes, without slashes and control characters");
