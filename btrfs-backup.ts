@@ -5384,6 +5384,8 @@ export type KnownDestination = {
    * there. They were compared when this generation was their last.
    */
   readonly cleared?: Cleared;
+  /** The last run named it as --optional. */
+  readonly optional?: true;
 };
 export type Cleared = Readonly<Record<string, number>>;
 
@@ -5430,7 +5432,12 @@ export type ChainRecord = {
    * which on it was not there any more.
    */
   readonly tree?: { readonly gone: Readonly<Record<string, string>> };
+  /** A run with --if-changed has found nothing that differs from the newest snapshot. */
+  readonly unchanged?: Unchanged;
 };
+
+/** What a run has found: at a moment, as ISO 8601, nothing had changed since a snapshot. */
+export type Unchanged = { readonly uuid: string; readonly at: string };
 
 /** `.btrfs-backup.json`. Unreadable: nothing may be deleted there, and it is not written. */
 export type RecordFile = {
@@ -5511,6 +5518,7 @@ const isDestination = fieldsAre<KnownDestination>({
   failed: ifAny(areTexts),
   receiving: ifAny(Array.isArray),
   cleared: ifAny(areNumbers),
+  optional: ifAny((value) => value === true),
 });
 
 const isKeptOne = fieldsAre<KeptOne>({ name: isText, uuid: isText, note: isText });
@@ -5543,6 +5551,7 @@ const isChain = fieldsAre<ChainRecord>({
   imported: ifAny((all) => Object.values(all as object).every(isImported)),
   guarded: ifAny((value) => value === true),
   tree: ifAny(fieldsAre<ChainRecord["tree"] & {}>({ gone: areGone })),
+  unchanged: ifAny(fieldsAre<Unchanged>({ uuid: isText, at: isText })),
 });
 
 /** Refuses a chain that this program does not write so. Errors: Error, or TypeError for null. */
@@ -6496,6 +6505,8 @@ export type Destination = Readonly<{
   receive: (source: Folder, transfer: Transfer, isFollowed?: boolean) => Promise<Incoming>;
   /** Does what the last transfer left to the next one, where there was none. */
   settle?: () => Promise<void>;
+  /** Writes down that nothing has changed since the newest one there; not everywhere it can be. */
+  note?: (unchanged: Unchanged) => Promise<void>;
   /** Whether a snapshot's backup is the same as it; null where nobody can tell. Errors: Failure. */
   compare: ((source: Folder, snapshot: Snapshot) => Promise<boolean>) | null;
   /** What a snapshot's transfer has become there. */
@@ -6539,6 +6550,9 @@ function obstacleOf(backup: Backup, announced: readonly string[]): Obstacle {
   if (announced.includes(backup.name)) return { kind: "leftover" };
   return { kind: isReceived ? "edited" : "writable", backup };
 }
+
+/** For so long, in ms, a record need not say that a destination was served again. */
+const SERVED_AGAIN_MS = 3600e3;
 
 /** `again` looks anew; `owned`: the record from now on; `announced`: names that 0.3.1 began. */
 type FolderOptions = Deletion &
@@ -6822,6 +6836,15 @@ function folderDestination(folder: Folder, options: FolderOptions): Destination 
     async settle() {
       if (state.isAnnounced) await writeRecord(folder, state.chain, true);
       state.isAnnounced = false;
+    },
+    async note(unchanged) {
+      const before = folder.chain.unchanged;
+      const isSoon =
+        before?.uuid === unchanged.uuid &&
+        Date.parse(unchanged.at) - Date.parse(before.at) < SERVED_AGAIN_MS;
+      if (isSoon || folder.record.unreadable !== null) return;
+      state.chain = { ...state.chain, unchanged };
+      await writeRecord(folder, state.chain);
     },
     tidy: () => tidyUp(folder, state.hasParts),
     async discard(name) {
@@ -9397,6 +9420,10 @@ function newSession(source: Source, ahead: Map<string, Ahead>, o: RunOptions, re
   const known = new Map(knownDestinations(source).map((one) => [one.location, one]));
   const wanted = wantedIn(source, known, o, report);
   for (const id of [null, ...wanted.keys()]) figuresOf(report.figures, id); // in their order
+  for (const [id, one] of wanted) {
+    const before = known.get(id);
+    if (before !== undefined && !one.recorded) known.set(id, asOptional(before, one.optional));
+  }
   // Without its pin all is sent again, and still to the right disk.
   for (const id of o.removeLocks ? wanted.keys() : []) {
     const one = known.get(id);
@@ -9414,6 +9441,7 @@ function newSession(source: Source, ahead: Map<string, Ahead>, o: RunOptions, re
     written: JSON.stringify(source.chain),
     saving: Promise.resolve() as Promise<unknown>,
     isTold: false, // that they cannot be written down
+    unchanged: source.owned.unchanged,
     inquiry: inquiryInto(source),
     display: displayOf(o),
     /** Lets so many streams flow at a time. */
@@ -9430,6 +9458,14 @@ function newSession(source: Source, ahead: Map<string, Ahead>, o: RunOptions, re
     /** What a destination has of these in other folders of a tree. */
     elsewhere: async (_id: string): Promise<readonly Entry[]> => [],
   };
+}
+
+/** What is known of a destination that may be away, or may not. */
+function asOptional(
+  { optional: _, ...known }: KnownDestination,
+  optional: boolean,
+): KnownDestination {
+  return { ...known, ...(optional ? { optional } : {}) };
 }
 
 /** The destinations of the command line, and with --locked-dests of the source's record. */
@@ -9472,12 +9508,13 @@ function save(session: Session): Promise<void> {
 }
 
 async function writeKnown(session: Session): Promise<void> {
-  const { o, source, known, leaps } = session;
+  const { o, source, known, leaps, unchanged } = session;
   const { imported: _, ...owned } = source.owned;
   const chain = {
     ...owned,
     ...(leaps === undefined ? {} : { leaps }),
     ...importedOf(session),
+    ...(unchanged === undefined ? {} : { unchanged }),
     ...(known.size > 0 || source.chain.destinations ? { destinations: [...known.values()] } : {}),
   };
   // What 0.3.1 made has no owner until a run has said whose it is, and a copy cannot; a disk of
@@ -9490,9 +9527,6 @@ async function writeKnown(session: Session): Promise<void> {
   await writeRecord(source, chain);
   session.written = JSON.stringify(chain);
 }
-
-/** For so long, in ms, a record need not say that a destination was served again. */
-const SERVED_AGAIN_MS = 3600e3;
 
 /** Whether a record would say no more than that destinations were served again, soon after. */
 function isOnlyTime(before: ChainRecord, after: ChainRecord): boolean {
@@ -10527,6 +10561,7 @@ async function unlessUnchanged(session: Session, taken: Snapshot): Promise<reado
     return [taken];
   }
   await deleteFrom(source, [taken], { ...o.deletion, sync: false });
+  session.unchanged = { uuid: newest.uuid, at: new Date().toISOString() };
   log.info(`Nothing has changed since ${newest.name}: no snapshot of ${o.source.id} is kept`);
   report.event("unchanged", { since: newest.name });
   return [];
@@ -12156,6 +12191,7 @@ async function conclude(served: Served): Promise<void> {
     if (isServed && wanted.sending.resume && !o.dryRun) await destination.tidy();
     // Before anything is deleted there: were the run to end, the source would go by an old pin.
     if (destination.stream === null) await remember(served, isServed);
+    if (isServed) await noteUnchanged(served);
     served.done = complete;
   } catch (error) {
     report.error(destination.id, error);
@@ -12166,7 +12202,7 @@ async function conclude(served: Served): Promise<void> {
 
 /** Writes down what a destination shares with the source now; `isServed`: it has all it should. */
 async function remember(
-  { session, destination, standing, verdicts, failed, earlier }: Served,
+  { session, destination, wanted, standing, verdicts, failed, earlier }: Served,
   isServed: boolean,
   pin: Pin | null = newestShared(session.snapshots, standing.held),
 ): Promise<void> {
@@ -12184,8 +12220,21 @@ async function remember(
       last: isServed ? new Date().toISOString() : (known.get(id)?.last ?? null),
       ...(lacking.length === 0 ? {} : { failed: lacking }),
       ...clearedOf(snapshots, verdicts.cleared),
+      ...(known.get(id)?.optional || wanted.optional ? { optional: true } : {}),
     });
   await save(session);
+}
+
+/**
+ * Lets the record of a destination say as well that nothing has changed since the newest backup, which
+ * would seem too old to whoever looks only there.
+ */
+async function noteUnchanged({ session, destination, standing }: Served): Promise<void> {
+  const { o, unchanged, snapshots, source } = session;
+  const newest = snapshots.at(-1);
+  if (o.dryRun || unchanged === undefined || unchanged === source.owned.unchanged) return;
+  if (newest?.uuid !== unchanged.uuid || dataFinder(standing.held)(newest) === undefined) return;
+  await destination.note?.(unchanged);
 }
 
 /** What a record says of changed and compared snapshots, as long as they are there. */
@@ -18179,6 +18228,7 @@ const JUDGED: Readonly<Record<keyof ChainRecord, true>> = {
   kept: true,
   guarded: true,
   tree: true,
+  unchanged: true,
 };
 
 /** The state of a folder that a key's record is compared with. */
