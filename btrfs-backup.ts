@@ -4522,6 +4522,25 @@ const SIZES = defineVerb("sizes", "folder fsid names...")`
 `;
 
 /**
+ * What quotas count for each subvolume of a filesystem, if they are on and right: `btrfs qgroup show`.
+ * Simple quotas do not tell what is shared.
+ */
+const QUOTAS = defineVerb("quotas", "folder fsid filesystem")`
+  at "$folder" "$fsid"
+  quotas=/sys/fs/btrfs/$filesystem/qgroups
+  told() { if [ -r "$quotas/$1" ]; then read -r value <"$quotas/$1"; else value=$2; fi; }
+  if [ -d "$quotas" ]; then
+    told mode qgroup
+    mode=$value
+    told inconsistent 0
+    if [ "$mode $value" = "qgroup 0" ]; then
+      b filesystem sync . >/dev/null
+      b qgroup show --raw . 2>/dev/null || :
+    fi
+  fi
+`;
+
+/**
  * The subvolume that `file` is, or was, in, and the path in it. The last component of its path is
  * taken as it is.
  */
@@ -6837,15 +6856,7 @@ function folderDestination(folder: Folder, options: FolderOptions): Destination 
       if (state.isAnnounced) await writeRecord(folder, state.chain, true);
       state.isAnnounced = false;
     },
-    async note(unchanged) {
-      const before = folder.chain.unchanged;
-      const isSoon =
-        before?.uuid === unchanged.uuid &&
-        Date.parse(unchanged.at) - Date.parse(before.at) < SERVED_AGAIN_MS;
-      if (isSoon || folder.record.unreadable !== null) return;
-      state.chain = { ...state.chain, unchanged };
-      await writeRecord(folder, state.chain);
-    },
+    note: (unchanged) => noteInRecord(folder, state, unchanged),
     tidy: () => tidyUp(folder, state.hasParts),
     async discard(name) {
       const how = doubted.has(name) ? "whole" : "";
@@ -6859,6 +6870,21 @@ function folderDestination(folder: Folder, options: FolderOptions): Destination 
     },
     close: folder.close,
   };
+}
+
+/** Writes into a folder's record that nothing had changed, if it says no such thing of the last hour. */
+async function noteInRecord(
+  folder: Folder,
+  state: FolderState,
+  unchanged: Unchanged,
+): Promise<void> {
+  const before = folder.chain.unchanged;
+  const isSoon =
+    before?.uuid === unchanged.uuid &&
+    Date.parse(unchanged.at) - Date.parse(before.at) < SERVED_AGAIN_MS;
+  if (isSoon || folder.record.unreadable !== null) return;
+  state.chain = { ...state.chain, unchanged };
+  await writeRecord(folder, state.chain);
 }
 
 /** How a folder gets a transfer: by `btrfs receive` at once, or by way of a file that is kept. */
@@ -12722,20 +12748,27 @@ function metricsOfOutcomes(outcomes: readonly Outcome[]): string {
 export type LookingAtAll<O> = Pick<Together<O>, "json" | "members">;
 
 /** Shows what each SOURCE and its destinations have. */
-export const listAll = async ({ json, members }: LookingAtAll<ListOptions>): Promise<number> =>
-  worstOf(
-    await together({
-      json,
-      members,
-      jobs: 1,
-      sourceOf: ({ locations }) => locations[0]?.id ?? "",
-      turnOf: () => "",
-      work(o, report, name) {
-        if (!o.json && o.maxAge === null) print(`${name}:\n`);
-        return list(o, report);
-      },
-    }),
-  );
+export async function listAll({
+  json,
+  members,
+  aged,
+}: LookingAtAll<ListOptions> & { readonly aged: boolean }): Promise<number> {
+  const outcomes = await together({
+    json,
+    members,
+    jobs: 1,
+    sourceOf: ({ locations }) => locations[0]?.id ?? "",
+    turnOf: () => "",
+    work(o, report, name) {
+      if (!o.json && o.maxAge === null) print(`${name}:\n`);
+      return list(o, report);
+    },
+  });
+  for (const { name, source, status, places } of outcomes)
+    if (aged && !json && status !== 0 && places.has(null))
+      print(`UNKNOWN: ${source ?? `${name}.args`}: ${places.get(null)?.why}\n`);
+  return worstOf(outcomes);
+}
 
 /** Looks whether the next run of each argument file would do its work. */
 export const checkAll = async ({ json, members }: LookingAtAll<RunOptions>): Promise<number> =>
@@ -13641,7 +13674,8 @@ function wayFrom(
 /** All streams that a stored snapshot consists of, the full one first. */
 const piecesOf = (stored: Entry, { streams }: Store) => chainOf(stored as Stream, byUuid(streams));
 
-const bytesOf = (streams: readonly Stream[]) => streams.reduce((sum, { bytes }) => sum + bytes, 0);
+const bytesOf = (streams: readonly Pick<Stream, "bytes">[]) =>
+  streams.reduce((sum, { bytes }) => sum + bytes, 0);
 
 /** Warns of what the user may not expect of a restore. */
 function warnAhead(r: Restoration): void {
@@ -14659,15 +14693,9 @@ export type ListOptions = ReturnType<typeof listOptions>;
 /** Shows what each location has of each snapshot. */
 export async function list(o: ListOptions, report: Report): Promise<void> {
   const now = wallClock(new Date());
-  const { maxAge } = o;
-  // What cannot be read is told in the one line of its own.
-  const heard = maxAge === null ? report : { ...report, error: () => {} };
-  const addKnown = o.locations.length === 1 && maxAge === null;
-  const columns = await openColumns(o.locations, addKnown, { ...o, prefix: o.prefix ?? "" }, heard);
-  if (maxAge !== null) {
-    const places = await withMembers(columns, o, heard);
-    return checkAge(places, { ...o, maxAge }, Date.now(), report);
-  }
+  if (o.maxAge !== null) return listAges({ ...o, maxAge: o.maxAge }, report);
+  const addKnown = o.locations.length === 1;
+  const columns = await openColumns(o.locations, addKnown, { ...o, mayBeAway: o.optional }, report);
   const found = columns.map(async (column) =>
     o.prefix !== null ? [o.prefix] : prefixesToList(column, o, report),
   );
@@ -14682,9 +14710,10 @@ export async function list(o: ListOptions, report: Report): Promise<void> {
     const sizes = shown.map(({ id, folder }) =>
       o.size && folder ? sizesIn(folder).catch((error) => (report.error(id, error), [])) : [],
     );
-    const listed = inventory(shown, o, now, new Map((await Promise.all(sizes)).flat()));
+    const all = inventory(shown, o, now, new Map((await Promise.all(sizes)).flat()));
+    const listed = { ...all, snapshots: all.snapshots.slice(0, o.last) };
     report.event("list", { prefix, ...listed });
-    if (!o.json) print(inventoryTable(columns, listed, now));
+    if (!o.json) print(inventoryTable(columns, listed, now, all.snapshots.length));
     await listTrees(shown, o, prefix, report);
   }
   report.event("summary", { ok: !report.failed });
@@ -14697,6 +14726,16 @@ type Column = {
   readonly problem: string | null;
   /** It was not opened. */
   readonly left?: true;
+  /** It is not there, and need not be. */
+  readonly away?: true;
+};
+
+/** How columns are opened. */
+type Looking = LookOptions & {
+  /** Destinations that need not be there, besides those of which a record says so; none otherwise. */
+  readonly mayBeAway?: ReadonlySet<string>;
+  /** Whatever is wrong with a place concerns no other one. */
+  readonly apart?: boolean;
 };
 
 /** Directories below a folder where snapshots stand, for whoever named one that is too high. */
@@ -14721,8 +14760,9 @@ function hintBelow(folder: Folder): string {
 }
 
 /** What stands behind a column's name. */
-function whyEmpty({ folder, problem, left }: Column): string {
+function whyEmpty({ folder, problem, left, away }: Column): string {
   if (problem === null) return folder === null ? "" : hintBelow(folder);
+  if (away) return ", optional, not there now";
   return left ? `, not looked at: ${problem}` : ", cannot be read";
 }
 
@@ -14738,13 +14778,13 @@ type OpenedColumn = Column & { readonly error?: Error };
 async function openColumns(
   [first, ...others]: readonly Location[],
   addKnown: boolean,
-  o: LookOptions,
+  o: Looking,
   report: Report,
 ): Promise<Column[]> {
   const early = { ...o, prefix: o.prefix ?? "" };
   const open = (location: Location) => ({ location, opening: openColumn(location, early) });
   const asked = new Map(others.map((location) => [location.id, open(location)]));
-  const source = tellProblem(await openColumn(first as Location, o), report);
+  const source = tellProblem(await openColumn(first as Location, o), o, report);
   const { folder } = source;
   const remembered = new Map(folder === null ? [] : knownTo(folder));
   const doubt = folder && doubtOf(folder);
@@ -14756,11 +14796,14 @@ async function openColumns(
       : added.map((id): Column => ({ id, folder: null, problem: doubt, left: true }));
   const prefix = o.prefix ?? (folder?.snapshots.length ? folder.prefix : null);
   const opened = await Promise.all(
-    [...asked].map(async ([id, { location, opening }]) =>
-      withKnown(location, await opening, remembered.get(id), { ...o, prefix }),
-    ),
+    [...asked].map(async ([id, { location, opening }]) => {
+      const known = remembered.get(id);
+      const column = await withKnown(location, await opening, known, { ...o, prefix });
+      const isOptional = o.mayBeAway?.has(id) || (o.mayBeAway !== undefined && known?.optional);
+      return isOptional && column.error instanceof Absent ? asAway(column, report) : column;
+    }),
   );
-  return [source, ...opened.map((column) => tellProblem(column, report)), ...left];
+  return [source, ...opened.map((column) => tellProblem(column, o, report)), ...left];
 }
 
 /** By location, what the records of a SOURCE say of its destinations, whatever the prefix. */
@@ -14795,9 +14838,20 @@ async function openColumn(location: Location, o: LookOptions): Promise<OpenedCol
   }
 }
 
+/** A destination that is not there, and need not be. */
+function asAway({ id, problem }: OpenedColumn, report: Report): OpenedColumn {
+  log.debug(`${id}: ${problem}`);
+  report.event("skipped", { destination: id, message: problem });
+  return { id, folder: null, problem, away: true };
+}
+
 /** Tells what is wrong with a place, and goes on without it. Errors: UsageError, Interrupted. */
-function tellProblem({ error, ...column }: OpenedColumn, report: Report): Column {
-  if (error instanceof UsageError || error instanceof Interrupted) throw error;
+function tellProblem(
+  { error, ...column }: OpenedColumn,
+  { apart }: Looking,
+  report: Report,
+): Column {
+  if (error instanceof Interrupted || (error instanceof UsageError && !apart)) throw error;
   if (error !== undefined) report.error(column.id, error);
   return column;
 }
@@ -14825,10 +14879,20 @@ async function withKnown(
 const underPrefix = (folder: Folder, prefix: string) =>
   folder.prefix === prefix ? folder : withPrefix(folder, prefix);
 
-/** Bytes referenced by each whole snapshot of a folder, by UUID. */
-async function sizesIn(folder: Folder): Promise<[string, number][]> {
+/**
+ * How large one is: the bytes of its stream, or that it references; and how many bytes would be free
+ * without it, where quotas tell.
+ */
+export type Size = { readonly bytes: number; readonly frees: number | null };
+
+/** The sizes of the whole snapshots of a folder, by UUID. Errors: Failure. */
+async function sizesIn(folder: Folder): Promise<[string, Size][]> {
+  if (folder.store !== null)
+    return folder.store.streams.map(({ uuid, bytes }) => [uuid, { bytes, frees: null }]);
   const whole = wholeIn(folder);
-  if (folder.store !== null) return folder.store.streams.map(({ uuid, bytes }) => [uuid, bytes]);
+  const counted = await quotasIn(folder);
+  if (whole.every(({ id }) => counted.has(id)))
+    return whole.map(({ uuid, id }) => [uuid, counted.get(id) as Size]);
   const texts: string[] = [];
   for (const names of inArguments(whole.map(({ name }) => `./${name}`)))
     texts.push(
@@ -14836,16 +14900,41 @@ async function sizesIn(folder: Folder): Promise<[string, number][]> {
     );
   const text = texts.join("\n");
   const lines = text.split("\n").map((line) => /^\s*(\d+)\s.*?\s\.\/(.*)$/.exec(line));
-  const bytes = new Map(
+  const found = new Map(
     lines.filter((match) => match !== null).map(([, size, name]) => [name, Number(size)]),
   );
-  const unknown = whole.find(({ name }) => !bytes.has(name));
-  if (unknown !== undefined)
-    throw new Failure(
-      `"btrfs filesystem du" did not tell the size of ${unknown.name}: ${text.slice(0, 200)}`,
-    );
-  return whole.map(({ uuid, name }) => [uuid, bytes.get(name) as number]);
+  return whole.map(({ uuid, name }) => {
+    const bytes = found.get(name);
+    if (bytes === undefined)
+      throw new Failure(
+        `"btrfs filesystem du" did not tell the size of ${name}: ${text.slice(0, 200)}`,
+      );
+    return [uuid, { bytes, frees: null }];
+  });
 }
+
+/** What quotas tell of subvolumes, by their IDs; nothing where they are off, or cannot be asked. */
+async function quotasIn(folder: Folder): Promise<Map<number, Size>> {
+  const { filesystem } = folder.place;
+  if (folder.alone || filesystem === null) return new Map();
+  const given = { ...at(folder), filesystem };
+  const problem = `${folder.id}: cannot ask quotas`;
+  const told = await ask(folder.host, QUOTAS, given, problem).catch((error: Error) => {
+    checkInterruption();
+    log.debug(error.message);
+    return "";
+  });
+  return countedIn(told);
+}
+
+/** Reads what `btrfs qgroup show --raw` prints of single subvolumes, by their IDs. */
+export const countedIn = (text: string): Map<number, Size> =>
+  new Map(
+    [...text.matchAll(/^0\/(\d+)\s+(\d+)\s+(\d+)\b/gm)].map(([, id, bytes, frees]) => [
+      Number(id),
+      { bytes: Number(bytes), frees: Number(frees) },
+    ]),
+  );
 
 /** What an inventory is about. `source`: the first column's folder, if it is a SOURCE's. */
 type Inventory = {
@@ -14865,7 +14954,7 @@ export function inventory(
   columns: readonly Column[],
   policies: Inventory["policies"],
   now: number,
-  sizes: ReadonlyMap<string, number>,
+  sizes: ReadonlyMap<string, Size>,
 ) {
   const folders = columns.map(({ folder }) => folder);
   const [first] = folders;
@@ -14887,6 +14976,7 @@ export function inventory(
             goes: false,
             uuid: null,
             bytes: null,
+            frees: null,
           };
         const { state, entry } = cells[i] ?? {};
         if (entry === undefined) return null;
@@ -14896,19 +14986,66 @@ export function inventory(
           pin: uuid === pin,
           goes: goes.has(uuid),
           uuid,
-          bytes: sizes.get(uuid) ?? null,
+          ...(sizes.get(uuid) ?? { bytes: null, frees: null }),
           ...(kept === undefined ? {} : { kept }),
         };
       }),
     }));
-  const locations = columns.map(({ id, folder, problem }) => ({
+  const locations = columns.map(({ id, folder, problem, away }) => ({
     id,
     source: folder !== null && folder === source,
     error: problem,
     last: known.find(({ location }) => location === id)?.last,
+    ...(away ? { optional: true } : {}),
+    ...totalsOf(folder, sizes),
   }));
   return { locations, snapshots };
 }
+
+/** What a place has in all of one prefix. */
+export type Totals = {
+  /** Bytes of its filesystem; null where nobody tells. */
+  readonly free: number | null;
+  readonly size: number | null;
+  /** The whole ones, with the names of the first and the last. */
+  readonly count: number | null;
+  readonly oldest: string | null;
+  readonly newest: string | null;
+  /** The longest time between two that follow one another, in ms; null for less than two. */
+  readonly longest_gap: number | null;
+  /** The bytes of all streams; or the sum of what each references, where that was asked for. */
+  readonly bytes: number | null;
+};
+
+/** What stands in a folder under its prefix, in all; `sizes`: as far as they were asked for. */
+export function totalsOf(folder: Folder | null, sizes: ReadonlyMap<string, Size>): Totals {
+  if (folder === null) return { ...NO_TOTALS };
+  const { place, store, prefix } = folder;
+  const whole = wholeIn(folder).toSorted((a, b) => a.moment - b.moment);
+  const gaps = whole.slice(1).map(({ moment }, i) => moment - (whole[i]?.moment ?? 0));
+  const stored = store?.streams.filter(({ name }) => parseName(name, prefix) !== null);
+  const known = stored ?? whole.flatMap(({ uuid }) => sizes.get(uuid) ?? []);
+  const isKnown = Number.isFinite(place.free);
+  return {
+    free: isKnown ? place.free : null,
+    size: isKnown ? place.size : null,
+    count: whole.length,
+    oldest: whole[0]?.name ?? null,
+    newest: whole.at(-1)?.name ?? null,
+    longest_gap: gaps.length === 0 ? null : gaps.reduce((a, b) => Math.max(a, b), 0),
+    bytes: stored === undefined && known.length === 0 ? null : bytesOf(known),
+  };
+}
+
+const NO_TOTALS: Totals = {
+  free: null,
+  size: null,
+  count: null,
+  oldest: null,
+  newest: null,
+  longest_gap: null,
+  bytes: null,
+};
 
 /** What its maker said of a snapshot that was taken over, where the source's record tells. */
 function describedBy(source: Folder | null, cell: Cell | undefined): { description?: string } {
@@ -14962,71 +15099,188 @@ function lineagesIn({ streams }: Store, { source, taken }: Inventory): Set<strin
   return lineagesOf(streams, owner, taken);
 }
 
+type Inventoried = ReturnType<typeof inventory>;
+
+/** The rows of a table, the newest last, and below them what the columns are; of `all` rows. */
 function inventoryTable(
   columns: readonly Column[],
-  { locations, snapshots }: ReturnType<typeof inventory>,
+  { locations, snapshots }: Inventoried,
   now: number,
+  all: number,
 ): string {
-  const legend = locations.map(({ id, last, source }, i) => {
+  const letters = locations.map((_, i) => columnLetter(i));
+  const isDescribed = snapshots.some(({ description }) => description !== undefined);
+  const cells = snapshots
+    .toReversed()
+    .map(({ name, time, at: marks, description = "" }) => [
+      name,
+      inWords(now - Date.parse(`${time}Z`)),
+      ...marks.map(markText),
+      ...(isDescribed ? [description] : []),
+    ]);
+  const head = ["NAME", "AGE", ...letters, ...(isDescribed ? ["DESCRIPTION"] : [])];
+  const rows = cells.length === 0 ? "no snapshots\n" : alignedTable([head, ...cells]);
+  const older = all > cells.length ? `… ${all - cells.length} older\n` : "";
+  const isFreeing = snapshots.some((one) => one.at.some((mark) => (mark?.frees ?? null) !== null));
+  const note = isFreeing ? "(…): what would be free if only that one were deleted\n" : "";
+  return `${older}${rows}\n${totalsTable(locations)}\n${legendOf(columns, locations)}${note}\n`;
+}
+
+/** What a place has of a snapshot. */
+function markText(mark: Inventoried["snapshots"][number]["at"][number]): string {
+  if (mark === null) return "-";
+  const { state, pin, goes, bytes, frees } = mark;
+  const kept = "kept" in mark ? mark.kept : undefined;
+  const note = kept === undefined ? "" : `, kept${kept === "" ? "" : ` (${kept})`}`;
+  const size = bytes === null ? "" : ` ${inBytes(bytes)}`;
+  return `${state}${pin ? ", pin" : ""}${note}${goes ? ", goes" : ""}${size}${frees === null ? "" : ` (${inBytes(frees)})`}`;
+}
+
+/** A line for each place: how many, from when to when, and the space there. */
+function totalsTable(locations: Inventoried["locations"]): string {
+  const isMeasured = locations.some(({ bytes }) => bytes !== null);
+  const rows = locations.map(({ count, oldest, newest, longest_gap, bytes, free, size }, i) => [
+    columnLetter(i),
+    count === null ? "?" : String(count),
+    dateIn(oldest),
+    dateIn(newest),
+    longest_gap === null ? "-" : inWords(longest_gap),
+    ...(isMeasured ? [bytes === null ? "-" : inBytes(bytes)] : []),
+    free === null || size === null ? "-" : `${inBytes(free)} of ${inBytes(size)}`,
+  ]);
+  const head = ["", "ALL", "FROM", "TO", "LONGEST GAP", ...(isMeasured ? ["BYTES"] : []), "FREE"];
+  return alignedTable([head, ...rows]);
+}
+
+/** The time in a name, which its prefix can make long. */
+const dateIn = (name: string | null) =>
+  name === null ? "-" : name.slice(-"20260101-000000".length);
+
+function legendOf(columns: readonly Column[], locations: Inventoried["locations"]): string {
+  const lines = locations.map(({ id, last, source }, i) => {
     const ago = last && `${inWords(Date.now() - Date.parse(last))} ago`;
     const reached = source || last === undefined ? "" : `, last served ${ago ?? "never"}`;
     return `${columnLetter(i)}  ${id}${source ? " (source)" : ""}${reached}${whyEmpty(columns[i] as Column)}\n`;
   });
-  const isDescribed = snapshots.some(({ description }) => description !== undefined);
-  const cells = snapshots.map(({ name, time, at: marks, description = "" }) => [
-    name,
-    inWords(now - Date.parse(`${time}Z`)),
-    ...marks.map((mark) => {
-      if (mark === null) return "-";
-      const { state, pin, goes, bytes } = mark;
-      const kept = "kept" in mark ? mark.kept : undefined;
-      const note = kept === undefined ? "" : `, kept${kept === "" ? "" : ` (${kept})`}`;
-      return `${state}${pin ? ", pin" : ""}${note}${goes ? ", goes" : ""}${bytes === null ? "" : ` ${inBytes(bytes)}`}`;
-    }),
-    ...(isDescribed ? [description] : []),
-  ]);
-  const letters = locations.map((_, i) => columnLetter(i));
-  const head = ["NAME", "AGE", ...letters, ...(isDescribed ? ["DESCRIPTION"] : [])];
-  return `${legend.join("")}\n${cells.length === 0 ? "no snapshots\n" : alignedTable([head, ...cells])}\n`;
+  return lines.join("");
 }
 
-/** For a monitoring system, a line for each location: whether its newest backup is young enough. */
-function checkAge(
-  columns: readonly Column[],
-  o: ListOptions & { readonly maxAge: object },
+// ── list: whether the newest of each chain is young enough ──
+
+type AgeOptions = ListOptions & { readonly maxAge: NonNullable<ListOptions["maxAge"]> };
+
+/** A chain in a place, as --max-age judges it. */
+type Aged = Column & {
+  readonly prefix: string;
+  /** What a source that can be believed remembers of it. */
+  readonly known: KnownDestination | undefined;
+  /** Since when nothing has changed, as runs have found. */
+  readonly notes: readonly Unchanged[];
+};
+
+/** For a monitoring system, a line for each chain, whatever becomes of the others. */
+async function listAges(o: AgeOptions, report: Report): Promise<void> {
+  const error: Report["error"] = (_, problem) => {
+    // What cannot be read is told in the one line of its own.
+    if (problem instanceof Interrupted) throw problem;
+  };
+  const looking = { ...o, prefix: o.prefix ?? "", mayBeAway: o.optional, apart: true };
+  const columns = await openColumns(o.locations, false, looking, { ...report, error });
+  const places = await withMembers(columns, o, report);
+  for (const one of places.flatMap((place) => chainsOf(place, places, o.prefix)))
+    tellAge(one, o, report);
+}
+
+/** The chains of a place, with what the sources among all places know of them. */
+function chainsOf(place: Column, all: readonly Column[], prefix: string | null): Aged[] {
+  const standing = prefixesIn(place.folder?.standing ?? []);
+  const found = standing.length === 0 ? [""] : standing;
+  return (prefix === null ? found : [prefix]).map((one) => {
+    const sources = all.flatMap(({ folder }) => {
+      const source = folder !== null && isSnapshotFolder(folder) && underPrefix(folder, one);
+      return source && whyNotBelieved(source) === null ? [source] : [];
+    });
+    const folder = place.folder && underPrefix(place.folder, one);
+    const known = sources.flatMap(knownDestinations).find(({ location }) => location === place.id);
+    const chains = [...sources, ...(folder === null ? [] : [folder])].map(({ chain }) => chain);
+    const notes = chains.flatMap(({ unchanged }) => unchanged ?? []);
+    return { ...place, folder, prefix: one, known, notes };
+  });
+}
+
+/** A chain's newest backup, and until when nothing had changed since, in ms since 1970. */
+type Newest = { readonly name: string; readonly moment: number; readonly same: number | null };
+
+/** The newest complete backup of a chain; where nobody can look, the one that the source remembers. */
+function newestOf(
+  { folder, prefix, problem, away, known, notes }: Aged,
   now: number,
-  report: Report,
-): void {
-  const { maxAge } = o;
-  for (const { id, folder, problem } of columns) {
-    const newest = folder && newestIn(folder, o.prefix, now);
-    const ok = newest !== null && newest.moment >= momentBefore(now, maxAge.count, maxAge.unit);
-    if (!ok) report.failed = true;
-    report.event("age", { location: id, ok, newest: newest?.name ?? null, error: problem });
-    const failed = problem === null ? "TOO OLD" : "UNKNOWN";
-    const age =
-      newest === null
-        ? (problem ?? "no complete backup")
-        : `the newest backup is ${newest.name}, ${inWords(now - newest.moment)} old`;
-    if (!o.json) print(`${ok ? "OK" : failed}: ${id}: ${age} (at most ${maxAge.text})\n`);
-  }
+): Newest | null {
+  const pin = folder === null && (problem === null || away) ? known?.pin : null;
+  const time = pin ? parseName(pin.name, prefix) : null;
+  const remembered =
+    pin && time !== null ? [{ name: pin.name, uuid: pin.uuid, moment: momentOf(time) }] : [];
+  const standing = folder === null ? [] : wholeIn(folder);
+  // What is dated in the future (more than time zones differ) would be young for ever.
+  const isPast = (moment: number) => moment < now + DURATION.d;
+  const [newest] = [
+    ...remembered,
+    ...standing.map((one) => ({ name: one.name, uuid: dataOf(one), moment: one.moment })),
+  ]
+    .filter(({ moment }) => isPast(moment))
+    .sort((a, b) => b.moment - a.moment);
+  if (newest === undefined) return null;
+  const same = notes
+    .filter(({ uuid }) => uuid === newest.uuid)
+    .map(({ at: when }) => Date.parse(when))
+    .filter((moment) => isPast(moment) && moment > newest.moment);
+  return { ...newest, same: same.length === 0 ? null : Math.max(...same) };
 }
 
-/**
- * The newest complete backup in a folder; of several prefixes, the oldest one of these, and null
- * where one prefix has none.
- */
-function newestIn(folder: Folder, prefix: string | null, now: number): Snapshot | null {
-  let oldest: Snapshot | null = null;
-  for (const one of prefix === null ? prefixesIn(folder.standing) : [prefix]) {
-    // What is dated in the future (more than time zones differ) would be young for ever.
-    const [newest] = wholeIn(withPrefix(folder, one))
-      .filter(({ moment }) => moment < now + DURATION.d)
-      .sort((a, b) => b.moment - a.moment);
-    if (newest === undefined) return null;
-    if (oldest === null || newest.moment < oldest.moment) oldest = newest;
+/** When a chain was as its source, in ms since 1970. One that may be away is judged as a run does. */
+const momentOfAged = ({ away, known }: Aged, newest: Newest | null): number =>
+  away ? Date.parse(known?.last ?? "") : (newest?.same ?? newest?.moment ?? NaN);
+
+/** Tells whether a chain's newest backup is young enough. */
+function tellAge(one: Aged, o: AgeOptions, report: Report): void {
+  const { id, prefix, problem, away } = one;
+  const { count, unit, text } = o.maxAge;
+  const now = Date.now();
+  const newest = newestOf(one, now);
+  const ok = momentOfAged(one, newest) >= momentBefore(now, count, unit);
+  if (!ok) report.failed = true;
+  const error = one.folder === null && newest === null ? (problem ?? UNASKED) : problem;
+  report.event("age", {
+    location: id,
+    prefix,
+    ok,
+    newest: newest?.name ?? null,
+    unchanged: newest?.same ? new Date(newest.same).toISOString() : null,
+    error,
+    ...(away ? { optional: true } : {}),
+  });
+  const failed = error === null || away ? "TOO OLD" : "UNKNOWN";
+  if (!o.json)
+    print(`${ok ? "OK" : failed}: ${id}: ${ageText(one, newest, now)} (at most ${text})\n`);
+}
+
+const UNASKED = "a command cannot be asked what it has, and no run is known to have served it";
+
+/** What is told of a chain's age. */
+function ageText(
+  { folder, prefix, problem, away, known }: Aged,
+  newest: Newest | null,
+  now: number,
+) {
+  const { last = null } = known ?? {};
+  const ago = (moment: number) => `${inWords(now - moment)} ago`;
+  if (away) return `not there; last served ${last === null ? "never" : ago(Date.parse(last))}`;
+  if (newest === null) {
+    if (folder === null) return problem ?? UNASKED;
+    return `no complete backup${prefix === "" ? "" : ` with the prefix ${JSON.stringify(prefix)}`}`;
   }
-  return oldest;
+  const age = `the newest backup is ${newest.name}, ${inWords(now - newest.moment)} old`;
+  return newest.same === null ? age : `${age}, and nothing had changed ${ago(newest.same)}`;
 }
 
 // ── list: what a tree has ──
@@ -15149,7 +15403,7 @@ async function listTrees(
   }
 }
 
-/** Columns, and behind each one the members of its tree that are not gone. */
+/** Columns, and behind each one the members of its tree that are not gone, or why there are none. */
 async function withMembers(
   columns: readonly Column[],
   o: ListOptions,
@@ -15157,7 +15411,12 @@ async function withMembers(
 ): Promise<Column[]> {
   const all: Column[] = [];
   for (const column of columns) {
-    const trees = await treesIn(column, o, o.prefix, report);
+    const wrong: Column[] = [];
+    const error: Report["error"] = (id, problem) => {
+      if (problem instanceof Interrupted) throw problem;
+      wrong.push({ id: `below ${id}`, folder: null, problem: messageOf(problem) });
+    };
+    const trees = await treesIn(column, o, o.prefix, { ...report, error });
     const below = trees.flatMap(({ root, members }) =>
       [...members].flatMap(([path, folder]): Column[] =>
         goneSince(root.chain.tree?.gone ?? {}, path) === undefined
@@ -15167,7 +15426,7 @@ async function withMembers(
     );
     // Where the root was a plain directory, only what is below counts.
     const isPlain = below.length > 0 && prefixesIn(column.folder?.standing ?? []).length === 0;
-    all.push(...(isPlain ? [] : [column]), ...below);
+    all.push(...(isPlain ? [] : [column]), ...below, ...wrong);
   }
   return all;
 }
@@ -18587,6 +18846,7 @@ const GUARDED: ReadonlyMap<string, Allowed> = new Map([
     { again: sizesAgain },
   ),
   allow(SIZES, ["read"], NAMES),
+  allow(QUOTAS, ["read"], { filesystem: matching(/^[0-9a-f-]{36}$/) }, { serve: quotasServed }),
   allow(DIGEST, ["read"], {}),
   allow(LISTING, ["read"], {}),
   allow(
@@ -18806,6 +19066,16 @@ function snapshotsServed(given: ArgumentsOf<typeof SNAPSHOTS>, said: Guarded): P
 /** Tells the generations of the subvolumes below the key's paths. */
 function generationsServed(given: ArgumentsOf<typeof GENERATIONS>, said: Guarded): Promise<number> {
   return listServed(startFenced(GENERATIONS, given, "pipe"), 0, said);
+}
+
+/** Passes on what quotas count for the subvolumes in the folder, and of no other. */
+async function quotasServed(given: ArgumentsOf<typeof QUOTAS>, said: Guarded): Promise<number> {
+  const { standing } = await folderNow(said, "folder");
+  const ids = new Set(standing.map(({ id }) => id));
+  const { stdout, exitCode } = await startFenced(QUOTAS, given, "pipe");
+  for (const [id, { bytes, frees }] of countedIn(stdout))
+    if (ids.has(id)) process.stdout.write(`0/${id} ${bytes} ${frees}\n`);
+  return exitCode ?? 1;
 }
 
 /** Passes on so many lines, and of the list of subvolumes behind them what concerns the key. */
@@ -19593,7 +19863,13 @@ const GROUPS = {
     },
     size: {
       of: ["list"],
-      means: "Tell how large each is (btrfs filesystem du, which is slow)",
+      means:
+        "Tell how large each is: its stream, or what it references; where quotas are on, also what would be free without it, and else it takes long (btrfs filesystem du)",
+    },
+    last: {
+      of: ["list"],
+      value: "N",
+      means: "Show only the newest N; the totals count all",
     },
     all: {
       of: ["verify", "unpin"],
@@ -20521,9 +20797,9 @@ function allOptions(given: Given): AllOptions {
 const SOURCES_AT_A_TIME = 3;
 
 /** `list` without arguments: each argument file's SOURCE and destinations, as that file says. */
-function listAllOptions(given: Given): LookingAtAll<ListOptions> {
-  needNoOthers(given, ["size", "max-age"]);
-  const [size, maxAge] = [given.flag("size"), ageOf(given)];
+function listAllOptions(given: Given) {
+  needNoOthers(given, ["size", "last", "max-age"]);
+  const [size, last, maxAge] = [given.flag("size"), lastOf(given), ageOf(given)];
   const { json } = commonOptions(given);
   const members = configuredIn(
     given,
@@ -20534,10 +20810,12 @@ function listAllOptions(given: Given): LookingAtAll<ListOptions> {
       const policies = { sourcePolicy: o.sourcePolicy, backupPolicy: o.backupPolicy };
       const common = { prefix, snapshotFolder, hosts, json: o.json, wait: 0 };
       const { recursive } = o;
-      return { ...common, locations, ...policies, recursive, size, maxAge };
+      const mayBeAway = o.destinations.filter(({ optional }) => optional);
+      const optional = new Set(mayBeAway.map(({ location }) => location.id));
+      return { ...common, locations, optional, ...policies, recursive, size, last, maxAge };
     },
   );
-  return { json, members };
+  return { json, members, aged: maxAge !== null };
 }
 
 /** `check` without arguments: each argument file's next run. */
@@ -20826,9 +21104,14 @@ export function listOptions(given: Given) {
     backupPolicy: policyOf(given, "num-backups"),
     recursive: given.flag("recursive"),
     size: given.flag("size"),
+    last: lastOf(given),
+    optional: new Set<string>() as ReadonlySet<string>,
     maxAge: ageOf(given),
   };
 }
+
+/** How many of the newest are shown. */
+const lastOf = (given: Given) => wholeNumber(given, "last", Infinity, 1);
 
 export function verifyOptions(given: Given) {
   const { flag, value } = given;
