@@ -4452,8 +4452,10 @@ const DIGEST = defineVerb("digest", "folder fsid snapshot")`
       echo failed >&3
   }
   sockets() { paths -type s | xargs -0 -r stat --printf "%n %a %u:%g %.9Y/" || echo failed >&3; }
+  # What has been read: a child's I/O is added to its parent's, see proc(5).
+  count() { while read -r k v; do case $k in wchar:) echo "bytes $v" >&4;; esac; done </proc/self/io; }
   exec 4>&1
-  bad=$( { { pack --mtime=@0 .; sockets; paths | pack --null --verbatim-files-from -T -; } | sha256 >&4; } 3>&1 )
+  bad=$( { { pack --mtime=@0 .; sockets; paths | pack --null --verbatim-files-from -T -; count; } | sha256 >&4; } 3>&1 )
   [ -z "$bad" ]
 `;
 
@@ -6772,12 +6774,19 @@ async function tidyUp(folder: Folder, hasParts: boolean): Promise<void> {
     await askAt(folder, TIDY, { prefix }, "cannot remove what is kept of a broken transfer");
 }
 
-/** The SHA-256 of all that a stream would carry of a snapshot. Errors: Failure. */
-async function digestIn(folder: Folder, { name }: Entry): Promise<string> {
+/**
+ * The SHA-256 of all that a stream would carry of a snapshot, and about how many bytes that was.
+ * Errors: Failure.
+ */
+async function digestIn(folder: Folder, { name }: Entry): Promise<Summed> {
   const problem = `cannot read ${name}`;
-  const sum = await askAt(folder, DIGEST, { snapshot: name }, problem);
-  const [digest] = /^[0-9a-f]{64}(?= )/.exec(sum) ?? [];
-  return digest ?? failWith(`${folder.id}: ${problem}: no SHA-256 was printed`);
+  const told = await askAt(folder, DIGEST, { snapshot: name }, problem);
+  const [sum] = /^[0-9a-f]{64}(?= )/m.exec(told) ?? [];
+  const [, bytes] = /^bytes (\d+)$/m.exec(told) ?? []; // an older guard does not count
+  return {
+    sum: sum ?? failWith(`${folder.id}: ${problem}: no SHA-256 was printed`),
+    bytes: Number(bytes ?? 0),
+  };
 }
 
 /** Errors: Failure. */
@@ -6846,7 +6855,7 @@ function folderDestination(folder: Folder, options: FolderOptions): Destination 
       const backup = dataFinder(standing.filter(isComplete))(snapshot);
       if (backup === undefined) throw new Failure(`${id} has no backup of ${snapshot.name}`);
       const [ours, theirs] = await allOf([digestIn(source, snapshot), digestIn(folder, backup)]);
-      return ours === theirs;
+      return ours?.sum === theirs?.sum;
     },
     arrived(transfer) {
       here.add(dataOf(transfer.snapshot));
@@ -15434,21 +15443,115 @@ async function withMembers(
 // ── verify: every byte, read and compared ──
 
 export type VerifyOptions = ReturnType<typeof verifyOptions>;
+/** A verify that is under way. `tell` tells of each one. */
+type Verify = VerifyOptions & {
+  readonly progress: Verification;
+  readonly tell: (line: string) => void;
+};
 
 /** Reads every byte of what two locations share, on their hosts, and compares. */
-export async function verify(o: VerifyOptions, report: Report): Promise<void> {
+export async function verify(given: VerifyOptions, report: Report): Promise<void> {
+  const isMany = given.all || given.locations.some(holdsStreams);
+  const tell = given.each || !isMany ? log.info : log.debug;
+  const o: Verify = { ...given, progress: new Verification(Date.now()), tell };
   const columns = await openColumns(o.locations, false, o, report);
   let compared = 0;
-  for (const some of o.recursive ? await columnsByMember(columns, o, report) : [columns])
-    compared += await verifyColumns(some, o, report);
+  await whileTold(o, isMany && given.shown, async () => {
+    for (const some of o.recursive ? await columnsByMember(columns, o, report) : [columns])
+      compared += await verifyColumns(some, o, report);
+  });
   if (compared === 0) tellFailure(report, null, "nothing was compared");
-  report.event("summary", { ok: !report.failed, compared });
+  else log.info(o.progress.summary(Date.now()));
+  const { well, all, bytes } = o.progress;
+  report.event("summary", { ok: !report.failed, compared, well, of: all, bytes });
+}
+
+/** So often a long verify says how far it is where it cannot draw a line; in ms. */
+const VERIFY_NEWS = 600e3;
+
+/** How far a verify is; moments are in ms since 1970. */
+export class Verification {
+  /** How many are right, of all that were to be read so far; and the bytes that were read. */
+  well = 0;
+  all = 0;
+  bytes = 0;
+  #place = { id: "", all: 0, done: 0, bytes: 0, size: 0, began: 0 };
+  /** Of the one at hand. */
+  #now = 0;
+  #told: number;
+  constructor(readonly began: number) {
+    this.#told = began;
+  }
+  /** So many are read in a place, next; `size`: of so many bytes, 0 where nobody knows. */
+  begin(id: string, all: number, size: number, began: number): void {
+    this.#place = { id, all, done: 0, bytes: 0, size, began };
+    this.all += all;
+  }
+  /** So many bytes of one have been read. */
+  reading(bytes: number): void {
+    this.#now = bytes;
+  }
+  /** One has been read, or could not be. */
+  done(isWell: boolean, bytes: number): void {
+    if (isWell) this.well++;
+    this.#place.done++;
+    this.#place.bytes += bytes;
+    this.bytes += bytes;
+    this.#now = 0;
+  }
+  /** The line at the bottom of a terminal. */
+  line(columns: number, now: number): string {
+    const { id, all, done, bytes, size, began } = this.#place;
+    return progressLine({
+      name: `${done} of ${all} in ${id}`,
+      bytes: bytes + this.#now,
+      size: size === 0 ? undefined : size,
+      seconds: (now - began) / 1000,
+      columns,
+    });
+  }
+  /** A line for a log, if it is time for one. */
+  news(now: number): string | null {
+    if (now - this.#told < VERIFY_NEWS) return null;
+    this.#told = now;
+    const { id, all, done, bytes, size } = this.#place;
+    const read = bytes + this.#now;
+    const part = size === 0 ? "" : ` of ${inBytes(size)}`;
+    return `Read ${done} of ${all} in ${id}, ${inBytes(read)}${part} in ${inWords(now - this.began)}`;
+  }
+  /** The last line. */
+  summary(now: number): string {
+    const amount = this.bytes === 0 ? "" : `${inBytes(this.bytes)} `;
+    return `${this.well} of ${this.all} ${this.all === 1 ? "is" : "are"} well, ${amount}in ${inWords(now - this.began)}`;
+  }
+}
+
+/** Shows how far a verify is while it works: on a terminal, else in the log now and then. */
+async function whileTold(
+  { progress, shown }: Verify,
+  isShown: boolean,
+  work: () => Promise<void>,
+): Promise<void> {
+  const isDrawn = displayOf({ progress: shown, btrfsDebug: false }).progress;
+  const show = () => {
+    const now = Date.now();
+    if (isDrawn) return terminal.show(progress, progress.line(process.stderr.columns || 80, now));
+    const news = progress.news(now);
+    if (news !== null) log.info(news);
+  };
+  const watch = isShown ? setInterval(show, 500) : undefined;
+  try {
+    await work();
+  } finally {
+    clearInterval(watch);
+    if (isDrawn) terminal.show(progress, null);
+  }
 }
 
 /** Compares the columns of one chain. Returns how many snapshots or streams were read. */
 async function verifyColumns(
   columns: readonly Column[],
-  o: VerifyOptions,
+  o: Verify,
   report: Report,
 ): Promise<number> {
   let compared = 0;
@@ -15500,11 +15603,11 @@ async function columnsByMember(
 
 /** What was found in comparing the snapshots of a folder, `left`, with those of others. */
 type Comparison = {
-  readonly o: VerifyOptions;
+  readonly o: Verify;
   readonly report: Report;
   readonly left: Folder;
   /** By UUID, what was read of `left`. */
-  readonly digests: Map<string, Promise<string>>;
+  readonly digests: Map<string, Promise<Summed>>;
   /** By location, the snapshots of `left` that are the same there. */
   readonly equal: Map<string, Snapshot[]>;
   compared: number;
@@ -15531,8 +15634,12 @@ async function compareShared(comparison: Comparison, right: Folder): Promise<voi
         ? `nothing complete is shared with ${left.id}`
         : `${o.snapshot} is not complete on both sides, or not the same snapshot`,
     );
+  o.progress.begin(id, wanted.length, 0, Date.now());
   for (const row of wanted)
-    await compareOne(comparison, right, row).catch((error) => report.error(id, error));
+    await compareOne(comparison, right, row).catch((error) => {
+      o.progress.done(false, 0);
+      report.error(id, error);
+    });
 }
 
 async function compareOne(
@@ -15540,15 +15647,18 @@ async function compareOne(
   right: Folder,
   { name, cells }: Row,
 ): Promise<void> {
-  const { report, left, digests, equal } = comparison;
+  const { o, report, left, digests, equal } = comparison;
   const { id } = right;
   const [ours, theirs] = cells.map((cell) => cell?.entry) as [Snapshot, Snapshot];
-  log.info(`Reading ${name} in ${left.id} and ${id}`);
-  const digest = digests.get(ours.uuid) ?? digestIn(left, ours);
+  o.tell(`Reading ${name} in ${left.id} and ${id}`);
+  const known = digests.get(ours.uuid);
+  const digest = known ?? digestIn(left, ours);
   digests.set(ours.uuid, digest);
-  const [a, b] = await allOf([digest, digestIn(right, theirs)]);
+  const [own, other] = (await allOf([digest, digestIn(right, theirs)])) as [Summed, Summed];
+  const [a, b] = [own.sum, other.sum];
   const differences = a === b ? [] : await differencesBetween([left, ours], [right, theirs]);
   comparison.compared++;
+  o.progress.done(a === b, other.bytes + (known === undefined ? own.bytes : 0));
   report.event("verify", { location: id, name, equal: a === b, sha256: b, differences });
   if (a !== b)
     return tellFailure(
@@ -15557,7 +15667,7 @@ async function compareOne(
       `${name} differs from ${left.id}: ${firstFew(differences, 10, "; ")}`,
     );
   equal.set(id, [...(equal.get(id) ?? []), ours]);
-  log.info(`${name} in ${id} is equal (SHA-256 ${b})`);
+  o.tell(`${name} in ${id} is equal (SHA-256 ${b})`);
 }
 
 /** The first few of some words, and how many more there are. */
@@ -15605,12 +15715,14 @@ async function rememberEqual({ o, left: source, equal }: Comparison): Promise<vo
 async function verifyStreams(
   folder: Folder,
   store: Store,
-  o: VerifyOptions,
+  o: Verify,
   report: Report,
 ): Promise<number> {
   const { id } = folder;
   const all = byUuid(store.streams);
+  const bad = new Set<Stream>();
   const failed = (lacking: Stream, what: string) => {
+    bad.add(lacking);
     const lost = store.streams
       .filter((other) => other.readonly && chainOf(other, all).includes(lacking))
       .map(({ name }) => name);
@@ -15631,28 +15743,36 @@ async function verifyStreams(
   for (const object of [...store.debris.values()].flat())
     report.warning(`${id}: ${object} is what a broken transfer left; the next run removes it`);
   const readable = streams.filter(({ summed }) => summed);
+  o.progress.begin(id, streams.length, bytesOf(readable), Date.now());
+  for (let i = readable.length; i < streams.length; i++) o.progress.done(false, 0);
   const sums = await readSums(folder, store, readable);
   const small = await readSmall(folder, store.verbs, readable);
   for (const one of readable) {
     const { name, uuid } = one;
-    log.info(`Reading ${name} in ${id}`);
-    const read = small.get(one) ?? (await readStream(folder, store.verbs, one));
-    if ("problem" in read) {
-      failed(one, read.problem);
-      continue;
-    }
-    const { sha256, refused } = read;
+    o.tell(`Reading ${name} in ${id}`);
+    const counts = (bytes: number | null) => o.progress.reading(bytes ?? 0);
+    const read = small.get(one) ?? (await readStream(folder, store.verbs, one, counts));
     const right = sums.get(uuid);
-    const equal = sha256 === right;
-    const differences = equal ? [] : [uuid];
-    report.event("verify", { location: id, name, equal, sha256, differences });
-    if (!equal)
-      failed(one, `is damaged: it has the SHA-256 ${sha256}, and should have ${right ?? "one"}`);
-    else if (refused !== null)
-      failed(one, `has the right SHA-256, but cannot be received: ${refused}`);
-    else log.info(`${name} in ${id} is as it was stored (SHA-256 ${sha256})`);
+    if (!("problem" in read)) {
+      const equal = read.sha256 === right;
+      const differences = equal ? [] : [uuid];
+      report.event("verify", { location: id, name, equal, sha256: read.sha256, differences });
+    }
+    const wrong = wrongIn(read, right);
+    if (wrong !== null) failed(one, wrong);
+    else o.tell(`${name} in ${id} is as it was stored (SHA-256 ${right})`);
+    o.progress.done(!bad.has(one), one.bytes);
   }
   return readable.length;
+}
+
+/** What is wrong with a stored stream that should have a SHA-256; null if nothing is. */
+function wrongIn(read: StreamRead, right: string | undefined): string | null {
+  if ("problem" in read) return read.problem;
+  const { sha256, refused } = read;
+  if (sha256 !== right)
+    return `is damaged: it has the SHA-256 ${sha256}, and should have ${right ?? "one"}`;
+  return refused === null ? null : `has the right SHA-256, but cannot be received: ${refused}`;
 }
 
 /** The streams that are asked for: of one snapshot all that it needs. */
@@ -15675,7 +15795,12 @@ type StreamRead =
   { readonly sha256: string; readonly refused: string | null } | { readonly problem: string };
 
 /** Reads one stored stream: here, if it can be read along; else where it is stored. */
-async function readStream(folder: Folder, verbs: StoreVerbs, stored: Stream): Promise<StreamRead> {
+async function readStream(
+  folder: Folder,
+  verbs: StoreVerbs,
+  stored: Stream,
+  counts: (bytes: number | null) => void,
+): Promise<StreamRead> {
   const { uuid: object, compressed, encrypted } = stored;
   let refused: string | null = null;
   if (
@@ -15686,7 +15811,7 @@ async function readStream(folder: Folder, verbs: StoreVerbs, stored: Stream): Pr
     const unpack: Stage[] = compressed ? [{ label: "zstd", command: "zstd -q -d -c" }] : [];
     const read = await pipeline([
       fetching(folder, verbs, object),
-      relayStage({ sum: true }),
+      relayStage({ sum: true }, counts),
       ...unpack,
       relayStage({ check: expectedOf(stored), drop: true }),
     ]).catch((error: Error) => error.message);
@@ -20250,7 +20375,7 @@ const GROUPS = {
       meansIn: { all: "Write the metrics of all these sources into one file, besides their own" },
     },
     "no-progress": {
-      of: [...TRANSFERRING, "all"],
+      of: [...TRANSFERRING, "verify", "all"],
       short: "P",
       old: true,
       means: "Show no progress",
@@ -21127,7 +21252,16 @@ export function verifyOptions(given: Given) {
     throw new UsageError(
       `with what shall ${locations[0]?.id} be compared? Give SOURCE and LOCATION…, two LOCATIONs, or one of stored streams`,
     );
-  return { ...commonOptions(given), locations, snapshot, all, recursive: flag("recursive") };
+  return {
+    ...commonOptions(given),
+    locations,
+    snapshot,
+    all,
+    recursive: flag("recursive"),
+    /** Each one is told of, since somebody has asked for it. */
+    each: value("verbosity") !== null,
+    shown: !flag("no-progress") && !flag("quiet"),
+  };
 }
 
 export function versionsOptions(given: Given) {
