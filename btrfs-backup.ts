@@ -6854,8 +6854,9 @@ function folderDestination(folder: Folder, options: FolderOptions): Destination 
     async compare(source, snapshot) {
       const backup = dataFinder(standing.filter(isComplete))(snapshot);
       if (backup === undefined) throw new Failure(`${id} has no backup of ${snapshot.name}`);
-      const [ours, theirs] = await allOf([digestIn(source, snapshot), digestIn(folder, backup)]);
-      return ours?.sum === theirs?.sum;
+      const sides = [digestIn(source, snapshot), digestIn(folder, backup)];
+      const [ours, theirs] = (await allOf(sides)) as [Summed, Summed];
+      return ours.sum === theirs.sum;
     },
     arrived(transfer) {
       here.add(dataOf(transfer.snapshot));
@@ -14704,7 +14705,8 @@ export async function list(o: ListOptions, report: Report): Promise<void> {
   const now = wallClock(new Date());
   if (o.maxAge !== null) return listAges({ ...o, maxAge: o.maxAge }, report);
   const addKnown = o.locations.length === 1;
-  const columns = await openColumns(o.locations, addKnown, { ...o, mayBeAway: o.optional }, report);
+  const looking = { ...o, prefix: o.prefix ?? "", mayBeAway: o.optional };
+  const columns = await openColumns(o.locations, addKnown, looking, report);
   const found = columns.map(async (column) =>
     o.prefix !== null ? [o.prefix] : prefixesToList(column, o, report),
   );
@@ -14970,43 +14972,44 @@ export function inventory(
   const source = first && isSnapshotFolder(first) ? first : null;
   const [taken, known] = source === null ? [[], []] : [wholeIn(source), knownDestinations(source)];
   const sides = columns.map((one) => sideOf(one, { source, taken, known, policies, now }));
-  const snapshots = align(folders)
-    .reverse()
-    .map(({ name, time, cells }) => ({
-      name,
-      time: new Date(time).toISOString().slice(0, 19),
-      ...describedBy(source, cells[0]),
-      at: sides.map(({ folder, goes, pin }, i) => {
-        // What cannot be asked: what the source remembers.
-        if (folder === null)
-          return {
-            state: "?",
-            pin: cells[0]?.entry.uuid === pin,
-            goes: false,
-            uuid: null,
-            bytes: null,
-            frees: null,
-          };
-        const { state, entry } = cells[i] ?? {};
-        if (entry === undefined) return null;
-        const { uuid, kept } = entry;
+  const rows = align(folders);
+  const snapshots = rows.toReversed().map(({ name, time, cells }) => ({
+    name,
+    time: new Date(time).toISOString().slice(0, 19),
+    ...describedBy(source, cells[0]),
+    at: sides.map(({ folder, goes, pin }, i) => {
+      // What cannot be asked: what the source remembers.
+      if (folder === null)
         return {
-          state,
-          pin: uuid === pin,
-          goes: goes.has(uuid),
-          uuid,
-          ...(sizes.get(uuid) ?? { bytes: null, frees: null }),
-          ...(kept === undefined ? {} : { kept }),
+          state: "?",
+          pin: cells[0]?.entry.uuid === pin,
+          goes: false,
+          uuid: null,
+          bytes: null,
+          frees: null,
         };
-      }),
-    }));
-  const locations = columns.map(({ id, folder, problem, away }) => ({
+      const { state, entry } = cells[i] ?? {};
+      if (entry === undefined) return null;
+      const { uuid, kept } = entry;
+      return {
+        state,
+        pin: uuid === pin,
+        goes: goes.has(uuid),
+        uuid,
+        ...(sizes.get(uuid) ?? { bytes: null, frees: null }),
+        ...(kept === undefined ? {} : { kept }),
+      };
+    }),
+  }));
+  const wholeAt = (i: number) =>
+    rows.flatMap(({ cells }) => (cells[i]?.state === "whole" ? cells[i].entry : []));
+  const locations = columns.map(({ id, folder, problem, away }, i) => ({
     id,
     source: folder !== null && folder === source,
     error: problem,
     last: known.find(({ location }) => location === id)?.last,
     ...(away ? { optional: true } : {}),
-    ...totalsOf(folder, sizes),
+    ...totalsOf(folder, wholeAt(i), sizes),
   }));
   return { locations, snapshots };
 }
@@ -15026,11 +15029,15 @@ export type Totals = {
   readonly bytes: number | null;
 };
 
-/** What stands in a folder under its prefix, in all; `sizes`: as far as they were asked for. */
-export function totalsOf(folder: Folder | null, sizes: ReadonlyMap<string, Size>): Totals {
-  if (folder === null) return { ...NO_TOTALS };
+/** What a folder has in all, by what is whole there; `sizes`: as far as they were asked for. */
+function totalsOf(
+  folder: Folder | null,
+  found: readonly Snapshot[],
+  sizes: ReadonlyMap<string, Size>,
+): Totals {
+  if (folder === null) return NO_TOTALS;
   const { place, store, prefix } = folder;
-  const whole = wholeIn(folder).toSorted((a, b) => a.moment - b.moment);
+  const whole = found.toSorted((a, b) => a.moment - b.moment);
   const gaps = whole.slice(1).map(({ moment }, i) => moment - (whole[i]?.moment ?? 0));
   const stored = store?.streams.filter(({ name }) => parseName(name, prefix) !== null);
   const known = stored ?? whole.flatMap(({ uuid }) => sizes.get(uuid) ?? []);

@@ -9,6 +9,7 @@ import {
   readdirSync,
   readFileSync,
   rmSync,
+  statfsSync,
   statSync,
   writeFileSync,
 } from "node:fs";
@@ -45,10 +46,9 @@ const listed = (result: Result) =>
 const rows = ({ stdout }: Result) =>
   new Map(
     stdout
-      .split("\n\n")[1]
+      .split("\n\n")[0]
       ?.split("\n")
-      .slice(1)
-      .filter(Boolean)
+      .filter((line) => /^\S*\d{8}-\d{6} /.test(line))
       .map((line) => [line.split("  ")[0] as string, line.split(/ {2,}/).slice(2)]),
   );
 
@@ -67,6 +67,7 @@ describe("list", () => {
       b.path,
     );
     const result = await expectRun(0, ["list", "-N", "2", "-n", "2", source]);
+    expect([...rows(result).keys()]).toEqual([1, 2, 3, 4, 5].map(day)); // the newest last
     expect(rows(result)).toEqual(
       new Map([
         [day(5), ["whole", "other", "whole, pin"]],
@@ -76,19 +77,40 @@ describe("list", () => {
         [day(1), ["whole, goes", "whole, goes", "-"]],
       ]),
     );
-    expect(result.stdout.split("\n\n")[0]?.split("\n")).toEqual([
+    // Below them, in all: how many are whole, from when to when, the longest gap, and what is free there.
+    const [table = "", totals = "", legend = ""] = result.stdout.split("\n\n");
+    expect(totals.split("\n").map((line) => line.replace(/ {2,}/g, "  "))).toEqual([
+      expect.stringMatching(/^ +ALL  FROM  TO  LONGEST GAP  FREE$/),
+      expect.stringMatching(
+        new RegExp(`^A  5  ${day(1)}  ${day(5)}  24 hours  [\\d.]+[MG] of [\\d.]+[MG]$`),
+      ),
+      expect.stringMatching(new RegExp(`^B  3  ${day(1)}  ${day(3)}  24 hours  [\\d.]+[MG] of`)),
+      expect.stringMatching(new RegExp(`^C  2  ${day(3)}  ${day(5)}  2 days  [\\d.]+[MG] of`)),
+    ]);
+    expect(legend.split("\n")).toEqual([
       `A  ${source} (source)`,
       expect.stringMatching(new RegExp(`^B  ${destination}, last served \\d+ seconds? ago$`)),
       expect.stringMatching(new RegExp(`^C  ${second}, last served \\d+ seconds? ago$`)),
     ]);
-    expect(
-      Math.max(
-        ...(result.stdout
-          .split("\n\n")[1]
-          ?.split("\n")
-          .map((line) => line.length) ?? []),
-      ),
-    ).toBeLessThanOrEqual(80);
+    const lines = [table, totals].flatMap((block) => block.split("\n"));
+    expect(Math.max(...lines.map((line) => line.length))).toBeLessThanOrEqual(80);
+    // Of many, the newest; the totals count all, and to programs the newest is the first.
+    const newest = await expectRun(0, ["list", "--last", "2", source]);
+    expect(newest.stdout).toStartWith("… 3 older\n");
+    expect([...rows(newest).keys()]).toEqual([day(4), day(5)]);
+    expect(newest.stdout).toMatch(new RegExp(`^A +5 +${day(1)} `, "m"));
+    const told = listed(await expectRun(0, ["list", "--json", "--last", "1", source]));
+    expect(told["snapshots"].map(({ name }: { name: string }) => name)).toEqual([day(5)]);
+    const { bavail, bsize, blocks } = statfsSync(b.path);
+    expect(told["locations"][1]).toMatchObject({
+      count: 3,
+      oldest: day(1),
+      newest: day(3),
+      longest_gap: 86400e3,
+      size: blocks * bsize,
+    });
+    expect(Math.abs(told["locations"][1].free - bavail * bsize)).toBeLessThan(16 << 20);
+    await expectRun(2, ["list", "--last", "0", source]);
     // The same as data, with given destinations, over ssh, and by any order of locations.
     const { options, url } = await sshServer();
     const json = listed(
@@ -123,11 +145,11 @@ describe("list", () => {
       uuid: expect.stringMatching(/^[0-9a-f-]{36}$/),
     });
     expect([...rows(await expectRun(0, ["list", destination, second])).values()]).toEqual([
-      ["whole", "other"],
-      ["incomplete", "-"],
+      ["whole", "-"],
+      ["whole", "-"],
       ["whole", "whole"],
-      ["whole", "-"],
-      ["whole", "-"],
+      ["incomplete", "-"],
+      ["whole", "other"],
     ]);
   });
 
