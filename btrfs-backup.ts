@@ -15486,6 +15486,8 @@ export class Verification {
   /** Of the one at hand. */
   #now = 0;
   #told: number;
+  /** Is called when a place begins. */
+  begun = () => {};
   constructor(readonly began: number) {
     this.#told = began;
   }
@@ -15493,6 +15495,7 @@ export class Verification {
   begin(id: string, all: number, size: number, began: number): void {
     this.#place = { id, all, done: 0, bytes: 0, size, began };
     this.all += all;
+    this.begun();
   }
   /** So many bytes of one have been read. */
   reading(bytes: number): void {
@@ -15547,6 +15550,7 @@ async function whileTold(
     if (news !== null) log.info(news);
   };
   const watch = isShown ? setInterval(show, 500) : undefined;
+  if (isShown && isDrawn) progress.begun = show;
   try {
     await work();
   } finally {
