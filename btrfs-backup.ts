@@ -20446,6 +20446,8 @@ type Options = {
 /** A command line. `scopes`: the options that hold for each --for DEST. */
 type Given = Options & {
   readonly positionals: readonly string[];
+  /** These, and what --optional and --for name, in their order. */
+  readonly places: readonly string[];
   readonly scopes: readonly { readonly dest: string; readonly options: Options }[];
 };
 type GivenOption = readonly [name: string, value: string];
@@ -20505,7 +20507,12 @@ export function readArguments(args: readonly string[], definitions: ArgsDef): Gi
     const words = tokens.flatMap((token): GivenOption[] =>
       token.kind === "option" ? [[token.name, token.value ?? ""]] : [],
     );
-    return { positionals, ...inScopes(words) };
+    const places = tokens.flatMap((token): string[] => {
+      if (token.kind === "positional") return [token.value];
+      const isPlace = token.kind === "option" && ["optional", "for"].includes(token.name);
+      return isPlace && token.value !== undefined ? [token.value] : [];
+    });
+    return { positionals, places, ...inScopes(words) };
   } catch (error) {
     throw argumentError(error as Error, defined);
   }
@@ -20861,7 +20868,9 @@ function destinationsOf(given: Given, positionals: readonly string[], prefix: st
   const own = new Map(scopes.map(({ dest, options }) => [parseLocation(dest).id, options]));
   if (own.size < scopes.length) throw new UsageError("--for names a destination twice");
   const absent = new Set(optional.map((text) => parseLocation(text).id));
-  const locations = [...positionals, ...optional, ...scopes.map(({ dest }) => dest)]
+  const named = new Set([...positionals, ...optional, ...scopes.map(({ dest }) => dest)]);
+  const locations = given.places
+    .filter((text) => named.has(text))
     .map(parseLocation)
     .map((location) => [location.id, location] as const);
   const optionsFor = ({ id }: Location) => own.get(id) ?? given;

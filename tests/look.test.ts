@@ -314,7 +314,10 @@ test("what --if-changed found, and what may be away, is no alarm; and each place
   const places = [source, "--optional", destination, store];
   const name = "20200101-000000";
   snapshotAs(source, name);
-  await expectRun(0, ["-S", ...places]);
+  const first = await expectRun(0, ["-S", ...places]);
+  // A summary has the order of the command line.
+  const summed = first.stderr.slice(first.stderr.indexOf("Done:"));
+  expect(summed.match(/^(\/|raw:)\S*/gm)).toEqual([source, destination, store]);
   const aged = (status: number, ...more: string[]) =>
     expectRun(status, ["list", "--max-age", "26h", ...more]);
   const verdicts = ({ stdout }: Result) =>
@@ -447,7 +450,7 @@ test("verify of many tells how far it is and ends with one line; -v info tells e
   expect(one.stderr).toMatch(/ is equal \(SHA-256 [^]*1 of 1 is well, 4?\d*[\d.]+M in /);
   const program = join(ROOT, "dist/btrfs-backup");
   const drawn = sh(`script -qec "$1 verify $2" /dev/null`, program, store);
-  expect(drawn).toMatch(/0 of 3 in raw:[^]*\x1b\[1A[^]*3 of 3 are well/);
+  expect(drawn).toMatch(/0 of 3 in [^]*\x1b\[1A[^]*3 of 3 are well/);
   expect(sh(`script -qec "$1 verify -P $2" /dev/null`, program, store)).not.toContain("\x1b[1A");
   damage(join(destination, day(2)), "echo bad >plain/0");
   const bad = await expectRun(1, ["verify", "--all", "--json", source, destination, store]);
