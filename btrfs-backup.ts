@@ -1023,6 +1023,8 @@ type Setting = {
   /** In ms; see LIMITS. */
   stuck: number;
   parting: number;
+  /** With the level debug, the scripts that run are shown as well. */
+  scripts: boolean;
   /** Which of several runs it is; null where there is only one. */
   readonly member: {
     /** The name of its argument file; null for what concerns all of them. */
@@ -1036,6 +1038,7 @@ const newSetting = (member: Setting["member"]): Setting => ({
   level: LEVELS.info,
   stuck: 3600e3,
   parting: 10e3,
+  scripts: false,
   member,
 });
 
@@ -1468,6 +1471,27 @@ export function wordsFor<V extends Declared>(verb: V, given: ArgumentsOf<V>): st
   return all.slice(0, end + 1).flatMap((value) => value ?? "");
 }
 
+/** How many of a list's words are shown. */
+const TYPED_WORDS = 10;
+
+/** A verb as a person would type it: its host, its name, and each value behind its own name. */
+export function typedVerb<V extends Declared>(
+  { label }: Pick<Host, "label">,
+  verb: V,
+  given: ArgumentsOf<V>,
+): string {
+  const values = given as Readonly<Record<string, string | readonly string[] | undefined>>;
+  const words = parametersOf(verb).flatMap(({ name }) => {
+    const value = values[name] ?? "";
+    if (value.length === 0) return [];
+    if (typeof value === "string") return [`${name}=${shellWord(value)}`];
+    const shown = value.slice(0, TYPED_WORDS).map(shellWord);
+    const more = value.length > TYPED_WORDS ? ` … ${value.length} in all` : "";
+    return [`${name}=(${shown.join(" ")}${more})`];
+  });
+  return [...(label === "" ? [] : [`${label}:`]), verb.name, ...words].join(" ");
+}
+
 /** zx as this program uses it: a POSIX shell, words quoted by us, exit statuses looked at by us. */
 const shell = $({
   shell: "/bin/sh",
@@ -1721,14 +1745,13 @@ function start<V extends Declared>(
 ): Started {
   const args = wordsFor(verb, given);
   checkInterruption();
-  log.debug(
-    `${host.label === "" ? "" : `${host.label}: `}${verb.name} ${args.map(shellWord).join(" ")}`,
-  );
+  log.debug(typedVerb(host, verb, given));
   const local = host.ssh === null;
   const text =
     local && host.fence === undefined && host.namespace === undefined
       ? `: ${titleOf(verb)}; set -- ${scriptArguments(host, args)}; ${verb.script}`
       : `exec ${commandFor(host, verb, args)}`;
+  if (setting().scripts) log.debug(`script: ${text}`);
   // Ctrl-C reaches every child of the terminal, but we end these, after cleaning up: a verb has a
   // process group of its own. ssh stays where it can ask for a passphrase.
   const child = shell({
@@ -2233,6 +2256,8 @@ function resultOf<T>(settled: PromiseSettledResult<T> | undefined): T {
 export type Stage = {
   readonly label: string;
   readonly command: string;
+  /** The command as a person would type it, where it is a script. */
+  readonly typed?: string;
   /** The verb that works for it on another host. */
   readonly far?: { readonly host: Host; readonly verb: Verb; readonly folder: string };
   /** Its stderr goes to the terminal, not into the error. */
@@ -2263,6 +2288,7 @@ function verbStage<V extends Declared>(
   return {
     label: `${what}${host.label === "" ? "" : ` on ${host.label}`}`,
     command: commandWith(host, verb, given),
+    typed: typedVerb(host, verb, given),
     ...(host.ssh === null ? {} : { far: { host, verb, folder: folderOf(given) } }),
     ...more,
   };
@@ -2354,9 +2380,7 @@ function startPipeline(
   const stages = withoutTwins(given);
   const directory = mkdtempSync(join(runtimeDirectory(), "p"));
   const text = pipelineText(stages, directory, feeds);
-  log.debug(
-    `pipeline: ${stages.map(({ relay: by, ...stage }) => (by === undefined ? stage.command : `relay ${JSON.stringify(by)}`)).join(" | ")}`,
-  );
+  log.debug(`pipeline: ${typedPipeline(stages, setting().scripts)}`);
   const child = shell({
     detached: true,
     stdio: ["ignore", "ignore", "pipe"],
@@ -2396,6 +2420,15 @@ function startPipeline(
     ended: ended.then(() => outcomeOf(stages, directory, kill)),
   };
 }
+
+/** A pipeline's stages as a person would type them; with `scripts`, as they run. */
+const typedPipeline = (stages: readonly Stage[], scripts: boolean) =>
+  stages
+    .map(({ relay: by, command, typed = command }) => {
+      if (by !== undefined) return `relay ${JSON.stringify(by)}`;
+      return scripts ? command : typed;
+    })
+    .join(" | ");
 
 /**
  * The shell text of a pipeline, whose stages leave their stderr in files named by their numbers. A
@@ -4419,8 +4452,10 @@ const DIGEST = defineVerb("digest", "folder fsid snapshot")`
       echo failed >&3
   }
   sockets() { paths -type s | xargs -0 -r stat --printf "%n %a %u:%g %.9Y/" || echo failed >&3; }
+  # What has been read: a child's I/O is added to its parent's, see proc(5).
+  count() { while read -r k v; do case $k in wchar:) echo "bytes $v" >&4;; esac; done </proc/self/io; }
   exec 4>&1
-  bad=$( { { pack --mtime=@0 .; sockets; paths | pack --null --verbatim-files-from -T -; } | sha256 >&4; } 3>&1 )
+  bad=$( { { pack --mtime=@0 .; sockets; paths | pack --null --verbatim-files-from -T -; count; } | sha256 >&4; } 3>&1 )
   [ -z "$bad" ]
 `;
 
@@ -4486,6 +4521,25 @@ const SIZES = defineVerb("sizes", "folder fsid names...")`
   at "$folder" "$fsid"
   b filesystem sync . >/dev/null
   b filesystem du -s --raw "$@"
+`;
+
+/**
+ * What quotas count for each subvolume of a filesystem, if they are on and right: `btrfs qgroup show`.
+ * Simple quotas do not tell what is shared.
+ */
+const QUOTAS = defineVerb("quotas", "folder fsid filesystem")`
+  at "$folder" "$fsid"
+  quotas=/sys/fs/btrfs/$filesystem/qgroups
+  told() { if [ -r "$quotas/$1" ]; then read -r value <"$quotas/$1"; else value=$2; fi; }
+  if [ -d "$quotas" ]; then
+    told mode qgroup
+    mode=$value
+    told inconsistent 0
+    if [ "$mode $value" = "qgroup 0" ]; then
+      b filesystem sync . >/dev/null
+      b qgroup show --raw . 2>/dev/null || :
+    fi
+  fi
 `;
 
 /**
@@ -5351,6 +5405,8 @@ export type KnownDestination = {
    * there. They were compared when this generation was their last.
    */
   readonly cleared?: Cleared;
+  /** The last run named it as --optional. */
+  readonly optional?: true;
 };
 export type Cleared = Readonly<Record<string, number>>;
 
@@ -5397,7 +5453,12 @@ export type ChainRecord = {
    * which on it was not there any more.
    */
   readonly tree?: { readonly gone: Readonly<Record<string, string>> };
+  /** A run with --if-changed has found nothing that differs from the newest snapshot. */
+  readonly unchanged?: Unchanged;
 };
+
+/** What a run has found: at a moment, as ISO 8601, nothing had changed since a snapshot. */
+export type Unchanged = { readonly uuid: string; readonly at: string };
 
 /** `.btrfs-backup.json`. Unreadable: nothing may be deleted there, and it is not written. */
 export type RecordFile = {
@@ -5478,6 +5539,7 @@ const isDestination = fieldsAre<KnownDestination>({
   failed: ifAny(areTexts),
   receiving: ifAny(Array.isArray),
   cleared: ifAny(areNumbers),
+  optional: ifAny((value) => value === true),
 });
 
 const isKeptOne = fieldsAre<KeptOne>({ name: isText, uuid: isText, note: isText });
@@ -5510,6 +5572,7 @@ const isChain = fieldsAre<ChainRecord>({
   imported: ifAny((all) => Object.values(all as object).every(isImported)),
   guarded: ifAny((value) => value === true),
   tree: ifAny(fieldsAre<ChainRecord["tree"] & {}>({ gone: areGone })),
+  unchanged: ifAny(fieldsAre<Unchanged>({ uuid: isText, at: isText })),
 });
 
 /** Refuses a chain that this program does not write so. Errors: Error, or TypeError for null. */
@@ -6463,6 +6526,8 @@ export type Destination = Readonly<{
   receive: (source: Folder, transfer: Transfer, isFollowed?: boolean) => Promise<Incoming>;
   /** Does what the last transfer left to the next one, where there was none. */
   settle?: () => Promise<void>;
+  /** Writes down that nothing has changed since the newest one there; not everywhere it can be. */
+  note?: (unchanged: Unchanged) => Promise<void>;
   /** Whether a snapshot's backup is the same as it; null where nobody can tell. Errors: Failure. */
   compare: ((source: Folder, snapshot: Snapshot) => Promise<boolean>) | null;
   /** What a snapshot's transfer has become there. */
@@ -6506,6 +6571,9 @@ function obstacleOf(backup: Backup, announced: readonly string[]): Obstacle {
   if (announced.includes(backup.name)) return { kind: "leftover" };
   return { kind: isReceived ? "edited" : "writable", backup };
 }
+
+/** For so long, in ms, a record need not say that a destination was served again. */
+const SERVED_AGAIN_MS = 3600e3;
 
 /** `again` looks anew; `owned`: the record from now on; `announced`: names that 0.3.1 began. */
 type FolderOptions = Deletion &
@@ -6706,12 +6774,19 @@ async function tidyUp(folder: Folder, hasParts: boolean): Promise<void> {
     await askAt(folder, TIDY, { prefix }, "cannot remove what is kept of a broken transfer");
 }
 
-/** The SHA-256 of all that a stream would carry of a snapshot. Errors: Failure. */
-async function digestIn(folder: Folder, { name }: Entry): Promise<string> {
+/**
+ * The SHA-256 of all that a stream would carry of a snapshot, and about how many bytes that was.
+ * Errors: Failure.
+ */
+async function digestIn(folder: Folder, { name }: Entry): Promise<Summed> {
   const problem = `cannot read ${name}`;
-  const sum = await askAt(folder, DIGEST, { snapshot: name }, problem);
-  const [digest] = /^[0-9a-f]{64}(?= )/.exec(sum) ?? [];
-  return digest ?? failWith(`${folder.id}: ${problem}: no SHA-256 was printed`);
+  const told = await askAt(folder, DIGEST, { snapshot: name }, problem);
+  const [sum] = /^[0-9a-f]{64}(?= )/m.exec(told) ?? [];
+  const [, bytes] = /^bytes (\d+)$/m.exec(told) ?? []; // an older guard does not count
+  return {
+    sum: sum ?? failWith(`${folder.id}: ${problem}: no SHA-256 was printed`),
+    bytes: Number(bytes ?? 0),
+  };
 }
 
 /** Errors: Failure. */
@@ -6779,8 +6854,9 @@ function folderDestination(folder: Folder, options: FolderOptions): Destination 
     async compare(source, snapshot) {
       const backup = dataFinder(standing.filter(isComplete))(snapshot);
       if (backup === undefined) throw new Failure(`${id} has no backup of ${snapshot.name}`);
-      const [ours, theirs] = await allOf([digestIn(source, snapshot), digestIn(folder, backup)]);
-      return ours === theirs;
+      const sides = [digestIn(source, snapshot), digestIn(folder, backup)];
+      const [ours, theirs] = (await allOf(sides)) as [Summed, Summed];
+      return ours.sum === theirs.sum;
     },
     arrived(transfer) {
       here.add(dataOf(transfer.snapshot));
@@ -6790,6 +6866,7 @@ function folderDestination(folder: Folder, options: FolderOptions): Destination 
       if (state.isAnnounced) await writeRecord(folder, state.chain, true);
       state.isAnnounced = false;
     },
+    note: (unchanged) => noteInRecord(folder, state, unchanged),
     tidy: () => tidyUp(folder, state.hasParts),
     async discard(name) {
       const how = doubted.has(name) ? "whole" : "";
@@ -6803,6 +6880,21 @@ function folderDestination(folder: Folder, options: FolderOptions): Destination 
     },
     close: folder.close,
   };
+}
+
+/** Writes into a folder's record that nothing had changed, if it says no such thing of the last hour. */
+async function noteInRecord(
+  folder: Folder,
+  state: FolderState,
+  unchanged: Unchanged,
+): Promise<void> {
+  const before = folder.chain.unchanged;
+  const isSoon =
+    before?.uuid === unchanged.uuid &&
+    Date.parse(unchanged.at) - Date.parse(before.at) < SERVED_AGAIN_MS;
+  if (isSoon || folder.record.unreadable !== null) return;
+  state.chain = { ...state.chain, unchanged };
+  await writeRecord(folder, state.chain);
 }
 
 /** How a folder gets a transfer: by `btrfs receive` at once, or by way of a file that is kept. */
@@ -7188,7 +7280,7 @@ function shellDestination(
       checkFilters(source, sending);
       const locked = `{ [ -f ${file} ] || ( umask 077; exec dd if=/dev/null of=${file} conv=excl oflag=nofollow status=none 2>/dev/null ) || :; [ -f ${file} ] || exit 75; flock -n -o -E 75 ${file} ${interpreter} -c ${quote(command)}; }`;
       return {
-        stages: [...encrypting(sending), { label: id, command: locked }],
+        stages: [...encrypting(sending), { label: id, command: locked, typed: command }],
         environment: {
           BTRFS_BACKUP_NAME: snapshot.name,
           BTRFS_BACKUP_KIND: parent === null ? "full" : "incremental",
@@ -9364,6 +9456,10 @@ function newSession(source: Source, ahead: Map<string, Ahead>, o: RunOptions, re
   const known = new Map(knownDestinations(source).map((one) => [one.location, one]));
   const wanted = wantedIn(source, known, o, report);
   for (const id of [null, ...wanted.keys()]) figuresOf(report.figures, id); // in their order
+  for (const [id, one] of wanted) {
+    const before = known.get(id);
+    if (before !== undefined && !one.recorded) known.set(id, asOptional(before, one.optional));
+  }
   // Without its pin all is sent again, and still to the right disk.
   for (const id of o.removeLocks ? wanted.keys() : []) {
     const one = known.get(id);
@@ -9381,6 +9477,7 @@ function newSession(source: Source, ahead: Map<string, Ahead>, o: RunOptions, re
     written: JSON.stringify(source.chain),
     saving: Promise.resolve() as Promise<unknown>,
     isTold: false, // that they cannot be written down
+    unchanged: source.owned.unchanged,
     inquiry: inquiryInto(source),
     display: displayOf(o),
     /** Lets so many streams flow at a time. */
@@ -9397,6 +9494,14 @@ function newSession(source: Source, ahead: Map<string, Ahead>, o: RunOptions, re
     /** What a destination has of these in other folders of a tree. */
     elsewhere: async (_id: string): Promise<readonly Entry[]> => [],
   };
+}
+
+/** What is known of a destination that may be away, or may not. */
+function asOptional(
+  { optional: _, ...known }: KnownDestination,
+  optional: boolean,
+): KnownDestination {
+  return { ...known, ...(optional ? { optional } : {}) };
 }
 
 /** The destinations of the command line, and with --locked-dests of the source's record. */
@@ -9439,12 +9544,13 @@ function save(session: Session): Promise<void> {
 }
 
 async function writeKnown(session: Session): Promise<void> {
-  const { o, source, known, leaps } = session;
+  const { o, source, known, leaps, unchanged } = session;
   const { imported: _, ...owned } = source.owned;
   const chain = {
     ...owned,
     ...(leaps === undefined ? {} : { leaps }),
     ...importedOf(session),
+    ...(unchanged === undefined ? {} : { unchanged }),
     ...(known.size > 0 || source.chain.destinations ? { destinations: [...known.values()] } : {}),
   };
   // What 0.3.1 made has no owner until a run has said whose it is, and a copy cannot; a disk of
@@ -9457,9 +9563,6 @@ async function writeKnown(session: Session): Promise<void> {
   await writeRecord(source, chain);
   session.written = JSON.stringify(chain);
 }
-
-/** For so long, in ms, a record need not say that a destination was served again. */
-const SERVED_AGAIN_MS = 3600e3;
 
 /** Whether a record would say no more than that destinations were served again, soon after. */
 function isOnlyTime(before: ChainRecord, after: ChainRecord): boolean {
@@ -10494,6 +10597,7 @@ async function unlessUnchanged(session: Session, taken: Snapshot): Promise<reado
     return [taken];
   }
   await deleteFrom(source, [taken], { ...o.deletion, sync: false });
+  session.unchanged = { uuid: newest.uuid, at: new Date().toISOString() };
   log.info(`Nothing has changed since ${newest.name}: no snapshot of ${o.source.id} is kept`);
   report.event("unchanged", { since: newest.name });
   return [];
@@ -12123,6 +12227,7 @@ async function conclude(served: Served): Promise<void> {
     if (isServed && wanted.sending.resume && !o.dryRun) await destination.tidy();
     // Before anything is deleted there: were the run to end, the source would go by an old pin.
     if (destination.stream === null) await remember(served, isServed);
+    if (isServed) await noteUnchanged(served);
     served.done = complete;
   } catch (error) {
     report.error(destination.id, error);
@@ -12133,7 +12238,7 @@ async function conclude(served: Served): Promise<void> {
 
 /** Writes down what a destination shares with the source now; `isServed`: it has all it should. */
 async function remember(
-  { session, destination, standing, verdicts, failed, earlier }: Served,
+  { session, destination, wanted, standing, verdicts, failed, earlier }: Served,
   isServed: boolean,
   pin: Pin | null = newestShared(session.snapshots, standing.held),
 ): Promise<void> {
@@ -12151,8 +12256,21 @@ async function remember(
       last: isServed ? new Date().toISOString() : (known.get(id)?.last ?? null),
       ...(lacking.length === 0 ? {} : { failed: lacking }),
       ...clearedOf(snapshots, verdicts.cleared),
+      ...(known.get(id)?.optional || wanted.optional ? { optional: true } : {}),
     });
   await save(session);
+}
+
+/**
+ * Lets the record of a destination say as well that nothing has changed since the newest backup, which
+ * would seem too old to whoever looks only there.
+ */
+async function noteUnchanged({ session, destination, standing }: Served): Promise<void> {
+  const { o, unchanged, snapshots, source } = session;
+  const newest = snapshots.at(-1);
+  if (o.dryRun || unchanged === undefined || unchanged === source.owned.unchanged) return;
+  if (newest?.uuid !== unchanged.uuid || dataFinder(standing.held)(newest) === undefined) return;
+  await destination.note?.(unchanged);
 }
 
 /** What a record says of changed and compared snapshots, as long as they are there. */
@@ -12640,20 +12758,27 @@ function metricsOfOutcomes(outcomes: readonly Outcome[]): string {
 export type LookingAtAll<O> = Pick<Together<O>, "json" | "members">;
 
 /** Shows what each SOURCE and its destinations have. */
-export const listAll = async ({ json, members }: LookingAtAll<ListOptions>): Promise<number> =>
-  worstOf(
-    await together({
-      json,
-      members,
-      jobs: 1,
-      sourceOf: ({ locations }) => locations[0]?.id ?? "",
-      turnOf: () => "",
-      work(o, report, name) {
-        if (!o.json && o.maxAge === null) print(`${name}:\n`);
-        return list(o, report);
-      },
-    }),
-  );
+export async function listAll({
+  json,
+  members,
+  aged,
+}: LookingAtAll<ListOptions> & { readonly aged: boolean }): Promise<number> {
+  const outcomes = await together({
+    json,
+    members,
+    jobs: 1,
+    sourceOf: ({ locations }) => locations[0]?.id ?? "",
+    turnOf: () => "",
+    work(o, report, name) {
+      if (!o.json && o.maxAge === null) print(`${name}:\n`);
+      return list(o, report);
+    },
+  });
+  for (const { name, source, status, places } of outcomes)
+    if (aged && !json && status !== 0 && places.has(null))
+      print(`UNKNOWN: ${source ?? `${name}.args`}: ${places.get(null)?.why}\n`);
+  return worstOf(outcomes);
+}
 
 /** Looks whether the next run of each argument file would do its work. */
 export const checkAll = async ({ json, members }: LookingAtAll<RunOptions>): Promise<number> =>
@@ -13559,7 +13684,8 @@ function wayFrom(
 /** All streams that a stored snapshot consists of, the full one first. */
 const piecesOf = (stored: Entry, { streams }: Store) => chainOf(stored as Stream, byUuid(streams));
 
-const bytesOf = (streams: readonly Stream[]) => streams.reduce((sum, { bytes }) => sum + bytes, 0);
+const bytesOf = (streams: readonly Pick<Stream, "bytes">[]) =>
+  streams.reduce((sum, { bytes }) => sum + bytes, 0);
 
 /** Warns of what the user may not expect of a restore. */
 function warnAhead(r: Restoration): void {
@@ -14577,15 +14703,10 @@ export type ListOptions = ReturnType<typeof listOptions>;
 /** Shows what each location has of each snapshot. */
 export async function list(o: ListOptions, report: Report): Promise<void> {
   const now = wallClock(new Date());
-  const { maxAge } = o;
-  // What cannot be read is told in the one line of its own.
-  const heard = maxAge === null ? report : { ...report, error: () => {} };
-  const addKnown = o.locations.length === 1 && maxAge === null;
-  const columns = await openColumns(o.locations, addKnown, { ...o, prefix: o.prefix ?? "" }, heard);
-  if (maxAge !== null) {
-    const places = await withMembers(columns, o, heard);
-    return checkAge(places, { ...o, maxAge }, Date.now(), report);
-  }
+  if (o.maxAge !== null) return listAges({ ...o, maxAge: o.maxAge }, report);
+  const addKnown = o.locations.length === 1;
+  const looking = { ...o, prefix: o.prefix ?? "", mayBeAway: o.optional };
+  const columns = await openColumns(o.locations, addKnown, looking, report);
   const found = columns.map(async (column) =>
     o.prefix !== null ? [o.prefix] : prefixesToList(column, o, report),
   );
@@ -14600,9 +14721,10 @@ export async function list(o: ListOptions, report: Report): Promise<void> {
     const sizes = shown.map(({ id, folder }) =>
       o.size && folder ? sizesIn(folder).catch((error) => (report.error(id, error), [])) : [],
     );
-    const listed = inventory(shown, o, now, new Map((await Promise.all(sizes)).flat()));
+    const all = inventory(shown, o, now, new Map((await Promise.all(sizes)).flat()));
+    const listed = { ...all, snapshots: all.snapshots.slice(0, o.last) };
     report.event("list", { prefix, ...listed });
-    if (!o.json) print(inventoryTable(columns, listed, now));
+    if (!o.json) print(inventoryTable(columns, listed, now, all.snapshots.length));
     await listTrees(shown, o, prefix, report);
   }
   report.event("summary", { ok: !report.failed });
@@ -14615,6 +14737,16 @@ type Column = {
   readonly problem: string | null;
   /** It was not opened. */
   readonly left?: true;
+  /** It is not there, and need not be. */
+  readonly away?: true;
+};
+
+/** How columns are opened. */
+type Looking = LookOptions & {
+  /** Destinations that need not be there, besides those of which a record says so; none otherwise. */
+  readonly mayBeAway?: ReadonlySet<string>;
+  /** Whatever is wrong with a place concerns no other one. */
+  readonly apart?: boolean;
 };
 
 /** Directories below a folder where snapshots stand, for whoever named one that is too high. */
@@ -14639,8 +14771,9 @@ function hintBelow(folder: Folder): string {
 }
 
 /** What stands behind a column's name. */
-function whyEmpty({ folder, problem, left }: Column): string {
+function whyEmpty({ folder, problem, left, away }: Column): string {
   if (problem === null) return folder === null ? "" : hintBelow(folder);
+  if (away) return ", optional, not there now";
   return left ? `, not looked at: ${problem}` : ", cannot be read";
 }
 
@@ -14656,13 +14789,13 @@ type OpenedColumn = Column & { readonly error?: Error };
 async function openColumns(
   [first, ...others]: readonly Location[],
   addKnown: boolean,
-  o: LookOptions,
+  o: Looking,
   report: Report,
 ): Promise<Column[]> {
   const early = { ...o, prefix: o.prefix ?? "" };
   const open = (location: Location) => ({ location, opening: openColumn(location, early) });
   const asked = new Map(others.map((location) => [location.id, open(location)]));
-  const source = tellProblem(await openColumn(first as Location, o), report);
+  const source = tellProblem(await openColumn(first as Location, o), o, report);
   const { folder } = source;
   const remembered = new Map(folder === null ? [] : knownTo(folder));
   const doubt = folder && doubtOf(folder);
@@ -14674,11 +14807,14 @@ async function openColumns(
       : added.map((id): Column => ({ id, folder: null, problem: doubt, left: true }));
   const prefix = o.prefix ?? (folder?.snapshots.length ? folder.prefix : null);
   const opened = await Promise.all(
-    [...asked].map(async ([id, { location, opening }]) =>
-      withKnown(location, await opening, remembered.get(id), { ...o, prefix }),
-    ),
+    [...asked].map(async ([id, { location, opening }]) => {
+      const known = remembered.get(id);
+      const column = await withKnown(location, await opening, known, { ...o, prefix });
+      const isOptional = o.mayBeAway?.has(id) || (o.mayBeAway !== undefined && known?.optional);
+      return isOptional && column.error instanceof Absent ? asAway(column, report) : column;
+    }),
   );
-  return [source, ...opened.map((column) => tellProblem(column, report)), ...left];
+  return [source, ...opened.map((column) => tellProblem(column, o, report)), ...left];
 }
 
 /** By location, what the records of a SOURCE say of its destinations, whatever the prefix. */
@@ -14713,9 +14849,20 @@ async function openColumn(location: Location, o: LookOptions): Promise<OpenedCol
   }
 }
 
+/** A destination that is not there, and need not be. */
+function asAway({ id, problem }: OpenedColumn, report: Report): OpenedColumn {
+  log.debug(`${id}: ${problem}`);
+  report.event("skipped", { destination: id, message: problem });
+  return { id, folder: null, problem, away: true };
+}
+
 /** Tells what is wrong with a place, and goes on without it. Errors: UsageError, Interrupted. */
-function tellProblem({ error, ...column }: OpenedColumn, report: Report): Column {
-  if (error instanceof UsageError || error instanceof Interrupted) throw error;
+function tellProblem(
+  { error, ...column }: OpenedColumn,
+  { apart }: Looking,
+  report: Report,
+): Column {
+  if (error instanceof Interrupted || (error instanceof UsageError && !apart)) throw error;
   if (error !== undefined) report.error(column.id, error);
   return column;
 }
@@ -14743,10 +14890,20 @@ async function withKnown(
 const underPrefix = (folder: Folder, prefix: string) =>
   folder.prefix === prefix ? folder : withPrefix(folder, prefix);
 
-/** Bytes referenced by each whole snapshot of a folder, by UUID. */
-async function sizesIn(folder: Folder): Promise<[string, number][]> {
+/**
+ * How large one is: the bytes of its stream, or that it references; and how many bytes would be free
+ * without it, where quotas tell.
+ */
+export type Size = { readonly bytes: number; readonly frees: number | null };
+
+/** The sizes of the whole snapshots of a folder, by UUID. Errors: Failure. */
+async function sizesIn(folder: Folder): Promise<[string, Size][]> {
+  if (folder.store !== null)
+    return folder.store.streams.map(({ uuid, bytes }) => [uuid, { bytes, frees: null }]);
   const whole = wholeIn(folder);
-  if (folder.store !== null) return folder.store.streams.map(({ uuid, bytes }) => [uuid, bytes]);
+  const counted = await quotasIn(folder);
+  if (whole.every(({ id }) => counted.has(id)))
+    return whole.map(({ uuid, id }) => [uuid, counted.get(id) as Size]);
   const texts: string[] = [];
   for (const names of inArguments(whole.map(({ name }) => `./${name}`)))
     texts.push(
@@ -14754,16 +14911,41 @@ async function sizesIn(folder: Folder): Promise<[string, number][]> {
     );
   const text = texts.join("\n");
   const lines = text.split("\n").map((line) => /^\s*(\d+)\s.*?\s\.\/(.*)$/.exec(line));
-  const bytes = new Map(
+  const found = new Map(
     lines.filter((match) => match !== null).map(([, size, name]) => [name, Number(size)]),
   );
-  const unknown = whole.find(({ name }) => !bytes.has(name));
-  if (unknown !== undefined)
-    throw new Failure(
-      `"btrfs filesystem du" did not tell the size of ${unknown.name}: ${text.slice(0, 200)}`,
-    );
-  return whole.map(({ uuid, name }) => [uuid, bytes.get(name) as number]);
+  return whole.map(({ uuid, name }) => {
+    const bytes = found.get(name);
+    if (bytes === undefined)
+      throw new Failure(
+        `"btrfs filesystem du" did not tell the size of ${name}: ${text.slice(0, 200)}`,
+      );
+    return [uuid, { bytes, frees: null }];
+  });
 }
+
+/** What quotas tell of subvolumes, by their IDs; nothing where they are off, or cannot be asked. */
+async function quotasIn(folder: Folder): Promise<Map<number, Size>> {
+  const { filesystem } = folder.place;
+  if (folder.alone || filesystem === null) return new Map();
+  const given = { ...at(folder), filesystem };
+  const problem = `${folder.id}: cannot ask quotas`;
+  const told = await ask(folder.host, QUOTAS, given, problem).catch((error: Error) => {
+    checkInterruption();
+    log.debug(error.message);
+    return "";
+  });
+  return countedIn(told);
+}
+
+/** Reads what `btrfs qgroup show --raw` prints of single subvolumes, by their IDs. */
+export const countedIn = (text: string): Map<number, Size> =>
+  new Map(
+    [...text.matchAll(/^0\/(\d+)\s+(\d+)\s+(\d+)\b/gm)].map(([, id, bytes, frees]) => [
+      Number(id),
+      { bytes: Number(bytes), frees: Number(frees) },
+    ]),
+  );
 
 /** What an inventory is about. `source`: the first column's folder, if it is a SOURCE's. */
 type Inventory = {
@@ -14783,50 +14965,103 @@ export function inventory(
   columns: readonly Column[],
   policies: Inventory["policies"],
   now: number,
-  sizes: ReadonlyMap<string, number>,
+  sizes: ReadonlyMap<string, Size>,
 ) {
   const folders = columns.map(({ folder }) => folder);
   const [first] = folders;
   const source = first && isSnapshotFolder(first) ? first : null;
   const [taken, known] = source === null ? [[], []] : [wholeIn(source), knownDestinations(source)];
   const sides = columns.map((one) => sideOf(one, { source, taken, known, policies, now }));
-  const snapshots = align(folders)
-    .reverse()
-    .map(({ name, time, cells }) => ({
-      name,
-      time: new Date(time).toISOString().slice(0, 19),
-      ...describedBy(source, cells[0]),
-      at: sides.map(({ folder, goes, pin }, i) => {
-        // What cannot be asked: what the source remembers.
-        if (folder === null)
-          return {
-            state: "?",
-            pin: cells[0]?.entry.uuid === pin,
-            goes: false,
-            uuid: null,
-            bytes: null,
-          };
-        const { state, entry } = cells[i] ?? {};
-        if (entry === undefined) return null;
-        const { uuid, kept } = entry;
+  const rows = align(folders);
+  const snapshots = rows.toReversed().map(({ name, time, cells }) => ({
+    name,
+    time: new Date(time).toISOString().slice(0, 19),
+    ...describedBy(source, cells[0]),
+    at: sides.map(({ folder, goes, pin }, i) => {
+      // What cannot be asked: what the source remembers.
+      if (folder === null)
         return {
-          state,
-          pin: uuid === pin,
-          goes: goes.has(uuid),
-          uuid,
-          bytes: sizes.get(uuid) ?? null,
-          ...(kept === undefined ? {} : { kept }),
+          state: "?",
+          pin: cells[0]?.entry.uuid === pin,
+          goes: false,
+          uuid: null,
+          bytes: null,
+          frees: null,
         };
-      }),
-    }));
-  const locations = columns.map(({ id, folder, problem }) => ({
+      const { state, entry } = cells[i] ?? {};
+      if (entry === undefined) return null;
+      const { uuid, kept } = entry;
+      return {
+        state,
+        pin: uuid === pin,
+        goes: goes.has(uuid),
+        uuid,
+        ...(sizes.get(uuid) ?? { bytes: null, frees: null }),
+        ...(kept === undefined ? {} : { kept }),
+      };
+    }),
+  }));
+  const wholeAt = (i: number) =>
+    rows.flatMap(({ cells }) => (cells[i]?.state === "whole" ? cells[i].entry : []));
+  const locations = columns.map(({ id, folder, problem, away }, i) => ({
     id,
     source: folder !== null && folder === source,
     error: problem,
     last: known.find(({ location }) => location === id)?.last,
+    ...(away ? { optional: true } : {}),
+    ...totalsOf(folder, wholeAt(i), sizes),
   }));
   return { locations, snapshots };
 }
+
+/** What a place has in all of one prefix. */
+export type Totals = {
+  /** Bytes of its filesystem; null where nobody tells. */
+  readonly free: number | null;
+  readonly size: number | null;
+  /** The whole ones, with the names of the first and the last. */
+  readonly count: number | null;
+  readonly oldest: string | null;
+  readonly newest: string | null;
+  /** The longest time between two that follow one another, in ms; null for less than two. */
+  readonly longest_gap: number | null;
+  /** The bytes of all streams; or the sum of what each references, where that was asked for. */
+  readonly bytes: number | null;
+};
+
+/** What a folder has in all, by what is whole there; `sizes`: as far as they were asked for. */
+function totalsOf(
+  folder: Folder | null,
+  found: readonly Snapshot[],
+  sizes: ReadonlyMap<string, Size>,
+): Totals {
+  if (folder === null) return NO_TOTALS;
+  const { place, store, prefix } = folder;
+  const whole = found.toSorted((a, b) => a.moment - b.moment);
+  const gaps = whole.slice(1).map(({ moment }, i) => moment - (whole[i]?.moment ?? 0));
+  const stored = store?.streams.filter(({ name }) => parseName(name, prefix) !== null);
+  const known = stored ?? whole.flatMap(({ uuid }) => sizes.get(uuid) ?? []);
+  const isKnown = Number.isFinite(place.free);
+  return {
+    free: isKnown ? place.free : null,
+    size: isKnown ? place.size : null,
+    count: whole.length,
+    oldest: whole[0]?.name ?? null,
+    newest: whole.at(-1)?.name ?? null,
+    longest_gap: gaps.length === 0 ? null : gaps.reduce((a, b) => Math.max(a, b), 0),
+    bytes: stored === undefined && known.length === 0 ? null : bytesOf(known),
+  };
+}
+
+const NO_TOTALS: Totals = {
+  free: null,
+  size: null,
+  count: null,
+  oldest: null,
+  newest: null,
+  longest_gap: null,
+  bytes: null,
+};
 
 /** What its maker said of a snapshot that was taken over, where the source's record tells. */
 function describedBy(source: Folder | null, cell: Cell | undefined): { description?: string } {
@@ -14880,71 +15115,188 @@ function lineagesIn({ streams }: Store, { source, taken }: Inventory): Set<strin
   return lineagesOf(streams, owner, taken);
 }
 
+type Inventoried = ReturnType<typeof inventory>;
+
+/** The rows of a table, the newest last, and below them what the columns are; of `all` rows. */
 function inventoryTable(
   columns: readonly Column[],
-  { locations, snapshots }: ReturnType<typeof inventory>,
+  { locations, snapshots }: Inventoried,
   now: number,
+  all: number,
 ): string {
-  const legend = locations.map(({ id, last, source }, i) => {
+  const letters = locations.map((_, i) => columnLetter(i));
+  const isDescribed = snapshots.some(({ description }) => description !== undefined);
+  const cells = snapshots
+    .toReversed()
+    .map(({ name, time, at: marks, description = "" }) => [
+      name,
+      inWords(now - Date.parse(`${time}Z`)),
+      ...marks.map(markText),
+      ...(isDescribed ? [description] : []),
+    ]);
+  const head = ["NAME", "AGE", ...letters, ...(isDescribed ? ["DESCRIPTION"] : [])];
+  const rows = cells.length === 0 ? "no snapshots\n" : alignedTable([head, ...cells]);
+  const older = all > cells.length ? `… ${all - cells.length} older\n` : "";
+  const isFreeing = snapshots.some((one) => one.at.some((mark) => (mark?.frees ?? null) !== null));
+  const note = isFreeing ? "(…): what would be free if only that one were deleted\n" : "";
+  return `${older}${rows}\n${totalsTable(locations)}\n${legendOf(columns, locations)}${note}\n`;
+}
+
+/** What a place has of a snapshot. */
+function markText(mark: Inventoried["snapshots"][number]["at"][number]): string {
+  if (mark === null) return "-";
+  const { state, pin, goes, bytes, frees } = mark;
+  const kept = "kept" in mark ? mark.kept : undefined;
+  const note = kept === undefined ? "" : `, kept${kept === "" ? "" : ` (${kept})`}`;
+  const size = bytes === null ? "" : ` ${inBytes(bytes)}`;
+  return `${state}${pin ? ", pin" : ""}${note}${goes ? ", goes" : ""}${size}${frees === null ? "" : ` (${inBytes(frees)})`}`;
+}
+
+/** A line for each place: how many, from when to when, and the space there. */
+function totalsTable(locations: Inventoried["locations"]): string {
+  const isMeasured = locations.some(({ bytes }) => bytes !== null);
+  const rows = locations.map(({ count, oldest, newest, longest_gap, bytes, free, size }, i) => [
+    columnLetter(i),
+    count === null ? "?" : String(count),
+    dateIn(oldest),
+    dateIn(newest),
+    longest_gap === null ? "-" : inWords(longest_gap),
+    ...(isMeasured ? [bytes === null ? "-" : inBytes(bytes)] : []),
+    free === null || size === null ? "-" : `${inBytes(free)} of ${inBytes(size)}`,
+  ]);
+  const head = ["", "ALL", "FROM", "TO", "LONGEST GAP", ...(isMeasured ? ["BYTES"] : []), "FREE"];
+  return alignedTable([head, ...rows]);
+}
+
+/** The time in a name, which its prefix can make long. */
+const dateIn = (name: string | null) =>
+  name === null ? "-" : name.slice(-"20260101-000000".length);
+
+function legendOf(columns: readonly Column[], locations: Inventoried["locations"]): string {
+  const lines = locations.map(({ id, last, source }, i) => {
     const ago = last && `${inWords(Date.now() - Date.parse(last))} ago`;
     const reached = source || last === undefined ? "" : `, last served ${ago ?? "never"}`;
     return `${columnLetter(i)}  ${id}${source ? " (source)" : ""}${reached}${whyEmpty(columns[i] as Column)}\n`;
   });
-  const isDescribed = snapshots.some(({ description }) => description !== undefined);
-  const cells = snapshots.map(({ name, time, at: marks, description = "" }) => [
-    name,
-    inWords(now - Date.parse(`${time}Z`)),
-    ...marks.map((mark) => {
-      if (mark === null) return "-";
-      const { state, pin, goes, bytes } = mark;
-      const kept = "kept" in mark ? mark.kept : undefined;
-      const note = kept === undefined ? "" : `, kept${kept === "" ? "" : ` (${kept})`}`;
-      return `${state}${pin ? ", pin" : ""}${note}${goes ? ", goes" : ""}${bytes === null ? "" : ` ${inBytes(bytes)}`}`;
-    }),
-    ...(isDescribed ? [description] : []),
-  ]);
-  const letters = locations.map((_, i) => columnLetter(i));
-  const head = ["NAME", "AGE", ...letters, ...(isDescribed ? ["DESCRIPTION"] : [])];
-  return `${legend.join("")}\n${cells.length === 0 ? "no snapshots\n" : alignedTable([head, ...cells])}\n`;
+  return lines.join("");
 }
 
-/** For a monitoring system, a line for each location: whether its newest backup is young enough. */
-function checkAge(
-  columns: readonly Column[],
-  o: ListOptions & { readonly maxAge: object },
+// ── list: whether the newest of each chain is young enough ──
+
+type AgeOptions = ListOptions & { readonly maxAge: NonNullable<ListOptions["maxAge"]> };
+
+/** A chain in a place, as --max-age judges it. */
+type Aged = Column & {
+  readonly prefix: string;
+  /** What a source that can be believed remembers of it. */
+  readonly known: KnownDestination | undefined;
+  /** Since when nothing has changed, as runs have found. */
+  readonly notes: readonly Unchanged[];
+};
+
+/** For a monitoring system, a line for each chain, whatever becomes of the others. */
+async function listAges(o: AgeOptions, report: Report): Promise<void> {
+  const error: Report["error"] = (_, problem) => {
+    // What cannot be read is told in the one line of its own.
+    if (problem instanceof Interrupted) throw problem;
+  };
+  const looking = { ...o, prefix: o.prefix ?? "", mayBeAway: o.optional, apart: true };
+  const columns = await openColumns(o.locations, false, looking, { ...report, error });
+  const places = await withMembers(columns, o, report);
+  for (const one of places.flatMap((place) => chainsOf(place, places, o.prefix)))
+    tellAge(one, o, report);
+}
+
+/** The chains of a place, with what the sources among all places know of them. */
+function chainsOf(place: Column, all: readonly Column[], prefix: string | null): Aged[] {
+  const standing = prefixesIn(place.folder?.standing ?? []);
+  const found = standing.length === 0 ? [""] : standing;
+  return (prefix === null ? found : [prefix]).map((one) => {
+    const sources = all.flatMap(({ folder }) => {
+      const source = folder !== null && isSnapshotFolder(folder) && underPrefix(folder, one);
+      return source && whyNotBelieved(source) === null ? [source] : [];
+    });
+    const folder = place.folder && underPrefix(place.folder, one);
+    const known = sources.flatMap(knownDestinations).find(({ location }) => location === place.id);
+    const chains = [...sources, ...(folder === null ? [] : [folder])].map(({ chain }) => chain);
+    const notes = chains.flatMap(({ unchanged }) => unchanged ?? []);
+    return { ...place, folder, prefix: one, known, notes };
+  });
+}
+
+/** A chain's newest backup, and until when nothing had changed since, in ms since 1970. */
+type Newest = { readonly name: string; readonly moment: number; readonly same: number | null };
+
+/** The newest complete backup of a chain; where nobody can look, the one that the source remembers. */
+function newestOf(
+  { folder, prefix, problem, away, known, notes }: Aged,
   now: number,
-  report: Report,
-): void {
-  const { maxAge } = o;
-  for (const { id, folder, problem } of columns) {
-    const newest = folder && newestIn(folder, o.prefix, now);
-    const ok = newest !== null && newest.moment >= momentBefore(now, maxAge.count, maxAge.unit);
-    if (!ok) report.failed = true;
-    report.event("age", { location: id, ok, newest: newest?.name ?? null, error: problem });
-    const failed = problem === null ? "TOO OLD" : "UNKNOWN";
-    const age =
-      newest === null
-        ? (problem ?? "no complete backup")
-        : `the newest backup is ${newest.name}, ${inWords(now - newest.moment)} old`;
-    if (!o.json) print(`${ok ? "OK" : failed}: ${id}: ${age} (at most ${maxAge.text})\n`);
-  }
+): Newest | null {
+  const pin = folder === null && (problem === null || away) ? known?.pin : null;
+  const time = pin ? parseName(pin.name, prefix) : null;
+  const remembered =
+    pin && time !== null ? [{ name: pin.name, uuid: pin.uuid, moment: momentOf(time) }] : [];
+  const standing = folder === null ? [] : wholeIn(folder);
+  // What is dated in the future (more than time zones differ) would be young for ever.
+  const isPast = (moment: number) => moment < now + DURATION.d;
+  const [newest] = [
+    ...remembered,
+    ...standing.map((one) => ({ name: one.name, uuid: dataOf(one), moment: one.moment })),
+  ]
+    .filter(({ moment }) => isPast(moment))
+    .sort((a, b) => b.moment - a.moment);
+  if (newest === undefined) return null;
+  const same = notes
+    .filter(({ uuid }) => uuid === newest.uuid)
+    .map(({ at: when }) => Date.parse(when))
+    .filter((moment) => isPast(moment) && moment > newest.moment);
+  return { ...newest, same: same.length === 0 ? null : Math.max(...same) };
 }
 
-/**
- * The newest complete backup in a folder; of several prefixes, the oldest one of these, and null
- * where one prefix has none.
- */
-function newestIn(folder: Folder, prefix: string | null, now: number): Snapshot | null {
-  let oldest: Snapshot | null = null;
-  for (const one of prefix === null ? prefixesIn(folder.standing) : [prefix]) {
-    // What is dated in the future (more than time zones differ) would be young for ever.
-    const [newest] = wholeIn(withPrefix(folder, one))
-      .filter(({ moment }) => moment < now + DURATION.d)
-      .sort((a, b) => b.moment - a.moment);
-    if (newest === undefined) return null;
-    if (oldest === null || newest.moment < oldest.moment) oldest = newest;
+/** When a chain was as its source, in ms since 1970. One that may be away is judged as a run does. */
+const momentOfAged = ({ away, known }: Aged, newest: Newest | null): number =>
+  away ? Date.parse(known?.last ?? "") : (newest?.same ?? newest?.moment ?? NaN);
+
+/** Tells whether a chain's newest backup is young enough. */
+function tellAge(one: Aged, o: AgeOptions, report: Report): void {
+  const { id, prefix, problem, away } = one;
+  const { count, unit, text } = o.maxAge;
+  const now = Date.now();
+  const newest = newestOf(one, now);
+  const ok = momentOfAged(one, newest) >= momentBefore(now, count, unit);
+  if (!ok) report.failed = true;
+  const error = one.folder === null && newest === null ? (problem ?? UNASKED) : problem;
+  report.event("age", {
+    location: id,
+    prefix,
+    ok,
+    newest: newest?.name ?? null,
+    unchanged: newest?.same ? new Date(newest.same).toISOString() : null,
+    error,
+    ...(away ? { optional: true } : {}),
+  });
+  const failed = error === null || away ? "TOO OLD" : "UNKNOWN";
+  if (!o.json)
+    print(`${ok ? "OK" : failed}: ${id}: ${ageText(one, newest, now)} (at most ${text})\n`);
+}
+
+const UNASKED = "a command cannot be asked what it has, and no run is known to have served it";
+
+/** What is told of a chain's age. */
+function ageText(
+  { folder, prefix, problem, away, known }: Aged,
+  newest: Newest | null,
+  now: number,
+) {
+  const { last = null } = known ?? {};
+  const ago = (moment: number) => `${inWords(now - moment)} ago`;
+  if (away) return `not there; last served ${last === null ? "never" : ago(Date.parse(last))}`;
+  if (newest === null) {
+    if (folder === null) return problem ?? UNASKED;
+    return `no complete backup${prefix === "" ? "" : ` with the prefix ${JSON.stringify(prefix)}`}`;
   }
-  return oldest;
+  const age = `the newest backup is ${newest.name}, ${inWords(now - newest.moment)} old`;
+  return newest.same === null ? age : `${age}, and nothing had changed ${ago(newest.same)}`;
 }
 
 // ── list: what a tree has ──
@@ -15067,7 +15419,7 @@ async function listTrees(
   }
 }
 
-/** Columns, and behind each one the members of its tree that are not gone. */
+/** Columns, and behind each one the members of its tree that are not gone, or why there are none. */
 async function withMembers(
   columns: readonly Column[],
   o: ListOptions,
@@ -15075,7 +15427,12 @@ async function withMembers(
 ): Promise<Column[]> {
   const all: Column[] = [];
   for (const column of columns) {
-    const trees = await treesIn(column, o, o.prefix, report);
+    const wrong: Column[] = [];
+    const error: Report["error"] = (id, problem) => {
+      if (problem instanceof Interrupted) throw problem;
+      wrong.push({ id: `below ${id}`, folder: null, problem: messageOf(problem) });
+    };
+    const trees = await treesIn(column, o, o.prefix, { ...report, error });
     const below = trees.flatMap(({ root, members }) =>
       [...members].flatMap(([path, folder]): Column[] =>
         goneSince(root.chain.tree?.gone ?? {}, path) === undefined
@@ -15085,7 +15442,7 @@ async function withMembers(
     );
     // Where the root was a plain directory, only what is below counts.
     const isPlain = below.length > 0 && prefixesIn(column.folder?.standing ?? []).length === 0;
-    all.push(...(isPlain ? [] : [column]), ...below);
+    all.push(...(isPlain ? [] : [column]), ...below, ...wrong);
   }
   return all;
 }
@@ -15093,21 +15450,119 @@ async function withMembers(
 // ── verify: every byte, read and compared ──
 
 export type VerifyOptions = ReturnType<typeof verifyOptions>;
+/** A verify that is under way. `tell` tells of each one. */
+type Verify = VerifyOptions & {
+  readonly progress: Verification;
+  readonly tell: (line: string) => void;
+};
 
 /** Reads every byte of what two locations share, on their hosts, and compares. */
-export async function verify(o: VerifyOptions, report: Report): Promise<void> {
+export async function verify(given: VerifyOptions, report: Report): Promise<void> {
+  const isMany = given.all || given.locations.some(holdsStreams);
+  const tell = given.each || !isMany ? log.info : log.debug;
+  const o: Verify = { ...given, progress: new Verification(Date.now()), tell };
   const columns = await openColumns(o.locations, false, o, report);
   let compared = 0;
-  for (const some of o.recursive ? await columnsByMember(columns, o, report) : [columns])
-    compared += await verifyColumns(some, o, report);
+  await whileTold(o, isMany && given.shown, async () => {
+    for (const some of o.recursive ? await columnsByMember(columns, o, report) : [columns])
+      compared += await verifyColumns(some, o, report);
+  });
   if (compared === 0) tellFailure(report, null, "nothing was compared");
-  report.event("summary", { ok: !report.failed, compared });
+  else log.info(o.progress.summary(Date.now()));
+  const { well, all, bytes } = o.progress;
+  report.event("summary", { ok: !report.failed, compared, well, of: all, bytes });
+}
+
+/** So often a long verify says how far it is where it cannot draw a line; in ms. */
+const VERIFY_NEWS = 600e3;
+
+/** How far a verify is; moments are in ms since 1970. */
+export class Verification {
+  /** How many are right, of all that were to be read so far; and the bytes that were read. */
+  well = 0;
+  all = 0;
+  bytes = 0;
+  #place = { id: "", all: 0, done: 0, bytes: 0, size: 0, began: 0 };
+  /** Of the one at hand. */
+  #now = 0;
+  #told: number;
+  /** Is called when a place begins. */
+  begun = () => {};
+  constructor(readonly began: number) {
+    this.#told = began;
+  }
+  /** So many are read in a place, next; `size`: of so many bytes, 0 where nobody knows. */
+  begin(id: string, all: number, size: number, began: number): void {
+    this.#place = { id, all, done: 0, bytes: 0, size, began };
+    this.all += all;
+    this.begun();
+  }
+  /** So many bytes of one have been read. */
+  reading(bytes: number): void {
+    this.#now = bytes;
+  }
+  /** One has been read, or could not be. */
+  done(isWell: boolean, bytes: number): void {
+    if (isWell) this.well++;
+    this.#place.done++;
+    this.#place.bytes += bytes;
+    this.bytes += bytes;
+    this.#now = 0;
+  }
+  /** The line at the bottom of a terminal. */
+  line(columns: number, now: number): string {
+    const { id, all, done, bytes, size, began } = this.#place;
+    return progressLine({
+      name: `${done} of ${all} in ${id}`,
+      bytes: bytes + this.#now,
+      size: size === 0 ? undefined : size,
+      seconds: (now - began) / 1000,
+      columns,
+    });
+  }
+  /** A line for a log, if it is time for one. */
+  news(now: number): string | null {
+    if (now - this.#told < VERIFY_NEWS) return null;
+    this.#told = now;
+    const { id, all, done, bytes, size } = this.#place;
+    const read = bytes + this.#now;
+    const part = size === 0 ? "" : ` of ${inBytes(size)}`;
+    return `Read ${done} of ${all} in ${id}, ${inBytes(read)}${part} in ${inWords(now - this.began)}`;
+  }
+  /** The last line. */
+  summary(now: number): string {
+    const amount = this.bytes === 0 ? "" : `${inBytes(this.bytes)} `;
+    return `${this.well} of ${this.all} ${this.all === 1 ? "is" : "are"} well, ${amount}in ${inWords(now - this.began)}`;
+  }
+}
+
+/** Shows how far a verify is while it works: on a terminal, else in the log now and then. */
+async function whileTold(
+  { progress, shown }: Verify,
+  isShown: boolean,
+  work: () => Promise<void>,
+): Promise<void> {
+  const isDrawn = displayOf({ progress: shown, btrfsDebug: false }).progress;
+  const show = () => {
+    const now = Date.now();
+    if (isDrawn) return terminal.show(progress, progress.line(process.stderr.columns || 80, now));
+    const news = progress.news(now);
+    if (news !== null) log.info(news);
+  };
+  const watch = isShown ? setInterval(show, 500) : undefined;
+  if (isShown && isDrawn) progress.begun = show;
+  try {
+    await work();
+  } finally {
+    clearInterval(watch);
+    if (isDrawn) terminal.show(progress, null);
+  }
 }
 
 /** Compares the columns of one chain. Returns how many snapshots or streams were read. */
 async function verifyColumns(
   columns: readonly Column[],
-  o: VerifyOptions,
+  o: Verify,
   report: Report,
 ): Promise<number> {
   let compared = 0;
@@ -15159,11 +15614,11 @@ async function columnsByMember(
 
 /** What was found in comparing the snapshots of a folder, `left`, with those of others. */
 type Comparison = {
-  readonly o: VerifyOptions;
+  readonly o: Verify;
   readonly report: Report;
   readonly left: Folder;
   /** By UUID, what was read of `left`. */
-  readonly digests: Map<string, Promise<string>>;
+  readonly digests: Map<string, Promise<Summed>>;
   /** By location, the snapshots of `left` that are the same there. */
   readonly equal: Map<string, Snapshot[]>;
   compared: number;
@@ -15190,8 +15645,12 @@ async function compareShared(comparison: Comparison, right: Folder): Promise<voi
         ? `nothing complete is shared with ${left.id}`
         : `${o.snapshot} is not complete on both sides, or not the same snapshot`,
     );
+  o.progress.begin(id, wanted.length, 0, Date.now());
   for (const row of wanted)
-    await compareOne(comparison, right, row).catch((error) => report.error(id, error));
+    await compareOne(comparison, right, row).catch((error) => {
+      o.progress.done(false, 0);
+      report.error(id, error);
+    });
 }
 
 async function compareOne(
@@ -15199,15 +15658,18 @@ async function compareOne(
   right: Folder,
   { name, cells }: Row,
 ): Promise<void> {
-  const { report, left, digests, equal } = comparison;
+  const { o, report, left, digests, equal } = comparison;
   const { id } = right;
   const [ours, theirs] = cells.map((cell) => cell?.entry) as [Snapshot, Snapshot];
-  log.info(`Reading ${name} in ${left.id} and ${id}`);
-  const digest = digests.get(ours.uuid) ?? digestIn(left, ours);
+  o.tell(`Reading ${name} in ${left.id} and ${id}`);
+  const known = digests.get(ours.uuid);
+  const digest = known ?? digestIn(left, ours);
   digests.set(ours.uuid, digest);
-  const [a, b] = await allOf([digest, digestIn(right, theirs)]);
+  const [own, other] = (await allOf([digest, digestIn(right, theirs)])) as [Summed, Summed];
+  const [a, b] = [own.sum, other.sum];
   const differences = a === b ? [] : await differencesBetween([left, ours], [right, theirs]);
   comparison.compared++;
+  o.progress.done(a === b, other.bytes + (known === undefined ? own.bytes : 0));
   report.event("verify", { location: id, name, equal: a === b, sha256: b, differences });
   if (a !== b)
     return tellFailure(
@@ -15216,7 +15678,7 @@ async function compareOne(
       `${name} differs from ${left.id}: ${firstFew(differences, 10, "; ")}`,
     );
   equal.set(id, [...(equal.get(id) ?? []), ours]);
-  log.info(`${name} in ${id} is equal (SHA-256 ${b})`);
+  o.tell(`${name} in ${id} is equal (SHA-256 ${b})`);
 }
 
 /** The first few of some words, and how many more there are. */
@@ -15264,12 +15726,14 @@ async function rememberEqual({ o, left: source, equal }: Comparison): Promise<vo
 async function verifyStreams(
   folder: Folder,
   store: Store,
-  o: VerifyOptions,
+  o: Verify,
   report: Report,
 ): Promise<number> {
   const { id } = folder;
   const all = byUuid(store.streams);
+  const bad = new Set<Stream>();
   const failed = (lacking: Stream, what: string) => {
+    bad.add(lacking);
     const lost = store.streams
       .filter((other) => other.readonly && chainOf(other, all).includes(lacking))
       .map(({ name }) => name);
@@ -15290,28 +15754,36 @@ async function verifyStreams(
   for (const object of [...store.debris.values()].flat())
     report.warning(`${id}: ${object} is what a broken transfer left; the next run removes it`);
   const readable = streams.filter(({ summed }) => summed);
+  o.progress.begin(id, streams.length, bytesOf(readable), Date.now());
+  for (let i = readable.length; i < streams.length; i++) o.progress.done(false, 0);
   const sums = await readSums(folder, store, readable);
   const small = await readSmall(folder, store.verbs, readable);
   for (const one of readable) {
     const { name, uuid } = one;
-    log.info(`Reading ${name} in ${id}`);
-    const read = small.get(one) ?? (await readStream(folder, store.verbs, one));
-    if ("problem" in read) {
-      failed(one, read.problem);
-      continue;
-    }
-    const { sha256, refused } = read;
+    o.tell(`Reading ${name} in ${id}`);
+    const counts = (bytes: number | null) => o.progress.reading(bytes ?? 0);
+    const read = small.get(one) ?? (await readStream(folder, store.verbs, one, counts));
     const right = sums.get(uuid);
-    const equal = sha256 === right;
-    const differences = equal ? [] : [uuid];
-    report.event("verify", { location: id, name, equal, sha256, differences });
-    if (!equal)
-      failed(one, `is damaged: it has the SHA-256 ${sha256}, and should have ${right ?? "one"}`);
-    else if (refused !== null)
-      failed(one, `has the right SHA-256, but cannot be received: ${refused}`);
-    else log.info(`${name} in ${id} is as it was stored (SHA-256 ${sha256})`);
+    if (!("problem" in read)) {
+      const equal = read.sha256 === right;
+      const differences = equal ? [] : [uuid];
+      report.event("verify", { location: id, name, equal, sha256: read.sha256, differences });
+    }
+    const wrong = wrongIn(read, right);
+    if (wrong !== null) failed(one, wrong);
+    else o.tell(`${name} in ${id} is as it was stored (SHA-256 ${right})`);
+    o.progress.done(!bad.has(one), one.bytes);
   }
   return readable.length;
+}
+
+/** What is wrong with a stored stream that should have a SHA-256; null if nothing is. */
+function wrongIn(read: StreamRead, right: string | undefined): string | null {
+  if ("problem" in read) return read.problem;
+  const { sha256, refused } = read;
+  if (sha256 !== right)
+    return `is damaged: it has the SHA-256 ${sha256}, and should have ${right ?? "one"}`;
+  return refused === null ? null : `has the right SHA-256, but cannot be received: ${refused}`;
 }
 
 /** The streams that are asked for: of one snapshot all that it needs. */
@@ -15334,7 +15806,12 @@ type StreamRead =
   { readonly sha256: string; readonly refused: string | null } | { readonly problem: string };
 
 /** Reads one stored stream: here, if it can be read along; else where it is stored. */
-async function readStream(folder: Folder, verbs: StoreVerbs, stored: Stream): Promise<StreamRead> {
+async function readStream(
+  folder: Folder,
+  verbs: StoreVerbs,
+  stored: Stream,
+  counts: (bytes: number | null) => void,
+): Promise<StreamRead> {
   const { uuid: object, compressed, encrypted } = stored;
   let refused: string | null = null;
   if (
@@ -15345,7 +15822,7 @@ async function readStream(folder: Folder, verbs: StoreVerbs, stored: Stream): Pr
     const unpack: Stage[] = compressed ? [{ label: "zstd", command: "zstd -q -d -c" }] : [];
     const read = await pipeline([
       fetching(folder, verbs, object),
-      relayStage({ sum: true }),
+      relayStage({ sum: true }, counts),
       ...unpack,
       relayStage({ check: expectedOf(stored), drop: true }),
     ]).catch((error: Error) => error.message);
@@ -18146,6 +18623,7 @@ const JUDGED: Readonly<Record<keyof ChainRecord, true>> = {
   kept: true,
   guarded: true,
   tree: true,
+  unchanged: true,
 };
 
 /** The state of a folder that a key's record is compared with. */
@@ -18504,6 +18982,7 @@ const GUARDED: ReadonlyMap<string, Allowed> = new Map([
     { again: sizesAgain },
   ),
   allow(SIZES, ["read"], NAMES),
+  allow(QUOTAS, ["read"], { filesystem: matching(/^[0-9a-f-]{36}$/) }, { serve: quotasServed }),
   allow(DIGEST, ["read"], {}),
   allow(LISTING, ["read"], {}),
   allow(
@@ -18723,6 +19202,16 @@ function snapshotsServed(given: ArgumentsOf<typeof SNAPSHOTS>, said: Guarded): P
 /** Tells the generations of the subvolumes below the key's paths. */
 function generationsServed(given: ArgumentsOf<typeof GENERATIONS>, said: Guarded): Promise<number> {
   return listServed(startFenced(GENERATIONS, given, "pipe"), 0, said);
+}
+
+/** Passes on what quotas count for the subvolumes in the folder, and of no other. */
+async function quotasServed(given: ArgumentsOf<typeof QUOTAS>, said: Guarded): Promise<number> {
+  const { standing } = await folderNow(said, "folder");
+  const ids = new Set(standing.map(({ id }) => id));
+  const { stdout, exitCode } = await startFenced(QUOTAS, given, "pipe");
+  for (const [id, { bytes, frees }] of countedIn(stdout))
+    if (ids.has(id)) process.stdout.write(`0/${id} ${bytes} ${frees}\n`);
+  return exitCode ?? 1;
 }
 
 /** Passes on so many lines, and of the list of subvolumes behind them what concerns the key. */
@@ -19510,7 +19999,13 @@ const GROUPS = {
     },
     size: {
       of: ["list"],
-      means: "Tell how large each is (btrfs filesystem du, which is slow)",
+      means:
+        "Tell how large each is: its stream, or what it references; where quotas are on, also what would be free without it, and else it takes long (btrfs filesystem du)",
+    },
+    last: {
+      of: ["list"],
+      value: "N",
+      means: "Show only the newest N; the totals count all",
     },
     all: {
       of: ["verify", "unpin"],
@@ -19891,7 +20386,7 @@ const GROUPS = {
       meansIn: { all: "Write the metrics of all these sources into one file, besides their own" },
     },
     "no-progress": {
-      of: [...TRANSFERRING, "all"],
+      of: [...TRANSFERRING, "verify", "all"],
       short: "P",
       old: true,
       means: "Show no progress",
@@ -19900,7 +20395,8 @@ const GROUPS = {
       of: TRANSFERRING,
       short: "d",
       old: true,
-      means: "Let btrfs send and receive tell everything (-vv)",
+      means:
+        "Let btrfs send and receive tell everything (-vv); with -v debug, show the scripts that run",
     },
     help: { common: true, of: [...COMMON, "all", "guard"], short: "h", means: "Show this text" },
     "help-all": { of: [...RUNNING, "copy"], common: true, means: "Show all options" },
@@ -19950,6 +20446,8 @@ type Options = {
 /** A command line. `scopes`: the options that hold for each --for DEST. */
 type Given = Options & {
   readonly positionals: readonly string[];
+  /** These, and what --optional and --for name, in their order. */
+  readonly places: readonly string[];
   readonly scopes: readonly { readonly dest: string; readonly options: Options }[];
 };
 type GivenOption = readonly [name: string, value: string];
@@ -20009,7 +20507,12 @@ export function readArguments(args: readonly string[], definitions: ArgsDef): Gi
     const words = tokens.flatMap((token): GivenOption[] =>
       token.kind === "option" ? [[token.name, token.value ?? ""]] : [],
     );
-    return { positionals, ...inScopes(words) };
+    const places = tokens.flatMap((token): string[] => {
+      if (token.kind === "positional") return [token.value];
+      const isPlace = token.kind === "option" && ["optional", "for"].includes(token.name);
+      return isPlace && token.value !== undefined ? [token.value] : [];
+    });
+    return { positionals, places, ...inScopes(words) };
   } catch (error) {
     throw argumentError(error as Error, defined);
   }
@@ -20165,6 +20668,7 @@ function commonOptions(given: Given) {
       `--verbosity is one of ${Object.keys(LEVELS).join(", ")}, not "${verbosity}"`,
     );
   setting().level = LEVELS[verbosity as keyof typeof LEVELS];
+  setting().scripts = given.flag("btrfs-debug");
   const prefix = given.value("snapshot-prefix") ?? "";
   if (!isPrefix(prefix))
     throw new UsageError("a prefix is at most 200 bytes, without slashes and control characters");
@@ -20364,7 +20868,9 @@ function destinationsOf(given: Given, positionals: readonly string[], prefix: st
   const own = new Map(scopes.map(({ dest, options }) => [parseLocation(dest).id, options]));
   if (own.size < scopes.length) throw new UsageError("--for names a destination twice");
   const absent = new Set(optional.map((text) => parseLocation(text).id));
-  const locations = [...positionals, ...optional, ...scopes.map(({ dest }) => dest)]
+  const named = new Set([...positionals, ...optional, ...scopes.map(({ dest }) => dest)]);
+  const locations = given.places
+    .filter((text) => named.has(text))
     .map(parseLocation)
     .map((location) => [location.id, location] as const);
   const optionsFor = ({ id }: Location) => own.get(id) ?? given;
@@ -20436,9 +20942,9 @@ function allOptions(given: Given): AllOptions {
 const SOURCES_AT_A_TIME = 3;
 
 /** `list` without arguments: each argument file's SOURCE and destinations, as that file says. */
-function listAllOptions(given: Given): LookingAtAll<ListOptions> {
-  needNoOthers(given, ["size", "max-age"]);
-  const [size, maxAge] = [given.flag("size"), ageOf(given)];
+function listAllOptions(given: Given) {
+  needNoOthers(given, ["size", "last", "max-age"]);
+  const [size, last, maxAge] = [given.flag("size"), lastOf(given), ageOf(given)];
   const { json } = commonOptions(given);
   const members = configuredIn(
     given,
@@ -20449,10 +20955,12 @@ function listAllOptions(given: Given): LookingAtAll<ListOptions> {
       const policies = { sourcePolicy: o.sourcePolicy, backupPolicy: o.backupPolicy };
       const common = { prefix, snapshotFolder, hosts, json: o.json, wait: 0 };
       const { recursive } = o;
-      return { ...common, locations, ...policies, recursive, size, maxAge };
+      const mayBeAway = o.destinations.filter(({ optional }) => optional);
+      const optional = new Set(mayBeAway.map(({ location }) => location.id));
+      return { ...common, locations, optional, ...policies, recursive, size, last, maxAge };
     },
   );
-  return { json, members };
+  return { json, members, aged: maxAge !== null };
 }
 
 /** `check` without arguments: each argument file's next run. */
@@ -20741,9 +21249,14 @@ export function listOptions(given: Given) {
     backupPolicy: policyOf(given, "num-backups"),
     recursive: given.flag("recursive"),
     size: given.flag("size"),
+    last: lastOf(given),
+    optional: new Set<string>() as ReadonlySet<string>,
     maxAge: ageOf(given),
   };
 }
+
+/** How many of the newest are shown. */
+const lastOf = (given: Given) => wholeNumber(given, "last", Infinity, 1);
 
 export function verifyOptions(given: Given) {
   const { flag, value } = given;
@@ -20759,7 +21272,16 @@ export function verifyOptions(given: Given) {
     throw new UsageError(
       `with what shall ${locations[0]?.id} be compared? Give SOURCE and LOCATION…, two LOCATIONs, or one of stored streams`,
     );
-  return { ...commonOptions(given), locations, snapshot, all, recursive: flag("recursive") };
+  return {
+    ...commonOptions(given),
+    locations,
+    snapshot,
+    all,
+    recursive: flag("recursive"),
+    /** Each one is told of, since somebody has asked for it. */
+    each: value("verbosity") !== null,
+    shown: !flag("no-progress") && !flag("quiet"),
+  };
 }
 
 export function versionsOptions(given: Given) {

@@ -855,7 +855,7 @@ describe("whoever works behind the fence", () => {
       "\nRestrictNamespaces=mnt\n",
     );
     const { source, destination } = homeOf();
-    const told = await expectRun(0, ["-v", "debug", source, destination], {
+    const told = await expectRun(0, ["-d", "-v", "debug", source, destination], {
       wrapper: restricted("mnt"),
     });
     expect(told.stderr).toMatch(/pipeline: nsenter -t \d+ -m/);

@@ -9,6 +9,7 @@ import {
   readdirSync,
   readFileSync,
   rmSync,
+  statfsSync,
   statSync,
   writeFileSync,
 } from "node:fs";
@@ -26,6 +27,7 @@ import {
   nextSecond,
   pair,
   pathWithout,
+  ROOT,
   run,
   sh,
   snapshotAs,
@@ -45,10 +47,9 @@ const listed = (result: Result) =>
 const rows = ({ stdout }: Result) =>
   new Map(
     stdout
-      .split("\n\n")[1]
+      .split("\n\n")[0]
       ?.split("\n")
-      .slice(1)
-      .filter(Boolean)
+      .filter((line) => /^\S*\d{8}-\d{6} /.test(line))
       .map((line) => [line.split("  ")[0] as string, line.split(/ {2,}/).slice(2)]),
   );
 
@@ -67,6 +68,7 @@ describe("list", () => {
       b.path,
     );
     const result = await expectRun(0, ["list", "-N", "2", "-n", "2", source]);
+    expect([...rows(result).keys()]).toEqual([1, 2, 3, 4, 5].map(day)); // the newest last
     expect(rows(result)).toEqual(
       new Map([
         [day(5), ["whole", "other", "whole, pin"]],
@@ -76,19 +78,40 @@ describe("list", () => {
         [day(1), ["whole, goes", "whole, goes", "-"]],
       ]),
     );
-    expect(result.stdout.split("\n\n")[0]?.split("\n")).toEqual([
+    // Below them, in all: how many are whole, from when to when, the longest gap, and what is free there.
+    const [table = "", totals = "", legend = ""] = result.stdout.split("\n\n");
+    expect(totals.split("\n").map((line) => line.replace(/ {2,}/g, "  "))).toEqual([
+      expect.stringMatching(/^ +ALL  FROM  TO  LONGEST GAP  FREE$/),
+      expect.stringMatching(
+        new RegExp(`^A  5  ${day(1)}  ${day(5)}  24 hours  [\\d.]+[MG] of [\\d.]+[MG]$`),
+      ),
+      expect.stringMatching(new RegExp(`^B  3  ${day(1)}  ${day(3)}  24 hours  [\\d.]+[MG] of`)),
+      expect.stringMatching(new RegExp(`^C  2  ${day(3)}  ${day(5)}  2 days  [\\d.]+[MG] of`)),
+    ]);
+    expect(legend.split("\n")).toEqual([
       `A  ${source} (source)`,
       expect.stringMatching(new RegExp(`^B  ${destination}, last served \\d+ seconds? ago$`)),
       expect.stringMatching(new RegExp(`^C  ${second}, last served \\d+ seconds? ago$`)),
     ]);
-    expect(
-      Math.max(
-        ...(result.stdout
-          .split("\n\n")[1]
-          ?.split("\n")
-          .map((line) => line.length) ?? []),
-      ),
-    ).toBeLessThanOrEqual(80);
+    const lines = [table, totals].flatMap((block) => block.split("\n"));
+    expect(Math.max(...lines.map((line) => line.length))).toBeLessThanOrEqual(80);
+    // Of many, the newest; the totals count all, and to programs the newest is the first.
+    const newest = await expectRun(0, ["list", "--last", "2", source]);
+    expect(newest.stdout).toStartWith("… 3 older\n");
+    expect([...rows(newest).keys()]).toEqual([day(4), day(5)]);
+    expect(newest.stdout).toMatch(new RegExp(`^A +5 +${day(1)} `, "m"));
+    const told = listed(await expectRun(0, ["list", "--json", "--last", "1", source]));
+    expect(told["snapshots"].map(({ name }: { name: string }) => name)).toEqual([day(5)]);
+    const { bavail, bsize, blocks } = statfsSync(b.path);
+    expect(told["locations"][1]).toMatchObject({
+      count: 3,
+      oldest: day(1),
+      newest: day(3),
+      longest_gap: 86400e3,
+      size: blocks * bsize,
+    });
+    expect(Math.abs(told["locations"][1].free - bavail * bsize)).toBeLessThan(16 << 20);
+    await expectRun(2, ["list", "--last", "0", source]);
     // The same as data, with given destinations, over ssh, and by any order of locations.
     const { options, url } = await sshServer();
     const json = listed(
@@ -123,11 +146,11 @@ describe("list", () => {
       uuid: expect.stringMatching(/^[0-9a-f-]{36}$/),
     });
     expect([...rows(await expectRun(0, ["list", destination, second])).values()]).toEqual([
-      ["whole", "other"],
-      ["incomplete", "-"],
+      ["whole", "-"],
+      ["whole", "-"],
       ["whole", "whole"],
-      ["whole", "-"],
-      ["whole", "-"],
+      ["incomplete", "-"],
+      ["whole", "other"],
     ]);
   });
 
@@ -276,9 +299,180 @@ describe("list", () => {
     expect((await expectRun(1, ["list", "--max-age", "26h", prefixed])).stdout).toContain(
       "b-20200101-000000",
     );
+    expect((await expectRun(1, ["list", "--max-age", "26h", prefixed])).stdout).toMatch(
+      /^OK: .* a-\d.*\nTOO OLD: .* b-2020.*\n$/,
+    );
     await expectRun(0, ["list", "-p", "a-", "--max-age", "26h", prefixed]);
     await expectRun(2, ["list", "--max-age", "soon", destination]);
   });
+});
+
+test("what --if-changed found, and what may be away, is no alarm; and each place has its line, whatever another one is", async () => {
+  const { source, destination, b } = pair();
+  const directory = temporaryDirectory();
+  const store = `raw://${directory}/store`;
+  const places = [source, "--optional", destination, store];
+  const name = "20200101-000000";
+  snapshotAs(source, name);
+  const first = await expectRun(0, ["-S", ...places]);
+  // A summary has the order of the command line.
+  const summed = first.stderr.slice(first.stderr.indexOf("Done:"));
+  expect(summed.match(/^(\/|raw:)\S*/gm)).toEqual([source, destination, store]);
+  const aged = (status: number, ...more: string[]) =>
+    expectRun(status, ["list", "--max-age", "26h", ...more]);
+  const verdicts = ({ stdout }: Result) =>
+    stdout
+      .split("\n")
+      .flatMap((line) => /^([A-Z ]+): (.*?): /.exec(line)?.slice(1, 3).join(" ") ?? []);
+  const all = [source, destination, store];
+  expect(verdicts(await aged(1, ...all))).toEqual(all.map((id) => `TOO OLD ${id}`));
+
+  // Nothing is newer at the source: a snapshot of 2020 is as young as the run that found that.
+  await expectRun(0, ["--if-changed", ...places]);
+  expect(snapshotNames(destination)).toEqual([name]);
+  const told = await aged(0, ...all);
+  expect(verdicts(told)).toEqual(all.map((id) => `OK ${id}`));
+  expect(told.stdout).toMatch(
+    new RegExp(
+      `${name}, \\d+ years old, and nothing had changed \\d+ seconds? ago \\(at most 26h\\)`,
+    ),
+  );
+  // The destination's own record says so; a store has none. What was found in the future is nothing.
+  await aged(0, destination);
+  expect(events(await aged(1, "--json", store))).toMatchObject([
+    { ok: false, newest: name, unchanged: null, prefix: "" },
+  ]);
+  const record = join(destination, ".btrfs-backup.json");
+  const before = readFileSync(record, "utf8");
+  writeFileSync(record, before.replace(/"at":"\d{4}/, '"at":"2099'));
+  await aged(1, destination);
+  writeFileSync(record, before);
+
+  // A plain file, nothing, a directory that is no backup: a line each, and none hides another.
+  writeFileSync(join(directory, "file"), "");
+  const odd = [join(directory, "file"), "/nowhere", destination, directory, "raw:///nowhere"];
+  expect(verdicts(await aged(1, ...odd))).toEqual(
+    odd.map((id) => `${id === destination ? "OK" : "UNKNOWN"} ${id}`),
+  );
+
+  // Argument files, one of which makes no sense, while the disk that may be away is.
+  unmount(b);
+  const put = (file: string, ...words: string[]) =>
+    writeFileSync(join(directory, `${file}.args`), `${words.join("\n")}\n`);
+  put("home", source, `--optional ${destination}`, store, "shell://cat >/dev/null");
+  put("wrong", "--nonsense");
+  const where = ["--config-dir", directory];
+  const away = await aged(2, ...where);
+  expect(verdicts(away)).toEqual([
+    `OK ${source}`,
+    `OK ${destination}`,
+    `OK ${store}`,
+    "UNKNOWN shell://cat >/dev/null",
+    `UNKNOWN wrong.args`,
+  ]);
+  expect(away.stdout).toMatch(/: not there; last served \d+ seconds? ago \(at most 26h\)\n/);
+  rmSync(join(directory, "wrong.args"));
+  for (const args of [[source], where]) {
+    const listing = await expectRun(0, ["list", ...args]);
+    expect([listing.stderr, [...rows(listing).values()][0]?.slice(0, 2)]).toEqual([
+      "",
+      ["whole", "?, pin"],
+    ]);
+    expect(listing.stdout).toMatch(/\nB  .*, last served .*, optional, not there now\n/);
+  }
+  const json = await expectRun(0, ["list", "--json", source]);
+  expect(listed(json)["locations"][1]).toMatchObject({
+    id: destination,
+    optional: true,
+    error: expect.stringContaining("no such directory"),
+    free: null,
+  });
+  // Away for too long; and one that must be there.
+  const own = join(source, "snapshot/.btrfs-backup.json");
+  writeFileSync(own, readFileSync(own, "utf8").replaceAll(/"last":"\d{4}/g, '"last":"2020'));
+  expect((await aged(1, ...where)).stdout).toMatch(
+    /^TOO OLD: .*: not there; last served \d+ years/m,
+  );
+  await run(["-S", source, destination]);
+  expect((await expectRun(1, ["list", source])).stderr).toContain("is the disk mounted?");
+});
+
+test("--size asks quotas, which tell at once what would be free", async () => {
+  const { source, destination, b } = pair();
+  sh(`head -c 3M /dev/urandom >"$1/large"; btrfs quota enable "$2"`, source, b.path);
+  await expectRun(0, [source, destination]);
+  sh(`rm "$1/large"; head -c 2M /dev/urandom >"$1/other"`, source);
+  await nextSecond();
+  await expectRun(0, [source, destination]);
+  sh(`btrfs quota rescan -w "$1" >/dev/null 2>&1 || :; btrfs filesystem sync "$1"`, b.path);
+  const counted = snapshotNames(destination)
+    .toReversed()
+    .map((name) => {
+      const at = join(destination, name);
+      const line = sh(`btrfs qgroup show --raw -f "$1" | grep '^0/' | head -n 1`, at).split(/\s+/);
+      return { bytes: Number(line[1]), frees: Number(line[2]) };
+    });
+  expect(counted[1]?.frees).toBeGreaterThan(3 << 20); // only the older one has the large file
+  const { options, url, guarded } = await sshServer();
+  const reading = guarded("--path", destination, "--allow-read");
+  for (const [args, place] of [
+    [[], destination],
+    [options, url(destination)],
+    [reading, url(destination)],
+  ] as const) {
+    const { snapshots } = listed(await expectRun(0, ["list", "--json", "--size", ...args, place]));
+    expect(snapshots.map(({ at }: any) => at[0])).toMatchObject(counted);
+  }
+  const table = await expectRun(0, ["list", "--size", source, destination]);
+  expect(table.stdout).toMatch(/ whole, pin 2\.\dM \(2\.\dM\)\n/);
+  expect(table.stdout).toContain("\n(…): what would be free if only that one were deleted\n");
+  // Simple quotas count otherwise, and are not asked.
+  sh(`btrfs quota disable "$1"`, b.path);
+  const without = listed(await expectRun(0, ["list", "--json", "--size", destination]));
+  expect(without["snapshots"][0].at[0]).toMatchObject({ bytes: expect.any(Number), frees: null });
+});
+
+test("verify of many tells how far it is and ends with one line; -v info tells each", async () => {
+  const { source, destination } = pair();
+  const store = `raw://${temporaryDirectory()}`;
+  for (const n of [1, 2, 3]) {
+    sh(`head -c 1M /dev/urandom >"$1/large"`, source);
+    snapshotAs(source, day(n));
+  }
+  await expectRun(0, ["-S", source, destination, store]);
+  const short = /^\[info\] 3 of 3 are well, [\d.]+M in \d+ seconds?\n$/;
+  expect((await expectRun(0, ["verify", store])).stderr).toMatch(short);
+  expect((await expectRun(0, ["verify", "--all", source, destination])).stderr).toMatch(short);
+  expect((await expectRun(0, ["verify", "-q", store])).stderr).toBe("");
+  const each = await expectRun(0, ["verify", "-v", "info", store]);
+  expect(each.stderr.match(/is as it was stored/g)?.length).toBe(3);
+  const one = await expectRun(0, ["verify", source, destination]);
+  expect(one.stderr).toMatch(/ is equal \(SHA-256 [^]*1 of 1 is well, 4?\d*[\d.]+M in /);
+  const program = join(ROOT, "dist/btrfs-backup");
+  const drawn = sh(`script -qec "$1 verify $2" /dev/null`, program, store);
+  expect(drawn).toMatch(/0 of 3 in [^]*\x1b\[1A[^]*3 of 3 are well/);
+  expect(sh(`script -qec "$1 verify -P $2" /dev/null`, program, store)).not.toContain("\x1b[1A");
+  damage(join(destination, day(2)), "echo bad >plain/0");
+  const bad = await expectRun(1, ["verify", "--all", "--json", source, destination, store]);
+  expect(bad.stderr).toContain("5 of 6 are well");
+  expect(events(bad).at(-1)).toMatchObject({ event: "summary", ok: false, well: 5, of: 6 });
+});
+
+test("-v debug shows what is run as a person would type it, and -d the scripts", async () => {
+  const { source, destination } = pair();
+  const { stderr } = await expectRun(0, ["-v", "debug", source, destination]);
+  const [name = ""] = snapshotNames(destination);
+  expect(stderr).toMatch(new RegExp(`^\\[debug\\] open .*folder=${source}/snapshot `, "m"));
+  expect(stderr).toMatch(
+    new RegExp(
+      `^\\[debug\\] pipeline: send .*snapshot=${name} .* \\| .*receive .*folder=${destination} `,
+      "m",
+    ),
+  );
+  expect(stderr).not.toMatch(/printf|sh -c|esac/);
+  expect(Math.max(...stderr.split("\n").map((line) => line.length))).toBeLessThan(1000);
+  await nextSecond();
+  expect((await expectRun(0, ["-v", "debug", "-d", source, destination])).stderr).toContain("esac");
 });
 
 describe("verify", () => {

@@ -52,7 +52,9 @@ import {
   parametersOf,
   sh,
   usableKeys,
+  typedVerb,
   VERBS,
+  Verification,
   visible,
   wordsFor,
   subvolumeAround,
@@ -1131,6 +1133,45 @@ test("a line about a stream fits the terminal, whatever it is called and however
   expect(
     progressLine({ name: "a", bytes: 200 * MiB, size: 100 * MiB, seconds: 10, columns: 120 }),
   ).toContain(" 100% 0:00:00 left");
+});
+
+test("a verify says every ten minutes how far it is, and in the end how many are well", () => {
+  const [GiB, minute] = [2 ** 30, 60e3];
+  const told = new Verification(0);
+  told.begin("raw:///x", 3, 4 * GiB, 0);
+  told.done(true, GiB);
+  told.reading(GiB / 2);
+  expect(told.line(80, 60e3)).toMatch(/^1 of 3 in raw:\/\/\/x .*1\.5G .* 37% 0:01:40 left$/);
+  expect(told.line(80, 60e3).length).toBeLessThan(80);
+  expect(told.news(10 * minute - 1)).toBeNull();
+  expect(told.news(10 * minute)).toBe("Read 1 of 3 in raw:///x, 1.5G of 4.0G in 10 minutes");
+  expect(told.news(19 * minute)).toBeNull();
+  told.done(false, 3 * GiB);
+  expect(told.news(20 * minute)).toBe("Read 2 of 3 in raw:///x, 4.0G of 4.0G in 20 minutes");
+  told.done(true, 0);
+  told.begin("/b", 1, 0, 20 * minute);
+  expect(told.line(80, 20 * minute)).toStartWith("0 of 1 in /b ");
+  told.done(true, GiB);
+  expect(told.summary(120 * minute)).toBe("3 of 4 are well, 5.0G in 2 hours");
+});
+
+test("a verb is shown as a person would type it", () => {
+  const verb = {
+    name: "look",
+    takes: "folder fsid how? names...",
+    written: "",
+    script: "",
+  } as const;
+  const names = Array.from({ length: 12 }, (_, i) => `n${i}`);
+  expect(
+    typedVerb({ label: "nas" }, verb, { folder: "/a b", fsid: "1", names: ["x", "y z"] }),
+  ).toBe("nas: look folder='/a b' fsid=1 names=(x 'y z')");
+  expect(typedVerb({ label: "" }, verb, { folder: "/a", fsid: "", names })).toBe(
+    `look folder=/a names=(${names.slice(0, 10).join(" ")} … 12 in all)`,
+  );
+  expect(typedVerb({ label: "" }, verb, { folder: "/a", fsid: "1", names: [] })).toBe(
+    "look folder=/a fsid=1",
+  );
 });
 
 /** The figures of a place; what is not named is nothing. */
