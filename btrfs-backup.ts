@@ -3780,13 +3780,11 @@ const ESTIMATE = defineVerb("estimate", "folder fsid snapshot parent idle?")`
 `;
 
 /**
- * The data that `source` has got since a generation, as `estimate` tells those of a stream. They are
- * not read.
+ * The data that a subvolume has got since a generation, as `estimate` tells those of a stream. They
+ * are not read.
  */
-const GROWN = defineVerb("grown", "source folder fsid generation")`
+const GROWN = defineVerb("grown", "folder fsid generation")`
   at "$folder" "$fsid"
-  cd -P -- "$source"
-  [ "$PWD" = "$source" ] || { line "$source leads to $PWD now" >&2; exit 66; }
   extents() { grep -o "^inode [0-9]* file offset [0-9]* len [0-9]* disk start [0-9]* offset [0-9]* gen [0-9]* flags [A-Z|,]*"; }
   written() { grep -v -e PREALLOC -e HOLE || :; }
   echo "1 snapshot"
@@ -3794,14 +3792,16 @@ const GROWN = defineVerb("grown", "source folder fsid generation")`
 `;
 
 /**
- * Whether anything in a snapshot is stored compressed, or, without one, whether what is made in the
- * folder will be: a line if so.
+ * Whether anything in a snapshot is stored compressed, or, without one, whether the subvolumes that
+ * are made in the folder will be, which have that property from the one around them: a line if so.
  */
 const COMPRESSED = defineVerb("compressed", "folder fsid snapshot")`
   at "$folder" "$fsid"
   if [ -n "$snapshot" ]; then
     b subvolume find-new "./$snapshot" 0 | grep -m 1 -o "flags COMPRESS" || :
   else
+    b property get -t inode . compression
+    until [ "$(stat -c %i .)" = 256 ] || [ . -ef .. ]; do cd ..; done
     b property get -t inode . compression
   fi
 `;
@@ -7123,8 +7123,11 @@ function storeDestination(
     filesystem: null,
     free: folder.place.free,
     size: folder.place.size,
-    mayShrink: async () =>
-      sending.level !== "" || sending.recipients.length > 0 || writesLess(folder),
+    mayShrink: async () => {
+      const { level, recipients, protocol } = sending;
+      // gpg compresses as well.
+      return level !== "" || recipients.length > 0 || protocol === "2" || writesLess(folder);
+    },
     measure: isLockable ? (settled) => freeNow(folder, settled ? "files" : "") : null,
     standing,
     frozen: lostSums(store, folder.prefix),
@@ -7360,12 +7363,17 @@ function besideTransfer(source: Folder, transfer: Transfer): Beside {
  * What a transfer takes whose snapshot a dry run has not taken: what has come to SOURCE since the
  * parent. Errors: Failure.
  */
-async function growthOf(source: Folder, path: string, transfer: Transfer): Promise<Estimate> {
+async function growthOf({ host, source }: Folder, transfer: Transfer): Promise<Estimate> {
   const { parent, snapshot } = transfer;
-  const generation = parent === null ? "0" : String(parent.cgen ?? 0);
   const problem = `cannot estimate the stream of ${snapshot.name}`;
-  const told = await askAt(source, GROWN, { source: path, generation }, problem);
-  return noteEstimate(transfer, parseEstimate(told));
+  if (source === null || (parent !== null && parent.cgen === undefined))
+    throw new Failure(`${problem}: it is not known what it begins with`);
+  const given = { folder: source.path, fsid: `${source.fsid}/` };
+  const generation = String(parent?.cgen ?? 0);
+  return noteEstimate(
+    transfer,
+    parseEstimate(await ask(host, GROWN, { ...given, generation }, problem)),
+  );
 }
 
 /** The part size for a transfer to a remote, as rclone reads it. */
@@ -12303,9 +12311,7 @@ async function expectedSize(session: Session, transfer: Transfer): Promise<Estim
   // Without root nobody can ask, and what is to be taken over is not a snapshot of SOURCE.
   if (source.alone || (isComing && o.importFrom !== null)) return null;
   try {
-    return isComing
-      ? await growthOf(source, source.subvolume, transfer)
-      : await estimateOf(source, transfer);
+    return isComing ? await growthOf(source, transfer) : await estimateOf(source, transfer);
   } catch (error) {
     if (error instanceof Interrupted) throw error;
     log.debug(`${name}: nobody can tell how much it takes: ${messageOf(error)}`);
@@ -12624,6 +12630,13 @@ function claimantsOf(
   return o.removeLocks ? claimants.filter(({ pin }) => pin) : claimants;
 }
 
+/** What is free there after all. What became less on the disk than it was on the way is measured. */
+async function freeInTheEnd({ session, destination, free }: Served): Promise<number> {
+  const { measure } = destination;
+  if (free >= 0 || measure === null || session.o.dryRun) return Math.max(0, free);
+  return await measure(false).catch(afterFailure(() => 0));
+}
+
 /** Prunes a destination that has all it should have, and notes what was done there. */
 async function pruneServed(served: Served): Promise<void> {
   const { session, destination, began } = served;
@@ -12634,7 +12647,7 @@ async function pruneServed(served: Served): Promise<void> {
     report.error(destination.id, error);
   }
   const place = figuresOf(report.figures, destination.id);
-  place.free = Number.isFinite(served.free) ? served.free : null;
+  place.free = Number.isFinite(served.free) ? await freeInTheEnd(served) : null;
   place.seconds += (Date.now() - began) / 1000;
   if (destination.stream === null) place.kept = served.standing.backups.length;
 }
@@ -18860,7 +18873,7 @@ const GUARDED: ReadonlyMap<string, Allowed> = new Map([
     parent: optionally(PARENT_RULE),
     idle: optionally(matching(/^yes$/)),
   }),
-  allow(GROWN, ["source"], { source: SOURCE_RULE, generation: matching(/^\d{1,20}$/) }),
+  allow(GROWN, ["source"], { generation: matching(/^\d{1,20}$/) }),
   allow(COMPRESSED, ["source", "read", "add"], { snapshot: optionally(STANDING) }),
   allow(REWRITTEN, ["source", "read"], { parent: PARENT_RULE, most: matching(/^\d{1,8}$/) }),
   allow(DIFFERENCE, ["source", "read"], { parent: STANDING }),
