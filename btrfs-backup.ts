@@ -1268,17 +1268,20 @@ function fitted(name: string, room: number): string {
   return `${what.slice(0, begin)}…${end === 0 ? "" : what.slice(-end)}`;
 }
 
-/** One line about a stream. The bar goes where it would leave no room for the name. */
+/** How wide the bar of a progress line is: less where the name needs the room. */
+const BAR = { most: 20, least: 5 } as const;
+
+/** One line about a stream. */
 export function progressLine({ columns, ...flow }: Flow & { readonly columns: number }): string {
   const { name, bytes, size, seconds } = flow;
   const { rate, done, left } = paceOf(flow, size ?? 0);
   const figures = ` ${inBytes(bytes).padStart(7)} ${inBytes(Math.floor(rate)).padStart(7)}/s ${asClock(seconds)}`;
   if (size === undefined) return `${fitted(name, columns - 1 - figures.length)}${figures}`;
-  const bar = ` ${`${"=".repeat(Math.floor(done * 19))}>`.padEnd(20)}`;
   const ahead = ` ${String(Math.floor(done * 100)).padStart(3)}% ${asClock(left)} left`;
-  const isWide = visible(name).length + figures.length + bar.length + ahead.length < columns;
-  const all = `${figures}${isWide ? bar : ""}${ahead}`;
-  return `${fitted(name, columns - 1 - all.length)}${all}`;
+  const room = columns - 2 - figures.length - ahead.length;
+  const width = Math.min(BAR.most, Math.max(BAR.least, room - visible(name).length));
+  const bar = `${"=".repeat(Math.floor(done * (width - 1)))}>`.padEnd(width);
+  return `${fitted(name, room - width)}${figures} ${bar}${ahead}`;
 }
 
 /** What the log says of a stream that takes long. */
@@ -3783,8 +3786,9 @@ const ESTIMATE = defineVerb("estimate", "folder fsid snapshot parent idle?")`
  * The data that a subvolume has got since a generation, as `estimate` tells those of a stream. They
  * are not read.
  */
-const GROWN = defineVerb("grown", "folder fsid generation")`
-  at "$folder" "$fsid"
+const GROWN = defineVerb("grown", "source generation")`
+  ${ENTER}
+  enter "$source"
   extents() { grep -o "^inode [0-9]* file offset [0-9]* len [0-9]* disk start [0-9]* offset [0-9]* gen [0-9]* flags [A-Z|,]*"; }
   written() { grep -v -e PREALLOC -e HOLE || :; }
   echo "1 snapshot"
@@ -7237,8 +7241,8 @@ export function partSize(bytes: number): number {
 // ── estimates: how much a transfer takes ──
 
 /**
- * What a stream will have: its bytes, but for some hundred a command; of these those of data, which
- * are no less than it says where nothing compresses them. `compressing`: files in it are compressed
+ * What a stream will have: its bytes, but for some hundred a command; of these the data that take
+ * space of their own, which are no less than it says where nothing compresses them. `compressing`: files in it are compressed
  * wherever they are received.
  */
 export type Estimate = {
@@ -7246,6 +7250,9 @@ export type Estimate = {
   readonly data: number;
   readonly compressing: boolean;
 };
+
+/** Less than so many bytes of a file can be kept with what is known of it, and need no block. */
+const OWN_BLOCK = 4096;
 
 /**
  * The stream of which `estimate` printed this; a command without data counts 200 bytes. Errors:
@@ -7261,7 +7268,7 @@ export function parseEstimate(text: string): Estimate {
     throw new Failure(`"btrfs receive --dump" printed something unknown: ${text.slice(0, 200)}`);
   const sum = (all: readonly (RegExpExecArray | null)[], each: number) =>
     all.reduce((before, line) => before + Number(line?.[1]) * Number(line?.[2] ?? each), 0);
-  const data = lines.filter((line) => line?.[2] !== undefined);
+  const data = lines.filter((line) => Number(line?.[2] ?? 0) >= OWN_BLOCK);
   return {
     bytes: sum(lines, 200),
     data: sum(data, 0),
@@ -7368,11 +7375,10 @@ async function growthOf({ host, source }: Folder, transfer: Transfer): Promise<E
   const problem = `cannot estimate the stream of ${snapshot.name}`;
   if (source === null || (parent !== null && parent.cgen === undefined))
     throw new Failure(`${problem}: it is not known what it begins with`);
-  const given = { folder: source.path, fsid: `${source.fsid}/` };
   const generation = String(parent?.cgen ?? 0);
   return noteEstimate(
     transfer,
-    parseEstimate(await ask(host, GROWN, { ...given, generation }, problem)),
+    parseEstimate(await ask(host, GROWN, { source: source.path, generation }, problem)),
   );
 }
 
@@ -12320,20 +12326,28 @@ async function expectedSize(session: Session, transfer: Transfer): Promise<Estim
 }
 
 /**
- * Why a transfer has no space at a destination; null if it has, or nobody can tell. Where SOURCE's
- * filesystem has less than is free there, nobody has to be asked.
+ * Whether a destination may lack the space for a transfer. Where all of SOURCE's filesystem has room
+ * there, nobody has to be asked.
  */
-async function lackOfSpace(served: Served, transfer: Transfer): Promise<Failure | null> {
+function mayLackSpace(served: Served, { snapshot }: Transfer): boolean {
   const { session, destination, free } = served;
   const { o, source, display } = session;
-  const { name, uuid } = transfer.snapshot;
-  const room = Math.max(0, free); // what was sent counts in full, and can have become less on the disk
   // What is kept until it is whole is checked where it is known what is there already.
   const isKept = destination.stream === null && destination.form(source) === null;
-  if (!o.spaceCheck || free === Infinity || isKept) return null;
-  const { place, mounts } = source;
-  if (!writesLess({ mounts, place }) && place.size - place.free <= room) return null;
-  if ((display.sizes.get(uuid) ?? Infinity) <= room) return null;
+  if (!o.spaceCheck || free === Infinity || isKept) return false;
+  const used = writesLess(source) ? Infinity : source.place.size - source.place.free;
+  return Math.min(used, display.sizes.get(snapshot.uuid) ?? Infinity) > free;
+}
+
+/** Why a transfer has no space at a destination; null if it has, or nobody can tell. */
+async function lackOfSpace(served: Served, transfer: Transfer): Promise<Failure | null> {
+  if (!mayLackSpace(served, transfer)) return null;
+  const { session, destination, free } = served;
+  const { o, source } = session;
+  const { name } = transfer.snapshot;
+  const room = Math.max(0, free); // what was sent counts in full, and can have become less on the disk
+  if (transfer.parent === null && knownEstimate(transfer) === undefined)
+    log.info(`${destination.id}: asking how much ${name} takes, and whether there is space for it`);
   const takes = await expectedSize(session, transfer);
   if (takes === null || takes.data <= room) return null;
   served.free = await freeAgain(served);
@@ -12376,9 +12390,10 @@ async function withRoom(served: Served, error: unknown, now: number): Promise<Se
     error instanceof NoSpace && o.makeRoom && destination.frozen === null
       ? planRoom(snapshots, standing, todo, { policy: wanted.policy, now, adopted: leaps })
       : [];
-  if (going.length === 0 || o.dryRun) throw error;
+  if (going.length === 0) throw error;
   const [transfer] = todo as [Transfer];
   await removeFrom(session, served, going, { reason: "to make room", free: true });
+  if (o.dryRun) return { bytes: knownEstimate(transfer)?.bytes ?? null, seconds: 0 };
   await destination.discard(transfer.snapshot.name); // there may not have been the space to clear away
   return transferTo(destination, { source, transfer, display });
 }
@@ -12804,7 +12819,7 @@ function concludeRun(
     ok: !report.failed,
     snapshot: name,
     transfers: transfer,
-    bytes,
+    ...(dryRun ? { bytes } : {}),
     deletions,
     free,
   });
@@ -18873,7 +18888,7 @@ const GUARDED: ReadonlyMap<string, Allowed> = new Map([
     parent: optionally(PARENT_RULE),
     idle: optionally(matching(/^yes$/)),
   }),
-  allow(GROWN, ["source"], { generation: matching(/^\d{1,20}$/) }),
+  allow(GROWN, ["source"], { source: SOURCE_RULE, generation: matching(/^\d{1,20}$/) }),
   allow(COMPRESSED, ["source", "read", "add"], { snapshot: optionally(STANDING) }),
   allow(REWRITTEN, ["source", "read"], { parent: PARENT_RULE, most: matching(/^\d{1,8}$/) }),
   allow(DIFFERENCE, ["source", "read"], { parent: STANDING }),

@@ -47,6 +47,17 @@ test("a dry run tells the bytes of each transfer and of all, without taking a sn
   await expectTold(20 * MIB, /in full: .*, some 2\d\.\dM\)[^]*2 transfers of some 4\d\.\dM, 0 del/);
   random("3M", join(source, "second"));
   await expectTold(3 * MIB, /\(difference to \d+-\d+, some 3\.\dM\)[^]*of some 6\.\dM/);
+  // So does one of a tree, where no folder is there yet, and one whose source a guarded key serves.
+  const inner = subvolume(join(source, "inner"));
+  random("7M", join(inner, "file"));
+  const tree = join(destination, "../tree");
+  const whole = await expectRun(0, ["--dry-run", "--json", "--recursive", source, tree]);
+  const all = transfers(whole).map((one) => (one["bytes"] as number) / MIB);
+  expect(all.map(Math.round).sort((one, other) => one - other)).toEqual([7, 23]);
+  const { guarded, url } = await sshServer();
+  const key = guarded("--path", source, "--source");
+  const pulled = await expectRun(0, [...key, "--dry-run", "--json", url(source), join(tree, "x")]);
+  expect(transfers(pulled)[0]?.["bytes"]).toBeGreaterThan(23 * MIB);
   // What stands already is estimated as its stream is.
   random("5M", join(source, "third"));
   await nextSecond();
@@ -90,6 +101,25 @@ test("what a destination has no space for is refused before its first byte, with
   await nextSecond();
   sh(`btrfs -q subvolume delete "$1" >/dev/null`, ballast);
   await expectRun(0, ["--newest-only", source, small]);
+});
+
+test("--make-room makes the room that an estimate says is lacking, and a dry run says so", async () => {
+  const { source } = pair();
+  const small = join(filesystem({ size: "200M" }).path, "small");
+  random("70M", join(source, "file"));
+  await expectRun(0, [source, small]);
+  random("1M", join(source, "file"));
+  await nextSecond();
+  await expectRun(0, [source, small]);
+  const [first] = snapshotNames(small);
+  random("70M", join(source, "file"));
+  await nextSecond();
+  const args = ["-n", "1", source, small];
+  expect((await expectRun(1, args)).stderr).toMatch(/takes 70\.\dM, and only/);
+  const told = await expectRun(0, ["-S", "--dry-run", "--make-room", ...args]);
+  expect(told.stderr).toContain(`Would delete 1 at ${small}: ${first} (to make room)`);
+  await expectRun(0, ["-S", "--make-room", ...args]);
+  expect(snapshotNames(small).length).toBe(1);
 });
 
 test("what may become less where it arrives is not refused: compression there, in a folder, or of what is sent", async () => {
