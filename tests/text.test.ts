@@ -1142,7 +1142,7 @@ test("a line about a stream fits the terminal, whatever it is called and however
   const name = "20260101-120000 to /mnt/usb/home";
   expect(
     progressLine({ name, bytes: 50 * MiB, size: 100 * MiB, seconds: 10, columns: 80 }),
-  ).toMatch(/^2026.*…0* to \/mnt\/usb\/home .* => +50% 0:00:10 left$/);
+  ).toMatch(/^2026.*…0* to \/mnt\/usb\/home .* ==> +50% 0:00:10 left$/);
   expect(progressNews({ name, bytes: 50 * MiB, size: 200 * MiB, seconds: 600 })).toBe(
     `${name}: 50.0M in 0:10:00, 85.3K/s; 25 % of some 200.0M, 0:30:00 left`,
   );
