@@ -1067,6 +1067,10 @@ class Terminal {
     else this.#lines.set(whose, line);
     this.write("");
   }
+  /** The terminal itself has written "^C": what comes begins at the left again. */
+  interrupted(): void {
+    if (this.#drawn > 0) process.stderr.write("\r");
+  }
   write(text: string): void {
     if (this.#drawn > 0) process.stderr.write(`\x1b[${this.#drawn}A\x1b[J`);
     if (text !== "") process.stderr.write(text);
@@ -1076,6 +1080,9 @@ class Terminal {
 }
 const terminal = new Terminal();
 
+/** Whether stderr is a terminal that knows colours and can move its cursor. */
+const canDraw = () => process.stderr.isTTY && process.env["TERM"] !== "dumb";
+
 /** The log: lines for people, on stderr. */
 export const log = createConsola({
   level: LEVELS.debug,
@@ -1084,7 +1091,7 @@ export const log = createConsola({
       log({ type, args, level }) {
         if (level > setting().level) return;
         const colour =
-          !process.stderr.isTTY || process.env["NO_COLOR"]
+          !canDraw() || process.env["NO_COLOR"]
             ? null
             : ({ error: "31", warn: "33", debug: "2" }[type as string] ?? "36");
         terminal.write(
@@ -1209,43 +1216,84 @@ function newReport(json: boolean, dryRun: boolean): Report {
   return report;
 }
 
-/** What is shown of transfers; `sizes`: a full stream's bytes by UUID, where quotas tell them. */
+/**
+ * What is shown of transfers: `progress` draws a line, `news` logs one every so many ms; `sizes`: a
+ * full stream's bytes by UUID, where quotas tell them.
+ */
 type Display = Readonly<{
   progress: boolean;
+  news: number | null;
   btrfsDebug: boolean;
   sizes: Map<string, number>;
 }>;
 
+/** So often a long transfer is told where nothing can be drawn; in ms. */
+const NEWS = 600e3;
+
 /** What options ask to show; a bar only where there is a terminal to draw it on. */
-function displayOf({ progress, btrfsDebug }: Omit<Display, "sizes">): Display {
-  const { isTTY } = process.stderr;
-  if (progress && !isTTY) log.debug("no progress is shown: stderr is no terminal");
-  return { progress: progress && isTTY, btrfsDebug, sizes: new Map() };
+function displayOf({ progress, btrfsDebug }: Pick<Display, "progress" | "btrfsDebug">): Display {
+  if (progress && !canDraw())
+    log.debug("no progress is drawn: stderr is no terminal that can move its cursor");
+  const isDrawn = progress && canDraw();
+  return {
+    progress: isDrawn,
+    news: progress && !isDrawn ? NEWS : null,
+    btrfsDebug,
+    sizes: new Map(),
+  };
 }
 
 /** Of a stream, so many bytes have passed in so many seconds; `size` where it is known. */
-type Progress = Readonly<{
+type Flow = Readonly<{
   name: string;
   bytes: number;
   size: number | undefined;
   seconds: number;
-  columns: number;
 }>;
 
-/** One line about a stream. */
-export function progressLine({ name, bytes, size, seconds, columns }: Progress): string {
+/** Seconds as a clock shows them. */
+const asClock = (s: number) =>
+  `${Math.floor(s / 3600)}:${twoDigits(Math.floor(s / 60) % 60)}:${twoDigits(Math.floor(s) % 60)}`;
+
+/** Bytes a second, which part has passed, and the seconds that are left. */
+function paceOf({ bytes, seconds }: Flow, size: number) {
   const rate = bytes / Math.max(seconds, 1);
-  const clock = (s: number) =>
-    `${Math.floor(s / 3600)}:${twoDigits(Math.floor(s / 60) % 60)}:${twoDigits(Math.floor(s) % 60)}`;
-  const bar = (all: number) => {
-    const done = Math.min(1, bytes / all);
-    const left = rate === 0 ? 0 : Math.max(0, all - bytes) / rate;
-    return ` ${`${"=".repeat(Math.floor(done * 19))}>`.padEnd(20)} ${String(Math.floor(done * 100)).padStart(3)}% ${clock(left)} left`;
-  };
-  const figures = ` ${inBytes(bytes).padStart(7)} ${inBytes(Math.floor(rate)).padStart(7)}/s ${clock(seconds)}${size === undefined ? "" : bar(size)}`;
-  const room = columns - 1 - figures.length;
+  const done = size === 0 ? 1 : Math.min(1, bytes / size);
+  return { rate, done, left: rate === 0 ? 0 : Math.max(0, size - bytes) / rate };
+}
+
+/** A name in so many characters: a long one lacks its middle, since its end tells where to. */
+function fitted(name: string, room: number): string {
   const what = visible(name);
-  return `${what.length > room ? `${what.slice(0, Math.max(0, room - 1))}…` : what.padEnd(Math.min(room, 40))}${figures}`;
+  if (what.length <= room) return what.padEnd(Math.min(room, 40));
+  const begin = Math.min(8, Math.max(0, Math.floor((room - 1) / 3)));
+  const end = Math.max(0, room - 1 - begin);
+  return `${what.slice(0, begin)}…${end === 0 ? "" : what.slice(-end)}`;
+}
+
+/** How wide the bar of a progress line is: less where the name needs the room. */
+const BAR = { most: 20, least: 5 } as const;
+
+/** One line about a stream. */
+export function progressLine({ columns, ...flow }: Flow & { readonly columns: number }): string {
+  const { name, bytes, size, seconds } = flow;
+  const { rate, done, left } = paceOf(flow, size ?? 0);
+  const figures = ` ${inBytes(bytes).padStart(7)} ${inBytes(Math.floor(rate)).padStart(7)}/s ${asClock(seconds)}`;
+  if (size === undefined) return `${fitted(name, columns - 1 - figures.length)}${figures}`;
+  const ahead = ` ${String(Math.floor(done * 100)).padStart(3)}% ${asClock(left)} left`;
+  const room = columns - 2 - figures.length - ahead.length;
+  const width = Math.min(BAR.most, Math.max(BAR.least, room - visible(name).length));
+  const bar = `${"=".repeat(Math.floor(done * (width - 1)))}>`.padEnd(width);
+  return `${fitted(name, room - width)}${figures} ${bar}${ahead}`;
+}
+
+/** What the log says of a stream that takes long. */
+export function progressNews(flow: Flow): string {
+  const { name, bytes, size, seconds } = flow;
+  const { rate, done, left } = paceOf(flow, size ?? 0);
+  const so = `${name}: ${inBytes(bytes)} in ${asClock(seconds)}, ${inBytes(Math.floor(rate))}/s`;
+  if (size === undefined) return so;
+  return `${so}; ${Math.floor(done * 100)} % of some ${inBytes(size)}, ${asClock(left)} left`;
 }
 
 /** What was done at each place, the source first. */
@@ -1701,6 +1749,7 @@ export function stopOnSignals(): void {
       process.on(signal, () => {
         if (interruption !== null) process.exit(statusOf(signal));
         interruption = new Interrupted(signal);
+        terminal.interrupted();
         for (const stop of running) stop();
         tellSignalled();
       });
@@ -3740,11 +3789,21 @@ const BIRTHS = defineVerb("births", "folder fsid snapshots...")`
 `;
 
 /**
- * The contents of a stream: how often each command is in it, and how often data of each length (`
- * len=N`). The data are not read for this.
+ * The contents of a stream: how often each command is in it, how often data of each length (`
+ * len=N`), and how often a file is to be compressed (`compressing`). The data are not read for this.
+ * `idle`: it yields to all other work, and ends soon after nobody reads any more, whoever lives.
  */
-const ESTIMATE = defineVerb("estimate", "folder fsid snapshot parent")`
+const ESTIMATE = defineVerb("estimate", "folder fsid snapshot parent idle?")`
   at "$folder" "$fsid"
+  if [ -n "$idle" ]; then
+    renice -n 19 -p $$ >/dev/null 2>&1 || :
+    ionice -c 3 -p $$ >/dev/null 2>&1 || :
+    (
+      printf %s backup-waiting >/proc/self/comm
+      trap "" PIPE
+      while sleep 1 >/dev/null 2>&1; [ -d "/proc/$$" ]; do echo 2>/dev/null || kill -KILL 0; done
+    ) &
+  fi
   stream() {
     if [ -n "$parent" ]; then
       b send -q --no-data -p "./$parent" "./$snapshot"
@@ -3752,7 +3811,36 @@ const ESTIMATE = defineVerb("estimate", "folder fsid snapshot parent")`
       b send -q --no-data "./$snapshot"
     fi
   }
-  stream | btrfs receive --dump | grep -o -e "^[a-z_]*" -e " len=[0-9]*$" | sort | uniq -c
+  lines() { grep -o -e "^[a-z_]*" -e " len=[0-9]*$" -e " name=btrfs.compression " | sed "s/ name=btrfs.compression /compressing/"; }
+  stream | btrfs receive --dump | lines | sort | uniq -c
+`;
+
+/**
+ * The data that a subvolume has got since a generation, as `estimate` tells those of a stream. They
+ * are not read.
+ */
+const GROWN = defineVerb("grown", "source generation")`
+  ${ENTER}
+  enter "$source"
+  extents() { grep -o "^inode [0-9]* file offset [0-9]* len [0-9]* disk start [0-9]* offset [0-9]* gen [0-9]* flags [A-Z|,]*"; }
+  written() { grep -v -e PREALLOC -e HOLE || :; }
+  echo "1 snapshot"
+  b subvolume find-new . "$generation" | extents | written | grep -o " len [0-9]*" | tr " " = | sed "s/^=len/ len/" | sort | uniq -c
+`;
+
+/**
+ * Whether anything in a snapshot is stored compressed, or, without one, whether the subvolumes that
+ * are made in the folder will be, which have that property from the one around them: a line if so.
+ */
+const COMPRESSED = defineVerb("compressed", "folder fsid snapshot")`
+  at "$folder" "$fsid"
+  if [ -n "$snapshot" ]; then
+    b subvolume find-new "./$snapshot" 0 | grep -m 1 -o "flags COMPRESS" || :
+  else
+    b property get -t inode . compression
+    until [ "$(stat -c %i .)" = 256 ] || [ . -ef .. ]; do cd ..; done
+    b property get -t inode . compression
+  fi
 `;
 
 /** How much of a difference without its data is read at most, in bytes: some 100,000 commands. */
@@ -5035,7 +5123,12 @@ export type Mount = {
   readonly path: string;
   readonly device: string;
   readonly readonly: boolean;
+  /** What is written there is compressed, or nobody can tell. */
+  readonly compresses?: true;
 };
+
+/** Filesystems that compress by a mount option, or not at all. */
+const PLAIN = /^(btrfs|ext[234]|xfs|tmpfs|vfat|exfat|ntfs3?)$/;
 
 /** A path as tables of mounts write it, which show some characters by their octal numbers. */
 const unescapedPath = (word = "") =>
@@ -5046,13 +5139,17 @@ export function parseMounts(text: string): Mount[] {
   return text.split("\n").map((line) => {
     const words = line.split(" ");
     const [id = "", parent = "", , root, path, options] = words;
+    const [type = "", device] = words.slice(words.indexOf("-") + 1);
+    const compresses =
+      !PLAIN.test(type) || /(^|,)compress(-force)?(=(?!no)|,|$)/.test(words.at(-1) ?? "");
     return {
       id,
       parent,
       root: unescapedPath(root),
       path: unescapedPath(path),
-      device: unescapedPath(words[words.indexOf("-") + 2]),
+      device: unescapedPath(device),
       readonly: [options, words.at(-1)].some((some) => some?.split(",").includes("ro")),
+      ...(compresses ? { compresses } : {}),
     };
   });
 }
@@ -6514,6 +6611,11 @@ export type Destination = Readonly<{
   free: number;
   size: number;
   /**
+   * Whether a stream from there can take less than its data have. Without space for the data, a
+   * destination that says no has none for the stream. Errors: Failure.
+   */
+  mayShrink: (source: Folder, transfer: Transfer) => Promise<boolean>;
+  /**
    * Tells the bytes that are free now, with `settled` once what was deleted is gone; null where
    * nobody can tell. Errors: Failure.
    */
@@ -6819,6 +6921,15 @@ type FolderState = {
   isAnnounced: boolean;
 };
 
+/** Whether a folder's backup of a snapshot has its contents, read on both sides. Errors: Failure. */
+async function sameContent(folder: Folder, source: Folder, snapshot: Snapshot): Promise<boolean> {
+  const backup = dataFinder(folder.standing.filter(isComplete))(snapshot);
+  if (backup === undefined) throw new Failure(`${folder.id} has no backup of ${snapshot.name}`);
+  const sides = [digestIn(source, snapshot), digestIn(folder, backup)];
+  const [ours, theirs] = (await allOf(sides)) as [Summed, Summed];
+  return ours.sum === theirs.sum;
+}
+
 /** A btrfs folder as a destination. */
 function folderDestination(folder: Folder, options: FolderOptions): Destination {
   const { host, prefix, id, place, standing } = folder;
@@ -6833,6 +6944,7 @@ function folderDestination(folder: Folder, options: FolderOptions): Destination 
     filesystem: place.filesystem,
     free: place.free,
     size: place.size,
+    mayShrink: (from, transfer) => shrinksIn(folder, sending, from, transfer),
     measure: (settled) => freeNow(folder, settled ? "subvolumes" : ""),
     standing: standingIn(
       folder,
@@ -6851,13 +6963,7 @@ function folderDestination(folder: Folder, options: FolderOptions): Destination 
       state.isAnnounced = isFollowed && host.ssh === null;
       return receiveInto(folder, state, options, { source, transfer });
     },
-    async compare(source, snapshot) {
-      const backup = dataFinder(standing.filter(isComplete))(snapshot);
-      if (backup === undefined) throw new Failure(`${id} has no backup of ${snapshot.name}`);
-      const sides = [digestIn(source, snapshot), digestIn(folder, backup)];
-      const [ours, theirs] = (await allOf(sides)) as [Summed, Summed];
-      return ours.sum === theirs.sum;
-    },
+    compare: (source, snapshot) => sameContent(folder, source, snapshot),
     arrived(transfer) {
       here.add(dataOf(transfer.snapshot));
       return { ...backupOf(transfer), id: ARRIVED };
@@ -6895,6 +7001,28 @@ async function noteInRecord(
   if (isSoon || folder.record.unreadable !== null) return;
   state.chain = { ...state.chain, unchanged };
   await writeRecord(folder, state.chain);
+}
+
+/** Whether a place's filesystem compresses what is written to it, or may do so. */
+function writesLess({ mounts, place: { path } }: Pick<Folder, "mounts" | "place">): boolean {
+  return mounts.length === 0 || placeOn(mounts, path).mount.compresses === true;
+}
+
+/**
+ * Whether a received stream can take less than its data: the place compresses them, or they come
+ * compressed (protocol 2). Errors: Failure.
+ */
+async function shrinksIn(
+  folder: Folder,
+  sending: Sending,
+  source: Folder,
+  { snapshot }: Transfer,
+): Promise<boolean> {
+  if (writesLess(folder)) return true;
+  const problem = "cannot tell whether anything is compressed there";
+  if ((await askAt(folder, COMPRESSED, { snapshot: "" }, problem)) !== "") return true;
+  if (formBetween(source, folder, sending).protocol !== "2") return false;
+  return (await askAt(source, COMPRESSED, { snapshot: snapshot.name }, problem)) !== "";
 }
 
 /** How a folder gets a transfer: by `btrfs receive` at once, or by way of a file that is kept. */
@@ -7094,6 +7222,11 @@ function storeDestination(
     filesystem: null,
     free: folder.place.free,
     size: folder.place.size,
+    mayShrink: async () => {
+      const { level, recipients, protocol } = sending;
+      // gpg compresses as well.
+      return level !== "" || recipients.length > 0 || protocol === "2" || writesLess(folder);
+    },
     measure: isLockable ? (settled) => freeNow(folder, settled ? "files" : "") : null,
     standing,
     frozen: lostSums(store, folder.prefix),
@@ -7200,11 +7333,27 @@ export function partSize(bytes: number): number {
   return Math.max(16 * MIB, Math.ceil((bytes * 1.05 + 64 * MIB) / 10_000 / MIB) * MIB);
 }
 
+// ── estimates: how much a transfer takes ──
+
 /**
- * How many bytes a stream has of which `estimate` printed this; a command without data counts 200.
- * Errors: Failure for any other shape.
+ * What a stream will have: its bytes, but for some hundred a command; of these the data that take
+ * space of their own, which are no less than it says where nothing compresses them. `compressing`: files in it are compressed
+ * wherever they are received.
  */
-export function estimatedBytes(text: string): number {
+export type Estimate = {
+  readonly bytes: number;
+  readonly data: number;
+  readonly compressing: boolean;
+};
+
+/** Less than so many bytes of a file can be kept with what is known of it, and need no block. */
+const OWN_BLOCK = 4096;
+
+/**
+ * The stream of which `estimate` printed this; a command without data counts 200 bytes. Errors:
+ * Failure for any other shape.
+ */
+export function parseEstimate(text: string): Estimate {
   const lines = text
     .split("\n")
     .filter(Boolean)
@@ -7212,14 +7361,120 @@ export function estimatedBytes(text: string): number {
   const isFirst = (line: RegExpExecArray | null) => /^(subvol|snapshot)$/.test(line?.[3] ?? "");
   if (lines.includes(null) || !lines.some(isFirst))
     throw new Failure(`"btrfs receive --dump" printed something unknown: ${text.slice(0, 200)}`);
-  return lines.reduce((sum, line) => sum + Number(line?.[1]) * Number(line?.[2] ?? 200), 0);
+  const sum = (all: readonly (RegExpExecArray | null)[], each: number) =>
+    all.reduce((before, line) => before + Number(line?.[1]) * Number(line?.[2] ?? each), 0);
+  const data = lines.filter((line) => Number(line?.[2] ?? 0) >= OWN_BLOCK);
+  return {
+    bytes: sum(lines, 200),
+    data: sum(data, 0),
+    compressing: lines.some((line) => line?.[3] === "compressing"),
+  };
 }
 
-/** How many bytes a stream will have, but for some hundred a command. */
-async function streamBytes(source: Folder, { snapshot, parent }: Transfer): Promise<number> {
-  const asked = { snapshot: snapshot.name, parent: parent ? fromFolder(parent) : "" };
+/** How many bytes that are. */
+export const estimatedBytes = (text: string): number => parseEstimate(text).bytes;
+
+/** Estimates that were made, by snapshot and the parent's UUID. */
+const estimates = new WeakMap<Snapshot, Map<string, Estimate>>();
+
+const knownEstimate = ({ snapshot, parent }: Transfer): Estimate | undefined =>
+  estimates.get(snapshot)?.get(parent?.uuid ?? "");
+
+/** Keeps what is known of a transfer's stream. */
+function noteEstimate({ snapshot, parent }: Transfer, estimate: Estimate): Estimate {
+  const known = estimates.get(snapshot) ?? new Map<string, Estimate>();
+  estimates.set(snapshot, known.set(parent?.uuid ?? "", estimate));
+  return estimate;
+}
+
+const estimateAsked = ({ snapshot, parent }: Transfer) => ({
+  snapshot: snapshot.name,
+  parent: parent ? fromFolder(parent) : "",
+});
+
+/** What a transfer's stream will have. Errors: Failure. */
+async function estimateOf(source: Folder, transfer: Transfer): Promise<Estimate> {
+  const known = knownEstimate(transfer);
+  if (known !== undefined) return known;
+  const problem = `cannot estimate the stream of ${transfer.snapshot.name}`;
+  const told = await askAt(source, ESTIMATE, estimateAsked(transfer), problem);
+  return noteEstimate(transfer, parseEstimate(told));
+}
+
+/** How many bytes a stream will have, but for some hundred a command. Errors: Failure. */
+const streamBytes = async (source: Folder, transfer: Transfer): Promise<number> =>
+  (await estimateOf(source, transfer)).bytes;
+
+/** An estimate beside the transfer that it is about. */
+type Beside = Readonly<{
+  /** Begins it, unless there is one. */
+  begin: () => void;
+  /** The bytes, as soon as they are known. */
+  size: () => number | undefined;
+  /** Ends it: nothing can be deleted while `btrfs send` has it. */
+  end: () => Promise<void>;
+}>;
+
+/** For that long the process of an estimate on another host may still be there; in ms. */
+const BEAT = 1500;
+
+/** How large a stream is, asked while it flows, by a process that yields to all others. */
+function besideTransfer(source: Folder, transfer: Transfer): Beside {
+  let work: { readonly stop: () => void; readonly ended: Promise<boolean> } | null = null;
+  const begin = () => {
+    if (work !== null || source.alone || knownEstimate(transfer) !== undefined) return;
+    const given = { ...at(source), ...estimateAsked(transfer), idle: "yes" };
+    const { process: child, stop } = start(source.host, ESTIMATE, given);
+    child.stdin.end("");
+    const close = () => {
+      stop();
+      child.stdout.destroy(); // whatever it is that we cannot kill notices that
+    };
+    running.add(close);
+    const estimated = async () => {
+      const { exitCode, stdout } = await child;
+      running.delete(close);
+      if (exitCode === 0) noteEstimate(transfer, parseEstimate(stdout));
+      return exitCode === 0;
+    };
+    work = { stop: close, ended: estimated().catch(() => false) };
+  };
+  return {
+    begin() {
+      try {
+        begin();
+      } catch (error) {
+        log.debug(messageOf(error)); // without it, there is only no percentage
+      }
+    },
+    size: () => knownEstimate(transfer)?.bytes,
+    async end() {
+      if (work === null) return;
+      const { stop, ended } = work;
+      if (await isOverWithin(0, ended)) return;
+      stop();
+      const isOver = await isOverWithin(LIMITS.parting, ended);
+      const { ssh, sudo } = source.host;
+      const mayLive = isOver && (ssh !== null || sudo) && !(await ended);
+      if (mayLive) await new Promise((later) => setTimeout(later, BEAT));
+    },
+  };
+}
+
+/**
+ * What a transfer takes whose snapshot a dry run has not taken: what has come to SOURCE since the
+ * parent. Errors: Failure.
+ */
+async function growthOf({ host, source }: Folder, transfer: Transfer): Promise<Estimate> {
+  const { parent, snapshot } = transfer;
   const problem = `cannot estimate the stream of ${snapshot.name}`;
-  return estimatedBytes(await askAt(source, ESTIMATE, asked, problem));
+  if (source === null || (parent !== null && parent.cgen === undefined))
+    throw new Failure(`${problem}: it is not known what it begins with`);
+  const generation = String(parent?.cgen ?? 0);
+  return noteEstimate(
+    transfer,
+    parseEstimate(await ask(host, GROWN, { source: source.path, generation }, problem)),
+  );
 }
 
 /** The part size for a transfer to a remote, as rclone reads it. */
@@ -7272,6 +7527,7 @@ function shellDestination(
     filesystem: null,
     free: Infinity,
     size: Infinity,
+    mayShrink: async () => true,
     measure: null,
     standing: { held: [], backups: [], copied: new Map(), obstacles: new Map(), chained: null },
     frozen: null,
@@ -8781,27 +9037,39 @@ function ownedBy(
 
 // ── 7. Transfer ──────────────────────────────────────────────────────────────────────────
 
-/** The stage that slows a stream down, and counts bytes up to `size` for a line, as asked. */
+/** How many bytes a stream will have, once that is known; `wanted`: it will be asked. */
+type Sized = { readonly size: () => number | undefined; readonly wanted?: () => void };
+
+/** The stage that slows a stream down, and counts bytes for a line, as asked. */
 function meter(
   name: string,
-  { progress }: Pick<Display, "progress">,
+  { progress, news }: Pick<Display, "progress" | "news">,
   rate: number | null,
-  size?: number,
+  { size, wanted = () => {} }: Sized,
 ): Stage[] {
   const slowed = rate === null ? {} : { rate };
-  if (!progress) return rate === null ? [] : [relayStage(slowed)];
   const [key, began, called] = [{}, Date.now(), `${lineOwner()}${name}`];
-  const line = (bytes: number) => {
+  const passed = (bytes: number) => {
     const seconds = (Date.now() - began) / 1000;
-    return progressLine({
-      name: called,
-      bytes,
-      size,
-      seconds,
-      columns: process.stderr.columns || 80,
-    });
+    return { name: called, bytes, size: size(), seconds };
   };
-  return [relayStage(slowed, (bytes) => terminal.show(key, bytes === null ? null : line(bytes)))];
+  if (progress) {
+    wanted();
+    const line = (bytes: number) =>
+      progressLine({ ...passed(bytes), columns: process.stderr.columns || 80 });
+    return [relayStage(slowed, (bytes) => terminal.show(key, bytes === null ? null : line(bytes)))];
+  }
+  if (news === null) return rate === null ? [] : [relayStage(slowed)];
+  let told = 0;
+  const tell = (bytes: number | null) => {
+    const waited = Date.now() - began - told;
+    if (bytes === null || waited < news / 2) return;
+    wanted();
+    if (waited < news) return;
+    told += waited;
+    log.info(progressNews({ ...passed(bytes), name }));
+  };
+  return [relayStage(slowed, tell)];
 }
 
 /** What a destination got of one snapshot. */
@@ -8880,18 +9148,47 @@ async function flowTo(
   const form = kept ?? (first.form(source) as Form);
   const { level, rate } = form;
   const others = incoming.length === 1 ? "" : ` and ${incoming.length - 1} more`;
-  const size = parent === null && level === "" ? display.sizes.get(snapshot.uuid) : undefined;
+  const beside = besideTransfer(source, transfer);
+  const sized = sizedBy(
+    beside,
+    kept,
+    level === "",
+    parent === null ? display.sizes.get(snapshot.uuid) : undefined,
+  );
   // How many bytes a compressed stream has is known only behind the host that compresses it.
   const isCounted = level === "" || incoming.every(([, { finish }]) => finish);
   const trunk = [
     sender(send, form),
     ...(isCounted ? [] : [relayStage({})]),
-    ...meter(`${snapshot.name} to ${first.id}${others}`, display, rate, size),
+    ...meter(`${snapshot.name} to ${first.id}${others}`, display, rate, sized),
   ];
-  if (incoming.length === 1)
-    return Promise.allSettled([pipeline([...trunk, ...stages], environment)]);
-  const takers = incoming.map(([, one]) => one);
-  return fanOut(trunk, takers);
+  try {
+    if (incoming.length === 1)
+      return await Promise.allSettled([pipeline([...trunk, ...stages], environment)]);
+    const takers = incoming.map(([, one]) => one);
+    return await fanOut(trunk, takers);
+  } finally {
+    await whileCleaning(beside.end);
+  }
+}
+
+/** How much of a stream is to come: as quotas say, or by an estimate beside it. */
+function sizedBy(
+  { size, begin }: Beside,
+  kept: Begun | undefined,
+  isPlain: boolean,
+  quota: number | undefined,
+): Sized {
+  // What is compressed on the way is counted as it is then.
+  if (!isPlain) return { size: () => undefined };
+  const here = kept?.bytes ?? 0;
+  return {
+    size() {
+      const all = size() ?? quota;
+      return all === undefined ? undefined : Math.max(0, all - here);
+    },
+    wanted: quota === undefined ? begin : () => {},
+  };
 }
 
 /** The sending end of a transfer, from behind the part that is kept over there. */
@@ -9904,28 +10201,31 @@ type AskedPlace = Asked & { readonly location: Readable };
 type Openings = readonly { readonly asked: Asked; readonly destination: Promise<Destination> }[];
 
 /**
- * Opens the destinations side by side. Those of one host are opened one after another, since the
- * first one's connection serves the others; and all of them are if locks are waited for, so that
- * two runs cannot wait for each other.
+ * Opens places side by side. Those of one host are opened one after another, since the first one's
+ * connection serves the others: that of a short command would not end as long as another place is
+ * open through it. And all of them are if locks are waited for, so that two runs cannot wait for
+ * each other; `wait` is how long.
  */
+function openingTurns(wait: number) {
+  const queues = new Map<string, Promise<unknown>>();
+  return <T>(location: Location, open: () => Promise<T>): Promise<T> => {
+    const isRemote = isReadable(location) && location.host !== null;
+    const own = isRemote ? JSON.stringify(location.host) : location.id;
+    const queue = wait > 0 ? "" : own;
+    const opened = (queues.get(queue) ?? Promise.resolve()).then(open);
+    queues.set(queue, endOf(opened, null));
+    return opened;
+  };
+}
+
+/** Opens the destinations, sorted by name. */
 function openAll(session: Session): Openings {
   const { o, wanted, known } = session;
-  const queues = new Map<string, Promise<unknown>>();
-  const queueOf = ({ id, location }: Asked) => {
-    if (o.wait > 0) return "";
-    return isReadable(location) && location.host !== null ? JSON.stringify(location.host) : id;
-  };
+  const inTurn = openingTurns(o.wait);
   const sorted = [...wanted].sort(([a], [b]) => (a < b ? -1 : 1));
   return sorted.map(([id, one]) => {
     const asked = { ...one, id, known: known.get(id) };
-    const queue = queueOf(asked);
-    const ready = queues.get(queue) ?? Promise.resolve();
-    const destination = ready.then(() => openDestination(session, asked));
-    queues.set(
-      queue,
-      destination.catch(() => {}),
-    );
-    return { asked, destination };
+    return { asked, destination: inTurn(one.location, () => openDestination(session, asked)) };
   });
 }
 
@@ -11178,17 +11478,14 @@ function openTreePlaces(tree: TreeRun): TreePlaces {
   const { o } = tree;
   const places = new Map<string, Promise<TreePlace>>();
   if (!o.transfer && o.removeLocks) return places;
-  let last: Promise<unknown> = Promise.resolve();
+  const inTurn = openingTurns(o.wait);
   const sorted = [...o.destinations].sort((a, b) => (a.location.id < b.location.id ? -1 : 1));
   for (const wanted of sorted) {
-    if (!isDirectory(wanted.location)) continue;
-    // Two runs that wait for locks could wait for each other.
-    const place = last.then(() =>
-      openTreePlace(tree, { ...wanted, location: wanted.location as Readable }),
-    );
+    const { location } = wanted;
+    if (!isDirectory(location)) continue;
+    const place = inTurn(location, () => openTreePlace(tree, { ...wanted, location }));
     place.catch(() => {}); // it is told when all had their time
-    if (o.wait > 0) last = place.catch(() => {});
-    places.set(wanted.location.id, place);
+    places.set(location.id, place);
   }
   return places;
 }
@@ -12043,11 +12340,8 @@ async function sendNext(
 ): Promise<void> {
   const { o, source, display } = session;
   const now = wallClock(new Date());
-  const outcomes = new Map<Served, PromiseSettledResult<Sent>>();
-  for (const served of all) {
-    const reason = announce(served, transfer);
-    if (reason !== null) outcomes.set(served, { status: "rejected", reason });
-  }
+  const takes = o.dryRun ? ((await expectedSize(session, transfer))?.bytes ?? null) : null;
+  const outcomes = await refusedAhead(all, transfer, takes);
   const fitting = all.filter((served) => !outcomes.has(served));
   const receivers = fitting.map(({ destination, todo }): Receiver => ({
     ...destination,
@@ -12055,7 +12349,10 @@ async function sendNext(
   }));
   const results = o.dryRun ? [] : await transferToAll(receivers, { source, transfer, display });
   for (const [i, served] of fitting.entries())
-    outcomes.set(served, results[i] ?? { status: "fulfilled", value: { bytes: null, seconds: 0 } });
+    outcomes.set(
+      served,
+      results[i] ?? { status: "fulfilled", value: { bytes: takes, seconds: 0 } },
+    );
   for (const served of all) {
     const result = outcomes.get(served) as PromiseSettledResult<Sent>;
     try {
@@ -12072,11 +12369,29 @@ async function sendNext(
   }
 }
 
-/** Tells what is sent, and how. Returns why it cannot be sent; null if it can. */
-function announce(served: Served, { snapshot, parent }: Transfer): Failure | null {
-  const { o, snapshots, display } = served.session;
-  const { wanted, standing, todo, free, destination } = served;
-  const { name, uuid } = snapshot;
+/** Tells each destination's transfer, and why those are refused that cannot be sent. */
+async function refusedAhead(
+  all: readonly Served[],
+  transfer: Transfer,
+  takes: number | null,
+): Promise<Map<Served, PromiseSettledResult<Sent>>> {
+  const outcomes = new Map<Served, PromiseSettledResult<Sent>>();
+  for (const served of all) {
+    const reason = announce(served, transfer, takes) ?? (await lackOfSpace(served, transfer));
+    if (reason !== null) outcomes.set(served, { status: "rejected", reason });
+  }
+  return outcomes;
+}
+
+/** Tells what is sent, and how; `takes`: how much. Returns why it cannot be sent; null if it can. */
+function announce(
+  served: Served,
+  { snapshot, parent }: Transfer,
+  takes: number | null,
+): Failure | null {
+  const { o, snapshots } = served.session;
+  const { standing, todo, destination } = served;
+  const { name } = snapshot;
   const why = todo[0]?.why === undefined ? "" : `: ${todo[0].why}`;
   const isRenewal = why === "" && newestShared(snapshots, standing.held) !== null;
   const how = () => {
@@ -12085,21 +12400,91 @@ function announce(served: Served, { snapshot, parent }: Transfer): Failure | nul
     if (why !== "") return `in full${why}`;
     return isRenewal ? "in full: a new chain" : "in full: no snapshot is on both sides";
   };
-  log.info(`${o.dryRun ? "Would send" : "Sending"} ${name} to ${destination.id} (${how()})`);
+  const bytes = takes === null ? "" : `, some ${inBytes(takes)}`;
+  log.info(
+    `${o.dryRun ? "Would send" : "Sending"} ${name} to ${destination.id} (${how()}${bytes})`,
+  );
   if (parent !== null) return null;
   // A new chain of streams is full by design.
   if (!o.full && !isRenewal)
     return new Failure(
       `${name} would be sent in full${why === "" ? ": nothing of it is there" : why}; --no-full forbids it`,
     );
-  // Quotas tell how large a full stream is; what is compressed on the way can need less.
-  const size = wanted.sending.level === "" ? (display.sizes.get(uuid) ?? 0) : 0;
-  const room = Math.max(0, free); // what was sent counts in full, and can have become less on the disk
-  if (!o.spaceCheck || size <= room) return null;
-  return new NoSpace(
-    `${name} takes ${inBytes(size)}, and only ${inBytes(room)} are free there; --skip-space-check tries all the same`,
-  );
+  return null;
 }
+
+/**
+ * What a transfer's stream will have, asked for once. Null where nobody can tell, which is no reason
+ * not to send it.
+ */
+async function expectedSize(session: Session, transfer: Transfer): Promise<Estimate | null> {
+  const { o, source } = session;
+  const { uuid, name } = transfer.snapshot;
+  const isComing = o.dryRun && !source.standing.some((one) => one.uuid === uuid);
+  // Without root nobody can ask, and what is to be taken over is not a snapshot of SOURCE.
+  if (source.alone || (isComing && o.importFrom !== null)) return null;
+  try {
+    return isComing ? await growthOf(source, transfer) : await estimateOf(source, transfer);
+  } catch (error) {
+    if (error instanceof Interrupted) throw error;
+    log.debug(`${name}: nobody can tell how much it takes: ${messageOf(error)}`);
+    return null;
+  }
+}
+
+/**
+ * Whether a destination may lack the space for a transfer. Where all of SOURCE's filesystem has room
+ * there, nobody has to be asked.
+ */
+function mayLackSpace(served: Served, { snapshot }: Transfer): boolean {
+  const { session, destination, free } = served;
+  const { o, source, display } = session;
+  // What is kept until it is whole is checked where it is known what is there already.
+  const isKept = destination.stream === null && destination.form(source) === null;
+  if (!o.spaceCheck || free === Infinity || isKept) return false;
+  const used = writesLess(source) ? Infinity : source.place.size - source.place.free;
+  return Math.min(used, display.sizes.get(snapshot.uuid) ?? Infinity) > free;
+}
+
+/** Why a transfer has no space at a destination; null if it has, or nobody can tell. */
+async function lackOfSpace(served: Served, transfer: Transfer): Promise<Failure | null> {
+  if (!mayLackSpace(served, transfer)) return null;
+  const { session, destination, free } = served;
+  const { o, source } = session;
+  const { name } = transfer.snapshot;
+  const room = Math.max(0, free); // what was sent counts in full, and can have become less on the disk
+  if (transfer.parent === null && knownEstimate(transfer) === undefined)
+    log.info(`${destination.id}: asking how much ${name} takes, and whether there is space for it`);
+  const takes = await expectedSize(session, transfer);
+  if (takes === null || takes.data <= room) return null;
+  served.free = await freeAgain(served);
+  if (takes.data <= served.free) return null;
+  const what = `${name} takes ${inBytes(takes.data)}, and only ${inBytes(Math.max(0, served.free))} are free there`;
+  if (await maySaveSpace(destination, source, transfer, takes)) {
+    session.report.warning(
+      `${destination.id}: ${what}: it is tried all the same, since it can become less by compression`,
+    );
+    return null;
+  }
+  const more = o.makeRoom ? "" : ", --make-room deletes first what -n would drop after it";
+  return new NoSpace(`${what}; --skip-space-check tries all the same${more}`);
+}
+
+/** What is free at a destination once all that was deleted there is gone. */
+async function freeAgain({ session, destination, free }: Served): Promise<number> {
+  if (destination.measure === null || session.o.dryRun) return free;
+  return await destination.measure(true).catch(afterFailure(() => free));
+}
+
+/** Whether a stream may become less than its data where it arrives. Who cannot tell says so as well. */
+const maySaveSpace = async (
+  destination: Destination,
+  source: Folder,
+  transfer: Transfer,
+  { compressing }: Estimate,
+): Promise<boolean> =>
+  compressing ||
+  (await destination.mayShrink(source, transfer).catch(afterFailure((): boolean => true)));
 
 /**
  * Where there was no space for a transfer, deletes what the policy would delete afterwards, and
@@ -12112,9 +12497,10 @@ async function withRoom(served: Served, error: unknown, now: number): Promise<Se
     error instanceof NoSpace && o.makeRoom && destination.frozen === null
       ? planRoom(snapshots, standing, todo, { policy: wanted.policy, now, adopted: leaps })
       : [];
-  if (going.length === 0 || o.dryRun) throw error;
+  if (going.length === 0) throw error;
   const [transfer] = todo as [Transfer];
   await removeFrom(session, served, going, { reason: "to make room", free: true });
+  if (o.dryRun) return { bytes: knownEstimate(transfer)?.bytes ?? null, seconds: 0 };
   await destination.discard(transfer.snapshot.name); // there may not have been the space to clear away
   return transferTo(destination, { source, transfer, display });
 }
@@ -12380,6 +12766,13 @@ function claimantsOf(
   return o.removeLocks ? claimants.filter(({ pin }) => pin) : claimants;
 }
 
+/** What is free there after all. What became less on the disk than it was on the way is measured. */
+async function freeInTheEnd({ session, destination, free }: Served): Promise<number> {
+  const { measure } = destination;
+  if (free >= 0 || measure === null || session.o.dryRun) return Math.max(0, free);
+  return await measure(false).catch(afterFailure(() => 0));
+}
+
 /** Prunes a destination that has all it should have, and notes what was done there. */
 async function pruneServed(served: Served): Promise<void> {
   const { session, destination, began } = served;
@@ -12390,7 +12783,7 @@ async function pruneServed(served: Served): Promise<void> {
     report.error(destination.id, error);
   }
   const place = figuresOf(report.figures, destination.id);
-  place.free = Number.isFinite(served.free) ? served.free : null;
+  place.free = Number.isFinite(served.free) ? await freeInTheEnd(served) : null;
   place.seconds += (Date.now() - began) / 1000;
   if (destination.stream === null) place.kept = served.standing.backups.length;
 }
@@ -12533,10 +12926,11 @@ function concludeRun(
   name: string | null,
 ): void {
   const { snapshot = 0, transfer = 0, delete: deletions = 0 } = report.tally;
+  const bytes = [...report.figures.values()].reduce((all, place) => all + place.bytes, 0);
   // Of several runs, one table tells at the end.
   const table = setting().member === null ? `\n${summaryOf(source.id, report.figures)}` : "";
   log.info(
-    `${dryRun ? "Nothing was changed" : "Done"}: ${plural(snapshot, "snapshot")}, ${plural(transfer, "transfer")}, ${plural(deletions, "deletion")}${report.failed ? ", with errors" : ""}${table}`,
+    `${dryRun ? "Nothing was changed" : "Done"}: ${plural(snapshot, "snapshot")}, ${plural(transfer, "transfer")}${dryRun && bytes > 0 ? ` of some ${inBytes(bytes)}` : ""}, ${plural(deletions, "deletion")}${report.failed ? ", with errors" : ""}${table}`,
   );
   const known = [...report.figures].flatMap(([id, place]) =>
     place.free === null ? [] : [[id ?? source.id, place.free] as const],
@@ -12546,6 +12940,7 @@ function concludeRun(
     ok: !report.failed,
     snapshot: name,
     transfers: transfer,
+    ...(dryRun ? { bytes } : {}),
     deletions,
     free,
   });
@@ -13986,7 +14381,7 @@ function stagesOf(r: Arriving, { verbs }: Store, piece: Stream, label: string): 
   log.debug(`Receiving ${object}`);
   return [
     fetch,
-    ...meter(label, display, o.sending.rate, bytes),
+    ...meter(label, display, o.sending.rate, { size: () => bytes }),
     relayStage({ sum: true }),
     ...decrypt,
     ...received,
@@ -18970,7 +19365,12 @@ const GUARDED: ReadonlyMap<string, Allowed> = new Map([
   }),
   allow(HEADS, ["source", "read"], { snapshots: LISTED_PARENT }),
   allow(BIRTHS, ["source", "read"], { snapshots: LISTED_PARENT }),
-  allow(ESTIMATE, ["source", "read"], { parent: optionally(PARENT_RULE) }),
+  allow(ESTIMATE, ["source", "read"], {
+    parent: optionally(PARENT_RULE),
+    idle: optionally(matching(/^yes$/)),
+  }),
+  allow(GROWN, ["source"], { source: SOURCE_RULE, generation: matching(/^\d{1,20}$/) }),
+  allow(COMPRESSED, ["source", "read", "add"], { snapshot: optionally(STANDING) }),
   allow(REWRITTEN, ["source", "read"], { parent: PARENT_RULE, most: matching(/^\d{1,8}$/) }),
   allow(DIFFERENCE, ["source", "read"], { parent: STANDING }),
   allow(DIFFERENCE_NOW, ["source"], { source: SOURCE_RULE, name: COMPARED_RULE, parent: STANDING }),

@@ -13,6 +13,7 @@ import {
   dataFinder,
   deletionOrder,
   estimatedBytes,
+  parseEstimate,
   expandFiles,
   inventory,
   isComplete,
@@ -2734,6 +2735,12 @@ describe("parts of an object in S3", () => {
   });
   test("what no object can hold is refused", () =>
     expect(() => partSize(5.1 * tib)).toThrow("5.0T"));
+  test("what has no block of its own needs no space, and what compresses is seen", () => {
+    const text = "  1 subvol\n  2  len=4096\n 3  len=2000\n  1 set_xattr\n  1 compressing\n";
+    expect(parseEstimate(text)).toEqual({ bytes: 14792, data: 8192, compressing: true });
+    expect(parseEstimate("1 snapshot\n\n")).toEqual({ bytes: 200, data: 0, compressing: false });
+  });
+
   test("an estimate adds up data, and something for each command", () => {
     expect(
       estimatedBytes(

@@ -230,6 +230,25 @@ test("to every kind of destination at once, over one connection; and a dry run c
   }
 });
 
+test("the places of one host are opened one after another: the connection of a short command would wait for other places' locks", async () => {
+  const { source, b } = tree();
+  const { options, url } = await sshServer();
+  const tools = temporaryDirectory();
+  const log = join(tools, "log");
+  writeFileSync(
+    join(tools, "ssh"),
+    `#!/bin/bash\ncase $* in *btrfs-backup:open\\'*|*btrfs-backup:create\\'*) case $* in *"/one'"*) echo one;; *"/two'"*) echo two;; esac >>${log};; esac\nexec ${sh("command -v ssh")} "$@"\n`,
+    { mode: 0o755 },
+  );
+  const [one, two] = [join(b.path, "one"), join(b.path, "two")];
+  await expectRun(0, ["-q", "--recursive", ...options, source, url(one), `raw+${url(two)}`], {
+    env: { PATH: `${tools}:${process.env["PATH"]}` },
+  });
+  // Each is looked at, made, and locked. The sorted order is that of their names.
+  expect(readFileSync(log, "utf8")).toMatch(/^(two\n){3}(one\n)+$|^(one\n){3}(two\n)+$/);
+  for (const path of ["", ...MEMBERS]) expectSound(join(one, path), join(source, "snapshot", path));
+});
+
 test("a plain directory as SOURCE: only what is below counts", async () => {
   const [a, b] = [filesystem(), filesystem()];
   const lxc = join(a.path, "lxc");

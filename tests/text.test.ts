@@ -40,6 +40,7 @@ import {
   type Figures,
   placeOn,
   progressLine,
+  progressNews,
   quote,
   readArguments,
   runOptions,
@@ -140,6 +141,21 @@ describe("btrfs subvolume list", () => {
   ])("%s is an error, not a guess", (_, all, readonlyOnes) =>
     expect(() => parseSubvolumes(all, readonlyOnes)).toThrow(Failure),
   );
+});
+
+test("mounts that compress, and those of which nobody can tell", () => {
+  const of = (type: string, options: string) =>
+    parseMounts(`1 0 0:3 / /mnt rw - ${type} /dev/a ${options}`)[0]?.compresses === true;
+  for (const options of [
+    "rw,compress=zstd:3,ssd",
+    "rw,compress-force=lzo",
+    "rw,compress",
+    "compress",
+  ])
+    expect(of("btrfs", options)).toBe(true);
+  for (const options of ["rw", "rw,compress=no", "rw,subvol=/compress=zstd"])
+    expect(of("btrfs", options)).toBe(false);
+  expect([of("ext4", "rw"), of("zfs", "rw"), of("nfs4", "rw")]).toEqual([false, true, true]);
 });
 
 describe("mounts", () => {
@@ -1124,6 +1140,17 @@ test("a line about a stream fits the terminal, whatever it is called and however
         expect(line).toContain("0:00:10");
         expect(line.startsWith(what.slice(0, 5))).toBe(true);
       }
+  // Where it goes can be read at 80 columns, whatever else is to be told.
+  const name = "20260101-120000 to /mnt/usb/home";
+  expect(
+    progressLine({ name, bytes: 50 * MiB, size: 100 * MiB, seconds: 10, columns: 80 }),
+  ).toMatch(/^2026.*…0* to \/mnt\/usb\/home .* ==> +50% 0:00:10 left$/);
+  expect(progressNews({ name, bytes: 50 * MiB, size: 200 * MiB, seconds: 600 })).toBe(
+    `${name}: 50.0M in 0:10:00, 85.3K/s; 25 % of some 200.0M, 0:30:00 left`,
+  );
+  expect(progressNews({ name, bytes: 0, size: undefined, seconds: 0 })).toBe(
+    `${name}: 0B in 0:00:00, 0B/s`,
+  );
   expect(
     progressLine({ name: "a", bytes: 50 * MiB, size: 100 * MiB, seconds: 10, columns: 120 }),
   ).toContain(" 50% 0:00:10 left");
