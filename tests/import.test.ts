@@ -161,7 +161,7 @@ test("snapshots of snapper are taken over: all, then what is new, and what snapp
   const listed = (await expectRun(0, ["list", "--json", source, destination])).stdout;
   expect(listed).toContain('"description":"before <the> & upgrade"');
   expect((await expectRun(0, ["list", source])).stdout).toMatch(
-    /DESCRIPTION[^]*fourth *\n[^]*before <the> & upgrade/,
+    /DESCRIPTION[^]*before <the> & upgrade *\n[^]*fourth/,
   );
 });
 
