@@ -18246,7 +18246,11 @@ function checkAnnouncement(
     refuse(`an announcement of ${inQuotes(name)}`);
 }
 
-/** An owner and strangers are settled once. A restored source has another UUID. */
+/**
+ * An owner and strangers are settled once. A restored source has another UUID. Whoever could add
+ * strangers could hide backups: `restore`, its --before, `verify` and retention's newest leave them
+ * out, so that a stolen key would choose which backups of its own they find instead.
+ */
 function checkOwnership({ owner, strangers = [] }: ChainRecord, now: ChainRecord): void {
   const settled = now.owner !== undefined;
   if (settled && (owner?.host !== now.owner?.host || owner?.path !== now.owner?.path))
