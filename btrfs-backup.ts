@@ -14558,10 +14558,11 @@ async function lockOthers({ head, parts }: TreeRestoration, opened: Folder[]): P
   for (const { moved, location, member } of o.dryRun || root.store !== null ? [] : parts) {
     // In the fence, a folder of a tree that was opened by itself is one that has a lock of its own.
     const isAlone = root.fenced && member !== "" && location.join === undefined;
-    const isOwn = isAlone || location.path !== join(root.path, member);
+    const isOwn = location.path !== join(root.path, member);
     for (const prefix of new Set([root.prefix, ...prefixesIn(moved)])) {
       const isTree = prefix === root.prefix || root.record.chains.get(prefix)?.tree !== undefined;
-      const path = isTree && !isOwn ? root.path : location.path;
+      const isRoots = isTree && !isOwn && !(isAlone && prefix === root.prefix);
+      const path = isRoots ? root.path : location.path;
       const key = JSON.stringify([path, prefix]);
       if (locked.has(key)) continue;
       locked.add(key);
