@@ -3676,12 +3676,15 @@ const FOREIGN = defineVerb("foreign", "nonce dir")`
   say readonly; b subvolume list -a -r .
   say snapper
   for file in ./[0-9]*/info.xml; do
-    [ -f "$file" ] || continue
-    while IFS= read -r text; do
-      case $text in
-        *"<date>"*|*"<description>"*) line "$file $text";;
-      esac
-    done <"$file" || :
+    # A FIFO in its place keeps nobody waiting.
+    (
+      opened "$file" 2>/dev/null
+      while IFS= read -r text; do
+        case $text in
+          *"<date>"*|*"<description>"*) line "$file $text";;
+        esac
+      done <&6
+    ) || :
   done
   echo; echo "$nonce end"
 `;
@@ -8885,7 +8888,9 @@ export function planTree(
     const found = exact ?? all.findLast((one) => one.time <= time);
     if (found === undefined) continue;
     const went = timeIn(goneSince(gone, path) ?? "");
-    if (exact === undefined && went !== null && went <= time) left.push(path);
+    // A backup from after that belies the mark, which a guarded key can write as it likes.
+    const isLeft = went !== null && went <= time && all.every((one) => one.time < went);
+    if (exact === undefined && isLeft) left.push(path);
     else chosen.set(path, found);
     if (exact === undefined && chosen.has(path)) earlier.push(path);
   }
@@ -11352,7 +11357,10 @@ async function beginTree(top: Source, o: RunOptions, report: Report): Promise<Tr
     const folder = await (folders.get(path) as Promise<Folder>);
     const joined =
       folder.locked || o.dryRun ? folder : await (folder.join as () => Promise<Folder>)();
-    return sourceIn(joined, strangersBeside(joined, joined.path, member));
+    let strangers: readonly string[] = [];
+    // It can have a lock of its own, which nobody else would let go of before the end.
+    await closedUnless(joined, () => (strangers = strangersBeside(joined, joined.path, member)));
+    return sourceIn(joined, strangers);
   };
   const width = atMost(MEMBERS_AT_A_TIME);
   const opened = await Promise.allSettled(
@@ -12999,8 +13007,8 @@ type Together<O> = {
   /** So many at a time. */
   readonly jobs: number;
   readonly sourceOf: (o: O) => string;
-  /** Those with the same word go one after another. */
-  readonly turnOf: (o: O) => string;
+  /** Those with the same word go one after another; `all`: what all files say. */
+  readonly turnOf: (o: O, all: readonly O[]) => string;
   readonly work: (o: O, report: Report, name: string) => Promise<void>;
 };
 
@@ -13015,9 +13023,10 @@ async function together<O extends Each>(how: Together<O>): Promise<Outcome[]> {
   const all = how.members.map((member) => understood(member, how));
   const slots = atMost(how.jobs);
   const turns = new Map<string, Promise<unknown>>();
+  const options = all.flatMap((one) => ("o" in one ? [one.o] : []));
   const firsts = all.map((one) => {
     if ("status" in one) return Promise.resolve(one);
-    const turn = how.turnOf(one.o);
+    const turn = how.turnOf(one.o, options);
     const first = (turns.get(turn) ?? Promise.resolve()).then(() =>
       slots(() => doneWith(one, how, all.length > 1)),
     );
@@ -13099,8 +13108,10 @@ export async function runAll(o: AllOptions, report: Report): Promise<number> {
     members: o.members,
     jobs: o.jobs,
     sourceOf: ({ source }) => source.id,
-    turnOf: ({ source, snapshotFolder, prefix }) =>
-      JSON.stringify([source.host, resolve(source.path, snapshotFolder), prefix]),
+    turnOf(one, all) {
+      const { source, snapshotFolder, prefix } = treeAround(one, all) ?? one;
+      return JSON.stringify([source.host, resolve(source.path, snapshotFolder), prefix]);
+    },
     work: run,
   });
   const failed = outcomes.filter(({ status }) => status !== 0);
@@ -13123,6 +13134,24 @@ export async function runAll(o: AllOptions, report: Report): Promise<number> {
     return worstOf([...outcomes, { status: report.failed ? 1 : 0 }]);
   });
 }
+
+/**
+ * The outermost tree that a source can be a member of. The folder of a member is locked by the
+ * tree's run as well, and that would find it busy.
+ */
+const treeAround = (
+  { source, prefix }: RunOptions,
+  all: readonly RunOptions[],
+): RunOptions | undefined =>
+  all
+    .filter(
+      (one) =>
+        one.recursive &&
+        one.prefix === prefix &&
+        JSON.stringify(one.source.host) === JSON.stringify(source.host) &&
+        isWithin(source.path, one.source.path),
+    )
+    .sort((one, other) => one.source.path.length - other.source.path.length)[0];
 
 /** What is told of all of them. */
 const ALL = { name: null, source: null };
@@ -15048,10 +15077,13 @@ async function lockOthers({ head, parts }: TreeRestoration, opened: Folder[]): P
   const { o, location: root } = head;
   const locked = new Set([JSON.stringify([root.path, root.prefix])]);
   for (const { moved, location, member } of o.dryRun || root.store !== null ? [] : parts) {
+    // In the fence, a folder of a tree that was opened by itself is one that has a lock of its own.
+    const isAlone = root.fenced && member !== "" && location.join === undefined;
     const isOwn = location.path !== join(root.path, member);
     for (const prefix of new Set([root.prefix, ...prefixesIn(moved)])) {
       const isTree = prefix === root.prefix || root.record.chains.get(prefix)?.tree !== undefined;
-      const path = isTree && !isOwn ? root.path : location.path;
+      const isRoots = isTree && !isOwn && !(isAlone && prefix === root.prefix);
+      const path = isRoots ? root.path : location.path;
       const key = JSON.stringify([path, prefix]);
       if (locked.has(key)) continue;
       locked.add(key);
@@ -19088,7 +19120,11 @@ function checkAnnouncement(
     refuse(`an announcement of ${inQuotes(name)}`);
 }
 
-/** An owner and strangers are settled once. A restored source has another UUID. */
+/**
+ * An owner and strangers are settled once. A restored source has another UUID. Whoever could add
+ * strangers could hide backups: `restore`, its --before, `verify` and retention's newest leave them
+ * out, so that a stolen key would choose which backups of its own they find instead.
+ */
 function checkOwnership({ owner, strangers = [] }: ChainRecord, now: ChainRecord): void {
   const settled = now.owner !== undefined;
   if (settled && (owner?.host !== now.owner?.host || owner?.path !== now.owner?.path))

@@ -172,7 +172,8 @@ test("what is older than the newest snapshot is skipped, and a directory with no
     mkdirSync(join(timeshift, name), { recursive: true });
     sh(`btrfs -q subvolume snapshot -r "$1" "$2" >/dev/null`, of, join(timeshift, name, "@"));
   };
-  mkdirSync(timeshift, { recursive: true });
+  // Nobody waits for a FIFO to be read.
+  sh(`mkdir -p "$1/9"; mkfifo "$1/9/info.xml"`, timeshift);
   const args = ["--import", timeshift, source, destination];
   const nothing = await expectRun(1, args);
   expect(nothing.stderr).toMatch(/looked for snapper's N\/snapshot.*Timeshift's.*btrbk's/);

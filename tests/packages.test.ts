@@ -42,6 +42,8 @@ test("the Debian package is installed, upgraded, removed and purged, and configu
     "usr/share/zsh/vendor-completions/_btrfs-backup",
     "usr/share/fish/vendor_completions.d/btrfs-backup.fish",
     "usr/share/doc/btrfs-backup/examples/cron.daily",
+    "usr/share/doc/btrfs-backup/examples/btrfs-backup.rules.yml",
+    "usr/share/doc/btrfs-backup/examples/btrfs-backup.dashboard.json",
     "usr/lib/systemd/system/btrfs-backup@.timer",
     "usr/lib/systemd/system/btrfs-backup.service",
     "usr/lib/systemd/system/btrfs-backup.timer",
@@ -135,6 +137,8 @@ test("there is an archive for each platform, with a sum for each file that is gi
     "btrfs-backup@.timer",
     "btrfs-backup.service",
     "btrfs-backup.timer",
+    "btrfs-backup.rules.yml",
+    "btrfs-backup.dashboard.json",
   ])
     expect(readdirSync(inside)).toContain(name);
 });

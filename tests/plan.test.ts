@@ -3401,6 +3401,13 @@ describe("trees", () => {
       [],
     ]);
     expect(planned("0228")).toEqual([[], [], []]);
+    // A mark that a member's own backups belie, as a stolen key may write it, keeps nothing back.
+    const belied = planTree(
+      { name: full("0303"), time: at("0303") },
+      new Map([["x", snaps("0301 0302")]]),
+      { x: two },
+    );
+    expect([[...belied.chosen.keys()], belied.gone]).toEqual([["x"], []]);
     // A path can have any name.
     const odd = planTree(
       { name: one, time: at("0301") },

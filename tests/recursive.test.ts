@@ -372,6 +372,13 @@ test("one that has snapshots of its own keeps its folder", async () => {
   expect(existsSync(join(snapshots, "srv"))).toBe(false);
   expect(snapshotNames(join(destination, "srv"))).toEqual([before, name]);
   expectSound(join(destination, "srv"), own);
+  // In one run of all files, the tree and its member wait for each other.
+  const directory = temporaryDirectory();
+  writeFileSync(join(directory, "a.args"), `--recursive\n${source}\n${destination}\n`);
+  const single = join(destination, "..", "single");
+  writeFileSync(join(directory, "b.args"), `${join(source, "srv")}\n${single}\n`);
+  for (let i = 0; i < 2; i++) await expectRun(0, ["all", "--config-dir", directory]);
+  expect(snapshotNames(single).length).toBeGreaterThan(2);
 });
 
 test("who holds one folder of the tree holds all; and a member alone goes on with its chain", async () => {

@@ -12,6 +12,7 @@ import {
   expectRun,
   fill,
   filesystem,
+  holdLock,
   nextSecond,
   pair,
   reformat,
@@ -237,6 +238,13 @@ test("nothing half is visible: an occupied place, Ctrl-C and kill -9; the next r
   expect((await expectRun(1, args)).stderr).toContain("is not a plain folder in this backup");
   expect([beside(), existsSync("/etc/y")]).toEqual([[], false]);
   const first = [...args.slice(0, 2), "--snapshot", FIRST, ...args.slice(2)];
+  // A member that has a lock of its own is locked as well.
+  const lock = join(destination, "x/y/.btrfs-backup..lock");
+  sh(`rm "$1"; touch "$1"`, lock);
+  const unlock = await holdLock(lock);
+  expect((await expectRun(3, first)).stderr).toContain(join(destination, "x/y"));
+  expect(beside()).toEqual([]);
+  await unlock();
   for (const how of ["SIGINT", "SIGKILL"] as const) {
     const left = beside();
     const running = start([...first, "--rate-limit", "500k"]);
