@@ -56,7 +56,7 @@ export function temporaryDirectory(): string {
   return path;
 }
 
-/** Waits until something is so; asking takes a fifth of the time at most, since some ask by starting processes. */
+/** Waits until something is so; who asks by starting processes asks less often. */
 export async function waitFor(
   what: string,
   condition: () => boolean | Promise<boolean>,
@@ -67,7 +67,7 @@ export async function waitFor(
     const asked = Date.now();
     if (await condition()) return;
     if (asked > until) throw new Error(`waited ${seconds} s in vain for ${what}`);
-    await Bun.sleep(Math.max(10, 4 * (Date.now() - asked)));
+    await Bun.sleep(Math.min(100, Math.max(10, 4 * (Date.now() - asked))));
   }
 }
 
