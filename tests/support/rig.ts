@@ -67,7 +67,7 @@ export async function waitFor(
     const asked = Date.now();
     if (await condition()) return;
     if (asked > until) throw new Error(`waited ${seconds} s in vain for ${what}`);
-    await Bun.sleep(Math.min(100, Math.max(10, 4 * (Date.now() - asked))));
+    await Bun.sleep(Math.min(50, Math.max(10, 2 * (Date.now() - asked))));
   }
 }
 
@@ -472,10 +472,8 @@ export function loginShells(): Record<string, string> {
   return { bash: "/bin/bash", dash: "/bin/dash", ash, fish: "/usr/bin/fish", tcsh: "/bin/tcsh" };
 }
 
-/** An S3 server, and the environment in which `aws` and others find it. */
-export async function s3Server(
-  bucket: string,
-): Promise<{ endpoint: string; env: Record<string, string> }> {
+let s3: Promise<{ endpoint: string; directory: string }> | null = null;
+async function startS3Server(): Promise<{ endpoint: string; directory: string }> {
   const directory = temporaryDirectory();
   const port = await freePort();
   daemon("node", [
@@ -487,29 +485,38 @@ export async function s3Server(
     "--port",
     String(port),
     "--silent",
-    "--configure-bucket",
-    bucket,
   ]);
   await waitFor("the S3 server", () => answers(port));
+  return { endpoint: `http://127.0.0.1:${port}`, directory };
+}
+
+/** A new bucket of one S3 server for all tests of a process, and the environment in which `aws` and others find it. */
+export async function s3Server(
+  bucket: string,
+): Promise<{ endpoint: string; env: Record<string, string> }> {
+  const { endpoint, directory } = await (s3 ??= startS3Server());
+  mkdirSync(join(directory, bucket));
   const env = {
     AWS_ACCESS_KEY_ID: "S3RVER",
     AWS_SECRET_ACCESS_KEY: "S3RVER",
     AWS_DEFAULT_REGION: "us-east-1",
-    AWS_ENDPOINT_URL: `http://127.0.0.1:${port}`,
+    AWS_ENDPOINT_URL: endpoint,
     PATH: `/usr/bin:${process.env["PATH"]}`,
   };
-  return { endpoint: `http://127.0.0.1:${port}`, env };
+  return { endpoint, env };
 }
 
+let buckets = 0;
 export type Remote = {
   readonly url: (path: string) => string;
   readonly env: Record<string, string>;
   readonly rclone: (script: string, ...args: string[]) => string;
 };
 
-/** A bucket of an S3 server, as a remote of rclone; `rclone` runs a script that can use it as $S. */
+/** A new bucket, as a remote of rclone; `rclone` runs a script that can use it as $S. */
 export async function s3Remote(): Promise<Remote> {
-  const { endpoint, env: aws } = await s3Server("bucket");
+  const bucket = `bucket-${++buckets}`;
+  const { endpoint, env: aws } = await s3Server(bucket);
   const config = {
     TYPE: "s3",
     PROVIDER: "Other",
@@ -524,12 +531,12 @@ export async function s3Remote(): Promise<Remote> {
       Object.entries(config).map(([name, value]) => [`RCLONE_CONFIG_STORE_${name}`, value]),
     ),
   };
-  const settings = Object.entries({ ...env, S: "store:bucket" })
+  const settings = Object.entries({ ...env, S: `store:${bucket}` })
     .map(([name, value]) => `export ${name}='${value}'; `)
     .join("");
   return {
     env,
-    url: (path) => `rclone://store:bucket/${path}`,
+    url: (path) => `rclone://store:${bucket}/${path}`,
     rclone: (script, ...args) => sh(settings + script, ...args),
   };
 }
