@@ -21,7 +21,7 @@ import {
 } from "./support/rig.ts";
 
 /** Heartbeats and keep-alives every second, so that silence is noticed after some. */
-const FAST = ["--ssh-opt", "ServerAliveInterval=1"];
+const FAST = ["--ssh-opt", "ServerAliveInterval=1", "--ssh-opt", "ConnectTimeout=2"];
 /** What a run started there, or here: verbs, and btrfs at work on a path. */
 const atWork = (path: string) =>
   sh(

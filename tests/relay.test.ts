@@ -693,7 +693,7 @@ test.concurrent(
       "--protocol",
       "1",
       "--rate-limit",
-      "20m",
+      "10m", // six seconds in which all three are at work
       "--json",
       "--timeout",
       "4",

@@ -653,9 +653,9 @@ test("an upload that outlives its run, and the next run, never write side by sid
   expect(readdirSync(folder).filter((name) => name.endsWith(".part"))).toEqual([]);
 });
 
-test("the upload of 1 GiB takes less than 150 MB of memory in any process, and no file on this disk", async () => {
+test("the upload of 512 MiB takes less than 150 MB of memory in any process, and no file on this disk", async () => {
   const { source } = pair({ size: "3G" });
-  sh(`head -c 1G /dev/urandom >"$1/large"`, source);
+  sh(`head -c 512M /dev/urandom >"$1/large"`, source);
   const s3 = await s3Remote();
   const running = start(["-q", source, s3.url("s")], s3);
   let ended = false;

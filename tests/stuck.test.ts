@@ -18,6 +18,7 @@ import {
   expectRun,
   expectSound,
   filesystem,
+  history,
   nextSecond,
   pair,
   ROOT,
@@ -443,13 +444,9 @@ describe("a transfer", () => {
 describe("a standard output that nobody reads", () => {
   /** A list that is longer than a pipe, which nobody reads. */
   function unread() {
-    const { source } = pair();
-    const two = (n: number) => String(n).padStart(2, "0");
-    for (let i = 0; i < 900; i++)
-      snapshotAs(
-        source,
-        `2026${two(1 + (i % 12))}${two(1 + (Math.floor(i / 12) % 28))}-${two(Math.floor(i / 336))}0000`,
-      );
+    const { source, snapshots } = pair();
+    mkdirSync(snapshots);
+    history(source, snapshots, 900, []);
     const pipe = join(temporaryDirectory(), "pipe");
     sh(`mkfifo "$1"`, pipe);
     const output = openSync(pipe, "r+");

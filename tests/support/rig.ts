@@ -56,16 +56,18 @@ export function temporaryDirectory(): string {
   return path;
 }
 
-/** Waits until something is so. */
+/** Waits until something is so; who asks by starting processes asks less often. */
 export async function waitFor(
   what: string,
   condition: () => boolean | Promise<boolean>,
   seconds = 60,
 ): Promise<void> {
   const until = Date.now() + seconds * 1000;
-  while (!(await condition())) {
-    if (Date.now() > until) throw new Error(`waited ${seconds} s in vain for ${what}`);
-    await Bun.sleep(10);
+  for (;;) {
+    const asked = Date.now();
+    if (await condition()) return;
+    if (asked > until) throw new Error(`waited ${seconds} s in vain for ${what}`);
+    await Bun.sleep(Math.min(50, Math.max(10, 2 * (Date.now() - asked))));
   }
 }
 
@@ -81,12 +83,21 @@ export function filesystem({
   const image = join(directory, "image");
   const path = join(directory, "mnt");
   mkdirSync(path);
-  sh(`truncate -s "$1" "$2"; shift; mkfs.btrfs -q "$@" >/dev/null 2>&1`, size, image, ...mkfs);
-  mountImage({ path, image }, mount);
-  cleanups.push(() =>
-    sh(`while mountpoint -q "$1"; do umount -l "$1"; done; rm -rf "$2"`, path, directory),
+  // As few processes as possible: many tests make many of them.
+  const uuid = crypto.randomUUID();
+  sh(
+    `truncate -s "$1" "$2"; mkfs.btrfs -q -U "$4" "\${@:6}" "$2" >/dev/null 2>&1; mount -o "loop,$5" "$2" "$3"`,
+    size,
+    image,
+    path,
+    uuid,
+    mount,
+    ...mkfs,
   );
-  return { path, image, uuid: sh(`btrfs filesystem show "$1" | sed -n 's/.*uuid: //p'`, path) };
+  cleanups.push(() =>
+    sh(`while umount -l "$1" 2>/dev/null; do :; done; rm -rf "$2"`, path, directory),
+  );
+  return { path, image, uuid };
 }
 
 export const mountImage = (
@@ -119,18 +130,16 @@ export type Standing = {
 
 /** The subvolumes directly in a folder, asked of btrfs one by one, not in the program's way. */
 export function subvolumes(folder: string): Map<string, Standing> {
-  const names = sh(
-    `cd "$1"; find . -mindepth 1 -maxdepth 1 -inum 256 -printf '%P\\0' | tr '\\0' '\\n' | sort`,
+  const shown = sh(
+    `cd "$1"; find . -mindepth 1 -maxdepth 1 -inum 256 -printf '%P\\0' | sort -z |
+      while IFS= read -rd '' name; do printf '%s\\0' "$name"; btrfs subvolume show "./$name"; btrfs property get -ts "./$name" ro; printf '\\0'; done`,
     folder,
-  );
+  ).split("\0");
   return new Map(
-    (names === "" ? [] : names.split("\n")).map((name) => {
-      const shown = sh(
-        `btrfs subvolume show "$1"; btrfs property get -ts "$1" ro`,
-        join(folder, name),
-      );
+    Array.from({ length: shown.length >> 1 }, (_, i) => {
+      const [name = "", text = ""] = shown.slice(2 * i);
       const field = (label: string) =>
-        new RegExp(`^\\s+${label}:\\s+(\\S+)`, "m").exec(shown)?.[1] ?? "-";
+        new RegExp(`^\\s+${label}:\\s+(\\S+)`, "m").exec(text)?.[1] ?? "-";
       const uuid = (label: string) => (field(label) === "-" ? null : field(label));
       return [
         name,
@@ -139,7 +148,7 @@ export function subvolumes(folder: string): Map<string, Standing> {
           uuid: field("UUID"),
           parentUuid: uuid("Parent UUID"),
           receivedUuid: uuid("Received UUID"),
-          readonly: shown.includes("ro=true"),
+          readonly: text.includes("ro=true"),
         },
       ];
     }),
@@ -463,10 +472,8 @@ export function loginShells(): Record<string, string> {
   return { bash: "/bin/bash", dash: "/bin/dash", ash, fish: "/usr/bin/fish", tcsh: "/bin/tcsh" };
 }
 
-/** An S3 server, and the environment in which `aws` and others find it. */
-export async function s3Server(
-  bucket: string,
-): Promise<{ endpoint: string; env: Record<string, string> }> {
+let s3: Promise<{ endpoint: string; directory: string }> | null = null;
+async function startS3Server(): Promise<{ endpoint: string; directory: string }> {
   const directory = temporaryDirectory();
   const port = await freePort();
   daemon("node", [
@@ -478,29 +485,38 @@ export async function s3Server(
     "--port",
     String(port),
     "--silent",
-    "--configure-bucket",
-    bucket,
   ]);
   await waitFor("the S3 server", () => answers(port));
+  return { endpoint: `http://127.0.0.1:${port}`, directory };
+}
+
+/** A new bucket of one S3 server for all tests of a process, and the environment in which `aws` and others find it. */
+export async function s3Server(
+  bucket: string,
+): Promise<{ endpoint: string; env: Record<string, string> }> {
+  const { endpoint, directory } = await (s3 ??= startS3Server());
+  mkdirSync(join(directory, bucket));
   const env = {
     AWS_ACCESS_KEY_ID: "S3RVER",
     AWS_SECRET_ACCESS_KEY: "S3RVER",
     AWS_DEFAULT_REGION: "us-east-1",
-    AWS_ENDPOINT_URL: `http://127.0.0.1:${port}`,
+    AWS_ENDPOINT_URL: endpoint,
     PATH: `/usr/bin:${process.env["PATH"]}`,
   };
-  return { endpoint: `http://127.0.0.1:${port}`, env };
+  return { endpoint, env };
 }
 
+let buckets = 0;
 export type Remote = {
   readonly url: (path: string) => string;
   readonly env: Record<string, string>;
   readonly rclone: (script: string, ...args: string[]) => string;
 };
 
-/** A bucket of an S3 server, as a remote of rclone; `rclone` runs a script that can use it as $S. */
+/** A new bucket, as a remote of rclone; `rclone` runs a script that can use it as $S. */
 export async function s3Remote(): Promise<Remote> {
-  const { endpoint, env: aws } = await s3Server("bucket");
+  const bucket = `bucket-${++buckets}`;
+  const { endpoint, env: aws } = await s3Server(bucket);
   const config = {
     TYPE: "s3",
     PROVIDER: "Other",
@@ -515,12 +531,12 @@ export async function s3Remote(): Promise<Remote> {
       Object.entries(config).map(([name, value]) => [`RCLONE_CONFIG_STORE_${name}`, value]),
     ),
   };
-  const settings = Object.entries({ ...env, S: "store:bucket" })
+  const settings = Object.entries({ ...env, S: `store:${bucket}` })
     .map(([name, value]) => `export ${name}='${value}'; `)
     .join("");
   return {
     env,
-    url: (path) => `rclone://store:bucket/${path}`,
+    url: (path) => `rclone://store:${bucket}/${path}`,
     rclone: (script, ...args) => sh(settings + script, ...args),
   };
 }
@@ -538,8 +554,23 @@ export function gpgKey(): { env: Record<string, string>; recipient: string } {
   return { env: { GNUPGHOME: home }, recipient };
 }
 
-/** A tree with all that a send stream carries. */
+const filled = new Map<number, string>();
+/** A tree with all that a send stream carries. It is made once, and unpacked then: that is a process, and not sixty. */
 export function fill(directory: string, seed = 1): void {
+  const packed = filled.get(seed);
+  if (packed !== undefined)
+    return void sh(`tar --xattrs --xattrs-include='*' --acls -C "$1" -xpf "$2"`, directory, packed);
+  fillAnew(directory, seed);
+  const archive = join(temporaryDirectory(), "filled.tar");
+  sh(
+    `tar --format=posix --sparse --xattrs --xattrs-include='*' --acls -C "$1" -cf "$2" plain empty 'odd names'`,
+    directory,
+    archive,
+  );
+  filled.set(seed, archive);
+}
+
+function fillAnew(directory: string, seed: number): void {
   const random = generator(seed);
   sh(
     `cd "$1"; mkdir -p plain/deep/er empty 'odd names'; chmod 1777 empty
