@@ -2312,6 +2312,9 @@ const OURSELVES = ((): readonly string[] => {
   ];
 })();
 
+/** All pipelines of some work are killed when its signal comes. */
+const calledOff = new AsyncLocalStorage<AbortSignal>();
+
 /** The dealings of a pipeline with others. */
 type Joint = {
   /** The file that it reads. */
@@ -2350,6 +2353,8 @@ function startPipeline(
   joint: Joint = {},
 ): RunningPipeline {
   checkInterruption();
+  const called = calledOff.getStore();
+  called?.throwIfAborted();
   const { input = "/dev/null", feeds = [], waits = () => false } = joint;
   const stages = withoutTwins(given);
   const directory = mkdtempSync(join(runtimeDirectory(), "p"));
@@ -2373,6 +2378,7 @@ function startPipeline(
   const watch = setInterval(tellCounts, 500);
   const kill = () => sendSignal(-group, "SIGKILL");
   running.add(kill);
+  called?.addEventListener("abort", kill);
   let waited = 0;
   const worked = async () => {
     const elsewhere = await Promise.all(
@@ -2385,6 +2391,7 @@ function startPipeline(
   const what = stages.map(({ label }) => label).join(" | ");
   const ended = attended(child, what, worked, kill).finally(() => {
     running.delete(kill);
+    called?.removeEventListener("abort", kill);
     clearInterval(watch);
     tellCounts();
     for (const { counts } of stages) counts?.(null);
@@ -13586,7 +13593,7 @@ function warnAhead(r: Restoration): void {
  * Errors: Failure naming what is missing.
  */
 async function readyPieces(
-  { o, location, target }: Restore,
+  { o, location, target }: Pick<Arrival, "o" | "location" | "target">,
   pieces: readonly Stream[],
 ): Promise<Map<string, string>> {
   if (location.store === null) return new Map();
@@ -13628,7 +13635,10 @@ async function readSums(
  * Removes what interrupted restores to TARGET left; `only`: of those one directory.
  * Errors: Busy while such a restore is still at work.
  */
-async function clearLeftovers({ o, target }: Restore, only: string | null): Promise<void> {
+async function clearLeftovers(
+  { o, target }: Pick<Workplace, "o" | "target">,
+  only: string | null,
+): Promise<void> {
   const now = only === null ? target : await lookAt(o.target, target.path, target.prefix, o.hosts);
   for (const [name, paths] of leftoversOf(target.name, now)) {
     if (only !== null && name !== only) continue;
@@ -13681,9 +13691,16 @@ async function carryOut(r: Restoration, sums: Arriving["sums"]): Promise<void> {
   });
 }
 
+/** Where a restore works: the directory `work` of a folder; `name` is what such ones begin with. */
+type Workplace = {
+  readonly o: Pick<RestoreOptions, "target" | "hosts" | "dryRun" | "through">;
+  readonly target: Folder & Pick<Target, "name">;
+  readonly work: string;
+};
+
 /** Makes the directory beside TARGET, and removes it when the work fails. Errors: SameSecond. */
 async function inWork(
-  r: Restoration,
+  r: Workplace,
   work: (folder: Folder, release: () => Promise<void>) => Promise<void>,
 ): Promise<void> {
   const { o, target, work: name } = r;
@@ -13730,17 +13747,29 @@ async function build(r: Arriving): Promise<void> {
   await writeRestoredRecords(r, join(target.path, work, "tree"), came);
 }
 
-/** A restore whose streams arrive in `folder`. `sums`: their SHA-256, by object. */
-type Arriving = Restoration & {
+/** Streams of LOCATION that arrive in `folder`. `sums`: their SHA-256, by object. */
+type Arrival = {
+  readonly o: Pick<RestoreOptions, "target" | "sending" | "btrfsDebug" | "unverified">;
+  readonly report: Report;
+  readonly display: Display;
+  readonly location: Folder;
+  readonly target: Folder;
   readonly folder: Folder;
   readonly sums: ReadonlyMap<string, string>;
 };
 
-async function discardReceived({ target, folder }: Arriving, name: string): Promise<void> {
+/** A restore whose streams arrive. */
+type Arriving = Restoration & Arrival & Pick<Restoration, "o" | "target">;
+
+async function discardReceived(
+  { target, folder }: Pick<Arrival, "target" | "folder">,
+  name: string,
+  how: "" | "whole" = "",
+): Promise<void> {
   await ask(
     target.host,
     DISCARD,
-    { ...at(folder), prefix: folder.prefix, name, ...NO_RECORD },
+    { ...at(folder), prefix: folder.prefix, name, ...NO_RECORD, how },
     `cannot remove what was received of ${name}`,
   );
 }
@@ -13755,7 +13784,16 @@ function warnOfParent({ o, report, chosen }: Restore, error: unknown): void {
 
 /** Receives the snapshot from LOCATION; in full where its parent is damaged. */
 async function receiveSnapshot(r: Arriving, data: Way & { way: "receive" }): Promise<void> {
-  const { o, report, display, location, chosen, target, folder } = r;
+  await receiveOn(r, r.chosen, data.parent).catch(async (error) => {
+    if (data.parent === null) throw error;
+    warnOfParent(r, error);
+    await receiveOn(r, r.chosen, null);
+  });
+}
+
+/** Receives a snapshot from LOCATION. Errors: as `pipeline`. */
+async function receiveOn(r: Arrival, chosen: Snapshot, parent: Snapshot | null): Promise<Sent> {
+  const { o, report, display, location, target, folder } = r;
   const form = formBetween(location, target, o.sending);
   const { btrfsDebug } = o;
   const end = (level: string) =>
@@ -13771,21 +13809,15 @@ async function receiveSnapshot(r: Arriving, data: Way & { way: "receive" }): Pro
     discard: (name: string) => discardReceived(r, name),
     tidy: async () => {},
   };
-  const receive = async (parent: Snapshot | null) => {
-    const transfer = { snapshot: chosen, parent };
-    const sent = await transferTo(receiver, { source: location, transfer, display });
-    report.event("transfer", {
-      destination: o.target.id,
-      name: chosen.name,
-      parent: parent?.name ?? null,
-      ...sent,
-    });
-  };
-  await receive(data.parent).catch(async (error) => {
-    if (data.parent === null) throw error;
-    warnOfParent(r, error);
-    await receive(null);
+  const transfer = { snapshot: chosen, parent };
+  const sent = await transferTo(receiver, { source: location, transfer, display });
+  report.event("transfer", {
+    destination: o.target.id,
+    name: chosen.name,
+    parent: parent?.name ?? null,
+    ...sent,
   });
+  return sent;
 }
 
 /** Receives stored streams; all of the snapshot's where the first one's parent is damaged. */
@@ -13807,34 +13839,11 @@ const MOST_BELOW = 16;
  * Errors: Failure naming a piece that is damaged, and what can be restored without it.
  */
 async function receivePieces(r: Arriving, store: Store, pieces: readonly Stream[]): Promise<void> {
-  const { o, report, location, folder, sums } = r;
-  const all = byUuid(store.streams);
+  const { folder } = r;
   const below: Stream[] = [];
   for (const [i, piece] of pieces.entries()) {
-    const { uuid: object, name } = piece;
-    const stages = stagesOf(r, store, piece, `${i + 1}/${pieces.length} ${name}`);
-    const began = Date.now();
-    const { summed } = await pipeline(stages).catch((error: Error) => {
-      if (error instanceof BadParent && i === 0 && piece.parentUuid !== null) throw error;
-      if (error instanceof Failure && !(error instanceof NoSpace))
-        throw new Failure(
-          `${location.id}: ${object}: ${error.message}. If it is damaged: ${insteadOf(location, store, piece)}`,
-        );
-      throw error;
-    });
-    const { sum, bytes } = summed as Summed;
-    const right = sums.get(object);
-    if (!o.unverified && sum !== right)
-      throw new Failure(
-        `${location.id}: ${object} is damaged: it has the SHA-256 ${sum}, and should have ${right ?? "one"}; ${insteadOf(location, store, piece)}`,
-      );
-    report.event("transfer", {
-      destination: o.target.id,
-      name,
-      parent: all.get(piece.parentUuid ?? "")?.name ?? null,
-      bytes,
-      seconds: (Date.now() - began) / 1000,
-    });
+    const label = `${i + 1}/${pieces.length} ${piece.name}`;
+    await receivePiece(r, store, piece, { label, isFirst: i === 0 });
     // What the next one stands on goes, a few at a time, unless that is much.
     if (i > 0) below.push(pieces[i - 1] as Stream);
     const isMuch = below.length >= MOST_BELOW || bytesOf(below) >= SMALL_STREAMS.all;
@@ -13844,7 +13853,43 @@ async function receivePieces(r: Arriving, store: Store, pieces: readonly Stream[
   }
 }
 
-function stagesOf(r: Arriving, { verbs }: Store, piece: Stream, label: string): Stage[] {
+/**
+ * Receives one stored stream. `isFirst`: what it stands on was there before. Errors: BadParent for
+ * such a one; Failure naming a piece that is damaged, and what can be restored without it.
+ */
+async function receivePiece(
+  r: Arrival,
+  store: Store,
+  piece: Stream,
+  { label, isFirst }: { readonly label: string; readonly isFirst: boolean },
+): Promise<void> {
+  const { o, report, location, sums } = r;
+  const { uuid: object, name } = piece;
+  const began = Date.now();
+  const { summed } = await pipeline(stagesOf(r, store, piece, label)).catch((error: Error) => {
+    if (error instanceof BadParent && isFirst && piece.parentUuid !== null) throw error;
+    if (error instanceof Failure && !(error instanceof NoSpace))
+      throw new Failure(
+        `${location.id}: ${object}: ${error.message}. If it is damaged: ${insteadOf(location, store, piece)}`,
+      );
+    throw error;
+  });
+  const { sum, bytes } = summed as Summed;
+  const right = sums.get(object);
+  if (!o.unverified && sum !== right)
+    throw new Failure(
+      `${location.id}: ${object} is damaged: it has the SHA-256 ${sum}, and should have ${right ?? "one"}; ${insteadOf(location, store, piece)}`,
+    );
+  report.event("transfer", {
+    destination: o.target.id,
+    name,
+    parent: store.streams.find(({ uuid }) => uuid === piece.parentUuid)?.name ?? null,
+    bytes,
+    seconds: (Date.now() - began) / 1000,
+  });
+}
+
+function stagesOf(r: Arrival, { verbs }: Store, piece: Stream, label: string): Stage[] {
   const { o, location, folder, display } = r;
   const { uuid: object, name, bytes, compressed, encrypted } = piece;
   const fetch = fetching(location, verbs, object);
