@@ -14816,8 +14816,8 @@ async function clearScratch(r: Workplace): Promise<void> {
   }
 }
 
-/** In ms: how often it is looked how much is left, at most. */
-const LOOKING_AT_ROOM = 1000;
+/** In ms: how much time is between two looks at what is left, where it would last long, and at least. */
+const LOOKING_AT_ROOM = { far: 1000, near: 50 };
 
 /**
  * Does work as long as the filesystem of a folder is not nearly full. What is received is only in
@@ -14827,31 +14827,35 @@ const LOOKING_AT_ROOM = 1000;
 async function withRoomLeft<T>(folder: Folder, work: () => Promise<T>): Promise<T> {
   const off = new AbortController();
   const { size } = folder.place;
-  const problem = async (cleaned: "files" | "subvolumes") => {
+  const needRoom = async (cleaned: "files" | "subvolumes") => {
     const free = await freeNow(folder, cleaned);
-    return isNearlyFull(free, size)
-      ? new NoSpace(
-          `${folder.id}: stopped, since only ${inBytes(free)} of ${inBytes(size)} are left there: --scratch DIR names a folder with more room`,
-        )
-      : null;
+    if (!isNearlyFull(free, size)) return free;
+    // What was deleted goes only after a while.
+    if (cleaned === "files") return needRoom("subvolumes");
+    throw new NoSpace(
+      `${folder.id}: stopped, since only ${inBytes(free)} of ${inBytes(size)} are left there: --scratch DIR names a folder with more room`,
+    );
   };
+  const first = await needRoom("subvolumes");
   let isOver = false;
-  const ended = (async () => {
-    const first = await problem("subvolumes");
-    if (first !== null) throw first;
-    return calledOff.run(off.signal, work);
-  })().finally(() => (isOver = true));
+  const ended = calledOff.run(off.signal, work).finally(() => (isOver = true));
   const watch = async () => {
-    while (!isOver) {
+    for (let [before, at] = [first, Date.now()]; !isOver;) {
       const began = Date.now();
-      // What was deleted goes only after a while.
-      const low = (await problem("files")) && (await problem("subvolumes"));
-      if (low !== null) return off.abort(low);
-      await isOverWithin(Math.max(LOOKING_AT_ROOM, 2 * (Date.now() - began)), ended);
+      const free = await needRoom("files");
+      const now = Date.now();
+      const rate = Math.max(0, before - free) / Math.max(1, now - at);
+      const lasts = (free - size / 10) / rate / 3;
+      [before, at] = [free, now];
+      const most = Math.max(LOOKING_AT_ROOM.far, 2 * (now - began));
+      await isOverWithin(Math.max(LOOKING_AT_ROOM.near, Math.min(most, lasts)), ended);
     }
   };
   // That it could not be looked is told by the work itself, which needs the same disk.
-  const watching = watch().catch((error: Error) => log.debug(error.message));
+  const watching = watch().catch((error: Error) => {
+    if (error instanceof NoSpace) off.abort(error);
+    else log.debug(error.message);
+  });
   try {
     return await ended;
   } catch (error) {
@@ -14975,9 +14979,9 @@ async function restorePath(o: RestoreOptions, given: string, report: Report): Pr
   const location = await openLocation(o.location, { ...o, wait: dryRun ? "look" : wait });
   try {
     const chosen = chooseSnapshot(location, o);
-    const below = pathBelow(given, location);
-    if (below === "") throw new UsageError("--path is all of the backup: leave the option out");
     const parent = await lookAt(o.target, dirname(o.target.path), "", o.hosts);
+    const below = pathBelow(given, withOwnerOf(given, location, parent));
+    if (below === "") throw new UsageError("--path is all of the backup: leave the option out");
     const name = basename(o.target.path);
     if (!parent.exists) throw new Failure(`no such directory: ${parent.path}`);
     if (parent.entries.has(name))
@@ -14996,6 +15000,20 @@ async function restorePath(o: RestoreOptions, given: string, report: Report): Pr
     await whileCleaning(location.close);
   }
   report.event("summary", { ok: !report.failed });
+}
+
+/**
+ * A location with its owner, as far as a path tells that: streams have only a digest of its host
+ * and path.
+ */
+function withOwnerOf(path: string, location: Folder, { hostName: host }: Folder) {
+  const { store, chain } = location;
+  const places = new Set(store?.streams.map(({ owner }) => owner.place));
+  const names = normalize(path).split("/");
+  const known = names
+    .map((_, i) => ({ uuid: "", host, path: names.slice(0, i + 1).join("/") || "/" }))
+    .findLast((one) => places.has(ownerOf(one).place));
+  return { ...location, chain: known === undefined ? chain : { owner: known } };
 }
 
 /** A path of a backup that is to be restored. `parent`: the directory of TARGET. */

@@ -1348,9 +1348,18 @@ test("each section uses only those above it, but for what is named here", () => 
       "streamCheck",
       "streamCommands",
       // The options of a command are what their readers return.
-      ...["copy", "guard", "list", "prune", "restore", "run", "setup", "verify", "versions"].map(
-        (command) => `${command}Options`,
-      ),
+      ...[
+        "copy",
+        "drill",
+        "guard",
+        "list",
+        "prune",
+        "restore",
+        "run",
+        "setup",
+        "verify",
+        "versions",
+      ].map((command) => `${command}Options`),
     ];
     expect([...new Set(missing)].sort()).toEqual(allowed.sort());
   } finally {
