@@ -14840,13 +14840,13 @@ async function withRoomLeft<T>(folder: Folder, work: () => Promise<T>): Promise<
   let isOver = false;
   const ended = calledOff.run(off.signal, work).finally(() => (isOver = true));
   const watch = async () => {
-    for (let [before, at] = [first, Date.now()]; !isOver;) {
+    for (let [before, since] = [first, Date.now()]; !isOver;) {
       const began = Date.now();
       const free = await needRoom("files");
       const now = Date.now();
-      const rate = Math.max(0, before - free) / Math.max(1, now - at);
+      const rate = Math.max(0, before - free) / Math.max(1, now - since);
       const lasts = (free - size / 10) / rate / 3;
-      [before, at] = [free, now];
+      [before, since] = [free, now];
       const most = Math.max(LOOKING_AT_ROOM.far, 2 * (now - began));
       await isOverWithin(Math.max(LOOKING_AT_ROOM.near, Math.min(most, lasts)), ended);
     }
