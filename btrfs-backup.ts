@@ -68,7 +68,7 @@ import type { ProcessPromise } from "zx/core";
 //  5. Locations     opening places; records; folders, stores and commands as destinations
 //  6. Plan          pure: what is sent, kept, claimed, restored
 //  7. Transfer      one stream to many takers, and the relay, a stage that looks at what passes
-//  8. Commands      run, all, copy, prune, restore, list, verify, versions, unpin, check, setup
+//  8. Commands      run, all, copy, prune, restore, list, verify, versions, drill, unpin, check, setup
 //  9. Guard         all of the boundary that a key meets
 // 10. Command line  options, argument files, help, exit status
 
