@@ -4641,13 +4641,17 @@ const PUT = defineVerb("put", "directory name force base folder? fsid? snapshot?
   temporary=
   gone() { [ -z "$temporary" ] || rm -rf "$temporary"; }
   trap gone EXIT
-  # What was killed left its directory, which nobody holds any more. The mark in it is ours.
-  for old in "$PWD"/.btrfs-backup.put-??????; do
-    if [ -f "$old/.btrfs-backup.putting" ] && [ -O "$old/.btrfs-backup.putting" ] && [ -z "$(find "$old" "$old/.btrfs-backup.putting" -prune -type l)" ]; then
-      exec 9<"$old"
-      if flock -n 9; then rm -rf "$old"; fi
-      exec 9<&-
-    fi
+  # What was killed left its directory, which nobody holds any more. Others may give it another name
+  # at any moment: what is removed is in the directory that was looked at.
+  for old in ./.btrfs-backup.put-??????; do
+    (
+      cd -P -- "$old" 2>/dev/null || exit 0
+      [ -O . ] && [ -f ./.btrfs-backup.putting ] || exit 0
+      exec 9<.
+      flock -n 9 || exit 0
+      find . -mindepth 1 -delete
+      rmdir "../\${old#./}" || :
+    )
   done
   temporary=$(mktemp -d "$PWD/.btrfs-backup.put-XXXXXX")
   exec 9<"$temporary"
