@@ -3,14 +3,13 @@
 
 import { expect, test } from "bun:test";
 import { existsSync, mkdirSync, readdirSync, readFileSync, statSync, writeFileSync } from "node:fs";
-import { basename, join } from "node:path";
+import { join } from "node:path";
 import {
   damage,
   events,
   expectRun,
   expectSameTree,
   filesystem,
-  fill,
   gpgKey,
   pair,
   s3Remote,
@@ -18,7 +17,6 @@ import {
   snapshotAs,
   sshServer,
   start,
-  subvolume,
   temporaryDirectory,
   waitFor,
 } from "./support/rig.ts";
@@ -194,7 +192,7 @@ test("a directory of a backup, of each kind, with all that belongs to it; never 
 
 test("a drill of each kind of place says that all can be restored, and leaves nothing but its time", async () => {
   const { source, snapshots, destination, b } = pair();
-  const { options, url, guarded } = await sshServer();
+  const { url, guarded } = await sshServer();
   const s3 = await s3Remote();
   const folder = temporaryDirectory();
   const store = `raw://${folder}`;
@@ -285,7 +283,6 @@ test("a drill of each kind of place says that all can be restored, and leaves no
   ] as const)
     expect((await expectRun(2, ["drill", ...args])).stderr).toContain(why);
   expect(readdirSync(b.path)).toEqual(["backup"]);
-  expect(options.length).toBeGreaterThan(0);
 });
 
 test("Ctrl-C, kill -9 and a full disk leave nothing, or what the next of these commands removes", async () => {
@@ -328,6 +325,4 @@ test("Ctrl-C, kill -9 and a full disk leave nothing, or what the next of these c
   const tight = filesystem({ size: "320M", mkfs: ["-m", "single"] });
   const asked = await expectRun(1, ["restore", "--path", "it", store, join(tight.path, "back")]);
   expect(asked.stderr).toContain("more than half");
-  expect(basename(subvolume(join(small.path, "still works")))).toBe("still works");
-  fill(small.path);
 });
