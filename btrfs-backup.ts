@@ -68,7 +68,7 @@ import type { ProcessPromise } from "zx/core";
 //  5. Locations     opening places; records; folders, stores and commands as destinations
 //  6. Plan          pure: what is sent, kept, claimed, restored
 //  7. Transfer      one stream to many takers, and the relay, a stage that looks at what passes
-//  8. Commands      run, all, copy, prune, restore, list, verify, versions, unpin, check, setup
+//  8. Commands      run, all, copy, prune, restore, list, verify, versions, drill, unpin, check, setup
 //  9. Guard         all of the boundary that a key meets
 // 10. Command line  options, argument files, help, exit status
 
@@ -1356,13 +1356,18 @@ export const metricsOf = (
   now: number,
 ): string => metricsOfAll([{ source, places, now }]);
 
-/** The metrics of several runs, in which no label stands twice: the collector refuses such a file. */
-export function metricsOfAll(runs: readonly Measured[]): string {
+/** What metrics say whose they are; a source's own have no destination. */
+function labelsOf(source: string, destination: string | null): string {
   const label = (text: string) =>
     visible(text).replace(/["\\\n]/g, (c) => (c === "\n" ? "\\n" : `\\${c}`));
+  return `{source="${label(source)}"${destination === null ? "" : `,destination="${label(destination)}"`}}`;
+}
+
+/** The metrics of several runs, in which no label stands twice: the collector refuses such a file. */
+export function metricsOfAll(runs: readonly Measured[]): string {
   const rows = runs.flatMap(({ source, places, now }) =>
     [...places].map(([id, place]) => ({
-      labels: `{source="${label(source)}"${id === null ? "" : `,destination="${label(id)}"`}}`,
+      labels: labelsOf(source, id),
       isSource: id === null,
       now,
       ...place,
@@ -1410,6 +1415,48 @@ export function metricsOfAll(runs: readonly Measured[]): string {
       ({ free }) => free,
     ),
     metric("last_run_timestamp_seconds", "When the last run ended.", ({ now }) => now / 1000),
+  ].join("");
+}
+
+/** A drill that has ended. `source`: null where it is not known. `now`: in ms since 1970. */
+export type Drilled = {
+  readonly source: string | null;
+  readonly destination: string;
+  readonly isGood: boolean;
+  readonly now: number;
+};
+
+/** The metrics of drills, by their labels. Errors: UsageError for any others in the text. */
+export function parseDrills(text: string) {
+  const drills = new Map<string, { last: string; success: string }>();
+  for (const line of text.split("\n").filter((one) => one !== "" && !one.startsWith("#"))) {
+    const [, name, labels = "", value = ""] =
+      /^btrfs_backup_drill_(timestamp_seconds|success)(\{.*\}) (\d+(?:\.\d+)?)$/.exec(line) ?? [];
+    if (name === undefined)
+      throw new UsageError("--metrics: the file has other metrics than a drill's");
+    const drilled = drills.get(labels) ?? { last: "0", success: "0" };
+    drilled[name === "success" ? "success" : "last"] = value;
+    drills.set(labels, drilled);
+  }
+  return drills;
+}
+
+/** The metrics of drills with one more. The time of the last good one of a place stays. */
+export function metricsOfDrills(
+  before: string,
+  { source, destination, isGood, now }: Drilled,
+): string {
+  const drills = parseDrills(before);
+  const own = labelsOf(source ?? "", destination);
+  const ending = own.slice(own.indexOf('",destination=') + 1);
+  const known = source !== null ? own : [...drills.keys()].find((one) => one.endsWith(ending));
+  const last = isGood ? String(now / 1000) : (drills.get(known ?? own)?.last ?? "0");
+  drills.set(known ?? own, { last, success: isGood ? "1" : "0" });
+  const metric = (name: string, help: string, key: "last" | "success") =>
+    `# HELP btrfs_backup_drill_${name} ${help}\n# TYPE btrfs_backup_drill_${name} gauge\n${[...drills].map(([labels, one]) => `btrfs_backup_drill_${name}${labels} ${one[key]}\n`).join("")}`;
+  return [
+    metric("timestamp_seconds", "When the last good drill ended; 0 if there was none.", "last"),
+    metric("success", "Whether the last drill was good.", "success"),
   ].join("");
 }
 
@@ -2387,6 +2434,9 @@ const OURSELVES = ((): readonly string[] => {
   ];
 })();
 
+/** All pipelines of some work are killed when its signal comes. */
+const calledOff = new AsyncLocalStorage<AbortSignal>();
+
 /** The dealings of a pipeline with others. */
 type Joint = {
   /** The file that it reads. */
@@ -2425,6 +2475,8 @@ function startPipeline(
   joint: Joint = {},
 ): RunningPipeline {
   checkInterruption();
+  const called = calledOff.getStore();
+  called?.throwIfAborted();
   const { input = "/dev/null", feeds = [], waits = () => false } = joint;
   const stages = withoutTwins(given);
   const directory = mkdtempSync(join(runtimeDirectory(), "p"));
@@ -2446,6 +2498,7 @@ function startPipeline(
   const watch = setInterval(tellCounts, 500);
   const kill = () => sendSignal(-group, "SIGKILL");
   running.add(kill);
+  called?.addEventListener("abort", kill);
   let waited = 0;
   const worked = async () => {
     const elsewhere = await Promise.all(
@@ -2458,6 +2511,7 @@ function startPipeline(
   const what = stages.map(({ label }) => label).join(" | ");
   const ended = attended(child, what, worked, kill).finally(() => {
     running.delete(kill);
+    called?.removeEventListener("abort", kill);
     clearInterval(watch);
     tellCounts();
     for (const { counts } of stages) counts?.(null);
@@ -4732,13 +4786,29 @@ const PUT = defineVerb("put", "directory name force base folder? fsid? snapshot?
   temporary=
   gone() { [ -z "$temporary" ] || rm -rf "$temporary"; }
   trap gone EXIT
-  temporary=$(mktemp -d "$PWD/.btrfs-backup.XXXXXX")
+  # What was killed left its directory, which nobody holds any more. Others may give it another name
+  # at any moment: what is removed is in the directory that was looked at.
+  for old in ./.btrfs-backup.put-??????; do
+    (
+      cd -P -- "$old" 2>/dev/null || exit 0
+      [ -O . ] && [ -f ./.btrfs-backup.putting ] || exit 0
+      exec 9<.
+      flock -n 9 || exit 0
+      find . -mindepth 1 -delete
+      rmdir "../\${old#./}" || :
+    )
+  done
+  temporary=$(mktemp -d "$PWD/.btrfs-backup.put-XXXXXX")
+  exec 9<"$temporary"
+  flock -n 9
+  into "$temporary/.btrfs-backup.putting" </dev/null
+  mkdir "$temporary/it"
   if [ -n "$folder" ]; then
-    ( origin; cp -a --reflink=auto -- "./$base" "$temporary/$base" )
+    ( origin; cp -a --reflink=auto -- "./$base" "$temporary/it/$base" )
   else
-    tar --extract --preserve-permissions --same-owner ${ATTRIBUTES} -C "$temporary" -f -
+    tar --extract --preserve-permissions --same-owner ${ATTRIBUTES} -C "$temporary/it" -f -
   fi
-  mv -T -- "$temporary/$base" "./$name"
+  mv -T -- "$temporary/it/$base" "./$name"
   # A file that is said to be back is on the disk.
   sync -f . 2>/dev/null || sync
 `;
@@ -8456,6 +8526,68 @@ export function leftoversOf(
       .map((path) => `./${path}`)
       .sort((a, b) => depth(b) - depth(a));
   return new Map(ours.map((entry) => [entry, below(`${join(top, entry)}/`)]));
+}
+
+/** One step of a way through stored streams: `gone` is needed no more behind it. */
+export type Visit = {
+  readonly piece: Stream;
+  readonly isWanted: boolean;
+  readonly gone: readonly Stream[];
+};
+
+/**
+ * The way through stored streams on which all that is wanted (by UUID) is received once, with what
+ * it builds on. A stream goes when the last that builds on it is there, or it has been seen.
+ */
+export function planVisits(wanted: ReadonlySet<string>, streams: readonly Stream[]): Visit[] {
+  const all = byUuid(streams);
+  const parents = new Set(streams.map(({ parentUuid }) => parentUuid));
+  // Of two streams with the same data, all others stand on one.
+  const single = new Map<string | null, Stream>();
+  for (const one of streams)
+    if (wanted.has(one.uuid) && (parents.has(one.uuid) || !single.has(one.receivedUuid)))
+      single.set(one.receivedUuid, one);
+  const seen = new Set(single.values());
+  const needed = new Set([...seen].flatMap((one) => chainOf(one, all)));
+  const children = groupBy([...needed], ({ parentUuid }) => parentUuid);
+  const left = new Map<string, number>();
+  const visits: Visit[] = [];
+  const next = [...(children.get(null) ?? [])].reverse();
+  for (let piece; (piece = next.pop()) !== undefined;) {
+    const above = children.get(piece.uuid) ?? [];
+    left.set(piece.uuid, above.length);
+    const parent = piece.parentUuid === null ? undefined : all.get(piece.parentUuid);
+    const others = parent === undefined ? 1 : (left.get(parent.uuid) as number) - 1;
+    if (parent !== undefined) left.set(parent.uuid, others);
+    const gone = [
+      ...(parent !== undefined && others === 0 ? [parent] : []),
+      ...(above.length === 0 ? [piece] : []),
+    ];
+    visits.push({ piece, isWanted: seen.has(piece), gone });
+    next.push(...[...above].reverse());
+  }
+  return visits;
+}
+
+/** Whether so many bytes of streams may be received where nobody said so: see --scratch. */
+export const fitsBeside = (bytes: number, free: number): boolean => bytes * 1.5 <= free / 2;
+
+/** Whether what is received for a while leaves too little of a filesystem. */
+export const isNearlyFull = (free: number, size: number): boolean => free < size / 10;
+
+/**
+ * A subvolume that holds the same data as a backup: what the backup was made of, or else another
+ * copy of it.
+ */
+export function sameDataAmong<T extends Subvolume>(
+  backup: Subvolume,
+  subvolumes: readonly T[],
+): T | undefined {
+  const all = subvolumes.filter(
+    ({ uuid, readonly, path }) => readonly && uuid !== backup.uuid && !IN_WORK.test(path),
+  );
+  const data = dataOf(backup);
+  return all.find(({ uuid }) => uuid === data) ?? all.find((one) => one.receivedUuid === data);
 }
 
 /**
@@ -13630,6 +13762,7 @@ async function restoreRepeatedly(o: RestoreOptions, report: Report): Promise<voi
 }
 
 async function restoreOnce(o: RestoreOptions, report: Report): Promise<void> {
+  if (o.inner !== null) return restorePath(o, o.inner, report);
   if (o.recursive) return restoreTree(o, report);
   const display = displayOf(o);
   if (!o.dryRun) await finishRestores(o.target, o.target.path, o.hosts);
@@ -13910,7 +14043,10 @@ async function openParents(target: Target, o: RestoreOptions): Promise<Folder | 
 }
 
 /** The mount that TARGET is seen through, and the path below it of one from the top level. */
-function throughMount(target: Target): { mount: Mount; through: (top: string) => string } {
+function throughMount(target: Pick<Folder, "mounts" | "path">): {
+  mount: Mount;
+  through: (top: string) => string;
+} {
   const { mount } = placeOn(target.mounts, target.path);
   const length = mount.root === "/" ? 0 : mount.root.length;
   return { mount, through: (top) => join(mount.path, top.slice(length)) };
@@ -13924,7 +14060,7 @@ const besideTarget = ({ o, target }: Pick<Restore, "o" | "target">, folder: Fold
  * Whether a location is on the filesystem of TARGET, here. Another host could say that it is this
  * one, and would choose what is moved here.
  */
-const isHere = (location: Folder, target: Target) =>
+const isHere = (location: Folder, target: Folder) =>
   sameHost(location.host, target.host) &&
   location.hostName === target.hostName &&
   location.place.filesystem === target.place.filesystem;
@@ -14136,7 +14272,7 @@ function warnAhead(r: Restoration): void {
  * Errors: Failure naming what is missing.
  */
 async function readyPieces(
-  { o, location, target }: Restore,
+  { o, location, target }: Pick<Arrival, "o" | "location" | "target">,
   pieces: readonly Stream[],
 ): Promise<Map<string, string>> {
   if (location.store === null) return new Map();
@@ -14178,7 +14314,10 @@ async function readSums(
  * Removes what interrupted restores to TARGET left; `only`: of those one directory.
  * Errors: Busy while such a restore is still at work.
  */
-async function clearLeftovers({ o, target }: Restore, only: string | null): Promise<void> {
+async function clearLeftovers(
+  { o, target }: Pick<Workplace, "o" | "target">,
+  only: string | null,
+): Promise<void> {
   const now = only === null ? target : await lookAt(o.target, target.path, target.prefix, o.hosts);
   for (const [name, paths] of leftoversOf(target.name, now)) {
     if (only !== null && name !== only) continue;
@@ -14231,9 +14370,16 @@ async function carryOut(r: Restoration, sums: Arriving["sums"]): Promise<void> {
   });
 }
 
+/** Where a restore works: the directory `work` of a folder; `name` is what such ones begin with. */
+type Workplace = {
+  readonly o: Pick<RestoreOptions, "target" | "hosts" | "dryRun" | "through">;
+  readonly target: Folder & Pick<Target, "name">;
+  readonly work: string;
+};
+
 /** Makes the directory beside TARGET, and removes it when the work fails. Errors: SameSecond. */
 async function inWork(
-  r: Restoration,
+  r: Workplace,
   work: (folder: Folder, release: () => Promise<void>) => Promise<void>,
 ): Promise<void> {
   const { o, target, work: name } = r;
@@ -14280,17 +14426,29 @@ async function build(r: Arriving): Promise<void> {
   await writeRestoredRecords(r, join(target.path, work, "tree"), came);
 }
 
-/** A restore whose streams arrive in `folder`. `sums`: their SHA-256, by object. */
-type Arriving = Restoration & {
+/** Streams of LOCATION that arrive in `folder`. `sums`: their SHA-256, by object. */
+type Arrival = {
+  readonly o: Pick<RestoreOptions, "target" | "sending" | "btrfsDebug" | "unverified">;
+  readonly report: Report;
+  readonly display: Display;
+  readonly location: Folder;
+  readonly target: Folder;
   readonly folder: Folder;
   readonly sums: ReadonlyMap<string, string>;
 };
 
-async function discardReceived({ target, folder }: Arriving, name: string): Promise<void> {
+/** A restore whose streams arrive. */
+type Arriving = Restoration & Arrival & Pick<Restoration, "o" | "target">;
+
+async function discardReceived(
+  { target, folder }: Pick<Arrival, "target" | "folder">,
+  name: string,
+  how: "" | "whole" = "",
+): Promise<void> {
   await ask(
     target.host,
     DISCARD,
-    { ...at(folder), prefix: folder.prefix, name, ...NO_RECORD },
+    { ...at(folder), prefix: folder.prefix, name, ...NO_RECORD, how },
     `cannot remove what was received of ${name}`,
   );
 }
@@ -14305,7 +14463,16 @@ function warnOfParent({ o, report, chosen }: Restore, error: unknown): void {
 
 /** Receives the snapshot from LOCATION; in full where its parent is damaged. */
 async function receiveSnapshot(r: Arriving, data: Way & { way: "receive" }): Promise<void> {
-  const { o, report, display, location, chosen, target, folder } = r;
+  await receiveOn(r, r.chosen, data.parent).catch(async (error) => {
+    if (data.parent === null) throw error;
+    warnOfParent(r, error);
+    await receiveOn(r, r.chosen, null);
+  });
+}
+
+/** Receives a snapshot from LOCATION. Errors: as `pipeline`. */
+async function receiveOn(r: Arrival, chosen: Snapshot, parent: Snapshot | null): Promise<Sent> {
+  const { o, report, display, location, target, folder } = r;
   const form = formBetween(location, target, o.sending);
   const { btrfsDebug } = o;
   const end = (level: string) =>
@@ -14321,21 +14488,15 @@ async function receiveSnapshot(r: Arriving, data: Way & { way: "receive" }): Pro
     discard: (name: string) => discardReceived(r, name),
     tidy: async () => {},
   };
-  const receive = async (parent: Snapshot | null) => {
-    const transfer = { snapshot: chosen, parent };
-    const sent = await transferTo(receiver, { source: location, transfer, display });
-    report.event("transfer", {
-      destination: o.target.id,
-      name: chosen.name,
-      parent: parent?.name ?? null,
-      ...sent,
-    });
-  };
-  await receive(data.parent).catch(async (error) => {
-    if (data.parent === null) throw error;
-    warnOfParent(r, error);
-    await receive(null);
+  const transfer = { snapshot: chosen, parent };
+  const sent = await transferTo(receiver, { source: location, transfer, display });
+  report.event("transfer", {
+    destination: o.target.id,
+    name: chosen.name,
+    parent: parent?.name ?? null,
+    ...sent,
   });
+  return sent;
 }
 
 /** Receives stored streams; all of the snapshot's where the first one's parent is damaged. */
@@ -14357,34 +14518,11 @@ const MOST_BELOW = 16;
  * Errors: Failure naming a piece that is damaged, and what can be restored without it.
  */
 async function receivePieces(r: Arriving, store: Store, pieces: readonly Stream[]): Promise<void> {
-  const { o, report, location, folder, sums } = r;
-  const all = byUuid(store.streams);
+  const { folder } = r;
   const below: Stream[] = [];
   for (const [i, piece] of pieces.entries()) {
-    const { uuid: object, name } = piece;
-    const stages = stagesOf(r, store, piece, `${i + 1}/${pieces.length} ${name}`);
-    const began = Date.now();
-    const { summed } = await pipeline(stages).catch((error: Error) => {
-      if (error instanceof BadParent && i === 0 && piece.parentUuid !== null) throw error;
-      if (error instanceof Failure && !(error instanceof NoSpace))
-        throw new Failure(
-          `${location.id}: ${object}: ${error.message}. If it is damaged: ${insteadOf(location, store, piece)}`,
-        );
-      throw error;
-    });
-    const { sum, bytes } = summed as Summed;
-    const right = sums.get(object);
-    if (!o.unverified && sum !== right)
-      throw new Failure(
-        `${location.id}: ${object} is damaged: it has the SHA-256 ${sum}, and should have ${right ?? "one"}; ${insteadOf(location, store, piece)}`,
-      );
-    report.event("transfer", {
-      destination: o.target.id,
-      name,
-      parent: all.get(piece.parentUuid ?? "")?.name ?? null,
-      bytes,
-      seconds: (Date.now() - began) / 1000,
-    });
+    const label = `${i + 1}/${pieces.length} ${piece.name}`;
+    await receivePiece(r, store, piece, { label, isFirst: i === 0 });
     // What the next one stands on goes, a few at a time, unless that is much.
     if (i > 0) below.push(pieces[i - 1] as Stream);
     const isMuch = below.length >= MOST_BELOW || bytesOf(below) >= SMALL_STREAMS.all;
@@ -14394,7 +14532,43 @@ async function receivePieces(r: Arriving, store: Store, pieces: readonly Stream[
   }
 }
 
-function stagesOf(r: Arriving, { verbs }: Store, piece: Stream, label: string): Stage[] {
+/**
+ * Receives one stored stream. `isFirst`: what it stands on was there before. Errors: BadParent for
+ * such a one; Failure naming a piece that is damaged, and what can be restored without it.
+ */
+async function receivePiece(
+  r: Arrival,
+  store: Store,
+  piece: Stream,
+  { label, isFirst }: { readonly label: string; readonly isFirst: boolean },
+): Promise<void> {
+  const { o, report, location, sums } = r;
+  const { uuid: object, name } = piece;
+  const began = Date.now();
+  const { summed } = await pipeline(stagesOf(r, store, piece, label)).catch((error: Error) => {
+    if (error instanceof BadParent && isFirst && piece.parentUuid !== null) throw error;
+    if (error instanceof Failure && !(error instanceof NoSpace))
+      throw new Failure(
+        `${location.id}: ${object}: ${error.message}. If it is damaged: ${insteadOf(location, store, piece)}`,
+      );
+    throw error;
+  });
+  const { sum, bytes } = summed as Summed;
+  const right = sums.get(object);
+  if (!o.unverified && sum !== right)
+    throw new Failure(
+      `${location.id}: ${object} is damaged: it has the SHA-256 ${sum}, and should have ${right ?? "one"}; ${insteadOf(location, store, piece)}`,
+    );
+  report.event("transfer", {
+    destination: o.target.id,
+    name,
+    parent: store.streams.find(({ uuid }) => uuid === piece.parentUuid)?.name ?? null,
+    bytes,
+    seconds: (Date.now() - began) / 1000,
+  });
+}
+
+function stagesOf(r: Arrival, { verbs }: Store, piece: Stream, label: string): Stage[] {
   const { o, location, folder, display } = r;
   const { uuid: object, name, bytes, compressed, encrypted } = piece;
   const fetch = fetching(location, verbs, object);
@@ -15121,6 +15295,324 @@ async function writePlainRoot(r: Restoration): Promise<void> {
   log.info(
     `${target.full} is a plain directory: its owner and mode are not in the backups, and it is root's alone now${made}`,
   );
+}
+
+// ── scratch: what is received for a while, and removed ──
+
+/** What the directories of such work begin with, in the folder where it is done. */
+const SCRATCH = ".btrfs-backup-scratch";
+
+/** How streams are received for a while. `scratch`: the folder that the user named. */
+type ScratchOptions = Pick<
+  RestoreOptions,
+  "hosts" | "dryRun" | "sending" | "btrfsDebug" | "unverified"
+>;
+
+/** A directory where subvolumes are received for a while, below `target`. */
+type Scratch = { readonly folder: Folder; readonly target: Folder; readonly work: string };
+
+/**
+ * Does work in a directory of its own in a folder of this host, which is removed however the work
+ * ends. What other work that was killed left there goes first. Errors: Failure, also where the
+ * folder's filesystem gets nearly full.
+ */
+async function inScratch<T>(
+  o: Pick<ScratchOptions, "hosts">,
+  place: Readable,
+  work: (scratch: Scratch) => Promise<T>,
+): Promise<T> {
+  for (;;)
+    try {
+      return await inScratchOnce(o, place, work);
+    } catch (error) {
+      if (!(error instanceof SameSecond)) throw error;
+      await nextSecond();
+    }
+}
+
+async function inScratchOnce<T>(
+  { hosts }: Pick<ScratchOptions, "hosts">,
+  place: Readable,
+  work: (scratch: Scratch) => Promise<T>,
+): Promise<T> {
+  const folder = await lookAt(place, place.path, "", hosts);
+  const { path, place: on, user, host } = folder;
+  if (!folder.exists) throw new Absent(`no such directory: ${path} (is the disk mounted?)`);
+  if (on.filesystem === null)
+    throw new Failure(`${path} is not on btrfs: --scratch DIR names a folder that is`);
+  needRoot(folder, "receiving for a while");
+  needRoot({ ...folder, alone: host.sudo && user !== "0" }, "receiving: --sudo is not enough;");
+  const target = { ...folder, name: SCRATCH };
+  const name = `${SCRATCH}.restoring-${stamp(new Date())}`;
+  const r = { o: { target: place, hosts, dryRun: false }, target, work: name };
+  await clearScratch(r);
+  let done: readonly [T] | null = null;
+  await inWork(r, async (own, release) => {
+    done = [await withRoomLeft(own, () => work({ folder: own, target: folder, work: name }))];
+    await whileCleaning(async () => {
+      await release();
+      await clearLeftovers(r, name);
+    });
+  });
+  const [result] = done as unknown as readonly [T];
+  return result;
+}
+
+/** Removes what work that was killed left in a folder; not what is still at work. */
+async function clearScratch(r: Workplace): Promise<void> {
+  for (const name of leftoversOf(SCRATCH, r.target).keys()) {
+    const full = join(r.target.path, name);
+    await clearLeftovers(r, name).then(
+      () => log.info(`Removed what an interrupted command left: ${full}`),
+      (error: Error) => {
+        checkInterruption();
+        if (error instanceof Busy) log.info(`${full} is left alone: ${error.message}`);
+        else log.warn(error.message);
+      },
+    );
+  }
+}
+
+/** In ms: how much time is between two looks at what is left, where it would last long, and at least. */
+const LOOKING_AT_ROOM = { far: 1000, near: 50 };
+
+/**
+ * Does work as long as the filesystem of a folder is not nearly full. What is received is only in
+ * memory for a while, and takes no space as long: so it is written to the disk for each look.
+ * Errors: NoSpace.
+ */
+async function withRoomLeft<T>(folder: Folder, work: () => Promise<T>): Promise<T> {
+  const off = new AbortController();
+  const { size } = folder.place;
+  const needRoom = async (cleaned: "files" | "subvolumes") => {
+    const free = await freeNow(folder, cleaned);
+    if (!isNearlyFull(free, size)) return free;
+    // What was deleted goes only after a while.
+    if (cleaned === "files") return needRoom("subvolumes");
+    throw new NoSpace(
+      `${folder.id}: stopped, since only ${inBytes(free)} of ${inBytes(size)} are left there: --scratch DIR names a folder with more room`,
+    );
+  };
+  const first = await needRoom("subvolumes");
+  let isOver = false;
+  const ended = calledOff.run(off.signal, work).finally(() => (isOver = true));
+  const watch = async () => {
+    for (let [before, since] = [first, Date.now()]; !isOver;) {
+      const began = Date.now();
+      const free = await needRoom("files");
+      const now = Date.now();
+      const rate = Math.max(0, before - free) / Math.max(1, now - since);
+      const lasts = (free - size / 10) / rate / 3;
+      [before, since] = [free, now];
+      const most = Math.max(LOOKING_AT_ROOM.far, 2 * (now - began));
+      await isOverWithin(Math.max(LOOKING_AT_ROOM.near, Math.min(most, lasts)), ended);
+    }
+  };
+  // That it could not be looked is told by the work itself, which needs the same disk.
+  const watching = watch().catch((error: Error) => {
+    if (error instanceof NoSpace) off.abort(error);
+    else log.debug(error.message);
+  });
+  try {
+    return await ended;
+  } catch (error) {
+    throw off.signal.aborted ? off.signal.reason : error;
+  } finally {
+    await watching;
+  }
+}
+
+/** Streams of a store that are received for a while. */
+type Visiting = {
+  readonly o: ScratchOptions;
+  readonly report: Report;
+  readonly display: Display;
+  readonly location: Folder;
+  readonly store: Store;
+  readonly visits: readonly Visit[];
+  readonly place: Readable;
+};
+
+/**
+ * Receives stored streams, one at a time, and lets `see` look at each that is wanted. `lost`: told
+ * of one that cannot be received, and what builds on it is passed over; else that is an error.
+ */
+async function visitStreams(
+  { o, place, store, visits, ...of }: Visiting,
+  see: (piece: Stream, scratch: Folder) => Promise<void>,
+  lost?: (error: Failure) => void,
+): Promise<void> {
+  await inScratch(o, place, ({ folder, target }) => {
+    const arrival = { ...of, o: { ...o, target: place }, folder, target };
+    return receiveVisits(arrival, { store, visits, see: (piece) => see(piece, folder), lost });
+  });
+}
+
+/** The streams that are received one after the other, and what is done with them: see visitStreams. */
+type Visited = Pick<Visiting, "store" | "visits"> & {
+  readonly see: (piece: Stream) => Promise<void>;
+  readonly lost: ((error: Failure) => void) | undefined;
+};
+
+async function receiveVisits(
+  arrival: Omit<Arrival, "sums">,
+  { store, visits, see, lost }: Visited,
+): Promise<void> {
+  const { folder } = arrival;
+  const pieces = visits.map(({ piece }) => piece);
+  const summed = { ...arrival, sums: await readyPieces(arrival, pieces) };
+  const there = new Set<string>();
+  for (const [i, { piece, isWanted, gone }] of visits.entries()) {
+    const { name, uuid, parentUuid } = piece;
+    if (parentUuid !== null && !there.has(parentUuid)) continue;
+    const label = `${i + 1}/${pieces.length} ${name}`;
+    try {
+      await receivePiece(summed, store, piece, { label, isFirst: false });
+      there.add(uuid);
+    } catch (error) {
+      const isLost = error instanceof Failure && !(error instanceof NoSpace);
+      if (lost === undefined || !isLost || calledOff.getStore()?.aborted) throw error;
+      checkInterruption();
+      lost(error);
+      await discardReceived(arrival, name, "whole");
+      continue;
+    }
+    if (isWanted) await see(piece);
+    const going = gone.map((one) => ({ name: one.name, id: null }));
+    if (going.length > 0) await deleteFrom(folder, going, { convertRw: false, sync: false });
+  }
+}
+
+/**
+ * Where streams are received: the folder of --scratch; else `beside`, if they leave enough of what
+ * is free there. Errors: Failure asking for --scratch.
+ */
+function scratchPlace(
+  scratch: Readable | null,
+  beside: { readonly location: Readable; readonly folder: Folder } | null,
+  visits: readonly Visit[],
+): Readable {
+  if (scratch !== null) return scratch;
+  const bytes = bytesOf(visits.map(({ piece }) => piece));
+  const what = `${plural(visits.length, "stream")} of ${inBytes(bytes)} must be received for a while`;
+  const advice = "--scratch DIR names a folder on btrfs for that";
+  if (beside === null || beside.folder.host.ssh !== null) throw new Failure(`${what}: ${advice}`);
+  const { folder, location } = beside;
+  if (folder.place.filesystem === null)
+    throw new Failure(`${what}, and ${folder.path} is not on btrfs: ${advice}`);
+  if (!fitsBeside(bytes, folder.place.free))
+    throw new Failure(
+      `${what}, and could take more than half of the ${inBytes(folder.place.free)} that are free in ${folder.path}: ${advice}`,
+    );
+  return { ...location, path: folder.path, id: folder.path };
+}
+
+/** What PUT makes of a path in a subvolume of a folder, on a host: a copy, or a reflinked one. */
+async function copyOut(
+  [folder, name]: readonly [Folder, string],
+  inner: string,
+  host: Host,
+  { put, between = [] }: { readonly put: PutArguments; readonly between?: readonly Stage[] },
+): Promise<void> {
+  const take = { ...at(folder), snapshot: name, inner };
+  const there: Host = { ...host, fence: "try" };
+  const given = { ...put, base: basename(inner) };
+  if (sameHost(folder.host, host))
+    await ask(there, PUT, { ...given, ...take }, `cannot copy ${inner.slice(1)}`);
+  else
+    await pipeline([
+      verbStage("tar", folder.host, TAKE, take),
+      ...between,
+      verbStage("tar", there, PUT, given),
+    ]);
+}
+type PutArguments = Pick<ArgumentsOf<typeof PUT>, "directory" | "name" | "force">;
+
+// ── restore: a file or directory of a backup ──
+
+/** Makes TARGET what a path is in a backup. */
+async function restorePath(o: RestoreOptions, given: string, report: Report): Promise<void> {
+  const { dryRun, wait } = o;
+  const location = await openLocation(o.location, { ...o, wait: dryRun ? "look" : wait });
+  try {
+    const chosen = chooseSnapshot(location, o);
+    const parent = await lookAt(o.target, dirname(o.target.path), "", o.hosts);
+    const below = pathBelow(given, withOwnerOf(given, location, parent));
+    if (below === "") throw new UsageError("--path is all of the backup: leave the option out");
+    const name = basename(o.target.path);
+    if (!parent.exists) throw new Failure(`no such directory: ${parent.path}`);
+    if (parent.entries.has(name))
+      throw new Failure(`${o.target.id} exists: name what is to be made`);
+    const wanted = { o, report, location, chosen, parent, inner: `/${below}` };
+    const { store } = location;
+    if (store === null) await restorePathFrom(wanted, [location, chosen.name]);
+    else await restoreStoredPath(wanted, store);
+    report.event("restore", {
+      location: location.id,
+      name: chosen.name,
+      target: o.target.id,
+      path: below,
+    });
+  } finally {
+    await whileCleaning(location.close);
+  }
+  report.event("summary", { ok: !report.failed });
+}
+
+/**
+ * A location with its owner, as far as a path tells that: streams have only a digest of its host
+ * and path.
+ */
+function withOwnerOf(path: string, location: Folder, { hostName: host }: Folder) {
+  const { store, chain } = location;
+  const places = new Set(store?.streams.map(({ owner }) => owner.place));
+  const names = normalize(path).split("/");
+  const known = names
+    .map((_, i) => ({ uuid: "", host, path: names.slice(0, i + 1).join("/") || "/" }))
+    .findLast((one) => places.has(ownerOf(one).place));
+  return { ...location, chain: known === undefined ? chain : { owner: known } };
+}
+
+/** A path of a backup that is to be restored. `parent`: the directory of TARGET. */
+type WantedPath = Pick<Restore, "o" | "report" | "location" | "chosen"> & {
+  readonly parent: Folder;
+  readonly inner: string;
+};
+
+/** Copies a path out of a subvolume. Errors: Failure where there is no such path. */
+async function restorePathFrom(
+  { o, location, chosen, inner }: WantedPath,
+  [folder, name]: readonly [Folder, string],
+): Promise<void> {
+  const shown = shownPath(Buffer.from(inner.slice(1)).toString("latin1"));
+  const states = await statesIn(folder.host, at(folder), inner, [name]);
+  if (!states.has(name))
+    throw new Failure(
+      `${location.id}: there is no ${shown} in ${chosen.name} (paths begin at the top of the backup, and no symbolic link is followed)`,
+    );
+  log.info(
+    `${o.dryRun ? "Would restore" : "Restoring"} ${shown} of ${chosen.name} from ${location.id} to ${o.target.id}`,
+  );
+  if (o.dryRun) return;
+  const host = hostOf(o.target.host, o.hosts);
+  const { path } = o.target;
+  const put = { directory: dirname(path), name: basename(path), force: "" };
+  const between = meter(`${basename(inner)} to ${o.target.id}`, displayOf(o), o.sending.rate);
+  await copyOut([folder, name], inner, host, { put, between });
+}
+
+/** Receives the streams of a backup for a while, and copies a path out of it. */
+async function restoreStoredPath(wanted: WantedPath, store: Store): Promise<void> {
+  const { o, report, location, chosen, parent } = wanted;
+  const visits = planVisits(new Set([chosen.uuid]), store.streams);
+  const place = scratchPlace(o.scratch, { location: o.target, folder: parent }, visits);
+  const bytes = bytesOf(visits.map(({ piece }) => piece));
+  log.info(
+    `${o.dryRun ? "Would receive" : "Receiving"} ${plural(visits.length, "stream")} of ${location.id}, ${inBytes(bytes)}, for a while in ${place.path}`,
+  );
+  if (o.dryRun) return;
+  const visiting = { o, report, display: displayOf(o), location, store, visits, place };
+  await visitStreams(visiting, (piece, folder) => restorePathFrom(wanted, [folder, piece.name]));
 }
 
 // ── list: what each location has ──
@@ -16527,12 +17019,16 @@ export async function versions(o: VersionsOptions, report: Report): Promise<void
   const opened = (await openColumns(all, locations.length === 0, o, heard as Report)).map(
     (column, i) => (i === 0 ? withLive(column, member) : column),
   );
-  const columns = opened.filter(({ folder }) => folder?.store == null);
-  for (const { id } of opened.filter(({ folder }) => folder?.store))
-    log.info(`${id} is not looked into: it has streams, which must be restored first`);
+  const isNamed = ({ id }: Column) => locations.some((one) => one.id === id);
+  const columns = opened.filter((one) => one.folder?.store == null || isNamed(one));
+  for (const one of opened.filter((left) => !columns.includes(left)))
+    log.info(
+      `${one.id} is not looked into: it has streams, which are received for that if it is named`,
+    );
   const path = member?.inner ?? pathWithin(file.path, columns) ?? normalize(inner);
-  const sought = { o, report, host, path, columns, seen: await lookFor(path, columns) };
+  const sought = { o, report, host, path, source, columns, seen: await lookFor(path, columns) };
   if (get !== null) return getVersion(sought, get);
+  await lookIntoStores(sought);
   const shown = await showVersions(sought);
   if (shown === 0) {
     const { length } = sought.seen;
@@ -16602,7 +17098,12 @@ async function placeHaving(
 ): Promise<Readable> {
   if (member === null) return location;
   const seen = await lookAt(location, location.path, "", hosts).catch(() => null);
-  const has = seen !== null && membersBelow(seen, null).includes(member.member);
+  if (seen === null) return location;
+  const below =
+    seen.store === null
+      ? membersBelow(seen, null)
+      : (await storedBelow(seen, location)).map(({ path }) => path);
+  const has = below.includes(member.member);
   return has ? placeBelow(location, member.member) : location;
 }
 
@@ -16614,7 +17115,10 @@ const withLive = ({ folder, ...column }: Column, member: MemberHaving | null): C
 
 /** Shows the versions of a file, newest first. Returns how many there are. */
 async function showVersions({ o, report, host, path, columns, seen }: Sought): Promise<number> {
-  const rows = versionsAmong(seen)
+  const known = seen.flatMap((one) =>
+    one.state === undefined ? [] : [{ ...one, state: one.state }],
+  );
+  const rows = versionsAmong(known)
     .reverse()
     .map((row) => ({ ...row, columns: [...row.columns].sort((a, b) => a - b) }));
   const live = columns[0]?.folder?.source;
@@ -16641,12 +17145,14 @@ export type Version = {
   readonly columns: Set<number>;
 };
 
-/** What a snapshot has of a file, and the columns that have the snapshot. */
-type Sighting = {
-  readonly name: string;
-  readonly time: number;
-  readonly state: FileState | null;
+/**
+ * What a snapshot has of a file, and the columns that have the snapshot, each as its entry there.
+ * `state`: undefined as long as only streams tell it, which were not received.
+ */
+type Sighting = NamedTime & {
+  state: FileState | null | undefined;
   readonly columns: readonly number[];
+  readonly entries: ReadonlyMap<number, Snapshot>;
 };
 
 /** A file that is looked for, its path below the subvolume, and the sightings, oldest first. */
@@ -16655,6 +17161,8 @@ type Sought = {
   readonly report: Report;
   readonly host: Host;
   readonly path: string;
+  /** FILE's subvolume. */
+  readonly source: Readable;
   readonly columns: readonly Column[];
   readonly seen: readonly Sighting[];
 };
@@ -16672,20 +17180,78 @@ async function lookFor(path: string, columns: readonly Column[]): Promise<Sighti
   const folders = columns.map(({ folder }) => folder);
   const states = await Promise.all(
     folders.map((folder) => {
-      const names = folder === null ? [] : wholeIn(folder).map(({ name }) => name);
-      return folder && statesIn(folder.host, at(folder), path, names);
+      if (folder === null || folder.store !== null) return null;
+      const names = wholeIn(folder).map(({ name }) => name);
+      return statesIn(folder.host, at(folder), path, names);
     }),
   );
   return align(folders).flatMap(({ cells }) => {
-    const whole = cells.flatMap((cell, i) =>
-      cell?.state === "whole" ? [{ i, name: cell.entry.name, time: cell.entry.time }] : [],
+    const entries = new Map(
+      cells.flatMap((cell, i) => (cell?.state === "whole" ? [[i, cell.entry] as const] : [])),
     );
-    const [one] = whole;
-    if (one === undefined) return [];
-    const { i: column, name, time } = one;
-    const state = states[column]?.get(name) ?? null;
-    return [{ name, time, state, columns: whole.map(({ i }) => i) }];
+    const known = [...entries].find(([i]) => states[i] !== null);
+    const [column, entry] = known ?? [...entries][0] ?? [];
+    if (column === undefined || entry === undefined) return [];
+    const { name, time } = entry;
+    const state = known === undefined ? undefined : (states[column]?.get(name) ?? null);
+    return [{ name, time, state, columns: [...entries.keys()], entries }];
   });
+}
+
+/** Looks into what only streams have, which are received for that. */
+async function lookIntoStores(sought: Sought): Promise<void> {
+  for (const column of sought.columns.keys()) {
+    const unknown = sought.seen.filter(
+      ({ state, entries }) => state === undefined && entries.has(column),
+    );
+    const lost = (error: Failure) => sought.report.error(sought.columns[column]?.id ?? null, error);
+    if (unknown.length > 0)
+      await lookIntoStreams(sought, column, { asked: unknown, lost }).catch(lostUnless(lost));
+  }
+}
+
+/** What a store as a whole fails by is told as well. Errors: any that is no Failure. */
+const lostUnless = (lost: (error: Failure) => void) => (error: unknown) => {
+  checkInterruption();
+  if (!(error instanceof Failure)) throw error;
+  lost(error);
+};
+
+/** What is looked for in the streams of a store; `see` is called where a sighting is received. */
+type LookIntoStreams = {
+  readonly asked: readonly Sighting[];
+  readonly see?: (sighting: Sighting, scratch: Folder, name: string) => Promise<void>;
+  readonly lost?: (error: Failure) => void;
+};
+
+/** Receives streams of a column's store, and sets the state of what is asked for. */
+async function lookIntoStreams(
+  { o, report, path, source, columns }: Sought,
+  column: number,
+  { asked, see, lost }: LookIntoStreams,
+): Promise<void> {
+  const location = columns[column]?.folder as Folder;
+  const store = location.store as Store;
+  const entryOf = ({ entries }: Sighting) => entries.get(column) as Snapshot;
+  const visits = planVisits(new Set(asked.map((one) => entryOf(one).uuid)), store.streams);
+  const byData = new Map(asked.map((one) => [entryOf(one).receivedUuid, one]));
+  const folder = columns[0]?.folder;
+  const beside = folder ? { location: source, folder } : null;
+  const place = scratchPlace(o.scratch, beside, visits);
+  const bytes = bytesOf(visits.map(({ piece }) => piece));
+  log.info(
+    `Receiving ${plural(visits.length, "stream")} of ${location.id}, ${inBytes(bytes)}, one after the other in ${place.path}`,
+  );
+  const visiting = { o, report, display: displayOf(o), location, store, visits, place };
+  await visitStreams(
+    visiting,
+    async ({ name, receivedUuid }, own) => {
+      const sighting = byData.get(receivedUuid) as Sighting;
+      sighting.state = (await statesIn(own.host, at(own), path, [name])).get(name) ?? null;
+      await see?.(sighting, own, name);
+    },
+    lost,
+  );
 }
 
 /** What `stat` says of a path in many subvolumes of a folder; nothing where it is not. */
@@ -16714,7 +17280,9 @@ async function statesIn(
 }
 
 /** The versions of a file. `seen`: oldest first. */
-export function versionsAmong(seen: readonly Omit<Sighting, "time">[]): Version[] {
+export function versionsAmong(
+  seen: readonly (Pick<Version, "state"> & Pick<Sighting, "name" | "columns">)[],
+): Version[] {
   const rows: Version[] = [];
   for (const { name, state, columns } of seen) {
     const last = rows.at(-1);
@@ -16753,39 +17321,297 @@ function versionsTable(
   return `${legend.join("")}\n${alignedTable([["FIRST IN", "LAST IN", "SIZE", "MODIFIED", "WHERE"], ...cells])}`;
 }
 
-/** Copies a version of a file back to its host. */
-async function getVersion(
-  { o, report, host, path, columns, seen }: Sought,
-  get: string,
-): Promise<void> {
+/** Copies a version of a file back to its host: the newest that is asked for, and has the file. */
+async function getVersion(sought: Sought, get: string): Promise<void> {
+  const { o, report, seen } = sought;
   const until = /^\d{4}-/.test(get) ? parseWhen(get) : null;
-  const found = seen.findLast(
-    ({ name, time, state }) => state !== null && (until === null ? name === get : time <= until),
+  const asked = seen.filter(({ name, time }) => (until === null ? name === get : time <= until));
+  for (const one of asked.toReversed())
+    if (one.state !== null && (await wasGiven(sought, one, asked))) {
+      report.event("summary", { ok: !report.failed });
+      return;
+    }
+  throw new Failure(
+    `${o.file.id}: ${until === null ? `not in a snapshot ${get}` : "in no snapshot from that time or before"}`,
   );
-  if (found === undefined)
-    throw new Failure(
-      `${o.file.id}: ${until === null ? `not in a snapshot ${get}` : "in no snapshot from that time or before"}`,
-    );
-  const { name } = found;
-  const having = found.columns.map((i) => columns[i]?.folder as Folder);
-  const near = having.find((one) => sameHost(one.host, host));
-  const folder = near ?? (having[0] as Folder);
+}
+
+/**
+ * Copies one version back, unless the file proves not to be in it. `asked`: what is looked into on
+ * the way, where streams are received.
+ */
+async function wasGiven(
+  sought: Sought,
+  one: Sighting,
+  asked: readonly Sighting[],
+): Promise<boolean> {
+  const { host, columns } = sought;
+  const folderAt = (i: number) => columns[i]?.folder as Folder;
+  const having = one.columns.filter((i) => folderAt(i).store === null);
+  const column = having.find((i) => sameHost(folderAt(i).host, host)) ?? having[0];
+  if (column !== undefined) {
+    const folder = folderAt(column);
+    await giveBack(sought, one, folder.id, [folder, (one.entries.get(column) as Snapshot).name]);
+    return true;
+  }
+  const [stored] = one.columns as [number];
+  const { id, store } = folderAt(stored) as Folder & { readonly store: Store };
+  const chain = new Set(
+    piecesOf(one.entries.get(stored) as Snapshot, store).map(({ receivedUuid }) => receivedUuid),
+  );
+  const onTheWay = asked.filter(
+    ({ state, entries }) =>
+      state === undefined && chain.has(entries.get(stored)?.receivedUuid ?? null),
+  );
+  await lookIntoStreams(sought, stored, {
+    asked: [...new Set([...onTheWay, one])],
+    async see(sighting, scratch, name) {
+      if (sighting === one && one.state != null) await giveBack(sought, one, id, [scratch, name]);
+    },
+  });
+  return one.state != null;
+}
+
+/** Copies a version out of a subvolume of a folder. `from`: the place that has it. */
+async function giveBack(
+  { o, report, host, path }: Sought,
+  { name }: Sighting,
+  from: string,
+  subvolume: readonly [Folder, string],
+): Promise<void> {
   const to = o.to ?? `${o.file.path}.${name}`;
-  const put = {
-    directory: dirname(to),
-    name: basename(to),
-    force: o.force ? "force" : "",
-    base: basename(path),
-  };
-  const take = { ...at(folder), snapshot: name, inner: path };
-  const there: Host = { ...host, fence: "try" };
-  if (near) await ask(there, PUT, { ...put, ...take }, `cannot copy ${o.file.id} back`);
-  else
-    await pipeline([verbStage("tar", folder.host, TAKE, take), verbStage("tar", there, PUT, put)]);
-  log.info(`Copied ${path.slice(1)} as it was in ${name} of ${folder.id} to ${to}`);
-  report.event("get", { location: folder.id, name, path: to });
+  const put = { directory: dirname(to), name: basename(to), force: o.force ? "force" : "" };
+  await copyOut(subvolume, path, host, { put });
+  log.info(`Copied ${path.slice(1)} as it was in ${name} of ${from} to ${to}`);
+  report.event("get", { location: from, name, path: to });
+}
+
+// ── drill: proof by restoring ──
+
+export type DrillOptions = ReturnType<typeof drillOptions>;
+
+/** Restores a backup into a scratch subvolume, compares or reads all of it, and removes it. */
+export async function drill(o: DrillOptions, report: Report): Promise<void> {
+  const { metrics, location } = o;
+  const before = metrics === null ? "" : readIfThere(metrics);
+  parseDrills(before);
+  const found: DrillFound = { source: null };
+  await drillOnce(o, found, report).catch((error: unknown) => {
+    checkInterruption();
+    if (error instanceof UsageError) throw error;
+    report.error(location.id, error);
+  });
+  const ended = { destination: location.id, isGood: !report.failed, now: Date.now() };
+  if (metrics !== null)
+    await writeMetrics(metrics, metricsOfDrills(before, { source: found.source, ...ended }));
   report.event("summary", { ok: !report.failed });
 }
+
+/** What becomes known of a drill on the way: the path of the source. */
+type DrillFound = { source: string | null };
+
+async function drillOnce(o: DrillOptions, found: DrillFound, report: Report): Promise<void> {
+  const location = await openLocation(o.location, { ...o, wait: "look" });
+  await location.close();
+  if (location.store === null && isSnapshotFolder(location))
+    throw new UsageError(
+      `${location.id} has a source's own snapshots: a drill is for what its destinations have`,
+    );
+  const chosen = chooseToDrill(location, o);
+  const { source, original } = await findOriginal(location, chosen, o);
+  found.source = source;
+  const place = o.isBeside ? { ...o.location, path: location.path } : o.scratch;
+  const restored = await inScratch(o, place, async (scratch) => {
+    log.info(`Restoring ${chosen.name} from ${location.id} for a while in ${scratch.target.path}`);
+    const of = { o, report, display: displayOf(o), location };
+    let [sha256, reading] = ["", 0];
+    const times = await restoreInto(scratch, of, chosen, async (name) => {
+      const began = Date.now();
+      sha256 = await compareRestored([scratch.folder, { ...chosen, name }], location, original);
+      reading = (Date.now() - began) / 1000;
+    });
+    return { ...times, sha256, reading };
+  });
+  const everything = await timeForAll(location, chosen, restored);
+  const { bytes, seconds, reading, sha256 } = restored;
+  const compared = original === null ? null : join(original[0].path, original[1].name);
+  report.event("drill", {
+    location: location.id,
+    name: chosen.name,
+    compared,
+    sha256,
+    bytes,
+    seconds,
+    reading,
+    everything,
+  });
+  const how = compared === null ? "every file can be read" : `it is the same as ${compared}`;
+  log.info(
+    `${chosen.name} of ${location.id} was restored in ${inTime(seconds)}${bytes === null ? ", reflinked" : ` (${inBytes(bytes)})`}, read in ${inTime(reading)}, and removed: ${how} (SHA-256 ${sha256})`,
+  );
+  if (everything !== null)
+    log.info(
+      `To restore everything from here, the newest with all that it builds on, would take some ${inTime(everything)}`,
+    );
+}
+
+/** The backup that a drill restores. Errors: Failure telling what there is. */
+function chooseToDrill(location: Folder, { snapshot, random }: DrillOptions): Snapshot {
+  const { store, prefix } = location;
+  const stored = store?.streams.filter((one) => one.stored);
+  // Also a stream that lacks what it builds on: that is what a drill is to find.
+  const all = stored === undefined ? wholeIn(location) : snapshotsAmong(stored, prefix, null);
+  const any = all[Math.floor(Math.random() * all.length)];
+  const name = store === null ? any?.name : any?.path;
+  const wanted = random ? (name ?? null) : snapshot;
+  const chosen = chooseSnapshot(location, { snapshot: wanted, before: null });
+  if (prefixOf(chosen.name) === null)
+    throw new Failure(`${location.id}: ${chosen.name} has no time in its name, and is no backup`);
+  return chosen;
+}
+
+/**
+ * The source's snapshot of the same data on this host, or another copy of it, and the path of the
+ * source: as the record says, or where it is on this host.
+ */
+async function findOriginal(
+  location: Folder,
+  chosen: Snapshot,
+  { hosts }: DrillOptions,
+): Promise<{ source: string | null; original: readonly [Folder, Entry] | null }> {
+  const { owner } = location.chain;
+  const stream = location.store?.streams.find(({ uuid }) => uuid === chosen.uuid);
+  const uuid = owner?.uuid ?? stream?.owner.uuid;
+  const found = await Promise.all(
+    [...groupBy(btrfsMounts(), ({ device }) => device).values()].map(async (mounts) => {
+      const seen = await lookHere(mounts[0]?.path ?? "/", hosts);
+      if (seen === null || seen.alone) return null;
+      const source = seen.subvolumes.find((one) => one.uuid === uuid);
+      const full = visiblePath(sameDataAmong(chosen, seen.subvolumes), mounts);
+      const folder = full === null ? null : await lookHere(dirname(full), hosts);
+      return { source: visiblePath(source, mounts), folder };
+    }),
+  );
+  const copies = found.flatMap((one): (readonly [Folder, Entry])[] => {
+    const entry = one?.folder && sameDataAmong(chosen, one.folder.standing);
+    return entry ? [[one.folder as Folder, entry]] : [];
+  });
+  return {
+    source: owner?.path ?? found.find((one) => one?.source)?.source ?? null,
+    original: copies.find(([, one]) => one.uuid === dataOf(chosen)) ?? copies[0] ?? null,
+  };
+}
+
+/** The mounts of btrfs on this host. */
+function btrfsMounts(): Mount[] {
+  const lines = readIfThere("/proc/self/mountinfo").split("\n");
+  return parseMounts(lines.filter((line) => / - btrfs /.test(line)).join("\n")).filter(({ path }) =>
+    path.startsWith("/"),
+  );
+}
+
+/** A folder of this host, if it can be looked at. */
+async function lookHere(path: string, hosts: Hosts): Promise<Folder | null> {
+  const here = { ...(parseLocation("/") as Readable), id: path, path };
+  return lookAt(here, path, "", hosts).catch(afterFailure(() => null));
+}
+
+/** Where a subvolume can be reached through one of some mounts of its filesystem. */
+function visiblePath(one: Subvolume | undefined, mounts: readonly Mount[]): string | null {
+  const top = `/${one?.path}`;
+  const mount = mounts.find(({ root }) => isWithin(top, root) && top !== root);
+  if (one === undefined || mount === undefined) return null;
+  return join(mount.path, top.slice(mount.root === "/" ? 0 : mount.root.length));
+}
+
+/** How long a restore took; `bytes` are those of streams, null where nothing had to be sent. */
+type RestoreTime = { readonly bytes: number | null; readonly seconds: number };
+
+/**
+ * Restores a backup into a scratch directory, as restore does where nothing of it is there, and
+ * lets `read` look at the subvolume.
+ */
+async function restoreInto(
+  { folder, target, work }: Scratch,
+  of: Pick<Visiting, "report" | "display" | "location"> & { readonly o: DrillOptions },
+  chosen: Snapshot,
+  read: (name: EntryName) => Promise<void>,
+): Promise<RestoreTime> {
+  const { o, location } = of;
+  const { store } = location;
+  const began = Date.now();
+  const passed = () => (Date.now() - began) / 1000;
+  const arrival = { ...of, o: { ...o, target: o.scratch }, folder, target };
+  if (store !== null) {
+    const visits = planVisits(new Set([chosen.uuid]), store.streams);
+    const bytes = bytesOf(visits.map(({ piece }) => piece));
+    let seconds = 0;
+    const see = async ({ name }: Stream) => {
+      seconds = passed();
+      await read(name);
+    };
+    await receiveVisits(arrival, { store, visits, see, lost: undefined });
+    return { bytes, seconds };
+  }
+  if (!isHere(location, target)) {
+    const sent = await receiveOn({ ...arrival, sums: new Map() }, chosen, null);
+    await read(chosen.name);
+    return sent;
+  }
+  const built = { ...at(target), work, target: target.path, name: chosen.name, how: "none" };
+  const origin = throughMount(target).through(join(location.top, chosen.name));
+  await ask(target.host, BUILD, { ...built, origin }, `cannot restore ${chosen.name}`);
+  const seconds = passed();
+  await read("tree" as EntryName);
+  return { bytes: null, seconds };
+}
+
+/** The SHA-256 of a restored backup. Errors: Failure where it is not what the original is. */
+async function compareRestored(
+  restored: readonly [Folder, Snapshot],
+  location: Folder,
+  original: readonly [Folder, Entry] | null,
+): Promise<string> {
+  if (original === null) return digestIn(...restored);
+  const [folder, entry] = original;
+  const [sha256, right] = await allOf([digestIn(...restored), digestIn(folder, entry)]);
+  if (sha256 === right) return sha256 as string;
+  const [own, snapshot] = restored;
+  const { name } = entry;
+  const differences = await differencesBetween(
+    [{ ...own, id: location.id }, snapshot],
+    [folder, { ...snapshot, name }],
+  );
+  throw new Failure(
+    `${location.id}: what was restored differs from ${join(folder.path, entry.name)}: ${firstFew(differences, 10, "; ")}`,
+  );
+}
+
+/**
+ * How many seconds the newest backup would take from there, by what another one took; null where
+ * that cannot be told.
+ */
+async function timeForAll(
+  location: Folder,
+  chosen: Snapshot,
+  { bytes, seconds, reading }: RestoreTime & { readonly reading: number },
+): Promise<number | null> {
+  const { store } = location;
+  const took = bytes === null ? reading : seconds;
+  const newest = wholeIn(location).at(-1);
+  if (newest === undefined || newest.uuid === chosen.uuid) return took;
+  const sizeOf = async (one: Snapshot) =>
+    store === null
+      ? streamBytes(location, { snapshot: one, parent: null })
+      : bytesOf(piecesOf(one, store));
+  return Promise.all([newest, chosen].map(sizeOf))
+    .then(([all = 0, some = 0]) => (took * all) / Math.max(some, 1))
+    .catch(afterFailure(() => null));
+}
+
+/** Seconds as people read them. */
+const inTime = (seconds: number) =>
+  seconds < 60 ? `${seconds.toFixed(1)} s` : inWords(1000 * seconds);
 
 // ── diff: what changed between two snapshots, and what it costs ──
 
@@ -16920,7 +17746,11 @@ async function clearCompared(folder: Folder): Promise<void> {
  * A path of the command line as paths are in a stream: below the subvolume, where it may be given
  * as it is at the source. Errors: UsageError for one that leads out of it.
  */
-function pathInside(path: string, { source, chain }: Pick<Folder, "source" | "chain">): string {
+const pathInside = (path: string, folder: Pick<Folder, "source" | "chain">) =>
+  Buffer.from(pathBelow(path, folder)).toString("latin1");
+
+/** The same, as text. */
+function pathBelow(path: string, { source, chain }: Pick<Folder, "source" | "chain">): string {
   const plain = withoutSlash(normalize(path));
   const above = [source?.path, chain.owner?.path].find(
     (one) => one !== undefined && isWithin(plain, one),
@@ -16929,7 +17759,7 @@ function pathInside(path: string, { source, chain }: Pick<Folder, "source" | "ch
   const below = inside.replace(/^\//, "");
   if (below === ".." || below.startsWith("../"))
     throw new UsageError(`${path} is not below the subvolume: paths begin at its top`);
-  return Buffer.from(below === "." ? "" : below).toString("latin1");
+  return below === "." ? "" : below;
 }
 
 /** Whether a path in a stream is another one, or below that. */
@@ -20366,6 +21196,7 @@ const COMMON = [
   "list",
   "verify",
   "versions",
+  "drill",
   "diff",
   "copy",
   "prune",
@@ -20379,7 +21210,7 @@ type CommandName = (typeof COMMON)[number] | "all" | "guard";
 /** `check` takes a run's command line as it is. */
 const RUNNING = ["run", "check"] as const;
 const SENDING = [...RUNNING, "copy"] as const;
-const TRANSFERRING = [...SENDING, "restore"] as const;
+const TRANSFERRING = [...SENDING, "restore", "drill"] as const;
 const DELETING = [...SENDING, "prune"] as const;
 
 /**
@@ -20413,7 +21244,7 @@ const WHOLE_TREE = "The whole tree: also the subvolumes below that run --recursi
 const GROUPS = {
   Options: {
     snapshot: {
-      of: ["restore", "verify"],
+      of: ["restore", "drill", "verify"],
       value: "NAME",
       means: "Restore this one (default: the newest)",
       meansIn: { verify: "Compare this one (default: the newest that both have)" },
@@ -20422,6 +21253,19 @@ const GROUPS = {
       of: ["restore"],
       value: "TIME",
       means: "Restore the newest at or before 'YYYY-MM-DD[ HH:MM[:SS]]'",
+    },
+    random: { of: ["drill"], means: "Restore any one, another each time" },
+    scratch: {
+      of: ["versions", "restore", "drill"],
+      value: "DIR",
+      means:
+        "Where streams are received for a while: a folder on btrfs, here (default: beside TARGET, if that leaves half of what is free)",
+      meansIn: {
+        versions:
+          "Where streams are received for a while: a folder on btrfs, here (default: beside the source's snapshots, if that leaves half of what is free)",
+        drill:
+          "Where to restore to: a folder on btrfs, here (default: beside backups on a disk here)",
+      },
     },
     replace: {
       of: ["restore"],
@@ -20464,10 +21308,11 @@ const GROUPS = {
       means: "Tell the bytes written below each directory, largest first, not each path",
     },
     path: {
-      of: ["guard"],
-      value: "DIR",
+      of: ["restore", "guard"],
+      value: "PATH",
       repeatable: true,
-      means: "Where the key may back up to, or with --source from",
+      means: "Only this file or directory of the backup, which TARGET becomes",
+      meansIn: { guard: "A directory that the key may back up to, or with --source from" },
     },
     "allow-read": {
       of: ["guard"],
@@ -20816,10 +21661,13 @@ const GROUPS = {
       means: "Tell what happens on standard output, one JSON object a line",
     },
     metrics: {
-      of: [...RUNNING, "all"],
+      of: [...RUNNING, "all", "drill"],
       value: "FILE",
       means: "Write metrics for Prometheus' node exporter (textfile collector)",
-      meansIn: { all: "Write the metrics of all these sources into one file, besides their own" },
+      meansIn: {
+        all: "Write the metrics of all these sources into one file, besides their own",
+        drill: "Write when the last good drill was, for Prometheus, into a file of drills alone",
+      },
     },
     "no-progress": {
       of: [...TRANSFERRING, "verify", "all"],
@@ -21599,6 +22447,7 @@ export function restoreOptions(given: Given) {
   const snapshot = value("snapshot");
   if (snapshot !== null && value("before") !== null)
     throw new UsageError("--snapshot and --before exclude each other");
+  needNoPathBeside(given);
   const words = (
     [
       "snapshot-prefix",
@@ -21623,6 +22472,55 @@ export function restoreOptions(given: Given) {
     replace: flag("replace"),
     recursive: flag("recursive"),
     unverified: flag("unverified"),
+    inner: value("path"),
+    scratch: scratchOf(given),
+    ...displayOptions(given),
+    sending: sendingOptions(given, null),
+  };
+}
+
+/** Errors: UsageError for options of restore that do not go with --path, and --path alone. */
+function needNoPathBeside(given: Given): void {
+  const paths = given.all("path");
+  if (paths.length > 1) throw new UsageError("--path is given once");
+  if (paths.length === 0) {
+    if (given.value("scratch") !== null) throw new UsageError("--scratch goes with --path");
+    return;
+  }
+  const flags = (["replace", "recursive"] as const).filter((name) => given.flag(name));
+  const valued = (["parent-from", "compress", "protocol"] as const).filter(
+    (name) => given.value(name) !== null,
+  );
+  for (const name of [...flags, ...valued])
+    throw new UsageError(`--path and --${name} exclude each other`);
+}
+
+/** The folder of --scratch, on this host. Errors: UsageError. */
+function scratchOf(given: Given): Readable | null {
+  const text = given.value("scratch");
+  if (text === null) return null;
+  const location = folderLocation(text, "--scratch");
+  if (location.host !== null) throw new UsageError(`--scratch is a folder on this host: ${text}`);
+  return location;
+}
+
+export function drillOptions(given: Given) {
+  const { flag, value } = given;
+  const [location] = locationsOf(given, 1, 1, "LOCATION") as [Readable];
+  const scratch = scratchOf(given);
+  if (scratch === null && !(holdsSubvolumes(location) && location.host === null))
+    throw new UsageError("--scratch DIR is missing: a folder on btrfs with room for a restore");
+  if (flag("random") && value("snapshot") !== null)
+    throw new UsageError("--snapshot and --random exclude each other");
+  return {
+    ...commonOptions(given),
+    location,
+    scratch: scratch ?? location,
+    isBeside: scratch === null,
+    snapshot: value("snapshot"),
+    random: flag("random"),
+    metrics: parsedWith(given, "metrics", (path) => resolve(path)),
+    unverified: false,
     ...displayOptions(given),
     sending: sendingOptions(given, null),
   };
@@ -21724,11 +22622,6 @@ export function versionsOptions(given: Given) {
   const { flag, value } = given;
   const [, ...locations] = locationsOf(given, 1, Infinity, "FILE [LOCATION…]");
   const file = folderLocation(given.positionals[0], "FILE");
-  for (const location of locations)
-    if (!holdsSubvolumes(location))
-      throw new UsageError(
-        `${KINDS[location.kind].called} cannot be looked into, only restored: ${location.id}`,
-      );
   const [get, to] = [value("get"), value("to")];
   if (get === null && (to !== null || flag("force")))
     throw new UsageError("--to and --force need --get");
@@ -21741,6 +22634,10 @@ export function versionsOptions(given: Given) {
     get,
     to: to !== null && file.host === null ? resolve(to) : to,
     force: flag("force"),
+    scratch: scratchOf(given),
+    unverified: false,
+    ...displayOptions(given),
+    sending: sendingOptions(given, null),
   };
 }
 
@@ -21967,6 +22864,14 @@ export const COMMANDS: Readonly<Record<CommandName, CommandDef<any>>> = {
     },
     [versionsOptions, versions],
   ),
+  drill: command(
+    "drill",
+    "Prove that a backup can be restored: do it, compare or read every byte, and remove it again.",
+    {
+      location: positional(`Backups: ${PLACE}; or streams: ${STORE}`),
+    },
+    [drillOptions, drill],
+  ),
   diff: command(
     "diff",
     "Show what changed between two snapshots, or since the newest one, and how many bytes were written.",
@@ -22140,6 +23045,8 @@ export const EXAMPLES: Readonly<Record<CommandName, Readonly<Record<string, stri
     "btrfs-backup restore /backup/home /home.restored": "The newest backup, as a new subvolume",
     "btrfs-backup restore --replace --before '2026-01-31 12:00' /backup/home /home":
       "As it was at noon, in the place of /home, which is kept beside",
+    "btrfs-backup restore --path me/letters raw:///backup/home /tmp/letters":
+      "One directory of the newest backup",
   },
   all: {
     "btrfs-backup all": "What each file /etc/btrfs-backup/NAME.args says, as the daily timer does",
@@ -22166,6 +23073,11 @@ export const EXAMPLES: Readonly<Record<CommandName, Readonly<Record<string, stri
   versions: {
     "btrfs-backup versions /home/me/letter": "Which versions of a file there are, and where",
     "btrfs-backup versions --get '2026-01-31 12:00' /home/me/letter": "The file as it was then",
+  },
+  drill: {
+    "btrfs-backup drill /backup/home": "Whether the newest backup on a disk here can be restored",
+    "btrfs-backup drill --random --scratch /mnt/spare rclone://s3:bucket/home":
+      "The same for any one of an object store, which is received to /mnt/spare for that",
   },
   diff: {
     "btrfs-backup diff /home": "What has changed since the newest snapshot",

@@ -78,6 +78,9 @@ import {
   parseRecord,
   parseRewritten,
   planRestore,
+  sameDataAmong,
+  fitsBeside,
+  isNearlyFull,
   planFreeing,
   planRoom,
   planSource,
@@ -2718,6 +2721,39 @@ describe("the pieces of a restore", () => {
       ),
     ).toBe(expected),
   );
+});
+
+test("streams are received beside something only where they leave half of what is free, and stop where a tenth is left", () => {
+  for (const [bytes, free, fits] of [
+    [0, 0, true],
+    [100, 300, true],
+    [100, 299, false],
+    [1, 1e12, true],
+  ] as const)
+    expect([bytes, free, fitsBeside(bytes, free)]).toEqual([bytes, free, fits]);
+  expect([isNearlyFull(99, 1000), isNearlyFull(100, 1000)]).toEqual([true, false]);
+});
+
+test("a drill compares with what the backup was made of, else with another copy, never with itself or with what is not whole", () => {
+  const one = (uuid: string, receivedUuid: string | null, more = {}) => ({
+    ...snap("0101"),
+    uuid,
+    receivedUuid,
+    ...more,
+  });
+  const backup = one("backup", "origin");
+  const [copy, origin] = [one("copy", "origin"), one("origin", null)];
+  for (const [subvolumes, found] of [
+    [[backup], undefined],
+    [[backup, copy, origin], "origin"],
+    [[backup, copy], "copy"],
+    [[one("origin", null, { readonly: false })], undefined],
+    [
+      [one("copy", "origin", { path: ".btrfs-backup-scratch.restoring-20260101-000000/x" })],
+      undefined,
+    ],
+  ] as const)
+    expect(sameDataAmong(backup, subvolumes)?.uuid).toBe(found as string);
 });
 
 describe("parts of an object in S3", () => {

@@ -21,6 +21,7 @@ import {
   planRoom,
   planSource,
   planTransfers,
+  planVisits,
   retain,
   snapshotsAmong,
   stamp,
@@ -585,5 +586,46 @@ test("what others took comes over once, in the order of its making, whatever is 
     }
     expect(done).toEqual([...new Set(done)].sort((a, b) => a - b));
     expect(chain.map((one) => one.id)).toEqual(chain.map((one) => one.id).sort((a, b) => a - b));
+  });
+});
+
+test("on the way through any store, each stream is received when what it builds on is there, and all that is wanted is seen once", () => {
+  const name = (n: number) => `202601${String(n + 1).padStart(2, "0")}-000000`;
+  const uuidOf = (n: number) => `${String(n).padStart(8, "0")}-aaaa-bbbb-cccc-0123456789ab`;
+  // Each builds on an earlier one or on nothing; some are stored twice, in full.
+  const stored = fc.array(
+    fc.record({ on: fc.nat(20), isTwice: fc.boolean(), isWanted: fc.boolean() }),
+    {
+      minLength: 1,
+      maxLength: 20,
+    },
+  );
+  holds(stored, (all) => {
+    const object = (n: number, from: string) =>
+      `${name(n)}+0000_01234567_89abcdef_${uuidOf(99)}_${uuidOf(n)}_${from}.btrfs`;
+    const files = all.flatMap(({ on, isTwice }, n) => [
+      object(n, on < n ? uuidOf(on) : "full"),
+      ...(isTwice && on < n ? [object(n, "full")] : []),
+    ]);
+    const { streams } = parseStreams(
+      files.map((one) => ({ name: one, bytes: 1 })),
+      true,
+    );
+    const wanted = streams.filter(({ name: one }) => all[Number(one.slice(6, 8)) - 1]?.isWanted);
+    const visits = planVisits(new Set(wanted.map(({ uuid: one }) => one)), streams);
+    const there = new Set<string>();
+    const seen: (string | null)[] = [];
+    for (const { piece, isWanted, gone } of visits) {
+      expect(piece.parentUuid === null || there.has(piece.parentUuid)).toBe(true);
+      expect(there.has(piece.uuid)).toBe(false);
+      there.add(piece.uuid);
+      if (isWanted) seen.push(piece.receivedUuid);
+      for (const one of gone) expect(there.delete(one.uuid)).toBe(true);
+    }
+    expect([...there]).toEqual([]);
+    expect(seen.toSorted()).toEqual([...new Set(wanted.map((one) => one.receivedUuid))].toSorted());
+    // Along one chain, two are there at a time.
+    if (streams.every((one) => one.parentUuid === null))
+      for (const { gone } of visits) expect(gone).toHaveLength(1);
   });
 });

@@ -329,7 +329,7 @@ describe("what the command line makes no sense of is refused before anything is 
     ],
     ["a remote without a name", ["/s", "rclone://path"], /not of the form rclone:\/\/REMOTE:PATH/],
     ["a relative path", ["/s", "raw://path"], /not of the form raw:\/\/\/path/],
-    ["versions of what cannot be looked into", ["versions", "/s/f", "raw:///r"], /only restored/],
+    ["versions of what cannot be looked into", ["versions", "/s/f", "shell://c"], /nothing can be/],
     ["nothing to compare with", ["verify", "/s"], /with what/],
     ["one folder beside streams", ["verify", "/s", "raw:///r"], /with what/],
   ] as [string, string[], RegExp][])("%s", async (_, args, said) =>

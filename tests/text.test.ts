@@ -12,6 +12,7 @@ import {
   COMMANDS,
   culpritOf,
   metricsOfAll,
+  metricsOfDrills,
   entryName,
   type EntryName,
   editDistance,
@@ -1270,6 +1271,31 @@ test("metrics of several runs have each label once: the collector refuses a file
   expect(text.match(/^# HELP/gm)?.length).toBe(7);
 });
 
+test("a drill's metrics keep the time of the last good one, and what other drills said", () => {
+  const of = (
+    before: string,
+    source: string | null,
+    destination: string,
+    isGood: boolean,
+    now: number,
+  ) => metricsOfDrills(before, { source, destination, isGood, now });
+  const lines = (text: string) =>
+    text.split("\n").filter((line) => line !== "" && !line.startsWith("#"));
+  const first = of("", "/home", "/b/home", true, 5000);
+  const second = of(first, "/home", 'raw:///x"y', false, 6000);
+  // What is not known of the source where nothing could be opened is what it was.
+  const third = of(second, null, "/b/home", false, 7000);
+  expect(lines(third)).toEqual([
+    'btrfs_backup_drill_timestamp_seconds{source="/home",destination="/b/home"} 5',
+    'btrfs_backup_drill_timestamp_seconds{source="/home",destination="raw:///x\\"y"} 0',
+    'btrfs_backup_drill_success{source="/home",destination="/b/home"} 0',
+    'btrfs_backup_drill_success{source="/home",destination="raw:///x\\"y"} 0',
+  ]);
+  expect(() => of('btrfs_backup_errors{source="/home"} 0\n', "/home", "/b", true, 1)).toThrow(
+    "other metrics",
+  );
+});
+
 test("an error of an argument file is told with the line that it is about", () => {
   const lineOf = (...lines: string[]) => {
     const placed = lines.flatMap((line, i) =>
@@ -1416,9 +1442,18 @@ test("each section uses only those above it, but for what is named here", () => 
       "streamCheck",
       "streamCommands",
       // The options of a command are what their readers return.
-      ...["copy", "guard", "list", "prune", "restore", "run", "setup", "verify", "versions"].map(
-        (command) => `${command}Options`,
-      ),
+      ...[
+        "copy",
+        "drill",
+        "guard",
+        "list",
+        "prune",
+        "restore",
+        "run",
+        "setup",
+        "verify",
+        "versions",
+      ].map((command) => `${command}Options`),
     ];
     expect([...new Set(missing)].sort()).toEqual(allowed.sort());
   } finally {
