@@ -15597,7 +15597,8 @@ async function restorePathFrom(
   const host = hostOf(o.target.host, o.hosts);
   const { path } = o.target;
   const put = { directory: dirname(path), name: basename(path), force: "" };
-  const between = meter(`${basename(inner)} to ${o.target.id}`, displayOf(o), o.sending.rate);
+  const called = `${basename(inner)} to ${o.target.id}`;
+  const between = meter(called, displayOf(o), o.sending.rate, { size: () => undefined });
   await copyOut([folder, name], inner, host, { put, between });
 }
 
@@ -17572,10 +17573,11 @@ async function compareRestored(
   location: Folder,
   original: readonly [Folder, Entry] | null,
 ): Promise<string> {
-  if (original === null) return digestIn(...restored);
+  if (original === null) return (await digestIn(...restored)).sum;
   const [folder, entry] = original;
-  const [sha256, right] = await allOf([digestIn(...restored), digestIn(folder, entry)]);
-  if (sha256 === right) return sha256 as string;
+  const sides = [digestIn(...restored), digestIn(folder, entry)];
+  const [left, right] = (await allOf(sides)) as [Summed, Summed];
+  if (left.sum === right.sum) return left.sum;
   const [own, snapshot] = restored;
   const { name } = entry;
   const differences = await differencesBetween(
