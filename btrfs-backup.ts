@@ -7444,9 +7444,6 @@ export function parseEstimate(text: string): Estimate {
   };
 }
 
-/** How many bytes that are. */
-export const estimatedBytes = (text: string): number => parseEstimate(text).bytes;
-
 /** Estimates that were made, by snapshot and the parent's UUID. */
 const estimates = new WeakMap<Snapshot, Map<string, Estimate>>();
 

@@ -12,7 +12,6 @@ import {
   conflictMessage,
   dataFinder,
   deletionOrder,
-  estimatedBytes,
   parseEstimate,
   expandFiles,
   inventory,
@@ -2779,12 +2778,12 @@ describe("parts of an object in S3", () => {
 
   test("an estimate adds up data, and something for each command", () => {
     expect(
-      estimatedBytes(
+      parseEstimate(
         "      3 chown\n      2  len=1000\n      1  len=48\n      1 snapshot\n      2 update_extent\n",
-      ),
+      ).bytes,
     ).toBe(2048 + 6 * 200);
     for (const unknown of ["", "3 chown\n", "1 subvol\nsomething else\n"])
-      expect(() => estimatedBytes(unknown)).toThrow("something unknown");
+      expect(() => parseEstimate(unknown)).toThrow("something unknown");
   });
 });
 
