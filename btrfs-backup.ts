@@ -21257,7 +21257,7 @@ export const EXIT_STATUS = {
 };
 export const ENVIRONMENT = {
   NO_COLOR: "No colours, on terminals either.",
-  PAGER: "What shows the manual on a terminal (default: less).",
+  PAGER: "What shows the manual (default: less).",
   XDG_RUNTIME_DIR: "Where the sockets of ssh connections are, if it is set; else /run, or /tmp.",
 };
 
