@@ -23126,6 +23126,7 @@ export const EXIT_STATUS = {
 };
 export const ENVIRONMENT = {
   NO_COLOR: "No colours, on terminals either.",
+  PAGER: "What shows the manual (default: less).",
   XDG_RUNTIME_DIR: "Where the sockets of ssh connections are, if it is set; else /run, or /tmp.",
 };
 
@@ -23160,12 +23161,12 @@ export function helpText(one: CommandDef<any>, columns: number, everything: bool
       "",
       positionals.map(({ name, description }) => row(name.toUpperCase(), description)),
     ),
-    section(
-      "Other commands, each with its own --help:\n",
-      others.map(([name, { meta }]) =>
+    section("Other commands, each with its own --help:\n", [
+      ...others.map(([name, { meta }]) =>
         row(name, (meta as CommandMeta).description?.split(/[,.]/)[0] ?? ""),
       ),
-    ),
+      ...(others.length === 0 ? [] : [row("help", "The manual; alone, its topics")]),
+    ]),
     ...(isShort
       ? [section("Options that many need; --help-all shows all:\n", optionRows(told))]
       : groups.map(([title, some]) => section(`${title}:\n`, optionRows(some)))),

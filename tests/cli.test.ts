@@ -164,6 +164,7 @@ test("--help and --version answer on stdout", async () => {
   expect(lines.slice(4, 5)).toEqual(["Examples:"]);
   expect(lines.slice(5, 13).filter((line) => line.startsWith("  btrfs-backup ")).length).toBe(4);
   expect(main).toContain("\n      --dry-run ");
+  expect(main).toContain("\n  help  ");
   expect(main).not.toContain("--skip-fs-checks");
   for (const [command, { args }] of Object.entries(COMMANDS)) {
     const isLong = Object.hasOwn(args as ArgsDef, "help-all");

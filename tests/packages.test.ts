@@ -193,10 +193,10 @@ test("the README begins with the download from where releases are, and with buil
     readFileSync(join(ROOT, "scripts/packages"), "utf8"),
   )?.[1];
   const [, step = ""] =
-    /\*\*1\. Get the program\.\*\*(.*?)\n\*\*2\. /s.exec(
-      readFileSync(join(ROOT, "README.md"), "utf8"),
-    ) ?? [];
-  const commands = [...step.matchAll(/^ {4}(.*?)(?: {2,}#.*)?$/gm)].map(([, command]) => command);
+    /^## Get it$(.*?)^## /ms.exec(readFileSync(join(ROOT, "README.md"), "utf8")) ?? [];
+  const commands = [...step.matchAll(/^```sh\n(.*?)^```/gms)]
+    .flatMap(([, block = ""]) => block.trimEnd().split("\n"))
+    .map((line) => line.replace(/ {2,}#.*$/, ""));
   if (repository === "") expect(commands[0]).toBe("scripts/build");
   else {
     expect(commands[0]).toContain(`${repository}/releases/`);
