@@ -77,6 +77,11 @@ const REASONS: Readonly<Record<string, readonly string[]>> = {
   "four machines: link.test.ts and together.test.ts run several at a time": [
     "printf '%s\\n' web1 web2 db mail | xargs -P 4 -I{} btrfs-backup --quiet -N 3 -n '14d+ 8w 12m' ssh://root@{}/home /backup/{}/home",
   ],
+  "no Prometheus runs in the tests: monitoring.test.ts gives the rules to promtool": [
+    "install -D -m 644 scripts/btrfs-backup.rules.yml /etc/prometheus/rules/btrfs-backup.rules.yml",
+    "grep -A 3 '^rule_files:' /etc/prometheus/prometheus.yml",
+    "promtool check rules /etc/prometheus/rules/btrfs-backup.rules.yml && systemctl reload prometheus",
+  ],
   "it needs the Internet": [
     "apt install rclone gnupg zstd",
     "rclone config create s3 s3 provider=AWS region=eu-central-1 access_key_id=… secret_access_key=…",

@@ -490,11 +490,12 @@ async function startS3Server(): Promise<{ endpoint: string; directory: string }>
   return { endpoint: `http://127.0.0.1:${port}`, directory };
 }
 
-/** A new bucket of one S3 server for all tests of a process, and the environment in which `aws` and others find it. */
+/** An empty bucket of one S3 server for all tests of a process, and the environment in which `aws` and others find it. */
 export async function s3Server(
   bucket: string,
 ): Promise<{ endpoint: string; env: Record<string, string> }> {
   const { endpoint, directory } = await (s3 ??= startS3Server());
+  rmSync(join(directory, bucket), { recursive: true, force: true });
   mkdirSync(join(directory, bucket));
   const env = {
     AWS_ACCESS_KEY_ID: "S3RVER",
