@@ -450,7 +450,7 @@ test("verify of many tells how far it is and ends with one line; -v info tells e
   expect(one.stderr).toMatch(/ is equal \(SHA-256 [^]*1 of 1 is well, 4?\d*[\d.]+M in /);
   const program = join(ROOT, "dist/btrfs-backup");
   const drawn = sh(`script -qec "$1 verify $2" /dev/null`, program, store);
-  expect(drawn).toMatch(/0 of 3 in [^]*\x1b\[1A[^]*3 of 3 are well/);
+  expect(drawn).toMatch(/0 of 3 i[^]*\x1b\[1A[^]*3 of 3 are well/);
   expect(sh(`script -qec "$1 verify -P $2" /dev/null`, program, store)).not.toContain("\x1b[1A");
   damage(join(destination, day(2)), "echo bad >plain/0");
   const bad = await expectRun(1, ["verify", "--all", "--json", source, destination, store]);

@@ -177,7 +177,15 @@ test("with German on both sides, errors are told from each other, and files are 
     (
       await expectRun(
         1,
-        [...options, "--make-room", "-n", "1", source, url(join(small.path, "x"), "german")],
+        [
+          ...options,
+          "--skip-space-check",
+          "--make-room",
+          "-n",
+          "1",
+          source,
+          url(join(small.path, "x"), "german"),
+        ],
         env,
       )
     ).stderr,
