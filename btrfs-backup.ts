@@ -18548,7 +18548,7 @@ const MENDS: readonly (readonly [
   (found: readonly string[], at: Mended) => string | null,
 ])[] = [
   [/ not found: install (\S+)/, ([, name = ""], { on }) => `${on}apt install ${name}`],
-  [/"(btrfs-backup [^"]+)"/, ([, words = ""]) => plainCommand(words)],
+  [/"(btrfs-backup (?!help )[^"]+)"/, ([, words = ""]) => plainCommand(words)],
   [/(mkdir -p [^)]+)\)/, ([, words = ""], { on }) => plainCommand(on + words)],
   [
     /others can change (.*?), and could/,
@@ -23126,7 +23126,7 @@ export const EXIT_STATUS = {
 };
 export const ENVIRONMENT = {
   NO_COLOR: "No colours, on terminals either.",
-  PAGER: "What shows the manual (default: less).",
+  PAGER: "Shows the manual (default: less).",
   XDG_RUNTIME_DIR: "Where the sockets of ssh connections are, if it is set; else /run, or /tmp.",
 };
 

@@ -102,7 +102,11 @@ describe("of several destinations", () => {
     sh(`head -c 90M /dev/urandom >"$1/ballast"`, small.path);
     const [full, third] = [join(small.path, "full"), join(filesystem().path, "third")];
     const { env, calls } = counted();
-    const failed = await expectRun(1, ["--json", source, destination, full, third], { env });
+    const failed = await expectRun(
+      1,
+      ["--json", "--skip-space-check", source, destination, full, third],
+      { env },
+    );
     expect(calls("send")).toBe(1);
     expect(failed.stderr).toContain(`${full}: btrfs receive failed with exit status 1`);
     expect(failed.stderr).toContain("No space left on device");
