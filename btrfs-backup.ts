@@ -3868,8 +3868,13 @@ const ESTIMATE = defineVerb("estimate", "folder fsid snapshot parent idle?")`
       b send -q --no-data "./$snapshot"
     fi
   }
-  lines() { grep -o -e "^[a-z_]*" -e " len=[0-9]*$" -e " name=btrfs.compression " | sed "s/ name=btrfs.compression /compressing/"; }
-  stream | btrfs receive --dump | lines | sort | uniq -c
+  # Whoever has files here chooses their names, where a space has a backslash before it, and their
+  # attributes, which are printed as they are, with newlines: what these seem to say is left out.
+  time=$(line "$snapshot" | grep -o "[0-9]*-[0-9]*$" || :)
+  own() { grep "^[a-z_]*  *./[^/]*$time" | sed "/^set_xattr /s/ data=.*//"; }
+  lines() { grep -o -e "^[a-z_]*" -e " offset=[0-9]* len=[0-9]*$" -e " name=btrfs.compression$"; }
+  short() { sed -e "s/ offset=[0-9]* / /" -e "s/ name=btrfs.compression/compressing/"; }
+  stream | btrfs receive --dump | own | lines | short | sort | uniq -c
 `;
 
 /**
