@@ -4249,16 +4249,20 @@ const BEHIND = sh`
 
 /**
  * Removes the remains of an interrupted restore: the subvolumes ./PATH, in the order of their IDs,
- * and the directory `work`.
+ * and the directory `work`. Prints why it stays, where it is not one of ours.
  */
 const CLEAR = defineVerb("clear", "folder fsid work ids paths...")`
   at "$folder" "$fsid"
   if [ -d "./$work" ] && [ -z "$(find "./$work" -prune -type l)" ]; then :; else exit 0; fi
   [ -f "./$work/.btrfs-backup.finishing" ] && exit 0
   [ -f "./$work/.btrfs-backup.restoring" ] ||
-    { rmdir "./$work" 2>/dev/null || line "$here/$work is not from a restore, and stays" >&2; exit 0; }
+    { rmdir "./$work" 2>/dev/null || line "$here/$work is not from a restore, and stays"; exit 0; }
+  above=$PWD
   (
+    # Where others can make a directory of that name, they can put a link in its place.
     cd -P -- "./$work"
+    [ "$PWD" = "\${above%/}/$work" ] && [ -O . ] ||
+      { line "$here/$work is not from a restore of this user, and stays"; exit 0; }
     exec 9<.
     flock -n 9 || { line "another restore is at work in $here/$work" >&2; exit 75; }
     for file in .btrfs-backup.*.receiving; do
@@ -4793,9 +4797,11 @@ const PUT = defineVerb("put", "directory name force base folder? fsid? snapshot?
   trap gone EXIT
   # What was killed left its directory, which nobody holds any more. Others may give it another name
   # at any moment: what is removed is in the directory that was looked at.
+  above=$PWD
   for old in ./.btrfs-backup.put-??????; do
     (
       cd -P -- "$old" 2>/dev/null || exit 0
+      [ "$PWD" = "\${above%/}/\${old#./}" ] || exit 0
       [ -O . ] && [ -f ./.btrfs-backup.putting ] || exit 0
       exec 9<.
       flock -n 9 || exit 0
@@ -14316,13 +14322,14 @@ async function readSums(
 }
 
 /**
- * Removes what interrupted restores to TARGET left; `only`: of those one directory.
- * Errors: Busy while such a restore is still at work.
+ * Removes what interrupted restores to TARGET left; `only`: of those one directory. Returns whether
+ * all of it was such. Errors: Busy while such a restore is still at work.
  */
 async function clearLeftovers(
   { o, target }: Pick<Workplace, "o" | "target">,
   only: string | null,
-): Promise<void> {
+): Promise<boolean> {
+  let isAll = true;
   const now = only === null ? target : await lookAt(o.target, target.path, target.prefix, o.hosts);
   for (const [name, paths] of leftoversOf(target.name, now)) {
     if (only !== null && name !== only) continue;
@@ -14336,14 +14343,18 @@ async function clearLeftovers(
       );
     const idOf = new Map(now.subvolumes.map(({ path, id }) => [`/${path}`, id]));
     const ids = paths.flatMap((path) => idOf.get(join(now.top, name, path)) ?? []).join(" ");
-    if (!o.dryRun)
-      await ask(
-        target.host,
-        CLEAR,
-        { ...at(target), work: name, ids, paths },
-        `cannot remove ${full}, which an interrupted restore left`,
-      );
+    if (o.dryRun) continue;
+    const stays = await ask(
+      target.host,
+      CLEAR,
+      { ...at(target), work: name, ids, paths },
+      `cannot remove ${full}, which an interrupted restore left`,
+    );
+    if (stays === "") continue;
+    isAll = false;
+    log.warn(stays);
   }
+  return isAll;
 }
 
 function tellPlan({ o, location, chosen, data, moved }: Restoration): void {
@@ -15347,6 +15358,7 @@ async function inScratchOnce<T>(
     throw new Failure(`${path} is not on btrfs: --scratch DIR names a folder that is`);
   needRoot(folder, "receiving for a while");
   needRoot({ ...folder, alone: host.sudo && user !== "0" }, "receiving: --sudo is not enough;");
+  needOurs(folder, place.id);
   const target = { ...folder, name: SCRATCH };
   const name = `${SCRATCH}.restoring-${stamp(new Date())}`;
   const r = { o: { target: place, hosts, dryRun: false }, target, work: name };
@@ -15356,7 +15368,11 @@ async function inScratchOnce<T>(
     done = [await withRoomLeft(own, () => work({ folder: own, target: folder, work: name }))];
     await whileCleaning(async () => {
       await release();
-      await clearLeftovers(r, name);
+      // Another of these commands may be about to remove it, and has it locked for that.
+      await clearLeftovers(r, name).catch(async () => {
+        await nextSecond();
+        await clearLeftovers(r, name);
+      });
     });
   });
   const [result] = done as unknown as readonly [T];
@@ -15368,7 +15384,9 @@ async function clearScratch(r: Workplace): Promise<void> {
   for (const name of leftoversOf(SCRATCH, r.target).keys()) {
     const full = join(r.target.path, name);
     await clearLeftovers(r, name).then(
-      () => log.info(`Removed what an interrupted command left: ${full}`),
+      (isGone) => {
+        if (isGone) log.info(`Removed what an interrupted command left: ${full}`);
+      },
       (error: Error) => {
         checkInterruption();
         if (error instanceof Busy) log.info(`${full} is left alone: ${error.message}`);
