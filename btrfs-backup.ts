@@ -10005,7 +10005,16 @@ async function writeKnown(session: Session): Promise<void> {
     (source.owned.owner === undefined || placeOn(source.mounts, source.path).mount.readonly);
   if (o.dryRun || isSilent || JSON.stringify(chain) === session.written) return;
   if (isMemberBelow(o.member) && !o.snapshot && isOnlyTime(source.chain, chain)) return;
-  await writeRecord(source, chain);
+  try {
+    await writeRecord(source, chain);
+  } catch (error) {
+    if (unchanged === source.owned.unchanged) throw error;
+    checkInterruption();
+    // The guard of an older release refuses what it does not know; the rest counts more.
+    log.debug(messageOf(error));
+    session.unchanged = source.owned.unchanged;
+    return writeKnown(session);
+  }
   session.written = JSON.stringify(chain);
 }
 
@@ -12807,7 +12816,11 @@ async function noteUnchanged({ session, destination, standing }: Served): Promis
   const newest = snapshots.at(-1);
   if (o.dryRun || unchanged === undefined || unchanged === source.owned.unchanged) return;
   if (newest?.uuid !== unchanged.uuid || dataFinder(standing.held)(newest) === undefined) return;
-  await destination.note?.(unchanged);
+  // Without it (an older guard refuses it), backups only seem older than they need.
+  await destination.note?.(unchanged).catch((error: Error) => {
+    checkInterruption();
+    log.debug(error.message);
+  });
 }
 
 /** What a record says of changed and compared snapshots, as long as they are there. */
