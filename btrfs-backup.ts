@@ -3868,8 +3868,13 @@ const ESTIMATE = defineVerb("estimate", "folder fsid snapshot parent idle?")`
       b send -q --no-data "./$snapshot"
     fi
   }
-  lines() { grep -o -e "^[a-z_]*" -e " len=[0-9]*$" -e " name=btrfs.compression " | sed "s/ name=btrfs.compression /compressing/"; }
-  stream | btrfs receive --dump | lines | sort | uniq -c
+  # Whoever has files here chooses their names, where a space has a backslash before it, and their
+  # attributes, which are printed as they are, with newlines: what these seem to say is left out.
+  time=$(line "$snapshot" | grep -o "[0-9]*-[0-9]*$" || :)
+  own() { grep "^[a-z_]*  *./[^/]*$time" | sed "/^set_xattr /s/ data=.*//"; }
+  lines() { grep -o -e "^[a-z_]*" -e " offset=[0-9]* len=[0-9]*$" -e " name=btrfs.compression$"; }
+  short() { sed -e "s/ offset=[0-9]* / /" -e "s/ name=btrfs.compression/compressing/"; }
+  stream | btrfs receive --dump | own | lines | short | sort | uniq -c
 `;
 
 /**
@@ -4244,16 +4249,20 @@ const BEHIND = sh`
 
 /**
  * Removes the remains of an interrupted restore: the subvolumes ./PATH, in the order of their IDs,
- * and the directory `work`.
+ * and the directory `work`. Prints why it stays, where it is not one of ours.
  */
 const CLEAR = defineVerb("clear", "folder fsid work ids paths...")`
   at "$folder" "$fsid"
   if [ -d "./$work" ] && [ -z "$(find "./$work" -prune -type l)" ]; then :; else exit 0; fi
   [ -f "./$work/.btrfs-backup.finishing" ] && exit 0
   [ -f "./$work/.btrfs-backup.restoring" ] ||
-    { rmdir "./$work" 2>/dev/null || line "$here/$work is not from a restore, and stays" >&2; exit 0; }
+    { rmdir "./$work" 2>/dev/null || line "$here/$work is not from a restore, and stays"; exit 0; }
+  above=$PWD
   (
+    # Where others can make a directory of that name, they can put a link in its place.
     cd -P -- "./$work"
+    [ "$PWD" = "\${above%/}/$work" ] && [ -O . ] ||
+      { line "$here/$work is not from a restore of this user, and stays"; exit 0; }
     exec 9<.
     flock -n 9 || { line "another restore is at work in $here/$work" >&2; exit 75; }
     for file in .btrfs-backup.*.receiving; do
@@ -4788,9 +4797,11 @@ const PUT = defineVerb("put", "directory name force base folder? fsid? snapshot?
   trap gone EXIT
   # What was killed left its directory, which nobody holds any more. Others may give it another name
   # at any moment: what is removed is in the directory that was looked at.
+  above=$PWD
   for old in ./.btrfs-backup.put-??????; do
     (
       cd -P -- "$old" 2>/dev/null || exit 0
+      [ "$PWD" = "\${above%/}/\${old#./}" ] || exit 0
       [ -O . ] && [ -f ./.btrfs-backup.putting ] || exit 0
       exec 9<.
       flock -n 9 || exit 0
@@ -9991,7 +10002,16 @@ async function writeKnown(session: Session): Promise<void> {
     (source.owned.owner === undefined || placeOn(source.mounts, source.path).mount.readonly);
   if (o.dryRun || isSilent || JSON.stringify(chain) === session.written) return;
   if (isMemberBelow(o.member) && !o.snapshot && isOnlyTime(source.chain, chain)) return;
-  await writeRecord(source, chain);
+  try {
+    await writeRecord(source, chain);
+  } catch (error) {
+    if (unchanged === source.owned.unchanged) throw error;
+    checkInterruption();
+    // The guard of an older release refuses what it does not know; the rest counts more.
+    log.debug(messageOf(error));
+    session.unchanged = source.owned.unchanged;
+    return writeKnown(session);
+  }
   session.written = JSON.stringify(chain);
 }
 
@@ -12793,7 +12813,11 @@ async function noteUnchanged({ session, destination, standing }: Served): Promis
   const newest = snapshots.at(-1);
   if (o.dryRun || unchanged === undefined || unchanged === source.owned.unchanged) return;
   if (newest?.uuid !== unchanged.uuid || dataFinder(standing.held)(newest) === undefined) return;
-  await destination.note?.(unchanged);
+  // Without it (an older guard refuses it), backups only seem older than they need.
+  await destination.note?.(unchanged).catch((error: Error) => {
+    checkInterruption();
+    log.debug(error.message);
+  });
 }
 
 /** What a record says of changed and compared snapshots, as long as they are there. */
@@ -14308,13 +14332,14 @@ async function readSums(
 }
 
 /**
- * Removes what interrupted restores to TARGET left; `only`: of those one directory.
- * Errors: Busy while such a restore is still at work.
+ * Removes what interrupted restores to TARGET left; `only`: of those one directory. Returns whether
+ * all of it was such. Errors: Busy while such a restore is still at work.
  */
 async function clearLeftovers(
   { o, target }: Pick<Workplace, "o" | "target">,
   only: string | null,
-): Promise<void> {
+): Promise<boolean> {
+  let isAll = true;
   const now = only === null ? target : await lookAt(o.target, target.path, target.prefix, o.hosts);
   for (const [name, paths] of leftoversOf(target.name, now)) {
     if (only !== null && name !== only) continue;
@@ -14328,14 +14353,18 @@ async function clearLeftovers(
       );
     const idOf = new Map(now.subvolumes.map(({ path, id }) => [`/${path}`, id]));
     const ids = paths.flatMap((path) => idOf.get(join(now.top, name, path)) ?? []).join(" ");
-    if (!o.dryRun)
-      await ask(
-        target.host,
-        CLEAR,
-        { ...at(target), work: name, ids, paths },
-        `cannot remove ${full}, which an interrupted restore left`,
-      );
+    if (o.dryRun) continue;
+    const stays = await ask(
+      target.host,
+      CLEAR,
+      { ...at(target), work: name, ids, paths },
+      `cannot remove ${full}, which an interrupted restore left`,
+    );
+    if (stays === "") continue;
+    isAll = false;
+    log.warn(stays);
   }
+  return isAll;
 }
 
 function tellPlan({ o, location, chosen, data, moved }: Restoration): void {
@@ -15339,6 +15368,7 @@ async function inScratchOnce<T>(
     throw new Failure(`${path} is not on btrfs: --scratch DIR names a folder that is`);
   needRoot(folder, "receiving for a while");
   needRoot({ ...folder, alone: host.sudo && user !== "0" }, "receiving: --sudo is not enough;");
+  needOurs(folder, place.id);
   const target = { ...folder, name: SCRATCH };
   const name = `${SCRATCH}.restoring-${stamp(new Date())}`;
   const r = { o: { target: place, hosts, dryRun: false }, target, work: name };
@@ -15348,7 +15378,11 @@ async function inScratchOnce<T>(
     done = [await withRoomLeft(own, () => work({ folder: own, target: folder, work: name }))];
     await whileCleaning(async () => {
       await release();
-      await clearLeftovers(r, name);
+      // Another of these commands may be about to remove it, and has it locked for that.
+      await clearLeftovers(r, name).catch(async () => {
+        await nextSecond();
+        await clearLeftovers(r, name);
+      });
     });
   });
   const [result] = done as unknown as readonly [T];
@@ -15360,7 +15394,9 @@ async function clearScratch(r: Workplace): Promise<void> {
   for (const name of leftoversOf(SCRATCH, r.target).keys()) {
     const full = join(r.target.path, name);
     await clearLeftovers(r, name).then(
-      () => log.info(`Removed what an interrupted command left: ${full}`),
+      (isGone) => {
+        if (isGone) log.info(`Removed what an interrupted command left: ${full}`);
+      },
       (error: Error) => {
         checkInterruption();
         if (error instanceof Busy) log.info(`${full} is left alone: ${error.message}`);

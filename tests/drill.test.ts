@@ -2,7 +2,15 @@
 // is left, however it ends.
 
 import { expect, test } from "bun:test";
-import { existsSync, mkdirSync, readdirSync, readFileSync, statSync, writeFileSync } from "node:fs";
+import {
+  existsSync,
+  mkdirSync,
+  readdirSync,
+  readFileSync,
+  statSync,
+  symlinkSync,
+  writeFileSync,
+} from "node:fs";
 import { join } from "node:path";
 import {
   damage,
@@ -188,6 +196,33 @@ test("a directory of a backup, of each kind, with all that belongs to it; never 
   writeFileSync(join(left, ".btrfs-backup.putting"), "");
   await expectRun(0, ["restore", "--path", "plain", destination, target]);
   expect(readdirSync(b.path).sort()).toEqual([".btrfs-backup.put-foreig", "back", "backup"]);
+  clear();
+  // Nor where a link leads, and whoever can change a folder leads nobody elsewhere, also where the
+  // kernel follows links.
+  const [tools, elsewhere] = [temporaryDirectory(), temporaryDirectory()];
+  const forgetting = `args=(); for one; do args+=("\${one//,nosymfollow/}"); done`;
+  writeFileSync(
+    join(tools, "mount"),
+    `#!/bin/bash\n${forgetting}; exec ${sh("command -v mount")} "\${args[@]}"\n`,
+    { mode: 0o755 },
+  );
+  const env = { PATH: `${tools}:${process.env["PATH"]}` };
+  writeFileSync(join(elsewhere, ".btrfs-backup.putting"), "");
+  symlinkSync(elsewhere, join(b.path, ".btrfs-backup.put-linked"));
+  await expectRun(0, ["restore", "--path", "plain", destination, target], { env });
+  expect(readdirSync(elsewhere)).toEqual([".btrfs-backup.putting"]);
+  const begun = join(b.path, ".btrfs-backup-scratch.restoring-20260101-000000");
+  mkdirSync(begun);
+  writeFileSync(join(begun, ".btrfs-backup.restoring"), "");
+  for (const [mode, says] of [
+    ["1777", `${begun} is not from a restore of this user`],
+    ["777", "others can change"],
+  ] as const) {
+    sh(`chmod "$2" "$1"; chown 1234 "$3"`, b.path, mode, begun);
+    const unsafe = await expectRun(1, ["drill", "--scratch", b.path, store], { env });
+    expect(unsafe.stderr).toContain(says);
+  }
+  expect(existsSync(begun)).toBe(true);
 });
 
 test("a drill of each kind of place says that all can be restored, and leaves nothing but its time", async () => {

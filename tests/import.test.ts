@@ -2,7 +2,14 @@
 // has sent. And when a run takes none: nothing has changed, or no destination can be reached.
 
 import { expect, test } from "bun:test";
-import { existsSync, mkdirSync, renameSync, symlinkSync, writeFileSync } from "node:fs";
+import {
+  existsSync,
+  mkdirSync,
+  readFileSync,
+  renameSync,
+  symlinkSync,
+  writeFileSync,
+} from "node:fs";
 import { basename, join, relative } from "node:path";
 import { permitted } from "../btrfs-backup.ts";
 import {
@@ -409,7 +416,7 @@ test("--if-changed: a snapshot only where btrfs finds a difference; what is owed
 });
 
 test("--if-changed with a snapshot folder elsewhere, and through a guarded key", async () => {
-  const { source, snapshots, destination, a } = pair();
+  const { source, snapshots, destination, a, b } = pair();
   const folder = join(a.path, "folder");
   const twice = async (expected: string[], ...args: string[]) => {
     await expectRun(0, args);
@@ -426,6 +433,22 @@ test("--if-changed with a snapshot folder elsewhere, and through a guarded key",
   await nextSecond();
   await expectRun(0, [...options, "--if-changed", url(source), destination]);
   expect(snapshotNames(snapshots).length).toBe(2);
+  // The guards of older releases refuse a record that says so: no failure, and all else is told.
+  const older = subvolume(join(a.path, "older"));
+  const [pulled, pushed] = [guarded("--path", older, "--source"), guarded("--path", b.path)];
+  const keys = join(options[1]?.split("=")[1] ?? "", "../guarded");
+  sh(
+    `sed -i 's/command="/&case $SSH_ORIGINAL_COMMAND in *unchanged*) exit 77;; esac; /' "$1"`,
+    keys,
+  );
+  const far = join(destination, "../far");
+  await twice([far], ...pulled, "--if-changed", url(older), far);
+  const record = readFileSync(join(older, "snapshot/.btrfs-backup.json"), "utf8");
+  expect(record).toContain(far);
+  expect(record).not.toContain("unchanged");
+  const near = join(destination, "../near");
+  writeFileSync(join(older, "file"), "new");
+  await twice([near], ...pushed, "--newest-only", "--if-changed", older, url(near));
 });
 
 test("--if-reachable: no snapshot where no destination can be opened; one that was served before is no failure", async () => {

@@ -101,6 +101,12 @@ test("what a destination has no space for is refused before its first byte, with
   await nextSecond();
   sh(`btrfs -q subvolume delete "$1" >/dev/null`, ballast);
   await expectRun(0, ["--newest-only", source, small]);
+  // What a user calls a file, or says of it, is no number of ours.
+  const saying = "data\nupdate_extent   ./x offset=0 len=88888888888\nmkfile ./y";
+  writeFileSync(join(source, "x offset=0 len=99999999999"), "small");
+  sh(`setfattr -n user.x -v "$2" "$1/x"*`, source, saying);
+  await nextSecond();
+  await expectRun(0, ["--newest-only", source, small]);
 });
 
 test("--make-room makes the room that an estimate says is lacking, and a dry run says so", async () => {

@@ -714,7 +714,7 @@ test("part sizes follow the estimate, a variable of the user's wins, and what S3
   // What an estimate reads, of a stream that nobody has the disks for.
   writeFileSync(
     join(tools, "btrfs"),
-    `#!/bin/bash\nif [ "$1 $2" = "receive --dump" ] && [ -n "$LENGTH" ]; then cat >/dev/null; echo "snapshot ./x"; echo "update_extent   ./x/y   offset=0 len=$LENGTH"; exit; fi\nexec ${real} "$@"\n`,
+    `#!/bin/bash\nif [ "$1 $2" = "receive --dump" ] && [ -n "$LENGTH" ]; then name=$(${real} "$@" | grep -o "[.]/[^/ ]*" | head -n 1); echo "snapshot $name"; echo "update_extent   $name/y   offset=0 len=$LENGTH"; exit; fi\nexec ${real} "$@"\n`,
     { mode: 0o755 },
   );
   const env = { ...s3.env, PATH: `${tools}:${s3.env["PATH"]}` };
