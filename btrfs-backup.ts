@@ -15394,8 +15394,8 @@ async function clearScratch(r: Workplace): Promise<void> {
   for (const name of leftoversOf(SCRATCH, r.target).keys()) {
     const full = join(r.target.path, name);
     await clearLeftovers(r, name).then(
-      (isGone) => {
-        if (isGone) log.info(`Removed what an interrupted command left: ${full}`);
+      (cleared) => {
+        if (cleared) log.info(`Removed what an interrupted command left: ${full}`);
       },
       (error: Error) => {
         checkInterruption();

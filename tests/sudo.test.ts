@@ -305,6 +305,8 @@ test("a symbolic link that stands where a snapshot was is not followed when it i
 
 test("nothing secret is in a process list or a log: a passphrase goes by files and the environment only", async () => {
   const { source, b } = pair();
+  // More than pipes and a relay hold, so that it is still being sent when the command looks.
+  sh(`head -c 8M /dev/urandom >"$1/large"`, source);
   const seen = join(temporaryDirectory(), "seen");
   const secret = "correct horse battery staple";
   const command = `shell://head -c 1 >/dev/null; ps -eo args >>${seen}; gpg --batch --quiet --pinentry-mode loopback --passphrase-file <(printf %s "$SECRET") --symmetric --output "${join(b.path, "out")}"`;
