@@ -80,6 +80,13 @@ const chapters = chaptersOf(
   new Map(readdirSync(MANUAL).map((name) => [name, readFileSync(join(MANUAL, name), "utf8")])),
 );
 const inPart = (part: Chapter["part"]) => chapters.filter((chapter) => chapter.part === part);
+/** What `help` takes. */
+const topics = [
+  "guide",
+  ...chapters.map(({ topic }) => topic),
+  ...commands.map(({ name }) => name),
+].join(" ");
+const HELP = "Print the manual, or a chapter of it";
 
 /** A text with its strong words and its commands in bold. A line of roff does not begin with a blank. */
 const worded = (text: string) =>
@@ -227,6 +234,10 @@ _btrfs_backup() {
   # readline takes --option=value for three words, and @file for two, of which it replaces both
   if [ "$current" = = ]; then current=; elif [ "$before" = = ]; then before=\${COMP_WORDS[COMP_CWORD - 2]}; fi
   COMPREPLY=()
+  if [ "\${COMP_WORDS[1]}" = help ] && [ "$COMP_CWORD" != 1 ]; then
+    [ "$COMP_CWORD" != 2 ] || mapfile -t COMPREPLY < <(compgen -W "${topics}" -- "$current")
+    return
+  fi
   case $before in
   @) compopt -o filenames; mapfile -t COMPREPLY < <(compgen -P @ -f -- "$current"); return ;;
 ${groupedBy((option) => `${kindOf(option)} ${choicesOf(option).join(" ")}`.trim())
@@ -245,7 +256,7 @@ ${commands.map((command) => `    ${command.name}) options="${optionsOf(command).
     case $command in ${naming.join(" | ")}) ${bashValue("snapshot")}; [ "\${#COMPREPLY[@]}" = 0 ] || return ;; esac
     compopt -o filenames
     case $command in versions) mapfile -t COMPREPLY < <(compgen -f -- "$current") ;; guard) ;; *) mapfile -t COMPREPLY < <(compgen -d -- "$current") ;; esac
-    [ "$COMP_CWORD" = 1 ] && mapfile -t -O "\${#COMPREPLY[@]}" COMPREPLY < <(compgen -W "${commands.map(({ name }) => name).join(" ")}" -- "$current")
+    [ "$COMP_CWORD" = 1 ] && mapfile -t -O "\${#COMPREPLY[@]}" COMPREPLY < <(compgen -W "${commands.map(({ name }) => name).join(" ")} help" -- "$current")
     ;;
   esac
 }
@@ -321,6 +332,7 @@ _btrfs_backup() {
   local command=run
   local -a commands=(
 ${commands.map(({ name, description }) => `    '${name}:${zshText(description)}'`).join("\n")}
+    'help:${HELP}'
   )
   if (( CURRENT == 2 )); then
     [[ $PREFIX == -* ]] || _describe -t commands command commands
@@ -330,6 +342,7 @@ ${commands.map(({ name, description }) => `    '${name}:${zshText(description)}'
     (( CURRENT-- ))
   fi
   case $command in
+  help) _arguments '1:topic:(${topics})' ;;
 ${commands
   .map(
     (command) => `  ${command.name})
@@ -374,7 +387,7 @@ const fish = () => `# fish completion of btrfs-backup
 function __btrfs_backup_is -d 'Whether the command line is that of one of these commands'
     set -l words (commandline -opc)
     set -l command run
-    contains -- "$words[2]" ${commands.map(({ name }) => name).join(" ")}; and set command $words[2]
+    contains -- "$words[2]" ${commands.map(({ name }) => name).join(" ")} help; and set command $words[2]
     contains -- $command $argv
 end
 
@@ -385,6 +398,8 @@ end
 
 complete -c btrfs-backup -f
 ${commands.map(({ name, description }) => `complete -c btrfs-backup -n 'test (count (commandline -opc)) = 1' -a ${name} -d ${fishText(description)}`).join("\n")}
+complete -c btrfs-backup -n 'test (count (commandline -opc)) = 1' -a help -d '${HELP}'
+complete -c btrfs-backup -n '__btrfs_backup_is help; and test (count (commandline -opc)) = 2' -a '${topics}'
 complete -c btrfs-backup -n '__btrfs_backup_is ${commands
   .filter(({ name }) => name !== "guard" && name !== "versions")
   .map(({ name }) => name)

@@ -122,6 +122,8 @@ for (const shell of ["bash", "zsh"] as const)
     expect(await typed(shell, "rest")).toBe("<restore>");
     expect(await typed(shell, "--num-sn")).toBe("<--num-snapshots>");
     expect(await typed(shell, "restore --repl")).toBe("<restore><--replace>");
+    expect(await typed(shell, "hel")).toBe("<help>");
+    expect(await typed(shell, "help retent")).toBe("<help><retention>");
     expect(await typed(shell, "list --repl")).toBe("<list><--repl>");
     expect(await typed(shell, "list --verbosity w")).toBe("<list><--verbosity><warning>");
     expect(await typed(shell, "-v w")).toBe("<-v><warning>");
@@ -271,6 +273,9 @@ test("fish completes commands, options, choices, paths, and snapshots' names, th
   expect(offered("rest")).toContain("restore");
   expect(offered("--num-sn")).toEqual(["--num-snapshots"]);
   expect(offered("restore --repl")).toEqual(["--replace"]);
+  expect(offered("hel")).toContain("help");
+  expect(offered("help ret")).toEqual(["retention"]);
+  expect(offered("help guide ret")).toEqual([]);
   expect(offered("list --repl")).toEqual([]);
   expect(offered("-v ").toSorted()).toEqual(["debug", "error", "info", "warning"]);
   expect(offered("list back", directory)).toEqual(["backups/"]);
