@@ -15340,16 +15340,17 @@ type Scratch = { readonly folder: Folder; readonly target: Folder; readonly work
 /**
  * Does work in a directory of its own in a folder of this host, which is removed however the work
  * ends. What other work that was killed left there goes first. Errors: Failure, also where the
- * folder's filesystem gets nearly full.
+ * folder's filesystem gets nearly full, unless the work `isSpare`, and takes no space there.
  */
 async function inScratch<T>(
   o: Pick<ScratchOptions, "hosts">,
   place: Readable,
   work: (scratch: Scratch) => Promise<T>,
+  isSpare: (folder: Folder) => boolean = () => false,
 ): Promise<T> {
   for (;;)
     try {
-      return await inScratchOnce(o, place, work);
+      return await inScratchOnce(o, place, work, isSpare);
     } catch (error) {
       if (!(error instanceof SameSecond)) throw error;
       await nextSecond();
@@ -15360,6 +15361,7 @@ async function inScratchOnce<T>(
   { hosts }: Pick<ScratchOptions, "hosts">,
   place: Readable,
   work: (scratch: Scratch) => Promise<T>,
+  isSpare: (folder: Folder) => boolean,
 ): Promise<T> {
   const folder = await lookAt(place, place.path, "", hosts);
   const { path, place: on, user, host } = folder;
@@ -15375,7 +15377,8 @@ async function inScratchOnce<T>(
   await clearScratch(r);
   let done: readonly [T] | null = null;
   await inWork(r, async (own, release) => {
-    done = [await withRoomLeft(own, () => work({ folder: own, target: folder, work: name }))];
+    const working = () => work({ folder: own, target: folder, work: name });
+    done = [await (isSpare(folder) ? working() : withRoomLeft(own, working))];
     await whileCleaning(async () => {
       await release();
       // Another of these commands may be about to remove it, and has it locked for that.
@@ -15394,8 +15397,8 @@ async function clearScratch(r: Workplace): Promise<void> {
   for (const name of leftoversOf(SCRATCH, r.target).keys()) {
     const full = join(r.target.path, name);
     await clearLeftovers(r, name).then(
-      (cleared) => {
-        if (cleared) log.info(`Removed what an interrupted command left: ${full}`);
+      (isOurs) => {
+        if (isOurs) log.info(`Removed what an interrupted command left: ${full}`);
       },
       (error: Error) => {
         checkInterruption();
@@ -17455,7 +17458,7 @@ async function drillOnce(o: DrillOptions, found: DrillFound, report: Report): Pr
   const { source, original } = await findOriginal(location, chosen, o);
   found.source = source;
   const place = o.isBeside ? { ...o.location, path: location.path } : o.scratch;
-  const restored = await inScratch(o, place, async (scratch) => {
+  const work = async (scratch: Scratch) => {
     log.info(`Restoring ${chosen.name} from ${location.id} for a while in ${scratch.target.path}`);
     const of = { o, report, display: displayOf(o), location };
     let [sha256, reading] = ["", 0];
@@ -17465,7 +17468,10 @@ async function drillOnce(o: DrillOptions, found: DrillFound, report: Report): Pr
       reading = (Date.now() - began) / 1000;
     });
     return { ...times, sha256, reading };
-  });
+  };
+  // Backups on a disk that is full can be tried as well.
+  const isReflinked = (folder: Folder) => location.store === null && isHere(location, folder);
+  const restored = await inScratch(o, place, work, isReflinked);
   const everything = await timeForAll(location, chosen, restored);
   const { bytes, seconds, reading, sha256 } = restored;
   const compared = original === null ? null : join(original[0].path, original[1].name);

@@ -360,4 +360,13 @@ test("Ctrl-C, kill -9 and a full disk leave nothing, or what the next of these c
   const tight = filesystem({ size: "320M", mkfs: ["-m", "single"] });
   const asked = await expectRun(1, ["restore", "--path", "it", store, join(tight.path, "back")]);
   expect(asked.stderr).toContain("more than half");
+  // A drill that only reflinks needs no room.
+  const backup = join(spare.path, "backup");
+  await expectRun(0, [source, backup]);
+  sh(
+    `cd "$1"; n=0; used() { df --output=pcent . | tr -dc 0-9; }; while [ "$(used)" -lt 92 ]; do fallocate -l 10M "full$((n += 1))"; sync -f .; done`,
+    spare.path,
+  );
+  await expectRun(0, ["drill", backup]);
+  expect(scratchIn(backup)).toEqual([]);
 });
