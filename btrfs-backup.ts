@@ -12614,8 +12614,10 @@ async function lackOfSpace(served: Served, transfer: Transfer): Promise<Failure 
     log.info(`${destination.id}: asking how much ${name} takes, and whether there is space for it`);
   const takes = await expectedSize(session, transfer);
   if (takes === null || takes.data <= room) return null;
-  served.free = await freeAgain(served);
-  if (takes.data <= served.free) return null;
+  for (const settled of [false, true]) {
+    served.free = await freeAgain(served, settled);
+    if (takes.data <= served.free) return null;
+  }
   const what = `${name} takes ${inBytes(takes.data)}, and only ${inBytes(Math.max(0, served.free))} are free there`;
   if (await maySaveSpace(destination, source, transfer, takes)) {
     session.report.warning(
@@ -12627,10 +12629,16 @@ async function lackOfSpace(served: Served, transfer: Transfer): Promise<Failure 
   return new NoSpace(`${what}; --skip-space-check tries all the same${more}`);
 }
 
-/** What is free at a destination once all that was deleted there is gone. */
-async function freeAgain({ session, destination, free }: Served): Promise<number> {
+/**
+ * What is free at a destination; with `settled` once all that was deleted there is gone, which can
+ * last, above all where somebody has a file of it open.
+ */
+async function freeAgain(
+  { session, destination, free }: Served,
+  settled: boolean,
+): Promise<number> {
   if (destination.measure === null || session.o.dryRun) return free;
-  return await destination.measure(true).catch(afterFailure(() => free));
+  return await destination.measure(settled).catch(afterFailure(() => free));
 }
 
 /** Whether a stream may become less than its data where it arrives. Who cannot tell says so as well. */
@@ -15423,13 +15431,13 @@ async function withRoomLeft<T>(folder: Folder, work: () => Promise<T>): Promise<
   const needRoom = async (cleaned: "files" | "subvolumes") => {
     const free = await freeNow(folder, cleaned);
     if (!isNearlyFull(free, size)) return free;
-    // What was deleted goes only after a while.
+    // What was deleted goes only after a while, and never while anybody has a file of it open.
     if (cleaned === "files") return needRoom("subvolumes");
     throw new NoSpace(
       `${folder.id}: stopped, since only ${inBytes(free)} of ${inBytes(size)} are left there: --scratch DIR names a folder with more room`,
     );
   };
-  const first = await needRoom("subvolumes");
+  const first = await needRoom("files");
   let isOver = false;
   const ended = calledOff.run(off.signal, work).finally(() => (isOver = true));
   const watch = async () => {

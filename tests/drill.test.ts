@@ -3,10 +3,12 @@
 
 import { expect, test } from "bun:test";
 import {
+  closeSync,
   existsSync,
   mkdirSync,
-  readdirSync,
+  openSync,
   readFileSync,
+  readdirSync,
   statSync,
   symlinkSync,
   writeFileSync,
@@ -25,6 +27,7 @@ import {
   snapshotAs,
   sshServer,
   start,
+  subvolume,
   temporaryDirectory,
   waitFor,
 } from "./support/rig.ts";
@@ -334,6 +337,11 @@ test("Ctrl-C, kill -9 and a full disk leave nothing, or what the next of these c
     { at: snapshots, args: ["versions", join(source, "it"), store] },
     { at: spare.path, args: ["restore", "--path", "it", store, join(spare.path, "back")] },
   ];
+  // Nobody who has a file open in what was deleted there holds these up.
+  const deleted = subvolume(join(spare.path, "deleted"));
+  writeFileSync(join(deleted, "file"), "");
+  const held = openSync(join(deleted, "file"), "r");
+  sh(`btrfs -q subvolume delete "$1" >/dev/null`, deleted);
   const receiving = () => sh(`pgrep -f "$1" || :`, `^btrfs [r]eceive `) !== "";
   for (const { at, args } of commands) {
     const slow = args[0] === "versions" ? args : [...args, "--rate-limit", "40m"];
@@ -352,6 +360,7 @@ test("Ctrl-C, kill -9 and a full disk leave nothing, or what the next of these c
     expect((await expectRun(0, args)).stderr).toContain(left);
     expect(scratchIn(at)).toEqual([]);
   }
+  closeSync(held);
   const small = filesystem({ size: "130M", mkfs: ["-m", "single"] });
   const full = await expectRun(1, ["drill", "--scratch", small.path, "--rate-limit", "30m", store]);
   expect(full.stderr).toContain("stopped, since only");
