@@ -21732,7 +21732,7 @@ const GROUPS = {
         "Let btrfs send and receive tell everything (-vv); with -v debug, show the scripts that run",
     },
     help: { common: true, of: [...COMMON, "all", "guard"], short: "h", means: "Show this text" },
-    "help-all": { of: [...RUNNING, "copy"], common: true, means: "Show all options" },
+    "help-all": { of: [...RUNNING, "copy"], means: "Show all options" },
     version: { of: ["run"], means: "Show the version" },
   },
 } as const satisfies Readonly<Record<string, Readonly<Record<string, Option>>>>;
@@ -23177,7 +23177,7 @@ export const EXIT_STATUS = {
 export const ENVIRONMENT = {
   NO_COLOR: "No colours, on terminals either.",
   PAGER: "Shows the manual (default: less).",
-  XDG_RUNTIME_DIR: "Where the sockets of ssh connections are, if it is set; else /run, or /tmp.",
+  XDG_RUNTIME_DIR: "Where the sockets of ssh are (else /run, or /tmp).",
 };
 
 /** The text of --help for a command; with `everything`, that of --help-all. */
