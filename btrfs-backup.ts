@@ -15428,14 +15428,16 @@ const LOOKING_AT_ROOM = { far: 1000, near: 50 };
 async function withRoomLeft<T>(folder: Folder, work: () => Promise<T>): Promise<T> {
   const off = new AbortController();
   const { size } = folder.place;
+  const stoppedAt = (free: number) =>
+    new NoSpace(
+      `${folder.id}: stopped, since only ${inBytes(free)} of ${inBytes(size)} are left there: --scratch DIR names a folder with more room`,
+    );
   const needRoom = async (cleaned: "files" | "subvolumes") => {
     const free = await freeNow(folder, cleaned);
     if (!isNearlyFull(free, size)) return free;
     // What was deleted goes only after a while, and never while anybody has a file of it open.
     if (cleaned === "files") return needRoom("subvolumes");
-    throw new NoSpace(
-      `${folder.id}: stopped, since only ${inBytes(free)} of ${inBytes(size)} are left there: --scratch DIR names a folder with more room`,
-    );
+    throw stoppedAt(free);
   };
   const first = await needRoom("files");
   let isOver = false;
@@ -15460,7 +15462,9 @@ async function withRoomLeft<T>(folder: Folder, work: () => Promise<T>): Promise<
   try {
     return await ended;
   } catch (error) {
-    throw off.signal.aborted ? off.signal.reason : error;
+    if (off.signal.aborted) throw off.signal.reason;
+    // What comes fast can fill the disk between two looks.
+    throw error instanceof NoSpace ? stoppedAt(0) : error;
   } finally {
     await watching;
   }
