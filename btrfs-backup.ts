@@ -23179,9 +23179,9 @@ export const EXIT_STATUS = {
   "129, 130, 143": "Ended by SIGHUP, SIGINT or SIGTERM, after cleaning up.",
 };
 export const ENVIRONMENT = {
-  NO_COLOR: "No colours, on terminals either.",
+  NO_COLOR: "No colours.",
   PAGER: "Shows the manual (default: less).",
-  XDG_RUNTIME_DIR: "Where the sockets of ssh are (else /run, or /tmp).",
+  XDG_RUNTIME_DIR: "Where the sockets of ssh are (else /run or /tmp).",
 };
 
 /** The text of --help for a command; with `everything`, that of --help-all. */
