@@ -1227,7 +1227,7 @@ type Display = Readonly<{
   sizes: Map<string, number>;
 }>;
 
-/** So often a long transfer is told where nothing can be drawn; in ms. */
+/** So often what takes long, a transfer or a verify, is told where nothing can be drawn; in ms. */
 const NEWS = 600e3;
 
 /** What options ask to show; a bar only where there is a terminal to draw it on. */
@@ -16441,9 +16441,6 @@ export async function verify(given: VerifyOptions, report: Report): Promise<void
   report.event("summary", { ok: !report.failed, compared, well, of: all, bytes });
 }
 
-/** So often a long verify says how far it is where it cannot draw a line; in ms. */
-const VERIFY_NEWS = 600e3;
-
 /** How far a verify is; moments are in ms since 1970. */
 export class Verification {
   /** How many are right, of all that were to be read so far; and the bytes that were read. */
@@ -16490,7 +16487,7 @@ export class Verification {
   }
   /** A line for a log, if it is time for one. */
   news(now: number): string | null {
-    if (now - this.#told < VERIFY_NEWS) return null;
+    if (now - this.#told < NEWS) return null;
     this.#told = now;
     const { id, all, done, bytes, size } = this.#place;
     const read = bytes + this.#now;
