@@ -5021,14 +5021,19 @@ const RCLONE: StoreVerbs & { readonly list: Declared<"folder"> } = {
       done
       echo
     }
-    errors=$(mktemp)
+    answers=$(mktemp -d)
+    # How much is free, where the remote can tell: beside the listing, and without patience.
+    patience="--contimeout 5s --timeout 10s --retries 1 --low-level-retries 1"
+    rclone about --json $patience -- "$folder" >"$answers/about" 2>/dev/null </dev/null &
     result=0
-    rclone lsf --files-only --format sp --separator " " -- "$folder" 2>"$errors" || result=$?
-    said=$(cat "$errors")
-    rm -f "$errors"
+    rclone lsf --files-only --format sp --separator " " -- "$folder" 2>"$answers/errors" || result=$?
+    said=$(cat "$answers/errors")
+    wait
+    about=$(tr -d "[:space:]" <"$answers/about")
+    rm -rf "$answers"
     # 3: there is no such directory yet.
     case $result/$said in
-      0/*|3/*) ;;
+      0/*|3/*) line "about $about";;
       *)
         line "$said" >&2
         case $said in
@@ -5089,6 +5094,16 @@ const REMOTE_BELOW = defineVerb("rclone-below", "folder")`
   ${ALL_OBJECTS}
   exec rclone lsf -R --files-only --include "${FULL_STREAMS}" -- "$folder"
 `;
+
+/**
+ * What `rclone about --json` says: bytes that are free on a remote, and its size; Infinity for what
+ * it does not say, as of most object stores.
+ */
+export function parseAbout(text: string): { free: number; size: number } {
+  const count = (word: string) =>
+    Number(new RegExp(`"${word}":(\\d+)[,}]`).exec(text)?.[1] ?? Infinity);
+  return { free: count("free"), size: count("total") };
+}
 
 /** The checksums in a text of several checksum objects, by the names of their objects. */
 export const parseSums = (text: string) =>
@@ -6270,7 +6285,8 @@ async function openRemote(
 ): Promise<Folder> {
   const host = { ...hostOf(null, hosts), sudo: false };
   const listed = await ask(host, RCLONE.list, { folder: path }, id);
-  const [, type = "", files = ""] = /^(.*?)\n(?:\n)?(.*)$/s.exec(listed) ?? [];
+  const [, type = "", files = "", about = ""] =
+    /^([^\n]*)\n\n?(.*)^about ([^\n]*)\n$/ms.exec(listed) ?? [];
   const store = {
     ...parseStreams(parseFiles(files), unverified),
     verbs: RCLONE,
@@ -6284,7 +6300,7 @@ async function openRemote(
     hostName: "",
     path,
     within: "",
-    place: { ...place, free: Infinity, size: Infinity },
+    place: { ...place, ...parseAbout(about) },
     store,
     standing: store.streams,
     close: async () => {},
@@ -14412,10 +14428,10 @@ type Workplace = {
 };
 
 /** Makes the directory beside TARGET, and removes it when the work fails. Errors: SameSecond. */
-async function inWork(
+async function inWork<T>(
   r: Workplace,
-  work: (folder: Folder, release: () => Promise<void>) => Promise<void>,
-): Promise<void> {
+  work: (folder: Folder, release: () => Promise<void>) => Promise<T>,
+): Promise<T> {
   const { o, target, work: name } = r;
   needOurs(target, o.target.id);
   const { output, release } = await holdVerb(
@@ -14429,7 +14445,7 @@ async function inWork(
   try {
     const holder = output.split("\n")[0] as string;
     const host = behindFence(plainHost(target.host), { ...target, holder });
-    await work({ ...target, path: join(target.path, name), holder, host }, release);
+    return await work({ ...target, path: join(target.path, name), holder, host }, release);
   } catch (error) {
     await release();
     await whileCleaning(() => clearLeftovers(r, name)).catch((problem: Error) =>
@@ -15383,10 +15399,9 @@ async function inScratchOnce<T>(
   const name = `${SCRATCH}.restoring-${stamp(new Date())}`;
   const r = { o: { target: place, hosts, dryRun: false }, target, work: name };
   await clearScratch(r);
-  let done: readonly [T] | null = null;
-  await inWork(r, async (own, release) => {
+  return inWork(r, async (own, release) => {
     const working = () => work({ folder: own, target: folder, work: name });
-    done = [await (isSpare(folder) ? working() : withRoomLeft(own, working))];
+    const result = await (isSpare(folder) ? working() : withRoomLeft(own, working));
     await whileCleaning(async () => {
       await release();
       // Another of these commands may be about to remove it, and has it locked for that.
@@ -15395,9 +15410,8 @@ async function inScratchOnce<T>(
         await clearLeftovers(r, name);
       });
     });
+    return result;
   });
-  const [result] = done as unknown as readonly [T];
-  return result;
 }
 
 /** Removes what work that was killed left in a folder; not what is still at work. */
@@ -16012,7 +16026,7 @@ function totalsOf(
   const isKnown = Number.isFinite(place.free);
   return {
     free: isKnown ? place.free : null,
-    size: isKnown ? place.size : null,
+    size: Number.isFinite(place.size) ? place.size : null,
     count: whole.length,
     oldest: whole[0]?.name ?? null,
     newest: whole.at(-1)?.name ?? null,
@@ -16130,7 +16144,7 @@ function totalsTable(locations: Inventoried["locations"]): string {
     dateIn(newest),
     longest_gap === null ? "-" : inWords(longest_gap),
     ...(isMeasured ? [bytes === null ? "-" : inBytes(bytes)] : []),
-    free === null || size === null ? "-" : `${inBytes(free)} of ${inBytes(size)}`,
+    [free, size].flatMap((one) => (one === null ? [] : [inBytes(one)])).join(" of ") || "-",
   ]);
   const head = ["", "ALL", "FROM", "TO", "LONGEST GAP", ...(isMeasured ? ["BYTES"] : []), "FREE"];
   return alignedTable([head, ...rows]);
@@ -16503,11 +16517,11 @@ export class Verification {
 
 /** Shows how far a verify is while it works: on a terminal, else in the log now and then. */
 async function whileTold(
-  { progress, shown }: Verify,
+  { progress }: Verify,
   isShown: boolean,
   work: () => Promise<void>,
 ): Promise<void> {
-  const isDrawn = displayOf({ progress: shown, btrfsDebug: false }).progress;
+  const isDrawn = displayOf({ progress: isShown, btrfsDebug: false }).progress;
   const show = () => {
     const now = Date.now();
     if (isDrawn) return terminal.show(progress, progress.line(process.stderr.columns || 80, now));
@@ -16515,7 +16529,7 @@ async function whileTold(
     if (news !== null) log.info(news);
   };
   const watch = isShown ? setInterval(show, 500) : undefined;
-  if (isShown && isDrawn) progress.begun = show;
+  if (isDrawn) progress.begun = show;
   try {
     await work();
   } finally {
@@ -22246,7 +22260,7 @@ function destinationsOf(given: Given, positionals: readonly string[], prefix: st
 function needMeasurable(locations: readonly Location[]): void {
   if (!locations.some(isDirectory))
     throw new UsageError(
-      "--min-free needs a destination that can tell how much is free there: a folder, raw:// or raw+ssh://",
+      "--min-free needs a destination that tells at once what a deletion has freed: a folder, raw:// or raw+ssh://",
     );
 }
 

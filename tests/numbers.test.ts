@@ -74,19 +74,27 @@ test("what a destination has no space for is refused before its first byte, with
   mkdirSync(small);
   const { guarded, url } = await sshServer();
   const key = guarded("--path", disk.path);
-  await expectRun(0, [...key, source, url(small), `raw://${raw}`]);
-  const [before, stored] = [snapshotNames(small), readdirSync(raw)];
+  // A remote that can tell how much is free, but not whether data become less behind it.
+  const remote = join(disk.path, "remote");
+  const stores = [`raw://${raw}`, `rclone://:local:${remote}`];
+  await expectRun(0, [...key, source, url(small), ...stores]);
+  const [before, stored] = [snapshotNames(small), [raw, remote].map((one) => readdirSync(one))];
   // A difference, and over a guarded key.
   random("200M", join(source, "large"));
   await nextSecond();
   const far = url(small);
-  const refused = await expectRun(1, [...key, source, far, `raw://${raw}`, destination]);
+  const refused = await expectRun(1, [...key, source, far, ...stores, destination]);
   expect(
     refused.stderr.match(/takes 200\.\dM, and only \d+\.\dM are free there; --skip/g),
   ).toHaveLength(2);
+  expect(refused.stderr).toMatch(
+    /local:.*, and only \d+\.\dM are free there: it is tried all the same/,
+  );
   expect(refused.stderr).toContain("--make-room");
   expect([...subvolumes(small).keys()]).toEqual(before);
-  expect(readdirSync(raw)).toEqual(stored);
+  expect([raw, remote].map((one) => readdirSync(one))).toEqual(stored);
+  const { stdout } = await expectRun(0, ["list", ...stores]);
+  expect(stdout.match(/ of 150\.0M\n/g)).toHaveLength(2);
   expect(snapshotNames(destination)).toEqual(snapshotNames(snapshots));
   // A dry run says the same.
   const told = await expectRun(1, [...key, "-S", "--dry-run", source, far]);
