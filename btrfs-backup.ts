@@ -3410,17 +3410,45 @@ const PARENTS = defineVerb("parents", "folder source how")`
 `;
 
 /**
- * Prints how much is free: blocks, their size, and how many there are. `cleaned`: what was deleted
- * is gone before. Space is told as free by btrfs when a transaction has ended.
+ * Prints how much is free: blocks, their size, and how many there are, and the IDs of the deleted
+ * subvolumes that are still there. `cleaned`: what was deleted is gone before, but for the IDs of
+ * `staying`. A subvolume in which somebody has a file open does not go: when no space has become free
+ * for `patience` seconds, no more is waited. Space is told as free by btrfs when a transaction has
+ * ended.
  */
-const FREE = defineVerb("free", "folder fsid cleaned")`
+const FREE = defineVerb("free", "folder fsid cleaned patience staying")`
+  # deleted: sets left to the IDs of the deleted subvolumes that are still there, but for those of staying.
+  deleted() {
+    listed=$(b subvolume list -d .)
+    left=
+    before=
+    for word in $listed; do
+      if [ "$before" = ID ]; then
+        case " $staying " in
+          *" $word "*) ;;
+          *) left="$left $word";;
+        esac
+      fi
+      before=$word
+    done
+  }
   at "$folder" "$fsid"
+  left=
   if [ "$cleaned" = subvolumes ]; then
     b filesystem sync . >&2
-    b subvolume sync . >&2
+    most=-1
+    deleted
+    while [ -n "$left" ]; do
+      free=$(stat -f -c %a .)
+      now=$(date +%s)
+      if [ "$free" -gt "$most" ]; then most=$free since=$now; fi
+      [ "$((now - since))" -lt "$patience" ] || break
+      sleep 0.2 2>/dev/null || sleep 1
+      deleted
+    done
   fi
   [ -z "$cleaned" ] || sync -f . 2>/dev/null || sync
-  stat -f -c "%a %S %b" .
+  line "$(stat -f -c "%a %S %b" .)$left"
 `;
 
 /** Replaces one line of the record: see RECORD. `sync`: once everything else is on the disk. */
@@ -4147,7 +4175,7 @@ const SAME_IDS = sh`
  * is as before, and the cause is told where it is an attribute, which a snapshot has from its
  * source. The cleaner sleeps for up to 30 s unless a sync wakes it.
  */
-const DELETE = defineVerb("delete", "convert sync folder fsid top ids names...")`
+const DELETE = defineVerb("delete", "convert folder fsid top ids names...")`
   ${SAME_IDS}
   not_ours() { if ours; then return 1; fi; }
   stays() {
@@ -4174,10 +4202,6 @@ const DELETE = defineVerb("delete", "convert sync folder fsid top ids names...")
       for name; do b property set -f -ts "$name" ro false || :; done
     fi
     b subvolume delete "$@" >/dev/null || stays "$@"
-  fi
-  if [ "$sync" = sync ]; then
-    b filesystem sync .
-    b subvolume sync . >/dev/null
   fi
 `;
 
@@ -5023,8 +5047,7 @@ const RCLONE: StoreVerbs & { readonly list: Declared<"folder"> } = {
     }
     answers=$(mktemp -d)
     # How much is free, where the remote can tell: beside the listing, and without patience.
-    patience="--contimeout 5s --timeout 10s --retries 1 --low-level-retries 1"
-    rclone about --json $patience -- "$folder" >"$answers/about" 2>/dev/null </dev/null &
+    rclone about --json --contimeout 5s --timeout 10s --retries 1 --low-level-retries 1 -- "$folder" >"$answers/about" 2>/dev/null </dev/null &
     result=0
     rclone lsf --files-only --format sp --separator " " -- "$folder" 2>"$answers/errors" || result=$?
     said=$(cat "$answers/errors")
@@ -6600,14 +6623,41 @@ async function deleteFrom(
   for (const names of batches) {
     const given = {
       convert: convertRw ? "rw" : "",
-      sync: sync && names === batches.at(-1) ? "sync" : "",
       top: folder.top,
       ids: names.flatMap((name) => idOf.get(name) ?? []).join(" "),
       names,
     };
     await askAt(folder, DELETE, given, `cannot delete ${plural(names.length, "subvolume")}`);
   }
+  if (!sync || going.length === 0) return;
+  const { held } = await freeNow(folder, "subvolumes");
+  if (held.length > 0) log.warn(`${folder.id}: ${stillThere(held)}`);
 }
+
+/** Bytes that are free, and the IDs of the deleted subvolumes for which it was waited in vain. */
+type Free = { readonly bytes: number; readonly held: readonly string[] };
+
+/**
+ * Bytes that are free where a folder is, once what was deleted there is gone if `cleaned` says so:
+ * not the subvolumes of `staying`, and no longer than FREE waits. Errors: Failure.
+ */
+async function freeNow(
+  folder: Folder,
+  cleaned: "" | "subvolumes" | "files",
+  staying: readonly string[] = [],
+): Promise<Free> {
+  const patience = Math.min(60, Math.ceil(LIMITS.stuck / 4000)); // s
+  const given = { cleaned, patience: String(patience), staying: staying.join(" ") };
+  const told = await askAt(folder, FREE, given, "cannot tell how much is free");
+  const [, blocks, size, left = ""] = /^(\d+) (\d+) \d+((?: \d+)*)\n?$/.exec(told) ?? [];
+  if (blocks === undefined)
+    throw new Failure(`${folder.id}: cannot read what "stat -f" printed: ${told.slice(0, 100)}`);
+  return { bytes: Number(blocks) * Number(size), held: left.split(" ").filter(Boolean) };
+}
+
+/** Why space does not become free. */
+const stillThere = (held: readonly string[]) =>
+  `${plural(held.length, "deleted subvolume")} (${held.length === 1 ? "ID" : "IDs"} ${held.join(", ")} of "btrfs subvolume list -d") ${held.length === 1 ? "does" : "do"} not go: somebody has a file or a directory open there ("lsof" tells who)`;
 
 /** What stands at a destination, for planning. */
 export type Standing = Readonly<{
@@ -6719,7 +6769,7 @@ export type Destination = Readonly<{
    * Tells the bytes that are free now, with `settled` once what was deleted is gone; null where
    * nobody can tell. Errors: Failure.
    */
-  measure: ((settled: boolean) => Promise<number>) | null;
+  measure: ((settled: boolean, staying?: readonly string[]) => Promise<Free>) | null;
   /** Why nothing may be deleted there in this run. */
   frozen: string | null;
   /** Null where each transfer has to look for a part to go on from. */
@@ -7000,15 +7050,6 @@ function failWith(message: string): never {
 const allOf = async <T>(all: readonly Promise<T>[]): Promise<T[]> =>
   (await Promise.allSettled(all)).map((one) => resultOf(one));
 
-/** Bytes that are free where a folder is. Errors: Failure. */
-async function freeNow(folder: Folder, cleaned: "" | "subvolumes" | "files"): Promise<number> {
-  const told = await askAt(folder, FREE, { cleaned }, "cannot tell how much is free");
-  const [, blocks, size] = /^(\d+) (\d+) \d+\n?$/.exec(told) ?? [];
-  if (blocks === undefined)
-    throw new Failure(`${folder.id}: cannot read what "stat -f" printed: ${told.slice(0, 100)}`);
-  return Number(blocks) * Number(size);
-}
-
 /** What transfers of this run have changed in a destination folder. */
 type FolderState = {
   /** Its record, without the announcement of what is being received. */
@@ -7045,7 +7086,7 @@ function folderDestination(folder: Folder, options: FolderOptions): Destination 
     free: place.free,
     size: place.size,
     mayShrink: (from, transfer) => shrinksIn(folder, sending, from, transfer),
-    measure: (settled) => freeNow(folder, settled ? "subvolumes" : ""),
+    measure: (settled, staying) => freeNow(folder, settled ? "subvolumes" : "", staying),
     standing: standingIn(
       folder,
       chain,
@@ -12654,7 +12695,8 @@ async function freeAgain(
   settled: boolean,
 ): Promise<number> {
   if (destination.measure === null || session.o.dryRun) return free;
-  return await destination.measure(settled).catch(afterFailure(() => free));
+  const { bytes } = await destination.measure(settled).catch(afterFailure(() => ({ bytes: free })));
+  return bytes;
 }
 
 /** Whether a stream may become less than its data where it arrives. Who cannot tell says so as well. */
@@ -12955,7 +12997,8 @@ function claimantsOf(
 async function freeInTheEnd({ session, destination, free }: Served): Promise<number> {
   const { measure } = destination;
   if (free >= 0 || measure === null || session.o.dryRun) return Math.max(0, free);
-  return await measure(false).catch(afterFailure(() => 0));
+  const { bytes } = await measure(false).catch(afterFailure(() => ({ bytes: 0 })));
+  return bytes;
 }
 
 /** Prunes a destination that has all it should have, and notes what was done there. */
@@ -13016,8 +13059,9 @@ async function freeSpace(pruning: Pruning, served: Emptied, now: number): Promis
   const what = `--min-free ${minFree.text}`;
   if (wanted > size)
     throw new Failure(`${what}: ${id} has only ${inBytes(size)}; nothing is deleted for it`);
-  if (!o.dryRun && (await measure(false)) >= wanted) return;
-  const free = [o.dryRun ? served.destination.free : await measure(true)];
+  if (!o.dryRun && (await measure(false)).bytes >= wanted) return;
+  const first = o.dryRun ? { bytes: served.destination.free, held: [] } : await measure(true);
+  const free = [first.bytes];
   const retention = { policy, now, adopted: leaps };
   const order = planFreeing(snapshots, served.standing, retention, minFree.newest);
   const told = () => `${inBytes(free.at(-1) ?? 0)} are free, and ${inBytes(wanted)} should be`;
@@ -13030,7 +13074,10 @@ async function freeSpace(pruning: Pruning, served: Emptied, now: number): Promis
       free: false,
     });
     if (o.dryRun) return; // how much that frees is not known
-    free.push(await measure(true));
+    const { bytes, held } = await measure(true, first.held);
+    free.push(bytes);
+    if (held.length > 0 && bytes < wanted)
+      throw new Failure(`${what}: ${told()}; ${stillThere(held)}: no more is deleted`);
   }
   const state = freeingState(free, wanted);
   if (state === "enough") {
@@ -15447,7 +15494,7 @@ async function withRoomLeft<T>(folder: Folder, work: () => Promise<T>): Promise<
       `${folder.id}: stopped, since only ${inBytes(free)} of ${inBytes(size)} are left there: --scratch DIR names a folder with more room`,
     );
   const needRoom = async (cleaned: "files" | "subvolumes") => {
-    const free = await freeNow(folder, cleaned);
+    const { bytes: free } = await freeNow(folder, cleaned);
     if (!isNearlyFull(free, size)) return free;
     // What was deleted goes only after a while, and never while anybody has a file of it open.
     if (cleaned === "files") return needRoom("subvolumes");
@@ -19654,6 +19701,7 @@ const optionally =
 const notGiven = passing(() => false);
 
 const BYTES = matching(/^\d{1,18}$/);
+const IDS = matching(/^\d+( \d+)*$/);
 const UUID_BYTES = matching(/^[0-9a-f]{32}$/);
 const SHA256 = matching(/^[0-9a-f]{64}$/);
 const ONE_LINE = matching(/^[^\n\r\0]*$/);
@@ -20237,7 +20285,11 @@ const GUARDED: ReadonlyMap<string, Allowed> = new Map([
   allow(PARENTS, ["add"], { source: oneOf(""), how: oneOf("", "look") }),
   allow(WRITE_RECORD, ["add", "source"], { sync: oneOf("sync") }, { again: recordAgain }),
   allow(RECEIVE, ["add"], { sum: SHA256, sync: notGiven }, { serve: receiveServed }),
-  allow(FREE, ["add", "delete"], { cleaned: oneOf("", "subvolumes", "files") }),
+  allow(FREE, ["add", "delete", "source"], {
+    cleaned: oneOf("", "subvolumes", "files"),
+    patience: matching(/^\d{1,2}$/),
+    staying: optionally(IDS),
+  }),
   allow(KEPT, ["add"], { object: OBJECT }),
   allow(TIDY, ["add"], {}),
   allow(DISCARD, ["add"], { name: DATED, how: oneOf("", "whole") }, { serve: discardServed }),
@@ -20257,9 +20309,8 @@ const GUARDED: ReadonlyMap<string, Allowed> = new Map([
     {
       ...NAMES,
       convert: oneOf("", "rw"),
-      sync: oneOf("", "sync"),
       top: ONE_LINE,
-      ids: matching(/^\d+( \d+)*$/),
+      ids: IDS,
     },
     { again: deleteAgain },
   ),

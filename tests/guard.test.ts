@@ -886,7 +886,6 @@ describe("over a guarded key all works that its options allow", () => {
           SSH_ORIGINAL_COMMAND: sent(
             "delete",
             "",
-            "",
             snapshots,
             it.fsid,
             "/home/snapshot",
@@ -931,7 +930,7 @@ test("a directory that becomes a link after it was checked is not gone into", as
   ] as const) {
     const through =
       verb === "delete"
-        ? ["", "", join(it.mine, "there"), it.fsid, "/laptop/home", "", ...args]
+        ? ["", join(it.mine, "there"), it.fsid, "/laptop/home", "", ...args]
         : [join(it.mine, "there"), it.fsid, ...args];
     const result = spawnSync("sh", ["-c", sent(verb, ...through)], { encoding: "utf8" });
     expect([verb, result.status, result.stderr]).toEqual([

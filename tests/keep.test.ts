@@ -1,7 +1,15 @@
 // What somebody keeps, and what goes for space: keep, release, --min-free.
 
 import { expect, test } from "bun:test";
-import { existsSync, mkdirSync, readFileSync, statfsSync, writeFileSync } from "node:fs";
+import {
+  closeSync,
+  existsSync,
+  mkdirSync,
+  openSync,
+  readFileSync,
+  statfsSync,
+  writeFileSync,
+} from "node:fs";
 import { join } from "node:path";
 import {
   events,
@@ -14,6 +22,7 @@ import {
   snapshotAs,
   snapshotNames,
   sshServer,
+  subvolume,
   subvolumes,
   transfers,
 } from "./support/rig.ts";
@@ -198,7 +207,7 @@ test("a guarded key neither keeps nor releases, nor deletes what is kept, and it
     sent("drop", raw, fsidOf(raw), "", first),
     sent("drop", raw, fsidOf(raw), "", `${second}.sha256`),
     sent("keep", raw, fsidOf(raw), "", `${first}.kept`, "[]"),
-    sent("delete", "", "", home, fsidOf(home), top, String(id), `./${day(1)}`),
+    sent("delete", "", home, fsidOf(home), top, String(id), `./${day(1)}`),
     write(changed({ kept: undefined })),
     write(changed({ kept: [{ ...kept.kept[0], note: "other" }] })),
     write(
@@ -338,4 +347,45 @@ test("--min-free stops when two deletions in turn free next to nothing; of strea
   await expectRun(0, ["verify", `raw://${raw}`]);
   expect(existsSync(raw)).toBe(true);
   expect(freeIn(raw)).toBeGreaterThanOrEqual(wanted * MIB);
+}, 120_000);
+
+test("who has a file open in what was deleted holds nothing up: not --min-free, --sync or the space check; no more goes in its place", async () => {
+  const { source, destination, a, b } = pair();
+  fillDays(source, 6, 25);
+  await expectRun(0, ["-S", source, destination]);
+  const other = subvolume(join(b.path, "other"));
+  writeFileSync(join(other, "file"), "");
+  const opened = [openSync(join(other, "file"), "r")];
+  const remove = (path: string) => sh(`btrfs -q subvolume delete "$1" >/dev/null`, path);
+  const isLeft = () => sh(`btrfs subvolume list -d "$1"`, b.path);
+  remove(other);
+  try {
+    const lacking = () => `${Math.ceil(freeIn(destination) / MIB) + 20}m`;
+    const short = ["--json", "--timeout", "12", "--min-keep", "2"];
+    // What others have deleted does not keep our own from going, and being gone.
+    const freed = await expectRun(0, ["prune", ...short, "--min-free", lacking(), destination]);
+    expect(deleted(freed)).toEqual([day(1)]);
+    expect(isLeft().split("\n").length).toBe(1);
+    // What we have deleted and is still there: another one would go in vain.
+    opened.push(openSync(join(destination, day(2), "data"), "r"));
+    const held = await expectRun(1, ["prune", ...short, "--min-free", lacking(), destination]);
+    expect(deleted(held)).toEqual([day(2)]);
+    expect(held.stderr).toMatch(/1 deleted subvolume \(ID \d+ of .*lsof.*no more is deleted/);
+    // A transfer for which there is no space, and one for which room is made.
+    sh(`fallocate -l "$2" "$1/ballast"`, b.path, String(freeIn(destination) - 20 * MIB));
+    sh(`head -c 40M /dev/urandom >"$1/data"`, source);
+    snapshotAs(source, day(7));
+    const small = ["-S", "--timeout", "12", "--newest-only", source, destination];
+    expect((await expectRun(1, small)).stderr).toContain("--skip-space-check");
+    const room = await expectRun(0, ["--make-room", "-n", "1", ...small]);
+    expect(snapshotNames(destination)).toEqual([day(7)]);
+    expect(room.stderr).toMatch(/2 deleted subvolumes \(IDs \d+, \d+ of/);
+    opened.push(openSync(join(source, "snapshot", day(1), "data"), "r"));
+    const synced = await expectRun(0, ["-S", "-T", "--sync", "-N", "5", "--timeout", "12", source]);
+    expect(synced.stderr).toContain("1 deleted subvolume (ID");
+    expect(snapshotNames(join(source, "snapshot")).length).toBe(5);
+  } finally {
+    for (const one of opened) closeSync(one);
+  }
+  sh(`btrfs filesystem sync "$1"; btrfs subvolume sync "$1" >/dev/null`, a.path);
 }, 120_000);
