@@ -8388,14 +8388,17 @@ export function planFreeing(
 }
 
 /**
- * How far deletions have come. `free`: the bytes that were free before the first one, and after
- * each. Two in turn that free less than a hundredth of what is missing are in vain.
+ * How far deletions have come. `found`: what was free before the first one, and after each. One
+ * whose subvolume is held would go on in vain, and so would two in turn that free less than a
+ * hundredth of what is missing.
  */
 export function freeingState(
-  free: readonly number[],
+  found: readonly Free[],
   wanted: number,
-): "enough" | "lacking" | "in vain" {
+): "enough" | "lacking" | "held" | "in vain" {
+  const free = found.map(({ bytes }) => bytes);
   if ((free.at(-1) ?? 0) >= wanted) return "enough";
+  if (found.slice(1).some(({ held }) => held.length > 0)) return "held";
   const vain = free.slice(1).map((after, i) => {
     const before = free[i] as number;
     return after - before < (wanted - before) / 100;
@@ -13061,12 +13064,13 @@ async function freeSpace(pruning: Pruning, served: Emptied, now: number): Promis
     throw new Failure(`${what}: ${id} has only ${inBytes(size)}; nothing is deleted for it`);
   if (!o.dryRun && (await measure(false)).bytes >= wanted) return;
   const first = o.dryRun ? { bytes: served.destination.free, held: [] } : await measure(true);
-  const free = [first.bytes];
+  const found: Free[] = [first];
   const retention = { policy, now, adopted: leaps };
   const order = planFreeing(snapshots, served.standing, retention, minFree.newest);
-  const told = () => `${inBytes(free.at(-1) ?? 0)} are free, and ${inBytes(wanted)} should be`;
+  const free = () => inBytes(found.at(-1)?.bytes ?? 0);
+  const told = () => `${free()} are free, and ${inBytes(wanted)} should be`;
   for (const [i, oldest] of order.entries()) {
-    if (freeingState(free, wanted) !== "lacking") break;
+    if (freeingState(found, wanted) !== "lacking") break;
     const left = order.length - i - 1;
     const more = o.dryRun ? `; the first, and up to ${left} more would follow` : "";
     await removeFrom(pruning, served, [oldest], {
@@ -13074,21 +13078,24 @@ async function freeSpace(pruning: Pruning, served: Emptied, now: number): Promis
       free: false,
     });
     if (o.dryRun) return; // how much that frees is not known
-    const { bytes, held } = await measure(true, first.held);
-    free.push(bytes);
-    if (held.length > 0 && bytes < wanted)
-      throw new Failure(`${what}: ${told()}; ${stillThere(held)}: no more is deleted`);
+    found.push(await measure(true, first.held));
   }
-  const state = freeingState(free, wanted);
-  if (state === "enough") {
-    if (free.length > 1) log.info(`${id}: ${inBytes(free.at(-1) ?? 0)} are free now (${what})`);
-    return;
-  }
-  const why =
-    state === "in vain"
-      ? "the last two deletions freed less than 1 % of what is missing, so that no more is deleted"
-      : `nothing else may go: the newest ${minFree.newest} stay (--min-keep), and what words with m and y, pins or "keep" keep`;
-  throw new Failure(`${what}: ${told()}; ${why}`);
+  const state = freeingState(found, wanted);
+  if (state !== "enough")
+    throw new Failure(`${what}: ${told()}; ${whyNoMore(state, minFree, found.at(-1))}`);
+  if (found.length > 1) log.info(`${id}: ${free()} are free now (${what})`);
+}
+
+/** Why --min-free deletes no more, although there is not as much free as it wants. */
+function whyNoMore(
+  state: "lacking" | "held" | "in vain",
+  { newest }: MinFree,
+  last: Free | undefined,
+): string {
+  if (state === "held") return `${stillThere(last?.held ?? [])}, so that no more is deleted`;
+  if (state === "in vain")
+    return "the last two deletions freed less than 1 % of what is missing, so that no more is deleted";
+  return `nothing else may go: the newest ${newest} stay (--min-keep), and what words with m and y, pins or "keep" keep`;
 }
 
 /** Deletes backups of a destination; `free`: waits until their space is free. */

@@ -3308,7 +3308,21 @@ describe("room for what is to come", () => {
     [[50, 50.4, 50.8], "in vain"],
     [[50, 49, 49.5, 49.6], "in vain"],
     [[0, 0, 100], "enough"],
-  ] as const)("after %j of 100: %s", (free, state) => expect(freeingState(free, 100)).toBe(state));
+  ] as const)("after %j of 100: %s", (free, state) =>
+    expect(
+      freeingState(
+        free.map((bytes) => ({ bytes, held: [] })),
+        100,
+      ),
+    ).toBe(state),
+  );
+
+  test("nothing goes in the place of what somebody holds open; who held one before does not count", () => {
+    const at = (bytes: number, ...held: string[]) => ({ bytes, held });
+    expect(freeingState([at(0, "257"), at(20)], 100)).toBe("lacking");
+    expect(freeingState([at(0), at(20, "257")], 100)).toBe("held");
+    expect(freeingState([at(0), at(100, "257")], 100)).toBe("enough");
+  });
 
   test("what went for space is not sent again, even if the policy would keep it", () => {
     const here = ["0301", "0302", "0303"].map((one) => snap(one));
