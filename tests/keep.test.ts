@@ -361,7 +361,7 @@ test("who has a file open in what was deleted holds nothing up: not --min-free, 
   remove(other);
   try {
     const lacking = () => `${Math.ceil(freeIn(destination) / MIB) + 20}m`;
-    const short = ["--json", "--timeout", "12", "--min-keep", "2"];
+    const short = ["--json", "--timeout", "8", "--min-keep", "2"];
     // What others have deleted does not keep our own from going, and being gone.
     const freed = await expectRun(0, ["prune", ...short, "--min-free", lacking(), destination]);
     expect(deleted(freed)).toEqual([day(1)]);
@@ -375,13 +375,13 @@ test("who has a file open in what was deleted holds nothing up: not --min-free, 
     sh(`fallocate -l "$2" "$1/ballast"`, b.path, String(freeIn(destination) - 20 * MIB));
     sh(`head -c 40M /dev/urandom >"$1/data"`, source);
     snapshotAs(source, day(7));
-    const small = ["-S", "--timeout", "12", "--newest-only", source, destination];
+    const small = ["-S", "--timeout", "8", "--newest-only", source, destination];
     expect((await expectRun(1, small)).stderr).toContain("--skip-space-check");
     const room = await expectRun(0, ["--make-room", "-n", "1", ...small]);
     expect(snapshotNames(destination)).toEqual([day(7)]);
     expect(room.stderr).toMatch(/2 deleted subvolumes \(IDs \d+, \d+ of/);
     opened.push(openSync(join(source, "snapshot", day(1), "data"), "r"));
-    const synced = await expectRun(0, ["-S", "-T", "--sync", "-N", "5", "--timeout", "12", source]);
+    const synced = await expectRun(0, ["-S", "-T", "--sync", "-N", "5", "--timeout", "8", source]);
     expect(synced.stderr).toContain("1 deleted subvolume (ID");
     expect(snapshotNames(join(source, "snapshot")).length).toBe(5);
   } finally {
