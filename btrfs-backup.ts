@@ -5027,7 +5027,10 @@ const HIDING = [
   ),
 ];
 const ALL_OBJECTS = sh`
-  unset ${HIDING.map((name) => `RCLONE_${name}`).join(" ")}`;
+  unset ${HIDING.map((name) => `RCLONE_${name}`).join(" ")}
+  # Else rclone builds a table for terminals first, which is half of its start.
+  TCELL_MINIMIZE=1
+  export TCELL_MINIMIZE`;
 
 /**
  * Objects of a remote cannot be renamed everywhere: without a checksum object, one is not complete.

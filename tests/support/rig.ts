@@ -533,7 +533,7 @@ export async function s3Remote(): Promise<Remote> {
       Object.entries(config).map(([name, value]) => [`RCLONE_CONFIG_STORE_${name}`, value]),
     ),
   };
-  const settings = Object.entries({ ...env, S: `store:${bucket}` })
+  const settings = Object.entries({ ...env, S: `store:${bucket}`, TCELL_MINIMIZE: "1" })
     .map(([name, value]) => `export ${name}='${value}'; `)
     .join("");
   return {
@@ -549,7 +549,7 @@ export function gpgKey(): { env: Record<string, string>; recipient: string } {
   cleanups.push(() => sh(`GNUPGHOME="$1" gpgconf --kill all; rm -rf "$1"`, home));
   const recipient = "backup@example.org";
   sh(
-    `GNUPGHOME="$1" gpg --batch --quiet --passphrase "" --quick-generate-key "$2" rsa2048 sign,encrypt never 2>/dev/null || GNUPGHOME="$1" gpg --batch --passphrase "" --quick-generate-key "$2" default default never`,
+    `GNUPGHOME="$1" gpg --batch --quiet --passphrase "" --quick-generate-key "$2" future-default default never`,
     home,
     recipient,
   );
