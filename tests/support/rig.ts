@@ -617,10 +617,10 @@ export function change(directory: string, random: () => number): void {
 const TAR = `cd "$1"; out="\${2:-/}"; stat -c '%a %u:%g' .; getfacl -npE . 2>/dev/null; getfattr -d -m - . 2>/dev/null; find . -mindepth 1 \\( -inum 2 -prune -o -path "$out" -prune -o -print0 \\) | LC_ALL=C sort -z | tar --format=posix --pax-option=delete=atime,delete=ctime --numeric-owner --xattrs --xattrs-include='*' --acls --no-recursion --null -T - -cf - 2>/dev/null`;
 
 /** One digest of everything in a tree. */
-export const treeDigest = (path: string) => sh(`{ ${TAR}; } | sha256sum`, path);
+export const treeDigest = (path: string) => sh(`{ ${TAR}; } | cksum`, path);
 
 /** One digest of a subvolume without its snapshot folder: what a restore must bring back. */
-export const contentsDigest = (path: string) => sh(`{ ${TAR}; } | sha256sum`, path, "./snapshot");
+export const contentsDigest = (path: string) => sh(`{ ${TAR}; } | cksum`, path, "./snapshot");
 
 /**
  * Snapshots, one an hour, as many as asked for, and backups of them in some folders, made by nothing but ioctls (linux/btrfs.h): sending so many would
