@@ -11283,7 +11283,7 @@ function checkImport(
   };
   tell(older, "being older than the newest one here");
   tell(writable, "being writable (btrfs property set -ts PATH ro true makes one read-only)");
-  tell(unrelated, `being of another subvolume than ${id}`);
+  tell(unrelated, `being no snapshots of ${id}`);
   if (whole.length > 0) return;
   throw new Failure(
     `--import ${dir}: no read-only snapshot of ${id} is there; looked for ${FORMS}${writable.length === 0 ? "" : `; ${writable.length} of them are writable`}${unrelated.length === 0 ? "" : `; ${unrelated.length} are of other subvolumes`}`,
