@@ -44,10 +44,10 @@ const REASONS: Readonly<Record<string, readonly string[]>> = {
     ],
   "the tests' root directory is not on btrfs: recursive.test.ts, import.test.ts and run.test.ts run these options elsewhere":
     [
-      "btrfs-backup --recursive --exclude 'var/lib/docker/**' -N 7 -n '14d+ 8w' / /backup/laptop",
-      "btrfs-backup --recursive --exclude 'var/lib/docker/**' -N 7 -n '14d+ 8w 12m' / /backup/laptop/root",
-      "btrfs-backup --recursive --before-snapshot 'mkdir -p /var/backups && cp -aT /boot /var/backups/boot' -N 7 -n '14d+ 8w 12m' / /backup/laptop/root",
-      "btrfs-backup --recursive --before-snapshot 'mkdir -p /var/backups && cp -rT /boot /var/backups/boot' -N 7 -n '14d+ 8w 12m' / /backup/laptop/root",
+      "btrfs-backup --recursive -N 7 -n '14d+ 8w' / /backup/laptop --exclude 'var/lib/docker/**'",
+      "btrfs-backup --recursive -N 7 -n '14d+ 8w 12m' / /backup/laptop/root --exclude 'var/lib/docker/**'",
+      "btrfs-backup --recursive -N 7 -n '14d+ 8w 12m' / /backup/laptop/root --before-snapshot 'mkdir -p /var/backups && cp -aT /boot /var/backups/boot'",
+      "btrfs-backup --recursive -N 7 -n '14d+ 8w 12m' / /backup/laptop/root --before-snapshot 'mkdir -p /var/backups && cp -rT /boot /var/backups/boot'",
       "btrfs-backup --recursive -N 7 -n '14d+ 8w 12m' / /backup/server",
       "btrfs-backup --import /.snapshots -f /.snapshots/btrfs-backup -n '14d+ 8w' / /backup/laptop/root",
       "btrfs-backup -N 7 -n '14d+ 8w' /var /backup/laptop/var",
@@ -132,7 +132,7 @@ const commandsIn = ({ info, text }: Step): string[] => {
   if (info.startsWith("console")) return transcript(text).map(({ command }) => command);
   if (!/^sh\b/.test(info)) return [];
   return text
-    .replaceAll("\\\n", " ")
+    .replaceAll(/\s*\\\n\s*/g, " ")
     .split("\n")
     .map((line) => line.replace(/\s+#\s.*$/, "").trim())
     .filter((line) => line !== "" && !line.startsWith("#"));
