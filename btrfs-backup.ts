@@ -23247,7 +23247,7 @@ export const EXIT_STATUS = {
   "2": "The command line makes no sense; nothing was done.",
   "3": "Another run holds the lock; nothing was done.",
   "of all":
-    "The worst of its sources, 2 before 1 before 3: a file that makes no sense, or one that fails, keeps no other.",
+    "The worst of its sources, 2 before 1 before 3: a file that makes no sense, or one that fails, stops no other.",
   "129, 130, 143": "Ended by SIGHUP, SIGINT or SIGTERM, after cleaning up.",
 };
 export const ENVIRONMENT = {

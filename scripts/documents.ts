@@ -61,6 +61,9 @@ const [run, ...others] = commands as [(typeof commands)[number], ...typeof comma
 const has = (command: (typeof commands)[number], { name, description }: ToldArgument) =>
   optionsOf(command).some((one) => one.name === name && one.description === description);
 
+/** Commands and paths are not broken at hyphens, nor pulled apart to a straight right margin. */
+const RAGGED = ".nh\n.nr HY 0\n.ad l\n";
+
 const FILES = {
   ".btrfs-backup.json":
     "Beside snapshots and backups: to whom they belong, what destinations still need, and what is kept by hand.",
@@ -121,7 +124,7 @@ function chapter({ title, text }: Chapter): string {
 
 const guide =
   () => `.TH BTRFS\\-BACKUP\\-GUIDE 7 "" "btrfs\\-backup ${VERSION}" "Miscellaneous Information"
-.SH NAME
+${RAGGED}.SH NAME
 btrfs\\-backup\\-guide \\- how to back up btrfs subvolumes, and to get them back
 .SH DESCRIPTION
 ${roff('The options are told in btrfs-backup(8). "btrfs-backup help TOPIC" prints a chapter:')}
@@ -132,7 +135,7 @@ ${inPart("guide")
 `;
 
 const manual = () => `.TH BTRFS\\-BACKUP 8 "" "btrfs\\-backup ${VERSION}" "System Administration"
-.SH NAME
+${RAGGED}.SH NAME
 btrfs\\-backup \\- incremental backups of btrfs subvolumes
 .SH SYNOPSIS
 ${commands.map(({ usage }) => synopsis(usage)).join(".br\n")}.SH DESCRIPTION

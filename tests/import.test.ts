@@ -172,6 +172,46 @@ test("snapshots of snapper are taken over: all, then what is new, and what snapp
   );
 });
 
+test("after a rollback the backups go on, if the snapshot folder is outside of what was rolled back", async () => {
+  const { a, source, destination } = pair();
+  const others = join(a.path, "others");
+  const own = join(others, "btrfs-backup");
+  const random = generator(26);
+  /** As snapper takes one. */
+  const take = (n: number) => {
+    mkdirSync(join(others, String(n)), { recursive: true });
+    writeFileSync(
+      join(others, String(n), "info.xml"),
+      `<snapshot><type>single</type><num>${n}</num><date>2026-01-0${n} 03:00:00</date></snapshot>\n`,
+    );
+    sh(`btrfs -q subvolume snapshot -r "$1" "$2" >/dev/null`, source, `${others}/${n}/snapshot`);
+  };
+  const args = ["--json", "--import", others, "-f", own, source, destination];
+  take(1);
+  change(source, random);
+  take(2);
+  await expectRun(0, args);
+  change(source, random);
+  take(3);
+  // What snapper and Timeshift do: SOURCE is another subvolume now, made from an earlier snapshot.
+  sh(
+    `mv "$1" "$1.old"; btrfs -q subvolume snapshot "$2" "$1" >/dev/null`,
+    source,
+    `${others}/1/snapshot`,
+  );
+  change(source, random);
+  take(4);
+  const [first, second] = inOrder(own).map(([name]) => name);
+  const result = await expectRun(0, args);
+  const [, , third, fourth] = inOrder(own).map(([name]) => name);
+  expect(sent(result)).toEqual([
+    [third, second],
+    [fourth, first],
+  ]);
+  expectSameTree(source, join(destination, fourth ?? ""));
+  expectSound(destination, own);
+});
+
 test("what is older than the newest snapshot is skipped, and a directory with nothing of SOURCE is an error", async () => {
   const { source, snapshots, destination, a } = pair();
   const timeshift = join(a.path, "timeshift/snapshots");

@@ -31,7 +31,8 @@ const REASONS: Readonly<Record<string, readonly string[]>> = {
     "install dist/btrfs-backup /usr/local/sbin/",
   ],
   "packages.test.ts installs these files with the package": [
-    "install -m 644 -D dist/btrfs-backup.8 dist/btrfs-backup-guide.7 -t /usr/local/share/man/man8/",
+    "install -m 644 -D dist/btrfs-backup.8 -t /usr/local/share/man/man8/",
+    "install -m 644 -D dist/btrfs-backup-guide.7 -t /usr/local/share/man/man7/",
     "install -m 644 -D dist/btrfs-backup.bash /usr/local/share/bash-completion/completions/btrfs-backup",
     "install -m 644 -D dist/_btrfs-backup -t /usr/local/share/zsh/site-functions/",
     "install -m 644 -D dist/btrfs-backup.fish -t /etc/fish/completions/",
@@ -43,16 +44,18 @@ const REASONS: Readonly<Record<string, readonly string[]>> = {
     ],
   "the tests' root directory is not on btrfs: recursive.test.ts, import.test.ts and run.test.ts run these options elsewhere":
     [
-      "btrfs-backup --recursive --exclude 'var/lib/docker/**' -N 7 -n '14d+ 8w' / /backup/laptop",
-      "btrfs-backup --recursive --exclude 'var/lib/docker/**' -N 7 -n '14d+ 8w 12m' / /backup/laptop/root",
-      "btrfs-backup --recursive --before-snapshot 'mkdir -p /var/backups && cp -aT /boot /var/backups/boot' -N 7 -n '14d+ 8w 12m' / /backup/laptop/root",
-      "btrfs-backup --recursive --before-snapshot 'mkdir -p /var/backups && cp -rT /boot /var/backups/boot' -N 7 -n '14d+ 8w 12m' / /backup/laptop/root",
+      "btrfs-backup --recursive -N 7 -n '14d+ 8w' / /backup/laptop --exclude 'var/lib/docker/**'",
+      "btrfs-backup --recursive -N 7 -n '14d+ 8w 12m' / /backup/laptop/root --exclude 'var/lib/docker/**'",
+      "btrfs-backup --recursive -N 7 -n '14d+ 8w 12m' / /backup/laptop/root --before-snapshot 'mkdir -p /var/backups && cp -aT /boot /var/backups/boot'",
+      "btrfs-backup --recursive -N 7 -n '14d+ 8w 12m' / /backup/laptop/root --before-snapshot 'mkdir -p /var/backups && cp -rT /boot /var/backups/boot'",
       "btrfs-backup --recursive -N 7 -n '14d+ 8w 12m' / /backup/server",
-      "btrfs-backup --import /.snapshots -n '14d+ 8w' / /backup/laptop/root",
+      "btrfs-backup --import /.snapshots -f /.snapshots/btrfs-backup -n '14d+ 8w' / /backup/laptop/root",
       "btrfs-backup -N 7 -n '14d+ 8w' /var /backup/laptop/var",
+      "btrfs-backup --recursive -N 7 -n '14d+ 8w' /var /backup/laptop/var",
     ],
   "they belong to lines that are not run; the same with other paths is run above": [
     "btrfs-backup -N 7 -n '14d+ 8w 12m' /home /backup/laptop/home",
+    "btrfs-backup -N 7 -n '14d+ 8w 12m' /var/home /backup/laptop/home",
     "btrfs-backup -N '24h 7d' -n '14d+ 8w 12m' /home /backup/laptop/home",
     "btrfs-backup -N 7 -n '14d+ 8w' /srv /backup/laptop/srv",
   ],
@@ -129,7 +132,7 @@ const commandsIn = ({ info, text }: Step): string[] => {
   if (info.startsWith("console")) return transcript(text).map(({ command }) => command);
   if (!/^sh\b/.test(info)) return [];
   return text
-    .replaceAll("\\\n", " ")
+    .replaceAll(/\s*\\\n\s*/g, " ")
     .split("\n")
     .map((line) => line.replace(/\s+#\s.*$/, "").trim())
     .filter((line) => line !== "" && !line.startsWith("#"));
@@ -297,6 +300,25 @@ test("every other command is listed with its reason, and no reason is left over"
   );
   expect(others.filter((command) => !UNTESTED.includes(command))).toEqual([]);
   expect(UNTESTED.filter((command) => !others.includes(command))).toEqual([]);
+});
+
+test("each message that the chapter of failures explains stands in the program", () => {
+  const lines = readFileSync(join(ROOT, "btrfs-backup.ts"), "utf8")
+    .split("\n")
+    .filter((line) => !/^\s*(\/\/|\/\*\*|\* )/.test(line));
+  const chapter = readFileSync(join(ROOT, "scripts/manual/failures.md"), "utf8");
+  const messages = [...chapter.matchAll(/^\| (`.*?`) \| /gm)].flatMap(([, cell = ""]) =>
+    [...cell.matchAll(/`([^`]+)`/g)].map(([, message = ""]) => message),
+  );
+  expect(messages.length).toBeGreaterThan(40);
+  // An ellipsis stands for what is another text each time.
+  const isThere = (message: string) => {
+    const shape = message
+      .split("…")
+      .map((words) => words.replaceAll(/[.*+?^${}()|[\]\\]/g, "\\$&"));
+    return lines.some((line) => new RegExp(shape.join(".*")).test(line));
+  };
+  expect(messages.filter((message) => !isThere(message))).toEqual([]);
 });
 
 /** Options of other programs, beginnings of ours, and a word for any of them. */
