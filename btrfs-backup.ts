@@ -8498,9 +8498,21 @@ export function unsentIn(
   return unsent;
 }
 
-/** A snapshot in a row of a table: `whole` can be given back, `other` is other data by the name. */
-export type Cell = { readonly state: "whole" | "incomplete" | "other"; readonly entry: Snapshot };
+/**
+ * A snapshot in a row of a table: `whole` can be given back, `other` is other data by the name,
+ * `foreign` is complete, and was there when its folder became this source's (--adopt).
+ */
+export type Cell = {
+  readonly state: "whole" | "incomplete" | "other" | "foreign";
+  readonly entry: Snapshot;
+};
 export type Row = NamedTime & { readonly moment: number; readonly cells: (Cell | undefined)[] };
+
+/** The state of what a place cannot give back as the source's. */
+const unfitness = (entry: Snapshot, folder: Folder | null | undefined) =>
+  isComplete(entry) && folder?.chain.strangers?.includes(entry.uuid) === true
+    ? "foreign"
+    : "incomplete";
 
 /** Lays the same data side by side: a row a snapshot, oldest first, with a cell for each folder. */
 export function align(columns: readonly (Folder | null)[]): Row[] {
@@ -8520,7 +8532,10 @@ export function align(columns: readonly (Folder | null)[]): Row[] {
     if (!byName.has(row.name)) byName.set(row.name, row);
     const isOther = same === undefined && row.cells.some((cell) => cell?.state === "whole");
     const held = isOther ? "other" : "whole";
-    row.cells[column] = { state: data.length === 0 ? "incomplete" : held, entry };
+    row.cells[column] = {
+      state: data.length === 0 ? unfitness(entry, columns[column]) : held,
+      entry,
+    };
     if (!isOther) for (const uuid of data) byData.set(uuid, row);
   };
   for (const [i, column] of columns.entries()) {
@@ -16667,7 +16682,9 @@ async function compareShared(comparison: Comparison, right: Folder): Promise<voi
   const rows = align([left, right]);
   for (const { name, cells } of o.all ? rows : [])
     if (!cells.includes(undefined) && cells.some((cell) => cell?.state !== "whole"))
-      report.warning(`${name} in ${id} is not compared: it is incomplete there, or has other data`);
+      report.warning(
+        `${name} in ${id} is not compared: it is incomplete or foreign there, or has other data`,
+      );
   const shared = rows.filter(({ cells }) => cells.every((cell) => cell?.state === "whole"));
   const wanted =
     o.snapshot === null

@@ -12,6 +12,7 @@ import {
 } from "node:fs";
 import { join } from "node:path";
 import {
+  contentsDigest,
   events,
   expectRun,
   expectSound,
@@ -53,6 +54,12 @@ test("a second source is refused a folder with another's backups, before anythin
   expect(snapshotNames(destination)).toContain(theirs);
   expect(snapshotNames(destination).length).toBe(2);
   expect((await expectRun(1, [source, destination])).stderr).toContain("belong to");
+  // It is whole, and can be given back.
+  const { stdout } = await expectRun(0, ["list", destination]);
+  expect(stdout).toMatch(new RegExp(`^${theirs}  .*  foreign\n.*  whole\n`, "m"));
+  const back = join(a.path, "back");
+  await expectRun(0, ["restore", "-p", "", "--snapshot", theirs, destination, back]);
+  expect(contentsDigest(back)).toBe(contentsDigest(join(destination, theirs)));
 });
 
 test("a snapshot folder outside of its source has one owner as well", async () => {
