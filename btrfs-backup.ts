@@ -21291,6 +21291,8 @@ export type Option = {
   /** Help's word for the value; a flag has none. */
   readonly value?: string;
   readonly repeatable?: true;
+  /** An empty value means something; elsewhere it is a variable of a script that nobody has set. */
+  readonly empty?: true;
   /** Behind --for DEST, the option counts for DEST only. */
   readonly perDest?: true;
   /** Many need it: the help of a command that has --help-all tells it. */
@@ -21399,6 +21401,7 @@ const GROUPS = {
     note: {
       of: ["keep"],
       value: "TEXT",
+      empty: true,
       means: "Why it is kept: a line that list shows",
     },
     yes: {
@@ -21488,6 +21491,7 @@ const GROUPS = {
       of: COMMON,
       short: "f",
       value: "DIR",
+      empty: true,
       old: true,
       means: "Snapshot folder, relative to SOURCE or absolute (default: snapshot)",
     },
@@ -21495,6 +21499,7 @@ const GROUPS = {
       of: COMMON,
       short: "p",
       value: "PREFIX",
+      empty: true,
       old: true,
       means: "What snapshot names begin with (default: nothing)",
     },
@@ -21855,6 +21860,7 @@ export function readArguments(args: readonly string[], definitions: ArgsDef): Gi
     const words = tokens.flatMap((token): GivenOption[] =>
       token.kind === "option" ? [[token.name, token.value ?? ""]] : [],
     );
+    for (const [name, value] of words) needValue(name, value);
     const places = tokens.flatMap((token): string[] => {
       if (token.kind === "positional") return [token.value];
       const isPlace = token.kind === "option" && ["optional", "for"].includes(token.name);
@@ -21864,6 +21870,15 @@ export function readArguments(args: readonly string[], definitions: ArgsDef): Gi
   } catch (error) {
     throw argumentError(error as Error, defined);
   }
+}
+
+/** Errors: UsageError for an option without its value, which would hold nothing. */
+function needValue(name: string, value: string): void {
+  const option = OPTIONS.get(name);
+  if (value === "" && option?.value !== undefined && option.empty === undefined)
+    throw new UsageError(
+      `--${name} cannot be empty: give ${option.value}, or leave the option out`,
+    );
 }
 
 const optionsAmong = (words: readonly GivenOption[]): Options => {
@@ -22177,7 +22192,6 @@ function takingOptions({ flag, value }: Given, source: string, hasDestinations: 
   const directory = value("import");
   const ifReachable = flag("if-reachable");
   const ifChanged = flag("if-changed");
-  if (directory === "") throw new UsageError("--import: give the directory of the snapshots");
   const isGiven = {
     import: directory !== null,
     "if-changed": ifChanged,
@@ -22348,7 +22362,6 @@ function configuredIn<O>(
   read: (own: Given) => O,
 ): Configured<O>[] {
   const named = given.value("config-dir");
-  if (named === "") throw new UsageError("--config-dir cannot be empty");
   const directory = resolve(named ?? CONFIGURATION);
   const there = argumentFilesIn(directory);
   const wanted = new Set(names.map((name) => name.replace(/\.args$/, "")));
@@ -22797,8 +22810,8 @@ function wantedSetup(given: Given): SetupWanted | null {
     throw new UsageError(
       'missing arguments: give SOURCE and DEST…; "btrfs-backup setup" alone tells what they can be',
     );
-  if (directory !== null && (directory === "" || /[\x00-\x1f\x7f]/.test(directory)))
-    throw new UsageError("--config-dir cannot be empty, nor hold control characters");
+  if (directory !== null && /[\x00-\x1f\x7f]/.test(directory))
+    throw new UsageError("--config-dir cannot hold control characters");
   const valued = PASSED_ON.flatMap((name) =>
     given.all(name).map((value) => [name, value] as const),
   );

@@ -573,6 +573,22 @@ describe("options", () => {
     }
   });
 
+  test("an empty value, as of a variable that nobody has set, is refused where it means nothing", () => {
+    const accepted = new Set<string>();
+    for (const [name, { of, value }] of OPTIONS)
+      for (const command of value === undefined ? [] : of)
+        try {
+          readArguments([`--${name}=`], COMMANDS[command].args as ArgsDef);
+          accepted.add(name);
+        } catch (error) {
+          expect(error).toBeInstanceOf(UsageError);
+          expect((error as Error).message).toBe(
+            `--${name} cannot be empty: give ${value}, or leave the option out`,
+          );
+        }
+    expect([...accepted].sort()).toEqual(["note", "snapshot-folder", "snapshot-prefix"]);
+  });
+
   test("--for names those that can stand behind it", () => {
     const { means, of: commands } = OPTIONS.get("for") as Option;
     for (const [name, option] of OPTIONS)
