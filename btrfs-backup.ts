@@ -5024,6 +5024,7 @@ const RCLONE: StoreVerbs & { readonly list: Declared<"folder"> } = {
     answers=$(mktemp -d)
     # How much is free, where the remote can tell: beside the listing, and without patience.
     patience="--contimeout 5s --timeout 10s --retries 1 --low-level-retries 1"
+    # shellcheck disable=SC2086 # words
     rclone about --json $patience -- "$folder" >"$answers/about" 2>/dev/null </dev/null &
     result=0
     rclone lsf --files-only --format sp --separator " " -- "$folder" 2>"$answers/errors" || result=$?
