@@ -21924,11 +21924,22 @@ function argumentError(
     unknown,
     defined.map(([name]) => `--${name}`),
   );
-  let meant = unknown.startsWith("--") && best.far <= 3 ? `; did you mean ${best.word}?` : "";
+  const isNear = unknown.startsWith("--") && best.far <= 3;
+  let meant = isNear ? `; did you mean ${best.word}?` : "";
+  const having = commandsWith(unknown);
+  if (unknown === "--help-all") meant = "; --help tells all options of this command";
+  else if (having.length > 0)
+    meant = `; ${having.join(", ")} ${having.length === 1 ? "has" : "have"} it`;
   if (unknown.startsWith("--keep-"))
     meant = `; what is kept is said by -N (at the source) and -n (at destinations), as in -n "7d 4w 12m"`;
   return new UsageError(`unknown option ${unknown}${meant}`);
 }
+
+/** The commands that have an option. Nobody types the words of a key, which are no option elsewhere. */
+const commandsWith = (spelled: string): readonly CommandName[] =>
+  [...OPTIONS]
+    .filter(([name, { short }]) => spelled === `--${name}` || spelled === `-${short}`)
+    .flatMap(([, { of }]) => of.filter((name) => name !== "guard"));
 
 /** The number of letters to add, drop or change to make one word of the other (Levenshtein). */
 export function editDistance(a: string, b: string): number {

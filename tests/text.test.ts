@@ -573,6 +573,32 @@ describe("options", () => {
     }
   });
 
+  test("an option that only other commands have is told with these", () => {
+    const problem = (command: keyof typeof COMMANDS, ...words: string[]) => {
+      try {
+        readArguments(words, COMMANDS[command].args as ArgsDef);
+      } catch (error) {
+        return (error as Error).message;
+      }
+      return "none";
+    };
+    expect([
+      problem("drill", "--help-all"),
+      problem("keep", "--dry-run", "/b", "x"),
+      problem("run", "--get", "x", "/home/letter"),
+      problem("restore", "-S", "/b", "/x"),
+      problem("list", "--allow-read", "/b"),
+      problem("list", "--sise", "/b"),
+    ]).toEqual([
+      "unknown option --help-all; --help tells all options of this command",
+      "unknown option --dry-run; run, check, copy, prune, restore, all have it",
+      "unknown option --get; versions has it",
+      "unknown option -S; run, check have it",
+      "unknown option --allow-read",
+      "unknown option --sise; did you mean --size?",
+    ]);
+  });
+
   test("an empty value, as of a variable that nobody has set, is refused where it means nothing", () => {
     const accepted = new Set<string>();
     for (const [name, { of, value }] of OPTIONS)
