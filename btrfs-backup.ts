@@ -21796,6 +21796,8 @@ type Options = {
   readonly flag: (name: FlagName) => boolean;
   readonly value: (name: ValueName) => string | null;
   readonly all: (name: ValueName) => string[];
+  /** The one of some options that was given last. */
+  readonly last: (...names: readonly (ValueName | FlagName)[]) => string | null;
 };
 /** A command line. `scopes`: the options that hold for each --for DEST. */
 type Given = Options & {
@@ -21884,7 +21886,12 @@ function needValue(name: string, value: string): void {
 
 const optionsAmong = (words: readonly GivenOption[]): Options => {
   const all = (name: string) => words.filter(([one]) => one === name).map(([, value]) => value);
-  return { flag: (name) => all(name).length > 0, value: (name) => all(name).at(-1) ?? null, all };
+  return {
+    flag: (name) => all(name).length > 0,
+    value: (name) => all(name).at(-1) ?? null,
+    all,
+    last: (...names) => words.findLast(([one]) => names.some((name) => name === one))?.[0] ?? null,
+  };
 };
 
 /** The options that hold everywhere, and those for each --for DEST. */
@@ -22035,9 +22042,13 @@ function limitTime(given: Given): void {
   own.parting = Math.min(10e3, own.stuck);
 }
 
+/** How much is told: as the last of --quiet and --verbosity says, be it behind an argument file. */
+const verbosityOf = ({ last, value }: Options) =>
+  last("quiet", "verbosity") === "quiet" ? "warning" : (value("verbosity") ?? "info");
+
 /** The options of every command. */
 function commonOptions(given: Given) {
-  const verbosity = given.flag("quiet") ? "warning" : (given.value("verbosity") ?? "info");
+  const verbosity = verbosityOf(given);
   if (!Object.hasOwn(LEVELS, verbosity))
     throw new UsageError(
       `--verbosity is one of ${Object.keys(LEVELS).join(", ")}, not "${verbosity}"`,
@@ -22388,10 +22399,10 @@ function configuredIn<O>(
     throw new UsageError(
       `${missing}there is no argument file ${join(directory, "NAME.args")}; "btrfs-backup setup" makes one`,
     );
-  const top = [
-    ...ON_TOP.flatMap((name) => given.all(name).map((value) => `--${name}=${value}`)),
-    ...FLAGS_ON_TOP.filter((name) => given.flag(name)).map((name) => `--${name}`),
-  ];
+  const values = ON_TOP.flatMap((name) => given.all(name).map((value) => `--${name}=${value}`));
+  const flags = FLAGS_ON_TOP.filter((name) => given.flag(name)).map((name) => `--${name}`);
+  const top =
+    given.last("quiet", "verbosity") === "quiet" ? [...values, ...flags] : [...flags, ...values];
   return there
     .filter((name) => wanted.size === 0 || wanted.has(name))
     .map((name) => ({
@@ -22839,10 +22850,9 @@ function wantedSetup(given: Given): SetupWanted | null {
 
 export function setupOptions(given: Given) {
   const { json } = commonOptions(given);
-  const [verbosity, quiet] = [given.value("verbosity"), given.flag("quiet")];
   const told = [
-    ...(verbosity === null ? [] : ["--verbosity", verbosity]),
-    ...(quiet ? ["--quiet"] : []),
+    ...(given.flag("quiet") ? ["--quiet"] : []),
+    ...["--verbosity", verbosityOf(given)],
     ...(json ? ["--json"] : []),
   ];
   return {

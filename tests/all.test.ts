@@ -64,6 +64,19 @@ describe("all", () => {
       false,
     ]);
 
+    // What is typed comes last, and so is heard over a file that is quiet.
+    write("quiet.args", "--quiet", home);
+    for (const [words, isHeard] of [
+      [[], false],
+      [["-v", "info"], true],
+      [["-q", "-v", "info"], true],
+      [["-v", "info", "-q"], false],
+    ] as const) {
+      const { stderr } = await expectRun(0, [...all, "--dry-run", ...words, "quiet"]);
+      expect([words, stderr.includes("Would take snapshot")]).toEqual([words, isHeard]);
+    }
+    sh(`rm "$1/quiet.args"`, directory);
+
     const first = await expectRun(2, [...all, "--json", "--metrics", metrics]);
     expect(first.stderr).toContain(`${directory}/wrong.args, line 3: "many" is not a retention`);
     expect(first.stderr).toContain(
