@@ -22125,7 +22125,7 @@ export function runOptions(given: Given) {
   const [first, ...rest] = given.positionals;
   const source = folderLocation(first, "SOURCE");
   needNoTree(given);
-  const sourcePolicy = flag("latest-only") ? parsePolicy("1") : policyOf(given, "num-snapshots");
+  const sourcePolicy = sourcePolicyOf(given);
   const common = commonOptions(given);
   const destinations = destinationsOf(given, rest, common.prefix ?? "");
   for (const [one, other] of [
@@ -22180,6 +22180,14 @@ export function runOptions(given: Given) {
   };
 }
 
+/** What to keep at the source. Errors: UsageError for two that contradict each other. */
+function sourcePolicyOf(given: Given) {
+  if (!given.flag("latest-only")) return policyOf(given, "num-snapshots");
+  if (!["1", null].includes(given.value("num-snapshots")))
+    throw new UsageError("--latest-only is -N 1, and contradicts another -N: leave one out");
+  return parsePolicy("1");
+}
+
 /**
  * Errors: UsageError for what a tree cannot have: each of its members knows folders of its own, which
  * are not the destinations of the whole.
@@ -22207,7 +22215,14 @@ function excludedBy(given: Given): readonly IgnoreRule[] {
   const patterns = given.all("exclude");
   if (patterns.length > 0 && !given.flag("recursive"))
     throw new UsageError("--exclude needs --recursive: a snapshot has all of its subvolume");
-  return patterns.flatMap((pattern) => ignoreRule(pattern) ?? []);
+  return patterns.map((pattern) => {
+    const rule = ignoreRule(pattern);
+    if (rule === null)
+      throw new UsageError(
+        `--exclude "${pattern}" excludes nothing: it is a comment or a blank line of gitignore(5); a # that is meant is \\#`,
+      );
+    return rule;
+  });
 }
 
 /** When a run takes a snapshot, or takes those over that others took. Errors: UsageError. */
@@ -22329,6 +22344,7 @@ const SOURCES_AT_A_TIME = 3;
 /** `list` without arguments: each argument file's SOURCE and destinations, as that file says. */
 function listAllOptions(given: Given) {
   needNoOthers(given, ["size", "last", "max-age"]);
+  needNoTable(given);
   const [size, last, maxAge] = [given.flag("size"), lastOf(given), ageOf(given)];
   const { json } = commonOptions(given);
   const members = configuredIn(
@@ -22674,8 +22690,18 @@ function checkEncryption(resume: boolean, location: Location | null): void {
 /** The streams of a stored chain by default, so that retention can free space. */
 const FULL_EVERY = "30";
 
+/** Errors: UsageError for options of a table, beside the one that shows none. */
+function needNoTable(given: Given): void {
+  const name = given.last("size", "last");
+  if (name !== null && given.value("max-age") !== null)
+    throw new UsageError(
+      `--max-age and --${name} exclude each other: it checks the newest only, in a line for each`,
+    );
+}
+
 export function listOptions(given: Given) {
   needNoDirectory(given);
+  needNoTable(given);
   return {
     ...commonOptions(given),
     locations: locationsOf(given, 1, Infinity, "LOCATION…") as readonly Location[],
@@ -22852,7 +22878,8 @@ export function setupOptions(given: Given) {
   const { json } = commonOptions(given);
   const told = [
     ...(given.flag("quiet") ? ["--quiet"] : []),
-    ...["--verbosity", verbosityOf(given)],
+    "--verbosity",
+    verbosityOf(given),
     ...(json ? ["--json"] : []),
   ];
   return {

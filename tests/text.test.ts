@@ -23,6 +23,7 @@ import {
   hostOf,
   inBytes,
   inWords,
+  listOptions,
   log,
   type Option,
   OPTIONS,
@@ -563,6 +564,9 @@ describe("options", () => {
     expect(readers).toContain(`"${name}"`),
   );
 
+  const given = (command: keyof typeof COMMANDS, ...words: string[]) =>
+    readArguments(words, COMMANDS[command].args as ArgsDef);
+
   test("each command has those that the table gives it, in one group of its help", () => {
     for (const [name, command] of Object.entries(COMMANDS)) {
       const { groups } = manualOf(command);
@@ -573,10 +577,25 @@ describe("options", () => {
     }
   });
 
+  test("options of which one would not hold are refused together", () => {
+    const table: [() => unknown, string | null][] = [
+      [() => runOptions(given("run", "/a", "--latest-only", "-N", "7d")), "--latest-only is -N 1"],
+      [() => runOptions(given("run", "/a", "--latest-only", "-N", "1")), null],
+      [() => runOptions(given("run", "/a", "--recursive", "--exclude", "#x")), "excludes nothing"],
+      [() => runOptions(given("run", "/a", "--recursive", "--exclude", " ")), "excludes nothing"],
+      [() => runOptions(given("run", "/a", "--recursive", "--exclude", "\\#x")), null],
+      [() => listOptions(given("list", "/a", "--max-age", "1d", "--size")), "--max-age and --size"],
+      [() => listOptions(given("list", "/a", "--last", "3", "--max-age", "1d")), "and --last"],
+    ];
+    for (const [read, message] of table)
+      if (message === null) read();
+      else expect(read).toThrow(message);
+  });
+
   test("an option that only other commands have is told with these", () => {
     const problem = (command: keyof typeof COMMANDS, ...words: string[]) => {
       try {
-        readArguments(words, COMMANDS[command].args as ArgsDef);
+        given(command, ...words);
       } catch (error) {
         return (error as Error).message;
       }
