@@ -18316,7 +18316,7 @@ export async function unpin(o: UnpinOptions, report: Report): Promise<void> {
       const suffix = stamp(new Date());
       await ask(source.host, ASIDE, { ...at(source), suffix }, `cannot move ${record} aside`);
       log.info(`Moved ${record} to .btrfs-backup.json.${suffix}`);
-      return;
+      return report.event("summary", { ok: true });
     }
     const known = knownDestinations(source);
     const ids = known.map(({ location }) => location);
@@ -18330,6 +18330,9 @@ export async function unpin(o: UnpinOptions, report: Report): Promise<void> {
     const destinations = known.filter(({ location }) => !o.all && !o.locations.includes(location));
     await writeRecord(source, { ...source.owned, destinations });
     log.info(`Unpinned ${plural(known.length - destinations.length, "destination")}`);
+    for (const id of ids)
+      if (o.all || o.locations.includes(id)) report.event("unpin", { destination: id });
+    report.event("summary", { ok: !report.failed });
   } finally {
     await whileCleaning(source.close);
   }
