@@ -17087,17 +17087,25 @@ export async function versions(o: VersionsOptions, report: Report): Promise<void
       `${one.id} is not looked into: it has streams, which are received for that if it is named`,
     );
   const path = member?.inner ?? pathWithin(file.path, columns) ?? normalize(inner);
-  const sought = { o, report, host, path, source, columns, seen: await lookFor(path, columns) };
+  const asked = await askForStates(path, columns, heard as Report);
+  const found = { columns: asked.map(({ column }) => column), seen: sightingsIn(asked) };
+  const sought = { o, report, host, path, source, ...found };
   if (get !== null) return getVersion(sought, get);
   await lookIntoStores(sought);
   const shown = await showVersions(sought);
-  if (shown === 0) {
-    const { length } = sought.seen;
-    const none =
-      length === 0 ? ": there are no snapshots" : ` is in none of ${plural(length, "snapshot")}`;
-    tellFailure(report, null, `${file.id}${none} of ${source.id}`);
-  }
+  if (shown === 0 && !isMute(asked)) tellFailure(report, null, noVersion(sought));
   report.event("summary", { ok: !report.failed, versions: shown });
+}
+
+/** Nobody has answered, which is told already. */
+const isMute = (asked: readonly AskedColumn[]) =>
+  asked.some(({ isLost }) => isLost) && asked.every(({ column }) => column.folder === null);
+
+/** What is told where no version was found. */
+function noVersion({ o, source, seen: { length } }: Sought): string {
+  const none =
+    length === 0 ? ": there are no snapshots" : ` is in none of ${plural(length, "snapshot")}`;
+  return `${o.file.id}${none} of ${source.id}`;
 }
 
 /** A member of a tree that has a file. */
@@ -17237,15 +17245,39 @@ function pathWithin(file: string, columns: readonly Column[]): string | null {
   return file.slice(lost.path === "/" ? 0 : lost.path.length);
 }
 
-async function lookFor(path: string, columns: readonly Column[]): Promise<Sighting[]> {
-  const folders = columns.map(({ folder }) => folder);
-  const states = await Promise.all(
-    folders.map((folder) => {
-      if (folder === null || folder.store !== null) return null;
+/** A column, with what its snapshots have of a file; null for what nobody asks, or has asked yet. */
+type AskedColumn = {
+  readonly column: Column;
+  readonly states: ReadonlyMap<string, FileState> | null;
+  /** It could not be asked. */
+  readonly isLost: boolean;
+};
+
+/**
+ * Asks each folder what it has of a file. One that does not answer, such as a key that may not read,
+ * is told, and keeps no other. Errors: all but Failures.
+ */
+const askForStates = (path: string, columns: readonly Column[], report: Report) =>
+  Promise.all(
+    columns.map(async (column): Promise<AskedColumn> => {
+      const { id, folder } = column;
+      if (folder === null || folder.store !== null) return { column, states: null, isLost: false };
       const names = wholeIn(folder).map(({ name }) => name);
-      return statesIn(folder.host, at(folder), path, names);
+      return statesIn(folder.host, at(folder), path, names).then(
+        (states) => ({ column, states, isLost: false }),
+        afterFailure((failure) => {
+          report.error(id, failure);
+          const lost = { id, folder: null, problem: failure.message };
+          return { column: lost, states: null, isLost: true };
+        }),
+      );
     }),
   );
+
+/** The sightings in what was told of a file, oldest first. */
+function sightingsIn(asked: readonly AskedColumn[]): Sighting[] {
+  const folders = asked.map(({ column }) => column.folder);
+  const states = asked.map((one) => one.states);
   return align(folders).flatMap(({ cells }) => {
     const entries = new Map(
       cells.flatMap((cell, i) => (cell?.state === "whole" ? [[i, cell.entry] as const] : [])),
