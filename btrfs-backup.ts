@@ -15570,17 +15570,20 @@ function scratchPlace(
   return { ...location, path: folder.path, id: folder.path };
 }
 
-/** What PUT makes of a path in a subvolume of a folder, on a host: a copy, or a reflinked one. */
+/**
+ * What PUT makes of a path in a subvolume of a folder, on a host: a copy, or a reflinked one where
+ * it `isSlowed` by nothing.
+ */
 async function copyOut(
   [folder, name]: readonly [Folder, string],
   inner: string,
   host: Host,
-  { put, between = [] }: { readonly put: PutArguments; readonly between?: readonly Stage[] },
+  { put, between = [], isSlowed = false }: Copying,
 ): Promise<void> {
   const take = { ...at(folder), snapshot: name, inner };
   const there: Host = { ...host, fence: "try" };
   const given = { ...put, base: basename(inner) };
-  if (sameHost(folder.host, host))
+  if (sameHost(folder.host, host) && !isSlowed)
     await ask(there, PUT, { ...given, ...take }, `cannot copy ${inner.slice(1)}`);
   else
     await pipeline([
@@ -15589,7 +15592,11 @@ async function copyOut(
       verbStage("tar", there, PUT, given),
     ]);
 }
-type PutArguments = Pick<ArgumentsOf<typeof PUT>, "directory" | "name" | "force">;
+type Copying = {
+  readonly put: Pick<ArgumentsOf<typeof PUT>, "directory" | "name" | "force">;
+  readonly between?: readonly Stage[];
+  readonly isSlowed?: boolean;
+};
 
 // ── restore: a file or directory of a backup ──
 
@@ -15661,8 +15668,11 @@ async function restorePathFrom(
   const { path } = o.target;
   const put = { directory: dirname(path), name: basename(path), force: "" };
   const called = `${basename(inner)} to ${o.target.id}`;
-  const between = meter(called, displayOf(o), o.sending.rate, { size: () => undefined });
-  await copyOut([folder, name], inner, host, { put, between });
+  const { rate } = o.sending;
+  const between = meter(called, displayOf(o), rate, { size: () => undefined });
+  // What comes out of a store was slowed down as it came.
+  const isSlowed = rate !== null && location.store === null;
+  await copyOut([folder, name], inner, host, { put, between, isSlowed });
 }
 
 /** Receives the streams of a backup for a while, and copies a path out of it. */
