@@ -13959,7 +13959,11 @@ function snapshotNamed(
 }
 
 /** Why a location may have less than its user expects. */
-function hintFor({ store, entries, host, id, place }: Folder): string {
+function hintFor(folder: Folder): string {
+  const { store, entries, host, id, place, standing, prefix, snapshots } = folder;
+  const others = snapshots.length > 0 ? [] : prefixesIn(standing).filter((one) => one !== prefix);
+  if (others.length > 0)
+    return ` (there are some with ${others.length === 1 ? "another prefix" : "other prefixes"}: ${others.map((one) => `-p ${shellWord(one)}`).join(", ")})`;
   if (store !== null) {
     const unsummed = store.streams.filter(({ stored }) => !stored).length;
     return unsummed === 0
@@ -22603,7 +22607,12 @@ function pruneOptions(given: Given) {
 
 export function restoreOptions(given: Given) {
   const { flag, value } = given;
-  const [location] = locationsOf(given, 2, 2, "LOCATION and TARGET") as [Readable];
+  const [location] = locationsOf(
+    given,
+    2,
+    2,
+    "LOCATION and TARGET; --snapshot NAME is which one",
+  ) as [Readable];
   const target = folderLocation(given.positionals[1], "TARGET");
   const snapshot = value("snapshot");
   if (snapshot !== null && value("before") !== null)
@@ -22667,7 +22676,9 @@ function scratchOf(given: Given): Readable | null {
 
 export function drillOptions(given: Given) {
   const { flag, value } = given;
-  const [location] = locationsOf(given, 1, 1, "LOCATION") as [Readable];
+  const [location] = locationsOf(given, 1, 1, "LOCATION; --snapshot NAME is which one") as [
+    Readable,
+  ];
   const scratch = scratchOf(given);
   if (scratch === null && !(holdsSubvolumes(location) && location.host === null))
     throw new UsageError("--scratch DIR is missing: a folder on btrfs with room for a restore");

@@ -169,6 +169,8 @@ test("a directory of a backup, of each kind, with all that belongs to it; never 
   expect(
     (await expectRun(1, ["restore", "--path", "link/passwd", store, target])).stderr,
   ).toContain("no symbolic link");
+  const prefixed = await expectRun(1, ["restore", "-p", "x-", destination, target]);
+  expect(prefixed.stderr).toContain("there are some with another prefix: -p ''");
   // So many bytes a second, also where nothing has to travel.
   const began = Date.now();
   const slowed = ["--rate-limit", "200k", "--path", "plain/deep"];
