@@ -3638,8 +3638,12 @@ const RENAME = defineVerb("rename", "folder fsid name to")`
  */
 const HOOK = defineVerb(USERS_OWN, "command", "shift")`
   output=$(mktemp) || output=
-  sh -c "$command" >"\${output:-/dev/null}" 2>&1 </dev/null && result=0 || result=$?
-  if [ -n "$output" ]; then cat "$output" >&2; rm -f "$output"; fi
+  exec 3>"\${output:-/dev/null}"
+  exec 4<"\${output:-/dev/null}"
+  # It has no name any more: whatever ends this, nothing is left.
+  if [ -n "$output" ]; then rm -f "$output"; fi
+  sh -c "$command" >&3 2>&1 </dev/null 3>&- 4<&- && result=0 || result=$?
+  cat <&4 >&2
   [ "$result" = 0 ] || { echo "(exit status $result)" >&2; exit 1; }
 `;
 
@@ -5022,16 +5026,19 @@ const RCLONE: StoreVerbs & { readonly list: Declared<"folder"> } = {
       echo
     }
     answers=$(mktemp -d)
+    exec 3>"$answers/about" 5>"$answers/errors"
+    exec 4<"$answers/about" 6<"$answers/errors"
+    # They have no names any more: whatever ends this, nothing is left.
+    rm -rf "$answers"
     # How much is free, where the remote can tell: beside the listing, and without patience.
     patience="--contimeout 5s --timeout 10s --retries 1 --low-level-retries 1"
     # shellcheck disable=SC2086 # words
-    rclone about --json $patience -- "$folder" >"$answers/about" 2>/dev/null </dev/null &
+    rclone about --json $patience -- "$folder" >&3 2>/dev/null </dev/null &
     result=0
-    rclone lsf --files-only --format sp --separator " " -- "$folder" 2>"$answers/errors" || result=$?
-    said=$(cat "$answers/errors")
+    rclone lsf --files-only --format sp --separator " " -- "$folder" 2>&5 || result=$?
+    said=$(cat <&6)
     wait
-    about=$(tr -d "[:space:]" <"$answers/about")
-    rm -rf "$answers"
+    about=$(tr -d "[:space:]" <&4)
     # 3: there is no such directory yet.
     case $result/$said in
       0/*|3/*) line "about $about";;
