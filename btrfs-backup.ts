@@ -17763,7 +17763,7 @@ export async function diff(o: DiffOptions, report: Report): Promise<void> {
   });
   if (o.summary) showDirectories(all, o, report);
   else showDifferences(all, o, report);
-  tellTotals(all, { from: from.name, to }, report);
+  tellTotals(all, { from: from.name, to, paths: o.paths }, report);
 }
 
 /**
@@ -18323,7 +18323,7 @@ function showDirectories(
 /** Tells how much differs in all. */
 function tellTotals(
   all: readonly Difference[],
-  { from, to }: { readonly from: string; readonly to: string },
+  { from, to, paths }: { from: string; to: string } & Pick<DiffOptions, "paths">,
   report: Report,
 ): void {
   const sums = { added: 0, removed: 0, changed: 0, renamed: 0, bytes: 0, shared: 0 };
@@ -18336,8 +18336,10 @@ function tellTotals(
     .filter((what) => sums[what] > 0)
     .map((what) => `${sums[what]} ${what}`);
   const more = sums.shared > 0 ? `, and ${inBytes(sums.shared)} shared with what was there` : "";
+  // Be it that a path is misspelt: nobody is told that nothing differs at all.
+  const none = `nothing differs${paths.length === 0 ? "" : ` at or below ${paths.map(shellWord).join(", ")}`}`;
   log.info(
-    `From ${from} to ${to}: ${counts.length === 0 ? "nothing differs" : `${counts.join(", ")}; ${inBytes(sums.bytes)} written${more}`}`,
+    `From ${from} to ${to}: ${counts.length === 0 ? none : `${counts.join(", ")}; ${inBytes(sums.bytes)} written${more}`}`,
   );
   report.event("summary", { ok: !report.failed, from, to, ...sums });
 }
@@ -22462,6 +22464,10 @@ function configuredIn<O>(
   const wanted = new Set(names.map((name) => name.replace(/\.args$/, "")));
   for (const name of wanted)
     if (!there.includes(name)) {
+      if (name.includes("/"))
+        throw new UsageError(
+          `${name} is a path: name the files of ${directory} as they are there, without .args${there.length === 0 ? "" : ` (${someOf(there, 5)})`}; any other one is run by btrfs-backup @FILE`,
+        );
       const { word, far } = nearest(name, there);
       throw new UsageError(
         `there is no ${join(directory, `${name}.args`)}${far <= 3 ? `; did you mean ${word}?` : ""}`,

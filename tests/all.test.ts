@@ -55,6 +55,8 @@ describe("all", () => {
     // Nothing is done for a name that is not there.
     const unknown = await expectRun(2, [...all, "home", "sv"]);
     expect(unknown.stderr).toContain(`there is no ${directory}/sv.args; did you mean srv?`);
+    const path = await expectRun(2, [...all, join(directory, "srv.args")]);
+    expect(path.stderr).toContain("is a path: name the files of");
     const dry = await expectRun(0, [...all, "--dry-run", "home", "srv.args"]);
     expect(dry.stderr).toContain("srv: Would take snapshot of-srv-");
     expect(dry.stderr).toContain("Nothing was changed: 2 sources\n");
