@@ -3649,22 +3649,33 @@ const HOOK = defineVerb(USERS_OWN, "command", "shift")`
 
 /**
  * Takes the snapshot `name`. Prints `subvolume show` of it; only the ID if we are not root. The
- * kernel commits the transaction.
+ * kernel commits the transaction. Where others can put something else in the place of `source`, it
+ * must have the `uuid`: what is named can change, and the current directory stays the same.
  */
-const SNAPSHOT = defineVerb("snapshot", "source folder fsid name")`
+const SNAPSHOT = defineVerb("snapshot", "source folder fsid name uuid?")`
+  # told: what btrfs says of the subvolume that is the current directory.
+  told() {
+    # Behind a fence by its ID: something else may have its name by now.
+    id=$(b inspect-internal rootid .)
+    case $mode:$snapshot in
+      fence:/proc/fs*) b subvolume show -b -r "$id" /proc/fs;;
+      fence:*) b subvolume show -b -r "$id" /sys/class;;
+      *) b subvolume show -b .;;
+    esac
+  }
   at "$folder" "$fsid"
   snapshot=$PWD/$name
   if [ -e "$snapshot" ] || [ -L "$snapshot" ]; then exit 76; fi
   cd -P -- "$source"
   [ "$PWD" = "$source" ] || { line "$source leads to $PWD now" >&2; exit 66; }
+  if [ -n "$uuid" ]; then
+    own=$(told | sed -n "s/^[[:space:]]*UUID:[[:space:]]*//p")
+    [ "$own" = "$uuid" ] || { line "$source is another subvolume by now" >&2; exit 66; }
+  fi
   b subvolume snapshot -r . "$snapshot" >/dev/null
   if [ "$mode" = fence ]; then
-    # By its ID: something else may have its name by now.
-    id=$(cd "$snapshot" && b inspect-internal rootid .)
-    case $snapshot in
-      /proc/fs*) b subvolume show -b -r "$id" /proc/fs;;
-      *) b subvolume show -b -r "$id" /sys/class;;
-    esac
+    cd "$snapshot"
+    told
   elif root; then
     b subvolume show -b "$snapshot"
   else
@@ -10942,7 +10953,12 @@ async function snapshotOf(
   const shown = await ask(
     source.host,
     SNAPSHOT,
-    { source: path, ...at(source), name },
+    {
+      source: path,
+      ...at(source),
+      name,
+      ...(o.importFrom === null ? {} : { uuid: parentUuid ?? "" }),
+    },
     `cannot take a snapshot of ${path}`,
   ).catch((error) => {
     if (error instanceof Taken) return null;
@@ -20337,7 +20353,11 @@ const GUARDED: ReadonlyMap<string, Allowed> = new Map([
     { again: snapshotsAgain, serve: snapshotsServed },
   ),
   allow(GENERATIONS, ["source"], {}, { serve: generationsServed }),
-  allow(SNAPSHOT, ["source"], { source: SNAPSHOT_OF, name: DATED }),
+  allow(SNAPSHOT, ["source"], {
+    source: SNAPSHOT_OF,
+    name: DATED,
+    uuid: matching(/^[0-9a-f-]{36}$/),
+  }),
   allow(FOREIGN, ["source"], { dir: PLACE_RULE }, { serve: foreignServed }),
   allow(RENAME, ["source"], { name: STANDING, to: DATED }, { again: renameAgain }),
   allow(SEND, ["source", "read"], {
