@@ -246,6 +246,8 @@ class MountedUnfinished extends Failure {}
 class SameSecond extends Failure {}
 /** The user has been told already. */
 class AlreadyTold extends Failure {}
+/** The user does not want it to be sent like this. */
+class Unwanted extends Failure {}
 /** The transfer's receiving side has no space left. */
 export class NoSpace extends Failure {}
 /** The parent on the receiving side is not what the difference was made against. */
@@ -12598,15 +12600,14 @@ function announce(
     return isRenewal ? "in full: a new chain" : "in full: no snapshot is on both sides";
   };
   const bytes = takes === null ? "" : `, some ${inBytes(takes)}`;
+  // A new chain of streams is full by design.
+  if (parent === null && !o.full && !isRenewal)
+    return new Unwanted(
+      `${name} would be sent in full${why === "" ? ": nothing of it is there" : why}; --no-full forbids it`,
+    );
   log.info(
     `${o.dryRun ? "Would send" : "Sending"} ${name} to ${destination.id} (${how()}${bytes})`,
   );
-  if (parent !== null) return null;
-  // A new chain of streams is full by design.
-  if (!o.full && !isRenewal)
-    return new Failure(
-      `${name} would be sent in full${why === "" ? ": nothing of it is there" : why}; --no-full forbids it`,
-    );
   return null;
 }
 
@@ -12790,7 +12791,7 @@ async function giveUp(
   error: unknown,
   { snapshot: { name, uuid } }: Transfer,
 ): Promise<void> {
-  const { session, destination, failed, todo } = served;
+  const { session, destination, standing, failed, todo } = served;
   const { id } = destination;
   served.complete = false;
   session.report.error(id, error);
@@ -12799,9 +12800,12 @@ async function giveUp(
   const isPlace = error instanceof Absent || error instanceof Stuck || error instanceof Busy;
   // A command is given what is newer than the last that it took: there must be no gap.
   if (isPlace || destination.stream !== null || failed.size >= FAILURES || todo.length < 2) return;
-  log.info(
-    `${id}: the next ones are sent without ${name}, which the next run tries again; if it can never be sent, delete it: btrfs subvolume delete ${shellWord(join(session.source.path, name))}`,
-  );
+  const isUnwanted = error instanceof Unwanted;
+  if (isUnwanted && standing.held.length === 0) return; // nor are the next ones
+  const why = isUnwanted
+    ? ""
+    : `; if it can never be sent, delete it: btrfs subvolume delete ${shellWord(join(session.source.path, name))}`;
+  log.info(`${id}: the next ones are sent without ${name}, which the next run tries again${why}`);
   served.todo = await planFor(served).then(
     ({ transfers }) => transfers,
     () => [],
