@@ -12802,9 +12802,11 @@ async function giveUp(
   if (isPlace || destination.stream !== null || failed.size >= FAILURES || todo.length < 2) return;
   const isUnwanted = error instanceof Unwanted;
   if (isUnwanted && standing.held.length === 0) return; // nor are the next ones
-  const why = isUnwanted
-    ? ""
-    : `; if it can never be sent, delete it: btrfs subvolume delete ${shellWord(join(session.source.path, name))}`;
+  // What a user does not want, or a full disk, is no reason to delete a snapshot.
+  const why =
+    isUnwanted || error instanceof NoSpace
+      ? ""
+      : `; if it can never be sent, delete it: btrfs subvolume delete ${shellWord(join(session.source.path, name))}`;
   log.info(`${id}: the next ones are sent without ${name}, which the next run tries again${why}`);
   served.todo = await planFor(served).then(
     ({ transfers }) => transfers,
@@ -17455,19 +17457,22 @@ function versionsTable(
   return `${legend.join("")}\n${alignedTable([["FIRST IN", "LAST IN", "SIZE", "MODIFIED", "WHERE"], ...cells])}`;
 }
 
+/** Whether the value of --get is a time, and not a name. */
+const isTime = (get: string) => /^\d{4}-/.test(get);
+
 /** Copies a version of a file back to its host: the newest that is asked for, and has the file. */
 async function getVersion(sought: Sought, get: string): Promise<void> {
   const { o, report, seen } = sought;
-  const until = /^\d{4}-/.test(get) ? parseWhen(get) : null;
+  const until = isTime(get) ? parseWhen(get) : null;
   const asked = seen.filter(({ name, time }) => (until === null ? name === get : time <= until));
   for (const one of asked.toReversed())
     if (one.state !== null && (await wasGiven(sought, one, asked))) {
       report.event("summary", { ok: !report.failed });
       return;
     }
-  throw new Failure(
-    `${o.file.id}: ${until === null ? `not in a snapshot ${get}` : "in no snapshot from that time or before"}`,
-  );
+  const first = seen[0] === undefined ? "" : `; the first one is ${seen[0].name}`;
+  const earlier = `in no snapshot from that time or before${first}`;
+  throw new Failure(`${o.file.id}: ${until === null ? `not in a snapshot ${get}` : earlier}`);
 }
 
 /**
@@ -22844,6 +22849,10 @@ export function versionsOptions(given: Given) {
   const [get, to] = [value("get"), value("to")];
   if (get === null && (to !== null || flag("force")))
     throw new UsageError("--to and --force need --get");
+  if (get !== null && !isTime(get) && prefixOf(get) === null)
+    throw new UsageError(
+      `--get takes the name of a snapshot, or a time like 'YYYY-MM-DD HH:MM', not "${get}"`,
+    );
   if (to !== null && file.host !== null && !to.startsWith("/"))
     throw new UsageError("--to must be an absolute path, on FILE's host");
   return {

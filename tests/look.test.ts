@@ -767,6 +767,9 @@ describe("versions", () => {
     );
     await expectRun(2, ["versions", file, "--to", to]);
     await expectRun(2, ["versions", file, "--get", "2026-13-01"]);
+    expect((await expectRun(2, ["versions", file, "--get", "yesterday"])).stderr).toContain(
+      "the name of a snapshot, or a time like",
+    );
   });
 
   test("a deleted directory comes back with all that it held; over ssh as well", async () => {
