@@ -13562,12 +13562,13 @@ async function openTreeRoot(
 
 /** Sends backups on, prefix by prefix, as `run` sends a source's snapshots. */
 export async function copy(o: ReturnType<typeof copyOptions>, report: Report): Promise<void> {
-  const { prefixes, needBackups } = await lookAtBackups(
+  const { first, prefixes, needBackups } = await lookAtBackups(
     o.source,
     o,
     `"btrfs-backup run --no-snapshot" sends these`,
   );
-  if (prefixes.length === 0) throw new Failure(`there are no backups in ${o.source.id}`);
+  if (prefixes.length === 0)
+    throw new Failure(`there are no backups in ${o.source.id}${hintFor(first)}${hintBelow(first)}`);
   const options = { ...o, snapshotFolder: "." };
   checkPlaces(options);
   for (const prefix of prefixes)
@@ -13650,6 +13651,7 @@ async function pruneLocation(o: PruneOptions, report: Report): Promise<void> {
   );
   // One look serves all prefixes. Only one of which something is to be done is opened, and locked.
   const all = prefixes.flatMap((prefix) => withPrefix(first, prefix).snapshots);
+  if (all.length === 0) tellNothing(first, o, report);
   const arriving = arrivals(first, all);
   arriving.catch(() => {});
   const now = wallClock(new Date());
@@ -13675,6 +13677,15 @@ async function pruneLocation(o: PruneOptions, report: Report): Promise<void> {
       if (folder !== looked) await whileCleaning(folder.close);
     }
   }
+}
+
+/** Tells where backups are, if they are not where they were looked for. */
+function tellNothing(folder: Folder, { prefix }: PruneOptions, report: Report): void {
+  const { id } = folder;
+  const below = hintBelow(folder);
+  if (below !== "")
+    report.warning(`${id}: there are no backups in it${below}; --recursive prunes those of a tree`);
+  else log.info(`${id}: there are no backups in it${hintFor(withPrefix(folder, prefix ?? ""))}`);
 }
 
 /** What there is to prune of one prefix. `moments`: by UUID, when they arrived. */
@@ -16493,7 +16504,9 @@ export async function verify(given: VerifyOptions, report: Report): Promise<void
     for (const some of o.recursive ? await columnsByMember(columns, o, report) : [columns])
       compared += await verifyColumns(some, o, report);
   });
-  if (compared === 0) tellFailure(report, null, "nothing was compared");
+  const empty = columns.filter(({ folder }) => folder?.snapshots.length === 0);
+  const why = empty.map((one) => `; ${one.id} has no snapshots${whyEmpty(one)}`).join("");
+  if (compared === 0) tellFailure(report, null, `nothing was compared${why}`);
   else log.info(o.progress.summary(Date.now()));
   const { well, all, bytes } = o.progress;
   report.event("summary", { ok: !report.failed, compared, well, of: all, bytes });

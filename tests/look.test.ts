@@ -13,7 +13,7 @@ import {
   statSync,
   writeFileSync,
 } from "node:fs";
-import { join } from "node:path";
+import { dirname, join } from "node:path";
 import {
   change,
   damage,
@@ -639,6 +639,10 @@ describe("verify", () => {
     );
     expect((await expectRun(1, ["verify", other, destination])).stderr).toContain(
       "nothing was compared",
+    );
+    const high = dirname(destination);
+    expect((await expectRun(1, ["verify", source, high])).stderr).toContain(
+      `nothing was compared; ${high} has no snapshots; ${destination} has some`,
     );
     expect(
       (await expectRun(1, ["verify", "--snapshot", "20200101-000000", source, destination])).stderr,
