@@ -17149,13 +17149,13 @@ export async function versions(o: VersionsOptions, report: Report): Promise<void
   if (get !== null) return getVersion(sought, get);
   await lookIntoStores(sought);
   const shown = await showVersions(sought);
-  if (shown === 0 && !isMute(asked)) tellFailure(report, null, noVersion(sought));
+  if (shown === 0 && !isMute(found.columns)) tellFailure(report, null, noVersion(sought));
   report.event("summary", { ok: !report.failed, versions: shown });
 }
 
 /** Nobody has answered, which is told already. */
-const isMute = (asked: readonly AskedColumn[]) =>
-  asked.some(({ isLost }) => isLost) && asked.every(({ column }) => column.folder === null);
+const isMute = (columns: readonly Column[]) =>
+  columns.some(({ problem }) => problem !== null) && columns.every(({ folder }) => folder === null);
 
 /** What is told where no version was found. */
 function noVersion({ o, source, seen: { length } }: Sought): string {
@@ -17305,8 +17305,6 @@ function pathWithin(file: string, columns: readonly Column[]): string | null {
 type AskedColumn = {
   readonly column: Column;
   readonly states: ReadonlyMap<string, FileState> | null;
-  /** It could not be asked. */
-  readonly isLost: boolean;
 };
 
 /**
@@ -17317,14 +17315,14 @@ const askForStates = (path: string, columns: readonly Column[], report: Report) 
   Promise.all(
     columns.map(async (column): Promise<AskedColumn> => {
       const { id, folder } = column;
-      if (folder === null || folder.store !== null) return { column, states: null, isLost: false };
+      if (folder === null || folder.store !== null) return { column, states: null };
       const names = wholeIn(folder).map(({ name }) => name);
       return statesIn(folder.host, at(folder), path, names).then(
-        (states) => ({ column, states, isLost: false }),
+        (states) => ({ column, states }),
         afterFailure((failure) => {
           report.error(id, failure);
           const lost = { id, folder: null, problem: failure.message };
-          return { column: lost, states: null, isLost: true };
+          return { column: lost, states: null };
         }),
       );
     }),
@@ -17476,6 +17474,7 @@ const isTime = (get: string) => /^\d{4}-/.test(get);
 /** Copies a version of a file back to its host: the newest that is asked for, and has the file. */
 async function getVersion(sought: Sought, get: string): Promise<void> {
   const { o, report, seen } = sought;
+  if (isMute(sought.columns)) throw new Failure(`${o.file.id}: no place could be looked into`);
   const until = isTime(get) ? parseWhen(get) : null;
   const asked = seen.filter(({ name, time }) => (until === null ? name === get : time <= until));
   for (const one of asked.toReversed())
