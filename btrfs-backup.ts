@@ -246,6 +246,8 @@ class MountedUnfinished extends Failure {}
 class SameSecond extends Failure {}
 /** The user has been told already. */
 class AlreadyTold extends Failure {}
+/** The user does not want it to be sent like this. */
+class Unwanted extends Failure {}
 /** The transfer's receiving side has no space left. */
 export class NoSpace extends Failure {}
 /** The parent on the receiving side is not what the difference was made against. */
@@ -3666,29 +3668,44 @@ const RENAME = defineVerb("rename", "folder fsid name to")`
  */
 const HOOK = defineVerb(USERS_OWN, "command", "shift")`
   output=$(mktemp) || output=
-  sh -c "$command" >"\${output:-/dev/null}" 2>&1 </dev/null && result=0 || result=$?
-  if [ -n "$output" ]; then cat "$output" >&2; rm -f "$output"; fi
+  exec 3>"\${output:-/dev/null}"
+  exec 4<"\${output:-/dev/null}"
+  # It has no name any more: whatever ends this, nothing is left.
+  if [ -n "$output" ]; then rm -f "$output"; fi
+  sh -c "$command" >&3 2>&1 </dev/null 3>&- 4<&- && result=0 || result=$?
+  cat <&4 >&2
   [ "$result" = 0 ] || { echo "(exit status $result)" >&2; exit 1; }
 `;
 
 /**
  * Takes the snapshot `name`. Prints `subvolume show` of it; only the ID if we are not root. The
- * kernel commits the transaction.
+ * kernel commits the transaction. Where others can put something else in the place of `source`, it
+ * must have the `uuid`: what is named can change, and the current directory stays the same.
  */
-const SNAPSHOT = defineVerb("snapshot", "source folder fsid name")`
+const SNAPSHOT = defineVerb("snapshot", "source folder fsid name uuid?")`
+  # told: what btrfs says of the subvolume that is the current directory.
+  told() {
+    # Behind a fence by its ID: something else may have its name by now.
+    id=$(b inspect-internal rootid .)
+    case $mode:$snapshot in
+      fence:/proc/fs*) b subvolume show -b -r "$id" /proc/fs;;
+      fence:*) b subvolume show -b -r "$id" /sys/class;;
+      *) b subvolume show -b .;;
+    esac
+  }
   at "$folder" "$fsid"
   snapshot=$PWD/$name
   if [ -e "$snapshot" ] || [ -L "$snapshot" ]; then exit 76; fi
   cd -P -- "$source"
   [ "$PWD" = "$source" ] || { line "$source leads to $PWD now" >&2; exit 66; }
+  if [ -n "$uuid" ]; then
+    own=$(told | sed -n "s/^[[:space:]]*UUID:[[:space:]]*//p")
+    [ "$own" = "$uuid" ] || { line "$source is another subvolume by now" >&2; exit 66; }
+  fi
   b subvolume snapshot -r . "$snapshot" >/dev/null
   if [ "$mode" = fence ]; then
-    # By its ID: something else may have its name by now.
-    id=$(cd "$snapshot" && b inspect-internal rootid .)
-    case $snapshot in
-      /proc/fs*) b subvolume show -b -r "$id" /proc/fs;;
-      *) b subvolume show -b -r "$id" /sys/class;;
-    esac
+    cd "$snapshot"
+    told
   elif root; then
     b subvolume show -b "$snapshot"
   else
@@ -5049,14 +5066,17 @@ const RCLONE: StoreVerbs & { readonly list: Declared<"folder"> } = {
       echo
     }
     answers=$(mktemp -d)
-    # How much is free, where the remote can tell: beside the listing, and without patience.
-    rclone about --json --contimeout 5s --timeout 10s --retries 1 --low-level-retries 1 -- "$folder" >"$answers/about" 2>/dev/null </dev/null &
-    result=0
-    rclone lsf --files-only --format sp --separator " " -- "$folder" 2>"$answers/errors" || result=$?
-    said=$(cat "$answers/errors")
-    wait
-    about=$(tr -d "[:space:]" <"$answers/about")
+    exec 3>"$answers/about" 5>"$answers/errors"
+    exec 4<"$answers/about" 6<"$answers/errors"
+    # They have no names any more: whatever ends this, nothing is left.
     rm -rf "$answers"
+    # How much is free, where the remote can tell: beside the listing, and without patience.
+    rclone about --json --contimeout 5s --timeout 10s --retries 1 --low-level-retries 1 -- "$folder" >&3 2>/dev/null </dev/null &
+    result=0
+    rclone lsf --files-only --format sp --separator " " -- "$folder" 2>&5 || result=$?
+    said=$(cat <&6)
+    wait
+    about=$(tr -d "[:space:]" <&4)
     # 3: there is no such directory yet.
     case $result/$said in
       0/*|3/*) line "about $about";;
@@ -10996,7 +11016,12 @@ async function snapshotOf(
   const shown = await ask(
     source.host,
     SNAPSHOT,
-    { source: path, ...at(source), name },
+    {
+      source: path,
+      ...at(source),
+      name,
+      ...(o.importFrom === null ? {} : { uuid: parentUuid ?? "" }),
+    },
     `cannot take a snapshot of ${path}`,
   ).catch((error) => {
     if (error instanceof Taken) return null;
@@ -12636,15 +12661,14 @@ function announce(
     return isRenewal ? "in full: a new chain" : "in full: no snapshot is on both sides";
   };
   const bytes = takes === null ? "" : `, some ${inBytes(takes)}`;
+  // A new chain of streams is full by design.
+  if (parent === null && !o.full && !isRenewal)
+    return new Unwanted(
+      `${name} would be sent in full${why === "" ? ": nothing of it is there" : why}; --no-full forbids it`,
+    );
   log.info(
     `${o.dryRun ? "Would send" : "Sending"} ${name} to ${destination.id} (${how()}${bytes})`,
   );
-  if (parent !== null) return null;
-  // A new chain of streams is full by design.
-  if (!o.full && !isRenewal)
-    return new Failure(
-      `${name} would be sent in full${why === "" ? ": nothing of it is there" : why}; --no-full forbids it`,
-    );
   return null;
 }
 
@@ -12829,7 +12853,7 @@ async function giveUp(
   error: unknown,
   { snapshot: { name, uuid } }: Transfer,
 ): Promise<void> {
-  const { session, destination, failed, todo } = served;
+  const { session, destination, standing, failed, todo } = served;
   const { id } = destination;
   served.complete = false;
   session.report.error(id, error);
@@ -12838,9 +12862,14 @@ async function giveUp(
   const isPlace = error instanceof Absent || error instanceof Stuck || error instanceof Busy;
   // A command is given what is newer than the last that it took: there must be no gap.
   if (isPlace || destination.stream !== null || failed.size >= FAILURES || todo.length < 2) return;
-  log.info(
-    `${id}: the next ones are sent without ${name}, which the next run tries again; if it can never be sent, delete it: btrfs subvolume delete ${shellWord(join(session.source.path, name))}`,
-  );
+  const isUnwanted = error instanceof Unwanted;
+  if (isUnwanted && standing.held.length === 0) return; // nor are the next ones
+  // What a user does not want, or a full disk, is no reason to delete a snapshot.
+  const why =
+    isUnwanted || error instanceof NoSpace
+      ? ""
+      : `; if it can never be sent, delete it: btrfs subvolume delete ${shellWord(join(session.source.path, name))}`;
+  log.info(`${id}: the next ones are sent without ${name}, which the next run tries again${why}`);
   served.todo = await planFor(served).then(
     ({ transfers }) => transfers,
     () => [],
@@ -13604,12 +13633,13 @@ async function openTreeRoot(
 
 /** Sends backups on, prefix by prefix, as `run` sends a source's snapshots. */
 export async function copy(o: ReturnType<typeof copyOptions>, report: Report): Promise<void> {
-  const { prefixes, needBackups } = await lookAtBackups(
+  const { first, prefixes, needBackups } = await lookAtBackups(
     o.source,
     o,
     `"btrfs-backup run --no-snapshot" sends these`,
   );
-  if (prefixes.length === 0) throw new Failure(`there are no backups in ${o.source.id}`);
+  if (prefixes.length === 0)
+    throw new Failure(`there are no backups in ${o.source.id}${hintFor(first)}${hintBelow(first)}`);
   const options = { ...o, snapshotFolder: "." };
   checkPlaces(options);
   for (const prefix of prefixes)
@@ -13692,6 +13722,7 @@ async function pruneLocation(o: PruneOptions, report: Report): Promise<void> {
   );
   // One look serves all prefixes. Only one of which something is to be done is opened, and locked.
   const all = prefixes.flatMap((prefix) => withPrefix(first, prefix).snapshots);
+  if (all.length === 0) tellNothing(first, o, report);
   const arriving = arrivals(first, all);
   arriving.catch(() => {});
   const now = wallClock(new Date());
@@ -13717,6 +13748,15 @@ async function pruneLocation(o: PruneOptions, report: Report): Promise<void> {
       if (folder !== looked) await whileCleaning(folder.close);
     }
   }
+}
+
+/** Tells where backups are, if they are not where they were looked for. */
+function tellNothing(folder: Folder, { prefix }: PruneOptions, report: Report): void {
+  const { id } = folder;
+  const below = hintBelow(folder);
+  if (below !== "")
+    report.warning(`${id}: there are no backups in it${below}; --recursive prunes those of a tree`);
+  else log.info(`${id}: there are no backups in it${hintFor(withPrefix(folder, prefix ?? ""))}`);
 }
 
 /** What there is to prune of one prefix. `moments`: by UUID, when they arrived. */
@@ -14030,7 +14070,11 @@ function snapshotNamed(
 }
 
 /** Why a location may have less than its user expects. */
-function hintFor({ store, entries, host, id, place }: Folder): string {
+function hintFor(folder: Folder): string {
+  const { store, entries, host, id, place, standing, prefix, snapshots } = folder;
+  const others = snapshots.length > 0 ? [] : prefixesIn(standing).filter((one) => one !== prefix);
+  if (others.length > 0)
+    return ` (there are some with ${others.length === 1 ? "another prefix" : "other prefixes"}: ${others.map((one) => `-p ${shellWord(one)}`).join(", ")})`;
   if (store !== null) {
     const unsummed = store.streams.filter(({ stored }) => !stored).length;
     return unsummed === 0
@@ -15641,17 +15685,20 @@ function scratchPlace(
   return { ...location, path: folder.path, id: folder.path };
 }
 
-/** What PUT makes of a path in a subvolume of a folder, on a host: a copy, or a reflinked one. */
+/**
+ * What PUT makes of a path in a subvolume of a folder, on a host: a copy, or a reflinked one where
+ * it `isSlowed` by nothing.
+ */
 async function copyOut(
   [folder, name]: readonly [Folder, string],
   inner: string,
   host: Host,
-  { put, between = [] }: { readonly put: PutArguments; readonly between?: readonly Stage[] },
+  { put, between = [], isSlowed = false }: Copying,
 ): Promise<void> {
   const take = { ...at(folder), snapshot: name, inner };
   const there: Host = { ...host, fence: "try" };
   const given = { ...put, base: basename(inner) };
-  if (sameHost(folder.host, host))
+  if (sameHost(folder.host, host) && !isSlowed)
     await ask(there, PUT, { ...given, ...take }, `cannot copy ${inner.slice(1)}`);
   else
     await pipeline([
@@ -15660,7 +15707,11 @@ async function copyOut(
       verbStage("tar", there, PUT, given),
     ]);
 }
-type PutArguments = Pick<ArgumentsOf<typeof PUT>, "directory" | "name" | "force">;
+type Copying = {
+  readonly put: Pick<ArgumentsOf<typeof PUT>, "directory" | "name" | "force">;
+  readonly between?: readonly Stage[];
+  readonly isSlowed?: boolean;
+};
 
 // ── restore: a file or directory of a backup ──
 
@@ -15732,8 +15783,11 @@ async function restorePathFrom(
   const { path } = o.target;
   const put = { directory: dirname(path), name: basename(path), force: "" };
   const called = `${basename(inner)} to ${o.target.id}`;
-  const between = meter(called, displayOf(o), o.sending.rate, { size: () => undefined });
-  await copyOut([folder, name], inner, host, { put, between });
+  const { rate } = o.sending;
+  const between = meter(called, displayOf(o), rate, { size: () => undefined });
+  // What comes out of a store was slowed down as it came.
+  const isSlowed = rate !== null && location.store === null;
+  await copyOut([folder, name], inner, host, { put, between, isSlowed });
 }
 
 /** Receives the streams of a backup for a while, and copies a path out of it. */
@@ -16521,7 +16575,9 @@ export async function verify(given: VerifyOptions, report: Report): Promise<void
     for (const some of o.recursive ? await columnsByMember(columns, o, report) : [columns])
       compared += await verifyColumns(some, o, report);
   });
-  if (compared === 0) tellFailure(report, null, "nothing was compared");
+  const empty = columns.filter(({ folder }) => folder?.snapshots.length === 0);
+  const why = empty.map((one) => `; ${one.id} has no snapshots${whyEmpty(one)}`).join("");
+  if (compared === 0) tellFailure(report, null, `nothing was compared${why}`);
   else log.info(o.progress.summary(Date.now()));
   const { well, all, bytes } = o.progress;
   report.event("summary", { ok: !report.failed, compared, well, of: all, bytes });
@@ -17160,17 +17216,25 @@ export async function versions(o: VersionsOptions, report: Report): Promise<void
       `${one.id} is not looked into: it has streams, which are received for that if it is named`,
     );
   const path = member?.inner ?? pathWithin(file.path, columns) ?? normalize(inner);
-  const sought = { o, report, host, path, source, columns, seen: await lookFor(path, columns) };
+  const asked = await askForStates(path, columns, heard as Report);
+  const found = { columns: asked.map(({ column }) => column), seen: sightingsIn(asked) };
+  const sought = { o, report, host, path, source, ...found };
   if (get !== null) return getVersion(sought, get);
   await lookIntoStores(sought);
   const shown = await showVersions(sought);
-  if (shown === 0) {
-    const { length } = sought.seen;
-    const none =
-      length === 0 ? ": there are no snapshots" : ` is in none of ${plural(length, "snapshot")}`;
-    tellFailure(report, null, `${file.id}${none} of ${source.id}`);
-  }
+  if (shown === 0 && !isMute(found.columns)) tellFailure(report, null, noVersion(sought));
   report.event("summary", { ok: !report.failed, versions: shown });
+}
+
+/** Nobody has answered, which is told already. */
+const isMute = (columns: readonly Column[]) =>
+  columns.some(({ problem }) => problem !== null) && columns.every(({ folder }) => folder === null);
+
+/** What is told where no version was found. */
+function noVersion({ o, source, seen: { length } }: Sought): string {
+  const none =
+    length === 0 ? ": there are no snapshots" : ` is in none of ${plural(length, "snapshot")}`;
+  return `${o.file.id}${none} of ${source.id}`;
 }
 
 /** A member of a tree that has a file. */
@@ -17310,15 +17374,37 @@ function pathWithin(file: string, columns: readonly Column[]): string | null {
   return file.slice(lost.path === "/" ? 0 : lost.path.length);
 }
 
-async function lookFor(path: string, columns: readonly Column[]): Promise<Sighting[]> {
-  const folders = columns.map(({ folder }) => folder);
-  const states = await Promise.all(
-    folders.map((folder) => {
-      if (folder === null || folder.store !== null) return null;
+/** A column, with what its snapshots have of a file; null for what nobody asks, or has asked yet. */
+type AskedColumn = {
+  readonly column: Column;
+  readonly states: ReadonlyMap<string, FileState> | null;
+};
+
+/**
+ * Asks each folder what it has of a file. One that does not answer, such as a key that may not read,
+ * is told, and keeps no other. Errors: all but Failures.
+ */
+const askForStates = (path: string, columns: readonly Column[], report: Report) =>
+  Promise.all(
+    columns.map(async (column): Promise<AskedColumn> => {
+      const { id, folder } = column;
+      if (folder === null || folder.store !== null) return { column, states: null };
       const names = wholeIn(folder).map(({ name }) => name);
-      return statesIn(folder.host, at(folder), path, names);
+      return statesIn(folder.host, at(folder), path, names).then(
+        (states) => ({ column, states }),
+        afterFailure((failure) => {
+          report.error(id, failure);
+          const lost = { id, folder: null, problem: failure.message };
+          return { column: lost, states: null };
+        }),
+      );
     }),
   );
+
+/** The sightings in what was told of a file, oldest first. */
+function sightingsIn(asked: readonly AskedColumn[]): Sighting[] {
+  const folders = asked.map(({ column }) => column.folder);
+  const states = asked.map((one) => one.states);
   return align(folders).flatMap(({ cells }) => {
     const entries = new Map(
       cells.flatMap((cell, i) => (cell?.state === "whole" ? [[i, cell.entry] as const] : [])),
@@ -17455,19 +17541,23 @@ function versionsTable(
   return `${legend.join("")}\n${alignedTable([["FIRST IN", "LAST IN", "SIZE", "MODIFIED", "WHERE"], ...cells])}`;
 }
 
+/** Whether the value of --get is a time, and not a name. */
+const isTime = (get: string) => /^\d{4}-/.test(get);
+
 /** Copies a version of a file back to its host: the newest that is asked for, and has the file. */
 async function getVersion(sought: Sought, get: string): Promise<void> {
   const { o, report, seen } = sought;
-  const until = /^\d{4}-/.test(get) ? parseWhen(get) : null;
+  if (isMute(sought.columns)) throw new Failure(`${o.file.id}: no place could be looked into`);
+  const until = isTime(get) ? parseWhen(get) : null;
   const asked = seen.filter(({ name, time }) => (until === null ? name === get : time <= until));
   for (const one of asked.toReversed())
     if (one.state !== null && (await wasGiven(sought, one, asked))) {
       report.event("summary", { ok: !report.failed });
       return;
     }
-  throw new Failure(
-    `${o.file.id}: ${until === null ? `not in a snapshot ${get}` : "in no snapshot from that time or before"}`,
-  );
+  const first = seen[0] === undefined ? "" : `; the first one is ${seen[0].name}`;
+  const earlier = `in no snapshot from that time or before${first}`;
+  throw new Failure(`${o.file.id}: ${until === null ? `not in a snapshot ${get}` : earlier}`);
 }
 
 /**
@@ -17783,7 +17873,7 @@ export async function diff(o: DiffOptions, report: Report): Promise<void> {
   });
   if (o.summary) showDirectories(all, o, report);
   else showDifferences(all, o, report);
-  tellTotals(all, { from: from.name, to }, report);
+  tellTotals(all, { from: from.name, to, paths: o.paths }, report);
 }
 
 /**
@@ -18343,7 +18433,7 @@ function showDirectories(
 /** Tells how much differs in all. */
 function tellTotals(
   all: readonly Difference[],
-  { from, to }: { readonly from: string; readonly to: string },
+  { from, to, paths }: { from: string; to: string } & Pick<DiffOptions, "paths">,
   report: Report,
 ): void {
   const sums = { added: 0, removed: 0, changed: 0, renamed: 0, bytes: 0, shared: 0 };
@@ -18356,8 +18446,10 @@ function tellTotals(
     .filter((what) => sums[what] > 0)
     .map((what) => `${sums[what]} ${what}`);
   const more = sums.shared > 0 ? `, and ${inBytes(sums.shared)} shared with what was there` : "";
+  // Be it that a path is misspelt: nobody is told that nothing differs at all.
+  const none = `nothing differs${paths.length === 0 ? "" : ` at or below ${paths.map(shellWord).join(", ")}`}`;
   log.info(
-    `From ${from} to ${to}: ${counts.length === 0 ? "nothing differs" : `${counts.join(", ")}; ${inBytes(sums.bytes)} written${more}`}`,
+    `From ${from} to ${to}: ${counts.length === 0 ? none : `${counts.join(", ")}; ${inBytes(sums.bytes)} written${more}`}`,
   );
   report.event("summary", { ok: !report.failed, from, to, ...sums });
 }
@@ -18389,7 +18481,7 @@ export async function unpin(o: UnpinOptions, report: Report): Promise<void> {
       const suffix = stamp(new Date());
       await ask(source.host, ASIDE, { ...at(source), suffix }, `cannot move ${record} aside`);
       log.info(`Moved ${record} to .btrfs-backup.json.${suffix}`);
-      return;
+      return report.event("summary", { ok: true });
     }
     const known = knownDestinations(source);
     const ids = known.map(({ location }) => location);
@@ -18403,6 +18495,9 @@ export async function unpin(o: UnpinOptions, report: Report): Promise<void> {
     const destinations = known.filter(({ location }) => !o.all && !o.locations.includes(location));
     await writeRecord(source, { ...source.owned, destinations });
     log.info(`Unpinned ${plural(known.length - destinations.length, "destination")}`);
+    for (const id of ids)
+      if (o.all || o.locations.includes(id)) report.event("unpin", { destination: id });
+    report.event("summary", { ok: !report.failed });
   } finally {
     await whileCleaning(source.close);
   }
@@ -20356,7 +20451,11 @@ const GUARDED: ReadonlyMap<string, Allowed> = new Map([
     { again: snapshotsAgain, serve: snapshotsServed },
   ),
   allow(GENERATIONS, ["source"], {}, { serve: generationsServed }),
-  allow(SNAPSHOT, ["source"], { source: SNAPSHOT_OF, name: DATED }),
+  allow(SNAPSHOT, ["source"], {
+    source: SNAPSHOT_OF,
+    name: DATED,
+    uuid: matching(/^[0-9a-f-]{36}$/),
+  }),
   allow(FOREIGN, ["source"], { dir: PLACE_RULE }, { serve: foreignServed }),
   allow(RENAME, ["source"], { name: STANDING, to: DATED }, { again: renameAgain }),
   allow(SEND, ["source", "read"], {
@@ -21369,6 +21468,8 @@ export type Option = {
   /** Help's word for the value; a flag has none. */
   readonly value?: string;
   readonly repeatable?: true;
+  /** An empty value means something; elsewhere it is a variable of a script that nobody has set. */
+  readonly empty?: true;
   /** Behind --for DEST, the option counts for DEST only. */
   readonly perDest?: true;
   /** Many need it: the help of a command that has --help-all tells it. */
@@ -21477,6 +21578,7 @@ const GROUPS = {
     note: {
       of: ["keep"],
       value: "TEXT",
+      empty: true,
       means: "Why it is kept: a line that list shows",
     },
     yes: {
@@ -21566,6 +21668,7 @@ const GROUPS = {
       of: COMMON,
       short: "f",
       value: "DIR",
+      empty: true,
       old: true,
       means: "Snapshot folder, relative to SOURCE or absolute (default: snapshot)",
     },
@@ -21573,6 +21676,7 @@ const GROUPS = {
       of: COMMON,
       short: "p",
       value: "PREFIX",
+      empty: true,
       old: true,
       means: "What snapshot names begin with (default: nothing)",
     },
@@ -21868,6 +21972,8 @@ type Options = {
   readonly flag: (name: FlagName) => boolean;
   readonly value: (name: ValueName) => string | null;
   readonly all: (name: ValueName) => string[];
+  /** The one of some options that was given last. */
+  readonly last: (...names: readonly (ValueName | FlagName)[]) => string | null;
 };
 /** A command line. `scopes`: the options that hold for each --for DEST. */
 type Given = Options & {
@@ -21933,6 +22039,7 @@ export function readArguments(args: readonly string[], definitions: ArgsDef): Gi
     const words = tokens.flatMap((token): GivenOption[] =>
       token.kind === "option" ? [[token.name, token.value ?? ""]] : [],
     );
+    for (const [name, value] of words) needValue(name, value);
     const places = tokens.flatMap((token): string[] => {
       if (token.kind === "positional") return [token.value];
       const isPlace = token.kind === "option" && ["optional", "for"].includes(token.name);
@@ -21944,9 +22051,23 @@ export function readArguments(args: readonly string[], definitions: ArgsDef): Gi
   }
 }
 
+/** Errors: UsageError for an option without its value, which would hold nothing. */
+function needValue(name: string, value: string): void {
+  const option = OPTIONS.get(name);
+  if (value === "" && option?.value !== undefined && option.empty === undefined)
+    throw new UsageError(
+      `--${name} cannot be empty: give ${option.value}, or leave the option out`,
+    );
+}
+
 const optionsAmong = (words: readonly GivenOption[]): Options => {
   const all = (name: string) => words.filter(([one]) => one === name).map(([, value]) => value);
-  return { flag: (name) => all(name).length > 0, value: (name) => all(name).at(-1) ?? null, all };
+  return {
+    flag: (name) => all(name).length > 0,
+    value: (name) => all(name).at(-1) ?? null,
+    all,
+    last: (...names) => words.findLast(([one]) => names.some((name) => name === one))?.[0] ?? null,
+  };
 };
 
 /** The options that hold everywhere, and those for each --for DEST. */
@@ -21986,11 +22107,22 @@ function argumentError(
     unknown,
     defined.map(([name]) => `--${name}`),
   );
-  let meant = unknown.startsWith("--") && best.far <= 3 ? `; did you mean ${best.word}?` : "";
+  const isNear = unknown.startsWith("--") && best.far <= 3;
+  let meant = isNear ? `; did you mean ${best.word}?` : "";
+  const having = commandsWith(unknown);
+  if (unknown === "--help-all") meant = "; --help tells all options of this command";
+  else if (having.length > 0)
+    meant = `; ${having.join(", ")} ${having.length === 1 ? "has" : "have"} it`;
   if (unknown.startsWith("--keep-"))
     meant = `; what is kept is said by -N (at the source) and -n (at destinations), as in -n "7d 4w 12m"`;
   return new UsageError(`unknown option ${unknown}${meant}`);
 }
+
+/** The commands that have an option. Nobody types the words of a key, which are no option elsewhere. */
+const commandsWith = (spelled: string): readonly CommandName[] =>
+  [...OPTIONS]
+    .filter(([name, { short }]) => spelled === `--${name}` || spelled === `-${short}`)
+    .flatMap(([, { of }]) => of.filter((name) => name !== "guard"));
 
 /** The number of letters to add, drop or change to make one word of the other (Levenshtein). */
 export function editDistance(a: string, b: string): number {
@@ -22086,9 +22218,13 @@ function limitTime(given: Given): void {
   own.parting = Math.min(10e3, own.stuck);
 }
 
+/** How much is told: as the last of --quiet and --verbosity says, be it behind an argument file. */
+const verbosityOf = ({ last, value }: Options) =>
+  last("quiet", "verbosity") === "quiet" ? "warning" : (value("verbosity") ?? "info");
+
 /** The options of every command. */
 function commonOptions(given: Given) {
-  const verbosity = given.flag("quiet") ? "warning" : (given.value("verbosity") ?? "info");
+  const verbosity = verbosityOf(given);
   if (!Object.hasOwn(LEVELS, verbosity))
     throw new UsageError(
       `--verbosity is one of ${Object.keys(LEVELS).join(", ")}, not "${verbosity}"`,
@@ -22165,7 +22301,7 @@ export function runOptions(given: Given) {
   const [first, ...rest] = given.positionals;
   const source = folderLocation(first, "SOURCE");
   needNoTree(given);
-  const sourcePolicy = flag("latest-only") ? parsePolicy("1") : policyOf(given, "num-snapshots");
+  const sourcePolicy = sourcePolicyOf(given);
   const common = commonOptions(given);
   const destinations = destinationsOf(given, rest, common.prefix ?? "");
   for (const [one, other] of [
@@ -22220,6 +22356,14 @@ export function runOptions(given: Given) {
   };
 }
 
+/** What to keep at the source. Errors: UsageError for two that contradict each other. */
+function sourcePolicyOf(given: Given) {
+  if (!given.flag("latest-only")) return policyOf(given, "num-snapshots");
+  if (!["1", null].includes(given.value("num-snapshots")))
+    throw new UsageError("--latest-only is -N 1, and contradicts another -N: leave one out");
+  return parsePolicy("1");
+}
+
 /**
  * Errors: UsageError for what a tree cannot have: each of its members knows folders of its own, which
  * are not the destinations of the whole.
@@ -22247,7 +22391,14 @@ function excludedBy(given: Given): readonly IgnoreRule[] {
   const patterns = given.all("exclude");
   if (patterns.length > 0 && !given.flag("recursive"))
     throw new UsageError("--exclude needs --recursive: a snapshot has all of its subvolume");
-  return patterns.flatMap((pattern) => ignoreRule(pattern) ?? []);
+  return patterns.map((pattern) => {
+    const rule = ignoreRule(pattern);
+    if (rule === null)
+      throw new UsageError(
+        `--exclude "${pattern}" excludes nothing: it is a comment or a blank line of gitignore(5); a # that is meant is \\#`,
+      );
+    return rule;
+  });
 }
 
 /** When a run takes a snapshot, or takes those over that others took. Errors: UsageError. */
@@ -22255,7 +22406,6 @@ function takingOptions({ flag, value }: Given, source: string, hasDestinations: 
   const directory = value("import");
   const ifReachable = flag("if-reachable");
   const ifChanged = flag("if-changed");
-  if (directory === "") throw new UsageError("--import: give the directory of the snapshots");
   const isGiven = {
     import: directory !== null,
     "if-changed": ifChanged,
@@ -22370,6 +22520,7 @@ const SOURCES_AT_A_TIME = 3;
 /** `list` without arguments: each argument file's SOURCE and destinations, as that file says. */
 function listAllOptions(given: Given) {
   needNoOthers(given, ["size", "last", "max-age"]);
+  needNoTable(given);
   const [size, last, maxAge] = [given.flag("size"), lastOf(given), ageOf(given)];
   const { json } = commonOptions(given);
   const members = configuredIn(
@@ -22426,12 +22577,15 @@ function configuredIn<O>(
   read: (own: Given) => O,
 ): Configured<O>[] {
   const named = given.value("config-dir");
-  if (named === "") throw new UsageError("--config-dir cannot be empty");
   const directory = resolve(named ?? CONFIGURATION);
   const there = argumentFilesIn(directory);
   const wanted = new Set(names.map((name) => name.replace(/\.args$/, "")));
   for (const name of wanted)
     if (!there.includes(name)) {
+      if (name.includes("/"))
+        throw new UsageError(
+          `${name} is a path: name the files of ${directory} as they are there, without .args${there.length === 0 ? "" : ` (${someOf(there, 5)})`}; any other one is run by btrfs-backup @FILE`,
+        );
       const { word, far } = nearest(name, there);
       throw new UsageError(
         `there is no ${join(directory, `${name}.args`)}${far <= 3 ? `; did you mean ${word}?` : ""}`,
@@ -22441,10 +22595,10 @@ function configuredIn<O>(
     throw new UsageError(
       `${missing}there is no argument file ${join(directory, "NAME.args")}; "btrfs-backup setup" makes one`,
     );
-  const top = [
-    ...ON_TOP.flatMap((name) => given.all(name).map((value) => `--${name}=${value}`)),
-    ...FLAGS_ON_TOP.filter((name) => given.flag(name)).map((name) => `--${name}`),
-  ];
+  const values = ON_TOP.flatMap((name) => given.all(name).map((value) => `--${name}=${value}`));
+  const flags = FLAGS_ON_TOP.filter((name) => given.flag(name)).map((name) => `--${name}`);
+  const top =
+    given.last("quiet", "verbosity") === "quiet" ? [...values, ...flags] : [...flags, ...values];
   return there
     .filter((name) => wanted.size === 0 || wanted.has(name))
     .map((name) => ({
@@ -22584,7 +22738,12 @@ function pruneOptions(given: Given) {
 
 export function restoreOptions(given: Given) {
   const { flag, value } = given;
-  const [location] = locationsOf(given, 2, 2, "LOCATION and TARGET") as [Readable];
+  const [location] = locationsOf(
+    given,
+    2,
+    2,
+    "LOCATION and TARGET; --snapshot NAME is which one",
+  ) as [Readable];
   const target = folderLocation(given.positionals[1], "TARGET");
   const snapshot = value("snapshot");
   if (snapshot !== null && value("before") !== null)
@@ -22648,7 +22807,9 @@ function scratchOf(given: Given): Readable | null {
 
 export function drillOptions(given: Given) {
   const { flag, value } = given;
-  const [location] = locationsOf(given, 1, 1, "LOCATION") as [Readable];
+  const [location] = locationsOf(given, 1, 1, "LOCATION; --snapshot NAME is which one") as [
+    Readable,
+  ];
   const scratch = scratchOf(given);
   if (scratch === null && !(holdsSubvolumes(location) && location.host === null))
     throw new UsageError("--scratch DIR is missing: a folder on btrfs with room for a restore");
@@ -22716,8 +22877,18 @@ function checkEncryption(resume: boolean, location: Location | null): void {
 /** The streams of a stored chain by default, so that retention can free space. */
 const FULL_EVERY = "30";
 
+/** Errors: UsageError for options of a table, beside the one that shows none. */
+function needNoTable(given: Given): void {
+  const name = given.last("size", "last");
+  if (name !== null && given.value("max-age") !== null)
+    throw new UsageError(
+      `--max-age and --${name} exclude each other: it checks the newest only, in a line for each`,
+    );
+}
+
 export function listOptions(given: Given) {
   needNoDirectory(given);
+  needNoTable(given);
   return {
     ...commonOptions(given),
     locations: locationsOf(given, 1, Infinity, "LOCATION…") as readonly Location[],
@@ -22767,6 +22938,10 @@ export function versionsOptions(given: Given) {
   const [get, to] = [value("get"), value("to")];
   if (get === null && (to !== null || flag("force")))
     throw new UsageError("--to and --force need --get");
+  if (get !== null && !isTime(get) && prefixOf(get) === null)
+    throw new UsageError(
+      `--get takes the name of a snapshot, or a time like 'YYYY-MM-DD HH:MM', not "${get}"`,
+    );
   if (to !== null && file.host !== null && !to.startsWith("/"))
     throw new UsageError("--to must be an absolute path, on FILE's host");
   return {
@@ -22875,8 +23050,8 @@ function wantedSetup(given: Given): SetupWanted | null {
     throw new UsageError(
       'missing arguments: give SOURCE and DEST…; "btrfs-backup setup" alone tells what they can be',
     );
-  if (directory !== null && (directory === "" || /[\x00-\x1f\x7f]/.test(directory)))
-    throw new UsageError("--config-dir cannot be empty, nor hold control characters");
+  if (directory !== null && /[\x00-\x1f\x7f]/.test(directory))
+    throw new UsageError("--config-dir cannot hold control characters");
   const valued = PASSED_ON.flatMap((name) =>
     given.all(name).map((value) => [name, value] as const),
   );
@@ -22892,10 +23067,10 @@ function wantedSetup(given: Given): SetupWanted | null {
 
 export function setupOptions(given: Given) {
   const { json } = commonOptions(given);
-  const [verbosity, quiet] = [given.value("verbosity"), given.flag("quiet")];
   const told = [
-    ...(verbosity === null ? [] : ["--verbosity", verbosity]),
-    ...(quiet ? ["--quiet"] : []),
+    ...(given.flag("quiet") ? ["--quiet"] : []),
+    "--verbosity",
+    verbosityOf(given),
     ...(json ? ["--json"] : []),
   ];
   return {

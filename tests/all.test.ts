@@ -55,6 +55,8 @@ describe("all", () => {
     // Nothing is done for a name that is not there.
     const unknown = await expectRun(2, [...all, "home", "sv"]);
     expect(unknown.stderr).toContain(`there is no ${directory}/sv.args; did you mean srv?`);
+    const path = await expectRun(2, [...all, join(directory, "srv.args")]);
+    expect(path.stderr).toContain("is a path: name the files of");
     const dry = await expectRun(0, [...all, "--dry-run", "home", "srv.args"]);
     expect(dry.stderr).toContain("srv: Would take snapshot of-srv-");
     expect(dry.stderr).toContain("Nothing was changed: 2 sources\n");
@@ -63,6 +65,19 @@ describe("all", () => {
       false,
       false,
     ]);
+
+    // What is typed comes last, and so is heard over a file that is quiet.
+    write("quiet.args", "--quiet", home);
+    for (const [words, isHeard] of [
+      [[], false],
+      [["-v", "info"], true],
+      [["-q", "-v", "info"], true],
+      [["-v", "info", "-q"], false],
+    ] as const) {
+      const { stderr } = await expectRun(0, [...all, "--dry-run", ...words, "quiet"]);
+      expect([words, stderr.includes("Would take snapshot")]).toEqual([words, isHeard]);
+    }
+    sh(`rm "$1/quiet.args"`, directory);
 
     const first = await expectRun(2, [...all, "--json", "--metrics", metrics]);
     expect(first.stderr).toContain(`${directory}/wrong.args, line 3: "many" is not a retention`);

@@ -146,7 +146,7 @@ test("what makes no sense is refused before anything is written", async () => {
     "on the filesystem of",
   );
   expect((await expectRun(1, ["copy", b.path, join(filesystem().path, "x")])).stderr).toContain(
-    "there are no backups",
+    `there are no backups in ${b.path}; ${destination} has some`,
   );
   expect(snapshotNames(b.path)).toEqual([]);
   expect(existsSync(join(b.path, "same"))).toBe(false);

@@ -406,6 +406,8 @@ test("what cannot be compared is refused, with the reason", async () => {
   await refused(2, [source, day(1)], "give two names");
   await refused(2, [source, day(1), "plain"], "plain is none");
   await refused(2, [destination], "is no SOURCE");
+  // What may be misspelt is said again.
+  await refused(0, [source, day(1), day(3), "nowhere"], "nothing differs at or below nowhere\n");
   await refused(2, [], "give LOCATION");
   await refused(2, ["shell://cat"], "nothing can be read");
   for (const store of [`raw://${a.path}/raw`, "rclone://s3:bucket/home"])

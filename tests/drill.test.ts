@@ -169,6 +169,15 @@ test("a directory of a backup, of each kind, with all that belongs to it; never 
   expect(
     (await expectRun(1, ["restore", "--path", "link/passwd", store, target])).stderr,
   ).toContain("no symbolic link");
+  const prefixed = await expectRun(1, ["restore", "-p", "x-", destination, target]);
+  expect(prefixed.stderr).toContain("there are some with another prefix: -p ''");
+  // So many bytes a second, also where nothing has to travel.
+  const began = Date.now();
+  const slowed = ["--rate-limit", "200k", "--path", "plain/deep"];
+  await expectRun(0, ["restore", ...slowed, destination, target]);
+  expect(Date.now() - began).toBeGreaterThan(1300);
+  expectSameTree(join(source, "plain/deep"), target);
+  clear();
   // A name with a line break, which no other host is told.
   const odd = ["--path", "odd\nname/../odd\nname"];
   await expectRun(0, ["restore", ...odd, destination, target]);

@@ -800,6 +800,15 @@ describe("over a guarded key all works that its options allow", () => {
       url(home),
     ]);
     expect(events(versions).filter(({ event }) => event === "version").length).toBe(3);
+    // A key that may not read keeps nobody from the snapshots that are here.
+    const file = join(source, "file");
+    const adding = [...guarded("--path", mine), file, url(home)];
+    const partly = await expectRun(1, ["versions", "--json", ...adding]);
+    expect(partly.stderr).toContain(`${url(home)}: `);
+    expect(events(partly).filter(({ event }) => event === "version").length).toBe(3);
+    const oldest = snapshotNames(home)[0] as string;
+    await expectRun(0, ["versions", ...adding, "--get", oldest]);
+    expect(readFileSync(`${file}.${oldest}`, "utf8")).toBe("1");
     sh(`rm -r "$1"/snapshot/../file`, source);
     await expectRun(0, [
       "versions",

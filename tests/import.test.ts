@@ -22,6 +22,7 @@ import {
   fill,
   nextSecond,
   pair,
+  pathWith,
   run,
   sh,
   snapshotAs,
@@ -210,6 +211,26 @@ test("after a rollback the backups go on, if the snapshot folder is outside of w
   ]);
   expectSameTree(source, join(destination, fourth ?? ""));
   expectSound(destination, own);
+});
+
+test("what takes the place of a snapshot after it was looked at is not taken over", async () => {
+  const { source, snapshots } = pair();
+  snapperOf(source).create("one");
+  subvolume(join(source, ".snapshots/other"));
+  // The last that is asked of the directory; then something else has the name.
+  const bin = temporaryDirectory();
+  writeFileSync(
+    join(bin, "btrfs"),
+    `#!/bin/bash\n${sh("command -v btrfs")} "$@" || exit\n[ "$2 $4" = "list -r" ] && [ -d ./other ] && [ -d ./1 ] || exit 0\nmv ./1/snapshot ./1/aside && mv ./other ./1/snapshot\n`,
+    { mode: 0o755 },
+  );
+  const args = ["--import", ".snapshots", "-T", source];
+  const { stderr } = await run(args, { env: pathWith(bin) });
+  expect(stderr).toContain("1/snapshot was deleted meanwhile");
+  expect([existsSync(join(source, ".snapshots/1/aside")), snapshotNames(snapshots)]).toEqual([
+    true,
+    [],
+  ]);
 });
 
 test("what is older than the newest snapshot is skipped, and a directory with nothing of SOURCE is an error", async () => {

@@ -2,7 +2,7 @@
 // run repairs by itself; and two runs never work on the same chain.
 
 import { expect, test } from "bun:test";
-import { existsSync, readFileSync, writeFileSync } from "node:fs";
+import { existsSync, readdirSync, readFileSync, rmSync, writeFileSync } from "node:fs";
 import { join } from "node:path";
 import {
   change,
@@ -112,6 +112,31 @@ test("a signal while waiting for a lock ends the run at once", async () => {
   running.child.kill("SIGTERM");
   expect((await running.finished).status).toBe(143);
   await holder();
+});
+
+test("Ctrl-C in a hook, and while rclone lists, leaves nothing in the directory for temporary files", async () => {
+  const source = subvolume(join(filesystem().path, "home"));
+  const [own, bin] = [temporaryDirectory(), temporaryDirectory()];
+  const begun = join(bin, "begun");
+  const waiting = `touch ${begun}; exec sleep 600`;
+  writeFileSync(
+    join(bin, "rclone"),
+    `#!/bin/bash\ncase $1 in listremotes) echo "x: s3";; lsf) ${waiting};; *) exec sleep 600;; esac\n`,
+    { mode: 0o755 },
+  );
+  const env = { TMPDIR: own, PATH: `${bin}:${process.env["PATH"]}` };
+  for (const words of [
+    ["--before-snapshot", waiting, source],
+    ["list", "rclone://x:y"],
+  ]) {
+    const running = start(words, { env, group: true });
+    await waitFor("what waits", () => existsSync(begun));
+    process.kill(-running.pid, "SIGINT");
+    expect((await running.finished).status).toBe(130);
+    rmSync(begun);
+    await waitFor("its end", () => sh(`pgrep -f "^sleep 600" || :`) === "");
+    expect([words, readdirSync(own)]).toEqual([words, []]);
+  }
 });
 
 test("a busy source is exit 3, a busy destination is its own failure, and --wait waits", async () => {

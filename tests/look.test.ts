@@ -13,7 +13,7 @@ import {
   statSync,
   writeFileSync,
 } from "node:fs";
-import { join } from "node:path";
+import { dirname, join } from "node:path";
 import {
   change,
   damage,
@@ -640,6 +640,10 @@ describe("verify", () => {
     expect((await expectRun(1, ["verify", other, destination])).stderr).toContain(
       "nothing was compared",
     );
+    const high = dirname(destination);
+    expect((await expectRun(1, ["verify", source, high])).stderr).toContain(
+      `nothing was compared; ${high} has no snapshots; ${destination} has some`,
+    );
     expect(
       (await expectRun(1, ["verify", "--snapshot", "20200101-000000", source, destination])).stderr,
     ).toContain("20200101-000000 is not complete on both sides");
@@ -738,9 +742,10 @@ describe("versions", () => {
     expect((await expectRun(1, ["versions", join(source, "never")])).stderr).toContain(
       "is in none of 6 snapshots",
     );
-    expect((await expectRun(1, ["versions", join(temporaryDirectory(), "x")])).stderr).toContain(
-      "btrfs",
-    );
+    // What nobody can tell is not said to be so.
+    const unasked = await expectRun(1, ["versions", join(temporaryDirectory(), "x")]);
+    expect(unasked.stderr).toContain("btrfs");
+    expect(unasked.stderr).not.toContain("there are no snapshots");
   });
 
   test("--get copies one back, by name or time, never over a file that is there", async () => {
@@ -767,6 +772,9 @@ describe("versions", () => {
     );
     await expectRun(2, ["versions", file, "--to", to]);
     await expectRun(2, ["versions", file, "--get", "2026-13-01"]);
+    expect((await expectRun(2, ["versions", file, "--get", "yesterday"])).stderr).toContain(
+      "the name of a snapshot, or a time like",
+    );
   });
 
   test("a deleted directory comes back with all that it held; over ssh as well", async () => {

@@ -2,7 +2,7 @@
 
 import { expect, test } from "bun:test";
 import { existsSync, readdirSync, readFileSync, writeFileSync } from "node:fs";
-import { join } from "node:path";
+import { dirname, join } from "node:path";
 import {
   change,
   contentsDigest,
@@ -144,6 +144,9 @@ test("what cannot be pruned is refused", async () => {
   expect((await expectRun(1, ["prune", "-n", "1", `${destination}-missing`])).stderr).toContain(
     "no such directory",
   );
+  // Nothing is there, but one level deeper: nobody believes that it was pruned.
+  const high = await expectRun(0, ["prune", "-q", "-n", "1", dirname(destination)]);
+  expect(high.stderr).toContain(`there are no backups in it; ${destination} has some; --recursive`);
   await nextSecond();
   await expectRun(0, [source, destination]);
   sh(`echo x >>"$1/.btrfs-backup.json"`, destination);

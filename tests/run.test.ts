@@ -444,7 +444,10 @@ test("unpin, --remove-locks and --locked-dests", async () => {
   await expectRun(0, ["-S", "-N", "1", source, destination]);
   expect(snapshotNames(snapshots)).toEqual(["20260103-000000", "20260104-000000"]); // one is other's
   expect((await expectRun(1, ["unpin", source, "/elsewhere"])).stderr).toContain("not known");
-  await expectRun(0, ["unpin", source, other]);
+  expect(events(await expectRun(0, ["unpin", "--json", source, other]))).toEqual([
+    { event: "unpin", destination: other },
+    { event: "summary", ok: true },
+  ]);
   await expectRun(0, ["-S", "-N", "1", source, destination]);
   expect(snapshotNames(snapshots)).toEqual(["20260104-000000"]);
   snapshotAs(source, "20260105-000000");

@@ -23,6 +23,7 @@ import {
   hostOf,
   inBytes,
   inWords,
+  listOptions,
   log,
   type Option,
   OPTIONS,
@@ -563,6 +564,9 @@ describe("options", () => {
     expect(readers).toContain(`"${name}"`),
   );
 
+  const given = (command: keyof typeof COMMANDS, ...words: string[]) =>
+    readArguments(words, COMMANDS[command].args as ArgsDef);
+
   test("each command has those that the table gives it, in one group of its help", () => {
     for (const [name, command] of Object.entries(COMMANDS)) {
       const { groups } = manualOf(command);
@@ -571,6 +575,63 @@ describe("options", () => {
         options.map(([option]) => option).toSorted(),
       );
     }
+  });
+
+  test("options of which one would not hold are refused together", () => {
+    const table: [() => unknown, string | null][] = [
+      [() => runOptions(given("run", "/a", "--latest-only", "-N", "7d")), "--latest-only is -N 1"],
+      [() => runOptions(given("run", "/a", "--latest-only", "-N", "1")), null],
+      [() => runOptions(given("run", "/a", "--recursive", "--exclude", "#x")), "excludes nothing"],
+      [() => runOptions(given("run", "/a", "--recursive", "--exclude", " ")), "excludes nothing"],
+      [() => runOptions(given("run", "/a", "--recursive", "--exclude", "\\#x")), null],
+      [() => listOptions(given("list", "/a", "--max-age", "1d", "--size")), "--max-age and --size"],
+      [() => listOptions(given("list", "/a", "--last", "3", "--max-age", "1d")), "and --last"],
+    ];
+    for (const [read, message] of table)
+      if (message === null) read();
+      else expect(read).toThrow(message);
+  });
+
+  test("an option that only other commands have is told with these", () => {
+    const problem = (command: keyof typeof COMMANDS, ...words: string[]) => {
+      try {
+        given(command, ...words);
+      } catch (error) {
+        return (error as Error).message;
+      }
+      return "none";
+    };
+    expect([
+      problem("drill", "--help-all"),
+      problem("keep", "--dry-run", "/b", "x"),
+      problem("run", "--get", "x", "/home/letter"),
+      problem("restore", "-S", "/b", "/x"),
+      problem("list", "--allow-read", "/b"),
+      problem("list", "--sise", "/b"),
+    ]).toEqual([
+      "unknown option --help-all; --help tells all options of this command",
+      "unknown option --dry-run; run, check, copy, prune, restore, all have it",
+      "unknown option --get; versions has it",
+      "unknown option -S; run, check have it",
+      "unknown option --allow-read",
+      "unknown option --sise; did you mean --size?",
+    ]);
+  });
+
+  test("an empty value, as of a variable that nobody has set, is refused where it means nothing", () => {
+    const accepted = new Set<string>();
+    for (const [name, { of, value }] of OPTIONS)
+      for (const command of value === undefined ? [] : of)
+        try {
+          readArguments([`--${name}=`], COMMANDS[command].args as ArgsDef);
+          accepted.add(name);
+        } catch (error) {
+          expect(error).toBeInstanceOf(UsageError);
+          expect((error as Error).message).toBe(
+            `--${name} cannot be empty: give ${value}, or leave the option out`,
+          );
+        }
+    expect([...accepted].sort()).toEqual(["note", "snapshot-folder", "snapshot-prefix"]);
   });
 
   test("--for names those that can stand behind it", () => {

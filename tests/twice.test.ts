@@ -377,6 +377,9 @@ describe("an earlier snapshot that comes after a later one", () => {
           "would be sent in full: nothing of it is there; --no-full forbids it",
         ),
       ]).toEqual([[], true]);
+      // It is told once, as nothing that is sent; and nobody is told to delete a snapshot for it.
+      expect(events(result).filter(({ event }) => event === "error").length).toBe(1);
+      expect(result.stderr).not.toMatch(/Sending|subvolume delete/);
     }
     expect(existsSync(destination) ? subvolumes(destination).size : 0).toBe(0);
     await expectRun(0, ["-S", source, destination, stored]);
