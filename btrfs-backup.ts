@@ -10955,8 +10955,9 @@ function betweenHooks<T>(
 ): Promise<T> {
   if (o.beforeSnapshot === null && o.afterSnapshot === null) return work();
   const hook = async (command: string | null, option: string) => {
-    if (command !== null && !o.dryRun)
-      log.debug((await ask(plainHost(source.host), HOOK, { command }, `${option} failed`)).trim());
+    if (command === null) return;
+    if (o.dryRun) return log.info(`Would run ${option}: ${command}`);
+    log.debug((await ask(plainHost(source.host), HOOK, { command }, `${option} failed`)).trim());
   };
   const after = () =>
     hook(o.afterSnapshot, "--after-snapshot").catch((error) => report.error(null, error));
@@ -20650,6 +20651,10 @@ async function storeServed(given: ArgumentsOf<StoreVerb>, { o }: Guarded): Promi
 export async function guard(o: GuardOptions): Promise<number> {
   const text = process.env["SSH_ORIGINAL_COMMAND"] ?? "";
   try {
+    if (text === "")
+      refuse(
+        `guard is no command to type, and its key opens no shell: sshd runs it for a key of authorized_keys (see "btrfs-backup help keys")`,
+      );
     const allowed = await permitted(text, o);
     checkFence();
     return await allowed.serve();

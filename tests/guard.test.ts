@@ -503,7 +503,26 @@ test("hundreds of hostile commands: none runs, each is answered with one line, a
   console.log(`${commands.length} commands`);
   expect(commands.length).toBeGreaterThan(1000);
   const before = state(it.b.path);
-  const waiting = [...commands.entries()];
+  const random = seeded();
+  const o = {
+    paths: [it.mine],
+    source: false,
+    allowRead: false,
+    allowDelete: false,
+    maxBytes: null,
+  };
+  const isPermitted = await Promise.all(
+    commands.map((text) =>
+      permitted(text, o).then(
+        () => true,
+        () => false,
+      ),
+    ),
+  );
+  // Each is a start of the program: what is refused at once is sampled (SOAK: so many), the rest is sent.
+  const share = soak(300) / commands.length;
+  const served = commands.filter((_, i) => isPermitted[i] || random() < share);
+  const waiting = [...served.entries()];
   const answers: { text: string; status: number | null; stdout: string; stderr: string }[] = [];
   await Promise.all(
     [1, 2, 3].map(async () => {
@@ -518,7 +537,7 @@ test("hundreds of hostile commands: none runs, each is answered with one line, a
       stdout,
       stderr.replace(/refused: [^\n]+\n$/, "refused"),
     ]).toEqual([text.slice(-300), 65, "", "btrfs-backup guard: refused"]);
-  expect(it.logged().length).toBe(commands.length);
+  expect(it.logged().length).toBe(served.length);
   for (const line of it.logged())
     expect(line).toMatch(/^-t btrfs-backup -p auth\.warning -- guard refused 192\.0\.2\.1: /);
   expect(state(it.b.path)).toBe(before);
@@ -1656,6 +1675,9 @@ test("a guard without a path, or with a path that is relative, is a mistake in a
     expect((await expectRun(2, ["guard", ...args])).stderr).toMatch(
       /--path|too many|unknown option/,
     );
+  // Typed by hand, it says what it is for.
+  const { stderr } = await expectRun(65, ["guard", "--path", temporaryDirectory()]);
+  expect(stderr).toContain("btrfs-backup help keys");
 });
 
 test("a folder in a store cannot be read, replaced or emptied by who may only add", async () => {

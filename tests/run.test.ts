@@ -268,6 +268,9 @@ test("nested subvolumes are named in one warning; those of the snapshot folder a
 test("commands run around the snapshot: the first can prevent it, the second always runs", async () => {
   const { source, snapshots, destination } = pair();
   const note = join(temporaryDirectory(), "note");
+  const dry = await expectRun(0, ["--dry-run", "--before-snapshot", `touch ${note}`, source]);
+  expect(dry.stderr).toContain(`Would run --before-snapshot: touch ${note}\n`);
+  expect(existsSync(note)).toBe(false);
   await expectRun(0, [
     "--before-snapshot",
     `echo before $(ls ${snapshots} | wc -l) >>${note}; echo quiet >${source}/state`,
