@@ -10083,6 +10083,17 @@ function save(session: Session): Promise<void> {
   return saved;
 }
 
+/**
+ * What is known of destinations: as the record had them, then new ones as the command line names
+ * them, whichever was served first.
+ */
+function knownInOrder({ o, source, known }: Session): KnownDestination[] {
+  const recorded = (source.chain.destinations ?? []).map(({ location }) => location);
+  const order = [...recorded, ...o.destinations.map(({ location }) => location.id)];
+  const rank = ({ location }: KnownDestination) => order.indexOf(location);
+  return [...known.values()].sort((a, b) => rank(a) - rank(b));
+}
+
 async function writeKnown(session: Session): Promise<void> {
   const { o, source, known, leaps, unchanged } = session;
   const { imported: _, ...owned } = source.owned;
@@ -10091,7 +10102,7 @@ async function writeKnown(session: Session): Promise<void> {
     ...(leaps === undefined ? {} : { leaps }),
     ...importedOf(session),
     ...(unchanged === undefined ? {} : { unchanged }),
-    ...(known.size > 0 || source.chain.destinations ? { destinations: [...known.values()] } : {}),
+    ...(known.size > 0 || source.chain.destinations ? { destinations: knownInOrder(session) } : {}),
   };
   // What 0.3.1 made has no owner until a run has said whose it is, and a copy cannot; a disk of
   // backups can be mounted read-only.

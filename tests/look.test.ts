@@ -314,8 +314,10 @@ test("what --if-changed found, and what may be away, is no alarm; and each place
   const places = [source, "--optional", destination, store];
   const name = "20200101-000000";
   snapshotAs(source, name);
-  const first = await expectRun(0, ["-S", ...places]);
-  // A summary has the order of the command line.
+  // The first place is served last.
+  const slow = ["--for", destination, "--rate-limit", "300k"];
+  const first = await expectRun(0, ["-S", ...places, ...slow]);
+  // A summary has the order of the command line, and so has what the source remembers.
   const summed = first.stderr.slice(first.stderr.indexOf("Done:"));
   expect(summed.match(/^(\/|raw:)\S*/gm)).toEqual([source, destination, store]);
   const aged = (status: number, ...more: string[]) =>
