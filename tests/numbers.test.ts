@@ -74,8 +74,8 @@ test("what a destination has no space for is refused before its first byte, with
   mkdirSync(small);
   const { guarded, url } = await sshServer();
   const key = guarded("--path", disk.path);
-  // A remote that can tell how much is free, but not whether data become less behind it.
-  const remote = join(disk.path, "remote");
+  // A remote that can tell how much is free, but not whether data become less behind it, so that it is filled.
+  const remote = join(filesystem({ size: "150M" }).path, "remote");
   const stores = [`raw://${raw}`, `rclone://:local:${remote}`];
   await expectRun(0, [...key, source, url(small), ...stores]);
   const [before, stored] = [snapshotNames(small), [raw, remote].map((one) => readdirSync(one))];
