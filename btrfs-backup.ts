@@ -5145,7 +5145,7 @@ const REMOTE_BELOW = defineVerb("rclone-below", "folder")`
  * What `rclone about --json` says: bytes that are free on a remote, and its size; Infinity for what
  * it does not say, as of most object stores.
  */
-export function parseAbout(text: string): { free: number; size: number } {
+function parseAbout(text: string): { free: number; size: number } {
   const count = (word: string) =>
     Number(new RegExp(`"${word}":(\\d+)[,}]`).exec(text)?.[1] ?? Infinity);
   return { free: count("free"), size: count("total") };
@@ -8528,18 +8528,17 @@ export type Cell = {
 };
 export type Row = NamedTime & { readonly moment: number; readonly cells: (Cell | undefined)[] };
 
-/** The state of what a place cannot give back as the source's. */
-const unfitness = (entry: Snapshot, folder: Folder | null | undefined) =>
-  isComplete(entry) && folder?.chain.strangers?.includes(entry.uuid) === true
-    ? "foreign"
-    : "incomplete";
-
 /** Lays the same data side by side: a row a snapshot, oldest first, with a cell for each folder. */
 export function align(columns: readonly (Folder | null)[]): Row[] {
   const rows: Row[] = [];
   const [byData, byName] = [new Map<string, Row>(), new Map<string, Row>()];
   /** Puts an entry into the row of its data, none if incomplete, or of its name, or a new one. */
-  const put = (entry: Snapshot, data: readonly string[], column: number) => {
+  const put = (
+    entry: Snapshot,
+    data: readonly string[],
+    column: number,
+    unfit: "incomplete" | "foreign",
+  ) => {
     const isFree = (one: Row | undefined) => one !== undefined && one.cells[column] === undefined;
     const { name, time, moment } = entry;
     const same = data.map((uuid) => byData.get(uuid)).find(isFree);
@@ -8552,16 +8551,16 @@ export function align(columns: readonly (Folder | null)[]): Row[] {
     if (!byName.has(row.name)) byName.set(row.name, row);
     const isOther = same === undefined && row.cells.some((cell) => cell?.state === "whole");
     const held = isOther ? "other" : "whole";
-    row.cells[column] = {
-      state: data.length === 0 ? unfitness(entry, columns[column]) : held,
-      entry,
-    };
+    row.cells[column] = { state: data.length === 0 ? unfit : held, entry };
     if (!isOther) for (const uuid of data) byData.set(uuid, row);
   };
   for (const [i, column] of columns.entries()) {
     const whole = new Set(column === null ? [] : wholeIn(column));
-    for (const entry of column?.snapshots ?? [])
-      put(entry, whole.has(entry) ? [entry.uuid, dataOf(entry)] : [], i);
+    const strangers = new Set(column?.chain.strangers);
+    for (const entry of column?.snapshots ?? []) {
+      const unfit = isComplete(entry) && strangers.has(entry.uuid) ? "foreign" : "incomplete";
+      put(entry, whole.has(entry) ? [entry.uuid, dataOf(entry)] : [], i, unfit);
+    }
   }
   const rank = new Map(columns[0]?.snapshots.map(({ uuid }, i) => [uuid, i]));
   return arrange(rows, ({ cells }) => rank.get(cells[0]?.entry.uuid ?? ""));
